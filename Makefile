@@ -1,0 +1,99 @@
+# Every target sets up what it needs in .venv, from a fresh clone, with nothing else typed.
+#
+#   make demo [VIDEO=clip.mp4] [ARGS='--kill filter']
+#   make test [ARGS='tests/unit -k layers']     make test-long
+#   make lint   make types   make format        make sanitize   make bench   make wheel   make clean
+#
+# PYTHON names the interpreter (3.11 or newer): make test PYTHON=python3.13
+
+PYTHON ?= python3
+VENV   := .venv
+PY     := $(VENV)/bin/python
+PIP    := $(PY) -m pip --disable-pip-version-check --quiet
+ARGS   ?=
+VIDEO  ?=
+
+NATIVE := $(wildcard native/*.c native/*.h)
+ASAN   := .build-asan
+SANITIZED = $(wildcard tests/unit/test_native*.py tests/unit/test_mapping*.py)
+
+# The stamps form a chain, so that `make -j` never runs two pips in one environment.
+BASE := $(VENV)/.stamp-base
+DEMO := $(VENV)/.stamp-demo
+DEV  := $(VENV)/.stamp-dev
+EXT  := $(VENV)/.stamp-ext
+
+.PHONY: demo test test-long lint types format sanitize bench wheel dev clean
+.DEFAULT_GOAL := test
+
+demo: $(DEMO) $(EXT)
+	$(VENV)/bin/dmabuf demo $(VIDEO) $(ARGS)
+
+test: $(DEV) $(EXT)
+	$(PY) -m pytest $(ARGS)
+
+# The fault handler's hard end is for the short tests: these set their own watchdogs.
+test-long: $(DEV) $(EXT)
+	$(PY) -m pytest -m long -o faulthandler_timeout=0 -o timeout=7200 $(ARGS)
+
+lint: $(DEV)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) tools/check_layers.py
+
+types: $(DEV)
+	$(PY) -m mypy
+
+format: $(DEV)
+	$(PY) -m ruff check --fix-only --quiet .
+	$(PY) -m ruff format .
+
+bench: $(DEMO) $(EXT)
+	$(PY) -m bench $(ARGS)
+
+# A whole copy of the package with an instrumented extension, so that the everyday one stays as it is.
+# Python must start with the sanitizer's run-time already loaded, and with plain malloc, so that its objects are seen too.
+sanitize: $(DEV)
+	@test -n "$(SANITIZED)" || { echo "no tests/unit/test_native*.py or test_mapping*.py to run" >&2; exit 1; }
+	rm -rf $(ASAN)
+	DMABUF_SANITIZE=1 $(PY) setup.py -q build --build-base $(ASAN) --build-lib $(ASAN)/lib
+	PYTHONPATH=$(CURDIR)/$(ASAN)/lib PYTHONMALLOC=malloc \
+	ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	LD_PRELOAD="$$(realpath "$$($${CC:-gcc} -print-file-name=libasan.so)")" \
+	$(PY) -m pytest -p no:cacheprovider $(SANITIZED) $(ARGS)
+
+wheel: $(DEV)
+	$(PY) -m build --wheel
+
+dev: $(DEV) $(EXT)
+
+clean:
+	rm -rf $(VENV) $(ASAN) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
+	rm -f src/dmabuf/_native*.so
+	find src tests tools bench examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+$(BASE):
+	@sh tools/check_machine.sh $(PYTHON)
+	@echo "setting up $(VENV) (about a minute, once)"
+	$(PYTHON) -m venv --clear $(VENV)
+	$(PIP) install 'setuptools>=77'
+	@touch $@
+
+# Without build isolation the extension is compiled by the environment's own setuptools: no second download.
+$(DEMO): $(BASE) pyproject.toml setup.py
+	$(PIP) install --no-build-isolation --editable '.[demo]'
+	@touch $@
+
+$(DEV): $(DEMO)
+	$(PIP) install --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+# Order-only on DEV where both are wanted: they would write the same extension.
+$(EXT): $(DEMO) $(NATIVE) $(if $(filter-out demo bench,$(or $(MAKECMDGOALS),test)),| $(DEV))
+	$(PY) setup.py -q build_ext --inplace
+	@touch $@
+
+# Somebody removed the extension by hand: the stamp is a lie.
+ifeq ($(wildcard src/dmabuf/_native*.so),)
+.PHONY: $(EXT)
+endif

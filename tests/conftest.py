@@ -1,0 +1,65 @@
+"""For every test: a domain of its own run, and a look at what it left behind."""
+
+import ctypes
+import os
+from collections.abc import Generator, Iterator
+
+import pytest
+
+from tests.support.children import Nursery, Spawn
+from tests.support.directory import RunDirectory
+from tests.support.leaks import Holdings, settle, warm_up
+
+_PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
+_DIRECTORY = pytest.StashKey[RunDirectory]()
+_FAILED = pytest.StashKey[bool]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Before anything imports dmabuf, which test modules do while they are collected.
+    directory = RunDirectory()
+    config.stash[_DIRECTORY] = directory
+    os.environ["DMABUF_DOMAIN"] = str(directory.path)
+    # An orphan of a killed child becomes ours, where the leak check sees it, instead of init's, where nobody does.
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    config.stash[_DIRECTORY].close()
+    del os.environ["DMABUF_DOMAIN"]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.failed:
+        item.stash[_FAILED] = True
+    return report
+
+
+@pytest.fixture(scope="session", autouse=True)
+def process_wide_services() -> None:
+    warm_up()
+
+
+@pytest.fixture(autouse=True)
+def leaves_nothing(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fail a test that leaves a descriptor, mapping, process, thread or file behind."""
+    domain = request.config.stash[_DIRECTORY].path
+    settle()
+    before = Holdings.now(domain)
+    yield
+    # The traceback of a failed test holds on to all its locals.
+    if request.node.stash.get(_FAILED, False):
+        return
+    settle()
+    lost = before.lost(Holdings.now(domain), domain)
+    if lost:
+        pytest.fail("the test left something behind:\n  " + "\n  ".join(lost), pytrace=False)
+
+
+@pytest.fixture
+def child() -> Iterator[Spawn]:
+    """Start functions in child processes that end with the test; see tests/support/children.py."""
+    with Nursery() as nursery:
+        yield nursery

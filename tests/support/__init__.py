@@ -1,0 +1,1 @@
+"""What tests lean on: child processes and the search for leaks."""

@@ -1,0 +1,135 @@
+"""What a process holds, before and after a test.
+
+A test leaves nothing behind: no descriptor, shared mapping, child process, thread, or file. `Holdings.now()` looks; `before.lost(after)`
+names the difference in words that lead to the line that forgot to close.
+"""
+
+import gc
+import multiprocessing.forkserver
+import multiprocessing.resource_tracker
+import os
+import re
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+SHM = Path("/dev/shm")
+RUN_USER = Path(f"/run/user/{os.getuid()}")
+# A test run's own directory; those of other runs on this machine come and go.
+DIRECTORY_PREFIX = "dmabuf-test-"
+# The directories are shared with every program of the machine: only what this library or multiprocessing would leave counts.
+_OURS_IN_SHARED = re.compile(r"dmabuf|psm_|sem\.mp-")
+
+
+def _default_domain() -> Any:
+    """The process's default domain, opened; None while the package can't be imported."""
+    try:
+        from dmabuf import Domain  # type: ignore[attr-defined, unused-ignore]
+    except ImportError:
+        return None
+    return Domain.default()
+
+
+def warm_up() -> None:
+    """Start what a process has once and keeps until it ends, so that the first test to need it doesn't seem to leak it."""
+    multiprocessing.resource_tracker.ensure_running()
+    multiprocessing.forkserver.ensure_running()
+    _default_domain()
+
+
+def settle() -> None:
+    """Bring forward what would happen by itself a little later: garbage, and the repair of what dead processes left in the domain."""
+    gc.collect()
+    domain = _default_domain()
+    sweep = getattr(domain, "sweep", None)
+    if sweep is not None:
+        sweep()
+
+
+@dataclass(frozen=True)
+class Holdings:
+    """What this process, and the directories it writes to, hold at one moment."""
+
+    descriptors: dict[int, str]
+    mappings: Counter[str]
+    children: dict[int, str]
+    threads: frozenset[str]
+    files: frozenset[str]
+    domain_size: int
+
+    @classmethod
+    def now(cls, domain: Path) -> Self:
+        """Look at this process, and at the files of the domain in this directory."""
+        return cls(
+            descriptors=dict(_descriptors()),
+            mappings=Counter(_shared_mappings()),
+            children={pid: _command(pid) for pid in _children()},
+            threads=frozenset(f"{t.name} ({t.ident})" for t in threading.enumerate() if not t.daemon),
+            files=frozenset(_files(domain)),
+            domain_size=sum(path.stat().st_size for path in domain.iterdir() if path.is_file()),
+        )
+
+    def lost(self, after: Self, domain: Path) -> list[str]:
+        """What changed between this look and a later one, a line each; empty if nothing did."""
+        lines = []
+        for fd in sorted(self.descriptors.keys() | after.descriptors.keys()):
+            old, new = self.descriptors.get(fd), after.descriptors.get(fd)
+            if old != new:
+                # A descriptor that was there before and is gone was closed by somebody who didn't own it.
+                lines.append(f"fd {fd}: left open: {new}" if old is None else f"fd {fd}: was {old}, is {new or 'closed'}")
+        for name, more in sorted((after.mappings - self.mappings).items()):
+            # The default domain grows by extents, each a mapping that stays.
+            if not (name.startswith(f"{domain}/") and after.domain_size > self.domain_size):
+                lines.append(f"mapping left: {name}" + (f" ({more} times)" if more > 1 else ""))
+        lines += [f"child left: {pid}: {after.children[pid]}" for pid in sorted(after.children.keys() - self.children.keys())]
+        lines += [f"thread left: {name}" for name in sorted(after.threads - self.threads)]
+        lines += [f"file left: {name}" for name in sorted(after.files - self.files)]
+        return lines
+
+
+def _descriptors() -> Iterator[tuple[int, str]]:
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            yield int(name), os.readlink(f"/proc/self/fd/{name}")
+        except FileNotFoundError:
+            # The descriptor of the listing itself.
+            continue
+
+
+def _shared_mappings() -> Iterator[str]:
+    """The name and inode of each mapping of shared memory; addresses say nothing, a mapping may move."""
+    for line in Path("/proc/self/maps").read_text(encoding="utf-8", errors="surrogateescape").splitlines():
+        _, permissions, _, _, inode, *name = line.split(maxsplit=5)
+        path = name[0] if name else "anonymous"
+        if "s" in permissions or "memfd:" in path:
+            yield f"{path} inode {inode}"
+
+
+def _children() -> Iterator[int]:
+    """Children of every thread, zombies too."""
+    for path in Path("/proc/self/task").glob("*/children"):
+        try:
+            yield from map(int, path.read_text().split())
+        except FileNotFoundError:
+            # The thread has ended since the directory was read.
+            continue
+
+
+def _command(pid: int) -> str:
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").replace("\0", " ").strip()
+    except FileNotFoundError:
+        return "gone"
+    return words or "zombie"
+
+
+def _files(domain: Path) -> Iterator[str]:
+    yield from (str(path) for path in domain.rglob("*"))
+    for directory in (SHM, RUN_USER):
+        if directory.is_dir():
+            yield from (
+                str(path) for path in directory.iterdir() if _OURS_IN_SHARED.match(path.name) and not path.name.startswith(DIRECTORY_PREFIX)
+            )

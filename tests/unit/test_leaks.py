@@ -1,0 +1,91 @@
+"""The leak check names what is left, and says nothing when nothing is."""
+
+import mmap
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.support.leaks import Holdings
+
+
+@contextmanager
+def open_fd(_: Path) -> Iterator[None]:
+    fd = os.open("/dev/null", os.O_RDONLY)
+    yield
+    os.close(fd)
+
+
+@contextmanager
+def shared_mapping(_: Path) -> Iterator[None]:
+    fd = os.memfd_create("leaks")
+    os.ftruncate(fd, mmap.PAGESIZE)
+    with mmap.mmap(fd, mmap.PAGESIZE):
+        os.close(fd)
+        yield
+
+
+@contextmanager
+def zombie(_: Path) -> Iterator[None]:
+    pid = os.posix_spawn("/bin/sleep", ["sleep", "1000"], os.environ)
+    os.kill(pid, signal.SIGKILL)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    yield
+    os.waitpid(pid, 0)
+
+
+@contextmanager
+def thread(_: Path) -> Iterator[None]:
+    done = threading.Event()
+    running = threading.Thread(target=done.wait)
+    running.start()
+    yield
+    done.set()
+    running.join()
+
+
+@contextmanager
+def file_in_the_domain(domain: Path) -> Iterator[None]:
+    (domain / "left").touch()
+    yield
+    (domain / "left").unlink()
+
+
+@pytest.mark.parametrize(
+    ("hold", "says"),
+    [
+        (open_fd, "left open: /dev/null"),
+        (shared_mapping, "mapping left: /memfd:leaks"),
+        (zombie, "child left"),
+        (thread, "thread left"),
+        (file_in_the_domain, "file left"),
+    ],
+)
+def test_what_is_left_is_named_until_it_is_gone(tmp_path: Path, hold: Callable[[Path], AbstractContextManager[None]], says: str) -> None:
+    before = Holdings.now(tmp_path)
+    with hold(tmp_path):
+        lines = before.lost(Holdings.now(tmp_path), tmp_path)
+    assert any(says in line for line in lines)
+    assert before.lost(Holdings.now(tmp_path), tmp_path) == []
+
+
+def test_a_descriptor_closed_under_its_owner_is_named(tmp_path: Path) -> None:
+    fd = os.open("/dev/null", os.O_RDONLY)
+    before = Holdings.now(tmp_path)
+    os.close(fd)
+    assert before.lost(Holdings.now(tmp_path), tmp_path) == [f"fd {fd}: was /dev/null, is closed"]
+
+
+def test_a_mapping_of_a_domain_that_grew_is_no_leak(tmp_path: Path) -> None:
+    file = tmp_path / "domain"
+    file.write_bytes(bytes(mmap.PAGESIZE))
+    before = Holdings.now(tmp_path)
+    with file.open("r+b") as f:
+        f.truncate(2 * mmap.PAGESIZE)
+        with mmap.mmap(f.fileno(), mmap.PAGESIZE):
+            lines = before.lost(Holdings.now(tmp_path), tmp_path)
+    assert not any(line.startswith("mapping") for line in lines)
