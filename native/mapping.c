@@ -1,0 +1,830 @@
+/* Mapping and Window: the memory of a buffer as Python sees it.
+ *
+ * Mapping owns one MAP_SHARED range of somebody else's fd.  It neither
+ * duplicates nor keeps the fd: the kernel's reference from the mapping to the
+ * file is what keeps the memory (and the lease that travels with it) alive.
+ *
+ *   - It exports its bytes through the buffer protocol and counts the exports.
+ *   - close() is refused with BufferError while an export or a window is open,
+ *     because unmapping under a live view turns the next touch into SIGSEGV.
+ *   - Once closed, every use but close(), closed, exports, windows and repr is
+ *     ValueError, as with any closed Python file.
+ *
+ * Window exports the bytes of a Mapping for one access.  Its exports are
+ * counted apart from everybody else's, so that the end of the access is known:
+ *
+ *   open     --retire(), exports left-->  retired  --last export gone-->  done
+ *   open     --retire(), no exports---------------------------------->    done
+ *
+ * Entering "done" calls on_release() exactly once.  Until then the window keeps
+ * its mapping open.  A window collected while still open never calls it: whoever
+ * opened the access ends it by retire().
+ *
+ * Everything here runs under the GIL; it is let go only around the system calls
+ * that take long, when the object already (or still) shows its final state.
+ */
+#include "mapping.h"
+
+#include <errno.h>
+#include <stdarg.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <string.h>
+#include <structmember.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+/* Bytes from which unmapping may take long enough (it frees the pages and their
+ * tables) for other threads to profit from the GIL. */
+#define LONG_UNMAP (1 << 20)
+
+typedef struct {
+    PyObject_HEAD
+    char *base; /* NULL: closed */
+    Py_ssize_t length;
+    Py_ssize_t exports;
+    Py_ssize_t windows;
+    bool writable;
+    PyObject *weakrefs;
+} Mapping;
+
+typedef struct {
+    PyObject_HEAD
+    Mapping *mapping; /* owned; NULL: done */
+    PyObject *on_release; /* owned; NULL: none, or already called */
+    char *base;
+    Py_ssize_t length;
+    Py_ssize_t exports;
+    bool readonly;
+    bool retired;
+    PyObject *weakrefs;
+} Window;
+
+/* One interpreter (sub-interpreters are not supported), so one pair of types:
+ * an object made before a module was loaded again is still recognised. */
+static PyTypeObject *mapping_type;
+static PyTypeObject *window_type;
+
+/* ---------------------------------------------------------------- errors -- */
+
+/* Raises OSError(number, "format ..."); Python picks the builtin twin. */
+static void
+os_error(int number, const char *format, ...)
+{
+    va_list arguments;
+    va_start(arguments, format);
+    PyObject *text = PyUnicode_FromFormatV(format, arguments);
+    va_end(arguments);
+    if (text == NULL)
+        return;
+    PyObject *error = PyObject_CallFunction(PyExc_OSError, "iN", number, text);
+    if (error == NULL)
+        return;
+    PyErr_SetObject((PyObject *)Py_TYPE(error), error);
+    Py_DECREF(error);
+}
+
+static bool
+is_open(const Mapping *self)
+{
+    if (self->base != NULL)
+        return true;
+    PyErr_SetString(PyExc_ValueError, "the mapping is closed");
+    return false;
+}
+
+/* --------------------------------------------------------------- mapping -- */
+
+/* A memfd accepts a mapping beyond its end and answers the touch with SIGBUS;
+ * a real dma-buf checks by itself (spec 2.17) and isn't a regular file. */
+static bool
+within_file(int fd, Py_ssize_t length, long long offset, long page)
+{
+    struct stat status;
+    if (fstat(fd, &status) != 0) {
+        os_error(errno, "mmap: fd %d: %s", fd, strerror(errno));
+        return false;
+    }
+    if (!S_ISREG(status.st_mode))
+        return true;
+    unsigned long long end = (unsigned long long)offset + (unsigned long long)length;
+    unsigned long long whole =
+        ((unsigned long long)status.st_size + (unsigned long long)page - 1)
+        / (unsigned long long)page * (unsigned long long)page;
+    if (end <= whole)
+        return true;
+    os_error(EINVAL, "mmap: fd %d: bytes %lld to %llu reach beyond the end of the file at %lld",
+             fd, offset, end, (long long)status.st_size);
+    return false;
+}
+
+static PyObject *
+mapping_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"fd", "length", "offset", "writable", NULL};
+    int fd, writable = 1;
+    Py_ssize_t length;
+    long long offset = 0;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "in|$Lp:Mapping", names,
+                                     &fd, &length, &offset, &writable))
+        return NULL;
+    long page = sysconf(_SC_PAGESIZE);
+    if (length <= 0) {
+        os_error(EINVAL, "mmap: fd %d: length %zd is not positive", fd, length);
+        return NULL;
+    }
+    if (offset < 0 || offset % page != 0) {
+        os_error(EINVAL, "mmap: fd %d: offset %lld is not a multiple of the page size %ld",
+                 fd, offset, page);
+        return NULL;
+    }
+    if (!within_file(fd, length, offset, page))
+        return NULL;
+
+    Mapping *self = (Mapping *)type->tp_alloc(type, 0);
+    if (self == NULL)
+        return NULL;
+    void *base;
+    int error;
+    Py_BEGIN_ALLOW_THREADS
+    base = mmap(NULL, (size_t)length, writable ? PROT_READ | PROT_WRITE : PROT_READ,
+                MAP_SHARED, fd, (off_t)offset);
+    error = errno;
+    Py_END_ALLOW_THREADS
+    if (base == MAP_FAILED) {
+        Py_DECREF(self);
+        os_error(error, "mmap: fd %d: %s (%zd bytes at %lld, %s)", fd, strerror(error),
+                 length, offset, writable ? "writable" : "read-only");
+        return NULL;
+    }
+    self->base = base;
+    self->length = length;
+    self->writable = writable != 0;
+    return (PyObject *)self;
+}
+
+static void
+mapping_unmap(Mapping *self)
+{
+    char *base = self->base;
+    if (base == NULL)
+        return;
+    size_t length = (size_t)self->length;
+    /* Closed before the GIL goes: nobody may find the range half unmapped. */
+    self->base = NULL;
+    if (length < LONG_UNMAP) {
+        munmap(base, length);
+        return;
+    }
+    Py_BEGIN_ALLOW_THREADS
+    munmap(base, length);
+    Py_END_ALLOW_THREADS
+}
+
+static int
+mapping_traverse(PyObject *self, visitproc visit, void *arg)
+{
+    Py_VISIT(Py_TYPE(self));
+    return 0;
+}
+
+static void
+mapping_dealloc(PyObject *op)
+{
+    Mapping *self = (Mapping *)op;
+    PyTypeObject *type = Py_TYPE(op);
+    PyObject_GC_UnTrack(op);
+    if (self->weakrefs != NULL)
+        PyObject_ClearWeakRefs(op);
+    mapping_unmap(self); /* exports and windows own references: none is left */
+    type->tp_free(op);
+    Py_DECREF(type);
+}
+
+static int
+mapping_getbuffer(PyObject *op, Py_buffer *view, int flags)
+{
+    Mapping *self = (Mapping *)op;
+    view->obj = NULL;
+    if (!is_open(self))
+        return -1;
+    if (PyBuffer_FillInfo(view, op, self->base, self->length, !self->writable, flags) < 0)
+        return -1;
+    self->exports++;
+    return 0;
+}
+
+static void
+mapping_releasebuffer(PyObject *op, Py_buffer *Py_UNUSED(view))
+{
+    ((Mapping *)op)->exports--;
+}
+
+static PyObject *
+mapping_close(PyObject *op, PyObject *Py_UNUSED(ignored))
+{
+    Mapping *self = (Mapping *)op;
+    if (self->exports > 0 || self->windows > 0)
+        return PyErr_Format(PyExc_BufferError,
+                            "close: %zd views and %zd accesses still use the mapping; "
+                            "release them first", self->exports, self->windows);
+    mapping_unmap(self);
+    Py_RETURN_NONE;
+}
+
+static PyObject *
+mapping_enter(PyObject *op, PyObject *Py_UNUSED(ignored))
+{
+    if (!is_open((Mapping *)op))
+        return NULL;
+    return Py_NewRef(op);
+}
+
+static PyObject *
+mapping_exit(PyObject *op, PyObject *const *Py_UNUSED(args), Py_ssize_t Py_UNUSED(count))
+{
+    return mapping_close(op, NULL);
+}
+
+static PyObject *
+mapping_repr(PyObject *op)
+{
+    Mapping *self = (Mapping *)op;
+    if (self->base == NULL)
+        return PyUnicode_FromString("<Mapping, closed>");
+    return PyUnicode_FromFormat("<Mapping of %zd bytes at %p, %s, %zd exports, %zd windows>",
+                                self->length, (void *)self->base,
+                                self->writable ? "writable" : "read-only",
+                                self->exports, self->windows);
+}
+
+static Py_ssize_t
+mapping_length(PyObject *op)
+{
+    Mapping *self = (Mapping *)op;
+    return is_open(self) ? self->length : -1;
+}
+
+/* The byte a Python index names; false with an exception set. */
+static bool
+byte_index(Mapping *self, PyObject *key, Py_ssize_t *index)
+{
+    Py_ssize_t i = PyNumber_AsSsize_t(key, PyExc_IndexError);
+    if (i == -1 && PyErr_Occurred())
+        return false;
+    if (i < 0)
+        i += self->length;
+    if (i < 0 || i >= self->length) {
+        PyErr_SetString(PyExc_IndexError, "mapping index out of range");
+        return false;
+    }
+    *index = i;
+    return is_open(self); /* __index__ may have closed it */
+}
+
+static bool
+byte_range(Mapping *self, PyObject *key, Py_ssize_t *start, Py_ssize_t *step, Py_ssize_t *count)
+{
+    Py_ssize_t stop;
+    if (PySlice_Unpack(key, start, &stop, step) < 0)
+        return false;
+    *count = PySlice_AdjustIndices(self->length, start, &stop, *step);
+    return is_open(self);
+}
+
+static PyObject *
+mapping_subscript(PyObject *op, PyObject *key)
+{
+    Mapping *self = (Mapping *)op;
+    Py_ssize_t start, step, count;
+    if (!is_open(self))
+        return NULL;
+    if (PyIndex_Check(key)) {
+        if (!byte_index(self, key, &start))
+            return NULL;
+        return PyLong_FromLong((unsigned char)self->base[start]);
+    }
+    if (!PySlice_Check(key))
+        return PyErr_Format(PyExc_TypeError, "mapping indices are integers or slices, not %s",
+                            Py_TYPE(key)->tp_name);
+    if (!byte_range(self, key, &start, &step, &count))
+        return NULL;
+    PyObject *bytes = PyBytes_FromStringAndSize(NULL, count);
+    if (bytes == NULL)
+        return NULL;
+    char *out = PyBytes_AS_STRING(bytes);
+    if (step == 1)
+        memcpy(out, self->base + start, (size_t)count);
+    else
+        for (Py_ssize_t i = 0; i < count; i++)
+            out[i] = self->base[start + i * step];
+    return bytes;
+}
+
+static int
+mapping_store(Mapping *self, PyObject *key, PyObject *value)
+{
+    Py_ssize_t start, step, count;
+    if (PyIndex_Check(key)) {
+        int overflow;
+        long byte = PyLong_AsLongAndOverflow(value, &overflow);
+        if (byte == -1 && PyErr_Occurred())
+            return -1;
+        if (overflow != 0 || byte < 0 || byte > 255) {
+            PyErr_SetString(PyExc_ValueError, "a byte is 0 to 255");
+            return -1;
+        }
+        if (!byte_index(self, key, &start))
+            return -1;
+        self->base[start] = (char)byte;
+        return 0;
+    }
+    if (!PySlice_Check(key)) {
+        PyErr_Format(PyExc_TypeError, "mapping indices are integers or slices, not %s",
+                     Py_TYPE(key)->tp_name);
+        return -1;
+    }
+    Py_buffer source;
+    if (PyObject_GetBuffer(value, &source, PyBUF_SIMPLE) < 0)
+        return -1;
+    int result = -1;
+    if (!byte_range(self, key, &start, &step, &count))
+        goto out;
+    if (count != source.len) {
+        PyErr_Format(PyExc_ValueError, "a mapping keeps its size: %zd bytes for a slice of %zd",
+                     source.len, count);
+        goto out;
+    }
+    if (step == 1)
+        memmove(self->base + start, source.buf, (size_t)count);
+    else
+        for (Py_ssize_t i = 0; i < count; i++)
+            self->base[start + i * step] = ((const char *)source.buf)[i];
+    result = 0;
+out:
+    PyBuffer_Release(&source);
+    return result;
+}
+
+static int
+mapping_ass_subscript(PyObject *op, PyObject *key, PyObject *value)
+{
+    Mapping *self = (Mapping *)op;
+    if (!is_open(self))
+        return -1;
+    if (value == NULL) {
+        PyErr_SetString(PyExc_TypeError, "a mapping keeps its size: bytes can't be deleted");
+        return -1;
+    }
+    if (!self->writable) {
+        PyErr_SetString(PyExc_TypeError, "the mapping is read-only");
+        return -1;
+    }
+    return mapping_store(self, key, value);
+}
+
+static PyObject *
+mapping_get_size(PyObject *op, void *Py_UNUSED(closure))
+{
+    Mapping *self = (Mapping *)op;
+    return is_open(self) ? PyLong_FromSsize_t(self->length) : NULL;
+}
+
+static PyObject *
+mapping_get_writable(PyObject *op, void *Py_UNUSED(closure))
+{
+    Mapping *self = (Mapping *)op;
+    return is_open(self) ? PyBool_FromLong(self->writable) : NULL;
+}
+
+static PyObject *
+mapping_get_address(PyObject *op, void *Py_UNUSED(closure))
+{
+    Mapping *self = (Mapping *)op;
+    return is_open(self) ? PyLong_FromVoidPtr(self->base) : NULL;
+}
+
+static PyObject *
+mapping_get_closed(PyObject *op, void *Py_UNUSED(closure))
+{
+    return PyBool_FromLong(((Mapping *)op)->base == NULL);
+}
+
+PyDoc_STRVAR(mapping_doc,
+"Mapping(fd, length, *, offset=0, writable=True)\n--\n\n"
+"A shared memory mapping of a file descriptor that others own.\n\n"
+"The fd is neither duplicated nor kept. Exports its bytes as a flat buffer.\n"
+"length, offset: bytes; offset is a multiple of the page size.\n"
+"Raises OSError: EINVAL for a length <= 0, an offset that is negative or not a\n"
+"multiple of the page size, or a range beyond the end of a regular file; else what\n"
+"mmap(2) answers (EACCES, EBADF, ENODEV, ENOMEM).\n"
+"Source: spec 2.17, mmap(2).");
+
+static PyMethodDef mapping_methods[] = {
+    {"close", mapping_close, METH_NOARGS,
+     PyDoc_STR("close($self, /)\n--\n\n"
+               "Unmap the memory; a second call does nothing.\n\n"
+               "Raises BufferError while an export or a window is open.")},
+    {"__enter__", mapping_enter, METH_NOARGS, NULL},
+    {"__exit__", (PyCFunction)(void (*)(void))mapping_exit, METH_FASTCALL, NULL},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyGetSetDef mapping_getset[] = {
+    {"size", mapping_get_size, NULL, PyDoc_STR("Bytes mapped."), NULL},
+    {"writable", mapping_get_writable, NULL, PyDoc_STR("Whether the bytes may be written."), NULL},
+    {"address", mapping_get_address, NULL, PyDoc_STR("Where this process sees the memory."), NULL},
+    {"closed", mapping_get_closed, NULL, PyDoc_STR("Whether close() was done."), NULL},
+    {NULL, NULL, NULL, NULL, NULL},
+};
+
+static PyMemberDef mapping_members[] = {
+    {"exports", T_PYSSIZET, offsetof(Mapping, exports), READONLY,
+     PyDoc_STR("Buffers taken from the mapping itself and not yet released.")},
+    {"windows", T_PYSSIZET, offsetof(Mapping, windows), READONLY,
+     PyDoc_STR("Windows that are not done.")},
+    {"__weaklistoffset__", T_PYSSIZET, offsetof(Mapping, weakrefs), READONLY, NULL},
+    {NULL, 0, 0, 0, NULL},
+};
+
+static PyType_Slot mapping_slots[] = {
+    {Py_tp_doc, (void *)mapping_doc},
+    {Py_tp_new, mapping_new},
+    {Py_tp_dealloc, mapping_dealloc},
+    {Py_tp_traverse, mapping_traverse},
+    {Py_tp_repr, mapping_repr},
+    {Py_tp_methods, mapping_methods},
+    {Py_tp_getset, mapping_getset},
+    {Py_tp_members, mapping_members},
+    {Py_bf_getbuffer, mapping_getbuffer},
+    {Py_bf_releasebuffer, mapping_releasebuffer},
+    {Py_mp_length, mapping_length},
+    {Py_mp_subscript, mapping_subscript},
+    {Py_mp_ass_subscript, mapping_ass_subscript},
+    {0, NULL},
+};
+
+static PyType_Spec mapping_spec = {
+    .name = "dmabuf._native.Mapping",
+    .basicsize = sizeof(Mapping),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_IMMUTABLETYPE,
+    .slots = mapping_slots,
+};
+
+int
+mapping_memory(PyObject *op, char **address, Py_ssize_t *length)
+{
+    if (!Py_IS_TYPE(op, mapping_type)) {
+        PyErr_Format(PyExc_TypeError, "a Mapping is required, not %s", Py_TYPE(op)->tp_name);
+        return -1;
+    }
+    Mapping *self = (Mapping *)op;
+    if (!is_open(self))
+        return -1;
+    *address = self->base;
+    *length = self->length;
+    return 0;
+}
+
+/* ---------------------------------------------------------------- window -- */
+
+static Window *
+window_open(PyObject *mapping_op, PyObject *on_release, bool readonly,
+            Py_ssize_t offset, Py_ssize_t length)
+{
+    char *base;
+    Py_ssize_t whole;
+    if (mapping_memory(mapping_op, &base, &whole) < 0)
+        return NULL;
+    Mapping *mapping = (Mapping *)mapping_op;
+    if (on_release != Py_None && !PyCallable_Check(on_release)) {
+        PyErr_Format(PyExc_TypeError, "on_release is a callable or None, not %s",
+                     Py_TYPE(on_release)->tp_name);
+        return NULL;
+    }
+    if (offset < 0 || offset >= whole || length <= 0 || length > whole - offset) {
+        os_error(EINVAL, "window: %zd bytes at %zd do not lie in the %zd bytes of the mapping",
+                 length, offset, whole);
+        return NULL;
+    }
+    if (!readonly && !mapping->writable) {
+        PyErr_SetString(PyExc_BufferError,
+                        "window: a writable window needs a writable mapping");
+        return NULL;
+    }
+    Window *self = PyObject_GC_New(Window, window_type);
+    if (self == NULL)
+        return NULL;
+    self->mapping = (Mapping *)Py_NewRef(mapping);
+    self->on_release = on_release == Py_None ? NULL : Py_NewRef(on_release);
+    self->base = base + offset;
+    self->length = length;
+    self->exports = 0;
+    self->readonly = readonly;
+    self->retired = false;
+    self->weakrefs = NULL;
+    mapping->windows++;
+    PyObject_GC_Track(self);
+    return self;
+}
+
+static PyObject *
+window_new(PyTypeObject *Py_UNUSED(type), PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"mapping", "on_release", "readonly", "offset", "length", NULL};
+    PyObject *mapping, *on_release, *length_object = Py_None;
+    int readonly = -1;
+    Py_ssize_t offset = 0, length;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO|$pnO:Window", names, &mapping,
+                                     &on_release, &readonly, &offset, &length_object))
+        return NULL;
+    if (readonly < 0) {
+        PyErr_SetString(PyExc_TypeError, "Window() needs the keyword argument readonly");
+        return NULL;
+    }
+    char *base;
+    if (length_object != Py_None) {
+        length = PyNumber_AsSsize_t(length_object, PyExc_OverflowError);
+        if (length == -1 && PyErr_Occurred())
+            return NULL;
+    }
+    else {
+        if (mapping_memory(mapping, &base, &length) < 0)
+            return NULL;
+        length = offset >= 0 && offset < length ? length - offset : 0;
+    }
+    return (PyObject *)window_open(mapping, on_release, readonly != 0, offset, length);
+}
+
+static void
+window_let_go(Window *self)
+{
+    Mapping *mapping = self->mapping;
+    if (mapping == NULL)
+        return;
+    self->mapping = NULL;
+    self->base = NULL;
+    mapping->windows--;
+    Py_DECREF(mapping);
+}
+
+/* Calls on_release the first time.  An export may go while an exception is on
+ * its way, which must arrive untouched. */
+static void
+window_tell(Window *self)
+{
+    PyObject *on_release = self->on_release;
+    if (on_release == NULL)
+        return;
+    self->on_release = NULL;
+#if PY_VERSION_HEX >= 0x030C0000
+    PyObject *pending = PyErr_GetRaisedException();
+#else
+    PyObject *type, *value, *traceback;
+    PyErr_Fetch(&type, &value, &traceback);
+#endif
+    PyObject *result = PyObject_CallNoArgs(on_release);
+    if (result == NULL)
+        PyErr_WriteUnraisable(on_release);
+    Py_XDECREF(result);
+    Py_DECREF(on_release);
+#if PY_VERSION_HEX >= 0x030C0000
+    PyErr_SetRaisedException(pending);
+#else
+    PyErr_Restore(type, value, traceback);
+#endif
+}
+
+static void
+window_done(Window *self)
+{
+    /* The callback may drop the last reference to the window. */
+    Py_INCREF(self);
+    window_let_go(self); /* first, so that on_release may close the mapping */
+    window_tell(self);
+    Py_DECREF(self);
+}
+
+static int
+window_traverse(PyObject *op, visitproc visit, void *arg)
+{
+    Window *self = (Window *)op;
+    Py_VISIT(Py_TYPE(op));
+    Py_VISIT(self->mapping);
+    Py_VISIT(self->on_release);
+    return 0;
+}
+
+/* Runs for a window that only garbage refers to, before any of that garbage is
+ * taken apart.  The views that hold a retired window back are garbage too, so
+ * the access ends here, while what on_release needs is still whole. */
+static void
+window_finalize(PyObject *op)
+{
+    Window *self = (Window *)op;
+    if (self->retired)
+        window_tell(self);
+}
+
+static int
+window_clear(PyObject *op)
+{
+    Window *self = (Window *)op;
+    /* A view elsewhere in the garbage still shows the memory: its own clear
+     * releases the export, which ends the window. */
+    if (self->exports > 0)
+        return 0;
+    window_let_go(self);
+    Py_CLEAR(self->on_release);
+    return 0;
+}
+
+static void
+window_dealloc(PyObject *op)
+{
+    Window *self = (Window *)op;
+    PyTypeObject *type = Py_TYPE(op);
+    PyObject_GC_UnTrack(op);
+    if (self->weakrefs != NULL)
+        PyObject_ClearWeakRefs(op);
+    window_let_go(self); /* every export owns a reference: none is left */
+    Py_CLEAR(self->on_release);
+    type->tp_free(op);
+    Py_DECREF(type);
+}
+
+static int
+window_getbuffer(PyObject *op, Py_buffer *view, int flags)
+{
+    Window *self = (Window *)op;
+    view->obj = NULL;
+    if (self->retired || self->mapping == NULL) {
+        PyErr_SetString(PyExc_ValueError, "the access is over: its window is retired");
+        return -1;
+    }
+    if (PyBuffer_FillInfo(view, op, self->base, self->length, self->readonly, flags) < 0)
+        return -1;
+    self->exports++;
+    return 0;
+}
+
+static void
+window_releasebuffer(PyObject *op, Py_buffer *Py_UNUSED(view))
+{
+    Window *self = (Window *)op;
+    self->exports--;
+    if (self->exports == 0 && self->retired)
+        window_done(self);
+}
+
+static PyObject *
+window_retire(PyObject *op, PyObject *Py_UNUSED(ignored))
+{
+    Window *self = (Window *)op;
+    self->retired = true;
+    if (self->exports > 0)
+        Py_RETURN_FALSE;
+    window_done(self);
+    Py_RETURN_TRUE;
+}
+
+static PyObject *
+window_repr(PyObject *op)
+{
+    Window *self = (Window *)op;
+    const char *state = self->mapping == NULL ? "done" : self->retired ? "retired" : "open";
+    return PyUnicode_FromFormat("<Window of %zd bytes, %s, %s, %zd exports>", self->length,
+                                self->readonly ? "read-only" : "writable", state, self->exports);
+}
+
+PyDoc_STRVAR(window_doc,
+"Window(mapping, on_release, *, readonly, offset=0, length=None)\n--\n\n"
+"The bytes of a mapping for the time of one access.\n\n"
+"Exports a flat buffer of length bytes from offset (None: to the end). The mapping\n"
+"can't be closed until the window is done: retired, and its last export gone. Then\n"
+"on_release() is called, exactly once; what it raises goes to sys.unraisablehook.\n"
+"Raises TypeError (not a Mapping, not callable), ValueError (the mapping is closed),\n"
+"BufferError (writable window of a read-only mapping), OSError EINVAL (range).\n"
+"Source: design 3.7.");
+
+static PyMethodDef window_methods[] = {
+    {"retire", window_retire, METH_NOARGS,
+     PyDoc_STR("retire($self, /)\n--\n\n"
+               "Refuse new exports and end the access with the last one.\n\n"
+               "True if none is left, so that the access has ended now. May be repeated.")},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyMemberDef window_members[] = {
+    {"exports", T_PYSSIZET, offsetof(Window, exports), READONLY,
+     PyDoc_STR("Buffers taken from the window and not yet released.")},
+    {"size", T_PYSSIZET, offsetof(Window, length), READONLY, PyDoc_STR("Bytes shown.")},
+    {"readonly", T_BOOL, offsetof(Window, readonly), READONLY,
+     PyDoc_STR("Whether its buffers are read-only.")},
+    {"retired", T_BOOL, offsetof(Window, retired), READONLY,
+     PyDoc_STR("Whether retire() was called.")},
+    {"__weaklistoffset__", T_PYSSIZET, offsetof(Window, weakrefs), READONLY, NULL},
+    {NULL, 0, 0, 0, NULL},
+};
+
+static PyType_Slot window_slots[] = {
+    {Py_tp_doc, (void *)window_doc},
+    {Py_tp_new, window_new},
+    {Py_tp_dealloc, window_dealloc},
+    {Py_tp_traverse, window_traverse},
+    {Py_tp_clear, window_clear},
+    {Py_tp_finalize, window_finalize},
+    {Py_tp_repr, window_repr},
+    {Py_tp_methods, window_methods},
+    {Py_tp_members, window_members},
+    {Py_bf_getbuffer, window_getbuffer},
+    {Py_bf_releasebuffer, window_releasebuffer},
+    {0, NULL},
+};
+
+static PyType_Spec window_spec = {
+    .name = "dmabuf._native.Window",
+    .basicsize = sizeof(Window),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_IMMUTABLETYPE,
+    .slots = window_slots,
+};
+
+/* ------------------------------------------------------------- functions -- */
+
+PyDoc_STRVAR(window_view_doc,
+"window_view($module, mapping, on_release, readonly, /)\n--\n\n"
+"A window of the whole mapping and a memoryview of it, in one call.\n\n"
+"Errors: as Window.");
+
+static PyObject *
+window_view(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count)
+{
+    if (count != 3)
+        return PyErr_Format(PyExc_TypeError, "window_view() takes 3 arguments, not %zd", count);
+    int readonly = PyObject_IsTrue(args[2]);
+    if (readonly < 0)
+        return NULL;
+    char *base;
+    Py_ssize_t length;
+    if (mapping_memory(args[0], &base, &length) < 0)
+        return NULL;
+    PyObject *window = (PyObject *)window_open(args[0], args[1], readonly != 0, 0, length);
+    if (window == NULL)
+        return NULL;
+    PyObject *view = PyMemoryView_FromObject(window);
+    if (view == NULL) {
+        Py_DECREF(window);
+        return NULL;
+    }
+    PyObject *pair = PyTuple_New(2);
+    if (pair == NULL) {
+        Py_DECREF(view);
+        Py_DECREF(window);
+        return NULL;
+    }
+    PyTuple_SET_ITEM(pair, 0, window);
+    PyTuple_SET_ITEM(pair, 1, view);
+    return pair;
+}
+
+PyDoc_STRVAR(buffer_address_doc,
+"buffer_address($module, buffer, /)\n--\n\n"
+"Where this process sees the first byte of a contiguous buffer.\n\n"
+"Valid for as long as the caller keeps a buffer of the object.\n"
+"Raises TypeError (no buffer), BufferError (not contiguous).");
+
+static PyObject *
+buffer_address(PyObject *Py_UNUSED(module), PyObject *object)
+{
+    Py_buffer view;
+    if (PyObject_GetBuffer(object, &view, PyBUF_SIMPLE) < 0)
+        return NULL;
+    PyObject *address = PyLong_FromVoidPtr(view.buf);
+    PyBuffer_Release(&view);
+    return address;
+}
+
+static PyMethodDef functions[] = {
+    {"window_view", (PyCFunction)(void (*)(void))window_view, METH_FASTCALL, window_view_doc},
+    {"buffer_address", buffer_address, METH_O, buffer_address_doc},
+    {NULL, NULL, 0, NULL},
+};
+
+static int
+add_type(PyObject *module, PyType_Spec *spec, PyTypeObject **type)
+{
+    if (*type == NULL)
+        *type = (PyTypeObject *)PyType_FromModuleAndSpec(module, spec, NULL);
+    return *type == NULL ? -1 : PyModule_AddType(module, *type);
+}
+
+int
+mapping_register(PyObject *module)
+{
+    if (add_type(module, &mapping_spec, &mapping_type) < 0)
+        return -1;
+    if (add_type(module, &window_spec, &window_type) < 0)
+        return -1;
+    return PyModule_AddFunctions(module, functions);
+}

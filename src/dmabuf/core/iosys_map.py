@@ -1,0 +1,312 @@
+"""``IosysMap``: an address together with whether it is system or I/O memory.
+
+What ``vmap`` gives out, and what tells its users how the bytes may be touched. The kernel's is a tagged pointer; here a map holds
+the buffer whose memory it points into, so that the memory can't go while the map is set, and knows where that ends.
+
+*Who may call what.* A map belongs to its holder; there is no lock. Two threads that change one map need their own.
+
+*Identity.* Two maps are equal when the kind is the same **and** the address is: a system and an I/O mapping never are, not even two
+NULL ones. The address is where this process sees the memory, unless another is given.
+
+*Errors.* EINVAL: an argument of the wrong size, sign or kind. EFAULT: bytes outside of the mapping, or a NULL map; where the
+kernel would fault, nothing is touched. EACCES: writing to memory that is mapped read-only. TypeError: not a buffer, not an int.
+
+Numbers are in the machine's byte order and need no alignment. ``ctypes`` structures describe fields.
+
+Source: spec 1.11, include/linux/iosys-map.h (called ``dma_buf_map`` before commit 7938f421).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import operator
+import struct
+from typing import TYPE_CHECKING, Final, Literal, NoReturn, TypeAlias
+
+from dmabuf._native import buffer_address
+from dmabuf.errors import fail
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer, WriteableBuffer
+
+__all__ = ["IosysMap", "Width"]
+
+Width: TypeAlias = Literal["u8", "u16", "u32", "u64"]
+
+_WIDTHS: Final = {"u8": struct.Struct("@B"), "u16": struct.Struct("@H"), "u32": struct.Struct("@I"), "u64": struct.Struct("@Q")}
+_INTEGERS: Final = {code: struct.Struct("@" + code) for code in "bBhHiIlLqQ"}
+
+
+class IosysMap:
+    """A mapping of memory: NULL at first, set by ``set_vaddr`` or ``set_vaddr_iomem``.
+
+    ``address``: int, 0 for NULL. ``is_iomem``: bool. ``vaddr``, ``vaddr_iomem``: the bytes from the address to the end of the
+    mapping as a memoryview; None when the map is NULL or of the other kind.
+    """
+
+    __slots__ = ("_address", "_is_iomem", "_memory", "_position")
+
+    def __init__(self) -> None:
+        self._memory: memoryview | None = None
+        self._address = 0  # of the first byte of _memory
+        self._position = 0
+        self._is_iomem = False
+
+    @classmethod
+    def init_vaddr(cls, memory: ReadableBuffer | None, *, address: int | None = None) -> IosysMap:
+        """A map of system memory. Arguments and errors: as :meth:`set_vaddr`."""
+        new = cls()
+        new.set_vaddr(memory, address=address)
+        return new
+
+    @classmethod
+    def init_vaddr_iomem(cls, memory: ReadableBuffer | None, *, address: int | None = None) -> IosysMap:
+        """A map of I/O memory. Arguments and errors: as :meth:`set_vaddr`."""
+        new = cls()
+        new.set_vaddr_iomem(memory, address=address)
+        return new
+
+    @classmethod
+    def init_offset(cls, map_: IosysMap, offset: int) -> IosysMap:
+        """A map ``offset`` bytes into another, which stays as it is. Errors: as :meth:`incr`."""
+        new = map_.copy()
+        new.incr(offset)
+        return new
+
+    def copy(self) -> IosysMap:
+        """Another map of the same address and kind (assignment of the structure in C)."""
+        new = type(self)()
+        new._memory, new._address, new._position, new._is_iomem = self._memory, self._address, self._position, self._is_iomem
+        return new
+
+    __copy__ = copy
+
+    def set_vaddr(self, memory: ReadableBuffer | None, *, address: int | None = None) -> None:
+        """Point to system memory.
+
+        ``memory``: a contiguous buffer of at least one byte, kept until the map is set anew or cleared; None is NULL. ``address``: its
+        identity, a positive int, where that isn't the address of the buffer in this process.
+
+        Errors, with the map unchanged: TypeError (no buffer); EINVAL (empty or not contiguous, address not positive or given with None).
+        """
+        self._set(memory, address, False)
+
+    def set_vaddr_iomem(self, memory: ReadableBuffer | None, *, address: int | None = None) -> None:
+        """Point to I/O memory. Arguments and errors: as :meth:`set_vaddr`."""
+        self._set(memory, address, True)
+
+    def clear(self) -> None:
+        """Make the map NULL and of the system kind; its buffer is let go."""
+        self._memory, self._address, self._position, self._is_iomem = None, 0, 0, False
+
+    def is_null(self) -> bool:
+        """Whether the address of the active kind is NULL."""
+        return self._memory is None
+
+    def is_set(self) -> bool:
+        """Not :meth:`is_null`."""
+        return self._memory is not None
+
+    def is_equal(self, other: IosysMap) -> bool:
+        """Whether kind and address are the same. Errors: TypeError (not a map)."""
+        if not isinstance(other, IosysMap):
+            raise TypeError(f"is_equal compares with an IosysMap, not {type(other).__name__}")
+        return self._is_iomem == other._is_iomem and self.address == other.address
+
+    def __eq__(self, other: object) -> bool:
+        return self.is_equal(other) if isinstance(other, IosysMap) else NotImplemented
+
+    __hash__ = None  # type: ignore[assignment]  # it changes under its holder
+
+    @property
+    def address(self) -> int:
+        """Where the map points to; 0 for NULL."""
+        return self._address + self._position
+
+    @property
+    def is_iomem(self) -> bool:
+        """Whether it is I/O memory."""
+        return self._is_iomem
+
+    @property
+    def vaddr(self) -> memoryview | None:
+        """System memory from the address on; None when NULL or I/O memory."""
+        return None if self._memory is None or self._is_iomem else self._memory[self._position :]
+
+    @property
+    def vaddr_iomem(self) -> memoryview | None:
+        """I/O memory from the address on; None when NULL or system memory."""
+        return None if self._memory is None or not self._is_iomem else self._memory[self._position :]
+
+    def incr(self, n: int) -> None:
+        """Advance the address by ``n`` bytes, at most to the end of the mapping.
+
+        Errors, with the map unchanged: EINVAL (negative), EFAULT (NULL, or beyond the end).
+        """
+        _, self._position = self._range("incr", n, 0)
+
+    def memcpy_to(self, dst_offset: int, src: ReadableBuffer, length: int | None = None) -> None:
+        """Copy the first ``length`` bytes of ``src`` (None: all of it) to ``dst_offset``.
+
+        Errors: EINVAL (negative, ``src`` shorter or not contiguous), EFAULT, EACCES.
+        """
+        source = _flat("memcpy_to", src)
+        length = _count("memcpy_to", "length", len(source) if length is None else length)
+        if length > len(source):
+            _invalid("memcpy_to", f"{length} bytes of a buffer of {len(source)}")
+        memory, start = self._range("memcpy_to", dst_offset, length, write=True)
+        memory[start : start + length] = source[:length]
+
+    def memcpy_from(self, dst: WriteableBuffer, src_offset: int, length: int | None = None) -> None:
+        """Copy ``length`` bytes from ``src_offset`` to the start of ``dst`` (None: as many as ``dst`` takes).
+
+        Errors: EINVAL (negative, ``dst`` shorter, read-only or not contiguous), EFAULT.
+        """
+        target = _flat("memcpy_from", dst)
+        length = _count("memcpy_from", "length", len(target) if length is None else length)
+        if length > len(target):
+            _invalid("memcpy_from", f"{length} bytes into a buffer of {len(target)}")
+        if target.readonly:
+            _invalid("memcpy_from", "the destination is read-only")
+        memory, start = self._range("memcpy_from", src_offset, length)
+        target[:length] = memory[start : start + length]
+
+    def memset(self, offset: int, value: int, length: int) -> None:
+        """Set ``length`` bytes from ``offset`` to ``value``, 0 to 255. Errors: EINVAL (negative, not a byte), EFAULT, EACCES."""
+        value = operator.index(value)
+        if not 0 <= value <= 255:
+            _invalid("memset", f"{value} is not a byte")
+        length = _count("memset", "length", length)
+        memory, start = self._range("memset", offset, length, write=True)
+        memory[start : start + length] = bytes((value,)) * length
+
+    def rd(self, offset: int, type_: Width) -> int:
+        """The number of kind ``type_`` ("u8", "u16", "u32", "u64") at ``offset``. Errors: EINVAL (negative, unknown kind), EFAULT."""
+        return self._read("rd", offset, _width("rd", type_))
+
+    def wr(self, offset: int, type_: Width, value: int) -> None:
+        """Store ``value`` as ``type_`` at ``offset``. Errors: EINVAL (negative, unknown kind, value too large), EFAULT, EACCES."""
+        self._write("wr", offset, _width("wr", type_), value)
+
+    def rd_field(self, struct_offset: int, struct_type: type[ctypes.Structure], field: str) -> int:
+        """The integer field ``field`` ("a" or "a.b") of a structure at ``struct_offset``.
+
+        ``struct_type``: a ctypes.Structure in the machine's byte order.
+        Errors: EINVAL (negative, no such field, bit field, not an integer, other byte order), EFAULT.
+        """
+        offset, number = _field("rd_field", struct_type, field)
+        return self._read("rd_field", _count("rd_field", "offset", struct_offset) + offset, number)
+
+    def wr_field(self, struct_offset: int, struct_type: type[ctypes.Structure], field: str, value: int) -> None:
+        """Store ``value`` in a field. Arguments and errors: as :meth:`rd_field` and :meth:`wr`."""
+        offset, number = _field("wr_field", struct_type, field)
+        self._write("wr_field", _count("wr_field", "offset", struct_offset) + offset, number, value)
+
+    def __repr__(self) -> str:
+        kind = "iomem" if self._is_iomem else "system"
+        if self._memory is None:
+            return f"<IosysMap NULL, {kind}>"
+        return f"<IosysMap {self.address:#x}, {kind}, {len(self._memory) - self._position} bytes>"
+
+    def _set(self, memory: ReadableBuffer | None, address: int | None, is_iomem: bool) -> None:
+        operation = "set_vaddr_iomem" if is_iomem else "set_vaddr"
+        if memory is None:
+            if address is not None:
+                _invalid(operation, "an address without memory")
+            self._memory, self._address, self._position, self._is_iomem = None, 0, 0, is_iomem
+            return
+        view = _flat(operation, memory)
+        if len(view) == 0:
+            _invalid(operation, "an empty buffer has no address")
+        if address is None:
+            address = buffer_address(view)
+        elif (address := operator.index(address)) <= 0:
+            _invalid(operation, f"address {address} is not positive")
+        self._memory, self._address, self._position, self._is_iomem = view, address, 0, is_iomem
+
+    def _range(self, operation: str, offset: int, length: int, *, write: bool = False) -> tuple[memoryview, int]:
+        """The memory and where in it ``offset`` is, once ``length`` bytes there are known to exist."""
+        offset = _count(operation, "offset", offset)
+        memory = self._memory
+        if memory is None:
+            raise fail(errno.EFAULT, operation, self, "set the map first", what="the address is NULL")
+        start = self._position + offset
+        if length > len(memory) - start:
+            raise fail(errno.EFAULT, operation, self, what=f"{length} bytes at {offset} lie outside of the mapping")
+        if write and memory.readonly:
+            raise fail(errno.EACCES, operation, self, "map the buffer writable", what="the memory is read-only")
+        return memory, start
+
+    def _read(self, operation: str, offset: int, number: struct.Struct) -> int:
+        memory, start = self._range(operation, offset, number.size)
+        value: int = number.unpack_from(memory, start)[0]
+        return value
+
+    def _write(self, operation: str, offset: int, number: struct.Struct, value: int) -> None:
+        value = operator.index(value)
+        try:
+            packed = number.pack(value)
+        except struct.error:
+            _invalid(operation, f"{value} does not fit in {number.size} bytes")
+        memory, start = self._range(operation, offset, number.size, write=True)
+        memory[start : start + number.size] = packed
+
+
+def _invalid(operation: str, what: str) -> NoReturn:
+    raise fail(errno.EINVAL, operation, "IosysMap", what=what)
+
+
+def _count(operation: str, name: str, value: int) -> int:
+    value = operator.index(value)
+    if value < 0:
+        _invalid(operation, f"{name} {value} is negative")
+    return value
+
+
+def _flat(operation: str, buffer: ReadableBuffer) -> memoryview:
+    view = memoryview(buffer)
+    if not view.c_contiguous:
+        _invalid(operation, "the buffer is not contiguous")
+    return view.cast("B")
+
+
+def _width(operation: str, type_: str) -> struct.Struct:
+    number = _WIDTHS.get(type_)
+    if number is None:
+        _invalid(operation, f"{type_!r} is none of {', '.join(_WIDTHS)}")
+    return number
+
+
+def _field(operation: str, struct_type: type[ctypes.Structure], field: str) -> tuple[int, struct.Struct]:
+    """Offset in the structure and number format of an integer field."""
+    checked: object = struct_type
+    if not (isinstance(checked, type) and issubclass(checked, ctypes.Structure)):
+        raise TypeError(f"{operation} needs a ctypes.Structure class, not {struct_type!r}")
+    offset = 0
+    current: object = struct_type
+    for name in field.split("."):
+        entry = _entry(current, name)
+        if entry is None:
+            _invalid(operation, f"{struct_type.__name__} has no field {field!r}")
+        if len(entry) > 2:
+            _invalid(operation, f"{struct_type.__name__}.{field} is a bit field")
+        if hasattr(current, "_swappedbytes_"):
+            _invalid(operation, f"{struct_type.__name__}.{field} is not in the machine's byte order")
+        offset += getattr(current, name).offset
+        current = entry[1]
+    # Pointers and arrays have a _type_ too, which is a class.
+    code = getattr(current, "_type_", None)
+    number = _INTEGERS.get(code) if isinstance(code, str) else None
+    if number is None:
+        _invalid(operation, f"{struct_type.__name__}.{field} is not an integer")
+    return offset, number
+
+
+def _entry(struct_type: object, name: str) -> tuple[object, ...] | None:
+    """The entry of ``name`` in the ``_fields_`` of a structure or of one that it extends."""
+    for kind in getattr(struct_type, "__mro__", ()):
+        for entry in vars(kind).get("_fields_", ()):
+            if entry[0] == name:
+                return tuple(entry)
+    return None

@@ -1,0 +1,337 @@
+"""Whether memory can be promised: the limits that bind an allocation, read before it is made.
+
+A memfd answers for memory that isn't there by SIGBUS or the kernel's OOM killer, long after the call that asked for it. So a heap
+asks here first (promise 4 of the design), and what can't be had is ENOMEM at ``allocate``:
+
+==============================  ==========================================================================================
+limit                           what is left of it
+==============================  ==========================================================================================
+``RLIMIT_FSIZE``                the limit itself: beyond it the kernel sends SIGXFSZ; binds one file, not their sum
+cgroup v2 ``memory.max``        max - ``memory.current`` + inactive_file + active_file, in this group and every ancestor
+cgroup v1 ``limit_in_bytes``    limit - ``usage_in_bytes`` + total_inactive_file + total_active_file, likewise
+the machine                     ``MemAvailable`` of ``/proc/meminfo``
+==============================  ==========================================================================================
+
+Page cache of files is given back by the kernel before it kills, so it counts as free; shared memory is not in those lists. Swap is
+not counted: a frame that is swapped out is no memory promised. A cgroup file that is missing, unreadable or without a number limits
+nothing. Groups above the root of a cgroup namespace can't be seen, so they can't be checked.
+
+The bytes asked for are counted with 1/256 on top: the kernel charges the page tables (8 B a page) and the nodes of the file's page
+tree (576 B for 64 pages) to the same group.
+
+*Cost.* A look reads half a dozen small files. Small requests share one: a look with ample room grants an eighth of the room for the
+next 50 ms, and requests of at most 1 MiB are taken from that grant without a read. The other seven eighths are for what everybody
+else takes meanwhile; with little room nothing is granted and every request looks. A grant can only say yes: when it is used up or
+too old, a fresh look decides, so no refusal rests on an old number.
+
+*Concurrency.* Two requests that look at the same time would both be promised the same bytes. :meth:`Budget.claim` counts what this
+process has been promised and is allocating; how much of it shows in the counters already is unknown, so a request that only fits
+if all of it does waits for that allocation to end and looks again. Between processes the race remains.
+
+Source: Documentation/admin-guide/cgroup-v1/memory.rst and cgroup-v2.rst, proc(5), getrlimit(2).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import operator
+import os
+import re
+import resource
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Final, NamedTuple
+
+from dmabuf.errors import fail
+
+__all__ = ["Budget", "check", "claim"]
+
+SMALL: Final = 1 << 20  #: bytes: the largest request that is taken from a grant
+GRANT_NS: Final = 50_000_000  #: how long a grant lasts
+GRANT_SHARE: Final = 8  #: a grant is this part of what a look found
+AMPLE: Final = 256 << 20  #: bytes: with less room than this nothing is granted
+BOOKKEEPING: Final = 256  #: one byte more for so many asked for
+LAYOUT_NS: Final = 1_000_000_000  #: how long the cgroup directories found are believed
+
+# v1 writes "no limit" as the largest page count: LONG_MAX rounded down to a page.
+_UNLIMITED: Final = 1 << 62
+
+
+class _Files(NamedTuple):
+    """How one version of the cgroup file system spells a memory limit."""
+
+    limit: str
+    usage: str
+    reclaimable: tuple[bytes, bytes]
+
+
+_V2: Final = _Files("memory.max", "memory.current", (b"inactive_file", b"active_file"))
+_V1: Final = _Files("memory.limit_in_bytes", "memory.usage_in_bytes", (b"total_inactive_file", b"total_active_file"))
+
+
+class _Group(NamedTuple):
+    """A cgroup directory and the files of it that are read, as strings: joining paths would cost as much as reading."""
+
+    path: str
+    limit: str
+    usage: str
+    stat: str
+    files: _Files
+
+
+class _Room(NamedTuple):
+    """Bytes left of one limit (below 0 when it was lowered under its use), and the words for it."""
+
+    left: int
+    limit: str
+    remedy: str
+
+
+class Budget:
+    """The memory limits of this process, read from a ``/proc`` and the cgroup mounts it names.
+
+    ``proc``: the proc file system. ``root``: what the mount points that it names are relative to. ``clock``: monotonic nanoseconds.
+    ``file_limit``: bytes a file may have, negative for no limit. All are for tests; the defaults are this machine's.
+    """
+
+    def __init__(
+        self,
+        proc: str | os.PathLike[str] = "/proc",
+        root: str | os.PathLike[str] = "/",
+        *,
+        clock: Callable[[], int] = time.monotonic_ns,
+        file_limit: Callable[[], int] = lambda: resource.getrlimit(resource.RLIMIT_FSIZE)[0],
+    ) -> None:
+        self._proc = os.fspath(proc)
+        self._root = os.fspath(root)
+        self._clock = clock
+        self._file_limit = file_limit
+        self._groups: tuple[_Group, ...] = ()
+        self._membership: bytes | None = None
+        self._groups_until = 0
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget grants and claims, as a forked child must: they are its parent's."""
+        self._lock = threading.Lock()
+        self._ended = threading.Condition(self._lock)
+        self._granted = 0
+        self._granted_until = 0
+        self._claimed = 0
+        self._membership = None
+
+    def check(self, size: int) -> None:
+        """Refuse ``size`` bytes that the limits don't leave.
+
+        Errors: EINVAL for a size that isn't positive; ENOMEM naming the limit that binds and its numbers; ENOENT without ``/proc``.
+        """
+        self._decide(size)
+
+    @contextlib.contextmanager
+    def claim(self, size: int) -> Iterator[None]:
+        """As :meth:`check`, and for the length of the block other requests of this process find ``size`` bytes less.
+
+        The block is where the memory is reserved (``fallocate``); afterwards it shows in the limits' own counters. A request of at most
+        1 MiB is not counted. Errors: as :meth:`check`.
+        """
+        claimed = self._decide(size, claim=True)
+        try:
+            yield
+        finally:
+            if claimed:
+                with self._ended:
+                    # A forked child that leaves its parent's block has claimed nothing.
+                    self._claimed = max(0, self._claimed - claimed)
+                    self._ended.notify_all()
+
+    def _decide(self, size: int, claim: bool = False) -> int:
+        """Refuse or promise ``size`` bytes; returns what was counted as claimed."""
+        size = operator.index(size)
+        if size <= 0:
+            raise fail(errno.EINVAL, "allocate", f"{size} bytes", "ask for at least one byte")
+        file_limit = self._file_limit()
+        if 0 <= file_limit < size:
+            what = f"RLIMIT_FSIZE allows a file of {file_limit} bytes"
+            raise fail(errno.ENOMEM, "allocate", f"{size} bytes", "ask for less, or raise it (ulimit -f)", what=what)
+        need = size + size // BOOKKEEPING
+        with self._lock:
+            if size <= SMALL and need <= self._granted and self._clock() < self._granted_until:
+                self._granted -= need
+                return 0
+            while True:
+                looked = self._clock()
+                room = self._look()
+                if need > room.left:
+                    self._granted = 0
+                    break
+                free = room.left - self._claimed - need
+                if free >= 0:
+                    self._granted = free // GRANT_SHARE if free >= AMPLE else 0
+                    self._granted_until = looked + GRANT_NS
+                    if not claim or size <= SMALL:
+                        return 0
+                    self._claimed += need
+                    return need
+                self._ended.wait()
+        what = f"{room.limit}, which leaves {max(0, room.left)}; needed with bookkeeping: {need}"
+        raise fail(errno.ENOMEM, "allocate", f"{size} bytes", room.remedy, what=what)
+
+    def _look(self) -> _Room:
+        """The limit with the least room."""
+        rooms = [self._machine()]
+        rooms.extend(room for group in self._find_groups() if (room := _group_room(group)) is not None)
+        return min(rooms, key=operator.attrgetter("left"))
+
+    def _machine(self) -> _Room:
+        path = self._proc + "/meminfo"
+        try:
+            available = _field(_read(path), b"MemAvailable:")
+        except OSError as error:
+            raise fail(error.errno or errno.ENOENT, "allocate", path, "dmabuf needs /proc: mount it") from error
+        if available is None:
+            raise fail(errno.ENODATA, "allocate", path, "dmabuf needs Linux 3.14 or newer", what="it has no MemAvailable")
+        left = available << 10  # the file counts in KiB
+        return _Room(left, f"MemAvailable of this machine is {left} bytes", "ask for less, or free memory")
+
+    def _find_groups(self) -> tuple[_Group, ...]:
+        """Every directory whose limit binds this process, innermost first.
+
+        The mount table may have thousands of lines, so it is read again only when the process changed its group, or after a second.
+        """
+        try:
+            membership = _read(self._proc + "/self/cgroup")
+        except OSError:  # a kernel without cgroups
+            return ()
+        now = self._clock()
+        if membership != self._membership or now >= self._groups_until:
+            try:
+                mounts = _read(self._proc + "/self/mountinfo")
+            except OSError:
+                mounts = b""
+            self._groups = tuple(_locate(membership, mounts, self._root))
+            self._membership = membership
+            self._groups_until = now + LAYOUT_NS
+        return self._groups
+
+
+def _locate(membership: bytes, mountinfo: bytes, root: str) -> Iterator[_Group]:
+    """The directories of the memory controllers, from ``/proc/self/cgroup`` and ``/proc/self/mountinfo``.
+
+    A hybrid machine has both versions mounted and the controller on one of them; the files tell which, so both are taken.
+    """
+    for line in membership.splitlines():
+        number, _, rest = line.partition(b":")
+        controllers, _, group = rest.partition(b":")
+        if number == b"0" and controllers == b"":
+            files = _V2
+        elif b"memory" in controllers.split(b","):
+            files = _V1
+        else:
+            continue
+        best = _mount_of(mountinfo, files, group.removesuffix(b" (deleted)"))
+        if best is None:
+            continue
+        point, inside = best
+        parts = [part for part in os.fsdecode(inside).split("/") if part]
+        for depth in range(len(parts), -1, -1):
+            path = os.path.join(root, os.fsdecode(point.lstrip(b"/")), *parts[:depth])
+            yield _Group(path, f"{path}/{files.limit}", f"{path}/{files.usage}", f"{path}/memory.stat", files)
+
+
+def _mount_of(mountinfo: bytes, files: _Files, group: bytes) -> tuple[bytes, bytes] | None:
+    """The mount that shows the most ancestors of a group: (mount point, path of the group below it)."""
+    best: tuple[bytes, bytes] | None = None
+    fallback: tuple[bytes, bytes] | None = None
+    for line in mountinfo.splitlines():
+        before, separator, after = line.partition(b" - ")
+        mount, kind = before.split(b" "), after.split(b" ")
+        if not separator or len(mount) < 5 or len(kind) < 3:
+            continue
+        if files is _V2:
+            if kind[0] != b"cgroup2":
+                continue
+        elif kind[0] != b"cgroup" or b"memory" not in kind[2].split(b","):
+            continue
+        shown, point = _unescape(mount[3]), _unescape(mount[4])
+        inside = _below(group, shown)
+        if inside is None:
+            # Made in another cgroup namespace: paths don't compare, but the top of the mount is an ancestor or the group itself.
+            fallback = fallback or (point, b"")
+        elif best is None or len(inside) > len(best[1]):
+            best = (point, inside)
+    return best or fallback
+
+
+def _below(group: bytes, top: bytes) -> bytes | None:
+    """``group`` relative to ``top``; None when it doesn't lie below."""
+    top = top.rstrip(b"/")
+    if b".." in group.split(b"/") or not (group + b"/").startswith(top + b"/"):
+        return None
+    return group[len(top) :].strip(b"/")
+
+
+def _unescape(text: bytes) -> bytes:
+    """Undo the kernel's octal escapes of space, tab, newline and backslash."""
+    first, *rest = text.split(b"\\")
+    return first + b"".join(bytes([int(part[:3], 8) & 255]) + part[3:] if part[:3].isdigit() else b"\\" + part for part in rest)
+
+
+def _group_room(group: _Group) -> _Room | None:
+    """What a cgroup's limit leaves; None when it limits nothing."""
+    limit = _number(group.limit)
+    if limit is None or limit >= _UNLIMITED:
+        return None
+    usage = _number(group.usage)
+    if usage is None:
+        return None
+    try:
+        stat = _read(group.stat)
+    except OSError:
+        stat = b""
+    cache = sum(_field(stat, name) or 0 for name in group.files.reclaimable)
+    used = max(0, usage - cache)  # the counters are read one after the other
+    return _Room(
+        limit - used,
+        f"{group.files.limit} of cgroup {group.path} is {limit} bytes, of which {used} are used",
+        "ask for less, close buffers, or raise the limit",
+    )
+
+
+def _read(path: str) -> bytes:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        parts = [os.read(fd, 1 << 14)]
+        while parts[-1]:
+            parts.append(os.read(fd, 1 << 16))
+        return b"".join(parts)
+    finally:
+        os.close(fd)
+
+
+def _number(path: str) -> int | None:
+    try:
+        return int(_read(path))
+    except (OSError, ValueError):
+        return None
+
+
+def _field(text: bytes, name: bytes) -> int | None:
+    """The number behind ``name`` at the start of a line."""
+    found = re.search(rb"^" + re.escape(name) + rb"\s+(\d+)", text, re.MULTILINE)
+    return None if found is None else int(found[1])
+
+
+_default: Final = Budget()
+os.register_at_fork(after_in_child=_default.reset)
+
+
+def check(size: int) -> None:
+    """:meth:`Budget.check` of this machine."""
+    _default.check(size)
+
+
+def claim(size: int) -> contextlib.AbstractContextManager[None]:
+    """:meth:`Budget.claim` of this machine."""
+    return _default.claim(size)

@@ -1,0 +1,736 @@
+"""Mapping and Window: memory that can't go while somebody looks, and accesses that end exactly once."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import gc
+import mmap
+import os
+import pickle
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from dmabuf._native import Mapping, Window, buffer_address, window_view
+
+PAGE = mmap.PAGESIZE
+SIZE = 4 * PAGE
+LONG = 2 << 20  # above the size from which unmapping lets go of the GIL
+
+Catch = list[Any]
+
+
+@pytest.fixture
+def fd() -> Iterator[int]:
+    number = os.memfd_create("test-mapping", os.MFD_CLOEXEC)
+    os.truncate(number, SIZE)
+    yield number
+    os.close(number)
+
+
+@pytest.fixture
+def mapping(fd: int) -> Iterator[Mapping]:
+    with Mapping(fd, SIZE) as opened:
+        yield opened
+
+
+@pytest.fixture
+def calls() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def ended(calls: list[str]) -> Callable[[], None]:
+    return lambda: calls.append("ended")
+
+
+@pytest.fixture
+def unraisable(monkeypatch: pytest.MonkeyPatch) -> Catch:
+    caught: Catch = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda info: caught.append(info.exc_value))
+    return caught
+
+
+def mapped(address: int) -> bool:
+    """Whether an address lies in a mapping of this process."""
+    with open("/proc/self/maps", encoding="ascii", errors="replace") as maps:
+        for line in maps:
+            low, high = (int(word, 16) for word in line.split()[0].split("-"))
+            if low <= address < high:
+                return True
+    return False
+
+
+# ------------------------------------------------------------------ mapping
+
+
+def test_two_mappings_of_one_fd_show_the_same_bytes(fd: int, mapping: Mapping) -> None:
+    with Mapping(fd, SIZE) as other:
+        mapping[5] = 200
+        assert other[5] == 200
+
+
+def test_a_mapping_begins_at_its_offset(fd: int) -> None:
+    os.pwrite(fd, b"here", PAGE)
+    with Mapping(fd, PAGE, offset=PAGE) as mapping:
+        assert mapping[:4] == b"here"
+        assert len(mapping) == mapping.size == PAGE
+
+
+def test_a_length_may_end_inside_the_last_page_of_the_file(fd: int) -> None:
+    os.truncate(fd, PAGE + 1)
+    with Mapping(fd, 2 * PAGE) as mapping:
+        assert mapping[2 * PAGE - 1] == 0
+
+
+def test_a_mapping_outlives_the_fd_and_holds_none() -> None:
+    fd = os.memfd_create("test-mapping")
+    os.truncate(fd, PAGE)
+    before = len(os.listdir("/proc/self/fd"))
+    mapping = Mapping(fd, PAGE)
+    assert len(os.listdir("/proc/self/fd")) == before
+    os.close(fd)
+    mapping[0] = 1
+    assert mapping[0] == 1
+    mapping.close()
+
+
+def test_the_address_is_where_the_bytes_are(mapping: Mapping) -> None:
+    mapping[:3] = b"abc"
+    assert ctypes.string_at(mapping.address, 3) == b"abc"
+    assert buffer_address(mapping) == mapping.address
+
+
+def test_the_buffer_is_flat_bytes(mapping: Mapping) -> None:
+    with memoryview(mapping) as view:
+        assert (view.ndim, view.format, view.itemsize, view.nbytes, view.readonly) == (1, "B", 1, SIZE, False)
+        assert view.obj is mapping
+
+
+def test_a_read_only_mapping_exports_read_only_bytes(fd: int) -> None:
+    with Mapping(fd, SIZE, writable=False) as mapping, memoryview(mapping) as view:
+        assert not mapping.writable
+        assert view.readonly
+
+
+def test_a_writable_request_on_a_read_only_mapping_is_refused(fd: int) -> None:
+    with Mapping(fd, SIZE, writable=False) as mapping:
+        with pytest.raises(BufferError):
+            os.readv(fd, [mapping])
+        assert mapping.exports == 0
+
+
+def test_exports_are_counted(mapping: Mapping) -> None:
+    views = [memoryview(mapping) for _ in range(3)]
+    assert mapping.exports == 3
+    for left, view in zip((2, 1, 0), views, strict=True):
+        view.release()
+        assert mapping.exports == left
+
+
+def test_a_slice_that_outlives_its_view_still_counts(mapping: Mapping) -> None:
+    view = memoryview(mapping)
+    part = view[10:20]
+    view.release()
+    assert mapping.exports == 1
+    part.release()
+    assert mapping.exports == 0
+
+
+def test_close_with_an_export_is_refused_and_changes_nothing(mapping: Mapping) -> None:
+    with memoryview(mapping) as view:
+        with pytest.raises(BufferError):
+            mapping.close()
+        view[0] = 7
+        assert mapping[0] == 7
+
+
+def test_close_with_an_open_window_is_refused(mapping: Mapping) -> None:
+    window = Window(mapping, None, readonly=True)
+    assert mapping.windows == 1
+    with pytest.raises(BufferError):
+        mapping.close()
+    window.retire()
+    assert mapping.windows == 0
+    mapping.close()
+
+
+@pytest.mark.parametrize("length", [PAGE, LONG])
+def test_close_unmaps(fd: int, length: int) -> None:
+    os.truncate(fd, length)
+    mapping = Mapping(fd, length)
+    address = mapping.address
+    assert mapped(address)
+    mapping.close()
+    assert mapping.closed
+    assert not mapped(address)
+
+
+@pytest.mark.parametrize("length", [PAGE, LONG])
+def test_a_dropped_mapping_unmaps(fd: int, length: int) -> None:
+    os.truncate(fd, length)
+    mapping = Mapping(fd, length)
+    address = mapping.address
+    del mapping
+    assert not mapped(address)
+
+
+def test_close_is_idempotent(mapping: Mapping) -> None:
+    mapping.close()
+    mapping.close()
+
+
+def test_the_with_block_closes(fd: int) -> None:
+    with Mapping(fd, SIZE) as mapping:
+        assert not mapping.closed
+    assert mapping.closed
+
+
+def test_an_exception_in_the_with_block_is_not_lost_behind_a_live_view(fd: int) -> None:
+    mapping = Mapping(fd, SIZE)
+    view = memoryview(mapping)
+    with pytest.raises(BufferError) as caught, mapping:
+        raise KeyError("the body's")
+    assert isinstance(caught.value.__context__, KeyError)
+    view.release()
+    mapping.close()
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        pytest.param(lambda m: memoryview(m), id="memoryview"),
+        pytest.param(lambda m: len(m), id="len"),
+        pytest.param(lambda m: m.size, id="size"),
+        pytest.param(lambda m: m.writable, id="writable"),
+        pytest.param(lambda m: m.address, id="address"),
+        pytest.param(lambda m: m[0], id="index"),
+        pytest.param(lambda m: m[:1], id="slice"),
+        pytest.param(lambda m: m.__setitem__(0, 1), id="store"),
+        pytest.param(lambda m: m.__enter__(), id="with"),
+        pytest.param(lambda m: Window(m, None, readonly=True), id="Window"),
+        pytest.param(lambda m: Window(m, None, readonly=True, offset=0, length=1), id="Window range"),
+        pytest.param(lambda m: window_view(m, None, True), id="window_view"),
+        pytest.param(lambda m: buffer_address(m), id="buffer_address"),
+    ],
+)
+def test_a_closed_mapping_refuses(mapping: Mapping, use: Callable[[Mapping], object]) -> None:
+    mapping.close()
+    with pytest.raises(ValueError, match="closed"):
+        use(mapping)
+
+
+def test_a_closed_mapping_still_answers_what_it_is(mapping: Mapping) -> None:
+    mapping.close()
+    assert mapping.closed
+    assert (mapping.exports, mapping.windows) == (0, 0)
+    assert "closed" in repr(mapping)
+
+
+def fails_with(number: int, *args: Any, **kwargs: Any) -> OSError:
+    with pytest.raises(OSError) as caught:
+        Mapping(*args, **kwargs).close()
+    assert caught.value.errno == number
+    return caught.value
+
+
+def test_a_length_of_zero_is_einval(fd: int) -> None:
+    fails_with(errno.EINVAL, fd, 0)
+
+
+def test_a_negative_length_is_einval(fd: int) -> None:
+    fails_with(errno.EINVAL, fd, -PAGE)
+
+
+def test_an_offset_inside_a_page_is_einval_and_named(fd: int) -> None:
+    assert str(PAGE) in str(fails_with(errno.EINVAL, fd, PAGE, offset=100))
+
+
+def test_a_negative_offset_is_einval(fd: int) -> None:
+    fails_with(errno.EINVAL, fd, PAGE, offset=-PAGE)
+
+
+def test_a_range_beyond_the_file_is_einval_instead_of_sigbus(fd: int) -> None:
+    fails_with(errno.EINVAL, fd, SIZE + 1)
+
+
+def test_an_offset_at_the_end_of_the_file_is_einval(fd: int) -> None:
+    fails_with(errno.EINVAL, fd, PAGE, offset=SIZE)
+
+
+def test_a_range_that_wraps_is_einval(fd: int) -> None:
+    fails_with(errno.EINVAL, fd, sys.maxsize, offset=sys.maxsize // PAGE * PAGE)
+
+
+def test_a_closed_fd_is_ebadf(fd: int) -> None:
+    spare = os.dup(fd)
+    os.close(spare)
+    fails_with(errno.EBADF, spare, PAGE)
+
+
+def test_a_negative_fd_is_ebadf() -> None:
+    fails_with(errno.EBADF, -1, PAGE)
+
+
+def test_a_file_that_cannot_be_mapped_is_enodev() -> None:
+    reader, writer = os.pipe()
+    try:
+        fails_with(errno.ENODEV, reader, PAGE, writable=False)
+    finally:
+        os.close(reader)
+        os.close(writer)
+
+
+def test_a_writable_mapping_of_a_read_only_fd_is_eacces(fd: int) -> None:
+    reader = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY)
+    try:
+        assert isinstance(fails_with(errno.EACCES, reader, PAGE), PermissionError)
+        Mapping(reader, PAGE, writable=False).close()
+    finally:
+        os.close(reader)
+
+
+def test_an_fd_that_is_no_int_is_a_type_error() -> None:
+    with pytest.raises(TypeError):
+        Mapping("3", PAGE)  # type: ignore[arg-type, unused-ignore]
+
+
+def test_offset_is_keyword_only(fd: int) -> None:
+    with pytest.raises(TypeError):
+        Mapping(fd, PAGE, 0)  # type: ignore[misc, call-arg, unused-ignore]
+
+
+def test_indices_are_those_of_bytes(mapping: Mapping) -> None:
+    mapping[:8] = b"01234567"
+    mapping[-1] = 9
+    whole = bytes(mapping)
+    assert [mapping[i] for i in (0, 7, -1, -SIZE)] == [whole[i] for i in (0, 7, -1, -SIZE)]
+    for part in (slice(2, 5), slice(None, None, 1000), slice(7, None, -2), slice(5, 2), slice(-3, None), slice(SIZE, 9 * SIZE)):
+        assert mapping[part] == whole[part]
+
+
+def test_a_strided_slice_is_stored_where_it_is_read(mapping: Mapping) -> None:
+    mapping[6:0:-2] = b"abc"
+    assert mapping[:8] == b"\0\0c\0b\0a\0"
+
+
+def test_an_overlapping_store_moves(mapping: Mapping) -> None:
+    mapping[:6] = b"abcdef"
+    with memoryview(mapping) as view:
+        mapping[2:6] = view[:4]
+    assert mapping[:6] == b"ababcd"
+
+
+@pytest.mark.parametrize("index", [SIZE, -SIZE - 1, 1 << 80])
+def test_an_index_outside_is_an_index_error(mapping: Mapping, index: int) -> None:
+    with pytest.raises(IndexError):
+        mapping[index]
+
+
+def test_an_index_that_is_no_int_is_a_type_error(mapping: Mapping) -> None:
+    with pytest.raises(TypeError):
+        mapping["0"]  # type: ignore[call-overload, unused-ignore]
+
+
+@pytest.mark.parametrize("byte", [-1, 256, 1 << 80])
+def test_a_stored_value_that_is_no_byte_is_a_value_error(mapping: Mapping, byte: int) -> None:
+    with pytest.raises(ValueError, match="byte"):
+        mapping[0] = byte
+
+
+def test_a_store_of_another_size_is_a_value_error(mapping: Mapping) -> None:
+    with pytest.raises(ValueError, match="size"):
+        mapping[:3] = b"four"
+
+
+def test_bytes_cannot_be_deleted(mapping: Mapping) -> None:
+    with pytest.raises(TypeError):
+        del mapping[0]  # type: ignore[attr-defined, unused-ignore]
+
+
+def test_a_store_into_a_read_only_mapping_is_a_type_error(fd: int) -> None:
+    with Mapping(fd, SIZE, writable=False) as mapping, pytest.raises(TypeError):
+        mapping[0] = 1
+
+
+class Closer:
+    """An index that closes the mapping while it is being evaluated."""
+
+    def __init__(self, mapping: Mapping) -> None:
+        self.mapping = mapping
+
+    def __index__(self) -> int:
+        self.mapping.close()
+        return 0
+
+
+def test_an_index_that_closes_the_mapping_does_not_read_it(mapping: Mapping) -> None:
+    with pytest.raises(ValueError, match="closed"):
+        mapping[Closer(mapping)]
+
+
+def test_a_slice_that_closes_the_mapping_does_not_read_it(mapping: Mapping) -> None:
+    with pytest.raises(ValueError, match="closed"):
+        mapping[Closer(mapping) :]  # type: ignore[misc, unused-ignore]
+
+
+def test_a_slice_that_closes_the_mapping_does_not_write_it(mapping: Mapping) -> None:
+    with pytest.raises(ValueError, match="closed"):
+        mapping[Closer(mapping) : 1] = b"x"  # type: ignore[misc, unused-ignore]
+
+
+def test_a_mapping_can_be_referred_to_weakly(fd: int) -> None:
+    mapping = Mapping(fd, PAGE)
+    reference = weakref.ref(mapping)
+    assert reference() is mapping
+    del mapping
+    assert reference() is None
+
+
+def test_a_mapping_is_not_pickled(mapping: Mapping) -> None:
+    with pytest.raises(TypeError):
+        pickle.dumps(mapping)
+
+
+def test_a_child_keeps_the_memory_it_inherited(mapping: Mapping) -> None:
+    pid = os.fork()
+    if pid == 0:
+        mapping[0] = 42
+        mapping.close()
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert mapping[0] == 42
+
+
+def test_threads_that_close_one_mapping_close_it_once(fd: int) -> None:
+    os.truncate(fd, LONG)
+    for _ in range(50):
+        mapping = Mapping(fd, LONG)
+        threads = [threading.Thread(target=mapping.close) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert mapping.closed
+
+
+# ------------------------------------------------------------------- window
+
+
+def test_a_window_shows_its_range(mapping: Mapping) -> None:
+    mapping[10:14] = b"abcd"
+    window = Window(mapping, None, readonly=True, offset=11, length=2)
+    with memoryview(window) as view:
+        assert bytes(view) == b"bc"
+        assert view.readonly
+    assert (window.size, window.readonly) == (2, True)
+    window.retire()
+
+
+def test_a_window_without_a_length_reaches_the_end(mapping: Mapping) -> None:
+    window = Window(mapping, None, readonly=True, offset=PAGE)
+    assert window.size == SIZE - PAGE
+    window.retire()
+
+
+def test_a_writable_window_writes_the_mapping(mapping: Mapping) -> None:
+    window = Window(mapping, None, readonly=False, offset=PAGE)
+    with memoryview(window) as view:
+        view[0] = 3
+    window.retire()
+    assert mapping[PAGE] == 3
+
+
+def test_a_read_only_window_refuses_a_writable_buffer(fd: int, mapping: Mapping) -> None:
+    window = Window(mapping, None, readonly=True)
+    with pytest.raises(BufferError):
+        os.readv(fd, [window])
+    assert window.retire()
+
+
+def test_window_exports_are_counted_apart_from_the_mappings(mapping: Mapping) -> None:
+    window = Window(mapping, None, readonly=True)
+    with memoryview(window), memoryview(window), memoryview(mapping):
+        assert (window.exports, mapping.exports, mapping.windows) == (2, 1, 1)
+    assert (window.exports, mapping.exports, mapping.windows) == (0, 0, 1)
+    window.retire()
+
+
+def test_retire_without_exports_ends_the_access_at_once(mapping: Mapping, calls: list[str], ended: Callable[[], None]) -> None:
+    window = Window(mapping, ended, readonly=True)
+    memoryview(window).release()
+    assert calls == []
+    assert window.retire() is True
+    assert calls == ["ended"]
+
+
+def test_retire_with_an_export_leaves_the_end_to_the_last_one(mapping: Mapping, calls: list[str], ended: Callable[[], None]) -> None:
+    window = Window(mapping, ended, readonly=True)
+    first, second = memoryview(window), memoryview(window)
+    assert window.retire() is False
+    first.release()
+    assert calls == []
+    second.release()
+    assert calls == ["ended"]
+    assert mapping.windows == 0
+
+
+def test_the_end_is_told_once(mapping: Mapping, calls: list[str], ended: Callable[[], None]) -> None:
+    window = Window(mapping, ended, readonly=True)
+    view = memoryview(window)
+    assert [window.retire(), window.retire()] == [False, False]
+    view.release()
+    assert [window.retire(), window.retire()] == [True, True]
+    del window, view
+    gc.collect()
+    assert calls == ["ended"]
+
+
+def test_a_slice_that_outlives_the_view_holds_the_access(mapping: Mapping, calls: list[str], ended: Callable[[], None]) -> None:
+    window, view = window_view(mapping, ended, True)
+    part = view[1:3]
+    view.release()
+    assert window.retire() is False
+    del part
+    assert calls == ["ended"]
+
+
+def test_an_array_made_of_the_view_holds_the_access(mapping: Mapping, calls: list[str], ended: Callable[[], None]) -> None:
+    numpy = pytest.importorskip("numpy")
+    window, view = window_view(mapping, ended, True)
+    array = numpy.asarray(view)
+    view.release()  # numpy took a view of its own: only the window knows of it
+    assert window.exports == 1
+    assert window.retire() is False
+    part = array[5:6]
+    del array
+    assert calls == []
+    del part
+    assert calls == ["ended"]
+
+
+def test_a_buffer_taken_of_the_view_keeps_the_view_from_being_released(mapping: Mapping) -> None:
+    window, view = window_view(mapping, None, False)
+    taken = pickle.PickleBuffer(view)
+    with pytest.raises(BufferError):
+        view.release()
+    assert window.retire() is False
+    taken.release()
+    view.release()
+    assert mapping.windows == 0
+
+
+def test_a_view_is_unusable_after_release(mapping: Mapping) -> None:
+    window, view = window_view(mapping, None, True)
+    view.release()
+    window.retire()
+    with pytest.raises(ValueError, match="released"):
+        view[0]
+
+
+def test_a_retired_window_refuses_new_exports(mapping: Mapping) -> None:
+    window = Window(mapping, None, readonly=True)
+    view = memoryview(window)
+    window.retire()
+    with pytest.raises(ValueError, match="over"):
+        memoryview(window)
+    assert window.exports == 1
+    view.release()
+    with pytest.raises(ValueError, match="over"):
+        memoryview(window)
+
+
+def test_the_mapping_can_be_closed_by_on_release(fd: int) -> None:
+    mapping = Mapping(fd, SIZE)
+    window = Window(mapping, mapping.close, readonly=True)
+    view = memoryview(window)
+    window.retire()
+    view.release()
+    assert mapping.closed
+
+
+def test_the_window_keeps_the_mapping(fd: int) -> None:
+    mapping = Mapping(fd, SIZE)
+    mapping[0] = 5
+    address = mapping.address
+    window, view = window_view(mapping, None, True)
+    del mapping
+    assert view[0] == 5
+    view.release()
+    window.retire()
+    assert not mapped(address)
+
+
+def test_the_view_keeps_the_window(mapping: Mapping, calls: list[str], ended: Callable[[], None]) -> None:
+    window, view = window_view(mapping, ended, True)
+    window.retire()
+    del window
+    assert calls == []
+    del view
+    assert calls == ["ended"]
+
+
+def test_an_open_window_that_is_dropped_frees_the_mapping_and_tells_nobody(
+    mapping: Mapping, calls: list[str], ended: Callable[[], None]
+) -> None:
+    window = Window(mapping, ended, readonly=True)
+    del window
+    assert mapping.windows == 0
+    assert calls == []
+
+
+def test_what_on_release_raises_reaches_the_hook_from_retire(mapping: Mapping, unraisable: Catch) -> None:
+    def broken() -> None:
+        raise KeyError("broken")
+
+    assert Window(mapping, broken, readonly=True).retire() is True
+    assert [type(error) for error in unraisable] == [KeyError]
+    unraisable.clear()
+
+
+def test_what_on_release_raises_reaches_the_hook_from_the_last_export(mapping: Mapping, unraisable: Catch) -> None:
+    def broken() -> None:
+        raise KeyError("broken")
+
+    window, view = window_view(mapping, broken, True)
+    window.retire()
+    view.release()
+    assert [type(error) for error in unraisable] == [KeyError]
+    unraisable.clear()
+
+
+def test_an_exception_on_its_way_survives_the_end_of_an_access(mapping: Mapping, calls: list[str], ended: Callable[[], None]) -> None:
+    def retired() -> memoryview:
+        window, view = window_view(mapping, ended, True)
+        window.retire()
+        return view
+
+    with pytest.raises(IndexError):
+        [retired(), calls[5]]  # the view is dropped while the error looks for its handler
+    assert calls == ["ended"]
+
+
+def test_on_release_may_start_the_next_access(mapping: Mapping, calls: list[str]) -> None:
+    def again() -> None:
+        window, view = window_view(mapping, lambda: calls.append("second"), True)
+        view.release()
+        window.retire()
+        calls.append("first")
+
+    Window(mapping, again, readonly=True).retire()
+    assert calls == ["second", "first"]
+    assert mapping.windows == 0
+
+
+class Access:
+    """As an access does: it refers to its window, and its window to it."""
+
+    def __init__(self, mapping: Mapping, calls: list[str]) -> None:
+        self.calls = calls
+        self.window, self.view = window_view(mapping, self.end, True)
+        self.word = "ended"
+
+    def end(self) -> None:
+        self.calls.append(self.word)
+
+
+def test_a_cycle_through_an_open_window_is_collected(mapping: Mapping, calls: list[str]) -> None:
+    access = weakref.ref(Access(mapping, calls))
+    gc.collect()
+    assert access() is None
+    assert (mapping.windows, calls) == (0, [])
+
+
+@pytest.mark.parametrize("views_first", [True, False])
+def test_a_retired_access_ends_whole_when_its_view_becomes_garbage(mapping: Mapping, calls: list[str], views_first: bool) -> None:
+    # The collector takes a cycle apart in the order of its making: on_release must not meet half of its object.
+    holder: Catch = []
+    if views_first:
+        holder.append(holder)
+    access = Access(mapping, calls)
+    access.window.retire()
+    if not views_first:
+        holder.append(holder)
+    holder += [access.view, access]
+    del access, holder
+    gc.collect()
+    assert calls == ["ended"]
+    assert mapping.windows == 0
+
+
+def test_a_window_can_be_referred_to_weakly(mapping: Mapping) -> None:
+    window = Window(mapping, None, readonly=True)
+    reference = weakref.ref(window)
+    del window
+    assert reference() is None
+
+
+def test_a_window_needs_a_mapping() -> None:
+    with pytest.raises(TypeError):
+        Window(bytearray(8), None, readonly=True)  # type: ignore[arg-type, unused-ignore]
+
+
+def test_a_window_needs_to_know_whether_it_is_read_only(mapping: Mapping) -> None:
+    with pytest.raises(TypeError):
+        Window(mapping, None)  # type: ignore[call-arg, unused-ignore]
+
+
+def test_on_release_is_callable_or_none(mapping: Mapping) -> None:
+    with pytest.raises(TypeError):
+        Window(mapping, 5, readonly=True)  # type: ignore[arg-type, unused-ignore]
+    assert mapping.windows == 0
+
+
+def test_a_writable_window_of_a_read_only_mapping_is_refused(fd: int) -> None:
+    with Mapping(fd, SIZE, writable=False) as mapping, pytest.raises(BufferError):
+        Window(mapping, None, readonly=False)
+
+
+@pytest.mark.parametrize(
+    ("offset", "length"),
+    [(-1, 1), (SIZE, None), (SIZE, 1), (0, 0), (0, -1), (0, SIZE + 1), (1, SIZE), (SIZE - 1, sys.maxsize), (-1, None)],
+)
+def test_a_window_outside_of_the_mapping_is_einval(mapping: Mapping, offset: int, length: int | None) -> None:
+    with pytest.raises(OSError) as caught:
+        Window(mapping, None, readonly=True, offset=offset, length=length)
+    assert caught.value.errno == errno.EINVAL
+    assert mapping.windows == 0
+
+
+def test_window_view_checks_its_arguments(mapping: Mapping) -> None:
+    with pytest.raises(TypeError):
+        window_view(mapping, None)  # type: ignore[call-arg, unused-ignore]
+
+
+def test_buffer_address_needs_a_buffer() -> None:
+    with pytest.raises(TypeError):
+        buffer_address(5)  # type: ignore[arg-type, unused-ignore]
+
+
+def test_buffer_address_needs_contiguous_memory() -> None:
+    with pytest.raises(BufferError):
+        buffer_address(memoryview(b"abcdef")[::2])
+
+
+def test_threads_with_their_own_windows_end_each_access_once(mapping: Mapping) -> None:
+    rounds, workers = 500, 4
+    ends: list[None] = []
+
+    def work() -> None:
+        for _ in range(rounds):
+            window, view = window_view(mapping, lambda: ends.append(None), True)
+            window.retire()
+            view.release()
+
+    threads = [threading.Thread(target=work) for _ in range(workers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(ends) == rounds * workers
+    assert (mapping.windows, mapping.exports) == (0, 0)
