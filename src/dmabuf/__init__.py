@@ -1,1 +1,38 @@
-"""The Linux DMA-BUF framework in user space."""
+"""The Linux DMA-BUF framework as a Python library: buffers, fences and reservation objects that processes share."""
+
+import sys as _sys
+
+if not _sys.platform.startswith("linux"):
+    raise ImportError("dmabuf works on Linux only: it is built on memfd, futexes and open-file-description locks")
+
+from dmabuf.core.access import access
+from dmabuf.core.buffer import DmaBuf, get
+from dmabuf.core.fence import DmaFence, Timeline
+from dmabuf.core.iosys_map import IosysMap
+from dmabuf.core.resv import DmaResv
+from dmabuf.core.usage import Direction, Usage
+from dmabuf.core.ww_mutex import WwAcquireContext, lock_all
+from dmabuf.domain.domain import Domain
+from dmabuf.errors import ContractError, ContractWarning, DmaBufError
+from dmabuf.heaps.recommended import allocate, heaps
+
+__all__ = [
+    "ContractError",
+    "ContractWarning",
+    "Direction",
+    "DmaBuf",
+    "DmaBufError",
+    "DmaFence",
+    "DmaResv",
+    "Domain",
+    "IosysMap",
+    "Timeline",
+    "Usage",
+    "WwAcquireContext",
+    "access",
+    "allocate",
+    "get",
+    "heaps",
+    "lock_all",
+]
+__version__ = "0.1.0"

@@ -1,0 +1,34 @@
+/* module.c - dmabuf._native: the only place with raw memory. */
+#include "native.h"
+
+static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "dmabuf._native", "Mapping, atomics, futex and the shared lock of a domain.", -1, NULL, NULL, NULL, NULL, NULL};
+static int constants(PyObject *m) {
+  static const struct { const char *name; long long value; } table[] = {
+      {"VERSION", DB_VERSION}, {"HEADER_BYTES", DB_HEADER_BYTES}, {"CHUNK_BYTES", DB_CHUNK}, {"MAX_CHUNKS", DB_MAX_CHUNKS},
+      {"LIVES", DB_LIVES}, {"BUCKETS", DB_BUCKETS}, {"OFF_LIVES", OFF_LIVES}, {"OFF_CHUNKTAB", OFF_CHUNKTAB},
+      {"OFF_NCHUNKS", offsetof(db_header, nchunks)}, {"OFF_TABLE_LOCK", offsetof(db_header, table_lock)},
+      {"OFF_CONTEXT", offsetof(db_header, next_context)}, {"OFF_STAMP", offsetof(db_header, next_stamp)},
+      {"OFF_SWEEP", offsetof(db_header, sweep_ns)}, {"OFF_LIFE_HIGH", offsetof(db_header, life_high)},
+      {"OFF_ID", offsetof(db_header, id)}, {"OFF_GEOMETRY", offsetof(db_header, chunk_bytes)},
+      {"LIFE_STATE", offsetof(db_life, state)}, {"LIFE_GEN", offsetof(db_life, gen)}, {"LIFE_PID", offsetof(db_life, pid)},
+      {"LIFE_CHUNK", offsetof(db_life, chunk)}, {"LIFE_START", offsetof(db_life, start)}, {"LIFE_BELL", offsetof(db_life, bell)},
+      {"LIFE_SERVED", offsetof(db_life, served)}, {"LIFE_UID", offsetof(db_life, uid)}, {"LIFE_JOINED", offsetof(db_life, joined)},
+      {"LIFE_COMM", offsetof(db_life, comm)}, {"LIFE_BYTES", sizeof(db_life)},
+      {"LIFE_CLEAN", LIFE_CLEAN}, {"LIFE_ALIVE", LIFE_ALIVE},
+      {"CH_LIFE", CH_LIFE}, {"CH_FENCE", CH_FENCE}, {"CH_REC", CH_REC}, {"CH_BLOCK", CH_BLOCK}, {"CH_TIMELINE", CH_TIMELINE}, {"CH_CTX", CH_CTX},
+      {"CTX_PER", CTX_PER}, {"CTX_FIRST_IN_LIFE", CTX_FIRST_IN_LIFE}, {"TIMELINES_PER", TIMELINES_PER}, {"FENCES_PER", FENCES_PER}, {"RECS_PER", RECS_PER},
+      {"FF_ACCESS", FF_ACCESS}, {"FF_WRITE", FF_WRITE}, {"FF_GRANTED", FF_GRANTED},
+      {"TICK_FENCE", TICK_FENCE}, {"TICK_RESV", TICK_RESV}, {"TICK_TABLE", TICK_TABLE}, {"TICK_BELL", TICK_BELL}};
+  for (size_t i = 0; i < sizeof table / sizeof *table; i++)
+    if (PyModule_AddIntConstant(m, table[i].name, (long)table[i].value)) return -1;
+  return PyModule_AddStringConstant(m, "MAGIC", DB_MAGIC);
+}
+PyMODINIT_FUNC PyInit__native(void) {
+  PyObject *m = PyModule_Create(&definition);
+  if (!m) return NULL;
+  if (constants(m) || shm_register(m) || fence_register(m) || step_register(m) || mapping_register(m)) {
+    Py_DECREF(m);
+    return NULL;
+  }
+  return m;
+}

@@ -1,0 +1,285 @@
+/* native.h - the layout of a domain file and the objects that read it.
+ *
+ * A domain is one file that every taking-part process maps whole. It is: one header page, the table of lives, the table
+ * of chunks, the buckets of the buffer hash, and then chunks of 32 KiB. A chunk holds slots of one type for ever (a slot
+ * number stays valid as an address), so a stale handle can only meet a slot of its own type with another generation.
+ *
+ * Rules for everything in here:
+ *   - a number read from the file is bounded before it is used as an index (chunk_at, rec_at, ...);
+ *   - a walk is capped by the size of the pool it walks;
+ *   - a change that matters is one atomic store; what several stores make is ordered so that any prefix of them is a state
+ *     that the next process understands. The states are named where the stores are.
+ */
+#ifndef DMABUF_NATIVE_H
+#define DMABUF_NATIVE_H
+#define PY_SSIZE_T_CLEAN
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
+#include <Python.h>
+#include <structmember.h>
+#include <errno.h>
+#include <stdatomic.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+#include <time.h>
+
+typedef _Atomic uint32_t a32;
+typedef _Atomic uint64_t a64;
+
+#define DB_MAGIC "DMABUFDM"
+#define DB_VERSION 1u
+#define DB_PAGE 4096u
+#define DB_CHUNK 32768u
+#define DB_MAX_CHUNKS 16384u /* 512 MiB of chunks */
+#define DB_LIVES 2048u
+#define DB_BUCKETS 16384u
+#define DB_TICK_NS 40000000ll
+#define DB_SPIN_NS 20000ll
+#define DB_SPIN_GIL_NS 1000ll
+
+enum { CH_NONE, CH_LIFE, CH_FENCE, CH_REC, CH_BLOCK, CH_TIMELINE, CH_CTX };
+enum { LIFE_CLEAN, LIFE_ALIVE };
+enum { REC_FREE, REC_LIVE, REC_DYING };
+
+/* slots in a chunk */
+#define FENCES_PER 256u
+#define RECS_PER 64u
+#define BLOCKS_PER 256u
+#define TIMELINES_PER 32u
+#define CTX_PER 512u
+#define CTX_FIRST_IN_LIFE 256u /* the first half of a life chunk is its bitmap of held buffers */
+#define REC_CHUNKS 2048u       /* one 64-bit word of that bitmap for each chunk of records */
+
+typedef struct {
+  char magic[8];
+  uint32_t version, header_bytes;
+  char id[32]; /* 16 hexadecimal digits and NULs; never changes, survives a reset */
+  uint32_t chunk_bytes, max_chunks, lives, buckets;
+  a32 nchunks;    /* published chunks; everything below is allocated memory */
+  a32 table_lock; /* [waiters 1 | life 31]; guards growth, ownerless pools, the hash */
+  a64 next_context, next_stamp;
+  a64 sweep_ns;
+  a32 rec_chunks, rec_free; /* rec_free: first free record + 1 */
+  a32 life_high;            /* lives below this were used at least once */
+  a32 block_rotor;
+} db_header;
+
+typedef struct { /* 64 bytes */
+  a32 state, gen, pid, chunk; /* chunk: life chunk + 1 */
+  a64 start;                  /* start time of the process, clock ticks (proc(5)) */
+  a32 bell, served, cpu, uid; /* bell: futex of the dispatcher; served: it has one; cpu: last signalled from, + 1 */
+  a64 joined;
+  char comm[16];
+} db_life;
+
+typedef struct { /* 64 bytes: who holds or wants reservation locks and accesses */
+  a32 gen, life;
+  a64 stamp;
+  a64 waits_on; /* handle of the fence being waited for, 0: none */
+  a64 wait_stamp;
+  a32 tid, real; /* real: a WwAcquireContext, not a lock without one */
+  a64 spare[3];
+} db_ctx;
+
+typedef struct { /* 128 bytes */
+  a32 word; /* [generation 26 | flags 6], the futex */
+  a32 flags;
+  a64 gen, context, seqno, timestamp;
+  _Atomic int32_t error;
+  a32 timeline; /* + 1, 0: none */
+  a64 bells;    /* bit (life index % 64): that process wants to be rung */
+  a64 deadline;
+  a64 owner;    /* ctx word of the access's owner, 0: not an access */
+  a32 rec, rec_gen;
+  a64 created;
+  a64 spare[5];
+} db_fence;
+#define FW_SIGNALED 1u
+#define FW_WAITERS 2u
+#define FW_SHARED 4u
+#define FW_SHIFT 6
+#define FF_ACCESS 1u
+#define FF_WRITE 2u
+#define FF_GRANTED 4u
+
+typedef struct { /* 1024 bytes */
+  a32 gen, open;
+  a64 context, seqno;
+  a32 life, spare;
+  char driver[64], name[64];
+  char pad[1024 - 32 - 128 - 512];
+  a64 ring[64]; /* [error 32 | low half of seqno 32] of the last failed fences */
+} db_timeline;
+
+#define INLINE_ENTRIES 16u
+typedef struct { /* the reservation object inside a record */
+  a64 lock; /* [context generation 32 | waiters 1 | context index 31] */
+  a64 next; /* the oldest waiter, same form without the waiters bit */
+  a32 block, spare;
+  a64 spare2;
+  a64 entry[INLINE_ENTRIES]; /* [generation 40 | usage 2 | slot 22], 0 ends the list */
+} db_resv;
+
+typedef struct { /* 512 bytes: a buffer, or a reservation object of its own */
+  a32 state, gen;
+  a64 dev, ino, size;
+  uint8_t nonce[16];
+  a64 created;
+  a32 life, pid;
+  a32 hnext, kind; /* hnext: next in bucket + 1 */
+  _Atomic int32_t torn;
+  a32 torn_pid;
+  a32 absent, resv; /* resv: record + 1 of a foreign reservation object, 0: the own one */
+  a64 absent_ns;
+  a32 name_version, free_next;
+  uint8_t name_len[2], exp_len, home_len, pad[4]; /* name_len: length + 1, 0: never set */
+  char name[2][32], exp_name[32], home[32];
+  a64 spare[2];
+  db_resv r;
+  a64 spare3[12];
+} db_rec;
+
+#define BLOCK_ENTRIES 15u
+typedef struct { /* 128 bytes: more entries of a reservation object */
+  a32 owner, next; /* record + 1 (0: free); block + 1 */
+  a64 entry[BLOCK_ENTRIES];
+} db_block;
+
+#define OFF_LIVES DB_PAGE
+#define OFF_CHUNKTAB (OFF_LIVES + DB_LIVES * 64u)
+#define OFF_BUCKETS (OFF_CHUNKTAB + DB_MAX_CHUNKS * 8u)
+#define DB_HEADER_BYTES (OFF_BUCKETS + DB_BUCKETS * 4u)
+_Static_assert(sizeof(db_header) <= DB_PAGE, "header");
+_Static_assert(sizeof(db_life) == 64, "life");
+_Static_assert(sizeof(db_ctx) == 64, "ctx");
+_Static_assert(sizeof(db_fence) == 128, "fence");
+_Static_assert(sizeof(db_timeline) == 1024, "timeline");
+_Static_assert(sizeof(db_rec) == 512, "record");
+_Static_assert(sizeof(db_block) == 128, "block");
+_Static_assert(DB_HEADER_BYTES % DB_PAGE == 0, "header pages");
+
+/* chunk table entry: [owner life 32 | 8 unused | ordinal 16 | type 8] */
+#define CT_TYPE(e) ((uint32_t)((e) & 0xff))
+#define CT_ORD(e) ((uint32_t)(((e) >> 8) & 0xffff))
+#define CT_LIFE(e) ((uint32_t)((e) >> 32))
+#define CT_MAKE(type, ord, life) ((uint64_t)(type) | (uint64_t)(ord) << 8 | (uint64_t)(life) << 32)
+
+#define LIFE_INDEX(id) ((id) & (DB_LIVES - 1))
+#define LIFE_ID(index, gen) (((gen) & 0xfffffu) << 11 | (index))
+#define TL_WAITERS 0x80000000u
+
+#define CTX_WAITERS 0x80000000ull
+#define CTX_INDEX(w) ((uint32_t)((w) & 0x7fffffffu))
+#define CTX_GEN(w) ((uint32_t)((w) >> 32))
+
+#define SLOT_MASK 0x3fffffull
+#define H_SLOT(h) ((uint32_t)((h) & SLOT_MASK))
+#define H_GEN(h) ((h) >> 24)
+#define H_MAKE(slot, gen) ((uint64_t)(slot) | ((uint64_t)(gen) << 24))
+#define E_USAGE(e) ((uint32_t)(((e) >> 22) & 3))
+#define E_HANDLE(e) ((e) & ~(3ull << 22))
+#define E_MAKE(h, usage) ((h) | (uint64_t)(usage) << 22)
+#define GEN_MASK 0xffffffffffull
+#define WORD_OF(gen) ((uint32_t)((gen) & 0x3ffffffu) << FW_SHIFT)
+
+typedef struct {
+  PyObject_HEAD
+  char *base;
+  size_t length;
+  int fd; /* borrowed from the Python Domain, which outlives every call */
+  uint32_t known;      /* chunks this process has checked against the file's size */
+  a64 *token;          /* a page that fork wipes: our life id, 0 in a child */
+  PyObject *tick;      /* tick(kind, value): a wait lasted DB_TICK_NS; may raise */
+  PyObject *on_local;  /* on_local(handle): a fence with callbacks in this process was signalled here */
+  PyObject *fail;      /* errors.fail */
+  PyObject *weakrefs;
+  uint64_t *fifo; /* free fence slots of this life, oldest first: a slot rests as long as possible */
+  uint32_t fifo_cap, fifo_head, fifo_count, fifo_life;
+  uint32_t claim_hint[8];
+} Shm;
+
+extern PyTypeObject *Shm_Type;
+
+static inline int64_t now_ns(void) {
+  struct timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
+}
+static inline void cpu_relax(void) {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  __asm__ volatile("yield");
+#endif
+}
+static inline db_header *hdr(Shm *s) { return (db_header *)s->base; }
+static inline db_life *life_slot(Shm *s, uint32_t id) { return (db_life *)(s->base + OFF_LIVES) + LIFE_INDEX(id); }
+static inline a64 *chunk_entry(Shm *s, uint32_t i) { return (a64 *)(s->base + OFF_CHUNKTAB) + i; }
+static inline a32 *bucket(Shm *s, uint32_t i) { return (a32 *)(s->base + OFF_BUCKETS) + (i & (DB_BUCKETS - 1)); }
+static inline uint32_t my_life(Shm *s) { return (uint32_t)atomic_load(s->token); }
+static inline int life_current(Shm *s, uint32_t id) { /* is this id the slot's present one (not: does the process live)? */
+  db_life *l = life_slot(s, id);
+  return id && atomic_load(&l->state) == LIFE_ALIVE && LIFE_ID(LIFE_INDEX(id), atomic_load(&l->gen)) == id;
+}
+
+/* shm.c */
+char *chunk_at(Shm *s, uint32_t i, uint32_t type); /* NULL: no such chunk of that type */
+int shm_corrupt(Shm *s, const char *what);         /* raises EUCLEAN, returns -1 */
+int shm_fail(Shm *s, int err, const char *op, const char *obj, const char *remedy); /* raises, returns -1 */
+int shm_need_life(Shm *s, const char *op);         /* 0, or raises EPERM in a forked child */
+/* One sleep on a word: until woken, a tick passed, or `until` (CLOCK_MONOTONIC ns, -1 never). The GIL is released.
+ * 0: look again; 1: a tick passed, tick(kind, value) was called; -1: an exception (a signal handler's, or tick's);
+ * -2: a signal arrived and no handler raised. */
+int shm_sleep(Shm *s, a32 *word, uint32_t expected, int64_t until, int kind, uint64_t value);
+void word_wake(a32 *word, int n);
+int shm_register(PyObject *module);
+enum { TICK_FENCE, TICK_RESV, TICK_TABLE, TICK_BELL };
+double remaining_s(int64_t until);
+int parse_timeout(Shm *s, PyObject *obj, int64_t *until, const char *op); /* None or seconds >= 0 */
+
+/* table.c */
+int table_lock(Shm *s);
+void table_unlock(Shm *s);
+extern PyMethodDef table_methods[];
+int64_t chunk_claim(Shm *s, uint32_t type, uint32_t owner); /* chunk, or -1 with an exception */
+db_rec *rec_at(Shm *s, uint32_t rec);
+db_block *block_at(Shm *s, uint32_t block);
+db_ctx *ctx_at(Shm *s, uint32_t index);
+db_timeline *timeline_at(Shm *s, uint32_t index);
+int blocks_add(Shm *s, uint32_t rec, a32 *link, uint32_t count); /* 0 or -1 with an exception */
+
+/* fence.c */
+db_fence *fence_at(Shm *s, uint32_t slot);
+int fence_pending(Shm *s, uint64_t handle, db_fence **out); /* 1 pending, 0 signalled or gone; out may be NULL slot */
+int fence_finish(Shm *s, uint64_t handle, db_fence *f, int error); /* 0; 1: it had been signalled already */
+extern PyMethodDef fence_methods[];
+int fence_register(PyObject *module);
+
+/* resv.c */
+extern PyMethodDef resv_methods[];
+
+/* step.c */
+#define DB_STEPS(X) \
+  X(rec_locked) X(rec_filled) X(rec_held) X(rec_live) X(rec_linked) \
+  X(rec_dying) X(rec_unlinked) X(rec_cleared) X(rec_freed) \
+  X(chunk_allocated) X(chunk_typed) X(chunk_published) X(chunk_owned) \
+  X(fence_filled) X(fence_published) X(fence_error) X(fence_stamped) X(fence_signaled) X(fence_woken) X(fence_rung) \
+  X(resv_locked) X(resv_next) X(resv_waiting) X(resv_stolen) X(resv_unlocked) X(resv_added) X(block_taken) X(block_linked) \
+  X(name_written) X(name_switched) X(reap_torn) X(reap_fence) X(reap_ctx) X(reap_chunk) X(table_stolen) X(table_rebuilt)
+enum {
+#define X(n) STEP_##n,
+  DB_STEPS(X)
+#undef X
+  STEP_COUNT
+};
+extern int step_armed;
+void step_hit(int id);
+void step_sleeping(int id);
+#define STEP(n) do { if (__builtin_expect(step_armed, 0)) step_hit(STEP_##n); } while (0)
+int step_register(PyObject *module);
+
+/* mapping.c */
+int mapping_register(PyObject *module);
+#endif

@@ -1,0 +1,270 @@
+/* resv.c - the reservation object: its lock and its list of fences.
+ *
+ * The lock is the wait-die ww_mutex of spec 4.10. It is one word; it goes from 0 to its owner's context in one
+ * compare-and-swap, so there is no instant at which it is held by nobody in particular; a lock whose owner's context has
+ * another generation by now belongs to a dead process and is taken the same way. `next` names the oldest waiter, which
+ * nobody younger overtakes. Whoever sleeps looks at everything again when woken, which is how a waiter is "woken to die".
+ *
+ * The list is an array of words, each a fence and its usage; a 0 ends it. Adding is one store, replacing is one store.
+ * Entries of signalled fences stay until a later add overwrites them or they are trimmed from the end, so a reader without
+ * the lock can never miss a pending fence. */
+#include "native.h"
+
+static db_resv *resv_of(Shm *s, uint32_t rec) {
+  db_rec *r = rec_at(s, rec);
+  if (!r) { shm_corrupt(s, "a record outside of the file"); return NULL; }
+  return &r->r;
+}
+static db_ctx *ctx_alive(Shm *s, uint64_t word) {
+  db_ctx *c = ctx_at(s, CTX_INDEX(word));
+  return c && atomic_load(&c->gen) == CTX_GEN(word) && atomic_load(&c->life) ? c : NULL;
+}
+static inline a32 *lock_futex(db_resv *r) {
+#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+  return (a32 *)&r->lock;
+#else
+#error "the futex is the low half of the lock word: little-endian only"
+#endif
+}
+static inline int older(db_ctx *a, db_ctx *b) { return (int64_t)(atomic_load(&a->stamp) - atomic_load(&b->stamp)) < 0; }
+
+/* resv_lock(rec, ctx, acquired, interruptible, try, until) -> 0 locked, 1 taken from a dead owner, or a negative errno */
+static PyObject *resv_lock(Shm *s, PyObject *args) {
+  unsigned rec;
+  unsigned long long me;
+  int acquired, interruptible, try;
+  long long until;
+  if (!PyArg_ParseTuple(args, "IKippL", &rec, &me, &acquired, &interruptible, &try, &until)) return NULL;
+  if (shm_need_life(s, "lock")) return NULL;
+  db_resv *r = resv_of(s, rec);
+  db_ctx *mine = ctx_at(s, CTX_INDEX(me));
+  if (!r) return NULL;
+  if (!mine) { shm_corrupt(s, "a context outside of the file"); return NULL; }
+  uint64_t w = 0;
+  if (!atomic_load(&r->next) && atomic_compare_exchange_strong(&r->lock, &w, me)) {
+    STEP(resv_locked);
+    return PyLong_FromLong(0);
+  }
+  int real = (int)atomic_load(&mine->real), result = 0, waited = 0;
+  for (;;) {
+    w = atomic_load(&r->lock);
+    uint64_t owner = w & ~CTX_WAITERS, nx = atomic_load(&r->next);
+    if (owner == me) { result = real ? -EALREADY : -EDEADLK; break; }
+    db_ctx *holder = owner ? ctx_alive(s, owner) : NULL, *first = nx && nx != me ? ctx_alive(s, nx) : NULL;
+    if (!holder) {
+      if (!first || try || older(mine, first)) {
+        if (!atomic_compare_exchange_strong(&r->lock, &w, me | (w & CTX_WAITERS))) continue;
+        if (owner) { STEP(resv_stolen); }
+        else STEP(resv_locked);
+        if (nx == me) atomic_compare_exchange_strong(&r->next, &nx, 0);
+        if (w & CTX_WAITERS) word_wake(lock_futex(r), INT32_MAX); /* they look again: some must die, one becomes next */
+        return PyLong_FromLong(owner ? 1 : 0);
+      }
+    } else if (try) { result = -EBUSY; break; }
+    else if (real && acquired > 0) { /* wait-die: who holds locks does not wait for an older one */
+      if ((atomic_load(&holder->real) && older(holder, mine)) || (first && atomic_load(&first->real) && older(first, mine))) {
+        result = -EDEADLK;
+        break;
+      }
+    }
+    if (until >= 0 && now_ns() >= until) { result = -ETIMEDOUT; break; }
+    if (nx != me && (!first || older(mine, first))) {
+      if (!atomic_compare_exchange_strong(&r->next, &nx, me)) continue;
+      STEP(resv_next); /* named as next; a death leaves a name whose context is no longer alive */
+      if (w & CTX_WAITERS) word_wake(lock_futex(r), INT32_MAX);
+      waited = 1;
+      continue;
+    }
+    if (!(w & CTX_WAITERS) && !atomic_compare_exchange_strong(&r->lock, &w, w | CTX_WAITERS)) continue;
+    waited = 1;
+    STEP(resv_waiting);
+    if (step_armed) step_sleeping(STEP_resv_waiting);
+    int k = shm_sleep(s, lock_futex(r), (uint32_t)(w | CTX_WAITERS), until, TICK_RESV, owner ? owner : nx);
+    if (k == -1) { result = -1; break; }
+    if (k == -2 && interruptible) { result = -EINTR; break; }
+  }
+  if (waited) { /* leave without a trace, and let the others choose anew */
+    uint64_t nx = me;
+    if (atomic_compare_exchange_strong(&r->next, &nx, 0)) word_wake(lock_futex(r), INT32_MAX);
+  }
+  return result == -1 ? NULL : PyLong_FromLong(result);
+}
+static PyObject *resv_unlock(Shm *s, PyObject *args) { /* (rec, ctx) -> it was ours */
+  unsigned rec;
+  unsigned long long me;
+  if (!PyArg_ParseTuple(args, "IK", &rec, &me)) return NULL;
+  db_resv *r = resv_of(s, rec);
+  if (!r) return NULL;
+  if (!my_life(s)) Py_RETURN_FALSE;
+  uint64_t w = atomic_load(&r->lock);
+  if ((w & ~CTX_WAITERS) != me) Py_RETURN_FALSE;
+  w = atomic_exchange(&r->lock, 0);
+  STEP(resv_unlocked); /* free; who sleeps finds out at the next tick if we die now */
+  if ((w & CTX_WAITERS) || atomic_load(&r->next)) word_wake(lock_futex(r), INT32_MAX);
+  Py_RETURN_TRUE;
+}
+static PyObject *resv_owner(Shm *s, PyObject *arg) { /* the living owner's ctx word, 0: unlocked */
+  unsigned long rec = PyLong_AsUnsignedLong(arg);
+  if (rec == (unsigned long)-1 && PyErr_Occurred()) return NULL;
+  db_resv *r = resv_of(s, (uint32_t)rec);
+  if (!r) return NULL;
+  uint64_t owner = atomic_load(&r->lock) & ~CTX_WAITERS;
+  return PyLong_FromUnsignedLongLong(owner && ctx_alive(s, owner) ? owner : 0);
+}
+
+/* ---- the list ---- */
+typedef struct { Shm *s; db_resv *r; uint32_t i, block, blocks, rec; } cursor;
+static a64 *entry_next(cursor *c) { /* NULL at the end of the capacity */
+  uint32_t i = c->i++;
+  if (i < INLINE_ENTRIES) return &c->r->entry[i];
+  i = (i - INLINE_ENTRIES) % BLOCK_ENTRIES;
+  if (!i) {
+    db_block *b = c->blocks ? block_at(c->s, c->block - 1) : NULL;
+    c->block = c->blocks ? (b ? atomic_load(&b->next) : 0) : atomic_load(&c->r->block);
+    if (++c->blocks > DB_MAX_CHUNKS * BLOCKS_PER) c->block = 0;
+  }
+  db_block *b = c->block ? block_at(c->s, c->block - 1) : NULL;
+  if (!b || atomic_load(&b->owner) != c->rec + 1) return NULL;
+  return &b->entry[i];
+}
+static PyObject *resv_entries(Shm *s, PyObject *args) { /* (rec, usage, pending_only) -> [handle, usage, ...] flat pairs */
+  unsigned rec, usage;
+  int pending;
+  if (!PyArg_ParseTuple(args, "IIp", &rec, &usage, &pending)) return NULL;
+  db_resv *r = resv_of(s, rec);
+  PyObject *out = r ? PyList_New(0) : NULL;
+  cursor c = {s, r, 0, 0, 0, rec};
+  for (a64 *p; out && (p = entry_next(&c));) {
+    uint64_t e = atomic_load(p);
+    if (!e) break;
+    if (E_USAGE(e) > usage || (pending && !fence_pending(s, E_HANDLE(e), NULL))) continue;
+    PyObject *t = Py_BuildValue("KI", (unsigned long long)E_HANDLE(e), E_USAGE(e));
+    if (!t || PyList_Append(out, t)) Py_CLEAR(out);
+    Py_XDECREF(t);
+  }
+  return out;
+}
+static PyObject *resv_pending(Shm *s, PyObject *args) { /* (rec, usage, not) -> [handle] of pending fences but `not` */
+  unsigned rec, usage;
+  unsigned long long not;
+  if (!PyArg_ParseTuple(args, "IIK", &rec, &usage, &not)) return NULL;
+  db_resv *r = resv_of(s, rec);
+  PyObject *out = r ? PyList_New(0) : NULL;
+  cursor c = {s, r, 0, 0, 0, rec};
+  for (a64 *p; out && (p = entry_next(&c));) {
+    uint64_t e = atomic_load(p);
+    if (!e) break;
+    if (E_USAGE(e) > usage || E_HANDLE(e) == not || !fence_pending(s, E_HANDLE(e), NULL)) continue;
+    PyObject *h = PyLong_FromUnsignedLongLong(E_HANDLE(e));
+    if (!h || PyList_Append(out, h)) Py_CLEAR(out);
+    Py_XDECREF(h);
+  }
+  return out;
+}
+static PyObject *resv_busy(Shm *s, PyObject *args) { /* (rec, usage) -> a pending fence of at most that usage, or 0 */
+  unsigned rec, usage;
+  if (!PyArg_ParseTuple(args, "II", &rec, &usage)) return NULL;
+  db_resv *r = resv_of(s, rec);
+  if (!r) return NULL;
+  cursor c = {s, r, 0, 0, 0, rec};
+  for (a64 *p; (p = entry_next(&c));) {
+    uint64_t e = atomic_load(p);
+    if (!e) break;
+    if (E_USAGE(e) <= usage && fence_pending(s, E_HANDLE(e), NULL)) return PyLong_FromUnsignedLongLong(E_HANDLE(e));
+  }
+  return PyLong_FromLong(0);
+}
+static PyObject *resv_reserve(Shm *s, PyObject *args) { /* (rec, n): room for n more; lock held */
+  unsigned rec, n;
+  if (!PyArg_ParseTuple(args, "II", &rec, &n)) return NULL;
+  db_resv *r = resv_of(s, rec);
+  if (!r) return NULL;
+  cursor c = {s, r, 0, 0, 0, rec};
+  uint32_t room = 0, cap = 0, used = 0;
+  a64 *tail[16];
+  for (a64 *p; (p = entry_next(&c)); cap++) {
+    uint64_t e = atomic_load(p);
+    if (!e || !fence_pending(s, E_HANDLE(e), NULL)) room++;
+    if (e) { tail[used & 15] = p; used++; }
+  }
+  if (used > INLINE_ENTRIES) /* a list that grew long once shrinks a little each time */
+    for (uint32_t k = 0; k < 16; k++) {
+      a64 *p = tail[(used - 1 - k) & 15];
+      if (fence_pending(s, E_HANDLE(atomic_load(p)), NULL)) break;
+      atomic_store(p, 0); /* only the last entry goes, so the list never has a hole */
+    }
+  if (room >= n) return PyLong_FromLong(0);
+  a32 *link = &r->block;
+  for (uint32_t k = 0; atomic_load(link) && k < DB_MAX_CHUNKS * BLOCKS_PER; k++) {
+    db_block *b = block_at(s, atomic_load(link) - 1);
+    if (!b || atomic_load(&b->owner) != rec + 1) { atomic_store(link, 0); break; }
+    link = &b->next;
+  }
+  uint32_t more = (n - room + BLOCK_ENTRIES - 1) / BLOCK_ENTRIES;
+  if ((uint64_t)more * BLOCK_ENTRIES + cap > 1u << 22) return PyLong_FromLong(-ENOMEM);
+  if (blocks_add(s, rec, link, more)) return NULL;
+  return PyLong_FromLong(0);
+}
+static PyObject *resv_add(Shm *s, PyObject *args) { /* (rec, handle, usage, room) -> 1 took new room, 0 replaced, -1 no room */
+  unsigned rec, usage;
+  unsigned long long handle;
+  long room;
+  if (!PyArg_ParseTuple(args, "IKIl", &rec, &handle, &usage, &room)) return NULL;
+  db_resv *r = resv_of(s, rec);
+  if (!r) return NULL;
+  if (usage > 3) { PyErr_SetString(PyExc_ValueError, "resv_add: usage is 0 to 3"); return NULL; }
+  db_fence *f;
+  fence_pending(s, handle, &f);
+  if (f) atomic_fetch_or(&f->word, FW_SHARED);
+  uint64_t context = f ? atomic_load(&f->context) : 0, seqno = f ? atomic_load(&f->seqno) : 0;
+  cursor c = {s, r, 0, 0, 0, rec};
+  for (a64 *p; (p = entry_next(&c));) {
+    uint64_t e = atomic_load(p);
+    if (!e) {
+      if (!room) return PyLong_FromLong(-1);
+      atomic_store(p, E_MAKE(handle, usage));
+      STEP(resv_added);
+      return PyLong_FromLong(1);
+    }
+    db_fence *o;
+    int pending = fence_pending(s, E_HANDLE(e), &o);
+    if (!pending || (f && o && atomic_load(&o->context) == context && E_USAGE(e) >= usage &&
+                     (E_HANDLE(e) == handle || seqno > atomic_load(&o->seqno)))) {
+      atomic_store(p, E_MAKE(handle, usage));
+      STEP(resv_added);
+      return PyLong_FromLong(0);
+    }
+  }
+  return PyLong_FromLong(-1);
+}
+static PyObject *resv_replace(Shm *s, PyObject *args) { /* (rec, context, handle, usage): every entry of the context */
+  unsigned rec, usage;
+  unsigned long long context, handle;
+  if (!PyArg_ParseTuple(args, "IKKI", &rec, &context, &handle, &usage)) return NULL;
+  db_resv *r = resv_of(s, rec);
+  if (!r) return NULL;
+  db_fence *f;
+  fence_pending(s, handle, &f);
+  if (f) atomic_fetch_or(&f->word, FW_SHARED);
+  cursor c = {s, r, 0, 0, 0, rec};
+  unsigned n = 0;
+  for (a64 *p; (p = entry_next(&c));) {
+    uint64_t e = atomic_load(p);
+    if (!e) break;
+    db_fence *o;
+    fence_pending(s, E_HANDLE(e), &o);
+    if (!o || atomic_load(&o->context) != context) continue;
+    atomic_store(p, E_MAKE(handle, usage & 3));
+    n++;
+  }
+  return PyLong_FromUnsignedLong(n);
+}
+PyMethodDef resv_methods[] = {
+#define M(n, flags, doc) {#n, (PyCFunction)n, flags, doc}
+    M(resv_lock, METH_VARARGS, "Lock (rec, ctx, acquired, interruptible, try, until) -> 0, 1 from a dead owner, or -errno."),
+    M(resv_unlock, METH_VARARGS, "Unlock (rec, ctx) -> it was ours."), M(resv_owner, METH_O, "The living owner's context word, or 0."),
+    M(resv_entries, METH_VARARGS, "Entries (rec, usage, pending_only) -> [(handle, usage)]."),
+    M(resv_pending, METH_VARARGS, "Pending handles (rec, usage, but)."), M(resv_busy, METH_VARARGS, "A pending handle (rec, usage), or 0."),
+    M(resv_reserve, METH_VARARGS, "Make room (rec, n)."), M(resv_add, METH_VARARGS, "Add (rec, handle, usage, room) -> 1, 0, -1."),
+    M(resv_replace, METH_VARARGS, "Replace (rec, context, handle, usage) -> count."),
+    {0}};

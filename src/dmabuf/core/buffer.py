@@ -1,0 +1,475 @@
+"""``DmaBuf``: a buffer is a file descriptor (spec 2, 5.2–5.7).
+
+A ``DmaBuf`` owns one fd and closes it once. ``get(fd)`` and ``get_dma_buf()`` give handles of their own to the same buffer; they are equal
+and hash alike, and share the reservation object and the count of vmaps inside the process. Using a closed handle is EBADF, except
+``close()``, ``closed`` and ``repr``.
+
+Must be called *without* the buffer's reservation lock held by the caller: ``read``, ``write``, ``begin_cpu_access``, ``end_cpu_access``,
+``sync``, ``vmap_unlocked``, ``vunmap_unlocked`` (else ``ContractWarning`` and EDEADLK). Must be called *with* it: ``vmap``, ``vunmap``
+(else ``ContractError``). The rest doesn't care.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import select
+import weakref
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from dmabuf import _native
+from dmabuf.core import poll as polling
+from dmabuf.core.access import Access
+from dmabuf.core.fence import monotonic_deadline
+from dmabuf.core.identity import identify, take_lease
+from dmabuf.core.iosys_map import IosysMap
+from dmabuf.core.owner import current
+from dmabuf.core.resv import DmaResv, resv_of
+from dmabuf.core.usage import Direction, Usage, checked_direction
+from dmabuf.domain.domain import Domain
+from dmabuf.domain.records import Record, adopt
+from dmabuf.errors import ContractError, contract_warning, fail
+
+NAME_BYTES = 31  # DMA_BUF_NAME_LEN without its NUL
+PAGE = os.sysconf("SC_PAGE_SIZE")
+SYNC_READ, SYNC_WRITE, SYNC_RW, SYNC_START, SYNC_END = 1, 2, 3, 0, 4
+_SYNC_DIRECTION = {SYNC_READ: Direction.FROM_DEVICE, SYNC_WRITE: Direction.TO_DEVICE, SYNC_RW: Direction.BIDIRECTIONAL}
+MEMFD = b"memfd"
+
+
+@dataclass(frozen=True)
+class BufferStatistics:
+    """What a handle says of itself. ``mapped``: the handle keeps a mapping for its accesses; ``accesses``: open blocks of this handle."""
+
+    size: int
+    ino: int
+    home: str
+    accesses: int
+    mapped: bool
+    vmaps: int
+    poll_fds: int
+
+
+class DmaBuf:
+    """A buffer. Made by :func:`dmabuf.allocate`, :func:`dmabuf.get`, :func:`dmabuf.open` or :func:`dmabuf.recv`; not constructed by hand."""
+
+    __slots__ = ("__weakref__", "_accesses", "_fd", "_life", "_mapping", "_polls", "_record", "_resv", "_size", "domain")
+
+    _fd: int
+    domain: Domain
+
+    def __new__(cls, *_: object, **__: object) -> Self:
+        raise TypeError("a DmaBuf is made by dmabuf.allocate(), get(), open() or recv()")
+
+    @classmethod
+    def _make(cls, fd: int, record: Record) -> DmaBuf:
+        """A handle that owns fd."""
+        buf = object.__new__(cls)
+        buf._fd, buf._record, buf._size, buf.domain = fd, record, record.size, record.domain
+        buf._mapping, buf._resv, buf._accesses, buf._polls = None, None, 0, None
+        buf._life = record.shm.life
+        return buf
+
+    def __repr__(self) -> str:
+        where = "closed" if self._fd < 0 else f"fd {self._fd}"
+        return f"<dmabuf.DmaBuf {where} ino {self._record.ino} {self._size} bytes {os.fsdecode(self._record.home)}>"
+
+    # ---- the handle ----
+
+    def _check(self, operation: str) -> int:
+        if self._fd < 0:
+            raise fail(errno.EBADF, operation, self, "open the buffer again", what="the buffer is closed")
+        return self._fd
+
+    def _usable(self, operation: str) -> None:
+        self._check(operation)
+        self._record.ensure()
+
+    @property
+    def closed(self) -> bool:
+        """Was ``close()`` or ``detach()`` called?"""
+        return self._fd < 0
+
+    def fileno(self) -> int:
+        """The fd, borrowed: it stays the buffer's, who closes it. Errors: EBADF."""
+        return self._check("fileno")
+
+    def dup(self, cloexec: bool = True) -> int:
+        """A new fd of the same buffer, owned by the caller. ``cloexec``: not inherited by exec. Errors: EBADF; EMFILE (dup(2))."""
+        fd = self._check("dup")
+        try:
+            return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC if cloexec else fcntl.F_DUPFD, 0)
+        except OSError as e:
+            raise fail(e.errno or errno.EIO, "dup", self, "raise RLIMIT_NOFILE or close descriptors") from None
+
+    def detach(self) -> int:
+        """Close the handle but keep its fd, which the caller owns from now on. Errors: EBADF; EBUSY inside an access of this handle."""
+        fd = self._check("detach")
+        self._leave("detach")
+        self._fd = -1
+        return fd
+
+    def close(self) -> None:
+        """Close the handle; again: nothing. Mappings live on (mmap(2)). Errors: EBUSY inside an access of this handle."""
+        if self._fd < 0:
+            return
+        self._leave("close")
+        fd, self._fd = self._fd, -1
+        os.close(fd)
+
+    def _leave(self, operation: str) -> None:
+        if self._accesses and self._life == self._record.shm.life:
+            raise fail(
+                errno.EBUSY,
+                operation,
+                self,
+                "leave the block first",
+                what=f"{self._accesses} read() or write() block of this handle is open",
+            )
+        for waiting in list(self._polls or ()):
+            waiting.cancel()
+        # Not unmapped here: an array that outlived its read() block still shows it.
+        self._mapping = self._resv = self._polls = None
+
+    def __enter__(self) -> Self:
+        self._check("enter")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_fd", -1) >= 0:
+            fd, self._fd = self._fd, -1
+            os.close(fd)
+
+    def get_dma_buf(self) -> DmaBuf:
+        """Another reference: a handle with an fd and a close of its own (spec 2.5). Errors: EBADF, EMFILE."""
+        return DmaBuf._make(self.dup(), self._record)
+
+    def put(self) -> None:
+        """Drop a reference: ``close()`` by the kernel's name (spec 2.4)."""
+        self.close()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, DmaBuf) and (self._record.dev, self._record.ino) == (other._record.dev, other._record.ino)
+
+    def __hash__(self) -> int:
+        return hash((self._record.dev, self._record.ino))
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "a DmaBuf is a file descriptor and can't be pickled to bytes: pass it to a multiprocessing process or queue, or send it with dmabuf.send()"
+        )
+
+    # ---- what it is ----
+
+    @property
+    def size(self) -> int:
+        """Bytes; never changes (spec 1.2)."""
+        self._check("size")
+        return self._size
+
+    @property
+    def ino(self) -> int:
+        """The inode number: the same in every process, for every fd of the buffer (spec 1.2)."""
+        self._check("ino")
+        return self._record.ino
+
+    @property
+    def exp_name(self) -> str:
+        """The exporter's name (spec 1.2)."""
+        self._check("exp_name")
+        return os.fsdecode(self._record.exp_name)
+
+    @property
+    def home(self) -> str:
+        """Where the memory lives: ``"memfd"`` for plain memory of ours; a real dma-bufs's home names its maker."""
+        self._check("home")
+        return os.fsdecode(self._record.home)
+
+    @property
+    def name(self) -> str | None:
+        """The name that users gave, None when never set. Settable, from any process: at most 31 bytes (spec 5.4).
+
+        Errors on setting: EINVAL longer, or with a NUL; TypeError neither str nor bytes.
+        """
+        self._check("name")
+        found = self._record.info()["name"]
+        return None if found is None else os.fsdecode(found)
+
+    @name.setter
+    def name(self, value: str | bytes) -> None:
+        self._check("name")
+        raw = checked_name(value, self)
+        self._record.shm.rec_name(self._record.ensure(), raw)
+
+    @property
+    def resv(self) -> DmaResv:
+        """The buffer's reservation object; the same object for every handle in this process."""
+        if self._resv is None:
+            self._check("resv")
+            self._resv = resv_of(self._record)
+        return self._resv
+
+    # ---- memory ----
+
+    def _window_source(self, write: bool) -> _native.Mapping:
+        """The mapping that this handle's accesses look through; it stays, because fresh pages cost more than a copy."""
+        mapping = self._mapping
+        if mapping is None or (write and not mapping.writable):
+            try:
+                mapping = _native.Mapping(self._fd, self._size)
+            except PermissionError:
+                if write:
+                    raise fail(errno.EACCES, "write", self, "receive a descriptor that is open for writing") from None
+                mapping = _native.Mapping(self._fd, self._size, writable=False)
+            self._mapping = mapping
+        return mapping
+
+    def mmap(self, offset: int = 0, length: int | None = None, writable: bool = True) -> _native.Mapping:
+        """The bare mapping, MAP_SHARED, which waits for nobody and excludes nobody (spec 2.17, 5.2).
+
+        ``offset``: a multiple of the page size; ``length``: None for the rest of the buffer. The mapping outlives ``close()``; close it
+        yourself. Errors: EBADF; EINVAL out of bounds, unaligned or empty; EACCES writable on a read-only fd; ENOMEM.
+        """
+        fd = self._check("mmap")
+        end = self._size if length is None else offset + length
+        if offset < 0 or offset % PAGE or end <= offset or end > self._pages() * PAGE:
+            raise fail(errno.EINVAL, "mmap", self, f"0 <= offset < offset + length <= {self._size}, offset a multiple of {PAGE}")
+        try:
+            return _native.Mapping(fd, end - offset, offset=offset, writable=writable)
+        except OSError as e:
+            raise fail(e.errno or errno.EIO, "mmap", self) from None
+
+    def dma_mmap(self, offset: int, length: int) -> _native.Mapping:
+        """The mapping an importer gets that redirects its own mmap here (spec 2.17).
+
+        Errors: as :meth:`mmap`; EOVERFLOW when offset + length passes the address range.
+        """
+        self._check("dma_mmap")
+        if offset + length > 1 << 64:
+            raise fail(errno.EOVERFLOW, "dma_mmap", self, "offset + length must fit in 64 bits")
+        return self.mmap(offset, length)
+
+    def _pages(self) -> int:
+        return self._size // PAGE
+
+    def lseek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """The kernel's lseek on a dma-buf: (0, SEEK_SET) is 0, (0, SEEK_END) the size, all else EINVAL; no position moves (spec 5.2)."""
+        self._check("lseek")
+        if offset == 0 and whence == os.SEEK_END:
+            return self._size
+        if offset == 0 and whence == os.SEEK_SET:
+            return 0
+        raise fail(errno.EINVAL, "lseek", self, "only (0, SEEK_SET) and (0, SEEK_END)")
+
+    def vmap(self) -> IosysMap:
+        """The whole buffer as a kernel mapping, counted: n calls need n ``vunmap`` (spec 2.18). The reservation lock is held.
+
+        Errors: ``ContractError`` without the lock; EBADF.
+        """
+        self._check("vmap")
+        if not self.resv.held_here():
+            raise ContractError(f"vmap: {self!r}: hold its reservation lock, or use vmap_unlocked()")
+        return self._vmap()
+
+    def vmap_unlocked(self) -> IosysMap:
+        """:meth:`vmap` that takes the lock itself. Errors: ``ContractWarning`` and EDEADLK with it held."""
+        self._not_locked("vmap_unlocked")
+        with self.resv.locked():
+            return self._vmap()
+
+    def _vmap(self) -> IosysMap:
+        state = self._record.shared.setdefault("vmap", [0, None])
+        if not state[0]:
+            made = IosysMap()
+            made.set_vaddr(memoryview(self.mmap()))
+            state[1] = made
+        state[0] += 1
+        found: IosysMap = state[1]
+        return found.copy()
+
+    def vunmap(self, map: IosysMap) -> None:
+        """End one ``vmap``; the map must be equal to what it gave. The reservation lock is held.
+
+        Errors: ``ContractError`` without the lock, for another map, or for one vunmap too many (spec 2.18: BUG).
+        """
+        self._check("vunmap")
+        if not self.resv.held_here():
+            raise ContractError(f"vunmap: {self!r}: hold its reservation lock, or use vunmap_unlocked()")
+        self._vunmap(map)
+
+    def vunmap_unlocked(self, map: IosysMap) -> None:
+        """:meth:`vunmap` that takes the lock itself. Errors: ``ContractWarning`` and EDEADLK with it held."""
+        self._not_locked("vunmap_unlocked")
+        with self.resv.locked():
+            self._vunmap(map)
+
+    def _vunmap(self, map: IosysMap) -> None:
+        state = self._record.shared.get("vmap")
+        if not state or not state[0]:
+            raise ContractError(f"vunmap: {self!r} is not mapped")
+        if not state[1].is_equal(map):
+            raise ContractError(f"vunmap: {self!r}: this is not the map that vmap() gave")
+        state[0] -= 1
+        if not state[0]:
+            state[1].clear()
+            state[1] = None
+
+    # ---- CPU access ----
+
+    def _not_locked(self, operation: str) -> None:
+        self._check(operation)
+        if self._resv is not None and self._resv.held_here():
+            contract_warning(f"{operation}: {self!r}: its reservation lock is held by this thread or task", 3)
+            raise fail(errno.EDEADLK, operation, self, "unlock the reservation object first")
+
+    def begin_cpu_access(self, direction: int, *, timeout: float | None = None, interruptible: bool = False) -> None:
+        """Wait for the implicit fences in the way of a CPU access (spec 2.15); excludes nobody: for that there is ``read()``/``write()``.
+
+        TO_DEVICE and BIDIRECTIONAL wait for writers and readers, FROM_DEVICE and NONE for writers. A failed fence does not fail the
+        call. Errors: EBADF; EINVAL no direction; ETIMEDOUT; EINTR if ``interruptible``; ``ContractWarning`` and EDEADLK with the lock held.
+        """
+        self._not_locked("begin_cpu_access")
+        way = checked_direction(direction, "begin_cpu_access", self)
+        resv, shm = self.resv, self._record.shm
+        usage = Usage.rw(way in (Direction.TO_DEVICE, Direction.BIDIRECTIONAL))
+        own = current(self.domain).word
+        mine = frozenset(h for h in resv.pending(usage) if (info := shm.fence_info(h)) is not None and info["owner"] == own)
+        until = monotonic_deadline(timeout, "begin_cpu_access", self)
+        if not resv.wait_until(usage, until, interruptible=interruptible, but=mine):
+            raise fail(errno.ETIMEDOUT, "begin_cpu_access", self, "`dmabuf ls` shows whose fence is in the way")
+
+    def end_cpu_access(self, direction: int) -> None:
+        """End a CPU access: waits for nothing, and nothing counts begin against end (spec 2.16). Errors: as begin."""
+        self._not_locked("end_cpu_access")
+        checked_direction(direction, "end_cpu_access", self)
+
+    def sync(self, flags: int) -> None:
+        """DMA_BUF_IOCTL_SYNC: READ 1, WRITE 2, both 3, with END 4 for the end (spec 5.3). Errors: EINVAL other flags, or neither."""
+        self._check("sync")
+        if flags & ~7 or not flags & 3:
+            raise fail(errno.EINVAL, "sync", self, "READ 1, WRITE 2 or RW 3, and END 4 for the end")
+        way = _SYNC_DIRECTION[flags & 3]
+        if flags & SYNC_END:
+            self.end_cpu_access(way)
+        else:
+            self.begin_cpu_access(way)
+
+    def read(self, timeout: float | None = None) -> Access:
+        """``with buf.read() as view``: read-only memory that nobody writes meanwhile; ``async with`` too.
+
+        Waits for the writers that came before. ``timeout``: seconds. The view is released at the end of the block; an array made from
+        it keeps the access until it is gone. Errors: EBADF; ETIMEDOUT (also ``TimeoutError``), having added nothing; EOWNERDEAD, ECANCELED
+        the content is torn; EDEADLK inside an own access of the buffer, or in a circle.
+        """
+        return Access(((self, False),), timeout, False)
+
+    def write(self, timeout: float | None = None) -> Access:
+        """``with buf.write() as view``: writable memory that nobody else reads or writes meanwhile; ``async with`` too.
+
+        Waits for the readers and writers that came before. An exception out of the block leaves the content torn, see :meth:`read`.
+        Errors: EBADF; EACCES a read-only fd; ETIMEDOUT; EDEADLK; ``BufferError`` at the end when an array made from the view is in use.
+        """
+        return Access(((self, True),), timeout, False)
+
+    # ---- waiting ----
+
+    def poll(self, events: int, timeout: float | None = 0) -> int:
+        """Which of select.POLLIN and POLLOUT are ready, waiting up to ``timeout`` seconds (None: for ever) for one (spec 5.6).
+
+        Errors: EBADF; EINVAL a negative timeout, or neither event with timeout None.
+        """
+        self._usable("poll")
+        return polling.poll(self, events, timeout)
+
+    def poll_fd(self, events: int) -> int:
+        """An fd that becomes readable once one of the events was ready; one-shot, the caller closes it. For select and epoll loops.
+
+        Errors: EBADF; EINVAL neither POLLIN nor POLLOUT; EMFILE.
+        """
+        self._usable("poll_fd")
+        if self._polls is None:
+            self._polls = weakref.WeakSet()
+        waiting = polling.PollFd(self, events)
+        fd = waiting.open()
+        if waiting.own >= 0:
+            self._polls.add(waiting)
+        return fd
+
+    def readable(self) -> Coroutine[Any, Any, None]:
+        """Awaitable: until no write is pending (POLLIN). Errors: EBADF."""
+        self._usable("readable")
+        return polling.poll_async(self, select.POLLIN)
+
+    def writable(self) -> Coroutine[Any, Any, None]:
+        """Awaitable: until no fence up to READ is pending (POLLOUT). Errors: EBADF."""
+        self._usable("writable")
+        return polling.poll_async(self, select.POLLOUT)
+
+    # ---- seeing ----
+
+    def fdinfo(self) -> str:
+        """The text of /proc/PID/fdinfo/FD for a dma-buf (spec 5.7). ``count`` is what this user may see of fds and mappings.
+
+        A name may be any bytes; they are decoded with ``os.fsdecode``. Errors: EBADF.
+        """
+        from dmabuf.domain.holders import holders
+
+        fd = self._check("fdinfo")
+        flags = fcntl.fcntl(fd, fcntl.F_GETFL) & ~0o100000 | (os.O_CLOEXEC if fcntl.fcntl(fd, fcntl.F_GETFD) & fcntl.FD_CLOEXEC else 0)
+        own = Path(f"/proc/self/fdinfo/{fd}").read_text()
+        mount = next((line.split()[1] for line in own.splitlines() if line.startswith("mnt_id")), "0")
+        count = sum(h.fds + h.maps for h in holders({(self._record.dev, self._record.ino)}).get((self._record.dev, self._record.ino), ()))
+        text = f"pos:\t0\nflags:\t0{flags:o}\nmnt_id:\t{mount}\nino:\t{self.ino}\nsize:\t{self.size}\ncount:\t{count}\nexp_name:\t{self.exp_name}\n"
+        return text if self.name is None else text + f"name:\t{self.name}\n"
+
+    def statistics(self) -> BufferStatistics:
+        """A snapshot for programs."""
+        vmaps = self._record.shared.get("vmap", [0])[0]
+        return BufferStatistics(
+            self._size,
+            self._record.ino,
+            os.fsdecode(self._record.home),
+            self._accesses,
+            self._mapping is not None,
+            vmaps,
+            len(self._polls or ()),
+        )
+
+
+def checked_name(value: str | bytes, obj: object) -> bytes:
+    """A buffer's name as bytes. Errors: EINVAL too long or with a NUL; TypeError neither str nor bytes."""
+    if not isinstance(value, (str, bytes)):
+        raise TypeError(f"a name is str or bytes, not {type(value).__name__}")
+    raw = os.fsencode(value)
+    if len(raw) > NAME_BYTES or b"\0" in raw:
+        raise fail(errno.EINVAL, "name", obj, f"a name is at most {NAME_BYTES} bytes, without a NUL")
+    return raw
+
+
+def get(fd: int, *, domain: Domain | None = None) -> DmaBuf:
+    """An own reference to the buffer behind an fd that came as a plain number; the caller keeps the fd (spec 2.3).
+
+    Errors: EBADF no open fd; EINVAL no dma-buf; EXDEV a buffer of another domain; ENODEV its exporter has released it; EMFILE.
+    """
+    domain = domain or Domain.default()
+    identify(fd, domain)
+    return from_fd(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0), domain)
+
+
+def from_fd(fd: int, domain: Domain, *, exp_name: bytes = MEMFD, name: bytes | None = None) -> DmaBuf:
+    """A handle that takes over fd; on an error the fd is closed."""
+    try:
+        who = identify(fd, domain)
+        take_lease(fd)
+        record = adopt(domain, who.dev, who.ino, who.size, who.nonce, exp_name, MEMFD, name)
+        return DmaBuf._make(fd, record)
+    except BaseException:
+        os.close(fd)
+        raise

@@ -1,0 +1,334 @@
+"""``DmaFence`` and ``Timeline``: a fence says when somebody is done (spec 3).
+
+A fence is pending until it is signalled, once, with or without an error; it never goes back. It belongs to a timeline (a fence
+context), and a timeline to the process that made it: only that process signals, everybody waits. A fence always ends: when its owner
+dies with ``-EOWNERDEAD``, when its timeline is closed with ``-ENOENT``, when the owner drops it while somebody still holds it with
+``-EDEADLK`` (and a ``ResourceWarning``).
+
+Any thread may call anything here, with or without a reservation lock. Waits release the GIL, end early only by an exception that a
+signal handler raises, and never raise the fence's own error: that is what ``status`` says.
+
+Callbacks of a fence of this process run in the thread that signals it, in the order they were added; callbacks of another process's
+fence run in the dispatcher's thread. A callback must not block.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import sys
+import threading
+import time
+import warnings
+import weakref
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+from dmabuf import _native
+from dmabuf._native import Shm
+from dmabuf.domain.dispatcher import dispatcher
+from dmabuf.domain.domain import Domain
+from dmabuf.errors import contract_warning, fail
+
+NAME_BYTES = 63
+MAX_ERRNO = 4095  # include/linux/err.h
+
+
+@dataclass(frozen=True)
+class FenceStatistics:
+    """What a fence says of itself. ``since``: CLOCK_MONOTONIC ns of its making, 0 when its slot was used again."""
+
+    driver: str
+    timeline: str
+    context: int
+    seqno: int
+    status: int
+    pid: int
+    since: int
+    callbacks: int
+
+
+class DmaFence(_native.Fence):
+    """A fence. Made by :meth:`Timeline.fence`, or found on a reservation object; not constructed by hand.
+
+    ``context``, ``seqno``: which timeline, which number on it. ``status``: 0 pending, 1 signalled, or the negative errno it ended with;
+    ``error``: that errno or 0. ``timestamp``: CLOCK_MONOTONIC ns of signalling, 0 while pending (and for a fence of another process whose
+    slot was used again before anybody here looked). Equal and hashed by identity in the domain. Spec 3.
+    """
+
+    __slots__ = ("__weakref__", "_names", "_timeline", "domain")
+
+    domain: Domain
+    _timeline: Timeline | None
+    _names: tuple[str, str, int] | None
+
+    def __repr__(self) -> str:
+        state = {0: "pending", 1: "signalled"}.get(self.status, str(self.status))
+        return f"<dmabuf.DmaFence {self.driver_name} {self.timeline_name} {self.context}:{self.seqno} {state}>"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, DmaFence) and (self.shm, self.handle) == (other.shm, other.handle)
+
+    def __hash__(self) -> int:
+        return hash((id(self.shm), self.handle))
+
+    def _look_up(self) -> tuple[str, str, int]:
+        if self._names is None:
+            info = self.shm.fence_info(self.handle)
+            found = self.shm.timeline_info(info["timeline"] - 1) if info and info["timeline"] else None
+            pid = self.domain.pid_of(info["life"]) if info else 0
+            self._names = (os.fsdecode(found[4]), os.fsdecode(found[5]), pid) if found else ("", "", pid)
+        return self._names
+
+    @property
+    def driver_name(self) -> str:
+        """Who made the timeline ("" when its slot was used again before anybody here looked)."""
+        return self._look_up()[0]
+
+    @property
+    def timeline_name(self) -> str:
+        """The timeline's name."""
+        return self._look_up()[1]
+
+    @property
+    def pid(self) -> int:
+        """The process that owns it, 0 when that is gone."""
+        return self._look_up()[2]
+
+    # ---- ending it ----
+
+    def set_error(self, error: int) -> None:
+        """The negative errno that the fence will end with, to be set before it is signalled (spec 3.5).
+
+        Errors: EPERM from another process. ``ContractWarning`` when signalled already, or when ``error`` is not in -4095…-1; the kernel
+        stores it regardless, and so do we while the fence is pending.
+        """
+        if not self.owned:
+            raise fail(errno.EPERM, "set_error", self, "only the process that owns the timeline ends its fences")
+        if self.is_signaled():
+            contract_warning(f"set_error: {self!r} is signalled already: set the error before signalling", 2)
+            return
+        if not -MAX_ERRNO <= error < 0:
+            contract_warning(f"set_error: {error} is no negative errno", 2)
+        self.shm.fence_mark(self.handle, "error", error)
+
+    # ---- callbacks ----
+
+    def add_callback(self, fn: Callable[[DmaFence], object]) -> int:
+        """Call ``fn(fence)`` once when the fence is signalled; returns a handle for :meth:`remove_callback` (spec 3.7).
+
+        Errors: ENOENT when it is signalled already (``fn`` is not called). TypeError when ``fn`` can't be called.
+        """
+        if not callable(fn):
+            raise TypeError("add_callback: fn is a function of one argument, the fence")
+        token = None if self.is_signaled() else self._watch(fn)
+        if token is None:
+            raise fail(errno.ENOENT, "add_callback", self, "it is signalled: look at its status", what="already signalled")
+        return token
+
+    def _watch(self, fn: Callable[[DmaFence], object]) -> int | None:
+        me, domain = weakref.ref(self), self.domain
+
+        def call(handle: int) -> None:
+            # A queued callback must not keep a fence alive that its owner drops.
+            fn(me() or wrap(domain, handle))
+
+        return dispatcher(self.domain).watch(self.handle, call, foreign=not self.owned)
+
+    def remove_callback(self, handle: int) -> bool:
+        """Take a callback back; False when it ran already (spec 3.7)."""
+        return dispatcher(self.domain).unwatch(self.handle, handle)
+
+    def enable_signaling(self) -> None:
+        """Ask that the fence will signal by itself: our own always do (spec 3.8)."""
+        self.is_signaled()
+
+    # ---- hints ----
+
+    def set_deadline(self, ns: int) -> None:
+        """Hint that somebody wants the fence by this CLOCK_MONOTONIC time, in ns; the earliest of all hints counts (spec 3.12).
+
+        Errors: EINVAL for a negative time.
+        """
+        if ns < 0:
+            raise fail(errno.EINVAL, "set_deadline", self, "a deadline is CLOCK_MONOTONIC nanoseconds")
+        if not self.is_signaled():
+            self.shm.fence_mark(self.handle, "deadline", max(ns, 1))
+
+    @property
+    def deadline(self) -> int | None:
+        """The earliest deadline anybody set, CLOCK_MONOTONIC ns, or None."""
+        info = self.shm.fence_info(self.handle)
+        return info["deadline"] or None if info else None
+
+    def __await__(self) -> Generator[Any, None, int]:
+        """Wait in a coroutine; the result is ``status``. Cancelling leaves nothing registered."""
+        if not self.is_signaled():
+            loop = asyncio.get_running_loop()
+            future: asyncio.Future[None] = loop.create_future()
+
+            def done(_: DmaFence) -> None:
+                try:
+                    loop.call_soon_threadsafe(_resolve, future)
+                except RuntimeError:
+                    pass  # the loop was closed: nobody awaits it any more
+
+            token = self._watch(done)
+            if token is not None:
+                try:
+                    yield from future
+                finally:
+                    self.remove_callback(token)
+        return self.status
+
+    def describe(self) -> str:
+        """One line of text as the kernel's debugfs prints a fence (spec 3.14)."""
+        state = "signalled" if self.is_signaled() else "unsignalled"
+        return f"{self.driver_name} {self.timeline_name} seq {self.seqno} {state}\n"
+
+    def statistics(self) -> FenceStatistics:
+        """A snapshot for programs."""
+        info = self.shm.fence_info(self.handle)
+        local = self.domain.local.get("dispatcher")
+        count = len(local._watched.get(self.handle, ())) if local else 0
+        return FenceStatistics(*self._look_up()[:2], self.context, self.seqno, self.status, self.pid, info["created"] if info else 0, count)
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a DmaFence is not pickled: send it with dmabuf.send(), or add it to a buffer's reservation object")
+
+    def __del__(self) -> None:
+        if self.owned and not self.is_signaled():
+            shared = self.shm.fence_shared(self.handle)
+            if shared:
+                warnings.warn(
+                    f"{self!r} was dropped unsignalled while others wait for it: it ends with -EDEADLK", ResourceWarning, source=self
+                )
+            self.shm.fence_signal(self.handle, -errno.EDEADLK, False)
+
+
+def _resolve(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+def _known(domain: Domain) -> weakref.WeakValueDictionary[int, DmaFence]:
+    found: weakref.WeakValueDictionary[int, DmaFence] | None = domain.local.get("fences")
+    if found is None:
+        found = domain.local.setdefault("fences", weakref.WeakValueDictionary())
+    return found
+
+
+def _make(domain: Domain, shm: Shm, handle: int, timeline: Timeline | None) -> DmaFence:
+    fence = DmaFence(shm, handle, timeline is not None)
+    fence.domain, fence._timeline, fence._names = domain, timeline, None
+    _known(domain)[handle] = fence
+    return fence
+
+
+def wrap(domain: Domain, handle: int) -> DmaFence:
+    """The fence with this handle; the object that is already known in this process, if there is one."""
+    fence = _known(domain).get(handle)
+    if fence is None:
+        fence = _make(domain, domain.shm, handle, None)
+        if not fence.is_signaled():
+            fence._look_up()  # its names are gone once its slot is used again
+    return fence
+
+
+@dataclass(frozen=True)
+class TimelineStatistics:
+    """What a timeline says of itself. ``seqno``: of the newest fence; ``pending``: how many are not signalled."""
+
+    driver: str
+    name: str
+    context: int
+    seqno: int
+    pending: int
+    closed: bool
+
+
+class Timeline:
+    """A fence context of this process: makes fences with rising numbers, and ends them (spec 3.2, 3.10).
+
+    ``name``, ``driver``: at most 63 bytes, shown by ``describe`` and ``dmabuf ls``. ``close()`` (or leaving the ``with`` block) ends what is
+    pending with ``-ENOENT``; so does dropping the timeline and all its fences. In a forked child it is inert.
+
+    Errors: EINVAL a name that is too long or has a NUL; ENOSPC the domain is full.
+    """
+
+    def __init__(self, name: str | bytes = "", *, driver: str | bytes = "dmabuf", domain: Domain | None = None) -> None:
+        self.domain = domain or Domain.default()
+        self.driver, self.name = _checked(driver, "driver"), _checked(name, "name")
+        self._index, self.context = self.domain.timeline_open(os.fsencode(self.driver), os.fsencode(self.name))
+        self._life = self.domain.shm.life
+        self._shm = self.domain.shm
+        self._seqno = 0
+        self._pending: weakref.WeakValueDictionary[int, DmaFence] = weakref.WeakValueDictionary()
+        self._lock = threading.Lock()
+        self.closed = False
+
+    def __repr__(self) -> str:
+        return f"<dmabuf.Timeline {self.name!r} context {self.context} seqno {self._seqno}{' closed' if self.closed else ''}>"
+
+    def fence(self) -> DmaFence:
+        """The next fence.
+
+        Errors: EPERM in a forked child; EBADF when closed; ENOSPC when every fence of the domain is in use.
+        """
+        if self._shm.life != self._life:
+            raise fail(errno.EPERM, "fence", self, "what a fork inherits is inert in the child: make a timeline in this process")
+        if self.closed:
+            raise fail(errno.EBADF, "fence", self, "make a new timeline", what="the timeline is closed")
+        with self._lock:
+            seqno = self._seqno + 1
+            handle = self._shm.fence_alloc(self._index + 1, self.context, seqno, 0, 0, 0)
+            self._seqno = seqno
+            fence = _make(self.domain, self._shm, handle, self)
+            self._pending[seqno] = fence
+        return fence
+
+    def pending(self) -> Sequence[DmaFence]:
+        """The fences that are not signalled, oldest first."""
+        return [f for _, f in sorted(self._pending.items()) if not f.is_signaled()]
+
+    def close(self) -> None:
+        """End what is pending with ``-ENOENT``. Again, or in a forked child: nothing."""
+        if self.closed or self._shm.life != self._life:
+            return
+        self.closed = True
+        for fence in self.pending():
+            self._shm.fence_signal(fence.handle, -errno.ENOENT, False)
+        self.domain.timeline_close(self._index, self._life)
+
+    def statistics(self) -> TimelineStatistics:
+        """A snapshot for programs."""
+        return TimelineStatistics(self.driver, self.name, self.context, self._seqno, len(self.pending()), self.closed)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        # Fences keep their timeline, so nothing is pending here; what is left is to give the slot back.
+        if hasattr(self, "closed") and not sys.is_finalizing():
+            self.close()
+
+
+def _checked(name: str | bytes, what: str) -> str:
+    raw = os.fsencode(name)
+    if len(raw) > NAME_BYTES or b"\0" in raw:
+        raise fail(errno.EINVAL, "timeline", f"{what} {name!r}", f"at most {NAME_BYTES} bytes, without a NUL")
+    return os.fsdecode(raw)
+
+
+def monotonic_deadline(timeout: float | None, operation: str, obj: object) -> int:
+    """The CLOCK_MONOTONIC ns at which a timeout ends, -1 for never. Errors: EINVAL a negative timeout or a NaN."""
+    if timeout is None:
+        return -1
+    if not timeout >= 0:
+        raise fail(errno.EINVAL, operation, obj, "a timeout is seconds >= 0, or None for ever")
+    return time.monotonic_ns() + int(min(timeout, 4e9) * 1e9)

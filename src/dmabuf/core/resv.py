@@ -1,0 +1,321 @@
+"""``DmaResv``: the reservation object, a lock and the fences of one buffer or of several (spec 4).
+
+The lock is held by a thread or asyncio task. Under it: ``reserve``, ``add``, ``replace``, ``iterate``, ``describe`` (without it:
+``ContractError``, and nothing is done). Without it: ``fences``, ``iterate_unlocked``, ``test_signaled``, ``wait``. A lock whose holder
+died is free; whoever takes it goes on with the list as it is, because every change of the list is one store.
+
+``reserve(n)`` makes room for n fences, may fail with ENOMEM or ENOSPC, and is forgotten at unlock; ``add`` then cannot fail.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import time
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NoReturn
+
+from dmabuf.core.fence import DmaFence, monotonic_deadline, wrap
+from dmabuf.core.owner import Owner, current
+from dmabuf.core.usage import Usage, checked_usage
+from dmabuf.core.ww_mutex import WwAcquireContext
+from dmabuf.domain.domain import Domain
+from dmabuf.domain.records import Record, standalone
+from dmabuf.errors import ContractError, contract_warning, fail
+
+MAX_RESERVE = 1 << 20
+_SHOWN = ("kernel", "write", "read")
+
+
+class _Hold:
+    """What this process knows about the lock while one of its owners has it."""
+
+    __slots__ = ("ctx", "owner", "room", "word")
+
+    def __init__(self, owner: Owner, ctx: WwAcquireContext | None) -> None:
+        self.owner, self.ctx, self.room = owner, ctx, 0
+        self.word = ctx.word if ctx else owner.word
+
+
+@dataclass(frozen=True)
+class ResvStatistics:
+    """What a reservation object says of itself. ``locked_by``: the pid, 0 when it is free."""
+
+    locked_by: int
+    fences: int
+    pending: int
+
+
+class DmaResv:
+    """A reservation object: ``buf.resv``, or ``DmaResv()`` to be shared by several buffers.
+
+    Errors: ENOSPC the domain is full.
+    """
+
+    def __init__(self, *, domain: Domain | None = None, _record: Record | None = None) -> None:
+        self._record = _record or standalone(domain or Domain.default())
+        self.domain = self._record.domain
+        self._held: _Hold | None = None
+
+    def __repr__(self) -> str:
+        return f"<dmabuf.DmaResv {'of buffer ino ' + str(self._record.ino) if self._record.ino else 'of its own'}>"
+
+    # ---- the lock ----
+
+    def lock(self, ctx: WwAcquireContext | None = None) -> None:
+        """Take the lock, waiting as long as it takes (spec 4.8, 4.10).
+
+        Errors: EALREADY held under this context; EDEADLK the wait-die rule (release every lock of ``ctx``, then ``lock_slow``), or this
+        owner holds it (with a ``ContractWarning``); EXDEV a context of another domain.
+        """
+        self._lock(ctx, "lock", interruptible=False)
+
+    def lock_interruptible(self, ctx: WwAcquireContext | None = None) -> None:
+        """Like :meth:`lock`, but a signal ends the wait: EINTR."""
+        self._lock(ctx, "lock_interruptible", interruptible=True)
+
+    def lock_slow(self, ctx: WwAcquireContext) -> None:
+        """Take the contended lock after EDEADLK, holding nothing: waits and cannot die (spec 4.10)."""
+        self._lock(ctx, "lock_slow", interruptible=False, slow=True)
+
+    def _lock(self, ctx: WwAcquireContext | None, operation: str, *, interruptible: bool, slow: bool = False) -> None:
+        owner = current(self.domain)
+        held = self._mine(owner)
+        if held is not None and held.ctx is not ctx:
+            self._recursive(operation, 4)
+        if ctx is None:
+            if held is not None:
+                self._recursive(operation, 4)
+            self.acquire(owner, interruptible=interruptible, operation=operation)
+            return
+        ctx.check(self, operation, slow=slow)
+        index = self._record.ensure()
+        answer = self._record.shm.resv_lock(index, ctx.word, 0 if slow else ctx.acquired, interruptible, False, -1)
+        if answer < 0:
+            if answer == -errno.EDEADLK:
+                ctx.contended = self
+            raise fail(-answer, operation, self, _REMEDY.get(-answer))
+        if ctx.contended is self:
+            ctx.contended = None
+        self._held = _Hold(owner, ctx)
+        ctx.acquired += 1
+
+    def acquire(self, owner: Owner, *, interruptible: bool = False, until: int = -1, operation: str = "lock") -> None:
+        """Take the lock for an owner without a context; the way in for the package's own short sections."""
+        answer = self._record.shm.resv_lock(self._record.ensure(), owner.word, 0, interruptible, False, until)
+        if answer < 0:
+            if answer == -errno.EDEADLK:
+                self._recursive(operation, 4)
+            raise fail(-answer, operation, self, _REMEDY.get(-answer))
+        self._held = _Hold(owner, None)
+
+    def _recursive(self, operation: str, level: int) -> NoReturn:
+        contract_warning(f"{operation}: {self!r} is held by this thread or task already", level)
+        raise fail(
+            errno.EDEADLK,
+            operation,
+            self,
+            "unlock it first, or take all locks under one WwAcquireContext",
+            what="this owner holds it already",
+        )
+
+    def trylock(self, ctx: WwAcquireContext | None = None) -> bool:
+        """Take the lock if it is free; never waits, never EDEADLK (spec 4.10)."""
+        owner = current(self.domain)
+        if ctx is not None:
+            ctx.check(self, "trylock", slow=False)
+        answer = self._record.shm.resv_lock(self._record.ensure(), ctx.word if ctx else owner.word, 0, False, True, -1)
+        if answer < 0:
+            return False
+        self._held = _Hold(owner, ctx)
+        if ctx is not None:
+            ctx.acquired += 1
+            if ctx.contended is self:
+                ctx.contended = None
+        return True
+
+    def unlock(self) -> None:
+        """Give the lock back. Errors: ``ContractError`` when this owner doesn't hold it."""
+        held = self._mine(current(self.domain))
+        if held is None:
+            raise ContractError(f"unlock: {self!r} is not held by this thread or task")
+        self.release(held)
+
+    def release(self, held: _Hold | None = None) -> None:
+        """Give back what :meth:`acquire` took."""
+        held = held or self._held
+        assert held is not None
+        self._held = None
+        self._record.shm.resv_unlock(self._record.index, held.word)
+        if held.ctx is not None:
+            held.ctx.acquired -= 1
+
+    @contextmanager
+    def locked(self, ctx: WwAcquireContext | None = None) -> Iterator[DmaResv]:
+        """Hold the lock for a ``with`` block. In a forked child the block's end does nothing."""
+        self.lock(ctx)
+        held = self._held
+        try:
+            yield self
+        finally:
+            if self._held is held and held is not None and held.owner.life == self._record.shm.life:
+                self.release(held)
+
+    def is_locked(self) -> bool:
+        """Does anybody living hold the lock?"""
+        return self._record.shm.resv_owner(self._record.ensure()) != 0
+
+    def locking_ctx(self) -> WwAcquireContext | None:
+        """The context that this owner holds the lock under; None without one (spec 4.8)."""
+        held = self._mine(current(self.domain))
+        return held.ctx if held else None
+
+    def held_here(self) -> bool:
+        """Does the running thread or task hold the lock?"""
+        return self._held is not None and self._mine(current(self.domain)) is not None
+
+    def _mine(self, owner: Owner) -> _Hold | None:
+        held = self._held
+        return held if held is not None and held.owner is owner else None
+
+    def _assert_held(self, operation: str) -> _Hold:
+        held = self._mine(current(self.domain))
+        if held is None:
+            raise ContractError(f"{operation}: {self!r} must be locked by this thread or task: use `with resv.locked():`")
+        return held
+
+    # ---- the list, lock held ----
+
+    def reserve(self, n: int) -> None:
+        """Make room for n fences until unlock (spec 4.3). Errors: EINVAL n < 1; ENOMEM, ENOSPC no room, and nothing lost."""
+        held = self._assert_held("reserve")
+        if n < 1:
+            raise fail(errno.EINVAL, "reserve", self, "reserve at least one slot")
+        if n > MAX_RESERVE:
+            raise fail(errno.ENOMEM, "reserve", self, f"at most {MAX_RESERVE} at once")
+        answer = self._record.shm.resv_reserve(self._record.index, n)
+        if answer < 0:
+            raise fail(-answer, "reserve", self, "wait for fences, or drop some")
+        held.room = max(held.room, n)
+
+    def add(self, fence: DmaFence, usage: int) -> None:
+        """Add a fence; it replaces one that it makes superfluous (spec 4.4). Cannot fail after ``reserve``.
+
+        Errors: ``ContractError`` without room; EINVAL no usage; EXDEV a fence of another domain; TypeError no fence.
+        """
+        held = self._assert_held("add")
+        level = checked_usage(usage, "add", self)
+        taken = self._record.shm.resv_add(self._record.index, self._handle(fence, "add"), level, held.room)
+        if taken < 0:
+            raise ContractError(f"add: {self!r} has no room reserved: call reserve(1) under the same lock first")
+        held.room -= taken
+
+    def replace(self, context: int, fence: DmaFence, usage: int) -> None:
+        """Every fence of ``context`` becomes ``fence`` with ``usage`` (spec 4.5). Errors: EINVAL, EXDEV as :meth:`add`."""
+        self._assert_held("replace")
+        level = checked_usage(usage, "replace", self)
+        self._record.shm.resv_replace(self._record.index, context, self._handle(fence, "replace"), level)
+
+    def _handle(self, fence: DmaFence, operation: str) -> int:
+        if not isinstance(fence, DmaFence):
+            raise TypeError(f"{operation}: a DmaFence is expected, not {type(fence).__name__}")
+        if fence.shm is not self._record.shm:
+            raise fail(
+                errno.EXDEV,
+                operation,
+                self,
+                "make the fence's timeline in the buffer's domain (domain=)",
+                what="the fence belongs to another domain",
+            )
+        return fence.handle
+
+    def iterate(self, usage: int) -> Iterator[tuple[DmaFence, Usage]]:
+        """(fence, usage) of every entry up to ``usage``, signalled ones too; lock held (spec 4.6)."""
+        self._assert_held("iterate")
+        level = checked_usage(usage, "iterate", self)
+        for handle, entry in self._record.shm.resv_entries(self._record.index, level, False):
+            yield wrap(self.domain, handle), Usage(entry)
+
+    def describe(self) -> str:
+        """The text of debugfs, a line a fence up to READ; lock held (spec 4.7, 3.14)."""
+        self._assert_held("describe")
+        return self.describe_unlocked()
+
+    def describe_unlocked(self) -> str:
+        """The same text without the lock: a snapshot."""
+        entries = self._record.shm.resv_entries(self._record.ensure(), Usage.READ, False)
+        return "".join(f"\t{_SHOWN[usage]} fence:{wrap(self.domain, handle).describe()}" for handle, usage in entries)
+
+    # ---- queries, no lock needed ----
+
+    def iterate_unlocked(self, usage: int) -> Iterator[tuple[DmaFence, Usage, bool]]:
+        """(fence, usage, restarted) of every pending fence up to ``usage``; the first is flagged restarted (spec 4.6)."""
+        level = checked_usage(usage, "iterate_unlocked", self)
+        first = True
+        for handle, entry in self._record.shm.resv_entries(self._record.ensure(), level, True):
+            if self._record.shm.fence_pending(handle):
+                yield wrap(self.domain, handle), Usage(entry), first
+                first = False
+
+    def fences(self, usage: int) -> list[DmaFence]:
+        """The pending fences up to ``usage`` (spec 4.7)."""
+        level = checked_usage(usage, "fences", self)
+        return [wrap(self.domain, handle) for handle in self.pending(level)]
+
+    def pending(self, usage: int) -> list[int]:
+        """Handles of the pending fences up to ``usage``."""
+        return self._record.shm.resv_pending(self._record.ensure(), usage, 0)
+
+    def test_signaled(self, usage: int) -> bool:
+        """No pending fence up to ``usage`` (spec 4.7)."""
+        return not self._record.shm.resv_busy(self._record.ensure(), checked_usage(usage, "test_signaled", self))
+
+    def wait(self, usage: int, timeout: float | None = None, *, interruptible: bool = False) -> float:
+        """Wait for every fence up to ``usage``; returns the seconds left (> 0; inf for None), 0.0 when timed out (spec 4.7).
+
+        Errors: EINVAL a negative timeout or no usage; EINTR a signal, if ``interruptible``. A fence's own error is not raised.
+        """
+        level = checked_usage(usage, "wait", self)
+        return self.wait_until(level, monotonic_deadline(timeout, "wait", self), interruptible=interruptible)
+
+    def wait_until(self, usage: int, until: int, *, interruptible: bool = False, but: frozenset[int] = frozenset()) -> float:
+        """:meth:`wait` with a CLOCK_MONOTONIC end in ns (-1: none), passing over the fences in ``but``."""
+        shm = self._record.shm
+        for handle in self.pending(usage):
+            if handle in but:
+                continue
+            answer = shm.fence_wait(handle, until, interruptible)
+            if answer == 0:
+                return 0.0
+            if answer < 0:
+                raise fail(errno.EINTR, "wait", self, "a signal arrived; wait again")
+        return math.inf if until < 0 else max((until - time.monotonic_ns()) / 1e9, 1e-9)
+
+    def statistics(self) -> ResvStatistics:
+        """A snapshot for programs."""
+        shm, index = self._record.shm, self._record.ensure()
+        word = shm.resv_owner(index)
+        info = shm.ctx_info(word) if word else None
+        return ResvStatistics(
+            self.domain.pid_of(info[0]) if info else 0, len(shm.resv_entries(index, 3, False)), len(shm.resv_pending(index, 3, 0))
+        )
+
+
+_REMEDY = {
+    errno.EDEADLK: "unlock every lock of the context, take this one with lock_slow, then the rest again",
+    errno.EALREADY: "it is held under this context already: go on without locking it",
+    errno.EINTR: "a signal arrived; lock again",
+}
+
+
+def resv_of(record: Record) -> DmaResv:
+    """The reservation object inside a buffer's record; one object a process."""
+    ref = record.shared.get("resv")
+    found: DmaResv | None = ref() if ref else None
+    if found is None:
+        found = DmaResv(_record=record)
+        record.shared["resv"] = weakref.ref(found)
+    return found

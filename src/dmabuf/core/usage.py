@@ -1,0 +1,50 @@
+"""The small enumerations of the framework, with the kernel's values."""
+
+from __future__ import annotations
+
+import errno
+from enum import IntEnum
+from typing import cast
+
+from dmabuf.errors import fail
+
+
+class Usage(IntEnum):
+    """What a fence on a reservation object stands for; a query at one level sees all lower ones too (spec 4.1)."""
+
+    KERNEL = 0
+    WRITE = 1
+    READ = 2
+    BOOKKEEP = 3
+
+    @staticmethod
+    def rw(write: bool) -> Usage:
+        """The level to *query* before an access: a new writer waits for readers and writers, a new reader for writers."""
+        return Usage.READ if write else Usage.WRITE
+
+
+class Direction(IntEnum):
+    """Which way data goes in a DMA transfer (include/linux/dma-direction.h)."""
+
+    BIDIRECTIONAL = 0
+    TO_DEVICE = 1
+    FROM_DEVICE = 2
+    NONE = 3
+
+
+def checked_usage(usage: int, operation: str, obj: object) -> int:
+    """usage as a plain int. Errors: EINVAL when it is no level."""
+    if isinstance(usage, Usage):
+        return cast(int, usage)
+    try:
+        return int(Usage(usage))
+    except ValueError:
+        raise fail(errno.EINVAL, operation, obj, "usage is Usage.KERNEL, WRITE, READ or BOOKKEEP") from None
+
+
+def checked_direction(direction: int, operation: str, obj: object) -> Direction:
+    """Errors: EINVAL when it is no direction."""
+    try:
+        return Direction(direction)
+    except ValueError:
+        raise fail(errno.EINVAL, operation, obj, "direction is a dmabuf.Direction") from None

@@ -1,0 +1,151 @@
+"""Callbacks, awaits and pollable fds: one dispatcher a process and domain, with a thread only while others' fences are watched.
+
+Who registers sets this life's bit in the fence and then looks at its state again; who signals stores the state and then reads the
+bits. So one of the two sees the other. Fences of this process run their callbacks in the signaller, as in the kernel; fences of other
+processes run them in the dispatcher's thread, which their signaller rings. A signaller that dies between storing and ringing is made
+up for at the next tick.
+"""
+
+from __future__ import annotations
+
+import atexit
+import itertools
+import sys
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from dmabuf import _native
+from dmabuf.domain import lives
+from dmabuf.domain.domain import Domain
+
+_tokens = itertools.count(1)
+
+
+class Dispatcher:
+    """Who waits for which fence without sleeping on it."""
+
+    def __init__(self, domain: Domain) -> None:
+        self.domain = domain
+        self.shm = domain.join()
+        self.life = self.shm.life
+        self._lock = threading.Lock()
+        self._watched: dict[int, dict[int, Callable[[int], None]]] = {}
+        self._foreign: set[int] = set()
+        self._thread: threading.Thread | None = None
+        self._running = True
+        self._bell = lives.slot_offset(lives.index_of(self.life)) + _native.LIFE_BELL
+        self._served = lives.slot_offset(lives.index_of(self.life)) + _native.LIFE_SERVED
+        me = weakref.ref(self)
+
+        def on_local(handle: int) -> None:
+            dispatcher = me()
+            if dispatcher is not None:
+                dispatcher.run(handle)
+
+        self.shm.on_local = on_local
+        atexit.register(_stop, me)
+
+    def watch(self, handle: int, call: Callable[[int], None], *, foreign: bool) -> int | None:
+        """Call ``call(handle)`` once when the fence is signalled; a token to take that back, None when it is signalled already."""
+        token = next(_tokens)
+        with self._lock:
+            self._watched.setdefault(handle, {})[token] = call
+            if foreign:
+                self._foreign.add(handle)
+                if self._thread is None and self._running:
+                    self._start()
+        if self.shm.fence_mark(handle, "bell", 1):
+            if foreign:
+                self._ring()  # it may sleep without a bound, watching nothing
+            return token
+        # Signalled before the bit: nobody will ring. If somebody ran it all the same, it was registered in time.
+        return None if self.unwatch(handle, token) else token
+
+    def unwatch(self, handle: int, token: int) -> bool:
+        """Take a registration back; False when it ran already (or never was)."""
+        with self._lock:
+            calls = self._watched.get(handle)
+            if calls is None or calls.pop(token, None) is None:
+                return False
+            if not calls:
+                del self._watched[handle]
+                self._foreign.discard(handle)
+            return True
+
+    def run(self, handle: int) -> None:
+        """The fence is signalled: run its callbacks in the order of registration."""
+        with self._lock:
+            calls = self._watched.pop(handle, None)
+            self._foreign.discard(handle)
+        for call in (calls or {}).values():
+            try:
+                call(handle)
+            except BaseException as e:
+                sys.unraisablehook(_Unraisable(e, call))
+
+    @property
+    def watching(self) -> int:
+        """How many registrations there are."""
+        with self._lock:
+            return sum(map(len, self._watched.values()))
+
+    def _start(self) -> None:
+        self.shm.store32(self._served, 1)
+        self._thread = threading.Thread(target=self._serve, name="dmabuf-dispatcher", daemon=True)
+        self._thread.start()
+
+    def _ring(self) -> None:
+        self.shm.add32(self._bell, 1)
+        self.shm.wake(self._bell)
+
+    def _serve(self) -> None:
+        shm = self.shm
+        while self._running and shm.life == self.life:
+            seen = shm.load32(self._bell)
+            with self._lock:
+                handles = list(self._foreign)
+            for handle in shm.fences_done(handles):
+                self.run(handle)
+            if not self._running:
+                break
+            try:
+                if handles:
+                    shm.wait(self._bell, seen, None)
+                else:
+                    shm.idle(self._bell, seen)
+            except Exception as e:  # a tick's error belongs to no wait of ours; the thread must go on
+                sys.unraisablehook(_Unraisable(e, self._serve))
+
+    def stop(self) -> None:
+        """End the thread; what is still watched stays unserved."""
+        self._running = False
+        thread, self._thread = self._thread, None
+        if thread is not None and self.shm.life == self.life and thread is not threading.current_thread():
+            self._ring()
+            thread.join()
+            self.shm.store32(self._served, 0)
+
+
+class _Unraisable:
+    """What sys.unraisablehook takes."""
+
+    def __init__(self, error: BaseException, where: Any) -> None:
+        self.exc_type, self.exc_value, self.exc_traceback = type(error), error, error.__traceback__
+        self.err_msg, self.object = "dmabuf: in a callback", where
+
+
+def _stop(ref: weakref.ref[Dispatcher]) -> None:
+    dispatcher = ref()
+    if dispatcher is not None:
+        dispatcher.stop()
+
+
+def dispatcher(domain: Domain) -> Dispatcher:
+    """The dispatcher of this process in a domain, made at first use (and anew after a fork)."""
+    domain.join()
+    found: Dispatcher | None = domain.local.get("dispatcher")
+    if found is None or found.life != domain.shm.life:
+        found = domain.local["dispatcher"] = Dispatcher(domain)
+    return found

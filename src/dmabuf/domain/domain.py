@@ -1,0 +1,308 @@
+"""A domain as one process sees it: the mapped file, this process's life in it, ticks, sweeps and the pools it owns.
+
+Everything else of the package reaches shared memory through a :class:`Domain`. A process joins at the first operation that needs a
+life, and again after a fork; until then (and for good in a child that never asks) it only looks.
+"""
+
+from __future__ import annotations
+
+import atexit
+import errno
+import fcntl
+import os
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+from dmabuf import _native
+from dmabuf._native import Shm
+from dmabuf.domain import lives, place
+from dmabuf.errors import fail
+
+TICK_NS: Final = 40_000_000
+_ALL: weakref.WeakSet[Domain] = weakref.WeakSet()
+_lock = threading.RLock()
+_default: Domain | None = None
+
+
+class Domain:
+    """The place where a group of processes keeps the facts about its buffers.
+
+    ``Domain.default()`` is this user's, ``Domain.open(path)`` another directory's, ``Domain.private()`` one without a name, which
+    reaches other processes by fork, by :func:`dmabuf.send` or pickled to a child being spawned. ``id`` is part of the name of every
+    buffer that belongs to it.
+
+    Errors: EACCES a directory that is not ours alone; EUCLEAN a file that makes no sense while processes use it (without one it is
+    set aside); ENOSPC no room to make or grow it; ENOSYS no /proc.
+    """
+
+    def __init__(self, path: Path | None, shm: Shm, identity: str) -> None:
+        self.path = path
+        self.id = identity
+        self.shm = shm
+        self._life: lives.Life | None = None
+        self._lock = threading.RLock()
+        self.tick_hooks: list[Callable[[int, int], None]] = []
+        self.sweep_hooks: list[Callable[[], None]] = []
+        self.reset_hooks: list[Callable[[], None]] = []
+        self._free_ctx: list[int] = []
+        self._free_timelines: list[int] = []
+        # What the layers above keep for this domain in this process, by the name of the layer; thrown away after a fork.
+        self.local: dict[str, Any] = {}
+        self._wire(shm)
+        _ALL.add(self)
+
+    # ---- opening ----
+
+    @classmethod
+    def default(cls) -> Domain:
+        """This user's domain, or the one ``DMABUF_DOMAIN`` names; opened once in a process."""
+        global _default
+        if _default is not None:
+            return _default
+        with _lock:
+            if _default is None:
+                _default = cls.open(place.default_path())
+        return _default
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Domain:
+        """The domain in this directory, made if it is not there; the same object while it is in use."""
+        where = Path(path).absolute()
+        with _lock:
+            for known in _ALL:
+                if known.path == where:
+                    return known
+            with place.entered(where) as (fd, identity):
+                shm = _shm_of(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3))
+                domain = cls(where, shm, identity.decode())
+                domain._join_here()
+            return domain
+
+    @classmethod
+    def private(cls) -> Domain:
+        """A domain without a name, gone with its last process."""
+        identity = place.new_identity()
+        fd = os.memfd_create(f"dmabuf-domain:{identity.decode()}", os.MFD_CLOEXEC)
+        try:
+            place.format_file(fd, identity)
+        except BaseException:
+            os.close(fd)
+            raise
+        return cls(None, _shm_of(fd), identity.decode())
+
+    @classmethod
+    def adopt(cls, fd: int) -> Domain:
+        """The private domain behind a received fd, which is consumed."""
+        identity, wrong = place.read_header(fd)
+        if wrong or not os.readlink(f"/proc/self/fd/{fd}").startswith("/memfd:dmabuf-domain:"):
+            os.close(fd)
+            raise fail(errno.EINVAL, "open domain", "the received fd", "it is not a private domain")
+        with _lock:
+            for known in _ALL:
+                if known.id == identity.decode() and known.path is None:
+                    os.close(fd)
+                    return known
+            return cls(None, _shm_of(fd), identity.decode())
+
+    def __repr__(self) -> str:
+        return f"<dmabuf.Domain {self.id} {self.path or 'private'}>"
+
+    def fileno(self) -> int:
+        """The borrowed fd of the domain's file."""
+        return self.shm.fd
+
+    # ---- life ----
+
+    def _wire(self, shm: Shm) -> None:
+        me = weakref.ref(self)
+
+        def tick(kind: int, value: int) -> None:
+            domain = me()
+            if domain is not None:
+                domain.tick(kind, value)
+
+        shm.tick = tick
+
+    @property
+    def life(self) -> int:
+        """This process's life id; joins if it has none yet (or was forked since)."""
+        return self.shm.life or self._join()
+
+    def join(self) -> Shm:
+        """The mapped domain, with a life of ours in it."""
+        shm = self.shm
+        return shm if shm.life else self._rejoined()
+
+    def _rejoined(self) -> Shm:
+        self._join()
+        return self.shm
+
+    def _join(self) -> int:
+        with self._lock:
+            if self.shm.life:
+                return self.shm.life
+            if self._life is not None:
+                self._forget()
+            if self.path is None:
+                with place.door(self.shm.fd):
+                    return self._join_here()
+            with place.entered(self.path) as (fd, identity):
+                here, there = os.fstat(self.shm.fd), os.fstat(fd)
+                if (here.st_dev, here.st_ino) != (there.st_dev, there.st_ino):
+                    # The last process left between our fork and now: a fresh file of the same id. What maps the old one is inert.
+                    self.shm = _shm_of(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3))
+                    self.id = identity.decode()
+                    self._wire(self.shm)
+                return self._join_here()
+
+    def _join_here(self) -> int:
+        """Claim a life; the door is held. Who finds the dead reaps them."""
+        for index in lives.alive_slots(self.shm):
+            if not lives.breathes(self.shm.fd, index):
+                lives.reap(self.shm, index)
+        self._life = life = lives.Life(self.shm)
+        first = life.chunk * _native.CTX_PER
+        self._free_ctx = [first + i for i in range(_native.CTX_PER - 1, _native.CTX_FIRST_IN_LIFE - 1, -1)]
+        self._free_timelines = []
+        if "multiprocessing.util" in sys.modules:  # its children end by os._exit, which knows no atexit
+            from multiprocessing import util
+
+            util.Finalize(None, self.leave, exitpriority=-1000)
+        return life.id
+
+    def _forget(self) -> None:
+        """After a fork: what the parent owned is the parent's."""
+        self._life = None
+        self._free_ctx, self._free_timelines = [], []
+        for hook in self.reset_hooks:
+            hook()
+        self.local.clear()
+
+    def leave(self) -> None:
+        """End this process's life in the domain; what it still owns ends with -EOWNERDEAD. The last one out empties the file."""
+        with self._lock:
+            life, self._life = self._life, None
+            if life is None or self.shm.life != life.id:
+                return
+            if self.path is None:
+                life.leave()
+                return
+            with place.door(self.shm.fd):
+                life.leave()
+                if not place.inhabited(self.shm.fd):
+                    try:
+                        directory = place.open_directory(self.path)
+                    except OSError:
+                        return  # somebody removed it: nothing to empty
+                    try:
+                        if place._is_the_file(self.shm.fd, directory):
+                            place.replace_file(directory, self.id.encode())
+                    except OSError:
+                        pass  # no room for a fresh file: the next opener empties this one
+                    finally:
+                        os.close(directory)
+
+    # ---- ticks and sweeps ----
+
+    def tick(self, kind: int, value: int) -> None:
+        """A wait of this process lasted another 40 ms: look after the dead, and let the layers above look too. May raise."""
+        self.sweep_if_due()
+        for hook in self.tick_hooks:
+            hook(kind, value)
+
+    def sweep_if_due(self) -> None:
+        """One process a tick reaps the dead: who moves the shared time forward does it."""
+        shm = self.shm
+        now, last = time.monotonic_ns(), shm.load64(_native.OFF_SWEEP)
+        if 0 <= now - last < TICK_NS * 9 // 10:
+            return
+        if shm.cas64(_native.OFF_SWEEP, last, now):
+            self.reap_dead()
+
+    def reap_dead(self) -> int:
+        """Reap every life whose process is gone; returns how many."""
+        shm = self.shm
+        mine = lives.index_of(shm.life) if shm.life else -1
+        return sum(lives.reap(shm, i) for i in lives.alive_slots(shm) if i != mine and not lives.breathes(shm.fd, i))
+
+    def sweep(self) -> None:
+        """Look after everything that nobody waits for: the dead, and records of buffers that are gone."""
+        self.reap_dead()
+        for hook in self.sweep_hooks:
+            hook()
+
+    def pid_of(self, life: int) -> int:
+        """The pid of a life, 0 when it is no longer current."""
+        if not self.shm.life_current(life):
+            return 0
+        return self.shm.load32(lives.slot_offset(lives.index_of(life)) + _native.LIFE_PID)
+
+    # ---- pools of this life ----
+
+    def ctx_open(self, tid: int, real: bool, stamp: int = 0) -> int:
+        """A context of this life: its word."""
+        shm = self.join()
+        with self._lock:
+            if not self._free_ctx:
+                first = shm.chunk_claim(_native.CH_CTX) * _native.CTX_PER
+                self._free_ctx = [first + i for i in range(_native.CTX_PER - 1, -1, -1)]
+            index = self._free_ctx.pop()
+        return shm.ctx_open(index, tid, real, stamp or shm.add64(_native.OFF_STAMP, 1))
+
+    def ctx_close(self, word: int, life: int) -> None:
+        """Give a context back; nothing happens in a forked child."""
+        if life and self.shm.life == life:
+            self.shm.ctx_close(word)
+            self._free_ctx.append(word & 0x7FFFFFFF)
+
+    def timeline_open(self, driver: bytes, name: bytes) -> tuple[int, int]:
+        """(index, context) of a new timeline of this life."""
+        shm = self.join()
+        with self._lock:
+            if not self._free_timelines:
+                first = shm.chunk_claim(_native.CH_TIMELINE) * _native.TIMELINES_PER
+                self._free_timelines = [first + i for i in range(_native.TIMELINES_PER - 1, -1, -1)]
+            # The one that rested longest: its names and errors stay readable for those who still know its fences.
+            index = self._free_timelines.pop()
+        context = shm.add64(_native.OFF_CONTEXT, 1)
+        shm.timeline_open(index, context, driver, name)
+        return index, context
+
+    def timeline_close(self, index: int, life: int) -> None:
+        if life and self.shm.life == life:
+            self.shm.timeline_close(index)
+            self._free_timelines.insert(0, index)
+
+
+def _shm_of(fd: int) -> Shm:
+    """Map the file behind fd, which the Shm's end closes."""
+    try:
+        shm = Shm(fd, fail)
+    except BaseException:
+        os.close(fd)
+        raise
+    weakref.finalize(shm, os.close, fd).atexit = False
+    return shm
+
+
+def _leave_all() -> None:
+    for domain in list(_ALL):
+        try:
+            domain.leave()
+        except OSError:
+            pass  # at exit: whoever comes next reaps us
+
+
+def _after_fork() -> None:
+    lives.FORK_GUARD.release()
+    for domain in list(_ALL):
+        domain._lock = threading.RLock()
+
+
+atexit.register(_leave_all)
+os.register_at_fork(before=lives.FORK_GUARD.acquire, after_in_parent=lives.FORK_GUARD.release, after_in_child=_after_fork)

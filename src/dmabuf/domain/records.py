@@ -1,0 +1,170 @@
+"""The record of a buffer (or of a reservation object of its own), as one process holds it.
+
+A record is found by the buffer's ``(st_dev, st_ino)`` and confirmed by its nonce. A process that has the buffer open sets its bit on
+the record; the record stays while any living process has. One that nobody living holds may still be in flight in a socket: it is
+judged by its lease, which ``/proc/locks`` shows for every holder of the fd. A pass over that file is not atomic, so a lease must be
+missing in three passes a tick apart before the record goes; one that goes wrongly is made again by whoever receives the fd.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+import time
+import weakref
+from typing import Any, Final
+
+from dmabuf import _native
+from dmabuf._native import Shm
+from dmabuf.domain.domain import TICK_NS, Domain
+from dmabuf.errors import fail
+
+KIND_BUFFER: Final = 0
+KIND_RESV: Final = 1
+ABSENT_PASSES: Final = 3
+DROPS_PER_SWEEP: Final = 256
+
+
+class Record:
+    """This process's hold on one record; one object a process, dropped with its last reference."""
+
+    def __init__(self, domain: Domain, dev: int, ino: int, size: int, nonce: bytes, exp_name: bytes, home: bytes, kind: int) -> None:
+        self.domain = domain
+        self.dev, self.ino, self.size, self.nonce, self.exp_name, self.home, self.kind = dev, ino, size, nonce, exp_name, home, kind
+        self.life = 0
+        self.shm: Shm = domain.shm
+        self.index = self.gen = 0
+        # What the layers above share between all handles of the buffer in this process, by name.
+        self.shared: dict[str, Any] = {}
+        self.lock = threading.Lock()
+
+    def hold(self, name: bytes | None = None) -> None:
+        """Find or make the record and set our bit."""
+        shm = self.domain.join()
+        found = shm.rec_find(self.dev, self.ino) if self.ino else None
+        if found and found[2] == self.nonce and shm.rec_hold(found[0], found[1]):
+            self.index, self.gen = found[0], found[1]
+        else:
+            self.index, self.gen, _ = self._create(shm, name)
+        self.shm, self.life = shm, shm.life
+
+    def _create(self, shm: Shm, name: bytes | None) -> tuple[int, int, bool]:
+        arguments = (self.dev, self.ino, self.size, self.nonce, self.exp_name, self.home, name, self.kind, os.getpid(), time.time_ns())
+        for attempt in range(ABSENT_PASSES + 1):
+            try:
+                return shm.rec_create(*arguments)
+            except OSError as e:
+                if e.errno != errno.ENOSPC or attempt == ABSENT_PASSES or not shm.rec_orphans():
+                    raise
+            # Full of records whose buffers are probably gone: judge them now, a tick apart, rather than refuse.
+            sweep(self.domain)
+            shm.wait(_native.OFF_ID, shm.load32(_native.OFF_ID), TICK_NS / 1e9)
+        raise AssertionError("unreachable")
+
+    def ensure(self) -> int:
+        """The record's index, held by this process's present life (a forked child takes a hold of its own)."""
+        if self.life != self.shm.life or not self.life:
+            with self.lock:
+                self._again()
+        return self.index
+
+    def _again(self) -> None:
+        shm = self.domain.join()
+        if shm is self.shm and self.life == shm.life:
+            return
+        if shm is self.shm and shm.rec_hold(self.index, self.gen):
+            self.life = shm.life
+        else:
+            self.hold()
+
+    def info(self) -> dict[str, Any]:
+        """What the record says now."""
+        found = self.shm.rec_info(self.ensure())
+        if found is None or found["gen"] != self.gen:
+            raise fail(errno.EUCLEAN, "look up", "a buffer's record", "the domain file was changed from outside")
+        return found
+
+    def __del__(self) -> None:
+        shm = self.shm
+        if not self.life or shm.life != self.life:
+            return
+        if not shm.rec_drop(self.index):
+            if self.kind == KIND_RESV:
+                shm.rec_free(self.index, self.gen)
+            else:
+                _dropped(self.domain)
+
+
+def adopt(domain: Domain, dev: int, ino: int, size: int, nonce: bytes, exp_name: bytes, home: bytes, name: bytes | None = None) -> Record:
+    """The record of a buffer whose fd we hold; made if nobody has one."""
+    domain.join()
+    known: weakref.WeakValueDictionary[tuple[int, int], Record] = domain.local.setdefault("records", weakref.WeakValueDictionary())
+    record = known.get((dev, ino))
+    if record is not None and record.nonce == nonce:
+        record.ensure()
+        return record
+    record = Record(domain, dev, ino, size, nonce, exp_name, home, KIND_BUFFER)
+    record.hold(name)
+    known[dev, ino] = record
+    return record
+
+
+def standalone(domain: Domain) -> Record:
+    """The record of a reservation object that belongs to no buffer."""
+    record = Record(domain, 0, 0, 0, os.urandom(16), b"", b"", KIND_RESV)
+    record.hold()
+    return record
+
+
+def leases() -> set[tuple[int, int]]:
+    """(st_dev, st_ino) of every file that an OFD lock is on, as one pass over /proc/locks shows them (proc(5))."""
+    found = set()
+    with open("/proc/locks", "rb") as f:
+        for line in f:
+            if b"OFDLCK" in line:
+                major, minor, ino = line.split()[-3].split(b":")
+                found.add((os.makedev(int(major, 16), int(minor, 16)), int(ino)))
+    return found
+
+
+def sweep(domain: Domain) -> int:
+    """One pass over the records that no living process holds; frees those whose lease was missing often enough. Returns how many."""
+    shm = domain.shm
+    orphans = shm.rec_orphans()
+    if not orphans or not shm.life:
+        return 0
+    held, now, freed = leases(), time.monotonic_ns(), 0
+    for index, gen, dev, ino, absent, since in orphans:
+        if not ino:
+            freed += shm.rec_free(index, gen)
+        elif (dev, ino) in held:
+            if absent:
+                shm.rec_set(index, "absent", 0)
+        elif not 0 <= now - since < TICK_NS:
+            if absent + 1 >= ABSENT_PASSES:
+                freed += shm.rec_free(index, gen)
+            else:
+                shm.rec_set(index, "absent_ns", now)
+                shm.rec_set(index, "absent", absent + 1)
+    return freed
+
+
+def present(domain: Domain) -> list[int]:
+    """Indices of the records whose buffers are there: held by a living process, or by a lease that a pass shows."""
+    shm = domain.shm
+    orphans = shm.rec_orphans()
+    gone = {index for index, *_ in orphans}
+    if gone:
+        for _ in range(ABSENT_PASSES):  # a single pass may miss a lease that is there
+            seen = leases()
+            gone -= {index for index, _, dev, ino, *_ in orphans if ino and (dev, ino) in seen}
+    return [i for i in shm.rec_list() if i not in gone]
+
+
+def _dropped(domain: Domain) -> None:
+    """A buffer's last known holder let go: every so often, look which of those are gone."""
+    count = domain.local.get("dropped", 0) + 1
+    domain.local["dropped"] = count
+    if count % DROPS_PER_SWEEP == 0:
+        sweep(domain)

@@ -1,0 +1,62 @@
+"""The memfd heap: plain memory of ours, without kernel support (memfd_create(2)).
+
+Zeroed, rounded up to whole pages, sealed against shrinking, growing and further seals, and *promised*: what the limits of the machine
+don't allow is refused here, with ENOMEM, and what is allowed is reserved here, so that no later write meets SIGBUS.
+
+Steps of making one: the memfd, its memory, its seals, its lease, its record. A death before the record leaves nothing (the kernel frees
+the memfd); after it, a record that nobody holds, which the next sweep takes.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+
+from dmabuf import _native
+from dmabuf.core.buffer import MEMFD, PAGE, DmaBuf, checked_name, from_fd
+from dmabuf.core.identity import SEALS, memfd_name
+from dmabuf.domain.domain import Domain
+from dmabuf.errors import fail
+from dmabuf.heaps import budget
+
+NAME = "memfd"
+_SLICE = 64 << 20  # a signal makes fallocate start over: in slices it gets through
+_F_ADD_SEALS = 1033
+
+
+def unavailable() -> str | None:
+    """Why this heap can't be used here, None when it can."""
+    return None if hasattr(os, "memfd_create") else "the kernel has no memfd_create"
+
+
+def allocate(size: int, *, name: str | bytes | None = None, domain: Domain | None = None) -> DmaBuf:
+    """A new zeroed buffer of ``size`` bytes, rounded up to pages. See :func:`dmabuf.allocate`."""
+    import fcntl
+
+    domain = domain or Domain.default()
+    if not 0 < size <= (1 << 63) - PAGE:
+        raise fail(errno.EINVAL, "allocate", f"{size} bytes", "ask for at least one byte, and fewer than 2**63")
+    raw = None if name is None else checked_name(name, f"{size} bytes")
+    size = -(-size // PAGE) * PAGE
+    domain.join()
+    with budget.claim(size):
+        try:
+            fd = os.memfd_create(memfd_name(domain, secrets.token_bytes(16)), os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        except OSError as e:
+            raise fail(e.errno or errno.EIO, "allocate", f"{size} bytes", "close buffers or raise RLIMIT_NOFILE") from None
+        try:
+            os.ftruncate(fd, size)
+            for start in range(0, size, _SLICE):
+                os.posix_fallocate(fd, start, min(_SLICE, size - start))
+            _native.step("memfd_reserved")
+            fcntl.fcntl(fd, _F_ADD_SEALS, SEALS)
+        except OSError as e:
+            os.close(fd)
+            raise fail(
+                e.errno or errno.EIO, "allocate", f"{size} bytes", "free memory, or raise the limit of the tmpfs or cgroup"
+            ) from None
+        except BaseException:
+            os.close(fd)
+            raise
+    return from_fd(fd, domain, exp_name=MEMFD, name=raw)
