@@ -215,13 +215,13 @@ static PyObject *resv_add(Shm *s, PyObject *args) { /* (rec, handle, usage, room
   if (usage > 3) { PyErr_SetString(PyExc_ValueError, "resv_add: usage is 0 to 3"); return NULL; }
   db_fence *f;
   fence_pending(s, handle, &f);
-  if (f) atomic_fetch_or(&f->word, FW_SHARED);
   uint64_t context = f ? atomic_load(&f->context) : 0, seqno = f ? atomic_load(&f->seqno) : 0;
   cursor c = {s, r, 0, 0, 0, rec};
   for (a64 *p; (p = entry_next(&c));) {
     uint64_t e = atomic_load(p);
     if (!e) {
       if (!room) return PyLong_FromLong(-1);
+      if (f) atomic_fetch_or(&f->word, FW_SHARED);
       atomic_store(p, E_MAKE(handle, usage));
       STEP(resv_added);
       return PyLong_FromLong(1);
@@ -230,6 +230,7 @@ static PyObject *resv_add(Shm *s, PyObject *args) { /* (rec, handle, usage, room
     int pending = fence_pending(s, E_HANDLE(e), &o);
     if (!pending || (f && o && atomic_load(&o->context) == context && E_USAGE(e) >= usage &&
                      (E_HANDLE(e) == handle || seqno > atomic_load(&o->seqno)))) {
+      if (f) atomic_fetch_or(&f->word, FW_SHARED);
       atomic_store(p, E_MAKE(handle, usage));
       STEP(resv_added);
       return PyLong_FromLong(0);

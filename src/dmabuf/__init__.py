@@ -15,6 +15,8 @@ from dmabuf.core.ww_mutex import WwAcquireContext, lock_all
 from dmabuf.domain.domain import Domain
 from dmabuf.errors import ContractError, ContractWarning, DmaBufError
 from dmabuf.heaps.recommended import allocate, heaps
+from dmabuf.observe.bufinfo import bufinfo
+from dmabuf.observe.records import buffers
 
 __all__ = [
     "ContractError",
@@ -31,6 +33,8 @@ __all__ = [
     "WwAcquireContext",
     "access",
     "allocate",
+    "buffers",
+    "bufinfo",
     "get",
     "heaps",
     "lock_all",

@@ -62,7 +62,7 @@ class _Hand:
         self.buf, self.write = buf, write
         self.record = buf._record
         self.shm = self.record.shm
-        self.handle = self.life = self.error = 0
+        self.handle = self.life = self.error = self.index = 0
         self.view: memoryview | None = None
         self.window: _native.Window | None = None
         self.done = False
@@ -128,7 +128,8 @@ class _Hand:
         if held is None or not self.write or error:
             return None
         return BufferError(
-            f"write: {self.buf}: an array or slice made from the view is still in use; the access ends when it is gone: delete it inside the block"
+            f"write: {self.buf}: an array or slice made from the view is still in use; "
+            "the access ends when it is gone: delete it inside the block"
         )
 
     def _released(self) -> None:

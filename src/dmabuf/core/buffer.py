@@ -55,12 +55,19 @@ class BufferStatistics:
 
 
 class DmaBuf:
-    """A buffer. Made by :func:`dmabuf.allocate`, :func:`dmabuf.get`, :func:`dmabuf.open` or :func:`dmabuf.recv`; not constructed by hand."""
+    """A buffer. Made by :func:`dmabuf.allocate`, :func:`dmabuf.get`, :func:`dmabuf.open`, :func:`dmabuf.recv`; not constructed by hand."""
 
     __slots__ = ("__weakref__", "_accesses", "_fd", "_life", "_mapping", "_polls", "_record", "_resv", "_size", "domain")
 
-    _fd: int
     domain: Domain
+    _fd: int
+    _record: Record
+    _size: int
+    _mapping: _native.Mapping | None
+    _resv: DmaResv | None
+    _accesses: int
+    _polls: weakref.WeakSet[polling.PollFd] | None
+    _life: int
 
     def __new__(cls, *_: object, **__: object) -> Self:
         raise TypeError("a DmaBuf is made by dmabuf.allocate(), get(), open() or recv()")
@@ -163,7 +170,8 @@ class DmaBuf:
 
     def __reduce__(self) -> Any:
         raise TypeError(
-            "a DmaBuf is a file descriptor and can't be pickled to bytes: pass it to a multiprocessing process or queue, or send it with dmabuf.send()"
+            "a DmaBuf is a file descriptor and can't be pickled to bytes: pass it to a multiprocessing process or queue, "
+            "or send it with dmabuf.send()"
         )
 
     # ---- what it is ----
@@ -235,9 +243,12 @@ class DmaBuf:
         """The bare mapping, MAP_SHARED, which waits for nobody and excludes nobody (spec 2.17, 5.2).
 
         ``offset``: a multiple of the page size; ``length``: None for the rest of the buffer. The mapping outlives ``close()``; close it
-        yourself. Errors: EBADF; EINVAL out of bounds, unaligned or empty; EACCES writable on a read-only fd; ENOMEM.
+        yourself. Errors: EBADF; EINVAL out of bounds, unaligned or empty; EOVERFLOW a negative offset, as in the kernel; EACCES writable
+        on a read-only fd; ENOMEM.
         """
         fd = self._check("mmap")
+        if offset < 0 and offset % PAGE == 0:
+            raise fail(errno.EOVERFLOW, "mmap", self, "an offset is not negative")
         end = self._size if length is None else offset + length
         if offset < 0 or offset % PAGE or end <= offset or end > self._pages() * PAGE:
             raise fail(errno.EINVAL, "mmap", self, f"0 <= offset < offset + length <= {self._size}, offset a multiple of {PAGE}")
@@ -383,7 +394,7 @@ class DmaBuf:
     def poll(self, events: int, timeout: float | None = 0) -> int:
         """Which of select.POLLIN and POLLOUT are ready, waiting up to ``timeout`` seconds (None: for ever) for one (spec 5.6).
 
-        Errors: EBADF; EINVAL a negative timeout, or neither event with timeout None.
+        Other events are ignored. Errors: EBADF; EINVAL a negative timeout.
         """
         self._usable("poll")
         return polling.poll(self, events, timeout)
@@ -425,9 +436,13 @@ class DmaBuf:
         flags = fcntl.fcntl(fd, fcntl.F_GETFL) & ~0o100000 | (os.O_CLOEXEC if fcntl.fcntl(fd, fcntl.F_GETFD) & fcntl.FD_CLOEXEC else 0)
         own = Path(f"/proc/self/fdinfo/{fd}").read_text()
         mount = next((line.split()[1] for line in own.splitlines() if line.startswith("mnt_id")), "0")
-        count = sum(h.fds + h.maps for h in holders({(self._record.dev, self._record.ino)}).get((self._record.dev, self._record.ino), ()))
-        text = f"pos:\t0\nflags:\t0{flags:o}\nmnt_id:\t{mount}\nino:\t{self.ino}\nsize:\t{self.size}\ncount:\t{count}\nexp_name:\t{self.exp_name}\n"
-        return text if self.name is None else text + f"name:\t{self.name}\n"
+        key = (self._record.dev, self._record.ino)
+        count = sum(h.fds + h.maps for h in holders({key}).get(key, ()))
+        lines = {"pos": 0, "flags": f"0{flags:o}", "mnt_id": mount, "ino": self.ino, "size": self.size, "count": count}
+        lines["exp_name"] = self.exp_name
+        if self.name is not None:
+            lines["name"] = self.name
+        return "".join(f"{key}:\t{value}\n" for key, value in lines.items())
 
     def statistics(self) -> BufferStatistics:
         """A snapshot for programs."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import operator
 import os
 import sys
 import threading
@@ -105,6 +106,7 @@ class DmaFence(_native.Fence):
         Errors: EPERM from another process. ``ContractWarning`` when signalled already, or when ``error`` is not in -4095…-1; the kernel
         stores it regardless, and so do we while the fence is pending.
         """
+        error = operator.index(error)
         if not self.owned:
             raise fail(errno.EPERM, "set_error", self, "only the process that owns the timeline ends its fences")
         if self.is_signaled():
@@ -203,7 +205,10 @@ class DmaFence(_native.Fence):
             shared = self.shm.fence_shared(self.handle)
             if shared:
                 warnings.warn(
-                    f"{self!r} was dropped unsignalled while others wait for it: it ends with -EDEADLK", ResourceWarning, source=self
+                    f"{self!r} was dropped unsignalled while others wait for it: it ends with -EDEADLK",
+                    ResourceWarning,
+                    stacklevel=2,
+                    source=self,
                 )
             self.shm.fence_signal(self.handle, -errno.EDEADLK, False)
 
@@ -252,8 +257,8 @@ class TimelineStatistics:
 class Timeline:
     """A fence context of this process: makes fences with rising numbers, and ends them (spec 3.2, 3.10).
 
-    ``name``, ``driver``: at most 63 bytes, shown by ``describe`` and ``dmabuf ls``. ``close()`` (or leaving the ``with`` block) ends what is
-    pending with ``-ENOENT``; so does dropping the timeline and all its fences. In a forked child it is inert.
+    ``name``, ``driver``: at most 63 bytes, shown by ``describe`` and ``dmabuf ls``. ``close()`` (or leaving the ``with`` block) ends what
+    is pending with ``-ENOENT``. Fences keep their timeline. In a forked child it is inert.
 
     Errors: EINVAL a name that is too long or has a NUL; ENOSPC the domain is full.
     """

@@ -14,7 +14,8 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 from dmabuf import _native
 from dmabuf.domain import lives
@@ -83,7 +84,7 @@ class Dispatcher:
             try:
                 call(handle)
             except BaseException as e:
-                sys.unraisablehook(_Unraisable(e, call))
+                report(e, call)
 
     @property
     def watching(self) -> int:
@@ -108,15 +109,13 @@ class Dispatcher:
                 handles = list(self._foreign)
             for handle in shm.fences_done(handles):
                 self.run(handle)
-            if not self._running:
-                break
             try:
                 if handles:
                     shm.wait(self._bell, seen, None)
                 else:
                     shm.idle(self._bell, seen)
             except Exception as e:  # a tick's error belongs to no wait of ours; the thread must go on
-                sys.unraisablehook(_Unraisable(e, self._serve))
+                report(e, self._serve)
 
     def stop(self) -> None:
         """End the thread; what is still watched stays unserved."""
@@ -128,12 +127,12 @@ class Dispatcher:
             self.shm.store32(self._served, 0)
 
 
-class _Unraisable:
-    """What sys.unraisablehook takes."""
-
-    def __init__(self, error: BaseException, where: Any) -> None:
-        self.exc_type, self.exc_value, self.exc_traceback = type(error), error, error.__traceback__
-        self.err_msg, self.object = "dmabuf: in a callback", where
+def report(error: BaseException, where: Any) -> None:
+    """An exception that nobody is there to catch, for sys.unraisablehook."""
+    told = SimpleNamespace(
+        exc_type=type(error), exc_value=error, exc_traceback=error.__traceback__, err_msg="dmabuf: in a callback", object=where
+    )
+    sys.unraisablehook(cast("sys.UnraisableHookArgs", told))
 
 
 def _stop(ref: weakref.ref[Dispatcher]) -> None:

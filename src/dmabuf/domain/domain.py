@@ -200,7 +200,7 @@ class Domain:
                     except OSError:
                         return  # somebody removed it: nothing to empty
                     try:
-                        if place._is_the_file(self.shm.fd, directory):
+                        if place.is_current(self.shm.fd, directory):
                             place.replace_file(directory, self.id.encode())
                     except OSError:
                         pass  # no room for a fresh file: the next opener empties this one

@@ -192,7 +192,7 @@ def entered(path: Path) -> Iterator[tuple[int, bytes]]:
             fd = os.open(FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600, dir_fd=directory)
             try:
                 with door(fd):
-                    if not _is_the_file(fd, directory):
+                    if not is_current(fd, directory):
                         continue  # replaced while we stood at the door
                     identity, wrong = read_header(fd)
                     if inhabited(fd):
@@ -229,13 +229,15 @@ def entered(path: Path) -> Iterator[tuple[int, bytes]]:
 
 def _used(fd: int) -> bool:
     """Has anybody lived in this file? A life that came and left without growing the file leaves its slot's numbers."""
-    return struct.unpack("<I", os.pread(fd, 4, _native.OFF_LIFE_HIGH))[0] != 0
+    high: int = struct.unpack("<I", os.pread(fd, 4, _native.OFF_LIFE_HIGH))[0]
+    return high != 0
 
 
-def _is_the_file(fd: int, directory: int) -> bool:
+def is_current(fd: int, directory: int) -> bool:
     try:
         there = os.stat(FILE, dir_fd=directory, follow_symlinks=False)
     except FileNotFoundError:
         return False
     here = os.fstat(fd)
-    return (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino)
+    same: bool = (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino)
+    return same

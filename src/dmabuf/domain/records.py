@@ -96,10 +96,26 @@ class Record:
                 _dropped(self.domain)
 
 
+def _sweeping(domain: Domain) -> None:
+    """Have the domain's sweep look after records too."""
+    if "records" not in domain.local:
+        domain.local["records"] = weakref.WeakValueDictionary()
+    if not domain.sweep_hooks:
+        me = weakref.ref(domain)
+
+        def sweep_records() -> None:
+            here = me()
+            if here is not None:
+                sweep(here)
+
+        domain.sweep_hooks.append(sweep_records)
+
+
 def adopt(domain: Domain, dev: int, ino: int, size: int, nonce: bytes, exp_name: bytes, home: bytes, name: bytes | None = None) -> Record:
     """The record of a buffer whose fd we hold; made if nobody has one."""
     domain.join()
-    known: weakref.WeakValueDictionary[tuple[int, int], Record] = domain.local.setdefault("records", weakref.WeakValueDictionary())
+    _sweeping(domain)
+    known: weakref.WeakValueDictionary[tuple[int, int], Record] = domain.local["records"]
     record = known.get((dev, ino))
     if record is not None and record.nonce == nonce:
         record.ensure()
@@ -112,6 +128,8 @@ def adopt(domain: Domain, dev: int, ino: int, size: int, nonce: bytes, exp_name:
 
 def standalone(domain: Domain) -> Record:
     """The record of a reservation object that belongs to no buffer."""
+    domain.join()
+    _sweeping(domain)
     record = Record(domain, 0, 0, 0, os.urandom(16), b"", b"", KIND_RESV)
     record.hold()
     return record
