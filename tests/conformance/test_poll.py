@@ -1,0 +1,421 @@
+"""Polling a buffer (spec 5.6): what is ready, waiting for it, and the pollable fd and awaitables made from it."""
+
+import asyncio
+import errno
+import itertools
+import os
+import select
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+import dmabuf
+from dmabuf import ContractWarning, DmaBuf, Timeline, Usage
+from tests.support.children import Parent, Spawn
+from tests.support.errnos import raises_errno
+from tests.support.facts import FACTS, Fact, fact_id, facts
+from tests.support.fences import attach
+from tests.support.waiting import Background, until_asleep
+
+IN, OUT = select.POLLIN, select.POLLOUT
+BOTH = IN | OUT
+LONG = 60.0
+EVENTS = {
+    "rw": BOTH,
+    "in": IN,
+    "out": OUT,
+    "0": 0,
+    "pri": select.POLLPRI,
+    "rdnorm": select.POLLRDNORM,
+    "wrnorm": select.POLLWRNORM,
+    "all": 0x7FFF,
+}
+# What IMPORT_SYNC_FILE adds for its flags (spec 5.5).
+USAGE = {"write": Usage.WRITE, "read": Usage.READ, "rw": Usage.WRITE}
+
+
+def events_of(fact: Fact) -> int:
+    """`POLLIN|POLLOUT` as a number."""
+    return sum(getattr(select, name) for name in fact.ret.split("|") if name != "0")
+
+
+# -- the kernel's answers
+
+
+@pytest.mark.parametrize("fact", facts("poll/none-"), ids=fact_id)
+def test_an_idle_buffer_answers_as_the_kernel(buf: DmaBuf, fact: Fact) -> None:
+    assert buf.poll(EVENTS[fact.id.removeprefix("poll/none-")]) == events_of(fact)
+
+
+@pytest.mark.parametrize(
+    "fact",
+    [FACTS[f"poll/{kind}-{events}"] for kind in USAGE for events in ("rw", "in", "out", "0")],
+    ids=fact_id,
+)
+def test_a_busy_buffer_answers_as_the_kernel(buf: DmaBuf, tl: Timeline, fact: Fact) -> None:
+    kind, events = fact.id.removeprefix("poll/").split("-")
+    fence = tl.fence()
+    attach(buf.resv, fence, USAGE[kind])
+    assert buf.poll(EVENTS[events]) == events_of(fact)
+    fence.signal()
+
+
+@pytest.mark.parametrize("kind", list(USAGE))
+def test_a_poll_times_out_is_woken_and_finds_the_buffer_idle_as_in_the_kernel(buf: DmaBuf, tl: Timeline, kind: str) -> None:
+    fence = tl.fence()
+    attach(buf.resv, fence, USAGE[kind])
+    assert buf.poll(OUT, timeout=0.002) == events_of(FACTS[f"poll/{kind}-timeout"])
+    with Background(lambda: buf.poll(OUT, timeout=None)) as job:
+        job.until_blocked()
+        assert not job.done
+        fence.signal()
+        assert job.result() == events_of(FACTS[f"poll/{kind}-wake"])
+    assert buf.poll(BOTH) == events_of(FACTS[f"poll/{kind}-after"])
+
+
+def test_two_fences_answer_as_in_the_kernel(buf: DmaBuf, tl: Timeline, other_tl: Timeline) -> None:
+    for first in ("read", "write"):
+        read, write = tl.fence(), other_tl.fence()
+        attach(buf.resv, read, Usage.READ)
+        attach(buf.resv, write, Usage.WRITE)
+        assert buf.poll(BOTH) == events_of(FACTS["poll/two-0"])
+        (read if first == "read" else write).signal()
+        assert buf.poll(BOTH) == events_of(FACTS["poll/two-1" if first == "read" else "poll/two-3"])
+        (write if first == "read" else read).signal()
+        assert buf.poll(BOTH) == events_of(FACTS["poll/two-2"])
+
+
+def test_a_signalled_fence_counts_for_nothing(buf: DmaBuf, tl: Timeline) -> None:
+    fence = tl.fence()
+    fence.signal()
+    attach(buf.resv, fence, Usage.WRITE)
+    assert buf.poll(BOTH) == events_of(FACTS["poll/import-signalled"])
+
+
+@pytest.mark.parametrize("usage", list(Usage), ids=lambda usage: usage.name)
+def test_a_failed_fence_counts_as_done(buf: DmaBuf, tl: Timeline, usage: Usage) -> None:
+    fence = tl.fence()
+    attach(buf.resv, fence, usage)
+    fence.signal(error=-errno.ENOENT)
+    assert buf.poll(BOTH) == events_of(FACTS["swsync/err-dmabuf-poll"])
+
+
+def test_the_fences_of_a_closed_timeline_count_as_done(buf: DmaBuf, tl: Timeline) -> None:
+    fence = tl.fence()
+    attach(buf.resv, fence, Usage.WRITE)
+    tl.close()
+    assert buf.poll(BOTH) == BOTH
+    assert fence.is_signaled()
+
+
+# -- every mix of usages
+
+
+MIXES = [mix for size in range(5) for mix in itertools.combinations(Usage, size)]
+
+
+@pytest.mark.parametrize("mix", MIXES, ids=lambda mix: "+".join(usage.name for usage in mix) or "none")
+@pytest.mark.parametrize("asked", [IN, OUT, BOTH, 0x7FFF, 0], ids=["in", "out", "both", "all", "none"])
+def test_readers_wait_for_kernel_and_write_fences_and_writers_for_read_fences_too(buf: DmaBuf, mix: tuple[Usage, ...], asked: int) -> None:
+    lines = [Timeline(usage.name) for usage in mix]
+    fences = [line.fence() for line in lines]
+    for fence, usage in zip(fences, mix, strict=True):
+        attach(buf.resv, fence, usage)
+    readable = IN * (not {Usage.KERNEL, Usage.WRITE} & set(mix))
+    writable = OUT * (not {Usage.KERNEL, Usage.WRITE, Usage.READ} & set(mix))
+    assert buf.poll(asked) == asked & (readable | writable)
+    for fence, line in zip(fences, lines, strict=True):
+        fence.signal()
+        line.close()
+    assert buf.poll(asked) == asked & BOTH
+
+
+# -- waiting
+
+
+def test_a_poll_of_an_idle_buffer_returns_at_once_whatever_the_timeout(buf: DmaBuf) -> None:
+    for timeout in (0, LONG, None):
+        assert buf.poll(BOTH, timeout) == BOTH
+
+
+def test_the_default_is_a_pure_poll(buf: DmaBuf, tl: Timeline) -> None:
+    fence = tl.fence()
+    attach(buf.resv, fence, Usage.WRITE)
+    assert buf.poll(BOTH) == 0
+    fence.signal()
+
+
+def test_pollout_waits_for_all_fences(buf: DmaBuf) -> None:
+    lines = [Timeline(name) for name in "abc"]
+    fences = [line.fence() for line in lines]
+    for fence in fences:
+        attach(buf.resv, fence, Usage.READ)
+    with Background(lambda: buf.poll(OUT, timeout=LONG)) as job:
+        for number in (2, 0, 1):
+            job.until_blocked()
+            assert not job.done
+            fences[number].signal()
+        assert job.result() == OUT
+    for line in lines:
+        line.close()
+
+
+def test_asking_for_both_returns_with_the_first_that_is_ready(buf: DmaBuf, tl: Timeline, other_tl: Timeline) -> None:
+    read, write = tl.fence(), other_tl.fence()
+    attach(buf.resv, read, Usage.READ)
+    attach(buf.resv, write, Usage.WRITE)
+    with Background(lambda: buf.poll(BOTH, timeout=None)) as job:
+        job.until_blocked()
+        assert not job.done
+        write.signal()
+        assert job.result() == IN
+    read.signal()
+
+
+def test_a_poll_with_a_timeout_for_what_is_never_reported_is_0(buf: DmaBuf) -> None:
+    before = time.monotonic()
+    assert buf.poll(select.POLLPRI, timeout=0.01) == 0
+    # As poll(2): the time passes, though nothing can come.
+    assert time.monotonic() - before >= 0.01
+
+
+@pytest.mark.parametrize("timeout", [-1, -0.001])
+def test_a_negative_timeout_is_einval(buf: DmaBuf, timeout: float) -> None:
+    with warnings.catch_warnings(), raises_errno(errno.EINVAL):
+        warnings.simplefilter("ignore", ContractWarning)
+        buf.poll(BOTH, timeout)
+
+
+@pytest.mark.parametrize("call", [lambda b: b.poll(BOTH), lambda b: b.poll_fd(IN)], ids=["poll", "poll_fd"])
+def test_a_closed_buffer_is_ebadf(call: Callable[[DmaBuf], Any]) -> None:
+    buf = dmabuf.allocate(4096)
+    buf.close()
+    with raises_errno(errno.EBADF):
+        call(buf)
+
+
+@pytest.mark.parametrize("name", ["readable", "writable"])
+def test_awaiting_a_closed_buffer_is_ebadf(name: str) -> None:
+    buf = dmabuf.allocate(4096)
+    buf.close()
+
+    async def main() -> None:
+        await getattr(buf, name)()
+
+    with raises_errno(errno.EBADF):
+        asyncio.run(main())
+
+
+# -- poll_fd
+
+
+def by_select(fd: int, timeout: float | None) -> bool:
+    return bool(select.select([fd], [], [], timeout)[0])
+
+
+def by_poll(fd: int, timeout: float | None) -> bool:
+    poller = select.poll()
+    poller.register(fd, select.POLLIN)
+    return bool(poller.poll(None if timeout is None else timeout * 1000))
+
+
+def by_epoll(fd: int, timeout: float | None) -> bool:
+    with select.epoll() as poller:
+        poller.register(fd, select.EPOLLIN)
+        return bool(poller.poll(timeout))
+
+
+BY = pytest.mark.parametrize("wait", [by_select, by_poll, by_epoll])
+Wait = Callable[[int, float | None], bool]
+
+
+@BY
+@pytest.mark.parametrize("events", [IN, OUT, BOTH])
+def test_the_fd_of_an_idle_buffer_is_readable_at_once(buf: DmaBuf, wait: Wait, events: int) -> None:
+    fd = buf.poll_fd(events)
+    assert wait(fd, None)
+    os.close(fd)
+
+
+@BY
+@pytest.mark.parametrize(("events", "usage"), [(IN, Usage.WRITE), (OUT, Usage.WRITE), (OUT, Usage.READ), (OUT, Usage.KERNEL)])
+def test_the_fd_of_a_busy_buffer_becomes_readable_when_it_is_done(buf: DmaBuf, tl: Timeline, wait: Wait, events: int, usage: Usage) -> None:
+    fence = tl.fence()
+    attach(buf.resv, fence, usage)
+    fd = buf.poll_fd(events)
+    assert not wait(fd, 0)
+    with Background(lambda: wait(fd, None)) as job:
+        job.until_blocked()
+        assert not job.done
+        fence.signal()
+        assert job.result()
+    assert buf.poll(events) == events
+    os.close(fd)
+
+
+@pytest.mark.parametrize("usage", [Usage.READ, Usage.BOOKKEEP])
+def test_the_fd_for_reading_is_not_held_up_by_readers(buf: DmaBuf, tl: Timeline, usage: Usage) -> None:
+    fence = tl.fence()
+    attach(buf.resv, fence, usage)
+    fd = buf.poll_fd(IN)
+    assert by_poll(fd, None)
+    os.close(fd)
+    fence.signal()
+
+
+def test_the_fd_waits_for_all_fences(buf: DmaBuf, tl: Timeline, other_tl: Timeline) -> None:
+    fences = tl.fence(), other_tl.fence()
+    for fence in fences:
+        attach(buf.resv, fence, Usage.READ)
+    fd = buf.poll_fd(OUT)
+    fences[0].signal()
+    assert not by_poll(fd, 0.01)
+    fences[1].signal()
+    assert by_poll(fd, None)
+    os.close(fd)
+
+
+def test_the_fd_is_one_shot(buf: DmaBuf, tl: Timeline) -> None:
+    """It says that the condition was met once; a new one is taken for what comes next."""
+    fd = buf.poll_fd(OUT)
+    assert by_poll(fd, None)
+    fence = tl.fence()
+    attach(buf.resv, fence, Usage.WRITE)
+    assert by_poll(fd, 0)
+    again = buf.poll_fd(OUT)
+    assert not by_poll(again, 0)
+    fence.signal()
+    assert by_poll(again, None)
+    os.close(fd)
+    os.close(again)
+
+
+def test_the_fd_is_not_inherited(buf: DmaBuf) -> None:
+    fd = buf.poll_fd(IN)
+    assert not os.get_inheritable(fd)
+    os.close(fd)
+
+
+def test_the_fd_may_be_closed_before_it_is_readable(buf: DmaBuf, tl: Timeline) -> None:
+    fence = tl.fence()
+    attach(buf.resv, fence, Usage.WRITE)
+    os.close(buf.poll_fd(IN))
+    # A new file of the same number must not be rung or closed instead.
+    reused = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+    fence.signal()
+    assert not by_poll(reused, 0.01)
+    os.close(reused)
+
+
+# -- awaitables
+
+
+@pytest.mark.parametrize("name", ["readable", "writable"])
+def test_awaiting_an_idle_buffer_returns_at_once(buf: DmaBuf, name: str) -> None:
+    async def main() -> None:
+        await getattr(buf, name)()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(("name", "usage"), [("readable", Usage.WRITE), ("writable", Usage.WRITE), ("writable", Usage.READ)])
+def test_awaiting_a_busy_buffer_lets_the_loop_run(buf: DmaBuf, tl: Timeline, name: str, usage: Usage) -> None:
+    fence = tl.fence()
+    attach(buf.resv, fence, usage)
+
+    async def main() -> None:
+        task = asyncio.ensure_future(getattr(buf, name)())
+        await asyncio.sleep(0)
+        assert not task.done()
+        fence.signal()
+        await task
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("usage", [Usage.READ, Usage.BOOKKEEP])
+def test_readable_is_not_held_up_by_readers(buf: DmaBuf, tl: Timeline, usage: Usage) -> None:
+    fence = tl.fence()
+    attach(buf.resv, fence, usage)
+
+    async def main() -> None:
+        await buf.readable()
+
+    asyncio.run(main())
+    fence.signal()
+
+
+def test_many_tasks_await_one_buffer(buf: DmaBuf, tl: Timeline) -> None:
+    fence = tl.fence()
+    attach(buf.resv, fence, Usage.WRITE)
+
+    async def main() -> None:
+        tasks = [asyncio.ensure_future(awaitable()) for awaitable in (buf.readable, buf.writable, buf.readable)]
+        await asyncio.sleep(0)
+        tasks[0].cancel()
+        fence.signal()
+        await asyncio.gather(*tasks[1:])
+        with pytest.raises(asyncio.CancelledError):
+            await tasks[0]
+
+    asyncio.run(main())
+
+
+# -- across processes
+
+
+def signals_on_demand(parent: Parent, usage: Usage) -> None:
+    (buf,) = dmabuf.recv(parent.sock)
+    line = Timeline("child")
+    fence = line.fence()
+    attach(buf.resv, fence, usage)
+    parent.send("added")
+    parent.recv()
+    fence.signal()
+    parent.recv()
+
+
+def awaits(parent: Parent, name: str) -> str:
+    (buf,) = dmabuf.recv(parent.sock)
+    parent.send("waiting")
+
+    async def main() -> None:
+        await getattr(buf, name)()
+
+    asyncio.run(main())
+    return "ready"
+
+
+@pytest.mark.parametrize("killed", [False, True], ids=["signals", "killed"])
+@pytest.mark.parametrize("how", ["poll", "poll_fd"])
+def test_waiting_for_another_process(child: Spawn, buf: DmaBuf, how: str, killed: bool) -> None:
+    other = child(signals_on_demand, Usage.WRITE)
+    dmabuf.send(other.sock, buf)
+    assert other.recv() == "added"
+    fd = buf.poll_fd(IN)
+    assert not by_poll(fd, 0)
+    with Background(lambda: bool(buf.poll(IN, timeout=None)) if how == "poll" else by_poll(fd, None)) as job:
+        job.until_blocked()
+        assert not job.done
+        if killed:
+            other.kill()
+        else:
+            other.send("signal")
+        assert job.result() is True
+    assert by_poll(fd, None)
+    os.close(fd)
+
+
+@pytest.mark.parametrize("name", ["readable", "writable"])
+def test_awaiting_in_another_process(child: Spawn, buf: DmaBuf, tl: Timeline, name: str) -> None:
+    fence = tl.fence()
+    attach(buf.resv, fence, Usage.WRITE)
+    other = child(awaits, name)
+    dmabuf.send(other.sock, buf)
+    assert other.recv() == "waiting"
+    until_asleep(other.pid)
+    fence.signal()
+    assert other.result() == "ready"

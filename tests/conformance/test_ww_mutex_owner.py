@@ -1,0 +1,139 @@
+"""Who waits for the lock of a reservation and who holds it: signals, asyncio tasks, and `lock_all`."""
+
+import asyncio
+import errno
+import os
+import signal
+import threading
+from collections.abc import Callable
+
+import pytest
+
+import dmabuf
+from dmabuf import ContractError, DmaResv
+from tests.support.errnos import raises_errno
+from tests.support.holder import Holder
+from tests.support.waiting import Background, until_asleep
+
+# -- signals
+
+
+def poke_main_when_asleep(after: Callable[[], object] = lambda: None) -> None:
+    main = threading.main_thread()
+    assert main.ident is not None
+    until_asleep(os.getpid(), main.native_id)
+    signal.pthread_kill(main.ident, signal.SIGUSR1)
+    until_asleep(os.getpid(), main.native_id)
+    after()
+
+
+def test_lock_interruptible_is_eintr_on_a_signal(resv: DmaResv) -> None:
+    old = signal.signal(signal.SIGUSR1, lambda *_: None)
+    try:
+        with Holder(resv), Background(poke_main_when_asleep):
+            with raises_errno(errno.EINTR, InterruptedError):
+                resv.lock_interruptible()
+            assert resv.trylock() is False
+    finally:
+        signal.signal(signal.SIGUSR1, old)
+
+
+def test_lock_goes_on_after_a_signal(resv: DmaResv) -> None:
+    handled: list[int] = []
+    old = signal.signal(signal.SIGUSR1, lambda number, _: handled.append(number))
+    try:
+        with Holder(resv) as holder, Background(lambda: poke_main_when_asleep(after=holder.let_go)):
+            resv.lock()
+    finally:
+        signal.signal(signal.SIGUSR1, old)
+    assert handled
+    resv.unlock()
+
+
+def test_lock_ends_when_the_signal_handler_raises(resv: DmaResv) -> None:
+    def handler(*_: object) -> None:
+        raise KeyError
+
+    old = signal.signal(signal.SIGUSR1, handler)
+    try:
+        with Holder(resv), Background(poke_main_when_asleep), pytest.raises(KeyError):
+            resv.lock()
+    finally:
+        signal.signal(signal.SIGUSR1, old)
+    # Nothing was taken.
+    assert resv.trylock()
+    resv.unlock()
+
+
+# -- asyncio tasks are owners of their own
+
+
+def test_a_task_cannot_use_or_give_back_the_lock_of_another(resv: DmaResv) -> None:
+    async def main() -> None:
+        locked, over = asyncio.Event(), asyncio.Event()
+
+        async def owner() -> None:
+            resv.lock()
+            locked.set()
+            await over.wait()
+            resv.unlock()
+
+        task = asyncio.create_task(owner())
+        await locked.wait()
+        assert resv.trylock() is False
+        with pytest.raises(ContractError):
+            resv.unlock()
+        with pytest.raises(ContractError):
+            resv.reserve(1)
+        over.set()
+        await task
+        assert resv.trylock()
+        resv.unlock()
+
+    asyncio.run(main())
+
+
+# -- lock_all
+
+
+def test_lock_all_holds_all_and_frees_all() -> None:
+    resvs = [DmaResv() for _ in range(5)]
+    with dmabuf.lock_all(resvs):
+        assert all(resv.is_locked() for resv in resvs)
+        for resv in resvs:
+            resv.reserve(1)
+    assert not any(resv.is_locked() for resv in resvs)
+
+
+def test_lock_all_frees_all_when_the_block_raises() -> None:
+    resvs = [DmaResv() for _ in range(3)]
+
+    def block() -> None:
+        with dmabuf.lock_all(resvs):
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        block()
+    assert not any(resv.is_locked() for resv in resvs)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_lock_all_takes_the_same_one_several_times(resv: DmaResv, count: int) -> None:
+    with dmabuf.lock_all([resv] * count):
+        assert resv.is_locked() is (count > 0)
+    assert not resv.is_locked()
+
+
+def test_lock_all_waits_for_one_that_is_held() -> None:
+    resvs = [DmaResv() for _ in range(3)]
+
+    def take() -> bool:
+        with dmabuf.lock_all(resvs):
+            return all(resv.is_locked() for resv in resvs)
+
+    resvs[1].lock()
+    with Background(take) as job:
+        job.until_blocked()
+        assert not job.done
+        resvs[1].unlock()
+        assert job.result()

@@ -1,0 +1,114 @@
+"""To know that somebody waits, without a sleep.
+
+A wait is shown by what the kernel says of the thread: it sleeps, and goes on sleeping. A thread may sleep for another reason for an
+instant, so this only makes a test sharp; what it asserts must be true wherever the other side happens to be.
+"""
+
+import os
+import threading
+from collections.abc import Callable
+from typing import Generic, Self, TypeVar
+
+T = TypeVar("T")
+
+# Equal looks in a row, with no switch between: more than a lock that is passed on takes.
+_LOOKS = 20
+
+
+def _never() -> bool:
+    return False
+
+
+def _state(fd: int) -> tuple[bytes, bytes] | None:
+    """(letter of the state, voluntary switches so far) from an open /proc/…/status; None when the thread is gone."""
+    try:
+        text = os.pread(fd, 4096, 0)
+    except ProcessLookupError:
+        return None
+    fields = dict(line.split(b":\t", 1) for line in text.splitlines() if b":\t" in line)
+    return fields[b"State"][:1], fields[b"voluntary_ctxt_switches"]
+
+
+def until_asleep(pid: int, tid: int | None = None, over: Callable[[], bool] = _never) -> None:
+    """Until thread `tid` of a process (its main thread) sleeps, has ended, or `over()` is true."""
+    try:
+        fd = os.open(f"/proc/{pid}/task/{pid if tid is None else tid}/status", os.O_RDONLY)
+    except FileNotFoundError:
+        return
+    try:
+        last, same = None, 0
+        while same < _LOOKS and not over():
+            now = _state(fd)
+            if now is None or now[0] in b"ZX":
+                return
+            same = same + 1 if now == last and now[0] == b"S" else 0
+            last = now
+            os.sched_yield()
+    finally:
+        os.close(fd)
+
+
+def until(condition: Callable[[], object]) -> None:
+    """Until the condition is true; for what another process does, and only the shared state tells."""
+    while not condition():
+        os.sched_yield()
+
+
+class Background(Generic[T]):
+    """A function in a thread of its own, where it may wait.
+
+    with Background(lambda: fence.wait()) as job:
+        job.until_blocked()
+        assert not job.done
+        fence.signal()
+        assert job.result() == math.inf
+    """
+
+    def __init__(self, function: Callable[[], T]) -> None:
+        self._function = function
+        self._value: T
+        self._error: BaseException | None = None
+        self._asked = False
+        self._started = threading.Event()
+        self._over = threading.Event()
+        # A daemon, so that a failed test doesn't wait for what will never end.
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def _run(self) -> None:
+        self._started.set()
+        try:
+            self._value = self._function()
+        except BaseException as error:
+            self._error = error
+        self._over.set()
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self._thread.join()
+            if self._error is not None and not self._asked:
+                raise self._error
+        # A closure over a fence must not outlive the test.
+        del self._function
+
+    @property
+    def done(self) -> bool:
+        return self._over.is_set()
+
+    def until_blocked(self) -> None:
+        """Until the function waits, or is over."""
+        self._started.wait()
+        tid = self._thread.native_id
+        assert tid is not None
+        until_asleep(os.getpid(), tid, over=self._over.is_set)
+
+    def result(self) -> T:
+        """What the function returns, or raises; waits for it."""
+        self._thread.join()
+        self._asked = True
+        if self._error is not None:
+            raise self._error
+        return self._value
