@@ -1,0 +1,238 @@
+"""SIGKILL at every named step of every change of shared state, with another process waiting for what the dead one held.
+
+Each scenario is an action of a child. Its steps are listed by a traced run; then the action is run once for every step and dies there,
+stopped at the step until a waiter in a third process sleeps for what is held. Afterwards the waiter must have ended by itself, and the
+domain must look as if the dead one had never been.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import signal
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+
+import dmabuf
+from dmabuf import Usage
+from dmabuf.domain import lives, records
+from tests.support.fences import attach
+from tests.support.steps import Held, fork, reap
+from tests.support.waiting import until, until_asleep
+
+pytestmark = [pytest.mark.crash, pytest.mark.timeout(600)]
+
+
+class Scene(NamedTuple):
+    """What every scenario starts from."""
+
+    buf: dmabuf.DmaBuf
+    other: dmabuf.DmaBuf
+
+
+def join(_: Scene) -> None:
+    dmabuf.Domain.default().join()
+
+
+def leave(_: Scene) -> None:
+    domain = dmabuf.Domain.default()
+    domain.join()
+    domain.leave()
+
+
+def allocate(_: Scene) -> None:
+    dmabuf.allocate(8192, name="short-lived").close()
+
+
+def rename(scene: Scene) -> None:
+    scene.buf.name = "after"
+
+
+def write(scene: Scene) -> None:
+    with scene.buf.write() as view:
+        view[0] = 1
+
+
+def read(scene: Scene) -> None:
+    with scene.buf.read() as view:
+        assert view[0] in (0, 1)
+
+
+def write_and_raise(scene: Scene) -> None:
+    try:
+        with scene.buf.write():
+            raise KeyError
+    except KeyError:
+        pass
+
+
+def access_both(scene: Scene) -> None:
+    with dmabuf.access(read=[scene.buf], write=[scene.other]):
+        pass
+
+
+def fence(scene: Scene) -> None:
+    timeline = dmabuf.Timeline("crash")
+    f = timeline.fence()
+    attach(scene.buf.resv, f, Usage.WRITE)
+    f.signal()
+
+
+def failed_fence(scene: Scene) -> None:
+    timeline = dmabuf.Timeline("crash")
+    f = timeline.fence()
+    attach(scene.buf.resv, f, Usage.READ)
+    f.signal(-errno.EIO)
+
+
+def many_fences(scene: Scene) -> None:
+    timelines = [dmabuf.Timeline(f"crash {i}") for i in range(40)]
+    fences = [t.fence() for t in timelines]
+    with scene.buf.resv.locked():
+        scene.buf.resv.reserve(len(fences))
+        for f in fences:
+            scene.buf.resv.add(f, Usage.READ)
+    for f in fences:
+        f.signal()
+
+
+def lock(scene: Scene) -> None:
+    with scene.buf.resv.locked():
+        pass
+
+
+def lock_both(scene: Scene) -> None:
+    with dmabuf.lock_all([scene.buf.resv, scene.other.resv]):
+        pass
+
+
+def free_records(scene: Scene) -> None:
+    buf = dmabuf.allocate(4096)
+    index, gen = buf._record.index, buf._record.gen
+    shm = buf.domain.shm
+    buf.close()
+    del buf
+    shm.rec_free(index, gen)
+
+
+def reap_another(scene: Scene) -> None:
+    def die() -> None:
+        timeline = dmabuf.Timeline("dead")
+        attach(scene.buf.resv, timeline.fence(), Usage.WRITE)
+        with scene.other.write():
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    from dmabuf import _native
+
+    def disarmed() -> None:
+        _native.step_disarm()
+        die()
+
+    reap(fork(disarmed))
+    dmabuf.Domain.default().sweep()
+    with scene.other.write():  # whole again
+        pass
+
+
+SCENARIOS: list[Callable[[Scene], None]] = [
+    join, leave, allocate, rename, write, read, write_and_raise, access_both, fence, failed_fence, many_fences, lock, lock_both,
+    free_records, reap_another,
+]  # fmt: skip
+# Content may be torn by who dies while writing, and by nobody else.
+MAY_TEAR = {write: "buf", write_and_raise: "buf", access_both: "other", reap_another: "other"}
+
+
+def wait_for_everything(scene: Scene) -> None:
+    """What a bystander does: every lock, every fence, every access."""
+    for buf in scene:
+        with buf.resv.locked():
+            pass
+        buf.resv.wait(Usage.BOOKKEEP)
+        with buf.write() as view:
+            view[0] = 1
+        with buf.read():
+            pass
+
+
+@pytest.fixture
+def scene() -> Scene:
+    made = Scene(dmabuf.allocate(4096, name="before"), dmabuf.allocate(4096, name="other"))
+    yield made  # type: ignore[misc]
+    for buf in made:
+        buf.close()
+
+
+def inhabitants() -> list[int]:
+    domain = dmabuf.Domain.default()
+    return lives.alive_slots(domain.shm)
+
+
+def settled(scene: Scene) -> None:
+    """The domain holds what this process made, and nothing of anybody else."""
+    domain = dmabuf.Domain.default()
+    domain.sweep()
+    shm = domain.shm
+    mine = lives.index_of(shm.life)
+    assert inhabitants() == [mine]
+    assert sorted(records.present(domain)) == sorted(b._record.index for b in scene)
+    until(lambda: records.sweep(domain) or not shm.rec_orphans())
+    for buf in scene:
+        assert not buf.resv.is_locked()
+        assert buf.resv.fences(Usage.BOOKKEEP) == []
+        assert buf.resv.trylock()
+        buf.resv.unlock()
+    owned = {chunk for chunk, _ in shm.chunks_of(shm.life)}
+    from dmabuf import _native
+
+    for chunk in range(shm.load32(_native.OFF_NCHUNKS)):
+        owner = shm.load64(_native.OFF_CHUNKTAB + 8 * chunk) >> 32
+        assert owner == 0 or chunk in owned
+    assert shm.load32(_native.OFF_TABLE_LOCK) == 0
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda s: s.__name__)
+def test_death_at_every_step_is_repaired_by_whoever_comes_next(scenario: Callable[[Scene], None], scene: Scene) -> None:
+    for nth in itertools.count(1):
+        with Held(lambda: scenario(scene)) as doomed:
+            step = doomed.run_to_nth(nth)
+            if step is None:
+                break  # the action ended before: every step had its death
+            waiter = fork(lambda: wait_for_everything(scene))
+            until_asleep(waiter)
+            doomed.kill()
+        assert reap(waiter) == 0, f"the waiter failed after a death at step {nth} ({step})"
+        settled(scene)
+    assert nth > 1, "a scenario without steps proves nothing"
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda s: s.__name__)
+def test_content_is_torn_only_by_who_may_have_written(scenario: Callable[[Scene], None], scene: Scene) -> None:
+    torn_at: dict[str, set[str]] = {"buf": set(), "other": set()}
+    for nth in itertools.count(1):
+        for buf in scene:
+            with buf.write():
+                pass
+        with Held(lambda: scenario(scene)) as doomed:
+            step = doomed.run_to_nth(nth)
+            if step is None:
+                break  # the action ended before: every step had its death
+            doomed.kill()
+        dmabuf.Domain.default().sweep()
+        for which, buf in zip(("buf", "other"), scene, strict=True):
+            try:
+                with buf.read():
+                    pass
+            except OSError as error:
+                assert error.errno in (errno.EOWNERDEAD, errno.ECANCELED)
+                torn_at[which].add(step)
+    allowed = MAY_TEAR.get(scenario)
+    for which, where in torn_at.items():
+        if which != allowed:
+            assert not where
+    if allowed:
+        assert "access_granted" in torn_at[allowed] or scenario is reap_another
+        assert not torn_at[allowed] & {"access_fence", "access_added", "access_waiting", "resv_locked"} or scenario is reap_another
+    settled(scene)
