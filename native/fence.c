@@ -88,7 +88,7 @@ static int fifo_ready(Shm *s) { /* a slot is there; a child starts with an empty
     if (fifo_push(s, (uint32_t)c * FENCES_PER + i)) return -1;
   return 0;
 }
-static uint64_t fence_make(Shm *s, uint32_t timeline, uint64_t context, uint64_t seqno, uint32_t flags, uint64_t owner, uint32_t rec) {
+uint64_t fence_make(Shm *s, uint32_t timeline, uint64_t context, uint64_t seqno, uint32_t flags, uint64_t owner, uint32_t rec) {
   db_fence *f;
   uint32_t slot;
   do {
@@ -184,12 +184,13 @@ static int fence_look(Fence *x) { /* 1 once signalled; remembers */
     return 1;
   }
 }
-static PyObject *fence_new(PyTypeObject *type, PyObject *args, PyObject *kw) { /* Fence(shm, handle, owned=False) */
-  static char *names[] = {"shm", "handle", "owned", NULL};
+static PyObject *fence_new(PyTypeObject *type, PyObject *args, PyObject *kw) { /* Fence(shm, handle, owned=False, context, seqno, timeline): the last three for a past generation */
+  static char *names[] = {"shm", "handle", "owned", "context", "seqno", "timeline", NULL};
   Shm *s;
-  unsigned long long handle;
+  unsigned long long handle, context = 0, seqno = 0;
+  unsigned timeline = 0;
   int owned = 0;
-  if (!PyArg_ParseTupleAndKeywords(args, kw, "O!K|p", names, Shm_Type, &s, &handle, &owned)) return NULL;
+  if (!PyArg_ParseTupleAndKeywords(args, kw, "O!K|pKKI", names, Shm_Type, &s, &handle, &owned, &context, &seqno, &timeline)) return NULL;
   Fence *x = (Fence *)type->tp_alloc(type, 0);
   if (!x) return NULL;
   Py_INCREF(s);
@@ -204,7 +205,11 @@ static PyObject *fence_new(PyTypeObject *type, PyObject *args, PyObject *kw) { /
     x->timeline = atomic_load(&f->timeline);
     x->flags = atomic_load(&f->flags);
     fence_pending(s, handle, &f);
-    if (!f) x->context = x->seqno = x->timeline = 0;
+  }
+  if (!f) {
+    x->context = context;
+    x->seqno = seqno;
+    x->timeline = timeline;
   }
   fence_look(x);
   return (PyObject *)x;
@@ -317,18 +322,24 @@ static PyObject *fence_alloc(Shm *s, PyObject *args) { /* (timeline + 1, context
   uint64_t h = fence_make(s, timeline, context, seqno, flags, owner, rec);
   return h ? PyLong_FromUnsignedLongLong(h) : NULL;
 }
+static int own_end(Shm *s, uint64_t h, int error, int drop) { /* 1: it was pending; 0; -1 exception */
+  if (!my_life(s)) return 0; /* inherited by a fork: inert */
+  db_fence *f;
+  int pending = fence_pending(s, h, &f);
+  if (!f || CT_LIFE(atomic_load(chunk_entry(s, H_SLOT(h) / FENCES_PER))) != my_life(s)) return 0;
+  leave_cpu(s);
+  if (pending) pending = !fence_finish(s, h, f, error);
+  return drop && fifo_push(s, H_SLOT(h)) ? -1 : pending;
+}
+void fence_end(Shm *s, uint64_t handle, int error) {
+  if (own_end(s, handle, error, 1) < 0) PyErr_Clear(); /* no memory to remember the slot: it comes back with the chunk */
+}
 static PyObject *fence_signal(Shm *s, PyObject *args) { /* (handle, error, drop) -> was pending */
   unsigned long long h;
   int error, drop;
   if (!PyArg_ParseTuple(args, "Kip", &h, &error, &drop)) return NULL;
-  if (!my_life(s)) Py_RETURN_FALSE; /* inherited by a fork: inert */
-  db_fence *f;
-  int pending = fence_pending(s, h, &f);
-  if (!f || CT_LIFE(atomic_load(chunk_entry(s, H_SLOT(h) / FENCES_PER))) != my_life(s)) Py_RETURN_FALSE;
-  leave_cpu(s);
-  if (pending) pending = !fence_finish(s, h, f, error);
-  if (drop && fifo_push(s, H_SLOT(h))) return NULL;
-  return PyBool_FromLong(pending);
+  int r = own_end(s, h, error, drop);
+  return r < 0 ? NULL : PyBool_FromLong(r);
 }
 static PyObject *fence_wait(Shm *s, PyObject *args) { /* (handle, until_ns or -1, interruptible) -> 1, 0, -4 */
   unsigned long long h;

@@ -254,6 +254,8 @@ int blocks_add(Shm *s, uint32_t rec, a32 *link, uint32_t count); /* 0 or -1 with
 db_fence *fence_at(Shm *s, uint32_t slot);
 int fence_pending(Shm *s, uint64_t handle, db_fence **out); /* 1 pending, 0 signalled or gone; out may be NULL slot */
 int fence_finish(Shm *s, uint64_t handle, db_fence *f, int error); /* 0; 1: it had been signalled already */
+uint64_t fence_make(Shm *s, uint32_t timeline, uint64_t context, uint64_t seqno, uint32_t flags, uint64_t owner, uint32_t rec); /* 0: exception */
+void fence_end(Shm *s, uint64_t handle, int error); /* signal and drop an own fence */
 extern PyMethodDef fence_methods[];
 int fence_register(PyObject *module);
 
@@ -267,6 +269,7 @@ extern PyMethodDef resv_methods[];
   X(chunk_allocated) X(chunk_typed) X(chunk_published) X(chunk_owned) \
   X(fence_filled) X(fence_published) X(fence_error) X(fence_stamped) X(fence_signaled) X(fence_woken) X(fence_rung) \
   X(resv_locked) X(resv_next) X(resv_waiting) X(resv_stolen) X(resv_unlocked) X(resv_added) X(block_taken) X(block_linked) \
+  X(access_fence) X(access_added) X(access_granted) X(access_torn) X(access_whole) X(access_ended) \
   X(name_written) X(name_switched) X(reap_torn) X(reap_fence) X(reap_ctx) X(reap_chunk) X(table_stolen) X(table_rebuilt)
 enum {
 #define X(n) STEP_##n,

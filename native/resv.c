@@ -28,22 +28,15 @@ static inline a32 *lock_futex(db_resv *r) {
 }
 static inline int older(db_ctx *a, db_ctx *b) { return (int64_t)(atomic_load(&a->stamp) - atomic_load(&b->stamp)) < 0; }
 
-/* resv_lock(rec, ctx, acquired, interruptible, try, until) -> 0 locked, 1 taken from a dead owner, or a negative errno */
-static PyObject *resv_lock(Shm *s, PyObject *args) {
-  unsigned rec;
-  unsigned long long me;
-  int acquired, interruptible, try;
-  long long until;
-  if (!PyArg_ParseTuple(args, "IKippL", &rec, &me, &acquired, &interruptible, &try, &until)) return NULL;
-  if (shm_need_life(s, "lock")) return NULL;
-  db_resv *r = resv_of(s, rec);
+#define RAISED (-100000) /* an exception is set */
+/* 0 locked, 1 taken from a dead owner, a negative errno, or RAISED */
+static int take(Shm *s, db_resv *r, uint64_t me, int acquired, int interruptible, int try, int64_t until) {
   db_ctx *mine = ctx_at(s, CTX_INDEX(me));
-  if (!r) return NULL;
-  if (!mine) { shm_corrupt(s, "a context outside of the file"); return NULL; }
+  if (!mine) { shm_corrupt(s, "a context outside of the file"); return RAISED; }
   uint64_t w = 0;
   if (!atomic_load(&r->next) && atomic_compare_exchange_strong(&r->lock, &w, me)) {
     STEP(resv_locked);
-    return PyLong_FromLong(0);
+    return 0;
   }
   int real = (int)atomic_load(&mine->real), result = 0, waited = 0;
   for (;;) {
@@ -58,7 +51,7 @@ static PyObject *resv_lock(Shm *s, PyObject *args) {
         else STEP(resv_locked);
         if (nx == me) atomic_compare_exchange_strong(&r->next, &nx, 0);
         if (w & CTX_WAITERS) word_wake(lock_futex(r), INT32_MAX); /* they look again: some must die, one becomes next */
-        return PyLong_FromLong(owner ? 1 : 0);
+        return owner ? 1 : 0;
       }
     } else if (try) { result = -EBUSY; break; }
     else if (real && acquired > 0) { /* wait-die: who holds locks does not wait for an older one */
@@ -80,14 +73,34 @@ static PyObject *resv_lock(Shm *s, PyObject *args) {
     STEP(resv_waiting);
     if (step_armed) step_sleeping(STEP_resv_waiting);
     int k = shm_sleep(s, lock_futex(r), (uint32_t)(w | CTX_WAITERS), until, TICK_RESV, owner ? owner : nx);
-    if (k == -1) { result = -1; break; }
+    if (k == -1) { result = RAISED; break; }
     if (k == -2 && interruptible) { result = -EINTR; break; }
   }
   if (waited) { /* leave without a trace, and let the others choose anew */
     uint64_t nx = me;
     if (atomic_compare_exchange_strong(&r->next, &nx, 0)) word_wake(lock_futex(r), INT32_MAX);
   }
-  return result == -1 ? NULL : PyLong_FromLong(result);
+  return result;
+}
+static int give(db_resv *r, uint64_t me) { /* 1: it was ours */
+  uint64_t w = atomic_load(&r->lock);
+  if ((w & ~CTX_WAITERS) != me) return 0;
+  w = atomic_exchange(&r->lock, 0);
+  STEP(resv_unlocked); /* free; who sleeps finds out at the next tick if we die now */
+  if ((w & CTX_WAITERS) || atomic_load(&r->next)) word_wake(lock_futex(r), INT32_MAX);
+  return 1;
+}
+static PyObject *resv_lock(Shm *s, PyObject *args) {
+  unsigned rec;
+  unsigned long long me;
+  int acquired, interruptible, try;
+  long long until;
+  if (!PyArg_ParseTuple(args, "IKippL", &rec, &me, &acquired, &interruptible, &try, &until)) return NULL;
+  if (shm_need_life(s, "lock")) return NULL;
+  db_resv *r = resv_of(s, rec);
+  if (!r) return NULL;
+  int result = take(s, r, me, acquired, interruptible, try, until);
+  return result == RAISED ? NULL : PyLong_FromLong(result);
 }
 static PyObject *resv_unlock(Shm *s, PyObject *args) { /* (rec, ctx) -> it was ours */
   unsigned rec;
@@ -95,13 +108,7 @@ static PyObject *resv_unlock(Shm *s, PyObject *args) { /* (rec, ctx) -> it was o
   if (!PyArg_ParseTuple(args, "IK", &rec, &me)) return NULL;
   db_resv *r = resv_of(s, rec);
   if (!r) return NULL;
-  if (!my_life(s)) Py_RETURN_FALSE;
-  uint64_t w = atomic_load(&r->lock);
-  if ((w & ~CTX_WAITERS) != me) Py_RETURN_FALSE;
-  w = atomic_exchange(&r->lock, 0);
-  STEP(resv_unlocked); /* free; who sleeps finds out at the next tick if we die now */
-  if ((w & CTX_WAITERS) || atomic_load(&r->next)) word_wake(lock_futex(r), INT32_MAX);
-  Py_RETURN_TRUE;
+  return PyBool_FromLong(my_life(s) && give(r, me));
 }
 static PyObject *resv_owner(Shm *s, PyObject *arg) { /* the living owner's ctx word, 0: unlocked */
   unsigned long rec = PyLong_AsUnsignedLong(arg);
@@ -174,11 +181,7 @@ static PyObject *resv_busy(Shm *s, PyObject *args) { /* (rec, usage) -> a pendin
   }
   return PyLong_FromLong(0);
 }
-static PyObject *resv_reserve(Shm *s, PyObject *args) { /* (rec, n): room for n more; lock held */
-  unsigned rec, n;
-  if (!PyArg_ParseTuple(args, "II", &rec, &n)) return NULL;
-  db_resv *r = resv_of(s, rec);
-  if (!r) return NULL;
+static int make_room(Shm *s, db_resv *r, uint32_t rec, uint32_t n) { /* lock held: 0, a negative errno, or RAISED */
   cursor c = {s, r, 0, 0, 0, rec};
   uint32_t room = 0, cap = 0, used = 0;
   a64 *tail[16];
@@ -193,7 +196,7 @@ static PyObject *resv_reserve(Shm *s, PyObject *args) { /* (rec, n): room for n 
       if (fence_pending(s, E_HANDLE(atomic_load(p)), NULL)) break;
       atomic_store(p, 0); /* only the last entry goes, so the list never has a hole */
     }
-  if (room >= n) return PyLong_FromLong(0);
+  if (room >= n) return 0;
   a32 *link = &r->block;
   for (uint32_t k = 0; atomic_load(link) && k < DB_MAX_CHUNKS * BLOCKS_PER; k++) {
     db_block *b = block_at(s, atomic_load(link) - 1);
@@ -201,18 +204,18 @@ static PyObject *resv_reserve(Shm *s, PyObject *args) { /* (rec, n): room for n 
     link = &b->next;
   }
   uint32_t more = (n - room + BLOCK_ENTRIES - 1) / BLOCK_ENTRIES;
-  if ((uint64_t)more * BLOCK_ENTRIES + cap > 1u << 22) return PyLong_FromLong(-ENOMEM);
-  if (blocks_add(s, rec, link, more)) return NULL;
-  return PyLong_FromLong(0);
+  if ((uint64_t)more * BLOCK_ENTRIES + cap > 1u << 22) return -ENOMEM;
+  return blocks_add(s, rec, link, more) ? RAISED : 0;
 }
-static PyObject *resv_add(Shm *s, PyObject *args) { /* (rec, handle, usage, room) -> 1 took new room, 0 replaced, -1 no room */
-  unsigned rec, usage;
-  unsigned long long handle;
-  long room;
-  if (!PyArg_ParseTuple(args, "IKIl", &rec, &handle, &usage, &room)) return NULL;
+static PyObject *resv_reserve(Shm *s, PyObject *args) { /* (rec, n): room for n more; lock held */
+  unsigned rec, n;
+  if (!PyArg_ParseTuple(args, "II", &rec, &n)) return NULL;
   db_resv *r = resv_of(s, rec);
   if (!r) return NULL;
-  if (usage > 3) { PyErr_SetString(PyExc_ValueError, "resv_add: usage is 0 to 3"); return NULL; }
+  int result = make_room(s, r, rec, n);
+  return result == RAISED ? NULL : PyLong_FromLong(result);
+}
+static int put(Shm *s, db_resv *r, uint32_t rec, uint64_t handle, uint32_t usage, long room) { /* 1 took room, 0 replaced, -1 no room */
   db_fence *f;
   fence_pending(s, handle, &f);
   uint64_t context = f ? atomic_load(&f->context) : 0, seqno = f ? atomic_load(&f->seqno) : 0;
@@ -220,11 +223,11 @@ static PyObject *resv_add(Shm *s, PyObject *args) { /* (rec, handle, usage, room
   for (a64 *p; (p = entry_next(&c));) {
     uint64_t e = atomic_load(p);
     if (!e) {
-      if (!room) return PyLong_FromLong(-1);
+      if (!room) return -1;
       if (f) atomic_fetch_or(&f->word, FW_SHARED);
       atomic_store(p, E_MAKE(handle, usage));
       STEP(resv_added);
-      return PyLong_FromLong(1);
+      return 1;
     }
     db_fence *o;
     int pending = fence_pending(s, E_HANDLE(e), &o);
@@ -233,10 +236,117 @@ static PyObject *resv_add(Shm *s, PyObject *args) { /* (rec, handle, usage, room
       if (f) atomic_fetch_or(&f->word, FW_SHARED);
       atomic_store(p, E_MAKE(handle, usage));
       STEP(resv_added);
-      return PyLong_FromLong(0);
+      return 0;
     }
   }
-  return PyLong_FromLong(-1);
+  return -1;
+}
+static PyObject *resv_add(Shm *s, PyObject *args) { /* (rec, handle, usage, room) */
+  unsigned rec, usage;
+  unsigned long long handle;
+  long room;
+  if (!PyArg_ParseTuple(args, "IKIl", &rec, &handle, &usage, &room)) return NULL;
+  db_resv *r = resv_of(s, rec);
+  if (!r) return NULL;
+  if (usage > 3) { PyErr_SetString(PyExc_ValueError, "resv_add: usage is 0 to 3"); return NULL; }
+  return PyLong_FromLong(put(s, r, rec, handle, usage, room));
+}
+
+/* ---- an access: what read() and write() do most, in one call each (measured: a third of the Python calls' time) ---- */
+
+/* Lock held: snapshot what is in the way into *pending (NULL when nothing is), add the access's own fence. 0 with an exception or
+ * *error set. */
+static uint64_t access_put(Shm *s, db_resv *r, uint32_t target, uint32_t rec, uint64_t me, int write, uint32_t timeline, PyObject **pending, int *error) {
+  cursor c = {s, r, 0, 0, 0, target};
+  *pending = NULL;
+  *error = 0;
+  for (a64 *p; (p = entry_next(&c));) {
+    uint64_t e = atomic_load(p);
+    if (!e) break;
+    db_fence *f;
+    if (E_USAGE(e) > (write ? 2u : 1u) || !fence_pending(s, E_HANDLE(e), &f)) continue;
+    if (f && atomic_load(&f->owner) == me) { Py_CLEAR(*pending); *error = EDEADLK; return 0; } /* waiting for oneself */
+    PyObject *h = PyLong_FromUnsignedLongLong(E_HANDLE(e));
+    if (!*pending) *pending = PyList_New(0);
+    int bad = !h || !*pending || PyList_Append(*pending, h);
+    Py_XDECREF(h);
+    if (bad) { Py_CLEAR(*pending); return 0; }
+  }
+  int room = make_room(s, r, target, 1);
+  if (room) {
+    Py_CLEAR(*pending);
+    if (room != RAISED) *error = -room;
+    return 0;
+  }
+  uint64_t context = atomic_fetch_add(&hdr(s)->next_context, 1); /* a context of its own: accesses overlap, so none replaces another */
+  uint64_t h = fence_make(s, timeline, context, 1, FF_ACCESS | (write ? FF_WRITE : 0), me, rec + 1);
+  if (!h) { Py_CLEAR(*pending); return 0; }
+  STEP(access_fence); /* pending and unknown: ends with us */
+  put(s, r, target, h, write ? 1 : 2, 1);
+  STEP(access_added); /* WAITING: dying here writes nothing */
+  return h;
+}
+static int access_mark(Shm *s, uint64_t handle, uint32_t rec, int write) { /* WAITING -> GRANTED; a torn mark in the reader's way instead */
+  db_rec *x = rec_at(s, rec);
+  int torn = x && !write ? atomic_load(&x->torn) : 0;
+  if (torn) return torn > 0 && torn < 4096 ? torn : EUCLEAN;
+  db_fence *f;
+  fence_pending(s, handle, &f);
+  if (f) atomic_fetch_or(&f->flags, FF_GRANTED);
+  STEP(access_granted); /* dying from here on tears what is written */
+  return 0;
+}
+/* access_begin(rec, target, ctx, write, timeline, until, locked) -> handle when granted at once, (handle, [pending]) when it has to
+ * wait, (handle, torn errno) for a reader of torn content, or a negative errno */
+static PyObject *access_begin(Shm *s, PyObject *const *a, Py_ssize_t n) {
+  if (n != 7) { PyErr_SetString(PyExc_TypeError, "access_begin: seven arguments"); return NULL; }
+  uint32_t rec = (uint32_t)PyLong_AsUnsignedLong(a[0]), target = (uint32_t)PyLong_AsUnsignedLong(a[1]), timeline = (uint32_t)PyLong_AsUnsignedLong(a[4]);
+  uint64_t me = PyLong_AsUnsignedLongLong(a[2]);
+  int write = PyObject_IsTrue(a[3]), locked = PyObject_IsTrue(a[6]);
+  int64_t until = PyLong_AsLongLong(a[5]);
+  if (PyErr_Occurred() || shm_need_life(s, "access")) return NULL;
+  db_resv *r = resv_of(s, target);
+  if (!r) return NULL;
+  if (!locked) {
+    int got = take(s, r, me, 0, 0, 0, until);
+    if (got == RAISED) return NULL;
+    if (got < 0) return PyLong_FromLong(got == -EDEADLK ? -EALREADY : got);
+  }
+  PyObject *pending;
+  int error;
+  uint64_t h = access_put(s, r, target, rec, me, write, timeline, &pending, &error);
+  if (!locked) give(r, me);
+  if (!h) return PyErr_Occurred() ? NULL : PyLong_FromLong(-error);
+  if (pending) return Py_BuildValue("KN", (unsigned long long)h, pending);
+  if (locked) return Py_BuildValue("K[]", (unsigned long long)h); /* one of several: granted when all are free */
+  int torn = access_mark(s, h, rec, write);
+  return torn ? Py_BuildValue("Ki", (unsigned long long)h, torn) : PyLong_FromUnsignedLongLong(h);
+}
+static PyObject *access_grant(Shm *s, PyObject *args) { /* (handle, rec, write) -> torn errno in the way, 0 when granted */
+  unsigned long long h;
+  unsigned rec;
+  int write;
+  if (!PyArg_ParseTuple(args, "KIp", &h, &rec, &write)) return NULL;
+  return PyLong_FromLong(access_mark(s, h, rec, write));
+}
+static PyObject *access_end(Shm *s, PyObject *const *a, Py_ssize_t n) { /* (handle, rec, write, error, pid) */
+  if (n != 5) { PyErr_SetString(PyExc_TypeError, "access_end: five arguments"); return NULL; }
+  uint64_t h = PyLong_AsUnsignedLongLong(a[0]);
+  uint32_t rec = (uint32_t)PyLong_AsUnsignedLong(a[1]), pid = (uint32_t)PyLong_AsUnsignedLong(a[4]);
+  int write = PyObject_IsTrue(a[2]), error = (int)PyLong_AsLong(a[3]);
+  if (PyErr_Occurred()) return NULL;
+  db_rec *x = write ? rec_at(s, rec) : NULL;
+  if (x && error) {
+    x->torn_pid = pid;
+    atomic_store(&x->torn, -error);
+    STEP(access_torn); /* torn, still pending: the reaper marks it again */
+  } else if (x && atomic_load(&x->torn)) {
+    atomic_store(&x->torn, 0);
+    STEP(access_whole); /* whole, still GRANTED: dying here tears it again, which is only cautious */
+  }
+  fence_end(s, h, error);
+  STEP(access_ended);
+  Py_RETURN_NONE;
 }
 static PyObject *resv_replace(Shm *s, PyObject *args) { /* (rec, context, handle, usage): every entry of the context */
   unsigned rec, usage;
@@ -268,4 +378,7 @@ PyMethodDef resv_methods[] = {
     M(resv_pending, METH_VARARGS, "Pending handles (rec, usage, but)."), M(resv_busy, METH_VARARGS, "A pending handle (rec, usage), or 0."),
     M(resv_reserve, METH_VARARGS, "Make room (rec, n)."), M(resv_add, METH_VARARGS, "Add (rec, handle, usage, room) -> 1, 0, -1."),
     M(resv_replace, METH_VARARGS, "Replace (rec, context, handle, usage) -> count."),
+    {"access_begin", (PyCFunction)(void *)access_begin, METH_FASTCALL, "Snapshot and own fence (rec, target, ctx, write, timeline, until, locked)."},
+    {"access_grant", (PyCFunction)access_grant, METH_VARARGS, "WAITING -> GRANTED (handle, rec, write) -> torn errno or 0."},
+    {"access_end", (PyCFunction)(void *)access_end, METH_FASTCALL, "End an access (handle, rec, write, error, pid)."},
     {0}};

@@ -360,9 +360,35 @@ static PyObject *py_probe_fd(PyObject *m, PyObject *arg) {
   return Py_BuildValue("KKKiy#", (unsigned long long)st.st_dev, (unsigned long long)st.st_ino,
                        (unsigned long long)st.st_size, seals, link, (Py_ssize_t)n);
 }
+static PyObject *py_take_buffer(PyObject *m, PyObject *args) { /* (fd, domain id) -> (dev, ino, size, nonce) | None: judge it slowly */
+  int fd;
+  const char *id;
+  Py_ssize_t nid;
+  if (!PyArg_ParseTuple(args, "is#", &fd, &id, &nid)) return NULL;
+  struct stat st;
+  char path[40], link[80];
+  unsigned char nonce[16];
+  snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
+  ssize_t n = nid == 16 ? readlink(path, link, sizeof link - 1) : -1; /* /memfd:dmabuf:<16>:<32> (deleted) */
+  if (n < 63 || memcmp(link, "/memfd:dmabuf:", 14) || memcmp(link + 14, id, 16) || link[30] != ':') Py_RETURN_NONE;
+  link[n] = 0;
+  if (link[63] && strcmp(link + 63, " (deleted)")) Py_RETURN_NONE;
+  for (int i = 0; i < 32; i++) {
+    char c = link[31 + i];
+    int digit = c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : -1;
+    if (digit < 0) Py_RETURN_NONE;
+    nonce[i / 2] = (unsigned char)(i & 1 ? nonce[i / 2] | digit : digit << 4);
+  }
+  int want = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL, seals = fcntl(fd, F_GET_SEALS);
+  if (seals < 0 || (seals & want) != want || fstat(fd, &st)) Py_RETURN_NONE;
+  struct flock lease = {.l_type = F_RDLCK, .l_whence = SEEK_SET, .l_start = 0, .l_len = 1};
+  if (fcntl(fd, F_OFD_SETLK, &lease)) Py_RETURN_NONE;
+  return Py_BuildValue("KKKy#", (unsigned long long)st.st_dev, (unsigned long long)st.st_ino, (unsigned long long)st.st_size, nonce, (Py_ssize_t)16);
+}
 static PyMethodDef functions[] = {
     {"hold_page", py_hold_page, METH_O, "Map one page of fd that no fork inherits; returns its address."},
     {"drop_page", py_drop_page, METH_O, "Unmap a page that hold_page mapped."},
+    {"take_buffer", py_take_buffer, METH_VARARGS, "Put the lease on a buffer of (fd, domain id) -> (dev, ino, size, nonce), None when something is unusual."},
     {"probe_fd", py_probe_fd, METH_O, "(st_dev, st_ino, st_size, seals or -1, link text) of an fd."},
     {0}};
 

@@ -215,6 +215,7 @@ class DmaBuf:
         self._check("name")
         raw = checked_name(value, self)
         self._record.shm.rec_name(self._record.ensure(), raw)
+        self._record.shared.pop("message", None)  # what send() prepared names the buffer
 
     @property
     def resv(self) -> DmaResv:
@@ -379,7 +380,7 @@ class DmaBuf:
         it keeps the access until it is gone. Errors: EBADF; ETIMEDOUT (also ``TimeoutError``), having added nothing; EOWNERDEAD, ECANCELED
         the content is torn; EDEADLK inside an own access of the buffer, or in a circle.
         """
-        return Access(((self, False),), timeout, False)
+        return Access(self, False, timeout)
 
     def write(self, timeout: float | None = None) -> Access:
         """``with buf.write() as view``: writable memory that nobody else reads or writes meanwhile; ``async with`` too.
@@ -387,7 +388,7 @@ class DmaBuf:
         Waits for the readers and writers that came before. An exception out of the block leaves the content torn, see :meth:`read`.
         Errors: EBADF; EACCES a read-only fd; ETIMEDOUT; EDEADLK; ``BufferError`` at the end when an array made from the view is in use.
         """
-        return Access(((self, True),), timeout, False)
+        return Access(self, True, timeout)
 
     # ---- waiting ----
 
@@ -481,10 +482,11 @@ def get(fd: int, *, domain: Domain | None = None) -> DmaBuf:
 def from_fd(fd: int, domain: Domain, *, exp_name: bytes = MEMFD, name: bytes | None = None) -> DmaBuf:
     """A handle that takes over fd; on an error the fd is closed."""
     try:
-        who = identify(fd, domain)
-        take_lease(fd)
-        record = adopt(domain, who.dev, who.ino, who.size, who.nonce, exp_name, MEMFD, name)
-        return DmaBuf._make(fd, record)
+        taken = _native.take_buffer(fd, domain.id)
+        if taken is None:  # the slow way says why not
+            taken = identify(fd, domain)
+            take_lease(fd)
+        return DmaBuf._make(fd, adopt(domain, *taken, exp_name, MEMFD, name))
     except BaseException:
         os.close(fd)
         raise

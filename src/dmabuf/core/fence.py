@@ -225,18 +225,21 @@ def _known(domain: Domain) -> weakref.WeakValueDictionary[int, DmaFence]:
     return found
 
 
-def _make(domain: Domain, shm: Shm, handle: int, timeline: Timeline | None) -> DmaFence:
-    fence = DmaFence(shm, handle, timeline is not None)
+def _make(domain: Domain, shm: Shm, handle: int, timeline: Timeline | None, past: tuple[int, int, int] = (0, 0, 0)) -> DmaFence:
+    fence = DmaFence(shm, handle, timeline is not None, *past)
     fence.domain, fence._timeline, fence._names = domain, timeline, None
     _known(domain)[handle] = fence
     return fence
 
 
-def wrap(domain: Domain, handle: int) -> DmaFence:
-    """The fence with this handle; the object that is already known in this process, if there is one."""
+def wrap(domain: Domain, handle: int, past: tuple[int, int, int] = (0, 0, 0)) -> DmaFence:
+    """The fence with this handle; the object that is already known in this process, if there is one.
+
+    ``past``: its context, seqno and timeline_index, for the case that its slot was used again.
+    """
     fence = _known(domain).get(handle)
     if fence is None:
-        fence = _make(domain, domain.shm, handle, None)
+        fence = _make(domain, domain.shm, handle, None, past)
         if not fence.is_signaled():
             fence._look_up()  # its names are gone once its slot is used again
     return fence

@@ -279,6 +279,12 @@ class Domain:
             self._free_timelines.insert(0, index)
 
 
+def known(identity: str) -> Domain | None:
+    """The domain of this id, if this process has it open."""
+    with _lock:
+        return next((domain for domain in _ALL if domain.id == identity), None)
+
+
 def _shm_of(fd: int) -> Shm:
     """Map the file behind fd, which the Shm's end closes."""
     try:
