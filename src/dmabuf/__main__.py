@@ -1,0 +1,5 @@
+"""``python -m dmabuf``: the command line."""
+
+from dmabuf.cli import main
+
+main()

@@ -1,0 +1,36 @@
+"""The command line: ``dmabuf COMMAND``; one module a command, named in :mod:`dmabuf.cli.app`.
+
+Exit status: 0 done; 1 it could not be done, and one line on stderr says why; 2 the command line makes no sense.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+
+from dmabuf.errors import missing_extra
+
+_EXTRA = ("click", "rich")  # what the extra `cli` brings
+
+
+def main() -> None:
+    """The entry point of the installed script and of ``python -m dmabuf``."""
+    try:
+        from dmabuf.cli.app import app
+    except ModuleNotFoundError as e:
+        module = (e.name or "").partition(".")[0]
+        if module not in _EXTRA:
+            raise
+        print(f"dmabuf: {missing_extra('cli', module)}", file=sys.stderr)
+        sys.exit(1)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a terminal of another encoding is no reason to fail
+    warnings.showwarning = _show
+    app(prog_name="dmabuf")
+
+
+def _show(message: Warning | str, *_: object, **__: object) -> None:
+    """A warning for people: its text, without the line of code that gave it."""
+    text = str(message)
+    print(text if text.startswith("dmabuf: ") else f"dmabuf: {text}", file=sys.stderr)

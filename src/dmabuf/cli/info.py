@@ -1,0 +1,117 @@
+"""``dmabuf info BUFFER``: everything about one buffer."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import time
+from datetime import datetime
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.text import Text
+
+from dmabuf.cli import data, show
+from dmabuf.cli.ls import NOBODY, counted, name_of, torn_text
+from dmabuf.cli.show import safe
+from dmabuf.domain.domain import Domain
+from dmabuf.errors import fail
+from dmabuf.observe.records import FenceRecord, Look
+from dmabuf.observe.units import age, size
+
+_PID_FD = re.compile(r"(\d+):(\d+)\Z", re.ASCII)
+
+
+@click.command()
+@click.argument("buffer")
+@data.in_domain
+@data.as_json
+def command(buffer: str, path: Path | None, as_json: bool) -> None:
+    """Show everything about one buffer.
+
+    BUFFER is an inode number as `dmabuf ls` shows it, PID:FD for a descriptor of a process, or a name; looked for in this order. A
+    name that several buffers bear is an error that lists their inode numbers.
+    """
+    domain, seen = data.look_at(path)
+    found = _find(buffer, seen, domain)
+    if as_json:
+        fences = [data.fence_json(fence) for fence in found.fences]
+        data.print_json(data.heading(domain, path) | {"buffer": data.buffer_json(found.record) | {"fences": fences}})
+    else:
+        _print(show.console(), found, data.domain_path(path))
+
+
+def _find(wanted: str, seen: list[Look], domain: Domain | None) -> Look:
+    """The buffer that the argument means.
+
+    Errors: ENOENT none; ENOTUNIQ several of the name; what looking at a process's descriptor answers (ENOENT, EACCES, EINVAL, EXDEV).
+    """
+    if wanted.isascii() and wanted.isdigit():
+        for one in seen:
+            if one.record.ino == int(wanted):
+                return one
+    if match := _PID_FD.match(wanted):
+        return _by_descriptor(int(match[1]), int(match[2]), seen, domain)
+    named = [one for one in seen if one.record.name == wanted]
+    if len(named) > 1:
+        inodes = ", ".join(str(one.record.ino) for one in named)
+        raise fail(errno.ENOTUNIQ, "info", repr(wanted), "name the inode", what=f"several buffers bear this name: inodes {inodes}")
+    if not named:
+        raise fail(errno.ENOENT, "info", repr(wanted), "`dmabuf ls` lists them", what="no buffer of this inode or name")
+    return named[0]
+
+
+def _by_descriptor(pid: int, fd: int, seen: list[Look], domain: Domain | None) -> Look:
+    link = f"/proc/{pid}/fd/{fd}"
+    what = f"{pid}:{fd}"
+    try:
+        target, st = os.readlink(link), os.stat(link)
+    except FileNotFoundError:
+        why = "the process has no such descriptor" if os.path.exists(f"/proc/{pid}") else "there is no such process"
+        raise fail(errno.ENOENT, "info", what, "`dmabuf ls` lists who holds what", what=why) from None
+    except OSError as e:
+        raise fail(e.errno or errno.EIO, "info", what, "look as the user that runs it") from None
+    for one in seen:
+        if (one.record.dev, one.record.ino) == (st.st_dev, st.st_ino):
+            return one
+    here = f":{domain.id}:" if domain else "::"
+    if target.startswith("/memfd:dmabuf:") and here not in target:
+        other = target.split(":")[2]
+        raise fail(errno.EXDEV, "info", what, "name its directory with --domain", what=f"the buffer belongs to domain {other}")
+    raise fail(errno.EINVAL, "info", what, "`dmabuf ls` lists the buffers", what=f"it is no buffer of this domain but {target}")
+
+
+def _print(out: Console, found: Look, path: Path) -> None:
+    buf, monotonic = found.record, time.monotonic_ns()
+    made = datetime.fromtimestamp(buf.created / 1e9).astimezone().isoformat(sep=" ", timespec="seconds")
+    grid = show.Grid("", "")
+
+    def field(name: str, *values: Text | str) -> None:
+        for i, value in enumerate(values):
+            grid.row(Text("" if i else name, "bold"), value)
+
+    field("inode", str(buf.ino))
+    field("name", name_of(buf))
+    field("size", f"{size(buf.size)} ({buf.size} bytes)" if buf.size >= 1024 else f"{buf.size} bytes")
+    field("home", f"{safe(buf.home)}, exported by {safe(buf.exp_name)}")
+    field("created", f"{made} by process {buf.pid}, {age(time.time_ns() - buf.created)} ago")
+    field("domain", safe(str(path)))
+    held: list[Text | str] = [f"{safe(h.comm)} {h.pid}: {counted(descriptor=h.fds, mapping=h.maps)}" for h in buf.holders]
+    field("held by", *(held or [Text(NOBODY, "yellow")]))
+    field("content", Text(torn_text(buf), "red") if buf.torn else "whole")
+    field("accesses", f"{buf.accesses} entered or waiting" if buf.accesses else "none")
+    field("locked", f"by process {buf.locked_by}" if buf.locked_by else "no")
+    field("fences", *([_fence(fence, monotonic) for fence in found.fences] or [Text("none")]))
+    grid.print(out)
+
+
+def _fence(fence: FenceRecord, monotonic: int) -> Text:
+    blocks = {"read": ", blocks writers", "bookkeep": ""}.get(fence.usage, ", blocks readers and writers")
+    kind = ""
+    if fence.access:
+        kind = f", a {fence.access}() that {'is entered' if fence.granted else 'waits'}"
+    names = " ".join(filter(None, (safe(fence.driver), safe(fence.timeline)))) or "of a timeline that is gone"
+    text = f"{fence.usage}: {names} {fence.seqno}, of {safe(fence.comm)} {fence.pid}, made {age(monotonic - fence.since)} ago{kind}"
+    return Text(text + ", signalled", "dim") if fence.signaled else Text(text + blocks)

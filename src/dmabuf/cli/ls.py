@@ -1,0 +1,108 @@
+"""``dmabuf ls``: which buffers there are, how big, whose, who holds them, and which fence of whose is in the way, since when."""
+
+from __future__ import annotations
+
+import errno
+import time
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.text import Text
+
+from dmabuf.cli import data, show
+from dmabuf.cli.show import safe
+from dmabuf.errors import errno_name
+from dmabuf.observe.records import BufferRecord, FenceRecord
+from dmabuf.observe.units import age, size
+
+_FENCES_SHOWN = 4  # of a buffer; `dmabuf info` shows all
+NOBODY = "nobody to be seen: in flight, or another user's"
+_WIDE = 110  # columns from which every field fits
+
+
+@click.command()
+@data.in_domain
+@data.as_json
+def command(path: Path | None, as_json: bool) -> None:
+    """List the buffers: who holds them, and which fence blocks them.
+
+    Newest first. Below a buffer stands whom a new reader or writer would wait for, and since when. A new writer waits for readers and
+    writers, a new reader for writers only.
+    """
+    domain, seen = data.look_at(path)
+    buffers = [one.record for one in seen]
+    if as_json:
+        data.print_json(data.heading(domain, path) | {"buffers": [data.buffer_json(record) for record in buffers]})
+    else:
+        _print(show.console(), buffers, data.domain_path(path))
+
+
+def _print(out: Console, buffers: list[BufferRecord], path: Path) -> None:
+    where = safe(str(path))
+    if not buffers:
+        out.print(Text(f"No buffers in {where}."))
+        return
+    plural = "s" if len(buffers) > 1 else ""
+    out.print(Text(f"{len(buffers)} buffer{plural}, {size(sum(b.size for b in buffers))}, in {where}\n"))
+    width = show.width_of(out)
+    wide = width is None or width >= _WIDE
+    heads = ("INO", "NAME", "SIZE", "HOME", "AGE", "HELD BY") if wide else ("INO", "NAME", "SIZE", "AGE", "HELD BY")
+    grid = show.Grid(*heads, right=(0, 2, heads.index("AGE")), cut=(1,))
+    now, monotonic = time.time_ns(), time.monotonic_ns()
+    for buf in buffers:
+        cells: list[Text | str] = [str(buf.ino), name_of(buf), size(buf.size)]
+        if wide:
+            cells.append(safe(buf.home))
+        grid.row(*cells, age(now - buf.created), held_by(buf), notes=_notes(buf, monotonic))
+    grid.print(out)
+
+
+def name_of(buf: BufferRecord) -> Text:
+    """The name, or that there is none."""
+    if buf.name is None:
+        return Text("–", "dim")
+    return Text(safe(buf.name)) if buf.name else Text('""', "dim")
+
+
+def held_by(buf: BufferRecord) -> Text:
+    """Everybody who holds it, with counts."""
+    if not buf.holders:
+        return Text(NOBODY, "yellow")
+    return Text(", ".join(f"{safe(h.comm)} {h.pid} ({counted(fd=h.fds, map=h.maps)})".replace(" ", show.GLUE) for h in buf.holders))
+
+
+def counted(**counts: int) -> str:
+    """ "2 fds, 1 map" """
+    return ", ".join(f"{n} {word}{'s' if n > 1 else ''}" for word, n in counts.items() if n)
+
+
+def _notes(buf: BufferRecord, monotonic: int) -> list[Text]:
+    notes = []
+    for fence in buf.blocking_writers[:_FENCES_SHOWN]:
+        who = "readers and writers wait" if fence in buf.blocking_readers else "writers wait"
+        notes.append(Text(f"{who} for ", "cyan").append(in_the_way(fence, monotonic)))
+    if (more := len(buf.blocking_writers) - _FENCES_SHOWN) > 0:
+        notes.append(Text(f"and for {more} more: dmabuf info {buf.ino}", "cyan"))
+    if buf.locked_by:
+        notes.append(Text(f"its reservation lock is held by {buf.locked_by}", "yellow"))
+    if buf.torn:
+        notes.append(Text(torn_text(buf), "red"))
+    return notes
+
+
+def in_the_way(fence: FenceRecord, monotonic: int) -> str:
+    """Which fence of whose, since when."""
+    owner = f"{safe(fence.comm)} {fence.pid}".strip()
+    since = age(monotonic - fence.since)
+    if fence.access is None:
+        return f"fence {safe(fence.driver)} {safe(fence.timeline)} {fence.seqno} of {owner}, for {since}"
+    waiting = "" if fence.granted else ", which waits itself"
+    return f"{fence.access}() of {owner}, for {since}{waiting}"
+
+
+def torn_text(buf: BufferRecord) -> str:
+    """Why the content is not whole."""
+    assert buf.torn is not None
+    how = "died" if buf.torn.errno == errno.EOWNERDEAD else "raised an exception"
+    return f"torn: process {buf.torn.pid} {how} while writing ({errno_name(buf.torn.errno)}), until the next complete write()"

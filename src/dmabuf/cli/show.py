@@ -1,0 +1,110 @@
+"""How the commands show things to people: escaped text, and a grid that fits a terminal and a pipe.
+
+On a terminal (or with COLUMNS set) lines are wrapped and long names cut; into a pipe, each thing is one whole line. What comes from
+other processes may be any bytes: :func:`safe` makes it printable, and nothing of it is read as markup.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.text import Text
+
+_NOTE = "    "  # before a note
+GLUE = "\ue000"  # a space at which no line is broken; not printable, so no text of others has it
+
+
+def safe(text: str) -> str:
+    """Text that a terminal shows as it is: control characters, undecodable bytes and the like as backslash escapes."""
+    return "".join(c if c.isprintable() else _escape(c) for c in text)
+
+
+def _escape(c: str) -> str:
+    code = ord(c)
+    if c in "\n\r\t":
+        return {"\n": "\\n", "\r": "\\r", "\t": "\\t"}[c]
+    if 0xDC80 <= code <= 0xDCFF:  # a byte that is no UTF-8 (PEP 383)
+        return f"\\x{code - 0xDC00:02x}"
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def console() -> Console:
+    """Where people's output goes."""
+    return Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+
+def width_of(out: Console) -> int | None:
+    """Columns to fit into, None for a pipe."""
+    return out.width if out.is_terminal or os.environ.get("COLUMNS", "").isdigit() else None
+
+
+class Grid:
+    """Rows in columns, of which the last one wraps; under a row, notes.
+
+    ``heads``: the column titles; none of them is printed when all are empty. ``right``: columns to align right. ``cut``: the columns
+    that may be cut to a quarter of a terminal's width.
+    """
+
+    def __init__(self, *heads: str, right: Sequence[int] = (), cut: Sequence[int] = ()) -> None:
+        self.heads = [Text(head, "bold") for head in heads]
+        self.right, self.cut = right, cut
+        self.rows: list[tuple[list[Text], list[Text]]] = []
+
+    def row(self, *cells: Text | str, notes: Sequence[Text] = ()) -> None:
+        """Add one row; text is shown as it is, so what others wrote must be :func:`safe`."""
+        self.rows.append(([cell if isinstance(cell, Text) else Text(cell) for cell in cells], list(notes)))
+
+    def print(self, out: Console) -> None:
+        """Print it."""
+        limit = width_of(out)
+        if limit is not None:
+            for cells, _ in self.rows:
+                for i in self.cut:
+                    cells[i].truncate(max(12, limit // 4), overflow="ellipsis")
+        titled = any(head.plain for head in self.heads)
+        lines = [self.heads] if titled else []
+        lines += [cells for cells, _ in self.rows]
+        widths = [max(cells[i].cell_len for cells in lines) if lines else 0 for i in range(len(self.heads) - 1)]
+        if titled:
+            self._line(out, self.heads, widths, limit)
+        for cells, notes in self.rows:
+            self._line(out, cells, widths, limit)
+            for note in notes:
+                _hang(out, Text(_NOTE), note, limit)
+
+    def _line(self, out: Console, cells: list[Text], widths: list[int], limit: int | None) -> None:
+        left = Text()
+        for i, width in enumerate(widths):
+            gap = " " * (width - cells[i].cell_len)
+            left.append_text(Text(gap) + cells[i] if i in self.right else cells[i] + Text(gap)).append("  ")
+        _hang(out, left, cells[-1], limit)
+
+
+def _hang(out: Console, left: Text, text: Text, limit: int | None) -> None:
+    """`text` behind `left`; what doesn't fit goes on below it, at the same indent."""
+    if limit is None or not text.plain:
+        _put(out, left + text)
+        return
+    room = limit - left.cell_len
+    if room < 16:  # too narrow for columns: below, a little indented
+        _put(out, left)
+        left, room = Text(_NOTE), max(16, limit - len(_NOTE))
+    if max(map(len, text.plain.split())) > room:
+        text = _unglued(text)
+    for line in text.wrap(out, room):
+        _put(out, left + line)
+        left = Text(" " * left.cell_len)
+
+
+def _put(out: Console, line: Text) -> None:
+    line = _unglued(line)
+    line.rstrip()
+    out.print(line)
+
+
+def _unglued(text: Text) -> Text:
+    text = text.copy()
+    text.plain = text.plain.replace(GLUE, " ")
+    return text

@@ -1,0 +1,310 @@
+"""What this machine offers to the library, and what to do about what it doesn't: the checks behind ``dmabuf doctor``.
+
+Each check tries the thing itself rather than asking for a version. Nothing is left behind, no module is loaded, no domain is made.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import grp
+import importlib.util
+import os
+import pwd
+import resource
+import stat
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from dmabuf.domain import place
+from dmabuf.domain.records import leases
+from dmabuf.errors import errno_name
+from dmabuf.heaps import budget
+from dmabuf.observe.units import size
+
+OK, MISSING, WARNING = "ok", "missing", "warning"
+_MIB = 1 << 20
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+_ROUNDS = 300  # wakes measured; some milliseconds
+_SLOW_WAKE_NS = 25_000  # a futex wake between CPUs of a machine of its own costs 3–10 µs
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing looked at.
+
+    ``status``: ``"ok"``, ``"warning"`` (works, but not at its best) or ``"missing"``. ``required``: without it the library does not
+    work; what is not required is a fast path or a device. ``detail``: what was found, or why it is missing. ``remedy``: what would
+    change that, "" when nothing needs to.
+    """
+
+    name: str
+    status: str
+    required: bool
+    detail: str
+    remedy: str = ""
+
+
+def checks(*, domain_path: Path | None = None, dev: Path = Path("/dev"), proc: Path = Path("/proc")) -> list[Check]:
+    """Every check, the required ones first. ``domain_path``: None for this user's default. ``dev``, ``proc``: for tests."""
+    found = [_kernel(), _proc(proc), _memfd(), _locks(proc), _domain(domain_path or place.default_path()), *_memory()]
+    found += [_descriptors(), _namespace(proc), _cpus()]
+    found.append(_device(dev / "udmabuf", "udmabuf", "kernel dma-bufs out of memfds", "modprobe udmabuf"))
+    found.extend(_devices(dev, "dma_heap", "dma_heap/*", "dma-buf heaps", "a kernel with CONFIG_DMABUF_HEAPS_SYSTEM"))
+    found.extend(_devices(dev, "dri", "dri/renderD*", "GPU buffers", "a GPU's driver, or: modprobe vgem"))
+    found.extend(_devices(dev, "video", "video*", "cameras", "a camera's driver, or: modprobe vivid"))
+    found.append(_extra("demo", ("av", "numpy"), "`dmabuf demo`"))
+    return found
+
+
+def _tried(name: str, attempt: Callable[[], str], remedy: str) -> Check:
+    """A required thing, tried."""
+    try:
+        return Check(name, OK, True, attempt())
+    except OSError as e:
+        return Check(name, MISSING, True, f"{errno_name(e.errno)}: {e.strerror}" if e.errno else str(e), remedy)
+
+
+# ---- required ----
+
+
+def _kernel() -> Check:
+    name = os.uname()
+    return Check("kernel", OK, True, f"{name.sysname} {name.release} {name.machine}")
+
+
+def _proc(proc: Path) -> Check:
+    def attempt() -> str:
+        os.listdir(proc / "self/fd")
+        others = sum(name.isdigit() for name in os.listdir(proc))
+        return f"mounted at {proc}, {others} processes to be seen"
+
+    return _tried("/proc", attempt, f"mount it: mount -t proc proc {proc}")
+
+
+def _memfd() -> Check:
+    def attempt() -> str:
+        fd = os.memfd_create("dmabuf-doctor", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(fd, 4096)
+            os.posix_fallocate(fd, 0, 4096)
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+        finally:
+            os.close(fd)
+        return "memfd_create, with seals"
+
+    return _tried("memfd", attempt, "Linux 3.17 or newer, and a sandbox that lets memfd_create through")
+
+
+def _locks(proc: Path) -> Check:
+    def attempt() -> str:
+        fd = os.memfd_create("dmabuf-doctor", os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(fd, 4096)
+            if not place.ofd_lock(fd, fcntl.F_RDLCK, 0):
+                raise OSError("the lock on a new file was refused")
+            other = place.reopen(fd)
+            try:
+                if not place.ofd_locked(other, 0):
+                    raise OSError("a lock is not seen through a second description")
+            finally:
+                os.close(other)
+            st = os.fstat(fd)
+            # One pass may miss a lock that is there, when others come and go.
+            if not any((st.st_dev, st.st_ino) in leases() for _ in range(3)):
+                raise OSError(f"a lock is not seen in {proc}/locks")
+        finally:
+            os.close(fd)
+        return f"open-file-description locks, seen in {proc}/locks"
+
+    return _tried("OFD locks", attempt, "Linux 3.15 or newer with CONFIG_FILE_LOCKING, and a /proc that shows locks")
+
+
+def _domain(path: Path) -> Check:
+    """Is the domain's directory ours, or could we make it?"""
+    remedy = "make it yours with mode 0700, or name another directory in DMABUF_DOMAIN"
+    given = "from DMABUF_DOMAIN" if os.environ.get("DMABUF_DOMAIN") == str(path) else "the default"
+    try:
+        st = os.lstat(path)
+    except FileNotFoundError:
+        parent = path.parent
+        if os.access(parent, os.W_OK | os.X_OK):
+            return Check("domain", OK, True, f"{path} ({given}): not there yet, made at first use{_room(parent)}")
+        why = "can't be made in" if parent.is_dir() else "can't be made: there is no"
+        return Check("domain", MISSING, True, f"{path} ({given}) {why} {parent}", "name a directory you can write to in DMABUF_DOMAIN")
+    except OSError as e:
+        return Check("domain", MISSING, True, f"{path} ({given}): {e.strerror}", remedy)
+    if not stat.S_ISDIR(st.st_mode):
+        return Check("domain", MISSING, True, f"{path} ({given}) is no directory", remedy)
+    if st.st_uid != os.geteuid() or stat.S_IMODE(st.st_mode) != 0o700:
+        return Check(
+            "domain", MISSING, True, f"{path} ({given}) belongs to {_user(st.st_uid)}, mode {stat.S_IMODE(st.st_mode):04o}", remedy
+        )
+    return Check("domain", OK, True, f"{path} ({given}): ours{_room(path)}")
+
+
+def _room(path: Path) -> str:
+    try:
+        fs = os.statvfs(path)
+    except OSError:
+        return ""
+    return f", {size(fs.f_bavail * fs.f_frsize)} free on its file system"
+
+
+# ---- limits ----
+
+
+def _memory() -> Iterator[Check]:
+    """What an allocation may take now, and which limit says so."""
+    here = budget.Budget()
+    try:
+        room = here._look()
+        rooms = [(group.path, left) for group in here._find_groups() if (left := budget._group_room(group)) is not None]
+    except OSError as e:
+        yield Check("memory", MISSING, True, str(e), "mount /proc")
+        return
+    status = OK if room.left >= 64 * _MIB else WARNING
+    yield Check("memory", status, False, f"{size(max(0, room.left))} can be promised: {room.limit}", "" if status == OK else room.remedy)
+    if rooms:
+        path, left = min(rooms, key=lambda r: r[1].left)
+        yield Check("cgroup", OK if left.left >= 64 * _MIB else WARNING, False, f"{size(max(0, left.left))} left in {path}", "")
+    else:
+        yield Check("cgroup", OK, False, "no memory limit")
+
+
+def _descriptors() -> Check:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = "unlimited" if hard == resource.RLIM_INFINITY else str(hard)
+    if soft == resource.RLIM_INFINITY:
+        return Check("descriptors", OK, False, "unlimited")
+    status = WARNING if soft < 1024 else OK
+    more = hard == resource.RLIM_INFINITY or soft < hard
+    remedy = f"ulimit -n {most}" if more else ""
+    return Check("descriptors", status, False, f"{soft} a process (hard limit {most}); every open buffer takes one", remedy)
+
+
+def _namespace(proc: Path) -> Check:
+    try:
+        inside = (proc / "self/uid_map").read_text().split() != ["0", "0", "4294967295"]
+    except OSError:
+        return Check("user namespace", OK, False, "the kernel has none")
+    if inside:
+        return Check("user namespace", OK, False, "in one of its own: buffers are shared with processes of the same uid outside of it, too")
+    return Check("user namespace", OK, False, "the machine's")
+
+
+def _cpus() -> Check:
+    """How many CPUs there are, and what it costs to wake a process on another one."""
+    usable = sorted(os.sched_getaffinity(0))
+    count = f"{len(usable)} of {os.cpu_count()} CPUs usable"
+    try:
+        same = _wake_ns(usable[0], usable[0])
+        other = _wake_ns(usable[0], usable[-1]) if len(usable) > 1 else None
+    except OSError as e:
+        return Check("cpus", OK, False, f"{count}; a wake could not be measured ({e.strerror or e})")
+    if other is None:
+        return Check("cpus", OK, False, f"{count}; waking a process on it takes {same / 1000:.1f} µs")
+    text = f"{count}; waking a process takes {same / 1000:.1f} µs on the same CPU, {other / 1000:.1f} µs on another"
+    if other > _SLOW_WAKE_NS:
+        return Check(
+            "cpus", WARNING, False, text, "a virtual machine, or deep idle states: run partners on one CPU (taskset), or keep it awake"
+        )
+    return Check("cpus", OK, False, text)
+
+
+def _wake_ns(here: int, there: int) -> int:
+    """Nanoseconds of one wake (half a round trip over two pipes) between processes on two CPUs; the median of many."""
+    before = os.sched_getaffinity(0)
+    there_r, here_w = os.pipe()
+    here_r, there_w = os.pipe()
+    fds = (there_r, here_w, here_r, there_w)
+    try:
+        with warnings.catch_warnings():
+            # Python warns of a fork with threads about: this child makes system calls only, until it ends.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            child = os.fork()
+    except BaseException:
+        for fd in fds:
+            os.close(fd)
+        raise
+    if not child:  # nothing of Python's ends here: no exit handlers, no buffers to flush
+        try:
+            os.close(here_w)
+            os.sched_setaffinity(0, {there})
+            while os.read(there_r, 1):
+                os.write(there_w, b"x")
+        finally:
+            os._exit(0)
+    os.close(there_r)
+    os.close(there_w)
+    try:
+        os.sched_setaffinity(0, {here})
+        times = []
+        for _ in range(_ROUNDS):
+            start = time.perf_counter_ns()
+            os.write(here_w, b"x")
+            if not os.read(here_r, 1):
+                raise OSError("the other process ended")
+            times.append(time.perf_counter_ns() - start)
+    finally:
+        os.close(here_w)
+        os.close(here_r)
+        os.sched_setaffinity(0, before)
+        os.waitpid(child, 0)
+    return sorted(times)[len(times) // 2] // 2
+
+
+# ---- devices: fast paths, none required ----
+
+
+def _devices(dev: Path, name: str, pattern: str, gives: str, remedy: str) -> list[Check]:
+    nodes = sorted(dev.glob(pattern))
+    if nodes:
+        return [_device(node, str(node.relative_to(dev)), gives, remedy) for node in nodes]
+    return [Check(name, MISSING, False, f"no {dev}/{pattern}: no {gives}", remedy)]
+
+
+def _device(node: Path, name: str, gives: str, remedy: str) -> Check:
+    try:
+        st = os.stat(node)
+    except FileNotFoundError:
+        return Check(name, MISSING, False, f"no {node}: no {gives}", remedy)
+    except OSError as e:
+        return Check(name, MISSING, False, f"{node}: {e.strerror}", "ask for access to its directory")
+    owner = f"{stat.filemode(st.st_mode)} {_user(st.st_uid)}:{_group(st.st_gid)}"
+    if os.access(node, os.R_OK | os.W_OK, effective_ids=True):
+        return Check(name, OK, False, f"{node} {owner}: {gives}")
+    return Check(name, MISSING, False, f"{node} {owner}: no permission", _permission(st, node))
+
+
+def _permission(st: os.stat_result, node: Path) -> str:
+    """The group that would help, if there is one that is not root's."""
+    if st.st_gid and st.st_mode & 0o060 == 0o060:
+        return f"usermod -aG {_group(st.st_gid)} {_user(os.geteuid())}, then log in again"
+    return f"as root: chgrp {'video' if 'video' in node.name else 'render'} {node} && chmod 660 {node} (a udev rule keeps it)"
+
+
+def _extra(extra: str, modules: tuple[str, ...], gives: str) -> Check:
+    absent = [name for name in modules if importlib.util.find_spec(name) is None]
+    if absent:
+        return Check(f"extra {extra}", MISSING, False, f"{', '.join(absent)} not installed: no {gives}", f"pip install 'dmabuf[{extra}]'")
+    return Check(f"extra {extra}", OK, False, f"installed: {gives}")
+
+
+# ---- words ----
+
+
+def _user(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return f"uid {uid}"
+
+
+def _group(gid: int) -> str:
+    try:
+        return grp.getgrgid(gid).gr_name
+    except KeyError:
+        return f"gid {gid}"

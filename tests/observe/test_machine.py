@@ -1,0 +1,126 @@
+"""What `dmabuf doctor` looks at."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from dmabuf.observe.machine import MISSING, OK, WARNING, Check, checks
+from dmabuf.observe.units import age, size
+
+
+def named(found: list[Check], name: str) -> Check:
+    (check,) = (check for check in found if check.name == name)
+    return check
+
+
+def test_here_everything_required_is_there() -> None:
+    found = checks()
+    assert [check.name for check in found if check.required] == ["kernel", "/proc", "memfd", "OFD locks", "domain"]
+    assert all(check.status == OK for check in found if check.required)
+
+
+def test_what_is_not_ok_has_a_remedy() -> None:
+    for check in checks():
+        assert check.detail
+        assert check.status in (OK, MISSING, WARNING)
+        assert check.remedy or check.status != MISSING
+
+
+def test_the_cost_of_a_wake_is_measured_and_affinity_put_back() -> None:
+    before = os.sched_getaffinity(0)
+    assert "µs" in named(checks(), "cpus").detail
+    assert os.sched_getaffinity(0) == before
+
+
+def test_a_domain_that_could_be_made_is_ok_and_not_made(tmp_path: Path) -> None:
+    check = named(checks(domain_path=tmp_path / "new"), "domain")
+    assert (check.status, check.required) == (OK, True)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_directory_that_others_may_read_is_no_domain(tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    check = named(checks(domain_path=tmp_path), "domain")
+    assert check.status == MISSING
+    assert "mode 0755" in check.detail
+    assert "DMABUF_DOMAIN" in check.remedy
+
+
+def test_a_file_is_no_domain(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert "is no directory" in named(checks(domain_path=tmp_path / "file"), "domain").detail
+
+
+def test_a_link_is_no_domain(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir(0o700)
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    assert named(checks(domain_path=tmp_path / "link"), "domain").status == MISSING
+
+
+def test_a_domain_without_a_parent_can_not_be_made(tmp_path: Path) -> None:
+    check = named(checks(domain_path=tmp_path / "no" / "domain"), "domain")
+    assert check.status == MISSING
+    assert f"there is no {tmp_path / 'no'}" in check.detail
+
+
+def test_without_proc_something_required_is_missing(tmp_path: Path) -> None:
+    check = named(checks(proc=tmp_path), "/proc")
+    assert (check.status, check.required) == (MISSING, True)
+    assert "mount" in check.remedy
+
+
+@pytest.mark.parametrize("name", ["udmabuf", "dma_heap", "dri", "video"])
+def test_a_device_that_is_not_there_is_missing_but_not_required(tmp_path: Path, name: str) -> None:
+    check = named(checks(dev=tmp_path), name)
+    assert (check.status, check.required) == (MISSING, False)
+    assert check.remedy
+
+
+@pytest.mark.parametrize("name", ["udmabuf", "dma_heap/system", "dri/renderD128", "video0"])
+def test_a_device_that_may_be_opened_is_ok(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).touch()
+    assert named(checks(dev=tmp_path), name).status == OK
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o660])
+def test_a_device_that_may_not_be_opened_names_who_may(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: int) -> None:
+    node = tmp_path / "video0"
+    node.touch()
+    node.chmod(mode)
+    monkeypatch.setattr(os, "access", lambda *_, **__: False)
+    check = named(checks(dev=tmp_path), "video0")
+    assert check.status == MISSING
+    assert "no permission" in check.detail
+    assert ("usermod -aG" if mode == 0o660 and os.getgid() else "chgrp video") in check.remedy
+
+
+def test_a_user_namespace_is_recognised(tmp_path: Path) -> None:
+    (tmp_path / "self").mkdir()
+    (tmp_path / "self" / "uid_map").write_text("         0       1000          1\n")
+    assert "its own" in named(checks(proc=tmp_path), "user namespace").detail
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (4 << 20, "4.0 MiB"), ((1 << 30) - 1, "1.0 GiB"), (3 << 60, "3.0 EiB")],
+)
+def test_sizes_in_words(count: int, text: str) -> None:
+    assert size(count) == text
+
+
+@pytest.mark.parametrize(
+    ("ns", "text"),
+    [
+        (-1, "0 ms"),
+        (4_000_000, "4 ms"),
+        (999_900_000, "1.0 s"),
+        (61 * 10**9, "61 s"),
+        (600 * 10**9, "10 min"),
+        (7200 * 10**9, "2 h"),
+        (3 * 86400 * 10**9, "3 d"),
+    ],
+)
+def test_times_in_words(ns: int, text: str) -> None:
+    assert age(ns) == text
