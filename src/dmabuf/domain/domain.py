@@ -172,7 +172,7 @@ class Domain:
         if "multiprocessing.util" in sys.modules:  # its children end by os._exit, which knows no atexit
             from multiprocessing import util
 
-            util.Finalize(None, self.leave, exitpriority=-1000)
+            util.Finalize(None, _leave_if_there, args=(weakref.ref(self),), exitpriority=-1000)
         return life.id
 
     def _forget(self) -> None:
@@ -196,7 +196,7 @@ class Domain:
                 life.leave()
                 if not place.inhabited(self.shm.fd):
                     try:
-                        directory = place.open_directory(self.path)
+                        directory = place.open_directory(self.path, make=False)
                     except OSError:
                         return  # somebody removed it: nothing to empty
                     try:
@@ -206,6 +206,11 @@ class Domain:
                         pass  # no room for a fresh file: the next opener empties this one
                     finally:
                         os.close(directory)
+
+    def __del__(self) -> None:
+        # Nobody has anything of it any more: a private domain's memory goes, a directory's domain has one process less.
+        if getattr(self, "_life", None) is not None and not sys.is_finalizing():
+            self.leave()
 
     # ---- ticks and sweeps ----
 
@@ -294,6 +299,12 @@ def _shm_of(fd: int) -> Shm:
         raise
     weakref.finalize(shm, os.close, fd).atexit = False
     return shm
+
+
+def _leave_if_there(ref: weakref.ref[Domain]) -> None:
+    domain = ref()
+    if domain is not None:
+        domain.leave()
 
 
 def _leave_all() -> None:

@@ -94,10 +94,11 @@ def default_path() -> Path:
     return Path(f"/dev/shm/dmabuf-{uid}")
 
 
-def open_directory(path: Path) -> int:
+def open_directory(path: Path, *, make: bool = True) -> int:
     """Open (make) the domain's directory; EACCES when it is not ours alone."""
     try:
-        os.mkdir(path, 0o700)
+        if make:
+            os.mkdir(path, 0o700)
     except FileExistsError:
         pass
     except OSError as e:

@@ -1,0 +1,185 @@
+"""What is measured: each function returns a median in µs."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import dmabuf
+from bench.peers import cpus, median_us, peer, pinned, timed
+from dmabuf import Usage
+
+ROUND_TRIPS = 3000
+A_MESSAGE = 200
+HAND_OVERS = 1500
+
+
+def _send_all(sock: socket.socket, fences: list[dmabuf.DmaFence]) -> None:
+    for i in range(0, len(fences), A_MESSAGE):
+        dmabuf.send(sock, *fences[i : i + A_MESSAGE])
+
+
+def _recv_all(sock: socket.socket, count: int) -> list[dmabuf.DmaFence]:
+    found: list[dmabuf.DmaFence] = []
+    while len(found) < count:
+        found += dmabuf.recv(sock)
+    return found
+
+
+def _row(name: str) -> list[dmabuf.DmaFence]:
+    timeline = dmabuf.Timeline(name)
+    return [timeline.fence() for _ in range(ROUND_TRIPS)]
+
+
+def fence_round_trip(split: bool) -> float:
+    """signal → the other wakes and signals → we wake. The fences are made beforehand, as a pipeline makes them."""
+    here, there = cpus(split)
+
+    def body(sock: socket.socket) -> None:
+        own = _row("pong")
+        theirs = _recv_all(sock, ROUND_TRIPS)
+        _send_all(sock, own)
+        for wait, signal in zip(theirs, own, strict=True):
+            wait.wait()
+            signal.signal()
+        sock.recv(1)
+
+    samples = []
+    clock = time.perf_counter_ns
+    with peer(body, there) as sock, pinned(here):
+        own = _row("ping")
+        _send_all(sock, own)
+        theirs = _recv_all(sock, ROUND_TRIPS)
+        for wait, signal in zip(theirs, own, strict=True):
+            start = clock()
+            signal.signal()
+            wait.wait()
+            samples.append(clock() - start)
+    return median_us(samples[ROUND_TRIPS // 10 :])
+
+
+def write_uncontended(size: int = 4096) -> float:
+    """Entering and leaving `with buf.write()` with nobody in the way."""
+    with dmabuf.allocate(size) as buf, pinned(cpus(False)[0]):
+
+        def once() -> None:
+            with buf.write():
+                pass
+
+        return timed(once)
+
+
+def read_uncontended(size: int = 4096) -> float:
+    """Entering and leaving `with buf.read()` with nobody in the way."""
+    with dmabuf.allocate(size) as buf, pinned(cpus(False)[0]):
+
+        def once() -> None:
+            with buf.read():
+                pass
+
+        return timed(once)
+
+
+def hand_over(size: int, split: bool) -> float:
+    """Send a buffer; the other receives, maps, touches both ends, unmaps, closes and acknowledges. The C twin is `limits scm`."""
+    here, there = cpus(split)
+
+    def body(sock: socket.socket) -> None:
+        recv = dmabuf.recv
+        for _ in range(HAND_OVERS):
+            (buf,) = recv(sock)
+            with buf.mmap(writable=False) as view:
+                if view[0] + view[size - 1] != 2:
+                    raise RuntimeError("wrong bytes")
+            buf.close()
+            sock.send(b"a")
+        sock.recv(1)
+
+    samples = []
+    clock = time.perf_counter_ns
+    with dmabuf.allocate(size) as buf, peer(body, there) as sock, pinned(here):
+        with buf.write() as view:
+            view[0] = view[size - 1] = 1
+        send, recv = dmabuf.send, sock.recv
+        for _ in range(HAND_OVERS):
+            start = clock()
+            send(sock, buf)
+            recv(8)
+            samples.append(clock() - start)
+    return median_us(samples[HAND_OVERS // 10 :])
+
+
+@contextmanager
+def many_buffers(count: int, processes: int = 4) -> Iterator[None]:
+    """`count` other buffers in the domain, spread over processes."""
+
+    def body(sock: socket.socket) -> None:
+        held = [dmabuf.allocate(4096) for _ in range(count // processes)]
+        sock.send(b"r")
+        sock.recv(1)
+        del held
+
+    with ExitStack() as stack:
+        socks = [stack.enter_context(peer(body)) for _ in range(processes if count else 0)]
+        for sock in socks:
+            if sock.recv(1) != b"r":
+                raise RuntimeError("a holder of buffers ended")
+        yield
+
+
+@contextmanager
+def many_fences(count: int) -> Iterator[None]:
+    """`count` pending fences in the domain, on reservation objects of another process."""
+
+    def body(sock: socket.socket) -> None:
+        fences = []
+        resvs = []
+        timeline = dmabuf.Timeline("pending")
+        while len(fences) < count:
+            resv = dmabuf.DmaResv()
+            resvs.append(resv)
+            with resv.locked():
+                resv.reserve(1)
+                fence = timeline.fence()
+                resv.add(fence, Usage.BOOKKEEP)
+            fences.append(fence)
+        sock.send(b"r")
+        sock.recv(1)
+        timeline.close()
+
+    with ExitStack() as stack:
+        if count:
+            sock = stack.enter_context(peer(body))
+            if sock.recv(1) != b"r":
+                raise RuntimeError("the holder of fences ended")
+        yield
+
+
+def wake_after_kill() -> list[float]:
+    """Milliseconds from SIGKILL of a fence's owner to the end of a wait for it, sorted."""
+    import os
+    import signal
+
+    found = []
+    for _ in range(100):
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        pid = os.fork()
+        if not pid:
+            try:
+                timeline = dmabuf.Timeline("doomed")
+                fence = timeline.fence()
+                dmabuf.send(theirs, fence)
+                theirs.recv(1)
+            finally:
+                os._exit(1)
+        (fence,) = dmabuf.recv(ours)
+        start = time.perf_counter_ns()
+        os.kill(pid, signal.SIGKILL)
+        fence.wait()
+        found.append((time.perf_counter_ns() - start) / 1e6)
+        os.waitpid(pid, 0)
+        ours.close()
+        theirs.close()
+    return sorted(found)
