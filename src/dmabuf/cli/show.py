@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 _NOTE = "    "  # before a note
+_GAP = Text("  ")
 GLUE = "\ue000"  # a space at which no line is broken; not printable, so no text of others has it
 
 
@@ -72,39 +73,48 @@ class Grid:
         for cells, notes in self.rows:
             self._line(out, cells, widths, limit)
             for note in notes:
-                _hang(out, Text(_NOTE), note, limit)
+                _hang(out, [Text(_NOTE)], note, limit)
 
     def _line(self, out: Console, cells: list[Text], widths: list[int], limit: int | None) -> None:
-        left = Text()
+        left = []
         for i, width in enumerate(widths):
-            gap = " " * (width - cells[i].cell_len)
-            left.append_text(Text(gap) + cells[i] if i in self.right else cells[i] + Text(gap)).append("  ")
+            gap = Text(" " * (width - cells[i].cell_len))
+            left += [gap, cells[i], _GAP] if i in self.right else [cells[i], gap, _GAP]
         _hang(out, left, cells[-1], limit)
 
 
-def _hang(out: Console, left: Text, text: Text, limit: int | None) -> None:
+def _hang(out: Console, left: list[Text], text: Text, limit: int | None) -> None:
     """`text` behind `left`; what doesn't fit goes on below it, at the same indent."""
-    if limit is None or not text.plain:
-        _put(out, left + text)
+    if limit is None:
+        _put(out, [*left, text])
         return
-    room = limit - left.cell_len
-    if room < 16:  # too narrow for columns: below, a little indented
+    indent = sum(part.cell_len for part in left)
+    if limit - indent < 16 and text.plain:  # too narrow for columns: below, a little indented
         _put(out, left)
-        left, room = Text(_NOTE), max(16, limit - len(_NOTE))
+        left, indent = [Text(_NOTE)], len(_NOTE)
+    room = max(16, limit - indent)
+    if text.cell_len <= room:
+        _put(out, [*left, text])
+        return
     if max(map(len, text.plain.split())) > room:
         text = _unglued(text)
     for line in text.wrap(out, room):
-        _put(out, left + line)
-        left = Text(" " * left.cell_len)
+        _put(out, [*left, line])
+        left = [Text(" " * indent)]
 
 
-def _put(out: Console, line: Text) -> None:
-    line = _unglued(line)
+def _put(out: Console, parts: list[Text]) -> None:
+    if out.color_system is None:  # no styles to show: tens of thousands of lines should not take minutes
+        out.file.write("".join(part.plain for part in parts).replace(GLUE, " ").rstrip() + "\n")
+        return
+    line = Text.assemble(*map(_unglued, parts))
     line.rstrip()
     out.print(line)
 
 
 def _unglued(text: Text) -> Text:
+    if GLUE not in text.plain:
+        return text
     text = text.copy()
     text.plain = text.plain.replace(GLUE, " ")
     return text
