@@ -385,10 +385,21 @@ static PyObject *py_take_buffer(PyObject *m, PyObject *args) { /* (fd, domain id
   if (fcntl(fd, F_OFD_SETLK, &lease)) Py_RETURN_NONE;
   return Py_BuildValue("KKKy#", (unsigned long long)st.st_dev, (unsigned long long)st.st_ino, (unsigned long long)st.st_size, nonce, (Py_ssize_t)16);
 }
+static PyObject *py_lease_buffer(PyObject *m, PyObject *args) { /* (fd, dev, ino) -> size, -1: not that inode, judge it slowly */
+  int fd;
+  unsigned long long dev, ino;
+  if (!PyArg_ParseTuple(args, "iKK", &fd, &dev, &ino)) return NULL;
+  struct stat st;
+  struct flock lease = {.l_type = F_RDLCK, .l_whence = SEEK_SET, .l_start = 0, .l_len = 1};
+  int want = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL, seals = fcntl(fd, F_GET_SEALS);
+  if (seals < 0 || (seals & want) != want || fstat(fd, &st) || st.st_dev != dev || st.st_ino != ino || fcntl(fd, F_OFD_SETLK, &lease)) return PyLong_FromLong(-1);
+  return PyLong_FromLongLong((long long)st.st_size);
+}
 static PyMethodDef functions[] = {
     {"hold_page", py_hold_page, METH_O, "Map one page of fd that no fork inherits; returns its address."},
     {"drop_page", py_drop_page, METH_O, "Unmap a page that hold_page mapped."},
     {"take_buffer", py_take_buffer, METH_VARARGS, "Put the lease on a buffer of (fd, domain id) -> (dev, ino, size, nonce), None when something is unusual."},
+    {"lease_buffer", py_lease_buffer, METH_VARARGS, "Put the lease on the buffer with (fd, dev, ino) -> its size, -1 when it is something else."},
     {"probe_fd", py_probe_fd, METH_O, "(st_dev, st_ino, st_size, seals or -1, link text) of an fd."},
     {0}};
 

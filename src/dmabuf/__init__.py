@@ -17,6 +17,10 @@ from dmabuf.errors import ContractError, ContractWarning, DmaBufError
 from dmabuf.heaps.recommended import allocate, heaps
 from dmabuf.observe.bufinfo import bufinfo
 from dmabuf.observe.records import buffers
+from dmabuf.sharing import pickling as _pickling  # noqa: F401  (multiprocessing learns of our types)
+from dmabuf.sharing.opening import open
+from dmabuf.sharing.passing import recv, send
+from dmabuf.sharing.remote import RemoteTimeline
 
 __all__ = [
     "ContractError",
@@ -28,6 +32,7 @@ __all__ = [
     "DmaResv",
     "Domain",
     "IosysMap",
+    "RemoteTimeline",
     "Timeline",
     "Usage",
     "WwAcquireContext",
@@ -38,5 +43,8 @@ __all__ = [
     "get",
     "heaps",
     "lock_all",
+    "open",
+    "recv",
+    "send",
 ]
 __version__ = "0.1.0"

@@ -31,7 +31,7 @@ from dmabuf.core.owner import current
 from dmabuf.core.resv import DmaResv, resv_of
 from dmabuf.core.usage import Direction, Usage, checked_direction
 from dmabuf.domain.domain import Domain
-from dmabuf.domain.records import Record, adopt
+from dmabuf.domain.records import Record, adopt, confirmed
 from dmabuf.errors import ContractError, contract_warning, fail
 
 NAME_BYTES = 31  # DMA_BUF_NAME_LEN without its NUL
@@ -477,6 +477,20 @@ def get(fd: int, *, domain: Domain | None = None) -> DmaBuf:
     domain = domain or Domain.default()
     identify(fd, domain)
     return from_fd(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0), domain)
+
+
+def received(fd: int, domain: Domain, dev: int, ino: int, nonce: bytes, name: bytes | None) -> DmaBuf:
+    """:func:`from_fd` of what a process of this user and domain says it is; the inode and the record must agree.
+
+    Then the link in /proc, which is the dearest of all looks at a fresh descriptor, need not be read.
+    """
+    try:
+        size = _native.lease_buffer(fd, dev, ino)
+        record = confirmed(domain, dev, ino, size, nonce) if size >= 0 else None
+    except BaseException:
+        os.close(fd)
+        raise
+    return from_fd(fd, domain, name=name) if record is None else DmaBuf._make(fd, record)
 
 
 def from_fd(fd: int, domain: Domain, *, exp_name: bytes = MEMFD, name: bytes | None = None) -> DmaBuf:

@@ -126,6 +126,21 @@ def adopt(domain: Domain, dev: int, ino: int, size: int, nonce: bytes, exp_name:
     return record
 
 
+def confirmed(domain: Domain, dev: int, ino: int, size: int, nonce: bytes) -> Record | None:
+    """The record of a buffer whose fd we hold, if it is there and has that nonce; None to be judged by the fd's name."""
+    known: weakref.WeakValueDictionary[tuple[int, int], Record] | None = domain.local.get("records")
+    record = known.get((dev, ino)) if known is not None else None
+    if record is not None:
+        if record.nonce != nonce:
+            return None
+        record.ensure()
+        return record
+    found = domain.join().rec_find(dev, ino)
+    if found is None or found[2] != nonce:
+        return None
+    return adopt(domain, dev, ino, size, nonce, b"memfd", b"memfd")
+
+
 def standalone(domain: Domain) -> Record:
     """The record of a reservation object that belongs to no buffer."""
     domain.join()

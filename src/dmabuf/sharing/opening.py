@@ -1,0 +1,176 @@
+"""``open``: a buffer by its name or inode number, from a process of the same user that holds it.
+
+The record in the domain says who holds the buffer; the memfd is opened anew through ``/proc/PID/fd`` of a holder (proc(5)), which
+gives an open file description and a lease of its own. What no process has a descriptor of, because it is only in flight in a socket
+or only mapped, can't be opened.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from functools import cache
+from typing import NamedTuple
+
+from dmabuf import _native
+from dmabuf.core.buffer import DmaBuf, checked_name, from_fd
+from dmabuf.core.identity import identify, memfd_name
+from dmabuf.domain import lives, records
+from dmabuf.domain.domain import Domain
+from dmabuf.errors import DmaBufError, fail
+
+SHOWN = 5  # names or inodes in a message
+
+
+class _Found(NamedTuple):
+    """A record that answers to what was asked for."""
+
+    record: int
+    dev: int
+    ino: int
+    nonce: bytes
+
+
+def open(name_or_ino: str | bytes | int, *, domain: Domain | None = None) -> DmaBuf:
+    """Another handle of a buffer that some process of this user holds.
+
+    ``name_or_ino``: the whole name, or the inode number (``buf.ino``). ``domain``: None for this user's.
+
+    Errors: ENOENT no such buffer, with the names there are; ENOTUNIQ several of that name, with their inode numbers; ENODEV it is held only
+    in flight in a socket or by a mapping; EACCES /proc/PID/fd of its holders is not readable; EINVAL a name longer than 31 bytes or with
+    a NUL, a negative inode number; TypeError neither name nor number; EMFILE.
+    """
+    if isinstance(name_or_ino, bool) or not isinstance(name_or_ino, str | bytes | int):
+        raise TypeError(f"open: a name (str or bytes) or an inode number, not {type(name_or_ino).__name__}")
+    domain = domain or Domain.default()
+    if isinstance(name_or_ino, int):
+        asked = f"inode {name_or_ino}"
+        if not 0 < name_or_ino < 1 << 64:
+            raise fail(errno.EINVAL, "open", asked, "an inode number is positive: buf.ino, or the first column of `dmabuf ls`")
+        domain.join()
+        candidates = _by_ino(domain, name_or_ino)
+    else:
+        asked = f"name {os.fsdecode(name_or_ino)!r}"
+        raw = checked_name(name_or_ino, asked)
+        domain.join()
+        candidates = _by_name(domain, raw)
+    if len(candidates) > 1:
+        there = _present(domain)
+        candidates = [found for found in candidates if found.record in there]
+        if len(candidates) > 1:
+            inodes = ", ".join(str(found.ino) for found in candidates[:SHOWN]) + (", …" if len(candidates) > SHOWN else "")
+            raise fail(errno.ENOTUNIQ, "open", asked, "open it by inode number", what=f"{len(candidates)} buffers bear it: inodes {inodes}")
+    if not candidates:
+        raise _no_such(domain, asked)
+    return _reopened(domain, candidates[0], asked)
+
+
+def _present(domain: Domain) -> set[int]:
+    """The records whose buffers are there; others may have gone without anybody having looked yet."""
+    domain.reap_dead()
+    return set(records.present(domain))
+
+
+def _by_ino(domain: Domain, ino: int) -> list[_Found]:
+    found = domain.shm.rec_find(_memfd_device(), ino)
+    return [_Found(found[0], _memfd_device(), ino, found[2])] if found else []
+
+
+def _by_name(domain: Domain, name: bytes) -> list[_Found]:
+    shm = domain.shm
+    infos = ((index, shm.rec_info(index)) for index in shm.rec_list())
+    return [
+        _Found(index, info["dev"], info["ino"], info["nonce"])
+        for index, info in infos
+        if info is not None and info["name"] == name and info["kind"] == records.KIND_BUFFER
+    ]
+
+
+@cache
+def _memfd_device() -> int:
+    """All memfds lie on one file system that only the kernel mounts: its st_dev."""
+    fd = os.memfd_create("dmabuf-device", os.MFD_CLOEXEC)
+    try:
+        return os.fstat(fd).st_dev
+    finally:
+        os.close(fd)
+
+
+def _reopened(domain: Domain, wanted: _Found, asked: str) -> DmaBuf:
+    denied: list[int] = []
+    held_by = [domain.shm.load32(lives.slot_offset(i) + _native.LIFE_PID) for i in domain.shm.rec_holders(wanted.record)]
+    for pid in held_by:
+        buf = _from_process(domain, wanted, pid, denied)
+        if buf is not None:
+            return buf
+    refused = list(denied)  # of the rest of the world nobody said that it holds the buffer
+    for pid in _own_processes():
+        if pid not in held_by:
+            buf = _from_process(domain, wanted, pid, denied)
+            if buf is not None:
+                return buf
+    if wanted.record not in _present(domain):
+        raise _no_such(domain, asked)
+    if refused:
+        raise fail(
+            errno.EACCES, "open", asked, "have a holder send it with dmabuf.send()",
+            what=f"/proc/{refused[0]}/fd of its holder is not readable (another user, or not dumpable)",
+        )  # fmt: skip
+    raise fail(
+        errno.ENODEV, "open", asked, "have a holder keep its handle open, or receive it where it was sent",
+        what="no process has a descriptor of it: it is held only in flight in a socket, or only by mappings",
+    )  # fmt: skip
+
+
+def _own_processes() -> Iterator[int]:
+    """Pids of this user's processes (all of them for root)."""
+    me = os.geteuid()
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            try:
+                if not me or os.stat(f"/proc/{name}").st_uid == me:
+                    yield int(name)
+            except OSError:
+                continue  # ended meanwhile
+
+
+def _from_process(domain: Domain, wanted: _Found, pid: int, denied: list[int]) -> DmaBuf | None:
+    """The buffer through a descriptor of that process, if it has one."""
+    link = f"/memfd:{memfd_name(domain, wanted.nonce)}"
+    try:
+        names = os.listdir(f"/proc/{pid}/fd")
+    except PermissionError:
+        denied.append(pid)
+        return None
+    except OSError:
+        return None  # ended meanwhile
+    for name in names:
+        path = f"/proc/{pid}/fd/{name}"
+        try:
+            if os.readlink(path).removesuffix(" (deleted)") != link:
+                continue
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except OSError as e:
+            if e.errno in (errno.EMFILE, errno.ENFILE):
+                raise fail(e.errno, "open", f"pid {pid}", "raise RLIMIT_NOFILE or close descriptors") from None
+            continue  # closed meanwhile
+        try:
+            same = identify(fd, domain, "open").nonce == wanted.nonce
+        except DmaBufError:
+            same = False  # the number was used again between the two looks
+        if same:
+            return from_fd(fd, domain)
+        os.close(fd)
+    return None
+
+
+def _no_such(domain: Domain, asked: str) -> DmaBufError:
+    there = [info for i in sorted(_present(domain)) if (info := domain.shm.rec_info(i)) and info["kind"] == records.KIND_BUFFER]
+    names = sorted({os.fsdecode(info["name"]) for info in there if info["name"]})
+    if names:
+        shown = ", ".join(map(repr, names[:SHOWN])) + (", …" if len(names) > SHOWN else "")
+        what = f"no buffer of this domain has it; the names there are: {shown}"
+    else:
+        what = f"no buffer of this domain has it; of its {len(there)} buffers none has a name"
+    return fail(errno.ENOENT, "open", asked, "`dmabuf ls` shows all buffers; another domain is named by DMABUF_DOMAIN", what=what)

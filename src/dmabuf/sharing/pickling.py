@@ -1,0 +1,115 @@
+"""Buffers, fences, timelines and domains through multiprocessing: as arguments of a Process, in a Queue, a Pipe, a Pool.
+
+multiprocessing's own pickler (``ForkingPickler``) is the only one that can take a descriptor along, so it is the only one that is
+served; every other pickle is refused with a TypeError. It is not imported from here: whichever comes first, the reducers register
+with it when the second does.
+
+A descriptor travels as multiprocessing's ``DupFd``: given to a child being started, or else kept by a thread of the sender until the
+receiver has fetched it, so a sender must live until then.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import errno
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from dmabuf.core.buffer import DmaBuf, from_fd
+from dmabuf.core.fence import DmaFence, Timeline, wrap
+from dmabuf.domain.domain import Domain, known
+from dmabuf.errors import fail
+from dmabuf.sharing.passing import check_fence, timeline_place
+from dmabuf.sharing.remote import RemoteTimeline
+
+_MODULE = "multiprocessing.reduction"
+
+
+# ---- there ----
+
+
+def _reduce_buffer(buf: DmaBuf) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    fd = buf._check("pickle")
+    return _make_buffer, (sys.modules[_MODULE].DupFd(fd), buf.domain, buf._record.info()["name"])
+
+
+def _reduce_domain(domain: Domain) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    if domain.path is not None:
+        return _make_domain, (domain.id, str(domain.path), None)
+    return _make_domain, (domain.id, None, sys.modules[_MODULE].DupFd(domain.fileno()))
+
+
+def _reduce_fence(fence: DmaFence) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    check_fence(fence, "pickle")
+    fence.shm.fence_mark(fence.handle, "shared", 1)  # to drop it unsignalled from now on hurts somebody
+    return _make_fence, (fence.domain, fence.handle, (fence.context, fence.seqno, fence.timeline_index))
+
+
+def _reduce_timeline(timeline: Timeline | RemoteTimeline) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    return RemoteTimeline, (timeline.domain, *timeline_place(timeline, "pickle"))
+
+
+# ---- here ----
+
+
+def _make_buffer(there: Any, domain: Domain, name: bytes | None) -> DmaBuf:
+    return from_fd(there.detach(), domain, name=name)
+
+
+def _make_domain(identity: str, path: str | None, there: Any) -> Domain:
+    if path is None:
+        return Domain.adopt(there.detach())
+    domain = known(identity) or Domain.open(Path(path))
+    if domain.id != identity:
+        what = f"its directory has a domain of another id now, {domain.id}"
+        raise fail(errno.EXDEV, "unpickle", f"domain {identity}", "let the sender live until it is received", what=what)
+    return domain
+
+
+def _make_fence(domain: Domain, handle: int, past: tuple[int, int, int]) -> DmaFence:
+    return wrap(domain, handle, past)
+
+
+# ---- registration ----
+
+_REDUCERS: dict[type, Callable[[Any], tuple[Callable[..., Any], tuple[Any, ...]]]] = {
+    DmaBuf: _reduce_buffer,
+    DmaFence: _reduce_fence,
+    Domain: _reduce_domain,
+    RemoteTimeline: _reduce_timeline,
+    Timeline: _reduce_timeline,
+}
+
+
+def _register() -> None:
+    for kind, reducer in _REDUCERS.items():
+        sys.modules[_MODULE].ForkingPickler.register(kind, reducer)
+
+
+def _by_forking_pickler(caller: FrameType | None) -> bool:
+    """Was the pickler that asks made by multiprocessing? Its picklers are driven from two functions of one module."""
+    reduction: Any = sys.modules.get(_MODULE)
+    if caller is None or not hasattr(reduction, "ForkingPickler"):
+        return False
+    return caller.f_code in (reduction.ForkingPickler.dumps.__func__.__code__, reduction.dump.__code__)
+
+
+def _reduce(thing: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """What every pickler finds for our types. Once registered, multiprocessing's own no longer comes here."""
+    if _by_forking_pickler(sys._getframe(1)):
+        _register()
+        return _REDUCERS[type(thing)](thing)
+    name = type(thing).__name__
+    raise TypeError(
+        f"a {name} belongs to living processes and can't be pickled to bytes: pass it through multiprocessing "
+        "(an argument of a Process, a Queue, a Pipe, a Pool), or send it with dmabuf.send()"
+    )
+
+
+for _kind in _REDUCERS:
+    copyreg.pickle(_kind, _reduce)
+if hasattr(sys.modules.get(_MODULE), "ForkingPickler"):
+    _register()
