@@ -126,7 +126,10 @@ static int wait_pending(Shm *s, uint64_t handle, int64_t until, int interruptibl
   /* 1 signalled, 0 timed out, -1 exception, -4 interrupted */
   db_fence *f;
   if (!fence_pending(s, handle, &f)) return 1;
-  if (until >= 0 && now_ns() >= until) return 0;
+  if (until >= 0 && now_ns() >= until) {
+    int k = shm_polled(s);
+    return k < 0 ? -1 : k && !fence_pending(s, handle, NULL);
+  }
   uint64_t e = atomic_load(chunk_entry(s, H_SLOT(handle) / FENCES_PER));
   uint32_t cpu = atomic_load_explicit(&life_slot(s, CT_LIFE(e))->cpu, memory_order_relaxed);
   if (cpu && cpu != (uint32_t)sched_getcpu() + 1 && CT_LIFE(e) != my_life(s)) {
@@ -277,9 +280,18 @@ static PyObject *f_wait(Fence *x, PyObject *const *args, Py_ssize_t n, PyObject 
   if (r == 1) fence_look(x);
   return PyFloat_FromDouble(r ? remaining_s(until) : 0.0);
 }
-static PyObject *f_is_signaled(Fence *x, PyObject *u) { return PyBool_FromLong(fence_look(x)); }
+static int fence_poll(Fence *x) { /* a look that may find out about a death; -1 exception */
+  if (fence_look(x)) return 1;
+  if (x->life && x->life == my_life(x->s)) return 0; /* ours: nobody else could have ended it */
+  int k = shm_polled(x->s);
+  return k > 0 ? fence_look(x) : k;
+}
+static PyObject *f_is_signaled(Fence *x, PyObject *u) {
+  int r = fence_poll(x);
+  return r < 0 ? NULL : PyBool_FromLong(r);
+}
 static PyObject *f_status(Fence *x, void *u) {
-  fence_look(x);
+  if (fence_poll(x) < 0) return NULL;
   return PyLong_FromLong(x->status);
 }
 static PyObject *f_error(Fence *x, void *u) {

@@ -235,7 +235,9 @@ int shm_need_life(Shm *s, const char *op);         /* 0, or raises EPERM in a fo
 int shm_sleep(Shm *s, a32 *word, uint32_t expected, int64_t until, int kind, uint64_t value);
 void word_wake(a32 *word, int n);
 int shm_register(PyObject *module);
-enum { TICK_FENCE, TICK_RESV, TICK_TABLE, TICK_BELL };
+enum { TICK_FENCE, TICK_RESV, TICK_TABLE, TICK_BELL, TICK_POLL, TICK_CHECK };
+int shm_tick(Shm *s, int kind, uint64_t value); /* 0, or -1 with an exception */
+int shm_polled(Shm *s); /* a look found something pending: 1 when a sweep was due and done, so look again; -1 exception */
 double remaining_s(int64_t until);
 int parse_timeout(Shm *s, PyObject *obj, int64_t *until, const char *op); /* None or seconds >= 0 */
 

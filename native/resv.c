@@ -53,9 +53,19 @@ static int take(Shm *s, db_resv *r, uint64_t me, int acquired, int interruptible
         if (w & CTX_WAITERS) word_wake(lock_futex(r), INT32_MAX); /* they look again: some must die, one becomes next */
         return owner ? 1 : 0;
       }
-    } else if (try) { result = -EBUSY; break; }
+    } else if (try) {
+      int k = waited ? 0 : shm_polled(s);
+      if (k < 0) { result = RAISED; break; }
+      if (k && !waited++) continue;
+      result = -EBUSY;
+      break;
+    }
     else if (real && acquired > 0) { /* wait-die: who holds locks does not wait for an older one */
-      if ((atomic_load(&holder->real) && older(holder, mine)) || (first && atomic_load(&first->real) && older(first, mine))) {
+      db_ctx *elder = atomic_load(&holder->real) && older(holder, mine) ? holder : first && atomic_load(&first->real) && older(first, mine) ? first : NULL;
+      if (elder) {
+        uint64_t word = elder == holder ? owner : nx;
+        if (shm_tick(s, TICK_CHECK, atomic_load(&elder->life))) { result = RAISED; break; }
+        if (!ctx_alive(s, word)) continue; /* a dead process is no older context */
         result = -EDEADLK;
         break;
       }
@@ -116,6 +126,7 @@ static PyObject *resv_owner(Shm *s, PyObject *arg) { /* the living owner's ctx w
   db_resv *r = resv_of(s, (uint32_t)rec);
   if (!r) return NULL;
   uint64_t owner = atomic_load(&r->lock) & ~CTX_WAITERS;
+  if (owner && ctx_alive(s, owner) && shm_polled(s) < 0) return NULL;
   return PyLong_FromUnsignedLongLong(owner && ctx_alive(s, owner) ? owner : 0);
 }
 
@@ -134,11 +145,21 @@ static a64 *entry_next(cursor *c) { /* NULL at the end of the capacity */
   if (!b || atomic_load(&b->owner) != c->rec + 1) return NULL;
   return &b->entry[i];
 }
+static uint64_t first_pending(Shm *s, db_resv *r, uint32_t rec, uint32_t usage) {
+  cursor c = {s, r, 0, 0, 0, rec};
+  for (a64 *p; (p = entry_next(&c));) {
+    uint64_t e = atomic_load(p);
+    if (!e) break;
+    if (E_USAGE(e) <= usage && fence_pending(s, E_HANDLE(e), NULL)) return E_HANDLE(e);
+  }
+  return 0;
+}
 static PyObject *resv_entries(Shm *s, PyObject *args) { /* (rec, usage, pending_only) -> [handle, usage, ...] flat pairs */
   unsigned rec, usage;
   int pending;
   if (!PyArg_ParseTuple(args, "IIp", &rec, &usage, &pending)) return NULL;
   db_resv *r = resv_of(s, rec);
+  if (r && pending && first_pending(s, r, rec, usage) && shm_polled(s) < 0) return NULL;
   PyObject *out = r ? PyList_New(0) : NULL;
   cursor c = {s, r, 0, 0, 0, rec};
   for (a64 *p; out && (p = entry_next(&c));) {
@@ -156,6 +177,7 @@ static PyObject *resv_pending(Shm *s, PyObject *args) { /* (rec, usage, not) -> 
   unsigned long long not;
   if (!PyArg_ParseTuple(args, "IIK", &rec, &usage, &not)) return NULL;
   db_resv *r = resv_of(s, rec);
+  if (r && first_pending(s, r, rec, usage) && shm_polled(s) < 0) return NULL;
   PyObject *out = r ? PyList_New(0) : NULL;
   cursor c = {s, r, 0, 0, 0, rec};
   for (a64 *p; out && (p = entry_next(&c));) {
@@ -173,13 +195,13 @@ static PyObject *resv_busy(Shm *s, PyObject *args) { /* (rec, usage) -> a pendin
   if (!PyArg_ParseTuple(args, "II", &rec, &usage)) return NULL;
   db_resv *r = resv_of(s, rec);
   if (!r) return NULL;
-  cursor c = {s, r, 0, 0, 0, rec};
-  for (a64 *p; (p = entry_next(&c));) {
-    uint64_t e = atomic_load(p);
-    if (!e) break;
-    if (E_USAGE(e) <= usage && fence_pending(s, E_HANDLE(e), NULL)) return PyLong_FromUnsignedLongLong(E_HANDLE(e));
+  uint64_t h = first_pending(s, r, rec, usage);
+  if (h) {
+    int k = shm_polled(s);
+    if (k < 0) return NULL;
+    if (k) h = first_pending(s, r, rec, usage);
   }
-  return PyLong_FromLong(0);
+  return PyLong_FromUnsignedLongLong(h);
 }
 static int make_room(Shm *s, db_resv *r, uint32_t rec, uint32_t n) { /* lock held: 0, a negative errno, or RAISED */
   cursor c = {s, r, 0, 0, 0, rec};
@@ -296,10 +318,12 @@ static int access_mark(Shm *s, uint64_t handle, uint32_t rec, int write) { /* WA
   STEP(access_granted); /* dying from here on tears what is written */
   return 0;
 }
-/* access_begin(rec, target, ctx, write, timeline, until, locked) -> handle when granted at once, (handle, [pending]) when it has to
- * wait, (handle, torn errno) for a reader of torn content, or a negative errno */
+/* access_begin(rec, target, ctx, write, timeline, until, locked, access) -> None when granted at once, [pending] when it has to wait,
+ * the torn mark's errno for a reader of torn content, or a negative errno. The fence's handle is stored in access._handle. */
 static PyObject *access_begin(Shm *s, PyObject *const *a, Py_ssize_t n) {
-  if (n != 7) { PyErr_SetString(PyExc_TypeError, "access_begin: seven arguments"); return NULL; }
+  static PyObject *name;
+  if (!name && !(name = PyUnicode_InternFromString("_handle"))) return NULL;
+  if (n != 8) { PyErr_SetString(PyExc_TypeError, "access_begin: eight arguments"); return NULL; }
   uint32_t rec = (uint32_t)PyLong_AsUnsignedLong(a[0]), target = (uint32_t)PyLong_AsUnsignedLong(a[1]), timeline = (uint32_t)PyLong_AsUnsignedLong(a[4]);
   uint64_t me = PyLong_AsUnsignedLongLong(a[2]);
   int write = PyObject_IsTrue(a[3]), locked = PyObject_IsTrue(a[6]);
@@ -317,10 +341,19 @@ static PyObject *access_begin(Shm *s, PyObject *const *a, Py_ssize_t n) {
   uint64_t h = access_put(s, r, target, rec, me, write, timeline, &pending, &error);
   if (!locked) give(r, me);
   if (!h) return PyErr_Occurred() ? NULL : PyLong_FromLong(-error);
-  if (pending) return Py_BuildValue("KN", (unsigned long long)h, pending);
-  if (locked) return Py_BuildValue("K[]", (unsigned long long)h); /* one of several: granted when all are free */
+  PyObject *handle = PyLong_FromUnsignedLongLong(h);
+  if (!handle || PyObject_SetAttr(a[7], name, handle)) {
+    Py_XDECREF(handle);
+    Py_XDECREF(pending);
+    fence_end(s, h, 0);
+    return NULL;
+  }
+  Py_DECREF(handle);
+  if (pending) return pending;
+  if (locked) return PyList_New(0); /* one of several: granted when all are free */
   int torn = access_mark(s, h, rec, write);
-  return torn ? Py_BuildValue("Ki", (unsigned long long)h, torn) : PyLong_FromUnsignedLongLong(h);
+  if (torn) return PyLong_FromLong(torn);
+  Py_RETURN_NONE;
 }
 static PyObject *access_grant(Shm *s, PyObject *args) { /* (handle, rec, write) -> torn errno in the way, 0 when granted */
   unsigned long long h;
@@ -356,7 +389,6 @@ static PyObject *resv_replace(Shm *s, PyObject *args) { /* (rec, context, handle
   if (!r) return NULL;
   db_fence *f;
   fence_pending(s, handle, &f);
-  if (f) atomic_fetch_or(&f->word, FW_SHARED);
   cursor c = {s, r, 0, 0, 0, rec};
   unsigned n = 0;
   for (a64 *p; (p = entry_next(&c));) {
@@ -365,6 +397,7 @@ static PyObject *resv_replace(Shm *s, PyObject *args) { /* (rec, context, handle
     db_fence *o;
     fence_pending(s, E_HANDLE(e), &o);
     if (!o || atomic_load(&o->context) != context) continue;
+    if (f) atomic_fetch_or(&f->word, FW_SHARED);
     atomic_store(p, E_MAKE(handle, usage & 3));
     n++;
   }
@@ -378,7 +411,7 @@ PyMethodDef resv_methods[] = {
     M(resv_pending, METH_VARARGS, "Pending handles (rec, usage, but)."), M(resv_busy, METH_VARARGS, "A pending handle (rec, usage), or 0."),
     M(resv_reserve, METH_VARARGS, "Make room (rec, n)."), M(resv_add, METH_VARARGS, "Add (rec, handle, usage, room) -> 1, 0, -1."),
     M(resv_replace, METH_VARARGS, "Replace (rec, context, handle, usage) -> count."),
-    {"access_begin", (PyCFunction)(void *)access_begin, METH_FASTCALL, "Snapshot and own fence (rec, target, ctx, write, timeline, until, locked)."},
+    {"access_begin", (PyCFunction)(void *)access_begin, METH_FASTCALL, "Snapshot and own fence (rec, target, ctx, write, timeline, until, locked, access)."},
     {"access_grant", (PyCFunction)access_grant, METH_VARARGS, "WAITING -> GRANTED (handle, rec, write) -> torn errno or 0."},
     {"access_end", (PyCFunction)(void *)access_end, METH_FASTCALL, "End an access (handle, rec, write, error, pid)."},
     {0}};

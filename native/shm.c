@@ -6,6 +6,7 @@
 #include <math.h>
 #include <pthread.h>
 #include <signal.h>
+#include <sys/inotify.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
@@ -117,14 +118,20 @@ int shm_sleep(Shm *s, a32 *word, uint32_t expected, int64_t until, int kind, uin
   if (r < 0 && err == EINTR) return PyErr_CheckSignals() ? -1 : -2;
   if (atomic_load(&ticks) != before || (alone && r < 0 && err == ETIMEDOUT)) {
     if (PyErr_CheckSignals()) return -1; /* a signal that came just before the sleep did not end it */
-    if (s->tick) {
-      PyObject *x = PyObject_CallFunction(s->tick, "iK", kind, (unsigned long long)value);
-      if (!x) return -1;
-      Py_DECREF(x);
-    }
-    return 1;
+    return shm_tick(s, kind, value) ? -1 : 1;
   }
   return 0;
+}
+int shm_tick(Shm *s, int kind, uint64_t value) {
+  if (!s->tick) return 0;
+  PyObject *x = PyObject_CallFunction(s->tick, "iK", kind, (unsigned long long)value);
+  Py_XDECREF(x);
+  return x ? 0 : -1;
+}
+int shm_polled(Shm *s) { /* who only polls must find out about deaths too, though no sleep of his ever ticks */
+  int64_t age = now_ns() - (int64_t)atomic_load(&hdr(s)->sweep_ns);
+  if (age >= 0 && age < DB_TICK_NS) return 0;
+  return shm_tick(s, TICK_POLL, 0) ? -1 : 1;
 }
 double remaining_s(int64_t until) {
   if (until < 0) return HUGE_VAL;
@@ -395,7 +402,21 @@ static PyObject *py_lease_buffer(PyObject *m, PyObject *args) { /* (fd, dev, ino
   if (seals < 0 || (seals & want) != want || fstat(fd, &st) || st.st_dev != dev || st.st_ino != ino || fcntl(fd, F_OFD_SETLK, &lease)) return PyLong_FromLong(-1);
   return PyLong_FromLongLong((long long)st.st_size);
 }
+static PyObject *py_watch_open(PyObject *m, PyObject *unused) {
+  int fd = inotify_init1(IN_CLOEXEC | IN_NONBLOCK);
+  return fd < 0 ? PyErr_SetFromErrno(PyExc_OSError) : PyLong_FromLong(fd);
+}
+static PyObject *py_watch_add(PyObject *m, PyObject *args) {
+  int watch, fd;
+  if (!PyArg_ParseTuple(args, "ii", &watch, &fd)) return NULL;
+  char path[40];
+  snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
+  int wd = inotify_add_watch(watch, path, IN_DELETE_SELF);
+  return wd < 0 ? PyErr_SetFromErrno(PyExc_OSError) : PyLong_FromLong(wd);
+}
 static PyMethodDef functions[] = {
+    {"watch_open", py_watch_open, METH_NOARGS, "A non-blocking inotify descriptor."},
+    {"watch_add", py_watch_add, METH_VARARGS, "Watch (inotify, fd) for the end of fd's inode -> watch descriptor."},
     {"hold_page", py_hold_page, METH_O, "Map one page of fd that no fork inherits; returns its address."},
     {"drop_page", py_drop_page, METH_O, "Unmap a page that hold_page mapped."},
     {"take_buffer", py_take_buffer, METH_VARARGS, "Put the lease on a buffer of (fd, domain id) -> (dev, ino, size, nonce), None when something is unusual."},

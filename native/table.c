@@ -62,6 +62,7 @@ int table_lock(Shm *s) {
       return 0;
     }
     if (!(v & TL_WAITERS) && !atomic_compare_exchange_strong(w, &v, v | TL_WAITERS)) continue;
+    if (step_armed) step_sleeping(STEP_rec_locked);
     if (shm_sleep(s, w, v | TL_WAITERS, -1, TICK_TABLE, owner) == -1) return -1;
   }
 }
@@ -389,7 +390,12 @@ static PyObject *rec_info(Shm *s, PyObject *arg) {
   unsigned long i = PyLong_AsUnsignedLong(arg);
   if (i == (unsigned long)-1 && PyErr_Occurred()) return NULL;
   db_rec *r = rec_at(s, (uint32_t)i);
-  if (!r || atomic_load(&r->state) != REC_LIVE) Py_RETURN_NONE;
+  uint32_t state = r ? atomic_load(&r->state) : REC_FREE;
+  if (state == REC_DYING) { /* rec_free looks who holds it, and gives up when it sees our bit */
+    a64 *held = my_life(s) ? held_word(s, LIFE_INDEX(my_life(s)), (uint32_t)i) : NULL;
+    if (held && atomic_load(held) >> (i % RECS_PER) & 1) state = REC_LIVE;
+  }
+  if (state != REC_LIVE) Py_RETURN_NONE;
   char name[32];
   uint32_t v, len;
   int tries = 0;

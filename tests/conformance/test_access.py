@@ -1,6 +1,7 @@
 """Access in one process: read(), write() and access() (design: access is a fence) and the views they give."""
 
 import errno
+import gc
 import pickle
 import threading
 import warnings
@@ -422,6 +423,7 @@ def test_a_writer_with_an_array_left_is_a_buffer_error_and_goes_on(buf: DmaBuf, 
     with Background(lambda: use(buf, "read", 0)) as job, raises_errno(errno.ETIMEDOUT, TimeoutError):
         job.result()
     kept.clear()
+    gc.collect()  # the caught error's traceback knows the block's frame, and that the view
     # It ended complete, not torn.
     with buf.read(timeout=0) as view:
         assert view[0] == 7

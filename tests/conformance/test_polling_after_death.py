@@ -13,9 +13,6 @@ from tests.support.errnos import raises_errno
 from tests.support.fences import attach, keys, the_fence
 from tests.support.waiting import until
 
-# Without it these never end: a watchdog would end the whole run.
-pytestmark = pytest.mark.xfail(run=False, reason="a pure poll does not look after the dead: only a wait's tick does")
-
 
 def owns(parent: Parent, what: str) -> None:
     """A fence, the lock, or a write access, until killed."""

@@ -37,7 +37,11 @@ def warm_up() -> None:
     """Start what a process has once and keeps until it ends, so that the first test to need it doesn't seem to leak it."""
     multiprocessing.resource_tracker.ensure_running()
     multiprocessing.forkserver.ensure_running()
-    _default_domain()
+    if _default_domain() is not None:
+        import dmabuf
+
+        # The first buffer to go opens what the process watches such ends with.
+        dmabuf.allocate(1).close()
 
 
 def settle() -> None:

@@ -56,7 +56,7 @@ def access_timeline(domain: Domain) -> int:
 class Access:
     """One buffer's ``read()`` or ``write()`` block, sync or async: a context manager for one use at a time."""
 
-    __slots__ = ("_done", "_entered", "_error", "_handle", "_index", "_life", "_shm", "_timeout", "_view", "_window", "buf", "write")
+    __slots__ = ("_entered", "_error", "_handle", "_index", "_life", "_shm", "_timeout", "_view", "_window", "buf", "write")
 
     _shm: Shm
     _index: int
@@ -68,7 +68,6 @@ class Access:
         self._view: memoryview | None = None
         self._window: _native.Window | None = None
         self._handle = self._error = 0
-        self._done = True
 
     @property
     def operation(self) -> str:
@@ -92,7 +91,10 @@ class Access:
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, _: object) -> None:
         failed = self._finish(-errno.ECANCELED if kind is not None and self.write else 0)
         if failed is not None:
-            raise failed
+            try:
+                raise failed
+            finally:
+                del failed  # else its traceback keeps this frame, and the user's view with it
 
     # ---- the parts, for one buffer ----
 
@@ -105,8 +107,8 @@ class Access:
             buf._check(self.operation)
         until = -1 if self._timeout is None else monotonic_deadline(self._timeout, self.operation, buf)
         record = buf._record
-        self._index = record.ensure()
-        self._shm = record.shm
+        self._shm, self._index = record.at()
+        self._life = self._shm.life
         # The mapping comes first: what may fail must not fail between "granted" and the block.
         buf._window_source(self.write)
         self._entered = True
@@ -119,18 +121,13 @@ class Access:
         if not locked and resv._held is not None and resv._mine(owner) is not None:
             _locked_here(self)
         timeline = buf.domain.local.get("access timeline") or access_timeline(buf.domain)
-        answer = shm.access_begin(index, resv._record.index, owner.word, self.write, timeline, until, locked)
-        self._life = shm.life
-        if type(answer) is int:
-            if answer < 0:
-                self._refused(-answer)
-            self._handle, self._done = answer, False
-            return None
-        assert isinstance(answer, tuple)
-        self._handle, self._done = answer[0], False
-        if isinstance(answer[1], int):
-            self._torn(answer[1])
-        return answer[1]
+        # It stores the handle in self by itself: a signal handler that raises as it returns must not lose it.
+        answer = shm.access_begin(index, resv._record.index, owner.word, self.write, timeline, until, locked, self)
+        if answer is None or isinstance(answer, list):
+            return answer
+        if answer < 0:
+            self._refused(-answer)
+        self._torn(answer)
 
     def _refused(self, error: int) -> NoReturn:
         if error == errno.EALREADY:
@@ -179,9 +176,9 @@ class Access:
             self.buf._accesses -= 1
             self._view.release()
             self._view = None
-        if not self._done:
-            self._done = True
-            self._shm.fence_signal(self._handle, 0, True)
+        handle, self._handle = self._handle, 0
+        if handle:
+            self._shm.fence_signal(handle, 0, True)
         if self._window is not None:
             self._window.retire()
             self._window = None
@@ -189,19 +186,23 @@ class Access:
     def _finish(self, error: int) -> BufferError | None:
         """End of the block. Returns the error to raise when a writer's view is still in use."""
         view, window = self._view, self._window
-        self._view = self._window = None
-        self._entered = False
-        if view is None or window is None:
+        if window is None:
             return None
-        self.buf._accesses -= 1
         self._error = error
         in_use = False
-        try:
-            view.release()
-        except BufferError:
-            in_use = True
-        del view
-        if window.retire() and not in_use:
+        if view is not None:
+            self._view = None
+            self.buf._accesses -= 1
+            try:
+                view.release()
+            except BufferError:
+                in_use = True
+            del view
+        # Until it is retired the window stays ours: what a signal handler interrupts here, __del__ finishes.
+        free = window.retire()
+        self._window = None
+        self._entered = False
+        if free and not in_use:
             return None
         if not self.write or error:
             return None
@@ -212,10 +213,10 @@ class Access:
 
     def _released(self) -> None:
         """The last export is gone: the access ends now."""
-        shm = self._shm
-        if not self._done and shm.life == self._life:
-            self._done = True
-            shm.access_end(self._handle, self._index, self.write, self._error, _pid())
+        shm, handle = self._shm, self._handle
+        if handle and shm.life == self._life:
+            shm.access_end(handle, self._index, self.write, self._error, _pid())
+            self._handle = 0
 
     def _timed_out(self) -> OSError:
         return fail(
@@ -246,8 +247,12 @@ class Access:
         self.__exit__(kind, value, trace)
 
     def __del__(self) -> None:
-        if self._view is not None and self._shm.life == self._life:
-            self._finish(-errno.ECANCELED if self.write else 0)  # entered and never left: as if the block had raised
+        if not self._entered or self._shm.life != self._life:
+            return
+        if self._window is None:
+            self._abandon()
+        else:  # entered and never left: as if the block had raised
+            self._finish(self._error or (-errno.ECANCELED if self.write else 0))
 
 
 class ManyAccesses:
@@ -275,7 +280,10 @@ class ManyAccesses:
         for part in reversed(self._parts):
             failed = part._finish(-errno.ECANCELED if kind is not None and part.write else 0) or failed
         if failed is not None:
-            raise failed
+            try:
+                raise failed
+            finally:
+                del failed
 
     async def __aenter__(self) -> tuple[memoryview, ...]:
         until = self._begin()
@@ -386,10 +394,10 @@ def _until_free(resvs: Sequence[DmaResv], until: int, gone: threading.Event) -> 
     for resv in resvs:
         if not gone.is_set():
             owner = current(resv.domain)
-            resv_lock, index = resv._record.shm.resv_lock, resv._record.ensure()
-            answer = resv_lock(index, owner.word, 0, False, False, until)
+            shm, index = resv._record.at()
+            answer = shm.resv_lock(index, owner.word, 0, False, False, until)
             if answer >= 0:
-                resv._record.shm.resv_unlock(index, owner.word)
+                shm.resv_unlock(index, owner.word)
             elif answer == -errno.ETIMEDOUT:
                 raise TimeoutError
 

@@ -31,7 +31,7 @@ from dmabuf.core.owner import current
 from dmabuf.core.resv import DmaResv, resv_of
 from dmabuf.core.usage import Direction, Usage, checked_direction
 from dmabuf.domain.domain import Domain
-from dmabuf.domain.records import Record, adopt, confirmed
+from dmabuf.domain.records import Departures, Record, adopt, confirmed
 from dmabuf.errors import ContractError, contract_warning, fail
 
 NAME_BYTES = 31  # DMA_BUF_NAME_LEN without its NUL
@@ -79,6 +79,8 @@ class DmaBuf:
         buf._fd, buf._record, buf._size, buf.domain = fd, record, record.size, record.domain
         buf._mapping, buf._resv, buf._accesses, buf._polls = None, None, 0, None
         buf._life = record.shm.life
+        with record.lock:
+            record.handles += 1
         return buf
 
     def __repr__(self) -> str:
@@ -118,6 +120,7 @@ class DmaBuf:
         fd = self._check("detach")
         self._leave("detach")
         self._fd = -1
+        self._let_go(fd)
         return fd
 
     def close(self) -> None:
@@ -126,7 +129,26 @@ class DmaBuf:
             return
         self._leave("close")
         fd, self._fd = self._fd, -1
+        self._close(fd)
+
+    def _close(self, fd: int) -> None:
+        departures = self._let_go(fd)
         os.close(fd)
+        if departures is not None:
+            departures.look()
+
+    def _let_go(self, fd: int) -> Departures | None:
+        """One handle less; with the last of this process (and no reservation object of it in use) its hold on the record ends."""
+        record = self._record
+        with record.lock:
+            record.handles -= 1
+            if record.handles > 0:
+                return None
+        ref = record.shared.get("resv")
+        if ref is None or ref() is None:
+            return record.let_go(fd)
+        self._record = record.tombstone()  # the hold is the reservation object's alone from now on
+        return None
 
     def _leave(self, operation: str) -> None:
         if self._accesses and self._life == self._record.shm.life:
@@ -152,7 +174,8 @@ class DmaBuf:
     def __del__(self) -> None:
         if getattr(self, "_fd", -1) >= 0:
             fd, self._fd = self._fd, -1
-            os.close(fd)
+            self._mapping = self._resv = None
+            self._close(fd)
 
     def get_dma_buf(self) -> DmaBuf:
         """Another reference: a handle with an fd and a close of its own (spec 2.5). Errors: EBADF, EMFILE."""
@@ -214,7 +237,8 @@ class DmaBuf:
     def name(self, value: str | bytes) -> None:
         self._check("name")
         raw = checked_name(value, self)
-        self._record.shm.rec_name(self._record.ensure(), raw)
+        shm, index = self._record.at()
+        shm.rec_name(index, raw)
         self._record.shared.pop("message", None)  # what send() prepared names the buffer
 
     @property

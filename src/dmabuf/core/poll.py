@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 def ready(buf: DmaBuf, events: int) -> int:
     """Those of POLLIN and POLLOUT in ``events`` that are ready now."""
-    shm, index = buf.resv._record.shm, buf.resv._record.ensure()
+    shm, index = buf.resv._record.at()
     found = 0
     if events & select.POLLOUT and not shm.resv_busy(index, Usage.READ):
         found |= select.POLLOUT
@@ -37,7 +37,8 @@ def ready(buf: DmaBuf, events: int) -> int:
 def _blocking(buf: DmaBuf, events: int) -> int:
     """A pending fence whose end may make something ready. POLLIN waits for fewer fences, so it is ready first."""
     usage = Usage.WRITE if events & select.POLLIN else Usage.READ
-    return buf.resv._record.shm.resv_busy(buf.resv._record.ensure(), usage)
+    shm, index = buf.resv._record.at()
+    return shm.resv_busy(index, usage)
 
 
 def poll(buf: DmaBuf, events: int, timeout: float | None) -> int:

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NoReturn
 
+from dmabuf._native import Shm
 from dmabuf.core.fence import DmaFence, monotonic_deadline, wrap
 from dmabuf.core.owner import Owner, current
 from dmabuf.core.usage import Usage, checked_usage
@@ -92,25 +93,41 @@ class DmaResv:
             self.acquire(owner, interruptible=interruptible, operation=operation)
             return
         ctx.check(self, operation, slow=slow)
-        index = self._record.ensure()
-        answer = self._record.shm.resv_lock(index, ctx.word, 0 if slow else ctx.acquired, interruptible, False, -1)
+        shm, index = self._record.at()
+        try:
+            answer = shm.resv_lock(index, ctx.word, 0 if slow else ctx.acquired, interruptible, False, -1)
+            if answer >= 0:
+                self._held = _Hold(owner, ctx)
+        except BaseException:
+            self._undo(shm, index, ctx.word)
+            raise
         if answer < 0:
             if answer == -errno.EDEADLK:
                 ctx.contended = self
             raise fail(-answer, operation, self, _REMEDY.get(-answer))
         if ctx.contended is self:
             ctx.contended = None
-        self._held = _Hold(owner, ctx)
         ctx.acquired += 1
 
     def acquire(self, owner: Owner, *, interruptible: bool = False, until: int = -1, operation: str = "lock") -> None:
         """Take the lock for an owner without a context; the way in for the package's own short sections."""
-        answer = self._record.shm.resv_lock(self._record.ensure(), owner.word, 0, interruptible, False, until)
+        shm, index = self._record.at()
+        try:
+            answer = shm.resv_lock(index, owner.word, 0, interruptible, False, until)
+            if answer >= 0:
+                self._held = _Hold(owner, None)
+        except BaseException:
+            self._undo(shm, index, owner.word)
+            raise
         if answer < 0:
             if answer == -errno.EDEADLK:
                 self._recursive(operation, 4)
             raise fail(-answer, operation, self, _REMEDY.get(-answer))
-        self._held = _Hold(owner, None)
+
+    def _undo(self, shm: Shm, index: int, word: int) -> None:
+        """A signal handler raised around the moment of locking: whatever it came after, the lock is not held."""
+        self._held = None if self._held is not None and self._held.word == word else self._held
+        shm.resv_unlock(index, word)
 
     def _recursive(self, operation: str, level: int) -> NoReturn:
         contract_warning(f"{operation}: {self!r} is held by this thread or task already", level)
@@ -127,10 +144,18 @@ class DmaResv:
         owner = current(self.domain)
         if ctx is not None:
             ctx.check(self, "trylock", slow=False)
-        answer = self._record.shm.resv_lock(self._record.ensure(), ctx.word if ctx else owner.word, 0, False, True, -1)
-        if answer < 0:
+        if self._mine(owner) is not None:
             return False
-        self._held = _Hold(owner, ctx)
+        shm, index = self._record.at()
+        word = ctx.word if ctx else owner.word
+        try:
+            answer = shm.resv_lock(index, word, 0, False, True, -1)
+            if answer < 0:
+                return False
+            self._held = _Hold(owner, ctx)
+        except BaseException:
+            self._undo(shm, index, word)
+            raise
         if ctx is not None:
             ctx.acquired += 1
             if ctx.contended is self:
@@ -148,8 +173,10 @@ class DmaResv:
         """Give back what :meth:`acquire` took."""
         held = held or self._held
         assert held is not None
-        self._held = None
-        self._record.shm.resv_unlock(self._record.index, held.word)
+        try:
+            self._held = None
+        finally:
+            self._record.shm.resv_unlock(self._record.index, held.word)
         if held.ctx is not None:
             held.ctx.acquired -= 1
 
@@ -166,7 +193,8 @@ class DmaResv:
 
     def is_locked(self) -> bool:
         """Does anybody living hold the lock?"""
-        return self._record.shm.resv_owner(self._record.ensure()) != 0
+        shm, index = self._record.at()
+        return shm.resv_owner(index) != 0
 
     def locking_ctx(self) -> WwAcquireContext | None:
         """The context that this owner holds the lock under; None without one (spec 4.8)."""
@@ -246,7 +274,8 @@ class DmaResv:
 
     def describe_unlocked(self) -> str:
         """The same text without the lock: a snapshot."""
-        entries = self._record.shm.resv_entries(self._record.ensure(), Usage.READ, False)
+        shm, index = self._record.at()
+        entries = shm.resv_entries(index, Usage.READ, False)
         return "".join(f"\t{_SHOWN[usage]} fence:{wrap(self.domain, handle).describe()}" for handle, usage in entries)
 
     # ---- queries, no lock needed ----
@@ -255,8 +284,9 @@ class DmaResv:
         """(fence, usage, restarted) of every pending fence up to ``usage``; the first is flagged restarted (spec 4.6)."""
         level = checked_usage(usage, "iterate_unlocked", self)
         first = True
-        for handle, entry in self._record.shm.resv_entries(self._record.ensure(), level, True):
-            if self._record.shm.fence_pending(handle):
+        shm, index = self._record.at()
+        for handle, entry in shm.resv_entries(index, level, True):
+            if shm.fence_pending(handle):
                 yield wrap(self.domain, handle), Usage(entry), first
                 first = False
 
@@ -267,11 +297,13 @@ class DmaResv:
 
     def pending(self, usage: int) -> list[int]:
         """Handles of the pending fences up to ``usage``."""
-        return self._record.shm.resv_pending(self._record.ensure(), usage, 0)
+        shm, index = self._record.at()
+        return shm.resv_pending(index, usage, 0)
 
     def test_signaled(self, usage: int) -> bool:
         """No pending fence up to ``usage`` (spec 4.7)."""
-        return not self._record.shm.resv_busy(self._record.ensure(), checked_usage(usage, "test_signaled", self))
+        shm, index = self._record.at()
+        return not shm.resv_busy(index, checked_usage(usage, "test_signaled", self))
 
     def wait(self, usage: int, timeout: float | None = None, *, interruptible: bool = False) -> float:
         """Wait for every fence up to ``usage``; returns the seconds left (> 0; inf for None), 0.0 when timed out (spec 4.7).
@@ -296,7 +328,7 @@ class DmaResv:
 
     def statistics(self) -> ResvStatistics:
         """A snapshot for programs."""
-        shm, index = self._record.shm, self._record.ensure()
+        shm, index = self._record.at()
         word = shm.resv_owner(index)
         info = shm.ctx_info(word) if word else None
         return ResvStatistics(

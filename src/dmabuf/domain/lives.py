@@ -132,7 +132,7 @@ class Life:
 def reap(shm: Shm, index: int) -> bool:
     """End a dead life if nobody else is doing so; False when it lives or is being reaped."""
     with FORK_GUARD:
-        own = reopen(shm.fd)
+        own = _spare(shm.fd)
         try:
             if not ofd_lock(own, fcntl.F_WRLCK, LIFE_BYTE + index):
                 return False
@@ -143,7 +143,20 @@ def reap(shm: Shm, index: int) -> bool:
             _end(shm, index, life_id(index, shm.load32(at + _native.LIFE_GEN)))
             return True
         finally:
-            os.close(own)
+            if own == shm.fd:
+                ofd_lock(own, fcntl.F_UNLCK, LIFE_BYTE + index)
+            else:
+                os.close(own)
+
+
+def _spare(fd: int) -> int:
+    """A description to hold a reaper's lock: one of its own, or, with no descriptor left, the domain's."""
+    try:
+        return reopen(fd)
+    except OSError as e:
+        if e.errno not in (errno.EMFILE, errno.ENFILE):
+            raise
+        return fd
 
 
 def _end(shm: Shm, index: int, life: int) -> None:

@@ -1,18 +1,24 @@
 """The record of a buffer (or of a reservation object of its own), as one process holds it.
 
 A record is found by the buffer's ``(st_dev, st_ino)`` and confirmed by its nonce. A process that has the buffer open sets its bit on
-the record; the record stays while any living process has. One that nobody living holds may still be in flight in a socket: it is
-judged by its lease, which ``/proc/locks`` shows for every holder of the fd. A pass over that file is not atomic, so a lease must be
-missing in three passes a tick apart before the record goes; one that goes wrongly is made again by whoever receives the fd.
+the record; the record stays while any living process has. Who lets go as the last of them watches the inode (inotify(7),
+IN_DELETE_SELF): its end is the proof that nobody holds the buffer any more, in flight or mapped, and it comes with the closing itself.
+
+Where nobody watches, because the last holder died, a record is judged by its lease, which ``/proc/locks`` shows for every holder of the
+fd. A pass over that file is not atomic, so a lease must be missing in three passes a tick apart before the record goes; one that goes
+wrongly is made again by whoever receives the fd. A pass is dear (the kernel walks the list anew for each page of text, and holds up
+every locker meanwhile), so it is made only where somebody asks what is there, or the pool is full.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import struct
 import threading
 import time
 import weakref
+from collections import deque
 from typing import Any, Final
 
 from dmabuf import _native
@@ -23,7 +29,7 @@ from dmabuf.errors import fail
 KIND_BUFFER: Final = 0
 KIND_RESV: Final = 1
 ABSENT_PASSES: Final = 3
-DROPS_PER_SWEEP: Final = 256
+WARM: Final = 64  # records kept in a process after their last handle
 
 
 class Record:
@@ -38,6 +44,7 @@ class Record:
         # What the layers above share between all handles of the buffer in this process, by name.
         self.shared: dict[str, Any] = {}
         self.lock = threading.Lock()
+        self.handles = 0  # of this process that are open
 
     def hold(self, name: bytes | None = None) -> None:
         """Find or make the record and set our bit."""
@@ -69,6 +76,11 @@ class Record:
                 self._again()
         return self.index
 
+    def at(self) -> tuple[Shm, int]:
+        """(mapped domain, index), held by this process's present life. Not two looks: joining anew may change both."""
+        index = self.ensure()
+        return self.shm, index
+
     def _again(self) -> None:
         shm = self.domain.join()
         if shm is self.shm and self.life == shm.life:
@@ -80,20 +92,80 @@ class Record:
 
     def info(self) -> dict[str, Any]:
         """What the record says now."""
-        found = self.shm.rec_info(self.ensure())
+        shm, index = self.at()
+        found = shm.rec_info(index)
         if found is None or found["gen"] != self.gen:
             raise fail(errno.EUCLEAN, "look up", "a buffer's record", "the domain file was changed from outside")
         return found
 
-    def __del__(self) -> None:
+    def let_go(self, fd: int) -> Departures | None:
+        """The last handle of this process is about to close (or give away) fd: drop the hold. What the caller must ask after closing."""
         shm = self.shm
         if not self.life or shm.life != self.life:
-            return
-        if not shm.rec_drop(self.index):
-            if self.kind == KIND_RESV:
-                shm.rec_free(self.index, self.gen)
-            else:
-                _dropped(self.domain)
+            return None
+        # Kept for a while without a hold: a buffer that goes round comes again, and finding its record is then one look.
+        warm: deque[Record] = self.domain.local.setdefault("warm", deque(maxlen=WARM))
+        warm.append(self)
+        self.life = 0
+        if shm.rec_drop(self.index):
+            return None
+        watch: Departures | None = self.domain.local.get("departures")
+        if watch is None:
+            watch = self.domain.local["departures"] = Departures(self.domain)
+        return watch if watch.add(fd, self.index, self.gen) else None
+
+    def tombstone(self) -> Record:
+        """Who the buffer was, without a hold: for a closed handle."""
+        return Record(self.domain, self.dev, self.ino, self.size, self.nonce, self.exp_name, self.home, self.kind)
+
+    def __del__(self) -> None:
+        # Only a reservation object that outlived its buffer's handles comes here with a hold.
+        shm = self.shm
+        if self.life and shm.life == self.life and not shm.rec_drop(self.index) and self.kind == KIND_RESV:
+            shm.rec_free(self.index, self.gen)
+
+
+class Departures:
+    """The inodes of buffers that this process let go as the last one: their end frees the record."""
+
+    def __init__(self, domain: Domain) -> None:
+        self.domain = weakref.ref(domain)
+        self.watched: dict[int, tuple[int, int]] = {}
+        try:
+            self.fd = _native.watch_open()
+        except OSError:
+            self.fd = -1  # no descriptor or no instance left (inotify(7)): the sweep judges by leases
+
+    def add(self, fd: int, index: int, gen: int) -> bool:
+        """Watch fd's inode for the record's sake."""
+        if self.fd < 0:
+            return False
+        try:
+            self.watched[_native.watch_add(self.fd, fd)] = (index, gen)
+        except OSError:
+            return False
+        return True
+
+    def look(self) -> None:
+        """Free the records of those that have gone."""
+        domain = self.domain()
+        while self.fd >= 0 and self.watched and domain is not None:
+            try:
+                events = os.read(self.fd, 4096)
+            except (BlockingIOError, InterruptedError):
+                return
+            for at in range(0, len(events), _EVENT.size):
+                wd, mask, _, _ = _EVENT.unpack_from(events, at)
+                if mask & _IN_DELETE_SELF and (found := self.watched.pop(wd, None)) and domain.shm.life:
+                    domain.shm.rec_free(*found)
+
+    def __del__(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)  # in a forked child its own copy
+
+
+_EVENT = struct.Struct("iIII")  # struct inotify_event, without a name behind it for a watched inode itself
+_IN_DELETE_SELF: Final = 0x400
 
 
 def _sweeping(domain: Domain) -> None:
@@ -164,6 +236,9 @@ def leases() -> set[tuple[int, int]]:
 def sweep(domain: Domain) -> int:
     """One pass over the records that no living process holds; frees those whose lease was missing often enough. Returns how many."""
     shm = domain.shm
+    watch: Departures | None = domain.local.get("departures")
+    if watch is not None:
+        watch.look()
     orphans = shm.rec_orphans()
     if not orphans or not shm.life:
         return 0
@@ -193,11 +268,3 @@ def present(domain: Domain) -> list[int]:
             seen = leases()
             gone -= {index for index, _, dev, ino, *_ in orphans if ino and (dev, ino) in seen}
     return [i for i in shm.rec_list() if i not in gone]
-
-
-def _dropped(domain: Domain) -> None:
-    """A buffer's last known holder let go: every so often, look which of those are gone."""
-    count = domain.local.get("dropped", 0) + 1
-    domain.local["dropped"] = count
-    if count % DROPS_PER_SWEEP == 0:
-        sweep(domain)
