@@ -285,6 +285,9 @@ void step_sleeping(int id);
 #define STEP(n) do { if (__builtin_expect(step_armed, 0)) step_hit(STEP_##n); } while (0)
 int step_register(PyObject *module);
 
+/* passing.c */
+int passing_register(PyObject *module);
+
 /* mapping.c */
 int mapping_register(PyObject *module);
 #endif

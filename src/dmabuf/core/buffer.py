@@ -125,10 +125,12 @@ class DmaBuf:
 
     def close(self) -> None:
         """Close the handle; again: nothing. Mappings live on (mmap(2)). Errors: EBUSY inside an access of this handle."""
-        if self._fd < 0:
+        fd = self._fd
+        if fd < 0:
             return
-        self._leave("close")
-        fd, self._fd = self._fd, -1
+        if self._accesses or self._polls:
+            self._leave("close")
+        self._fd, self._mapping, self._resv = -1, None, None
         self._close(fd)
 
     def _close(self, fd: int) -> None:
@@ -275,7 +277,7 @@ class DmaBuf:
         if offset < 0 and offset % PAGE == 0:
             raise fail(errno.EOVERFLOW, "mmap", self, "an offset is not negative")
         end = self._size if length is None else offset + length
-        if offset < 0 or offset % PAGE or end <= offset or end > self._pages() * PAGE:
+        if offset % PAGE or end <= offset or end > self._size:
             raise fail(errno.EINVAL, "mmap", self, f"0 <= offset < offset + length <= {self._size}, offset a multiple of {PAGE}")
         try:
             return _native.Mapping(fd, end - offset, offset=offset, writable=writable)
@@ -291,9 +293,6 @@ class DmaBuf:
         if offset + length > 1 << 64:
             raise fail(errno.EOVERFLOW, "dma_mmap", self, "offset + length must fit in 64 bits")
         return self.mmap(offset, length)
-
-    def _pages(self) -> int:
-        return self._size // PAGE
 
     def lseek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         """The kernel's lseek on a dma-buf: (0, SEEK_SET) is 0, (0, SEEK_END) the size, all else EINVAL; no position moves (spec 5.2)."""

@@ -104,7 +104,10 @@ class Record:
         if not self.life or shm.life != self.life:
             return None
         # Kept for a while without a hold: a buffer that goes round comes again, and finding its record is then one look.
-        warm: deque[Record] = self.domain.local.setdefault("warm", deque(maxlen=WARM))
+        local = self.domain.local
+        warm: deque[Record] | None = local.get("warm")
+        if warm is None:
+            warm = local["warm"] = deque(maxlen=WARM)
         warm.append(self)
         self.life = 0
         if shm.rec_drop(self.index):
