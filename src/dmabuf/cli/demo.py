@@ -151,12 +151,12 @@ def _keep(plan: Plan, output: Path, outcome: Outcome) -> bool:
 
 
 def _check(plan: Plan, bars: Progress, task: TaskID) -> dict[str, Any]:
-    """The same work in this process."""
+    """The same work in this process, whose file is thrown away."""
     from dmabuf.cli.demo_pipeline import video as work
 
     began, count = time.monotonic_ns(), 0
     digests = work.Digests()
-    for _ in work.check(plan.clip, plan.limit, digests):
+    for _ in work.check(plan.clip, plan.limit, plan.part, digests):
         count += 1
         bars.update(task, completed=count, refresh=not count % 16)
     checksum = digests.joined(digests.edges.digest(), digests.histograms.digest())
@@ -225,9 +225,9 @@ def _print(report: dict[str, Any]) -> None:
             str(os.getpid()),
             str(single["frames"]),
             f"{single['frames'] / single['seconds']:.1f}",
-            "0",
-            "0.00 s",
-            "without encoding",
+            "–",
+            "–",
+            "",
         )
     grid.print(out)
     out.print()

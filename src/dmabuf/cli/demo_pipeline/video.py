@@ -221,12 +221,17 @@ class Digests:
         return hashlib.sha256(edges + histograms).hexdigest()
 
 
-def check(clip: Clip, limit: int | None, digests: Digests) -> Iterator[None]:
+def check(clip: Clip, limit: int | None, output: Path, digests: Digests) -> Iterator[None]:
     """The same work in one process, in private memory; yields after each frame."""
     memory, result = bytearray(HEADER_BYTES + clip.frame_bytes), bytearray(HEADER_BYTES + clip.pixels)
-    for frame in decoded(clip, limit):
-        put_frame(frame, memory, clip)
-        digests.histograms.update(histogram(luma(memory, clip)))
-        edges(luma(memory, clip), luma(result, clip))
-        digests.edges.update(luma(result, clip).data)
-        yield
+    encoder = Encoder(output, clip)
+    try:
+        for frame in decoded(clip, limit):
+            put_frame(frame, memory, clip)
+            digests.histograms.update(histogram(luma(memory, clip)))
+            edges(luma(memory, clip), luma(result, clip))
+            digests.edges.update(luma(result, clip).data)
+            encoder.put(luma(result, clip))
+            yield
+    finally:
+        encoder.close()
