@@ -1,0 +1,45 @@
+"""What README shows works as shown."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+README = Path(__file__).parents[2] / "README.md"
+BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def run(code: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:
+    script = tmp_path / "example.py"
+    script.write_text(code, encoding="utf-8")
+    environment = {**os.environ, "PYTHONWARNINGS": "error"}
+    return subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment, check=False)
+
+
+def test_the_first_example_shares_a_frame_between_two_processes(tmp_path: Path) -> None:
+    done = run(BLOCKS[0], tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "b'HELLO'\n", "")
+
+
+def test_the_array_example_gives_the_frame_back_at_once(tmp_path: Path) -> None:
+    pytest.importorskip("numpy")
+    before = "import dmabuf, numpy as np\nbuf = dmabuf.allocate(4096)\nwith buf.write() as view:\n    view[0] = 5\n"
+    after = "assert total == 5\nassert buf.resv.test_signaled(dmabuf.Usage.BOOKKEEP)\nprint('given back')\n"
+    done = run(before + BLOCKS[1] + after, tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "given back\n", "")
+
+
+def test_the_example_of_several_things_runs_inside_a_coroutine(tmp_path: Path) -> None:
+    before = "import asyncio, dmabuf\na, b, c, buf = (dmabuf.allocate(4096) for _ in range(4))\nasync def main():\n"
+    body = "".join(f"    {line}\n" for line in BLOCKS[2].splitlines())
+    done = run(before + body + "    assert fence.status == 1\nasyncio.run(main())\nprint('done')\n", tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
+
+
+@pytest.mark.parametrize("code", BLOCKS, ids=range(len(BLOCKS)))
+def test_every_example_is_python(code: str) -> None:
+    compile(code, "README.md", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)

@@ -1,0 +1,50 @@
+"""The public names: programs are written against them, so none goes, and none comes by accident."""
+
+import inspect
+
+import pytest
+
+import dmabuf
+
+NAMES = {
+    "ContractError", "ContractWarning", "Direction", "DmaBuf", "DmaBufError", "DmaFence", "DmaResv", "Domain", "IosysMap",
+    "RemoteTimeline", "Timeline", "Usage", "WwAcquireContext", "access", "allocate", "buffers", "bufinfo", "get", "heaps", "lock_all",
+    "open", "recv", "send",
+}  # fmt: skip
+
+METHODS = {
+    "DmaBuf": "size ino exp_name name home resv closed fileno dup detach close write read begin_cpu_access end_cpu_access mmap vmap vunmap "
+    "poll poll_fd readable writable lseek sync get_dma_buf put dma_mmap vmap_unlocked vunmap_unlocked fdinfo statistics",
+    "DmaFence": "context seqno status error timestamp signal set_error is_signaled wait add_callback remove_callback enable_signaling "
+    "set_deadline deadline describe statistics",
+    "Timeline": "fence close context statistics",
+    "DmaResv": "locked reserve add iterate iterate_unlocked fences replace test_signaled wait describe lock trylock unlock lock_slow "
+    "lock_interruptible is_locked locking_ctx statistics",
+    "WwAcquireContext": "done fini",
+    "Domain": "default open private",
+    "Usage": "KERNEL WRITE READ BOOKKEEP rw",
+    "Direction": "BIDIRECTIONAL TO_DEVICE FROM_DEVICE NONE",
+}
+
+
+def test_the_public_names_are_these_and_no_others() -> None:
+    assert set(dmabuf.__all__) == NAMES
+    assert all(hasattr(dmabuf, name) for name in NAMES)
+
+
+@pytest.mark.parametrize("cls", METHODS)
+def test_every_documented_method_is_there(cls: str) -> None:
+    made_in_init = {"context"}  # attributes that instances have
+    missing = [name for name in METHODS[cls].split() if not hasattr(getattr(dmabuf, cls), name) and name not in made_in_init]
+    assert missing == []
+
+
+@pytest.mark.parametrize("name", sorted(n for n in NAMES if callable(getattr(dmabuf, n, None))))
+def test_every_public_name_says_what_it_is(name: str) -> None:
+    assert inspect.getdoc(getattr(dmabuf, name))
+
+
+@pytest.mark.parametrize("cls", ["DmaBuf", "DmaFence"])
+def test_objects_of_the_kernel_have_no_public_constructor(cls: str) -> None:
+    with pytest.raises(TypeError):
+        getattr(dmabuf, cls)()
