@@ -60,6 +60,7 @@ def rows(quick: bool) -> list[Row]:
             None,
             "futex, spinning, in C, two CPUs",
         ),
+        ratio("  the same, by the smallest C extension", floor.extension_round_trip, futex, None, ping),
         ratio("write() enter + exit, uncontended", measures.write_uncontended, futex, 4.0, ping),
         ratio("read() enter + exit, uncontended", measures.read_uncontended, futex, None, ping),
         ratio("write() of a 1 GiB buffer", lambda: measures.write_uncontended(GIB), futex, 4.0, ping),
@@ -68,6 +69,9 @@ def rows(quick: bool) -> list[Row]:
         found.append(
             ratio(f"hand-over of {text}, one CPU", lambda s=size: measures.hand_over(s, False), scm(size, "same"), 2.0, "the same in C")
         )
+    found.append(
+        ratio("  the same, by Python's socket and mmap modules", lambda: floor.bare_hand_over(MIB), scm(MIB, "same"), None, "the same in C")
+    )
     found.append(ratio("hand-over of 1 MiB, two CPUs", lambda: measures.hand_over(MIB, True), scm(MIB, "split"), 2.0, "the same in C"))
     if not quick:
         for count in (50_000,):

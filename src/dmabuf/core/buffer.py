@@ -75,12 +75,11 @@ class DmaBuf:
     @classmethod
     def _make(cls, fd: int, record: Record) -> DmaBuf:
         """A handle that owns fd."""
+        record.enter()
         buf = object.__new__(cls)
         buf._fd, buf._record, buf._size, buf.domain = fd, record, record.size, record.domain
         buf._mapping, buf._resv, buf._accesses, buf._polls = None, None, 0, None
         buf._life = record.shm.life
-        with record.lock:
-            record.handles += 1
         return buf
 
     def __repr__(self) -> str:
@@ -142,13 +141,11 @@ class DmaBuf:
     def _let_go(self, fd: int) -> Departures | None:
         """One handle less; with the last of this process (and no reservation object of it in use) its hold on the record ends."""
         record = self._record
-        with record.lock:
-            record.handles -= 1
-            if record.handles > 0:
-                return None
         ref = record.shared.get("resv")
         if ref is None or ref() is None:
-            return record.let_go(fd)
+            return record.leave(fd)
+        with record.lock:
+            record.handles -= 1
         self._record = record.tombstone()  # the hold is the reservation object's alone from now on
         return None
 

@@ -43,7 +43,7 @@ class Record:
         self.index = self.gen = 0
         # What the layers above share between all handles of the buffer in this process, by name.
         self.shared: dict[str, Any] = {}
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()  # a handle's __del__ may run in the middle of another handle's enter()
         self.handles = 0  # of this process that are open
 
     def hold(self, name: bytes | None = None) -> None:
@@ -98,8 +98,29 @@ class Record:
             raise fail(errno.EUCLEAN, "look up", "a buffer's record", "the domain file was changed from outside")
         return found
 
-    def let_go(self, fd: int) -> Departures | None:
-        """The last handle of this process is about to close (or give away) fd: drop the hold. What the caller must ask after closing."""
+    def enter(self) -> None:
+        """One handle more, and the hold that it needs, in one step: another thread may be closing the last one."""
+        with self.lock:
+            self.handles += 1  # first: a handle that the garbage collector closes meanwhile must not be the last
+            if not self.life or self.life != self.shm.life:
+                try:
+                    self._again()
+                except BaseException:
+                    self.handles -= 1
+                    raise
+
+    def leave(self, fd: int) -> Departures | None:
+        """One handle less; with the last of this process its hold ends, before the caller closes (or gives away) fd.
+
+        Returns what the caller must ask after closing.
+        """
+        with self.lock:
+            self.handles -= 1
+            if self.handles > 0:
+                return None
+            return self._let_go(fd)
+
+    def _let_go(self, fd: int) -> Departures | None:
         shm = self.shm
         if not self.life or shm.life != self.life:
             return None
@@ -187,13 +208,12 @@ def _sweeping(domain: Domain) -> None:
 
 
 def adopt(domain: Domain, dev: int, ino: int, size: int, nonce: bytes, exp_name: bytes, home: bytes, name: bytes | None = None) -> Record:
-    """The record of a buffer whose fd we hold; made if nobody has one."""
+    """The record of a buffer whose fd we hold; made if nobody has one. Each handle then enters it."""
     domain.join()
     _sweeping(domain)
     known: weakref.WeakValueDictionary[tuple[int, int], Record] = domain.local["records"]
     record = known.get((dev, ino))
     if record is not None and record.nonce == nonce:
-        record.ensure()
         return record
     record = Record(domain, dev, ino, size, nonce, exp_name, home, KIND_BUFFER)
     record.hold(name)
@@ -206,10 +226,7 @@ def confirmed(domain: Domain, dev: int, ino: int, size: int, nonce: bytes) -> Re
     known: weakref.WeakValueDictionary[tuple[int, int], Record] | None = domain.local.get("records")
     record = known.get((dev, ino)) if known is not None else None
     if record is not None:
-        if record.nonce != nonce:
-            return None
-        record.ensure()
-        return record
+        return record if record.nonce == nonce else None
     found = domain.join().rec_find(dev, ino)
     if found is None or found[2] != nonce:
         return None
