@@ -170,22 +170,33 @@ def _pipeline(
     progress({s.name: s.counts["frames"] for s in outcome.stages})
 
 
+def _spawned(sock: socket.socket) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "dmabuf.cli.demo_pipeline.stage", str(sock.fileno())],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        pass_fds=(sock.fileno(),),
+        # The package may have been found by a path that only this process was told.
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )
+
+
 @contextlib.contextmanager
 def _started(name: str, index: int, board: DmaBuf) -> Iterator[_Child]:
     """A stage's process, with nothing of ours but a socket; ended at the latest with the block."""
     here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     counters = Counters(board, index)
     try:
-        with there:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "dmabuf.cli.demo_pipeline.stage", str(there.fileno())],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                pass_fds=(there.fileno(),),
-                # The package may have been found by a path that only this process was told.
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-            )
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C is the parent's: a stage is born with it blocked
         try:
+            process = _spawned(there)
+        except BaseException:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            raise
+        finally:
+            there.close()
+        try:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             yield _Child(name, process, here, counters)
         finally:
             if process.poll() is None:

@@ -205,6 +205,7 @@ def work(job: Job) -> int:
 def main(fd: int) -> int:
     """Set up, meet the others, work."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends the demo by its fence
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     with socket.socket(fileno=fd) as sock:
         message = sock.recv(MESSAGE_BYTES)
         if not message:
