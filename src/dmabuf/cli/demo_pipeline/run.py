@@ -171,14 +171,20 @@ def _pipeline(
 
 
 def _spawned(sock: socket.socket) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "dmabuf.cli.demo_pipeline.stage", str(sock.fileno())],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        pass_fds=(sock.fileno(),),
-        # The package may have been found by a path that only this process was told.
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-    )
+    """A stage's interpreter. Ctrl-C is the parent's: a stage is born with it blocked, and then ignores it."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return subprocess.Popen(
+            [sys.executable, "-m", "dmabuf.cli.demo_pipeline.stage", str(sock.fileno())],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            pass_fds=(sock.fileno(),),
+            # The package may have been found by a path that only this process was told.
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        )
+    finally:
+        sock.close()
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 @contextlib.contextmanager
@@ -187,16 +193,8 @@ def _started(name: str, index: int, board: DmaBuf) -> Iterator[_Child]:
     here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     counters = Counters(board, index)
     try:
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C is the parent's: a stage is born with it blocked
+        process = _spawned(there)
         try:
-            process = _spawned(there)
-        except BaseException:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-            raise
-        finally:
-            there.close()
-        try:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             yield _Child(name, process, here, counters)
         finally:
             if process.poll() is None:
