@@ -13,6 +13,9 @@ PIP    := $(PY) -m pip --disable-pip-version-check --quiet
 ARGS   ?=
 VIDEO  ?=
 
+# Hundreds of tests start fresh interpreters: without cached bytecode each would compile all it imports again.
+unexport PYTHONDONTWRITEBYTECODE
+
 NATIVE := $(wildcard native/*.c native/*.h)
 ASAN   := .build-asan
 SANITIZED = $(wildcard tests/unit/test_native*.py tests/unit/test_mapping*.py)
