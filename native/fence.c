@@ -153,6 +153,10 @@ static int wait_pending(Shm *s, uint64_t handle, int64_t until, int interruptibl
     step_armed ? step_sleeping(STEP_fence_woken) : (void)0;
     int r = shm_sleep(s, &f->word, w | FW_WAITERS, until, TICK_FENCE, handle);
     if (r == -1) return fence_pending(s, handle, NULL) ? -1 : (PyErr_Occurred() ? -1 : 1);
+    if (r == 1 && !life_current(s, CT_LIFE(atomic_load(chunk_entry(s, H_SLOT(handle) / FENCES_PER)))) && fence_pending(s, handle, NULL)) {
+      shm_corrupt(s, "a pending fence of nobody"); /* a reaper ends a life's fences before it gives back their chunk */
+      return -1;
+    }
     if (r == -2 && interruptible && fence_pending(s, handle, NULL)) return -4;
   }
 }

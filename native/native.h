@@ -225,6 +225,7 @@ static inline int life_current(Shm *s, uint32_t id) { /* is this id the slot's p
 }
 
 /* shm.c */
+int chunks_known(Shm *s, uint32_t n);
 char *chunk_at(Shm *s, uint32_t i, uint32_t type); /* NULL: no such chunk of that type */
 int shm_corrupt(Shm *s, const char *what);         /* raises EUCLEAN, returns -1 */
 int shm_fail(Shm *s, int err, const char *op, const char *obj, const char *remedy); /* raises, returns -1 */

@@ -139,7 +139,7 @@ static a64 *entry_next(cursor *c) { /* NULL at the end of the capacity */
   if (!i) {
     db_block *b = c->blocks ? block_at(c->s, c->block - 1) : NULL;
     c->block = c->blocks ? (b ? atomic_load(&b->next) : 0) : atomic_load(&c->r->block);
-    if (++c->blocks > DB_MAX_CHUNKS * BLOCKS_PER) c->block = 0;
+    if (++c->blocks > c->s->known * BLOCKS_PER) c->block = 0; /* more than there are: a circle */
   }
   db_block *b = c->block ? block_at(c->s, c->block - 1) : NULL;
   if (!b || atomic_load(&b->owner) != c->rec + 1) return NULL;
@@ -220,7 +220,7 @@ static int make_room(Shm *s, db_resv *r, uint32_t rec, uint32_t n) { /* lock hel
     }
   if (room >= n) return 0;
   a32 *link = &r->block;
-  for (uint32_t k = 0; atomic_load(link) && k < DB_MAX_CHUNKS * BLOCKS_PER; k++) {
+  for (uint32_t k = 0; atomic_load(link) && k < s->known * BLOCKS_PER; k++) {
     db_block *b = block_at(s, atomic_load(link) - 1);
     if (!b || atomic_load(&b->owner) != rec + 1) { atomic_store(link, 0); break; }
     link = &b->next;

@@ -157,6 +157,10 @@ static int refresh(Shm *s, uint32_t want) { /* make chunks below the published c
   s->known = n;
   return 0;
 }
+int chunks_known(Shm *s, uint32_t n) { /* can n be the published count? It never shrinks, and the file has what it counts */
+  if (n > DB_MAX_CHUNKS || n < s->known) return 0;
+  return n == s->known || !refresh(s, n - 1);
+}
 char *chunk_at(Shm *s, uint32_t i, uint32_t type) {
   if (i >= DB_MAX_CHUNKS || (i >= s->known && refresh(s, i))) return NULL;
   if (CT_TYPE(atomic_load(chunk_entry(s, i))) != type) return NULL;

@@ -62,11 +62,12 @@ static PyObject *py_disarm(PyObject *m, PyObject *unused) {
   step_armed = 0;
   Py_RETURN_NONE;
 }
-static PyObject *py_step(PyObject *m, PyObject *arg) { /* a step of a change that Python makes */
+static PyObject *py_step(PyObject *m, PyObject *arg) { /* a step of a change that Python makes; "~name": about to sleep */
   if (__builtin_expect(step_armed, 0)) {
     const char *name = PyUnicode_AsUTF8(arg);
     if (!name) return NULL;
-    pass(name);
+    if (*name != '~') pass(name);
+    else if (step_armed == 2 && (wanted[0] == '*' || !strcmp(wanted, name + 1))) say("", name);
   }
   Py_RETURN_NONE;
 }

@@ -5,6 +5,7 @@
  * owner. So nothing in here has to be undone: whatever prefix of the stores happened, `rebuild` gives a whole table. */
 #include "native.h"
 #include <fcntl.h>
+#include <stdlib.h>
 #include <sys/stat.h>
 
 static void rebuild(Shm *s);
@@ -29,6 +30,7 @@ static a64 *held_word(Shm *s, uint32_t life_index, uint32_t rec) { /* the word o
   db_life *l = (db_life *)(s->base + OFF_LIVES) + life_index;
   uint32_t chunk = atomic_load(&l->chunk);
   char *c = chunk ? chunk_at(s, chunk - 1, CH_LIFE) : NULL;
+  if (rec / RECS_PER >= DB_MAX_CHUNKS) return NULL;
   uint32_t ord = CT_ORD(atomic_load(chunk_entry(s, rec / RECS_PER)));
   return c && ord < REC_CHUNKS ? (a64 *)c + ord : NULL;
 }
@@ -52,7 +54,8 @@ int table_lock(Shm *s) {
     uint32_t v = 0;
     if (atomic_compare_exchange_strong(w, &v, me)) return 0;
     uint32_t owner = v & ~TL_WAITERS;
-    if (!owner || !life_current(s, owner)) { /* free with sleepers, or its owner was reaped */
+    /* free with sleepers; its owner was reaped; or it names us, who hold it only between two calls from Python: a lie */
+    if (!owner || owner == me || !life_current(s, owner)) {
       if (!atomic_compare_exchange_strong(w, &v, me | TL_WAITERS)) continue;
       if (owner) {
         STEP(table_stolen);
@@ -72,22 +75,23 @@ void table_unlock(Shm *s) {
 }
 
 /* ---- chunks ---- */
-static int64_t chunk_grow(Shm *s, uint32_t type, uint32_t owner) { /* table lock held */
+/* Table lock held; the chunk, or why not, to be raised by grow_failed once the lock is free (raising runs Python). */
+enum { GROW_FULL = -1, GROW_NO_ROOM = -2, GROW_NO_MEMORY = -3, GROW_CORRUPT = -4 };
+static int64_t chunk_grow(Shm *s, uint32_t type, uint32_t owner) {
   db_header *h = hdr(s);
   uint32_t n = atomic_load(&h->nchunks);
-  if (n > DB_MAX_CHUNKS) return shm_corrupt(s, "more chunks than there can be");
+  if (!chunks_known(s, n)) return GROW_CORRUPT; /* it never shrinks, and the file has what it counts */
   uint32_t ord = 0;
   if (type == CH_REC) {
     ord = atomic_load(&h->rec_chunks);
     if (ord >= REC_CHUNKS) n = DB_MAX_CHUNKS;
   }
-  if (n == DB_MAX_CHUNKS)
-    return shm_fail(s, ENOSPC, "allocate", "the domain", "every slot is in use: close buffers and drop fences, or use a second domain (DMABUF_DOMAIN)");
+  if (n == DB_MAX_CHUNKS) return GROW_FULL;
   off_t at = (off_t)DB_HEADER_BYTES + (off_t)n * DB_CHUNK;
   int r, tries = 0;
   do r = fallocate(s->fd, 0, at, DB_CHUNK);
   while (r && errno == EINTR && ++tries < 100);
-  if (r) return shm_fail(s, errno == ENOSPC ? ENOSPC : ENOMEM, "allocate", "the domain", "its file system (a tmpfs, usually) has no room to grow the domain");
+  if (r) return errno == ENOSPC ? GROW_NO_ROOM : GROW_NO_MEMORY;
   STEP(chunk_allocated); /* memory behind the end, not published: the next growth uses it again */
   char *c = s->base + DB_HEADER_BYTES + (size_t)n * DB_CHUNK;
   memset(c, 0, DB_CHUNK);
@@ -99,6 +103,12 @@ static int64_t chunk_grow(Shm *s, uint32_t type, uint32_t owner) { /* table lock
   atomic_store(&h->nchunks, n + 1);
   STEP(chunk_published);
   return n;
+}
+static int grow_failed(Shm *s, int64_t why) {
+  if (why == GROW_CORRUPT) return shm_corrupt(s, "the number of chunks");
+  if (why == GROW_FULL)
+    return shm_fail(s, ENOSPC, "allocate", "the domain", "every slot is in use: close buffers and drop fences, or use a second domain (DMABUF_DOMAIN)");
+  return shm_fail(s, why == GROW_NO_ROOM ? ENOSPC : ENOMEM, "allocate", "the domain", "its file system (a tmpfs, usually) has no room to grow the domain");
 }
 int64_t chunk_claim(Shm *s, uint32_t type, uint32_t owner) {
   /* without the lock first: an ownerless chunk changes hands by one compare-and-swap that names the owner */
@@ -117,7 +127,7 @@ int64_t chunk_claim(Shm *s, uint32_t type, uint32_t owner) {
   if (table_lock(s)) return -1;
   int64_t c = chunk_grow(s, type, owner);
   table_unlock(s);
-  return c;
+  return c < 0 ? grow_failed(s, c) : c;
 }
 
 /* ---- the hash and the free list: derived ---- */
@@ -169,6 +179,31 @@ static void clear_rec(Shm *s, uint32_t i, db_rec *r) { /* DYING -> FREE; table l
   atomic_store(&r->gen, gen + 1 ? gen + 1 : 1);
   atomic_store(&r->state, REC_FREE);
 }
+static void blocks_rebuild(Shm *s, uint32_t chunks) { /* a block that is in no list, taken but not linked, belongs to nobody */
+  uint8_t *seen = calloc(chunks, BLOCKS_PER / 8);
+  if (!seen) return; /* they stay taken until the next time */
+  for (uint32_t i = 0; i < chunks * RECS_PER; i++) {
+    db_rec *r = rec_at(s, i);
+    if (!r) { i |= RECS_PER - 1; continue; }
+    a32 *link = &r->r.block;
+    while (atomic_load(&r->state) == REC_LIVE && atomic_load(link)) {
+      uint32_t v = atomic_load(link) - 1;
+      db_block *b = block_at(s, v);
+      if (!b || v / BLOCKS_PER >= chunks || atomic_load(&b->owner) != i + 1 || seen[v / 8] >> v % 8 & 1) { atomic_store(link, 0); break; }
+      seen[v / 8] |= (uint8_t)(1 << v % 8);
+      link = &b->next;
+    }
+  }
+  for (uint32_t i = 0; i < chunks * BLOCKS_PER; i++) {
+    db_block *b = block_at(s, i);
+    if (!b) { i |= BLOCKS_PER - 1; continue; }
+    if (!atomic_load(&b->owner) || seen[i / 8] >> i % 8 & 1) continue;
+    for (uint32_t m = 0; m < BLOCK_ENTRIES; m++) atomic_store(&b->entry[m], 0);
+    atomic_store(&b->next, 0);
+    atomic_store(&b->owner, 0);
+  }
+  free(seen);
+}
 static void rebuild(Shm *s) { /* table lock held */
   db_header *h = hdr(s);
   uint32_t n = atomic_load(&h->nchunks);
@@ -194,26 +229,9 @@ static void rebuild(Shm *s) { /* table lock held */
           atomic_store(&h->rec_free, i + 1);
         }
       }
-    } else if (type == CH_BLOCK) { /* a block taken but not linked belongs to nobody */
-      for (uint32_t k = 0; k < BLOCKS_PER; k++) {
-        uint32_t i = c * BLOCKS_PER + k;
-        db_block *b = block_at(s, i);
-        if (!b) break;
-        uint32_t owner = atomic_load(&b->owner);
-        db_rec *r = owner ? rec_at(s, owner - 1) : NULL;
-        uint32_t v = r && atomic_load(&r->state) == REC_LIVE ? atomic_load(&r->r.block) : 0;
-        for (uint32_t m = 0; v && v != i + 1 && m < n * BLOCKS_PER; m++) {
-          db_block *x = block_at(s, v - 1);
-          v = x ? atomic_load(&x->next) : 0;
-        }
-        if (owner && v != i + 1) {
-          for (uint32_t m = 0; m < BLOCK_ENTRIES; m++) atomic_store(&b->entry[m], 0);
-          atomic_store(&b->next, 0);
-          atomic_store(&b->owner, 0);
-        }
-      }
     }
   }
+  blocks_rebuild(s, n);
 }
 
 /* ---- blocks ---- */
@@ -236,7 +254,7 @@ int blocks_add(Shm *s, uint32_t rec, a32 *link, uint32_t count) { /* resv lock h
     }
     if (i == UINT32_MAX) {
       int64_t c = chunk_grow(s, CH_BLOCK, 0);
-      if (c < 0) { table_unlock(s); return -1; }
+      if (c < 0) { table_unlock(s); return grow_failed(s, c); }
       i = (uint32_t)c * BLOCKS_PER;
       b = block_at(s, i);
       s->claim_hint[CH_BLOCK] = (uint32_t)c;
@@ -299,7 +317,7 @@ static PyObject *rec_create(Shm *s, PyObject *args) {
   }
   if (!v) {
     int64_t c = chunk_grow(s, CH_REC, 0);
-    if (c < 0) { table_unlock(s); return NULL; }
+    if (c < 0) { table_unlock(s); grow_failed(s, c); return NULL; }
     for (uint32_t k = RECS_PER; k-- > 0;) {
       db_rec *x = rec_at(s, (uint32_t)c * RECS_PER + k);
       if (!x) break;
