@@ -15,8 +15,9 @@ import errno
 import fcntl
 import os
 import select
+import sys
 import weakref
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -170,8 +171,8 @@ class DmaBuf:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def __del__(self) -> None:
-        if getattr(self, "_fd", -1) >= 0:
+    def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:  # bound: at the interpreter's end modules are empty
+        if getattr(self, "_fd", -1) >= 0 and not ending():
             fd, self._fd = self._fd, -1
             self._mapping = self._resv = None
             self._close(fd)

@@ -53,7 +53,7 @@ class WwAcquireContext:
 
     def check(self, resv: DmaResv, operation: str, *, slow: bool) -> None:
         """The rules that the kernel's lock debugging knows (spec 4.10, last paragraph)."""
-        if self.closed or self.domain.shm.life != self.life:
+        if self.closed or self.inherited:
             raise ContractError(f"{operation}: the context is finished, or belongs to the parent process")
         if self.domain is not resv.domain:
             raise fail(errno.EXDEV, operation, resv, "a context and its locks are of one domain")
@@ -72,6 +72,11 @@ class WwAcquireContext:
             elif self.contended is not resv:
                 contract_warning(f"{operation}: {resv!r}: after EDEADLK the contended lock comes first, with lock_slow", 3)
 
+    @property
+    def inherited(self) -> bool:
+        """Is this a forked child's copy of its parent's context, which does nothing?"""
+        return self.domain.shm.life != self.life
+
     def done(self) -> None:
         """Declare the lock phase over: locking more is a ``ContractWarning``."""
         if self.is_done:
@@ -79,8 +84,8 @@ class WwAcquireContext:
         self.is_done = True
 
     def fini(self) -> None:
-        """Finish the context. ``ContractWarning`` when locks are held; they stay held by nobody's age."""
-        if self.closed:
+        """Finish the context. ``ContractWarning`` when locks are held; they stay held by nobody's age. In a forked child: nothing."""
+        if self.closed or self.inherited:
             return
         if self.acquired:
             contract_warning(f"fini: {self.acquired} locks are still held: unlock them first", 2)
@@ -121,8 +126,9 @@ def lock_all(resvs: Iterable[DmaResv]) -> Iterator[WwAcquireContext | None]:
             _take(wanted, held, ctx)
             yield ctx
         finally:
-            for resv in reversed(held):
-                resv.unlock()
+            if not ctx.inherited:
+                for resv in reversed(held):
+                    resv.unlock()
 
 
 def _take(wanted: list[DmaResv], held: list[DmaResv], ctx: WwAcquireContext) -> None:

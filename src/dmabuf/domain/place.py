@@ -64,10 +64,16 @@ def door(fd: int) -> Iterator[int]:
     # A description of its own: the domain's fd is shared with forked children, and so would its locks be.
     own = reopen(fd)
     try:
-        ofd_lock(own, fcntl.F_WRLCK, DOOR_BYTE, wait=True)
+        if not ofd_lock(own, fcntl.F_WRLCK, DOOR_BYTE):
+            _native.step("~door")
+            ofd_lock(own, fcntl.F_WRLCK, DOOR_BYTE, wait=True)
         yield own
     finally:
-        os.close(own)
+        try:
+            # A child forked meanwhile shares the description, and so the lock: closing ours would not end it.
+            ofd_lock(own, fcntl.F_UNLCK, DOOR_BYTE)
+        finally:
+            os.close(own)
 
 
 def _secure() -> bool:
