@@ -211,7 +211,7 @@ class Pair:
             if a.ended and b.ended:
                 break
             if moves > MOVES:
-                raise Stuck(f"no end in sight: {a.passed[-20:]} and {b.passed[-20:]}")
+                raise Stuck(f"no end in sight: {a.result}, {b.result}; {a.passed[-40:]} and {b.passed[-40:]}")
             standing = [side for side in self.sides if side.at is not None]
             for side in standing:
                 side.grant()
