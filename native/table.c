@@ -523,6 +523,34 @@ static PyObject *rec_orphans(Shm *s, PyObject *unused) { /* [(rec, gen, dev, ino
   return out;
 }
 
+static PyObject *table_audit(Shm *s, PyObject *unused) {
+  /* (free records that no list has, live ones that the hash does not find, blocks of no list): all 0 in a whole table */
+  if (table_lock(s)) return NULL;
+  db_header *h = hdr(s);
+  uint32_t n = atomic_load(&h->nchunks), lost = 0, hidden = 0, stray = 0, listed = 0, blocks = 0;
+  if (n > DB_MAX_CHUNKS) n = DB_MAX_CHUNKS;
+  uint32_t v = atomic_load(&h->rec_free);
+  for (db_rec *r; v && listed < DB_MAX_CHUNKS * RECS_PER && (r = rec_at(s, v - 1)); v = atomic_load(&r->free_next)) listed++;
+  for (uint32_t c = 0; c < n; c++) {
+    uint32_t type = CT_TYPE(atomic_load(chunk_entry(s, c)));
+    for (uint32_t k = 0; type == CH_REC && k < RECS_PER; k++) {
+      db_rec *r = rec_at(s, c * RECS_PER + k);
+      uint32_t at;
+      if (!r) continue;
+      if (atomic_load(&r->state) == REC_FREE) lost++;
+      else if (r->ino && find_rec(s, r->dev, r->ino, &at) != r) hidden++;
+      uint32_t b = atomic_load(&r->state) == REC_LIVE ? atomic_load(&r->r.block) : 0;
+      for (db_block *x; b && blocks < DB_MAX_CHUNKS * BLOCKS_PER && (x = block_at(s, b - 1)); b = atomic_load(&x->next)) blocks++;
+    }
+    for (uint32_t k = 0; type == CH_BLOCK && k < BLOCKS_PER; k++) {
+      db_block *x = block_at(s, c * BLOCKS_PER + k);
+      if (x && atomic_load(&x->owner)) stray++;
+    }
+  }
+  table_unlock(s);
+  return Py_BuildValue("iii", (int)lost - (int)listed, (int)hidden, (int)stray - (int)blocks);
+}
+
 /* ---- methods: chunks, lives, lock ---- */
 static PyObject *py_chunk_claim(Shm *s, PyObject *arg) {
   long type = PyLong_AsLong(arg);
@@ -686,6 +714,7 @@ PyMethodDef table_methods[] = {
     M(rec_info, METH_O, "What a record says, or None."), M(rec_name, METH_VARARGS, "Rename (rec, bytes)."),
     M(rec_set, METH_VARARGS, "Set (rec, field, value)."), M(rec_torn, METH_O, "The torn mark of a record."),
     M(rec_holders, METH_O, "Indices of the living lives that hold a record."), M(rec_list, METH_NOARGS, "Every live record."),
+    M(table_audit, METH_NOARGS, "What the derived parts of the table miss: (free records, live records, blocks)."),
     M(rec_orphans, METH_NOARGS, "Live records that no living process holds."),
     {"chunk_claim", (PyCFunction)py_chunk_claim, METH_O, "Own a chunk of a type."},
     M(chunks_of, METH_O, "Chunks of a life: [(chunk, type)]."), M(chunk_return, METH_VARARGS, "Give (chunk, life) back."),
