@@ -74,9 +74,9 @@ class DmaBuf:
         raise TypeError("a DmaBuf is made by dmabuf.allocate(), get(), open() or recv()")
 
     @classmethod
-    def _make(cls, fd: int, record: Record) -> DmaBuf:
-        """A handle that owns fd."""
-        record.enter()
+    def _make(cls, fd: int, record: Record, name: bytes | None = None) -> DmaBuf:
+        """A handle that owns fd. ``name``: of the buffer, if its record has to be made again."""
+        record.enter(name)
         buf = object.__new__(cls)
         buf._fd, buf._record, buf._size, buf.domain = fd, record, record.size, record.domain
         buf._mapping, buf._resv, buf._accesses, buf._polls = None, None, 0, None
@@ -511,7 +511,7 @@ def received(fd: int, domain: Domain, dev: int, ino: int, nonce: bytes, name: by
     except BaseException:
         os.close(fd)
         raise
-    return from_fd(fd, domain, name=name) if record is None else DmaBuf._make(fd, record)
+    return from_fd(fd, domain, name=name) if record is None else DmaBuf._make(fd, record, name)
 
 
 def from_fd(fd: int, domain: Domain, *, exp_name: bytes = MEMFD, name: bytes | None = None) -> DmaBuf:
@@ -521,7 +521,7 @@ def from_fd(fd: int, domain: Domain, *, exp_name: bytes = MEMFD, name: bytes | N
         if taken is None:  # the slow way says why not
             taken = identify(fd, domain)
             take_lease(fd)
-        return DmaBuf._make(fd, adopt(domain, *taken, exp_name, MEMFD, name))
+        return DmaBuf._make(fd, adopt(domain, *taken, exp_name, MEMFD, name), name)
     except BaseException:
         os.close(fd)
         raise

@@ -81,14 +81,14 @@ class Record:
         index = self.ensure()
         return self.shm, index
 
-    def _again(self) -> None:
+    def _again(self, name: bytes | None = None) -> None:
         shm = self.domain.join()
         if shm is self.shm and self.life == shm.life:
             return
         if shm is self.shm and shm.rec_hold(self.index, self.gen):
             self.life = shm.life
         else:
-            self.hold()
+            self.hold(name)
 
     def info(self) -> dict[str, Any]:
         """What the record says now."""
@@ -98,13 +98,16 @@ class Record:
             raise fail(errno.EUCLEAN, "look up", "a buffer's record", "the domain file was changed from outside")
         return found
 
-    def enter(self) -> None:
-        """One handle more, and the hold that it needs, in one step: another thread may be closing the last one."""
+    def enter(self, name: bytes | None = None) -> None:
+        """One handle more, and the hold that it needs, in one step: another thread may be closing the last one.
+
+        ``name``: for a record that has to be made again.
+        """
         with self.lock:
             self.handles += 1  # first: a handle that the garbage collector closes meanwhile must not be the last
             if not self.life or self.life != self.shm.life:
                 try:
-                    self._again()
+                    self._again(name)
                 except BaseException:
                     self.handles -= 1
                     raise

@@ -144,15 +144,16 @@ def recv(sock: socket.socket) -> list[Any]:
             return _take(sock, peer, *got)
         fd, identity, dev, ino, nonce, size, item_flags, body = got
         domain = _domains.get(identity)
+        name = body.rstrip(b"\0") if item_flags & _HAS_NAME else None
         try:
             record = None if domain is None else confirmed(domain, dev, ino, size, nonce)
             if record is not None:
-                return [DmaBuf._make(fd, record)]
+                return [DmaBuf._make(fd, record, name)]
             domain = domain or _domain_of(identity, item_flags)
         except BaseException:
             os.close(fd)
             raise
-        return [from_fd(fd, domain, name=body.rstrip(b"\0") if item_flags & _HAS_NAME else None)]
+        return [from_fd(fd, domain, name=name)]
     try:
         data, control, flags, _ = sock.recvmsg(peer.first, _CONTROL, _CLOEXEC)
     except OSError as e:
