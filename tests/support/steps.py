@@ -120,8 +120,8 @@ class Held:
 
     def release(self) -> None:
         """Let it run to its end."""
-        while self.next_step() is not None:
-            if self.code is None:
+        while (step := self.next_step()) is not None:
+            if self.code is None and not step.startswith("~"):
                 try:
                     self.go_on()
                 except BrokenPipeError:

@@ -1,0 +1,256 @@
+"""SIGKILL at random moments of a random workload.
+
+A few workers take locks with contexts, signal and wait for fences, read and write, allocate, rename and hand buffers to each other. Again
+and again a random one is killed and replaced, and every survivor must complete further rounds. A pattern that every write counts up shows
+whether a reader ever saw half of one without an error. At the end nothing of anybody is left.
+
+The seed is printed with every failure: `DMABUF_TEST_SEED=… pytest …` makes the same choices again (not the same timing).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import random
+import secrets
+import signal
+import socket
+import struct
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+
+import dmabuf
+from dmabuf import Usage, _native
+from dmabuf.domain import lives, records
+from tests.support.steps import fork, reap
+from tests.support.waiting import until
+
+pytestmark = [pytest.mark.crash]
+
+WORKERS = 4
+ROUNDS_AFTER_A_KILL = 3  # of every survivor
+TORN = (errno.EOWNERDEAD, errno.ECANCELED)
+
+
+class Worker:
+    """What one process does, by a seed of its own, until it is killed. `rounds` is a counter in shared memory."""
+
+    def __init__(self, bufs: list[dmabuf.DmaBuf], counter: memoryview, seed: str) -> None:
+        self.bufs, self.counter = bufs, counter
+        self.rng = random.Random(seed)
+        self.timelines = [dmabuf.Timeline(f"worker {os.getpid()}") for _ in range(2)]
+
+    def run(self) -> None:
+        jobs = (self.lock, self.fences, self.write, self.read, self.both, self.record, self.rename, self.raises, self.send, self.wait)
+        while True:
+            self.rng.choice(jobs)()
+            self.counter[0] += 1
+
+    def lock(self) -> None:
+        with dmabuf.lock_all(self.rng.sample([b.resv for b in self.bufs], self.rng.randint(1, len(self.bufs)))):
+            pass
+
+    def fences(self) -> None:
+        made = [timeline.fence() for timeline in self.timelines]
+        with dmabuf.lock_all(b.resv for b in self.bufs):
+            for buf in self.bufs:
+                buf.resv.reserve(len(made))
+                for fence in made:
+                    buf.resv.add(fence, self.rng.choice((Usage.WRITE, Usage.READ, Usage.BOOKKEEP)))
+        for fence in made:
+            fence.signal(self.rng.choice((0, 0, -errno.EIO)))
+
+    def write(self) -> None:
+        with self.rng.choice(self.bufs).write() as view:
+            count_up(view)
+
+    def read(self) -> None:
+        try:
+            with self.rng.choice(self.bufs).read() as view:
+                check_pattern(view)
+        except OSError as e:
+            if e.errno not in TORN:
+                raise
+
+    def both(self) -> None:
+        a, b = self.rng.sample(self.bufs, 2)
+        try:
+            with dmabuf.access(read=[a], write=[b]) as (source, target):
+                check_pattern(source)
+                count_up(target)
+        except OSError as e:
+            if e.errno not in TORN:
+                raise
+
+    def raises(self) -> None:
+        with contextlib.suppress(KeyError), self.rng.choice(self.bufs).write() as view:
+            view[0] ^= 0xFF
+            raise KeyError
+
+    def record(self) -> None:
+        with dmabuf.allocate(4096 * self.rng.randint(1, 4), name="short-lived") as buf, buf.write() as view:
+            view[0] = 1
+
+    def rename(self) -> None:
+        buf = self.rng.choice(self.bufs)
+        buf.name = f"name {os.getpid()}"
+        name = buf.name
+        assert name is not None
+        assert name.startswith("name ")
+
+    def send(self) -> None:
+        here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with here, there:
+            dmabuf.send(here, self.rng.choice(self.bufs))
+            if self.rng.random() < 0.8:  # or it is lost in flight
+                (got,) = dmabuf.recv(there)
+                got.close()
+
+    def wait(self) -> None:
+        self.rng.choice(self.bufs).resv.wait(Usage.BOOKKEEP)
+
+
+def count_up(view: memoryview) -> None:
+    """A new number in every word of the buffer, one after the other."""
+    number = (struct.unpack_from("<Q", view)[0] + 1) & 0x00FFFFFFFFFFFFFF
+    for at in range(0, len(view), 512):
+        struct.pack_into("<Q", view, at, number)
+
+
+def check_pattern(view: memoryview) -> None:
+    seen = {struct.unpack_from("<Q", view, at)[0] for at in range(0, len(view), 512)}
+    assert len(seen) == 1, f"a torn read without an error: {seen}"
+
+
+@dataclass
+class Slot:
+    """A place for a worker: the one who has it now, and its counter of rounds."""
+
+    counter: memoryview
+    pid: int = 0
+    failed: int = 0
+
+    @property
+    def rounds(self) -> int:
+        return self.counter[0]
+
+
+class Workload:
+    def __init__(self, seed: str) -> None:
+        self.seed = seed
+        self.rng = random.Random(seed)
+        self.bufs = [dmabuf.allocate(4096, name=f"name {i}") for i in range(3)]
+        self.shared = dmabuf.allocate(4096, name="name rounds")
+        self.mapping = self.shared.mmap()
+        self.view = memoryview(self.mapping).cast("Q")
+        self.slots = [Slot(self.view[i : i + 1]) for i in range(WORKERS)]
+        self.started = 0
+        for slot in self.slots:
+            self.start(slot)
+
+    def start(self, slot: Slot) -> None:
+        self.started += 1
+        seed = f"{self.seed} {self.started}"
+        slot.pid = fork(lambda: Worker(self.bufs, slot.counter, seed).run())
+
+    def progress(self) -> None:
+        """Until every worker has done some rounds more; a worker that ended by itself has failed."""
+        wanted = [slot.rounds + ROUNDS_AFTER_A_KILL for slot in self.slots]
+
+        def done() -> bool:
+            for slot in self.slots:
+                pid, status = os.waitpid(slot.pid, os.WNOHANG)
+                if pid:
+                    slot.pid = 0
+                    raise AssertionError(f"seed {self.seed}: a worker ended by itself: {os.waitstatus_to_exitcode(status)}")
+            return all(slot.rounds >= n for slot, n in zip(self.slots, wanted, strict=True))
+
+        until(done)
+
+    def kill_one(self) -> None:
+        """At a moment that no clock decides: after a random number of rounds of somebody, and wherever the victim is then."""
+        watched = self.rng.choice(self.slots)
+        target = watched.rounds + self.rng.randint(0, 3)
+        until(lambda: watched.rounds >= target)
+        for _ in range(self.rng.randint(0, 2000)):  # some fraction of a round
+            pass
+        victim = self.rng.choice(self.slots)
+        os.kill(victim.pid, signal.SIGKILL)
+        assert reap(victim.pid) == -signal.SIGKILL
+        victim.pid = 0
+        self.start(victim)
+
+    def end(self) -> None:
+        for slot in self.slots:
+            if slot.pid:
+                os.kill(slot.pid, signal.SIGKILL)
+                reap(slot.pid)
+                slot.pid = 0
+
+    def check_clean(self) -> None:
+        """Nothing of the dead is left, and all of it can be used."""
+        domain = dmabuf.Domain.default()
+        shm = domain.shm
+        domain.sweep()
+        assert lives.alive_slots(shm) == [lives.index_of(shm.life)]
+        for buf in self.bufs:
+            assert not buf.resv.is_locked()
+            assert buf.resv.fences(Usage.BOOKKEEP) == []
+            with buf.write() as view:
+                view[:] = bytes(len(view))
+            with buf.read() as view:
+                check_pattern(view)
+        until(lambda: records.sweep(domain) or not shm.rec_orphans())
+        mine = {b._record.index for b in (*self.bufs, self.shared)}
+        assert mine <= set(records.present(domain))
+        owned = {chunk for chunk, _ in shm.chunks_of(shm.life)}
+        for chunk in range(shm.load32(_native.OFF_NCHUNKS)):
+            assert shm.load64(_native.OFF_CHUNKTAB + 8 * chunk) >> 32 == 0 or chunk in owned
+        assert shm.load32(_native.OFF_TABLE_LOCK) == 0
+
+    def close(self) -> None:
+        for slot in self.slots:
+            slot.counter.release()
+        self.view.release()
+        self.mapping.close()
+        for buf in (*self.bufs, self.shared):
+            buf.close()
+
+
+@contextlib.contextmanager
+def workload() -> Iterator[Workload]:
+    seed = os.environ.get("DMABUF_TEST_SEED") or secrets.token_hex(4)
+    made = Workload(seed)
+    try:
+        yield made
+    except BaseException as e:
+        e.add_note(f"seed {seed}, {made.started} workers so far")
+        traceback.print_exc()
+        raise
+    finally:
+        made.end()
+        made.close()
+
+
+def kill(times: int) -> None:
+    with workload() as work:
+        for _ in range(times):
+            work.kill_one()
+            work.progress()
+        work.end()
+        work.check_clean()
+
+
+@pytest.mark.timeout(600)
+def test_survivors_of_200_random_kills_go_on() -> None:
+    kill(200)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(7200)
+def test_survivors_of_10_000_random_kills_go_on() -> None:
+    kill(10_000)
