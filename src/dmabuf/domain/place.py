@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import mmap
 import os
 import secrets
 import stat
@@ -176,6 +177,29 @@ def inhabited(fd: int) -> bool:
 
 def replace_file(directory: int, identity: bytes) -> None:
     """Put a fresh, empty file of that identity in the place of the domain's file. The door is held."""
+    try:
+        _replace_file(directory, identity)
+    except OSError as e:
+        if e.errno != errno.ENOSPC:
+            raise
+        # A domain that has filled its file system must not keep out everybody for ever: the old file's memory makes room.
+        _empty_file(directory)
+        _replace_file(directory, identity)
+
+
+def _empty_file(directory: int) -> None:
+    """Give back the memory of the chunks, where nobody lives. Not by truncating: a forked child may still look at them."""
+    fd = os.open(FILE, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=directory)
+    try:
+        size = os.fstat(fd).st_size - _native.HEADER_BYTES
+        if size > 0:
+            with mmap.mmap(fd, size, offset=_native.HEADER_BYTES) as chunks:
+                chunks.madvise(mmap.MADV_REMOVE)
+    finally:
+        os.close(fd)
+
+
+def _replace_file(directory: int, identity: bytes) -> None:
     name = FILE + ".new"
     fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600, dir_fd=directory)
     try:
