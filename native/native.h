@@ -253,6 +253,9 @@ db_ctx *ctx_at(Shm *s, uint32_t index);
 db_timeline *timeline_at(Shm *s, uint32_t index);
 int blocks_add(Shm *s, uint32_t rec, a32 *link, uint32_t count); /* 0 or -1 with an exception */
 
+/* pools.c */
+extern PyMethodDef pool_methods[];
+
 /* fence.c */
 db_fence *fence_at(Shm *s, uint32_t slot);
 int fence_pending(Shm *s, uint64_t handle, db_fence **out); /* 1 pending, 0 signalled or gone; out may be NULL slot */

@@ -436,8 +436,8 @@ int shm_register(PyObject *module) {
   }
   size_t n = 0;
   static PyMethodDef all[96];
-  PyMethodDef *sets[] = {shm_methods, table_methods, fence_methods, resv_methods};
-  for (size_t k = 0; k < 4; k++)
+  PyMethodDef *sets[] = {shm_methods, table_methods, pool_methods, fence_methods, resv_methods};
+  for (size_t k = 0; k < sizeof sets / sizeof *sets; k++)
     for (PyMethodDef *d = sets[k]; d->ml_name; d++) all[n++] = *d;
   PyType_Slot slots[] = {
       {Py_tp_doc, "A domain's file, mapped: bounded atomics, pools, fences and reservation locks."},
