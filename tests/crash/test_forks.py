@@ -24,8 +24,8 @@ from contextlib import AbstractContextManager
 import pytest
 
 import dmabuf
-from dmabuf import Usage
-from dmabuf.domain import lives
+from dmabuf import Usage, _native
+from dmabuf.domain import lives, place
 from tests.support.fences import attach
 from tests.support.steps import reap
 from tests.support.waiting import Background
@@ -410,7 +410,7 @@ def test_a_dead_parent_is_dead_though_its_child_lives(fork: Callable[[], int], i
 _SCRIPT = """
 import gc, os, sys
 import dmabuf
-from dmabuf import Usage
+from dmabuf import Usage, _native
 how = sys.argv[1]
 buf = dmabuf.allocate(4096)
 timeline = dmabuf.Timeline("parent")
@@ -542,3 +542,38 @@ def test_a_child_that_joined_dies_alone(scene: Scene) -> None:
     scene.buf.resv.wait(Usage.BOOKKEEP)
     scene.buf.domain.sweep()
     assert state(scene) == before
+
+
+def test_a_raw_fork_in_the_middle_keeps_neither_a_reapers_lock_nor_the_door(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A child that lives on has a share in every description that was open for a moment: the locks on them end all the same."""
+    domain = dmabuf.Domain.private()
+    ours, theirs = socket.socketpair()
+    children = []
+
+    def fork_here(name: str) -> None:
+        if name in ("reap_clean", "reap_locked"):
+            pid = FORKS[-1]()
+            if not pid:
+                ours.close()
+                theirs.recv(1)  # lives until the end
+                os._exit(0)
+            children.append(pid)
+
+    def die_inside() -> None:
+        domain.join()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    assert in_child(python_fork, die_inside) == -signal.SIGKILL
+    (dead,) = lives.alive_slots(domain.shm)
+    monkeypatch.setattr(_native, "step", fork_here)
+    domain.join()  # reaps the dead one, at the door
+    monkeypatch.undo()
+    theirs.close()
+    assert len(children) == 2
+    assert not place.ofd_locked(domain.fileno(), place.DOOR_BYTE)
+    assert lives.index_of(domain.shm.life) == dead  # its slot could be used again at once
+    domain.leave()
+    assert not lives.breathes(domain.fileno(), dead)
+    ours.close()
+    for pid in children:
+        assert reap(pid) == 0

@@ -143,9 +143,8 @@ def reap(shm: Shm, index: int) -> bool:
             _end(shm, index, life_id(index, shm.load32(at + _native.LIFE_GEN)))
             return True
         finally:
-            if own == shm.fd:
-                ofd_lock(own, fcntl.F_UNLCK, LIFE_BYTE + index)
-            else:
+            ofd_lock(own, fcntl.F_UNLCK, LIFE_BYTE + index)  # not just closed: a raw fork may have shared the description
+            if own != shm.fd:
                 os.close(own)
 
 
