@@ -106,9 +106,8 @@ def main() -> None:
     if given.json:
         print(json.dumps({"machine": machine, "rows": table, "wake_after_kill": kill}, indent=1))
         return
-    print(
-        f"{machine['cpus']} CPUs {machine['machine']}, Linux {machine['kernel']}, Python {machine['python']}; medians of {REPEATS} runs, µs\n"
-    )
+    where = f"{machine['cpus']} CPUs {machine['machine']}, Linux {machine['kernel']}, Python {machine['python']}"
+    print(f"{where}; medians of {REPEATS} runs, µs\n")
     print(f"| {'what':<75} | {'ours':>8} | {'limit':>8} | ratio | bound |\n| --- | ---: | ---: | ---: | ---: |")
     for row in table:
         bound = "" if row["bound"] is None else f"≤ {row['bound']}"
