@@ -12,6 +12,10 @@ from tests.support.directory import RunDirectory
 from tests.support.leaks import Holdings, settle, warm_up
 
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
+
+# The debug layer is on in every test and in the processes that it starts; conftests of directories import dmabuf before `pytest_configure`.
+os.environ["DMABUF_DEBUG"] = "1"
+
 _DIRECTORY = pytest.StashKey[RunDirectory]()
 _FAILED = pytest.StashKey[bool]()
 

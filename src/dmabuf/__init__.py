@@ -6,10 +6,15 @@ if not _sys.platform.startswith("linux"):
     raise ImportError("dmabuf works on Linux only: it is built on memfd, futexes and open-file-description locks")
 
 from dmabuf.core.access import access
+from dmabuf.core.attachment import DmaBufAttachment
 from dmabuf.core.buffer import DmaBuf, get
+from dmabuf.core.debug import signalling
+from dmabuf.core.device import Device
+from dmabuf.core.exporter import Exporter, Importer, export
 from dmabuf.core.fence import DmaFence, Timeline
 from dmabuf.core.iosys_map import IosysMap
 from dmabuf.core.resv import DmaResv
+from dmabuf.core.scatterlist import SgTable
 from dmabuf.core.usage import Direction, Usage
 from dmabuf.core.ww_mutex import WwAcquireContext, lock_all
 from dmabuf.domain.domain import Domain
@@ -25,14 +30,19 @@ from dmabuf.sharing.remote import RemoteTimeline
 __all__ = [
     "ContractError",
     "ContractWarning",
+    "Device",
     "Direction",
     "DmaBuf",
+    "DmaBufAttachment",
     "DmaBufError",
     "DmaFence",
     "DmaResv",
     "Domain",
+    "Exporter",
+    "Importer",
     "IosysMap",
     "RemoteTimeline",
+    "SgTable",
     "Timeline",
     "Usage",
     "WwAcquireContext",
@@ -40,11 +50,13 @@ __all__ = [
     "allocate",
     "buffers",
     "bufinfo",
+    "export",
     "get",
     "heaps",
     "lock_all",
     "open",
     "recv",
     "send",
+    "signalling",
 ]
 __version__ = "0.1.0"

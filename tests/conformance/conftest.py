@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 import dmabuf
+from tests.support.drivers import Bare, Dynamic, Static
 
 # The facts of the kernel were asked with buffers of this size (bytes).
 SIZE = 16384
@@ -43,3 +44,37 @@ def resv(request: pytest.FixtureRequest) -> dmabuf.DmaResv:
         return dmabuf.DmaResv()
     made: dmabuf.DmaBuf = request.getfixturevalue("buf")
     return made.resv
+
+
+@pytest.fixture(params=[Static, Dynamic], ids=["static", "dynamic"])
+def either(request: pytest.FixtureRequest) -> Iterator[Static]:
+    """An exporter of each kind."""
+    made: Static = request.param()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def bare() -> Iterator[Bare]:
+    made = Bare()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def static() -> Iterator[Static]:
+    made = Static()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def dynamic() -> Iterator[Dynamic]:
+    made = Dynamic()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def dev() -> dmabuf.Device:
+    return dmabuf.Device("npu0")

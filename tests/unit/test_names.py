@@ -7,14 +7,21 @@ import pytest
 import dmabuf
 
 NAMES = {
-    "ContractError", "ContractWarning", "Direction", "DmaBuf", "DmaBufError", "DmaFence", "DmaResv", "Domain", "IosysMap",
-    "RemoteTimeline", "Timeline", "Usage", "WwAcquireContext", "access", "allocate", "buffers", "bufinfo", "get", "heaps", "lock_all",
-    "open", "recv", "send",
+    "ContractError", "ContractWarning", "Device", "Direction", "DmaBuf", "DmaBufAttachment", "DmaBufError", "DmaFence", "DmaResv",
+    "Domain", "Exporter", "Importer", "IosysMap", "RemoteTimeline", "SgTable", "Timeline", "Usage", "WwAcquireContext", "access",
+    "allocate", "buffers", "bufinfo", "export", "get", "heaps", "lock_all", "open", "recv", "send", "signalling",
 }  # fmt: skip
 
 METHODS = {
     "DmaBuf": "size ino exp_name name home resv closed fileno dup detach close write read begin_cpu_access end_cpu_access mmap vmap vunmap "
-    "poll poll_fd readable writable lseek sync get_dma_buf put dma_mmap vmap_unlocked vunmap_unlocked fdinfo statistics",
+    "poll poll_fd readable writable lseek sync get_dma_buf put dma_mmap vmap_unlocked vunmap_unlocked fdinfo statistics "
+    "attach move_notify is_dynamic",
+    "DmaBufAttachment": "map unmap map_unlocked unmap_unlocked mapped pin unpin detach dev dmabuf importer peer2peer priv attached "
+    "is_dynamic statistics",
+    "Exporter": "attach detach pin unpin map unmap release begin_cpu_access end_cpu_access mmap vmap vunmap",
+    "Importer": "move_notify allow_peer2peer",
+    "SgTable": "from_pages from_ranges from_dma nents orig_nents entries dma_entries pages view cpu_array dma_array set_dma size",
+    "Device": "map_sgtable unmap_sgtable read write statistics",
     "DmaFence": "context seqno status error timestamp signal set_error is_signaled wait add_callback remove_callback enable_signaling "
     "set_deadline deadline describe statistics",
     "Timeline": "fence close context statistics",
@@ -44,7 +51,7 @@ def test_every_public_name_says_what_it_is(name: str) -> None:
     assert inspect.getdoc(getattr(dmabuf, name))
 
 
-@pytest.mark.parametrize("cls", ["DmaBuf", "DmaFence"])
+@pytest.mark.parametrize("cls", ["DmaBuf", "DmaBufAttachment", "DmaFence"])
 def test_objects_of_the_kernel_have_no_public_constructor(cls: str) -> None:
     with pytest.raises(TypeError):
         getattr(dmabuf, cls)()

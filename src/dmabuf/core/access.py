@@ -21,15 +21,15 @@ import os
 import threading
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from dmabuf import _native
 from dmabuf._native import Shm
 from dmabuf.core.fence import monotonic_deadline
 from dmabuf.core.owner import Owner, current, publish
-from dmabuf.core.usage import Usage
+from dmabuf.core.usage import Direction, Usage
 from dmabuf.core.ww_mutex import lock_all
-from dmabuf.domain.dispatcher import dispatcher
+from dmabuf.domain.dispatcher import dispatcher, report
 from dmabuf.domain.domain import Domain
 from dmabuf.errors import contract_warning, fail
 
@@ -56,7 +56,21 @@ def access_timeline(domain: Domain) -> int:
 class Access:
     """One buffer's ``read()`` or ``write()`` block, sync or async: a context manager for one use at a time."""
 
-    __slots__ = ("_entered", "_error", "_handle", "_index", "_life", "_shm", "_timeout", "_view", "_window", "buf", "write")
+    __slots__ = (
+        "_entered",
+        "_error",
+        "_failed",
+        "_handle",
+        "_index",
+        "_life",
+        "_live",
+        "_shm",
+        "_timeout",
+        "_view",
+        "_window",
+        "buf",
+        "write",
+    )
 
     _shm: Shm
     _index: int
@@ -68,6 +82,8 @@ class Access:
         self._view: memoryview | None = None
         self._window: _native.Window | None = None
         self._handle = self._error = 0
+        self._live: Any = None  # whose begin_cpu_access was called for this access
+        self._failed: Exception | None = None  # what its end_cpu_access raised
 
     @property
     def operation(self) -> str:
@@ -109,8 +125,11 @@ class Access:
         record = buf._record
         self._shm, self._index = record.at()
         self._life = self._shm.life
-        # The mapping comes first: what may fail must not fail between "granted" and the block.
-        buf._window_source(self.write)
+        # The mapping comes first: what may fail must not fail between "granted" and the block. An exporter's comes when it can't move.
+        if record.live is None:
+            buf._window_source(self.write)
+        else:
+            record.live.mappable(buf, self.operation)
         self._entered = True
         return until
 
@@ -163,15 +182,29 @@ class Access:
 
     def _show(self) -> memoryview:
         buf = self.buf
+        if buf._record.live is not None:
+            self._bracket(buf._record.live)
         mapping = buf._mapping or buf._window_source(self.write)
         self._window, view = _native.window_view(mapping, self._released, not self.write)
         self._view = view
         buf._accesses += 1
         return view
 
+    def _bracket(self, live: Any) -> None:
+        """The exporter's op, granted and before the block: the fences were waited for already."""
+        live.begin(self.buf, Direction.BIDIRECTIONAL if self.write else Direction.FROM_DEVICE)
+        self._live = live
+
+    def _unbracket(self) -> None:
+        live, self._live = self._live, None
+        live.end(self.buf, Direction.BIDIRECTIONAL if self.write else Direction.FROM_DEVICE)
+
     def _abandon(self) -> None:
         """Not entered after all: nobody has seen the view, so nothing was written."""
         self._entered = False
+        if self._live is not None:
+            with contextlib.suppress(OSError):  # what made us give up is the error to tell
+                self._unbracket()
         if self._view is not None:
             self.buf._accesses -= 1
             self._view.release()
@@ -183,8 +216,8 @@ class Access:
             self._window.retire()
             self._window = None
 
-    def _finish(self, error: int) -> BufferError | None:
-        """End of the block. Returns the error to raise when a writer's view is still in use."""
+    def _finish(self, error: int) -> Exception | None:
+        """End of the block. Returns the error to raise: a writer's view is still in use, or the exporter's end failed."""
         view, window = self._view, self._window
         if window is None:
             return None
@@ -203,7 +236,8 @@ class Access:
         self._window = None
         self._entered = False
         if free and not in_use:
-            return None
+            failed, self._failed = self._failed, None
+            return failed
         if not self.write or error:
             return None
         return BufferError(
@@ -215,8 +249,22 @@ class Access:
         """The last export is gone: the access ends now."""
         shm, handle = self._shm, self._handle
         if handle and shm.life == self._life:
+            if self._live is not None:
+                self._end()
             shm.access_end(handle, self._index, self.write, self._error, _pid())
             self._handle = 0
+
+    def _end(self) -> None:
+        """The exporter's end, before the fence ends. A write that it could not complete is torn."""
+        try:
+            self._unbracket()
+        except Exception as e:
+            if self.write:
+                self._error = self._error or -errno.ECANCELED
+            if self._window is None:  # an array outlived the block: nobody is there to catch it
+                report(e, self._unbracket)
+            else:
+                self._failed = e
 
     def _timed_out(self) -> OSError:
         return fail(
@@ -276,7 +324,7 @@ class ManyAccesses:
             raise
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, _: object) -> None:
-        failed: BufferError | None = None
+        failed: Exception | None = None
         for part in reversed(self._parts):
             failed = part._finish(-errno.ECANCELED if kind is not None and part.write else 0) or failed
         if failed is not None:

@@ -5,8 +5,11 @@ and hash alike, and share the reservation object and the count of vmaps inside t
 ``close()``, ``closed`` and ``repr``.
 
 Must be called *without* the buffer's reservation lock held by the caller: ``read``, ``write``, ``begin_cpu_access``, ``end_cpu_access``,
-``sync``, ``vmap_unlocked``, ``vunmap_unlocked`` (else ``ContractWarning`` and EDEADLK). Must be called *with* it: ``vmap``, ``vunmap``
-(else ``ContractError``). The rest doesn't care.
+``sync``, ``mmap``, ``dma_mmap``, ``attach``, ``vmap_unlocked``, ``vunmap_unlocked`` (else ``ContractWarning`` and EDEADLK). Must be called
+*with* it: ``vmap``, ``vunmap``, ``move_notify`` (else ``ContractError``). The rest doesn't care: in particular a handle may be closed,
+because the exporter's ``release`` never runs under a lock (spec 2.4).
+
+Where a buffer has an exporter (``dmabuf.export``), memory and brackets are its ops (spec 2.15–2.18); plain memory needs none.
 """
 
 from __future__ import annotations
@@ -20,11 +23,13 @@ import weakref
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from dmabuf import _native
+from dmabuf.core import debug
 from dmabuf.core import poll as polling
 from dmabuf.core.access import Access
+from dmabuf.core.backing import LIVE, Elsewhere, Exported, backing_of
 from dmabuf.core.fence import monotonic_deadline
 from dmabuf.core.identity import identify, take_lease
 from dmabuf.core.iosys_map import IosysMap
@@ -32,8 +37,13 @@ from dmabuf.core.owner import current
 from dmabuf.core.resv import DmaResv, resv_of
 from dmabuf.core.usage import Direction, Usage, checked_direction
 from dmabuf.domain.domain import Domain
-from dmabuf.domain.records import Departures, Record, adopt, confirmed
+from dmabuf.domain.records import KIND_BUFFER, Departures, Record, adopt, confirmed
 from dmabuf.errors import ContractError, contract_warning, fail
+
+if TYPE_CHECKING:
+    from dmabuf.core.attachment import DmaBufAttachment
+    from dmabuf.core.device import Device
+    from dmabuf.core.exporter import Importer
 
 NAME_BYTES = 31  # DMA_BUF_NAME_LEN without its NUL
 PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -53,10 +63,11 @@ class BufferStatistics:
     mapped: bool
     vmaps: int
     poll_fds: int
+    attachments: int
 
 
 class DmaBuf:
-    """A buffer. Made by :func:`dmabuf.allocate`, :func:`dmabuf.get`, :func:`dmabuf.open`, :func:`dmabuf.recv`; not constructed by hand."""
+    """A buffer, made by :func:`dmabuf.allocate`, :func:`dmabuf.export`, :func:`dmabuf.get`, :func:`dmabuf.open` and :func:`dmabuf.recv`."""
 
     __slots__ = ("__weakref__", "_accesses", "_fd", "_life", "_mapping", "_polls", "_record", "_resv", "_size", "domain")
 
@@ -71,7 +82,7 @@ class DmaBuf:
     _life: int
 
     def __new__(cls, *_: object, **__: object) -> Self:
-        raise TypeError("a DmaBuf is made by dmabuf.allocate(), get(), open() or recv()")
+        raise TypeError("a DmaBuf is made by dmabuf.allocate(), export(), get(), open() or recv()")
 
     @classmethod
     def _make(cls, fd: int, record: Record, name: bytes | None = None) -> DmaBuf:
@@ -81,6 +92,8 @@ class DmaBuf:
         buf._fd, buf._record, buf._size, buf.domain = fd, record, record.size, record.domain
         buf._mapping, buf._resv, buf._accesses, buf._polls = None, None, 0, None
         buf._life = record.shm.life
+        if record.live is None and record.home == LIVE and record.kind == KIND_BUFFER:
+            record.live = Elsewhere(record)
         return buf
 
     def __repr__(self) -> str:
@@ -120,7 +133,12 @@ class DmaBuf:
         fd = self._check("detach")
         self._leave("detach")
         self._fd = -1
+        live = self._record.live
+        if live is not None:
+            live.leaving()
         self._let_go(fd)
+        if live is not None:
+            live.departed(quiet=False)
         return fd
 
     def close(self) -> None:
@@ -133,11 +151,16 @@ class DmaBuf:
         self._fd, self._mapping, self._resv = -1, None, None
         self._close(fd)
 
-    def _close(self, fd: int) -> None:
+    def _close(self, fd: int, quiet: bool = False) -> None:
+        live = self._record.live
+        if live is not None:
+            live.leaving()
         departures = self._let_go(fd)
         os.close(fd)
         if departures is not None:
             departures.look()
+        if live is not None:
+            live.departed(quiet)
 
     def _let_go(self, fd: int) -> Departures | None:
         """One handle less; with the last of this process (and no reservation object of it in use) its hold on the record ends."""
@@ -175,7 +198,7 @@ class DmaBuf:
         if getattr(self, "_fd", -1) >= 0 and not ending():
             fd, self._fd = self._fd, -1
             self._mapping = self._resv = None
-            self._close(fd)
+            self._close(fd, quiet=True)
 
     def get_dma_buf(self) -> DmaBuf:
         """Another reference: a handle with an fd and a close of its own (spec 2.5). Errors: EBADF, EMFILE."""
@@ -219,7 +242,7 @@ class DmaBuf:
 
     @property
     def home(self) -> str:
-        """Where the memory lives: ``"memfd"`` for plain memory of ours; a real dma-bufs's home names its maker."""
+        """Where the memory lives: ``"memfd"`` for plain memory of ours, ``"live"`` for an exporter's; a real dma-buf's names its maker."""
         self._check("home")
         return os.fsdecode(self._record.home)
 
@@ -255,6 +278,10 @@ class DmaBuf:
         """The mapping that this handle's accesses look through; it stays, because fresh pages cost more than a copy."""
         mapping = self._mapping
         if mapping is None or (write and not mapping.writable):
+            if self._record.live is not None:  # asked for anew each time: the exporter's memory may have moved
+                operation = "write" if write else "read"
+                found: _native.Mapping = self._record.live.mmap(self, operation, 0, self._size, write)
+                return found
             try:
                 mapping = _native.Mapping(self._fd, self._size)
             except PermissionError:
@@ -264,33 +291,49 @@ class DmaBuf:
             self._mapping = mapping
         return mapping
 
+    def _any_window(self) -> _native.Mapping:
+        """The window, writable if the fd is: for devices, which find out when they are mapped."""
+        return self._window_source(fcntl.fcntl(self._check("attach"), fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY)
+
     def mmap(self, offset: int = 0, length: int | None = None, writable: bool = True) -> _native.Mapping:
         """The bare mapping, MAP_SHARED, which waits for nobody and excludes nobody (spec 2.17, 5.2).
 
-        ``offset``: a multiple of the page size; ``length``: None for the rest of the buffer. The mapping outlives ``close()``; close it
-        yourself. Errors: EBADF; EINVAL out of bounds, unaligned or empty; EOVERFLOW a negative offset, as in the kernel; EACCES writable
-        on a read-only fd; ENOMEM.
+        ``offset``: a multiple of the page size; ``length``: None for the rest of the buffer, whole pages of which can be mapped. The
+        mapping outlives ``close()``; close it yourself. Errors: EBADF; EINVAL out of bounds, unaligned or empty, or the exporter offers
+        none; EOVERFLOW a negative offset, as in the kernel; EACCES writable on a read-only fd; ENOMEM; the exporter's; ``ContractWarning``
+        and EDEADLK with the lock held.
         """
-        fd = self._check("mmap")
+        self._not_locked("mmap")
+        return self._mmap("mmap", offset, length, writable)
+
+    def _mmap(self, operation: str, offset: int, length: int | None, writable: bool) -> _native.Mapping:
         if offset < 0 and offset % PAGE == 0:
-            raise fail(errno.EOVERFLOW, "mmap", self, "an offset is not negative")
-        end = self._size if length is None else offset + length
-        if offset % PAGE or end <= offset or end > self._size:
-            raise fail(errno.EINVAL, "mmap", self, f"0 <= offset < offset + length <= {self._size}, offset a multiple of {PAGE}")
+            raise fail(errno.EOVERFLOW, operation, self, "an offset is not negative")
+        room = self._size // PAGE * PAGE
+        end = room if length is None else offset + length
+        if offset % PAGE or end <= offset or end > room:
+            raise fail(errno.EINVAL, operation, self, f"0 <= offset < offset + length <= {room}, offset a multiple of {PAGE}")
+        live = self._record.live
+        if live is not None:
+            found: _native.Mapping = live.mmap(self, operation, offset, end - offset, writable)
+            return found
+        return self._map_memfd(operation, offset, end - offset, writable)
+
+    def _map_memfd(self, operation: str, offset: int, length: int, writable: bool) -> _native.Mapping:
         try:
-            return _native.Mapping(fd, end - offset, offset=offset, writable=writable)
+            return _native.Mapping(self._fd, length, offset=offset, writable=writable)
         except OSError as e:
-            raise fail(e.errno or errno.EIO, "mmap", self) from None
+            raise fail(e.errno or errno.EIO, operation, self) from None
 
     def dma_mmap(self, offset: int, length: int) -> _native.Mapping:
         """The mapping an importer gets that redirects its own mmap here (spec 2.17).
 
         Errors: as :meth:`mmap`; EOVERFLOW when offset + length passes the address range.
         """
-        self._check("dma_mmap")
+        self._not_locked("dma_mmap")
         if offset + length > 1 << 64:
             raise fail(errno.EOVERFLOW, "dma_mmap", self, "offset + length must fit in 64 bits")
-        return self.mmap(offset, length)
+        return self._mmap("dma_mmap", offset, length, True)
 
     def lseek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         """The kernel's lseek on a dma-buf: (0, SEEK_SET) is 0, (0, SEEK_END) the size, all else EINVAL; no position moves (spec 5.2)."""
@@ -301,60 +344,83 @@ class DmaBuf:
             return 0
         raise fail(errno.EINVAL, "lseek", self, "only (0, SEEK_SET) and (0, SEEK_END)")
 
-    def vmap(self) -> IosysMap:
+    def vmap(self, into: IosysMap | None = None) -> IosysMap:
         """The whole buffer as a kernel mapping, counted: n calls need n ``vunmap`` (spec 2.18). The reservation lock is held.
 
-        Errors: ``ContractError`` without the lock; EBADF.
+        ``into``: a map to fill and return; it is NULL after every failure. Errors: ``ContractError`` without the lock; EBADF; EINVAL the
+        exporter offers none; the exporter's, with a ``ContractWarning``.
         """
-        self._check("vmap")
-        if not self.resv.held_here():
-            raise ContractError(f"vmap: {self!r}: hold its reservation lock, or use vmap_unlocked()")
-        return self._vmap()
+        if into is not None:
+            into.clear()
+        self._locked("vmap")
+        return self._vmap(into)
 
-    def vmap_unlocked(self) -> IosysMap:
-        """:meth:`vmap` that takes the lock itself. Errors: ``ContractWarning`` and EDEADLK with it held."""
+    def vmap_unlocked(self, into: IosysMap | None = None) -> IosysMap:
+        """:meth:`vmap` that takes the lock itself. Errors: as vmap, but ``ContractWarning`` and EDEADLK with the lock held."""
+        if into is not None:
+            into.clear()
         self._not_locked("vmap_unlocked")
         with self.resv.locked():
-            return self._vmap()
+            return self._vmap(into)
 
-    def _vmap(self) -> IosysMap:
-        state = self._record.shared.setdefault("vmap", [0, None])
-        if not state[0]:
-            made = IosysMap()
-            made.set_vaddr(memoryview(self.mmap()))
-            state[1] = made
-        state[0] += 1
-        found: IosysMap = state[1]
-        return found.copy()
+    def _vmap(self, into: IosysMap | None) -> IosysMap:
+        made = backing_of(self._record).vmap(self)
+        if into is None:
+            return made
+        into.assign(made)
+        return into
 
     def vunmap(self, map: IosysMap) -> None:
         """End one ``vmap``; the map must be equal to what it gave. The reservation lock is held.
 
         Errors: ``ContractError`` without the lock, for another map, or for one vunmap too many (spec 2.18: BUG).
         """
-        self._check("vunmap")
-        if not self.resv.held_here():
-            raise ContractError(f"vunmap: {self!r}: hold its reservation lock, or use vunmap_unlocked()")
-        self._vunmap(map)
+        self._locked("vunmap")
+        backing_of(self._record).vunmap(self, map)
 
     def vunmap_unlocked(self, map: IosysMap) -> None:
-        """:meth:`vunmap` that takes the lock itself. Errors: ``ContractWarning`` and EDEADLK with it held."""
+        """:meth:`vunmap` that takes the lock itself. Errors: as vunmap, but ``ContractWarning`` and EDEADLK with the lock held."""
         self._not_locked("vunmap_unlocked")
         with self.resv.locked():
-            self._vunmap(map)
+            backing_of(self._record).vunmap(self, map)
 
-    def _vunmap(self, map: IosysMap) -> None:
-        state = self._record.shared.get("vmap")
-        if not state or not state[0]:
-            raise ContractError(f"vunmap: {self!r} is not mapped")
-        if not state[1].is_equal(map):
-            raise ContractError(f"vunmap: {self!r}: this is not the map that vmap() gave")
-        state[0] -= 1
-        if not state[0]:
-            state[1].clear()
-            state[1] = None
+    # ---- devices ----
+
+    def attach(self, dev: Device, importer: Importer | None = None, *, interruptible: bool = False) -> DmaBufAttachment:
+        """Attach a device (spec 2.8); with an importer the attachment is dynamic. See ``dmabuf.core.attachment``.
+
+        ``interruptible``: a signal ends the wait for KERNEL fences, where one is needed, with EINTR. Errors, with nothing attached: the
+        exporter's (EBUSY: the memory is where the device can't reach it); ``ContractWarning`` and EINVAL no device, an importer without
+        ``move_notify``; ``ContractWarning`` and EDEADLK with the lock held; ENODEV the exporter is another process; EBADF.
+        """
+        from dmabuf.core import attachment
+
+        self._not_locked("attach")
+        return attachment.attach(self, dev, importer, interruptible)
+
+    def move_notify(self) -> None:
+        """Tell every dynamic importer, the newest attachment first, that the memory is about to move (spec 2.14). The lock is held.
+
+        For the exporter. What a callback raises goes to ``sys.unraisablehook``. Errors: ``ContractError`` without the lock; EBADF.
+        """
+        from dmabuf.core import attachment
+
+        self._locked("move_notify")
+        attachment.move_notify(self)
+
+    @property
+    def is_dynamic(self) -> bool:
+        """May its exporter move it: has it ``pin`` (dma_buf_is_dynamic)?"""
+        self._check("is_dynamic")
+        return self._record.live is not None and bool(self._record.live.dynamic)
 
     # ---- CPU access ----
+
+    def _locked(self, operation: str) -> None:
+        self._check(operation)
+        if not self.resv.held_here():
+            other = f", or use {operation}_unlocked()" if operation != "move_notify" else ""
+            raise ContractError(f"{operation}: {self!r}: hold its reservation lock{other}")
 
     def _not_locked(self, operation: str) -> None:
         self._check(operation)
@@ -366,10 +432,13 @@ class DmaBuf:
         """Wait for the implicit fences in the way of a CPU access (spec 2.15); excludes nobody: for that there is ``read()``/``write()``.
 
         TO_DEVICE and BIDIRECTIONAL wait for writers and readers, FROM_DEVICE and NONE for writers. A failed fence does not fail the
-        call. Errors: EBADF; EINVAL no direction; ETIMEDOUT; EINTR if ``interruptible``; ``ContractWarning`` and EDEADLK with the lock held.
+        call. An exporter's op comes first; when it fails, nothing is waited for. Errors: EBADF; the exporter's; EINVAL no direction;
+        ETIMEDOUT; EINTR if ``interruptible``; ``ContractWarning`` and EDEADLK with the lock held.
         """
         self._not_locked("begin_cpu_access")
         way = checked_direction(direction, "begin_cpu_access", self)
+        if self._record.live is not None:
+            self._record.live.begin(self, way)
         resv, shm = self.resv, self._record.shm
         usage = Usage.rw(way in (Direction.TO_DEVICE, Direction.BIDIRECTIONAL))
         own = current(self.domain).word
@@ -377,11 +446,18 @@ class DmaBuf:
         until = monotonic_deadline(timeout, "begin_cpu_access", self)
         if not resv.wait_until(usage, until, interruptible=interruptible, but=mine):
             raise fail(errno.ETIMEDOUT, "begin_cpu_access", self, "`dmabuf ls` shows whose fence is in the way")
+        if debug.enabled:
+            backing_of(self._record).brackets += 1
 
     def end_cpu_access(self, direction: int) -> None:
         """End a CPU access: waits for nothing, and nothing counts begin against end (spec 2.16). Errors: as begin."""
         self._not_locked("end_cpu_access")
-        checked_direction(direction, "end_cpu_access", self)
+        way = checked_direction(direction, "end_cpu_access", self)
+        if debug.enabled:
+            behind = backing_of(self._record)
+            behind.brackets = max(0, behind.brackets - 1)
+        if self._record.live is not None:
+            self._record.live.end(self, way)
 
     def sync(self, flags: int) -> None:
         """DMA_BUF_IOCTL_SYNC: READ 1, WRITE 2, both 3, with END 4 for the end (spec 5.3). Errors: EINVAL other flags, or neither."""
@@ -460,6 +536,7 @@ class DmaBuf:
         mount = next((line.split()[1] for line in own.splitlines() if line.startswith("mnt_id")), "0")
         key = (self._record.dev, self._record.ino)
         count = sum(h.fds + h.maps for h in holders({key}).get(key, ()))
+        count -= isinstance(self._record.live, Exported)  # the exporter's own description is no reference
         lines = {"pos": 0, "flags": f"0{flags:o}", "mnt_id": mount, "ino": self.ino, "size": self.size, "count": count}
         lines["exp_name"] = self.exp_name
         if self.name is not None:
@@ -468,15 +545,16 @@ class DmaBuf:
 
     def statistics(self) -> BufferStatistics:
         """A snapshot for programs."""
-        vmaps = self._record.shared.get("vmap", [0])[0]
+        behind = self._record.live or self._record.shared.get("backing")
         return BufferStatistics(
             self._size,
             self._record.ino,
             os.fsdecode(self._record.home),
             self._accesses,
             self._mapping is not None,
-            vmaps,
+            behind.vmaps if behind else 0,
             len(self._polls or ()),
+            len(behind.attachments) if behind else 0,
         )
 
 
@@ -514,14 +592,14 @@ def received(fd: int, domain: Domain, dev: int, ino: int, nonce: bytes, name: by
     return from_fd(fd, domain, name=name) if record is None else DmaBuf._make(fd, record, name)
 
 
-def from_fd(fd: int, domain: Domain, *, exp_name: bytes = MEMFD, name: bytes | None = None) -> DmaBuf:
+def from_fd(fd: int, domain: Domain, *, exp_name: bytes = MEMFD, home: bytes = MEMFD, name: bytes | None = None) -> DmaBuf:
     """A handle that takes over fd; on an error the fd is closed."""
     try:
         taken = _native.take_buffer(fd, domain.id)
         if taken is None:  # the slow way says why not
             taken = identify(fd, domain)
             take_lease(fd)
-        return DmaBuf._make(fd, adopt(domain, *taken, exp_name, MEMFD, name), name)
+        return DmaBuf._make(fd, adopt(domain, *taken, exp_name, home, name), name)
     except BaseException:
         os.close(fd)
         raise

@@ -77,8 +77,12 @@ class IosysMap:
     def copy(self) -> IosysMap:
         """Another map of the same address and kind (assignment of the structure in C)."""
         new = type(self)()
-        new._memory, new._address, new._position, new._is_iomem = self._memory, self._address, self._position, self._is_iomem
+        new.assign(self)
         return new
+
+    def assign(self, other: IosysMap) -> None:
+        """Become the same mapping as another."""
+        self._memory, self._address, self._position, self._is_iomem = other._memory, other._address, other._position, other._is_iomem
 
     __copy__ = copy
 

@@ -22,7 +22,7 @@ _CYCLE_LIMIT = 256
 class Owner:
     """One thread or task in one domain; ``word`` names its context."""
 
-    __slots__ = ("__weakref__", "awaiting", "domain", "life", "name", "wait_stamp", "word")
+    __slots__ = ("__weakref__", "awaiting", "domain", "life", "locks", "name", "wait_stamp", "word")
 
     def __init__(self, domain: Domain, name: str) -> None:
         self.domain = domain
@@ -30,6 +30,7 @@ class Owner:
         self.word = domain.ctx_open(threading.get_native_id(), False)
         self.life = domain.shm.life
         self.wait_stamp = 0
+        self.locks = 0  # reservation locks that it holds
         self.awaiting: Any = None  # (loop, future) while a task waits for an access
 
     def __del__(self) -> None:

@@ -19,12 +19,13 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from dmabuf._native import Shm
+from dmabuf.core import debug
 from dmabuf.core.fence import DmaFence, monotonic_deadline, wrap
 from dmabuf.core.owner import Owner, current
 from dmabuf.core.usage import Usage, checked_usage
 from dmabuf.core.ww_mutex import WwAcquireContext
 from dmabuf.domain.domain import Domain
-from dmabuf.domain.records import Record, standalone
+from dmabuf.domain.records import Record, foreign_resv, standalone
 from dmabuf.errors import ContractError, contract_warning, fail
 
 MAX_RESERVE = 1 << 20
@@ -39,6 +40,7 @@ class _Hold:
     def __init__(self, owner: Owner, ctx: WwAcquireContext | None) -> None:
         self.owner, self.ctx, self.room = owner, ctx, 0
         self.word = ctx.word if ctx else owner.word
+        owner.locks += 1
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ class DmaResv:
     def __init__(self, *, domain: Domain | None = None, _record: Record | None = None) -> None:
         self._record = _record or standalone(domain or Domain.default())
         self.domain = self._record.domain
+        self._record.shared["resv"] = weakref.ref(self)
         self._held: _Hold | None = None
 
     def __repr__(self) -> str:
@@ -93,6 +96,7 @@ class DmaResv:
             self.acquire(owner, interruptible=interruptible, operation=operation)
             return
         ctx.check(self, operation, slow=slow)
+        debug.check_signalling(operation, self)
         shm, index = self._record.at()
         try:
             answer = shm.resv_lock(index, ctx.word, 0 if slow else ctx.acquired, interruptible, False, -1)
@@ -108,9 +112,14 @@ class DmaResv:
         if ctx.contended is self:
             ctx.contended = None
         ctx.acquired += 1
+        if debug.deadlock_every and not slow and debug.inject(ctx):
+            self.unlock()
+            ctx.contended = self
+            raise fail(errno.EDEADLK, operation, self, _REMEDY[errno.EDEADLK], what="made up by the debug layer")
 
     def acquire(self, owner: Owner, *, interruptible: bool = False, until: int = -1, operation: str = "lock") -> None:
         """Take the lock for an owner without a context; the way in for the package's own short sections."""
+        debug.check_signalling(operation, self)
         shm, index = self._record.at()
         try:
             answer = shm.resv_lock(index, owner.word, 0, interruptible, False, until)
@@ -126,7 +135,9 @@ class DmaResv:
 
     def _undo(self, shm: Shm, index: int, word: int) -> None:
         """A signal handler raised around the moment of locking: whatever it came after, the lock is not held."""
-        self._held = None if self._held is not None and self._held.word == word else self._held
+        if self._held is not None and self._held.word == word:
+            self._held.owner.locks -= 1
+            self._held = None
         shm.resv_unlock(index, word)
 
     def _recursive(self, operation: str, level: int) -> NoReturn:
@@ -175,6 +186,7 @@ class DmaResv:
         assert held is not None
         try:
             self._held = None
+            held.owner.locks -= 1
         finally:
             self._record.shm.resv_unlock(self._record.index, held.word)
         if held.ctx is not None:
@@ -344,10 +356,11 @@ _REMEDY = {
 
 
 def resv_of(record: Record) -> DmaResv:
-    """The reservation object inside a buffer's record; one object a process."""
+    """The reservation object of a buffer, inside of its record or the one that its exporter gave; one object a process."""
     ref = record.shared.get("resv")
     found: DmaResv | None = ref() if ref else None
     if found is None:
-        found = DmaResv(_record=record)
+        outer = foreign_resv(record)
+        found = DmaResv(_record=record) if outer is None else resv_of(outer)
         record.shared["resv"] = weakref.ref(found)
     return found

@@ -42,6 +42,7 @@ class WwAcquireContext:
         open_contexts[self.owner.word] = self.word
         self.acquired = 0
         self.contended: DmaResv | None = None
+        self.injection: tuple[int, int] | None = None  # the debug layer's count of locks until it makes up a deadlock
         self.is_done = False
         self.closed = False
 

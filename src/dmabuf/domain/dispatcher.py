@@ -22,6 +22,7 @@ from dmabuf.domain import lives
 from dmabuf.domain.domain import Domain
 
 _tokens = itertools.count(1)
+_here = threading.local()  # running: is this thread inside of a callback?
 
 
 class Dispatcher:
@@ -80,11 +81,13 @@ class Dispatcher:
         with self._lock:
             calls = self._watched.pop(handle, None)
             self._foreign.discard(handle)
+        before, _here.running = getattr(_here, "running", 0), 1
         for call in (calls or {}).values():
             try:
                 call(handle)
             except BaseException as e:
                 report(e, call)
+        _here.running = before
 
     @property
     def watching(self) -> int:
@@ -125,6 +128,11 @@ class Dispatcher:
             self._ring()
             thread.join()
             self.shm.store32(self._served, 0)
+
+
+def in_callback() -> bool:
+    """Does the running thread run a fence's callback?"""
+    return bool(getattr(_here, "running", 0))
 
 
 def report(error: BaseException, where: Any) -> None:

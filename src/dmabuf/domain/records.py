@@ -45,6 +45,8 @@ class Record:
         self.shared: dict[str, Any] = {}
         self.lock = threading.RLock()  # a handle's __del__ may run in the middle of another handle's enter()
         self.handles = 0  # of this process that are open
+        self.live: Any = None  # the exporter's side, where a buffer has an exporter (core/backing.py)
+        self.resv = 0  # of a buffer with a reservation object of its exporter's: that one's record + 1
 
     def hold(self, name: bytes | None = None) -> None:
         """Find or make the record and set our bit."""
@@ -52,6 +54,9 @@ class Record:
         found = shm.rec_find(self.dev, self.ino) if self.ino else None
         if found and found[2] == self.nonce and shm.rec_hold(found[0], found[1]):
             self.index, self.gen = found[0], found[1]
+            info = shm.rec_info(self.index)
+            if info is not None:  # who made it knows better than who only holds its fd
+                self.exp_name, self.home, self.resv = info["exp_name"], info["home"], info["resv"]
         else:
             self.index, self.gen, _ = self._create(shm, name)
         self.shm, self.life = shm, shm.life
@@ -242,7 +247,32 @@ def standalone(domain: Domain) -> Record:
     _sweeping(domain)
     record = Record(domain, 0, 0, 0, os.urandom(16), b"", b"", KIND_RESV)
     record.hold()
+    domain.local.setdefault("resvs", weakref.WeakValueDictionary())[record.index, record.gen] = record
     return record
+
+
+def foreign_resv(record: Record) -> Record | None:
+    """The record of the reservation object that a buffer's exporter gave it; None when it has its own.
+
+    Errors: ENODEV it is gone: the exporter, and all others who held it, have ended.
+    """
+    if not record.resv:
+        return None
+    known: weakref.WeakValueDictionary[tuple[int, int], Record] = record.domain.local.setdefault("resvs", weakref.WeakValueDictionary())
+    shm, index = record.domain.join(), record.resv - 1
+    info = shm.rec_info(index)
+    if info is None or info["kind"] != KIND_RESV:
+        raise fail(
+            errno.ENODEV, "resv", f"buffer ino {record.ino}", "ask its exporter for a new buffer", what="its reservation object is gone"
+        )
+    found = known.get((index, info["gen"]))
+    if found is None:
+        found = Record(record.domain, 0, 0, 0, info["nonce"], b"", b"", KIND_RESV)
+        if not shm.rec_hold(index, info["gen"]):
+            raise fail(errno.ENODEV, "resv", f"buffer ino {record.ino}", what="its reservation object is gone")
+        found.index, found.gen, found.shm, found.life = index, info["gen"], shm, shm.life
+        known[index, info["gen"]] = found
+    return found
 
 
 def leases() -> set[tuple[int, int]]:

@@ -5,6 +5,7 @@ The same lines, columns and order as the kernel's, so that what parses one parse
 - ``flags``: 00000002 (O_RDWR), as every buffer is made; a descriptor that was opened again may have others.
 - ``mode``: 00000007, read, write and seek. The kernel adds bits of its own (0x80000 is "opened"), which say nothing about a buffer.
 - ``count``: descriptors and mappings of the processes that we may look into, at least 1. The kernel counts those in flight too.
+- Attached devices are those of this process, the newest first as the kernel lists them.
 - No reservation lock is taken: each buffer's fences are a snapshot. A signalled fence is listed until its slot is used again.
 
 Names are as their bytes are (``os.fsdecode``), a line feed in one included: for people, ``dmabuf ls`` shows them escaped.
@@ -12,6 +13,7 @@ Names are as their bytes are (``os.fsdecode``), a line feed in one included: for
 
 from __future__ import annotations
 
+from dmabuf.core.backing import devices_of
 from dmabuf.domain.domain import Domain
 from dmabuf.observe.records import FenceRecord, Look, look
 
@@ -25,18 +27,24 @@ def bufinfo(*, domain: Domain | None = None) -> str:
 
     ``domain``: None for this user's. Errors: as :func:`dmabuf.buffers`.
     """
-    seen = look(domain or Domain.default())
+    domain = domain or Domain.default()
+    seen = look(domain)
     total = sum(one.record.size for one in seen)
-    return _HEADER + "".join(map(_buffer, seen)) + f"\nTotal {len(seen)} objects, {total} bytes\n"
+    return (
+        _HEADER
+        + "".join(_buffer(one, devices_of(domain, one.record.dev, one.record.ino)) for one in seen)
+        + f"\nTotal {len(seen)} objects, {total} bytes\n"
+    )
 
 
-def _buffer(seen: Look) -> str:
+def _buffer(seen: Look, devices: list[str]) -> str:
     record = seen.record
     count = max(1, sum(holder.fds + holder.maps for holder in record.holders))
     name = "<none>" if record.name is None else record.name
     line = f"{record.size:08d}\t{_FLAGS:08x}\t{_MODE:08x}\t{count:08d}\t{record.exp_name}\t{record.ino:08d}\t{name}\n"
     fences = "".join(_fence(fence) for fence in seen.fences if fence.usage != "bookkeep")
-    return line + fences + "\tAttached Devices:\nTotal 0 devices attached\n\n"
+    attached = "".join(f"\t{name}\n" for name in devices)
+    return line + fences + f"\tAttached Devices:\n{attached}Total {len(devices)} devices attached\n\n"
 
 
 def _fence(fence: FenceRecord) -> str:

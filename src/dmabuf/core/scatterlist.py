@@ -1,0 +1,235 @@
+"""``SgTable``: which memory a mapping covers, as the CPU sees it and as a device does (spec 1.7).
+
+A table has two sides, kept apart. The *CPU side* is what the exporter built it from: ``orig_nents`` entries of (page, offset, length).
+There are no physical addresses in user space: a *page* is a number that counts the whole pages of the table's ``memory``, which for plain
+buffers is the memfd (page n begins at byte n × 4096 of the file), and for an exporter of its own whatever it passes. The *DMA side* is
+what a device uses: ``nents`` entries of (address, length), filled by :meth:`dmabuf.Device.map_sgtable` with addresses of that device, or by
+an exporter that knows better. Mapping may merge, so ``nents <= orig_nents``.
+
+Neighbouring pages become one entry, up to ``max_segment`` bytes, rounded down to whole pages.
+
+*Who may call what.* A table belongs to the exporter until ``map`` returns it, then to the importer until ``unmap``. The importer uses the
+DMA side alone (iterating a table gives that); with the debug layer on, the CPU side raises ``ContractError`` in its hands.
+
+*Errors.* EINVAL: no entries, an empty range, or one that is no range; a ``max_segment`` below one page also warns (``ContractWarning``).
+"""
+
+from __future__ import annotations
+
+import errno
+import operator
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from dmabuf.errors import ContractError, contract_warning, fail, missing_extra
+
+if TYPE_CHECKING:
+    import numpy as np
+    from _typeshed import ReadableBuffer
+
+PAGE: Final = os.sysconf("SC_PAGE_SIZE")
+MAX_SEGMENT: Final = 0xFFFFFFFF // PAGE * PAGE  # SCATTERLIST_MAX_SEGMENT, include/linux/scatterlist.h
+
+
+class SgEntry(NamedTuple):
+    """One piece of memory on the CPU side: ``page`` counts whole pages of the table's memory, ``offset`` and ``length`` are bytes."""
+
+    page: int
+    offset: int
+    length: int
+
+
+class DmaEntry(NamedTuple):
+    """One piece of memory on the DMA side, as its device addresses it."""
+
+    address: int
+    length: int
+
+
+class SgTable:
+    """A scatter/gather table. Made by :meth:`from_pages`, :meth:`from_ranges` or :meth:`from_dma`."""
+
+    __slots__ = ("__weakref__", "_cpu", "_dma", "_guard", "_mapped", "_memory")
+
+    def __init__(self, cpu: Sequence[SgEntry], dma: Sequence[DmaEntry], memory: ReadableBuffer | None) -> None:
+        if not cpu and not dma:
+            raise fail(errno.EINVAL, "sg_table", "a table", "give it at least one page or range", what="a table of zero entries")
+        self._cpu, self._dma, self._memory = tuple(cpu), tuple(dma), memory
+        self._guard: str | None = None
+        self._mapped: Any = None  # (device, its windows) while one has mapped it
+
+    @classmethod
+    def from_pages(
+        cls,
+        pages: Iterable[int],
+        *,
+        offset: int = 0,
+        size: int | None = None,
+        max_segment: int = MAX_SEGMENT,
+        memory: ReadableBuffer | None = None,
+    ) -> SgTable:
+        """A table of whole pages, by number (sg_alloc_table_from_pages_segment).
+
+        ``offset``: bytes of the first page to leave out; ``size``: bytes altogether, None for all to the end of the last page.
+        Errors: EINVAL no page, a negative one, an offset beyond the first page, a size that the pages don't hold; see the module.
+        """
+        numbers = [operator.index(page) for page in pages]
+        room = len(numbers) * PAGE - offset
+        left = room if size is None else size
+        if not numbers or min(numbers) < 0 or not 0 <= offset < PAGE or not 0 < left <= room:
+            raise fail(errno.EINVAL, "sg_table", f"{len(numbers)} pages", "pages >= 0, 0 <= offset < a page, size within the pages")
+        ranges = []
+        for number in numbers:
+            if left <= 0:
+                break
+            length = min(PAGE - offset, left)
+            ranges.append((number * PAGE + offset, length))
+            left -= length
+            offset = 0
+        return cls.from_ranges(ranges, max_segment=max_segment, memory=memory)
+
+    @classmethod
+    def from_ranges(
+        cls, ranges: Iterable[tuple[int, int]], *, max_segment: int = MAX_SEGMENT, memory: ReadableBuffer | None = None
+    ) -> SgTable:
+        """A table of (first byte, length) ranges of the memory, in the order given. Errors: see the module."""
+        limit = checked_segment(max_segment, "sg_table", 3)
+        joined: list[list[int]] = []
+        for start, length in ranges:
+            if start < 0 or length <= 0:
+                raise fail(errno.EINVAL, "sg_table", f"range ({start}, {length})", "0 <= start, 0 < length")
+            if joined and joined[-1][0] + joined[-1][1] == start:
+                joined[-1][1] += length
+            else:
+                joined.append([start, length])
+        cpu = []
+        for start, length in joined:
+            while length:
+                piece = min(length, limit - start % PAGE)
+                cpu.append(SgEntry(start // PAGE, start % PAGE, piece))
+                start, length = start + piece, length - piece
+        return cls(cpu, (), memory)
+
+    @classmethod
+    def from_dma(cls, entries: Iterable[tuple[int, int]]) -> SgTable:
+        """A table of memory that no CPU sees (a device's own, for peer-to-peer): (address, length) entries. Errors: see the module."""
+        return cls((), _dma(entries), None)
+
+    # ---- the DMA side ----
+
+    def __iter__(self) -> Iterator[DmaEntry]:
+        """The DMA entries (for_each_sgtable_dma_sg)."""
+        return iter(self._dma)
+
+    @property
+    def nents(self) -> int:
+        """Entries of the DMA side; 0 until it is mapped."""
+        return len(self._dma)
+
+    @property
+    def dma_entries(self) -> tuple[DmaEntry, ...]:
+        """What iterating gives, at once."""
+        return self._dma
+
+    def set_dma(self, entries: Iterable[tuple[int, int]]) -> None:
+        """Fill the DMA side by hand, for an exporter that maps by itself. Errors: EINVAL none, more than CPU entries, or an empty one."""
+        made = _dma(entries)
+        if not made or len(made) > max(len(self._cpu), 1):
+            raise fail(errno.EINVAL, "set_dma", self, f"between 1 and {len(self._cpu)} entries")
+        self._dma = made
+
+    def dma_array(self) -> np.ndarray[Any, Any]:
+        """The DMA side as a structured array of (address, length), both u64. Needs numpy."""
+        return _array(self._dma, [("address", "u8"), ("length", "u8")])
+
+    # ---- the CPU side ----
+
+    def guard(self, why: str | None) -> None:
+        """Hide the CPU side, or show it again (None); for the debug layer."""
+        self._guard = why
+
+    def _seen(self, what: str) -> None:
+        if self._guard is not None:
+            raise ContractError(f"{what}: {self!r}: {self._guard}")
+
+    @property
+    def orig_nents(self) -> int:
+        """Entries of the CPU side."""
+        return len(self._cpu)
+
+    @property
+    def entries(self) -> tuple[SgEntry, ...]:
+        """The CPU entries (for_each_sgtable_sg). Errors: ``ContractError`` hidden by the debug layer."""
+        self._seen("entries")
+        return self._cpu
+
+    @property
+    def memory(self) -> ReadableBuffer | None:
+        """What the pages are pages of. Errors: as :attr:`entries`."""
+        self._seen("memory")
+        return self._memory
+
+    def pages(self) -> Iterator[int]:
+        """Every page that the table touches, in order (for_each_sgtable_page). Errors: as :attr:`entries`."""
+        for page, offset, length in self.entries:
+            yield from range(page, page + -(-(offset + length) // PAGE))
+
+    def view(self, index: int) -> memoryview:
+        """The bytes of one CPU entry. Errors: as :attr:`entries`; EINVAL the table has no memory; IndexError no such entry."""
+        self._seen("view")
+        return self.piece(index)
+
+    def piece(self, index: int) -> memoryview:
+        """:meth:`view`, for the device that maps the table."""
+        if self._memory is None:
+            raise fail(errno.EINVAL, "view", self, "give memory= when the table is made", what="the table's pages are of no known memory")
+        page, offset, length = self._cpu[index]
+        start = page * PAGE + offset
+        whole = memoryview(self._memory).cast("B")
+        if start + length > len(whole):
+            raise fail(
+                errno.EINVAL, "view", self, "build tables from pages of the memory", what=f"entry {index} ends outside of the memory"
+            )
+        return whole[start : start + length]
+
+    def cpu_array(self) -> np.ndarray[Any, Any]:
+        """The CPU side as a structured array of (page, offset, length), u64, u4, u4. Needs numpy. Errors: as :attr:`entries`."""
+        return _array(self.entries, [("page", "u8"), ("offset", "u4"), ("length", "u4")])
+
+    @property
+    def size(self) -> int:
+        """Bytes altogether."""
+        return sum(entry.length for entry in self._cpu or self._dma)
+
+    def __len__(self) -> int:
+        return len(self._dma)
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __repr__(self) -> str:
+        return f"<dmabuf.SgTable {self.size} bytes, orig_nents {self.orig_nents}, nents {self.nents}>"
+
+
+def checked_segment(max_segment: int, operation: str, level: int) -> int:
+    """A segment limit in whole pages. Errors: ``ContractWarning`` and EINVAL below one page."""
+    if max_segment < PAGE:
+        contract_warning(f"{operation}: max_segment {max_segment} is below a page of {PAGE} bytes", level)
+        raise fail(errno.EINVAL, operation, f"max_segment {max_segment}", f"at least {PAGE}")
+    return min(max_segment, MAX_SEGMENT) // PAGE * PAGE
+
+
+def _dma(entries: Iterable[tuple[int, int]]) -> tuple[DmaEntry, ...]:
+    made = tuple(DmaEntry(operator.index(address), operator.index(length)) for address, length in entries)
+    if any(address < 0 or length <= 0 for address, length in made):
+        raise fail(errno.EINVAL, "sg_table", "DMA entries", "0 <= address, 0 < length")
+    return made
+
+
+def _array(entries: Sequence[tuple[int, ...]], fields: list[tuple[str, str]]) -> np.ndarray[Any, Any]:
+    try:
+        import numpy
+    except ImportError:
+        raise missing_extra("demo", "numpy") from None
+    return numpy.array([tuple(entry) for entry in entries], dtype=fields)

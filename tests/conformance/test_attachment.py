@@ -1,0 +1,597 @@
+"""Attachments: the mapping matrix, waits, failures that leave nothing, the lock table (spec 2.8–2.14, 2.19)."""
+
+import errno
+import os
+import signal
+import threading
+from typing import Any
+
+import pytest
+
+import dmabuf
+from dmabuf import ContractError, ContractWarning, Device, Direction, DmaBuf, DmaBufAttachment, Importer, SgTable, Timeline, Usage
+from dmabuf.core import attachment as attachments
+from tests.support.drivers import PAGE, Bare, Dynamic, Interrupt, Mover, Static
+from tests.support.errnos import raises_errno
+from tests.support.fences import attach as add
+from tests.support.waiting import Background, until_asleep
+
+BIDIR, TO, FROM = Direction.BIDIRECTIONAL, Direction.TO_DEVICE, Direction.FROM_DEVICE
+SIZE = 4 * PAGE
+
+
+def state(buf: DmaBuf, exporter: Bare, dev: Device) -> Any:
+    """All that an operation may change and a failing one must not."""
+    return (
+        buf.statistics(),
+        len(os.listdir("/proc/self/fd")),
+        (dev.statistics().mapped, dev.statistics().windows),
+        len(exporter.tables),
+        exporter.count("attach") - exporter.count("detach"),
+        exporter.count("pin") - exporter.count("unpin"),
+        exporter.count("map") - exporter.count("unmap"),
+        buf.resv.is_locked(),
+        threading.active_count(),
+    )
+
+
+# -- the matrix (2.13a)
+
+
+def test_static_with_static_maps_at_map_and_unmaps_at_unmap(static: Static, dev: Device) -> None:
+    with dmabuf.export(static, SIZE) as buf:
+        att = buf.attach(dev)
+        assert static.calls == ["attach"]
+        for _ in range(2):
+            with att.mapped(TO) as sgt:
+                assert static.tables == [sgt]
+        assert static.calls == ["attach", ("map", TO), ("unmap", TO), ("map", TO), ("unmap", TO)]
+        att.detach()
+        assert static.calls[5:] == ["detach"]
+
+
+def test_static_with_dynamic_maps_at_attach_for_all_directions_without_a_wait(static: Static, dev: Device, tl: Timeline) -> None:
+    with dmabuf.export(static, SIZE) as buf:
+        fence = tl.fence()
+        add(buf.resv, fence, Usage.KERNEL)
+        att = buf.attach(dev, Mover())
+        assert static.calls == ["attach", ("map", BIDIR)]
+        with att.mapped(TO) as one, att.mapped(FROM) as two:
+            assert one is two
+        assert static.count("map") == 1
+        att.detach()
+        assert static.calls[2:] == [("unmap", BIDIR), "detach"]
+        fence.signal()
+
+
+def test_dynamic_with_static_pins_and_maps_at_attach_after_the_kernel_fences(dynamic: Dynamic, dev: Device, tl: Timeline) -> None:
+    with dmabuf.export(dynamic, SIZE) as buf:
+        fence = tl.fence()
+        add(buf.resv, fence, Usage.KERNEL)
+        with Background(lambda: buf.attach(dev)) as job:
+            job.until_blocked()
+            assert not job.done
+            assert dynamic.calls == ["attach", "pin", ("map", BIDIR)]
+            fence.signal()
+            att = job.result()
+        with att.mapped(TO), att.mapped(FROM):
+            pass
+        assert dynamic.count("map") == 1
+        att.detach()
+        assert dynamic.calls[3:] == [("unmap", BIDIR), "unpin", "detach"]
+
+
+@pytest.mark.parametrize("option", [False, True], ids=["option off", "option on"])
+def test_dynamic_with_dynamic_maps_at_map_and_pins_only_without_the_option(
+    dynamic: Dynamic, dev: Device, tl: Timeline, option: bool
+) -> None:
+    with dmabuf.export(dynamic, SIZE) as buf, attachments.moving(option):
+        fence = tl.fence()
+        add(buf.resv, fence, Usage.KERNEL)  # not waited for
+        att = buf.attach(dev, Mover())
+        assert dynamic.calls == ["attach"]
+        with att.mapped(FROM):
+            assert dynamic.calls[1:] == ([] if option else ["pin"]) + [("map", FROM)]
+        assert dynamic.calls[-1:] == ([("unmap", FROM)] if option else ["unpin"])
+        assert dynamic.pins == 0
+        att.detach()
+        fence.signal()
+
+
+def test_what_was_mapped_with_a_pin_is_unpinned_though_the_option_changed(dynamic: Dynamic, dev: Device) -> None:
+    with dmabuf.export(dynamic, SIZE) as buf:
+        att = buf.attach(dev, Mover())
+        sgt = att.map_unlocked(TO)
+        with attachments.moving():
+            att.unmap_unlocked(sgt, TO)
+        assert dynamic.pins == 0
+        att.detach()
+
+
+def test_a_caching_exporter_maps_once_until_detach(static: Static, dev: Device) -> None:
+    with dmabuf.export(static, SIZE, cache_sgt_mapping=True) as buf:
+        att = buf.attach(dev)
+        with buf.resv.locked():
+            one = att.map(TO)
+            att.unmap(one, TO)
+            assert att.map(TO) is one
+            with raises_errno(errno.EBUSY):
+                att.map(FROM)
+            with raises_errno(errno.EBUSY):
+                att.map(BIDIR)
+        assert static.calls == ["attach", ("map", TO)]
+        att.detach()
+        assert static.calls[2:] == [("unmap", TO), "detach"]
+
+
+def test_a_kept_bidirectional_table_serves_every_direction(static: Static, dev: Device) -> None:
+    with dmabuf.export(static, SIZE, cache_sgt_mapping=True) as buf:
+        att = buf.attach(dev)
+        assert att.map_unlocked(BIDIR) is att.map_unlocked(TO) is att.map_unlocked(FROM)
+        att.detach()
+
+
+def test_the_kept_table_waits_for_no_fence(static: Static, dev: Device, tl: Timeline) -> None:
+    with dmabuf.export(static, SIZE, cache_sgt_mapping=True) as buf:
+        att = buf.attach(dev)
+        att.map_unlocked(TO)
+        fence = tl.fence()
+        add(buf.resv, fence, Usage.KERNEL)
+        att.map_unlocked(TO)
+        fence.signal()
+        att.detach()
+
+
+@pytest.mark.parametrize("usage", [Usage.WRITE, Usage.READ, Usage.BOOKKEEP], ids=lambda usage: usage.name)
+def test_a_static_importer_waits_for_no_other_fences(static: Static, dev: Device, tl: Timeline, usage: Usage) -> None:
+    with dmabuf.export(static, SIZE) as buf:
+        fence = tl.fence()
+        add(buf.resv, fence, usage)
+        att = buf.attach(dev)
+        with att.mapped(TO):
+            assert not fence.is_signaled()
+        fence.signal()
+        att.detach()
+
+
+# -- signals end the wait, and nothing is left mapped
+
+
+def interrupted(call: Any, *, raising: bool) -> BaseException | None:
+    """Run call in this thread and send it a signal when it waits; what it raised."""
+    found: BaseException | None = None
+
+    def handler(*_: object) -> None:
+        if raising:
+            raise Interrupt
+
+    before = signal.signal(signal.SIGUSR1, handler)
+    me = threading.get_native_id()
+    over = threading.Event()
+
+    def poke() -> None:
+        until_asleep(os.getpid(), me, over=over.is_set)
+        if not over.is_set():
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+
+    try:
+        with Background(poke):
+            try:
+                call()
+            except (OSError, Interrupt) as e:
+                found = e
+            finally:
+                over.set()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    return found
+
+
+@pytest.mark.parametrize("raising", [False, True], ids=["EINTR", "the handler raises"])
+def test_an_interrupted_map_leaves_nothing_mapped(static: Static, dev: Device, tl: Timeline, raising: bool) -> None:
+    with dmabuf.export(static, SIZE) as buf:
+        att = buf.attach(dev)
+        fence = tl.fence()
+        add(buf.resv, fence, Usage.KERNEL)
+        before = state(buf, static, dev)
+        error = interrupted(lambda: att.map_unlocked(TO, interruptible=not raising), raising=raising)
+        assert isinstance(error, Interrupt) if raising else getattr(error, "errno", 0) == errno.EINTR
+        assert state(buf, static, dev) == before
+        assert att.statistics().mapped == 0
+        fence.signal()
+        att.detach()
+
+
+@pytest.mark.parametrize("raising", [False, True], ids=["EINTR", "the handler raises"])
+def test_an_interrupted_attach_leaves_nothing_attached(dynamic: Dynamic, dev: Device, tl: Timeline, raising: bool) -> None:
+    with dmabuf.export(dynamic, SIZE) as buf:
+        fence = tl.fence()
+        add(buf.resv, fence, Usage.KERNEL)
+        before = state(buf, dynamic, dev)
+        error = interrupted(lambda: buf.attach(dev, interruptible=not raising), raising=raising)
+        assert isinstance(error, Interrupt) if raising else getattr(error, "errno", 0) == errno.EINTR
+        assert state(buf, dynamic, dev) == before
+        assert dynamic.calls == ["attach", "pin", ("map", BIDIR), ("unmap", BIDIR), "unpin", "detach"]
+        fence.signal()
+
+
+# -- failures leave the state as it was
+
+
+@pytest.mark.parametrize("op", ["attach", "pin", "map"])
+def test_a_failing_attach_undoes_what_came_before(dynamic: Dynamic, dev: Device, op: str) -> None:
+    with dmabuf.export(dynamic, SIZE) as buf:
+        before = state(buf, dynamic, dev)
+        dynamic.fails[op] = errno.EBUSY
+        with raises_errno(errno.EBUSY):
+            buf.attach(dev)
+        done = [call for call in dynamic.calls if call not in ("detach", "unpin")]
+        undone = dynamic.calls[len(done) :]
+        assert undone == {"attach": [], "pin": ["detach"], "map": ["unpin", "detach"]}[op]
+        dynamic.fails.clear()
+        dynamic.calls.clear()
+        assert state(buf, dynamic, dev)[:4] == before[:4]
+        assert not buf.resv.is_locked()
+
+
+@pytest.mark.parametrize("op", ["pin", "map"])
+def test_a_failing_map_undoes_what_came_before(dynamic: Dynamic, dev: Device, op: str) -> None:
+    with dmabuf.export(dynamic, SIZE) as buf:
+        att = buf.attach(dev, Mover())
+        before = state(buf, dynamic, dev)
+        dynamic.calls.clear()
+        dynamic.fails[op] = errno.ENOSPC
+        with raises_errno(errno.ENOSPC):
+            att.map_unlocked(TO)
+        assert dynamic.calls == {"pin": ["pin"], "map": ["pin", ("map", TO), "unpin"]}[op]
+        dynamic.fails.clear()
+        dynamic.calls[:] = ["attach"]
+        assert state(buf, dynamic, dev) == before
+        att.detach()
+
+
+def test_a_map_that_returns_no_table_is_enomem(dev: Device) -> None:
+    class Empty(Dynamic):
+        def map(self, attachment: DmaBufAttachment, direction: Direction) -> SgTable | None:
+            return None
+
+    exporter = Empty()
+    with dmabuf.export(exporter, SIZE) as buf:
+        with raises_errno(errno.ENOMEM):
+            buf.attach(dev)
+        assert exporter.pins == 0
+        assert buf.statistics().attachments == 0
+    exporter.close()
+
+
+def test_an_exception_that_is_no_oserror_undoes_all_the_same(dynamic: Dynamic, dev: Device) -> None:
+    with dmabuf.export(dynamic, SIZE) as buf:
+        dynamic.fails["map"] = KeyError("bug")
+        with pytest.raises(KeyError):
+            buf.attach(dev)
+        assert (dynamic.pins, dynamic.calls[-1], buf.statistics().attachments) == (0, "detach", 0)
+
+
+def test_a_failing_pin_is_told(dynamic: Dynamic, dev: Device) -> None:
+    with dmabuf.export(dynamic, SIZE) as buf:
+        att = buf.attach(dev, Mover())
+        dynamic.fails["pin"] = errno.ENOMEM
+        with raises_errno(errno.ENOMEM), buf.resv.locked():
+            att.pin()
+        assert not buf.resv.is_locked()
+        att.detach()
+
+
+def test_an_exporter_without_attach_and_detach_is_attached_to(bare: Bare, dev: Device) -> None:
+    with dmabuf.export(bare, SIZE) as buf:
+        att = buf.attach(dev)
+        with att.mapped(TO):
+            assert bare.calls == [("map", TO)]
+        att.detach()
+
+
+# -- arguments
+
+
+def test_attach_without_a_device_warns_and_is_einval(either: Static) -> None:
+    with dmabuf.export(either, SIZE) as buf, pytest.warns(ContractWarning), raises_errno(errno.EINVAL):
+        buf.attach(None)  # type: ignore[arg-type]
+    assert "attach" not in either.calls
+
+
+def test_attach_of_what_is_no_device_is_a_type_error(buf: DmaBuf) -> None:
+    with pytest.raises(TypeError):
+        buf.attach("npu0")  # type: ignore[arg-type]
+
+
+def test_an_importer_without_move_notify_warns_and_is_einval(either: Static, dev: Device) -> None:
+    with dmabuf.export(either, SIZE) as buf, pytest.warns(ContractWarning), raises_errno(errno.EINVAL):
+        buf.attach(dev, Importer())
+    assert "attach" not in either.calls
+
+
+def test_attach_of_a_closed_buffer_is_ebadf(dev: Device) -> None:
+    buf = dmabuf.allocate(PAGE)
+    buf.close()
+    with raises_errno(errno.EBADF):
+        buf.attach(dev)
+
+
+def test_unmap_of_none_warns_and_does_nothing(static: Static, dev: Device) -> None:
+    with dmabuf.export(static, SIZE) as buf:
+        att = buf.attach(dev)
+        with pytest.warns(ContractWarning):
+            att.unmap_unlocked(None, TO)
+        assert static.count("unmap") == 0
+        att.detach()
+
+
+def test_unmap_twice_is_a_contract_error(static: Static, dev: Device) -> None:
+    with dmabuf.export(static, SIZE) as buf:
+        att = buf.attach(dev)
+        sgt = att.map_unlocked(TO)
+        att.unmap_unlocked(sgt, TO)
+        with pytest.raises(ContractError):
+            att.unmap_unlocked(sgt, TO)
+        assert static.count("unmap") == 1
+        att.detach()
+
+
+def test_map_with_no_direction_is_einval(static: Static, dev: Device) -> None:
+    with dmabuf.export(static, SIZE) as buf:
+        att = buf.attach(dev)
+        with raises_errno(errno.EINVAL):
+            att.map_unlocked(17)
+        att.detach()
+
+
+def test_detach_twice_warns_and_does_nothing(static: Static, dev: Device) -> None:
+    with dmabuf.export(static, SIZE) as buf:
+        att = buf.attach(dev)
+        att.detach()
+        with pytest.warns(ContractWarning):
+            att.detach()
+        assert static.count("detach") == 1
+
+
+@pytest.mark.parametrize("call", ["map_unlocked", "pin", "unpin"])
+def test_a_detached_attachment_is_of_no_use(static: Static, dev: Device, call: str) -> None:
+    with dmabuf.export(static, SIZE) as buf:
+        att = buf.attach(dev)
+        att.detach()
+        arguments = (TO,) if call == "map_unlocked" else ()
+        with pytest.warns(ContractWarning), raises_errno(errno.EINVAL):
+            getattr(att, call)(*arguments)
+
+
+def test_detach_with_a_mapping_left_is_told_by_the_debug_layer(static: Static, dev: Device) -> None:
+    with dmabuf.export(static, SIZE) as buf:
+        att = buf.attach(dev)
+        sgt = att.map_unlocked(TO)
+        with pytest.warns(ContractWarning, match="still mapped"):
+            att.detach()
+        static.tables.clear()
+        dev.unmap_sgtable(sgt, TO)
+
+
+def test_a_device_may_attach_twice_and_lists_are_shared_between_handles(static: Static, dev: Device) -> None:
+    with dmabuf.export(static, SIZE) as buf, buf.get_dma_buf() as other:
+        one, two = buf.attach(dev), other.attach(dev)
+        assert buf.statistics().attachments == other.statistics().attachments == 2
+        one.detach()
+        two.detach()
+        assert buf.statistics().attachments == 0
+
+
+# -- the lock table (2.19)
+
+LOCKED = {
+    "map": lambda buf, att, sgt: att.map(TO),
+    "unmap": lambda buf, att, sgt: att.unmap(sgt, TO),
+    "pin": lambda buf, att, sgt: att.pin(),
+    "unpin": lambda buf, att, sgt: att.unpin(),
+    "vmap": lambda buf, att, sgt: buf.vmap(),
+    "vunmap": lambda buf, att, sgt: buf.vunmap(dmabuf.IosysMap()),
+    "move_notify": lambda buf, att, sgt: buf.move_notify(),
+}
+UNLOCKED = {
+    "attach": lambda buf, att, sgt: buf.attach(att.dev),
+    "detach": lambda buf, att, sgt: att.detach(),
+    "map_unlocked": lambda buf, att, sgt: att.map_unlocked(TO),
+    "unmap_unlocked": lambda buf, att, sgt: att.unmap_unlocked(sgt, TO),
+    "mapped": lambda buf, att, sgt: att.mapped(TO).__enter__(),
+    "vmap_unlocked": lambda buf, att, sgt: buf.vmap_unlocked(),
+    "vunmap_unlocked": lambda buf, att, sgt: buf.vunmap_unlocked(dmabuf.IosysMap()),
+    "begin_cpu_access": lambda buf, att, sgt: buf.begin_cpu_access(TO),
+    "end_cpu_access": lambda buf, att, sgt: buf.end_cpu_access(TO),
+    "mmap": lambda buf, att, sgt: buf.mmap(),
+    "dma_mmap": lambda buf, att, sgt: buf.dma_mmap(0, PAGE),
+    "read": lambda buf, att, sgt: buf.read().__enter__(),
+    "write": lambda buf, att, sgt: buf.write().__enter__(),
+    "export": lambda buf, att, sgt: dmabuf.export(Static.__new__(Static), PAGE, resv=buf.resv),
+}
+
+
+@pytest.mark.parametrize("call", list(LOCKED))
+def test_without_the_lock_a_locked_call_is_a_contract_error_and_does_nothing(dynamic: Dynamic, dev: Device, call: str) -> None:
+    with dmabuf.export(dynamic, SIZE) as buf:
+        att = buf.attach(dev, Mover())
+        sgt = att.map_unlocked(TO)
+        asked = list(dynamic.calls)
+        with pytest.raises(ContractError):
+            LOCKED[call](buf, att, sgt)
+        assert dynamic.calls == asked
+        att.unmap_unlocked(sgt, TO)
+        att.detach()
+
+
+@pytest.mark.parametrize("call", list(UNLOCKED))
+def test_with_the_lock_an_unlocked_call_warns_and_is_edeadlk(dynamic: Dynamic, dev: Device, call: str) -> None:
+    with dmabuf.export(dynamic, SIZE) as buf:
+        att = buf.attach(dev, Mover())
+        sgt = att.map_unlocked(TO)
+        asked = list(dynamic.calls)
+        with buf.resv.locked(), pytest.warns(ContractWarning), raises_errno(errno.EDEADLK):
+            UNLOCKED[call](buf, att, sgt)
+        assert dynamic.calls == asked
+        assert not buf.resv.is_locked()
+        att.unmap_unlocked(sgt, TO)
+        att.detach()
+
+
+def test_the_lock_of_another_thread_is_not_ones_own(static: Static, dev: Device) -> None:
+    with dmabuf.export(static, SIZE) as buf:
+        att = buf.attach(dev)
+        with buf.resv.locked(), Background(lambda: att.map(TO)) as job, pytest.raises(ContractError):
+            job.result()
+        att.detach()
+
+
+def test_every_op_is_called_with_the_lock_that_its_table_says(dynamic: Dynamic, dev: Device) -> None:
+    with dmabuf.export(dynamic, SIZE) as buf:
+        att = buf.attach(dev)
+        with buf.read():
+            pass
+        buf.mmap().close()
+        buf.vunmap_unlocked(buf.vmap_unlocked())
+        att.detach()
+    held = {"pin", "unpin", "map", "unmap", "vmap", "vunmap"}
+    free = {"attach", "detach", "release", "begin", "end", "mmap"}
+    assert {op for op, locked in dynamic.locked.items() if locked} == held
+    assert {op for op, locked in dynamic.locked.items() if not locked} == free
+
+
+# -- pin, move_notify
+
+
+def test_pin_of_a_static_attachment_warns_and_goes_on(dynamic: Dynamic, dev: Device) -> None:
+    with dmabuf.export(dynamic, SIZE) as buf:
+        att = buf.attach(dev)
+        with buf.resv.locked():
+            with pytest.warns(ContractWarning):
+                att.pin()
+            with pytest.warns(ContractWarning):
+                att.unpin()
+        assert (dynamic.count("pin"), dynamic.count("unpin")) == (2, 1)
+        att.detach()
+
+
+def test_pin_without_an_op_does_nothing(static: Static, dev: Device) -> None:
+    with dmabuf.export(static, SIZE) as buf:
+        att = buf.attach(dev, Mover())
+        with buf.resv.locked():
+            att.pin()
+            att.unpin()
+        att.detach()
+
+
+def test_move_notify_reaches_dynamic_attachments_newest_first_under_the_lock(dynamic: Dynamic, dev: Device) -> None:
+    with dmabuf.export(dynamic, SIZE) as buf:
+        importer = Mover()
+        one, still, two = buf.attach(dev, importer), buf.attach(dev), buf.attach(dev, importer)
+        with buf.resv.locked():
+            buf.move_notify()
+        assert importer.moved == [two, one]
+        assert importer.locked == [True, True]
+        for att in (one, still, two):
+            att.detach()
+        importer.moved.clear()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_importer_that_fails_keeps_the_others_from_nothing(dynamic: Dynamic, dev: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken(Importer):
+        def move_notify(self, attachment: DmaBufAttachment) -> None:
+            raise KeyError
+
+    told: list[object] = []
+    monkeypatch.setattr("sys.unraisablehook", lambda info: told.append(info.exc_type))
+    with dmabuf.export(dynamic, SIZE) as buf:
+        importer = Mover()
+        one, two = buf.attach(dev, importer), buf.attach(dev, Broken())
+        with buf.resv.locked():
+            buf.move_notify()
+        assert importer.moved == [one]
+        assert told == [KeyError]
+        one.detach()
+        two.detach()
+        importer.moved.clear()
+
+
+def test_move_notify_must_not_take_the_lock(dynamic: Dynamic, dev: Device) -> None:
+    class Greedy(Mover):
+        def move_notify(self, attachment: DmaBufAttachment) -> None:
+            with pytest.warns(ContractWarning), raises_errno(errno.EDEADLK):
+                attachment.dmabuf.resv.lock()
+            super().move_notify(attachment)
+
+    with dmabuf.export(dynamic, SIZE) as buf:
+        importer = Greedy()
+        att = buf.attach(dev, importer)
+        with buf.resv.locked():
+            buf.move_notify()
+        assert importer.moved == [att]
+        att.detach()
+        importer.moved.clear()
+
+
+# -- plain buffers
+
+
+def test_a_plain_buffer_is_attached_and_used_by_dma_address(buf: DmaBuf, dev: Device) -> None:
+    att = buf.attach(dev)
+    with buf.write() as view:
+        view[:5] = b"hello"
+    with att.mapped(BIDIR) as sgt:
+        ((address, length),) = sgt
+        assert (length, address % PAGE, dev.read(address, 5)) == (buf.size, 0, b"hello")
+        dev.write(address + buf.size - 1, b"!")
+    with raises_errno(errno.EFAULT):
+        dev.read(address, 5)
+    with buf.read() as view:
+        assert view[-1:] == b"!"
+    att.detach()
+    assert dev.statistics().windows == 0
+
+
+def test_a_plain_buffer_is_static(buf: DmaBuf, dev: Device) -> None:
+    assert not buf.is_dynamic
+    att = buf.attach(dev, Mover())
+    assert att.statistics().cached
+    att.detach()
+
+
+def test_an_attachment_goes_with_its_buffer_when_nobody_detaches(dev: Device) -> None:
+    buf = dmabuf.allocate(PAGE)
+    att = buf.attach(dev)
+    sgt = att.map_unlocked(TO)
+    att.unmap_unlocked(sgt, TO)
+    buf.close()
+    del att, sgt  # the fixture of every test looks for what is left
+
+
+def test_attaching_many_times_leaves_nothing(buf: DmaBuf, dev: Device) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(2000):
+        att = buf.attach(dev)
+        with att.mapped(TO):
+            pass
+        att.detach()
+    assert buf.statistics().attachments == 0
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert dev.statistics().windows == 0
+
+
+def test_peer2peer_comes_from_the_importer_and_the_exporter_may_refuse_it(static: Static, dev: Device) -> None:
+    def refuse(att: DmaBufAttachment) -> None:
+        att.peer2peer = False
+
+    with dmabuf.export(static, SIZE) as buf:
+        for importer, expected in [(None, False), (Mover(), False), (Mover(allow_peer2peer=True), True)]:
+            att = buf.attach(dev, importer)
+            assert att.peer2peer is expected
+            att.detach()
+        static.during["attach"] = refuse
+        att = buf.attach(dev, Mover(allow_peer2peer=True))
+        assert att.peer2peer is False
+        att.detach()
