@@ -1,0 +1,142 @@
+"""Makes docs/features.md from tests/conformance/test_features.py: which feature of the kernel's dma-buf.h is tested, and where.
+
+    python -m tools.features            writes docs/features.md
+    python -m tools.features --check    1 when it is not up to date
+
+A row is one commit of the header's history that changed what a user sees. Its test bears its name, ``test_F11_…`` (or several: ``test_F33_F34_…``);
+a row without one has its reason in the ``NOT_YET`` of that file.
+"""
+
+import ast
+import re
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+TESTS = ROOT / "tests" / "conformance" / "test_features.py"
+PAGE = ROOT / "docs" / "features.md"
+
+# Row, commit of the kernel (abbreviated as git does), what it brought.
+COMMITS = """
+F01 d15bd7ee export, get, put, attach, detach, map, unmap
+F02 5375764f immutable ops
+F03 33ea2dcb the direction at unmap
+F04 55c1c4ca flags of the descriptor
+F05 f9a24d1a more references
+F06 6b607e3a no lock of the framework around map
+F07 fc13020e CPU access hooks
+F08 4c78513e mmap, and its redirection
+F09 98f86c9e vmap
+F10 ada65c74 no silent stubs
+F11 f00b4dad vmaps are counted
+F12 78df9695 the exporter's name
+F13 b89e3563 the listing
+F14 c0b00a52 devices in the listing
+F15 3aac4502 reservation objects
+F16 9b495a58 poll
+F17 d8fbe341 extensible export
+F18 9abdffe2 the owner is held
+F19 831e9da7 no range in begin and end
+F20 18b862dc errors of begin and end through SYNC
+F21 bd3e2208 no helper for debug files
+F22 f54d1867 fences are dma_fences
+F23 0959a168 mmap needs no coherence
+F24 f9b67f00 kmap renamed
+F25 01e5d556 events are a mask
+F26 09ea0dfb no page hooks needed
+F27 a19741e5 attach finds the device in the attachment
+F28 f664a526 no atomic page mapping
+F29 f13e143e tables kept by attachment
+F30 bb2bb903 names by users
+F31 52791eee reservation objects are dma_resvs
+F32 15fd552d static and dynamic sides
+F33 7f0de8d8 no page mapping calls
+F34 4337ebbb no page mapping ops
+F35 bb42df46 pin, unpin, move_notify
+F36 bd2275ee dynamic by pin
+F37 09606b54 peer to peer
+F38 6348dd29 the name's own lock
+F39 01fd30da mappings that know I/O memory
+F40 6619ccf1 vmap fills a cleared map
+F41 20e76f1a vunmap takes the map
+F42 ac80cd17 whole pages
+F43 476b485b the size never changes
+F44 de9114ec brackets around vmap access
+F45 c545781e only dynamic importers pin
+F46 84335675 pages are hidden in debug mode
+F47 bdb8d06d a statistics tree
+F48 89bcadc8 who waits for memory to be ready
+F49 05459351 the contract of implicit sync
+F50 c715def5 no statistics by attachment
+F51 d9edf92d no order between fences
+F52 6b51b02a poll, reworked
+F53 5460601d pinning in place
+F54 7938f421 iosys_map
+F55 15325e3c a writer drops no reader
+F56 7bc80a54 queries by usage
+F57 73511edf adding by usage
+F58 56e5abba unlocked vmap
+F59 19d6634d unlocked map
+F60 28743e25 one lock, asserted
+F61 3d1ff9df names are never NULL
+"""
+
+
+class Row(NamedTuple):
+    """One feature. ``test``: the name of its test, "" without; ``reason``: why there is none, "" with one."""
+
+    name: str
+    commit: str
+    title: str
+    test: str
+    reason: str
+
+
+def rows(tests: Path = TESTS) -> list[Row]:
+    """Every row, with what the file of tests says of it."""
+    tree = ast.parse(tests.read_text(encoding="utf-8"))
+    found: dict[str, str] = {}
+    reasons: dict[str, str] = {}
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef) and (match := re.match(r"test((?:_F\d\d)+)_", node.name)):
+            found.update(dict.fromkeys(match[1].strip("_").split("_"), node.name))
+        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == "NOT_YET":
+            reasons = ast.literal_eval(node.value)
+    made = []
+    for line in COMMITS.strip().splitlines():
+        name, commit, title = line.split(maxsplit=2)
+        test = found.get(name, "")
+        made.append(Row(name, commit, title, test, "" if test else reasons.get(name, "")))
+    return made
+
+
+def page(found: list[Row]) -> str:
+    """The text of docs/features.md."""
+    built = sum(bool(row.test) for row in found)
+    lines = [
+        "# Features, by the kernel's history",
+        "",
+        "Each row is a commit to the kernel's `include/linux/dma-buf.h` that changed what a user of the framework sees, and the test that shows",
+        f"the same here: `tests/conformance/test_features.py`. {built} of {len(found)} are built. Made by `python -m tools.features`.",
+        "",
+        "| row | commit | what it brought | test | state |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {r.name} | {r.commit} | {r.title} | {f'`{r.test}`' if r.test else '–'} | {'built' if r.test else r.reason} |" for r in found
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: list[str]) -> int:
+    """Write the page, or check it."""
+    text = page(rows())
+    if "--check" in arguments:
+        return int(not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != text)
+    PAGE.write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
