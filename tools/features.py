@@ -3,8 +3,8 @@
     python -m tools.features            writes docs/features.md
     python -m tools.features --check    1 when it is not up to date
 
-A row is one commit of the header's history that changed what a user sees. Its test bears its name, ``test_F11_…`` (or several: ``test_F33_F34_…``);
-a row without one has its reason in the ``NOT_YET`` of that file.
+A row is one commit of the header's history that changed what a user sees. Its test bears its name, ``test_F11_…`` (or several rows':
+``test_F33_F34_…``); a row without one has its reason in the ``NOT_YET`` of that file.
 """
 
 import ast
@@ -117,15 +117,17 @@ def page(found: list[Row]) -> str:
     lines = [
         "# Features, by the kernel's history",
         "",
-        "Each row is a commit to the kernel's `include/linux/dma-buf.h` that changed what a user of the framework sees, and the test that shows",
-        f"the same here: `tests/conformance/test_features.py`. {built} of {len(found)} are built. Made by `python -m tools.features`.",
+        "Each row is a commit to the kernel's `include/linux/dma-buf.h` that changed what a user of the framework sees, and the test",
+        f"that shows the same here, in `tests/conformance/test_features.py`. {built} of {len(found)} are built.",
+        "",
+        "Made by `python -m tools.features`.",
         "",
         "| row | commit | what it brought | test | state |",
         "|---|---|---|---|---|",
     ]
-    lines += [
-        f"| {r.name} | {r.commit} | {r.title} | {f'`{r.test}`' if r.test else '–'} | {'built' if r.test else r.reason} |" for r in found
-    ]
+    for row in found:
+        test, state = (f"`{row.test}`", "built") if row.test else ("–", row.reason)
+        lines.append(f"| {row.name} | {row.commit} | {row.title} | {test} | {state} |")
     return "\n".join(lines) + "\n"
 
 
