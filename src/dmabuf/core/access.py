@@ -203,7 +203,7 @@ class Access:
         """Not entered after all: nobody has seen the view, so nothing was written."""
         self._entered = False
         if self._live is not None:
-            with contextlib.suppress(OSError):  # what made us give up is the error to tell
+            with contextlib.suppress(Exception):  # what made us give up is the error to tell
                 self._unbracket()
         if self._view is not None:
             self.buf._accesses -= 1

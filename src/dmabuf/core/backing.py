@@ -262,14 +262,17 @@ class Exported(Backing):
 
     def leaving(self) -> None:
         """A handle of this process is about to be closed."""
-        with self._once:
-            self.closing += 1
+        if self.life == self.record.shm.life:  # in a forked child the lock may be another thread's that isn't there
+            with self._once:
+                self.closing += 1
 
     def departed(self, quiet: bool) -> None:
         """A handle of this process was closed; ``quiet``: by the garbage collector. Errors: those of the release."""
+        if self.life != self.record.shm.life:
+            return
         with self._once:
             self.closing -= 1
-        if self.record.handles or self.life != self.record.shm.life:
+        if self.record.handles:
             return
         exports = exports_of(self.record.domain)
         if quiet or not outside():
@@ -399,7 +402,9 @@ class Exports:
     def forked(self) -> None:
         """What the parent exports is the parent's; our copies of its private descriptions are of no use."""
         for exported in self.live.values():
-            os.close(exported.private)
+            with contextlib.suppress(OSError):  # closed by the child already, and the number perhaps used again
+                if os.fstat(exported.private).st_ino == exported.record.ino:
+                    os.close(exported.private)
         self.live.clear()
 
 
