@@ -92,7 +92,7 @@ class DmaBuf:
         buf._fd, buf._record, buf._size, buf.domain = fd, record, record.size, record.domain
         buf._mapping, buf._resv, buf._accesses, buf._polls = None, None, 0, None
         buf._life = record.shm.life
-        if record.live is None and record.home == LIVE and record.kind == KIND_BUFFER:
+        if record.home == LIVE and record.live is None and record.kind == KIND_BUFFER:
             record.live = Elsewhere(record)
         return buf
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 import contextvars
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -44,6 +45,8 @@ def _number(name: str) -> int:
 
 enabled = _number("DMABUF_DEBUG") > 0
 deadlock_every = _number("DMABUF_DEBUG_WW")  # 0: never
+sections = 0  # open in the process: while there is none, nobody has to ask for one's own
+_counting = threading.Lock()
 _sections: contextvars.ContextVar[int] = contextvars.ContextVar("dmabuf signalling", default=0)
 
 
@@ -90,10 +93,15 @@ def signalling() -> Iterator[None]:
     A section belongs to the thread or asyncio task, and may be inside of another. Taking a lock in it: ``ContractWarning``, and the lock
     is taken.
     """
+    global sections
     token = _sections.set(_sections.get() + 1)
+    with _counting:
+        sections += 1
     try:
         yield
     finally:
+        with _counting:
+            sections -= 1
         _sections.reset(token)
 
 

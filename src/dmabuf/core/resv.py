@@ -96,7 +96,8 @@ class DmaResv:
             self.acquire(owner, interruptible=interruptible, operation=operation)
             return
         ctx.check(self, operation, slow=slow)
-        debug.check_signalling(operation, self)
+        if debug.sections:
+            debug.check_signalling(operation, self)
         shm, index = self._record.at()
         try:
             answer = shm.resv_lock(index, ctx.word, 0 if slow else ctx.acquired, interruptible, False, -1)
@@ -119,7 +120,8 @@ class DmaResv:
 
     def acquire(self, owner: Owner, *, interruptible: bool = False, until: int = -1, operation: str = "lock") -> None:
         """Take the lock for an owner without a context; the way in for the package's own short sections."""
-        debug.check_signalling(operation, self)
+        if debug.sections:
+            debug.check_signalling(operation, self)
         shm, index = self._record.at()
         try:
             answer = shm.resv_lock(index, owner.word, 0, interruptible, False, until)
