@@ -583,12 +583,6 @@ static PyObject *chunk_return(Shm *s, PyObject *args) { /* chunk_return(chunk, l
   STEP(reap_chunk);
   Py_RETURN_NONE;
 }
-static PyObject *chunk_counts(Shm *s, PyObject *unused) { /* chunks by type */
-  unsigned by[8] = {0};
-  uint32_t n = atomic_load(&hdr(s)->nchunks);
-  for (uint32_t c = 0; c < n && c < DB_MAX_CHUNKS; c++) by[CT_TYPE(atomic_load(chunk_entry(s, c))) & 7]++;
-  return Py_BuildValue("{sIsIsIsIsIsI}", "life", by[1], "fence", by[2], "record", by[3], "block", by[4], "timeline", by[5], "ctx", by[6]);
-}
 static PyObject *reap_life_chunk(Shm *s, PyObject *args) { /* (chunk, type): contexts get a new generation, bits go */
   unsigned c, type;
   if (!PyArg_ParseTuple(args, "II", &c, &type)) return NULL;
@@ -639,7 +633,7 @@ PyMethodDef table_methods[] = {
     M(rec_orphans, METH_NOARGS, "Live records that no living process holds."),
     {"chunk_claim", (PyCFunction)py_chunk_claim, METH_O, "Own a chunk of a type."},
     M(chunks_of, METH_O, "Chunks of a life: [(chunk, type)]."), M(chunk_return, METH_VARARGS, "Give (chunk, life) back."),
-    M(chunk_counts, METH_NOARGS, "Chunks by type."), M(reap_life_chunk, METH_VARARGS, "End the contexts and holds in (chunk, type)."),
+    M(reap_life_chunk, METH_VARARGS, "End the contexts and holds in (chunk, type)."),
     M(reap_table_lock, METH_O, "Take the table lock from a dead life and repair."),
     {"life_current", (PyCFunction)py_life_current, METH_O, "Is this life id its slot's present one?"},
     {0}};

@@ -86,8 +86,12 @@ class DmaBuf:
 
     @classmethod
     def _make(cls, fd: int, record: Record, name: bytes | None = None) -> DmaBuf:
-        """A handle that owns fd. ``name``: of the buffer, if its record has to be made again."""
-        record.enter(name)
+        """A handle that owns fd, which is closed if there can be none. ``name``: of the buffer, if its record has to be made again."""
+        try:
+            record.enter(name)
+        except BaseException:
+            os.close(fd)
+            raise
         buf = object.__new__(cls)
         buf._fd, buf._record, buf._size, buf.domain = fd, record, record.size, record.domain
         buf._mapping, buf._resv, buf._accesses, buf._polls = None, None, 0, None
@@ -599,7 +603,8 @@ def from_fd(fd: int, domain: Domain, *, exp_name: bytes = MEMFD, home: bytes = M
         if taken is None:  # the slow way says why not
             taken = identify(fd, domain)
             take_lease(fd)
-        return DmaBuf._make(fd, adopt(domain, *taken, exp_name, home, name), name)
+        record = adopt(domain, *taken, exp_name, home, name)
     except BaseException:
         os.close(fd)
         raise
+    return DmaBuf._make(fd, record, name)

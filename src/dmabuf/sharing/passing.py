@@ -147,25 +147,15 @@ def recv(sock: socket.socket) -> list[Any]:
         name = body.rstrip(b"\0") if item_flags & _HAS_NAME else None
         try:
             record = None if domain is None else confirmed(domain, dev, ino, size, nonce)
-            if record is not None:
-                return [DmaBuf._make(fd, record, name)]
             domain = domain or _domain_of(identity, item_flags)
         except BaseException:
             os.close(fd)
             raise
-        return [from_fd(fd, domain, name=name)]
+        return [from_fd(fd, domain, name=name) if record is None else DmaBuf._make(fd, record, name)]
     try:
         data, control, flags, _ = sock.recvmsg(peer.first, _CONTROL, _CLOEXEC)
     except OSError as e:
         raise _translated(e, "recv", sock) from None
-    # The commonest message, one buffer of a domain that is known.
-    if len(data) == _ONE_SIZE and len(control) == 1 and not flags & _CUT and not peer.asks:
-        magic, things, count, _, kind, item_flags, _, _, identity, dev, ino, nonce, name = _ONE.unpack(data)
-        raw = control[0][2]
-        if things == 1 == count and kind == _BUFFER and magic == _MAGIC and len(raw) == 4 and control[0][1] == _SCM_RIGHTS:
-            domain = _domains.get(identity)
-            if domain is not None:
-                return [received(_FD.unpack(raw)[0], domain, dev, ino, nonce, name.rstrip(b"\0") if item_flags & _HAS_NAME else None)]
     return _take(sock, peer, data, control, flags)
 
 

@@ -1,0 +1,28 @@
+"""A handle that can't be made loses nothing: the descriptor that it was to own is closed once."""
+
+import errno
+import os
+
+import pytest
+
+import dmabuf
+from dmabuf.domain.records import Record
+from dmabuf.errors import fail
+
+
+def test_a_reference_that_cannot_be_made_closes_its_descriptor(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Record, name: bytes | None = None) -> None:
+        raise fail(errno.ENOSPC, "hold", "a record")
+
+    with dmabuf.allocate(4096) as buf:
+        before = sorted(os.listdir("/proc/self/fd"))
+        with monkeypatch.context() as patch:
+            patch.setattr(Record, "enter", full)
+            for make in (buf.get_dma_buf, lambda: dmabuf.get(buf.fileno())):
+                with pytest.raises(OSError) as caught:
+                    make()
+                assert caught.value.errno == errno.ENOSPC
+        assert sorted(os.listdir("/proc/self/fd")) == before
+        assert not buf.closed
+        with buf.get_dma_buf() as again:
+            assert again == buf
