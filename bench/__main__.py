@@ -64,6 +64,8 @@ def rows(quick: bool) -> list[Row]:
         ratio("write() enter + exit, uncontended", measures.write_uncontended, futex, 4.0, ping),
         ratio("read() enter + exit, uncontended", measures.read_uncontended, futex, None, ping),
         ratio("write() of a 1 GiB buffer", lambda: measures.write_uncontended(GIB), futex, 4.0, ping),
+        ratio("attach + map + unmap + detach, static", measures.attach_cycle, futex, 10.0, ping),
+        ratio("map + unmap of 1 GiB", lambda: measures.map_cycle(GIB), lambda: measures.map_cycle(MIB), 1.2, "the same of 1 MiB"),
     ]
     for size, text in ((4 * KIB, "4 KiB"), (MIB, "1 MiB"), (256 * MIB, "256 MiB")):
         found.append(

@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 
 import dmabuf
 from bench.peers import cpus, median_us, peer, pinned, timed
-from dmabuf import Usage
+from dmabuf import Direction, Usage
 
 ROUND_TRIPS = 3000
 A_MESSAGE = 200
@@ -80,6 +80,36 @@ def read_uncontended(size: int = 4096) -> float:
                 pass
 
         return timed(once)
+
+
+def attach_cycle(size: int = 4096) -> float:
+    """attach, map, unmap and detach of a plain buffer, which has a static exporter, for a static device."""
+    device = dmabuf.Device("bench")
+    with dmabuf.allocate(size) as buf, pinned(cpus(False)[0]):
+
+        def once() -> None:
+            attachment = buf.attach(device)
+            sgt = attachment.map_unlocked(Direction.TO_DEVICE)
+            attachment.unmap_unlocked(sgt, Direction.TO_DEVICE)
+            attachment.detach()
+
+        return timed(once)
+
+
+def map_cycle(size: int) -> float:
+    """map and unmap of a plain buffer, whose pages are in one piece."""
+    device = dmabuf.Device("bench")
+    with dmabuf.allocate(size) as buf, pinned(cpus(False)[0]):
+        attachment = buf.attach(device)
+
+        def once() -> None:
+            with attachment.mapped(Direction.TO_DEVICE):
+                pass
+
+        try:
+            return timed(once)
+        finally:
+            attachment.detach()
 
 
 def hand_over(size: int, split: bool) -> float:
