@@ -7,7 +7,7 @@ import logging
 import pytest
 
 import dmabuf
-from dmabuf import ContractError, ContractWarning, Device, Direction, DmaBuf, DmaBufAttachment, DmaResv, SgTable, WwAcquireContext
+from dmabuf import ContractError, ContractWarning, Device, Direction, DmaBuf, DmaBufAttachment, DmaResv, SgTable, Usage, WwAcquireContext
 from dmabuf.core import debug
 from tests.support.drivers import PAGE, Static
 from tests.support.errnos import raises_errno
@@ -125,6 +125,33 @@ def test_a_reservation_lock_in_a_signalling_section_is_told_and_taken(call: str)
     assert resv.is_locked()
     resv.unlock()
     ctx.fini()
+
+
+@pytest.mark.parametrize("call", ["read", "write", "access"])
+def test_an_access_in_a_signalling_section_is_told_and_granted(buf: DmaBuf, call: str) -> None:
+    block = dmabuf.access(write=[buf]) if call == "access" else getattr(buf, call)()
+    with dmabuf.signalling(), pytest.warns(ContractWarning, match="signalling") as told:
+        block.__enter__()
+    assert len(told) == 1
+    assert call == "access" or told[0].filename == __file__
+    block.__exit__(None, None, None)
+
+
+def test_an_async_access_in_a_signalling_section_is_told_and_granted(buf: DmaBuf) -> None:
+    async def main() -> None:
+        with dmabuf.signalling(), pytest.warns(ContractWarning, match="signalling"):
+            async with buf.write():
+                pass
+
+    asyncio.run(main())
+
+
+def test_an_access_refused_by_the_warning_leaves_nothing(buf: DmaBuf) -> None:
+    block = buf.write()
+    with dmabuf.signalling(), pytest.raises(ContractWarning):  # warnings are errors in this suite
+        block.__enter__()
+    assert buf.statistics().accesses == 0
+    assert not buf.resv.pending(Usage.BOOKKEEP)
 
 
 def test_a_trylock_in_a_signalling_section_is_fine() -> None:

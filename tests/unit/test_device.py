@@ -58,6 +58,11 @@ def test_an_access_that_runs_over_the_end_faults_and_stores_nothing(iommu: bool)
     assert sgt.view(0)[-1] == 0
 
 
+def test_reading_a_negative_number_of_bytes_is_einval() -> None:
+    with raises_errno(errno.EINVAL):
+        Device("d").read(PAGE, -1)
+
+
 @pytest.mark.parametrize(("way", "reads", "writes"), [(TO, True, False), (FROM, False, True), (BIDIR, True, True)])
 def test_a_direction_allows_what_it_says(way: Direction, reads: bool, writes: bool) -> None:
     dev, sgt = Device("d"), table()

@@ -1,6 +1,8 @@
 """SgTable: how pages become entries, and that the two sides are kept apart (spec 1.7)."""
 
 import errno
+import re
+import sys
 
 import pytest
 
@@ -112,6 +114,13 @@ def test_a_hidden_cpu_side_raises_and_the_dma_side_works() -> None:
     assert (list(sgt), sgt.orig_nents, sgt.nents) == ([(0x5000, PAGE)], 1, 1)
     sgt.guard(None)
     assert sgt.entries == (SgEntry(1, 0, PAGE),)
+
+
+@pytest.mark.parametrize("side", ["cpu_array", "dma_array"])
+def test_arrays_without_numpy_name_the_extra(side: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "numpy", None)
+    with pytest.raises(ImportError, match=re.escape("pip install 'dmabuf[numpy]'")):
+        getattr(SgTable.from_pages([1]), side)()
 
 
 def test_both_sides_as_arrays() -> None:

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from dmabuf import _native
 from dmabuf._native import Shm
+from dmabuf.core import debug
 from dmabuf.core.fence import monotonic_deadline
 from dmabuf.core.owner import Owner, current, publish
 from dmabuf.core.usage import Direction, Usage
@@ -139,6 +140,8 @@ class Access:
         resv = buf._resv or buf.resv
         if not locked and resv._held is not None and resv._mine(owner) is not None:
             _locked_here(self)
+        if not locked and debug.sections:
+            debug.check_signalling(self.operation, buf)
         timeline = buf.domain.local.get("access timeline") or access_timeline(buf.domain)
         # It stores the handle in self by itself: a signal handler that raises as it returns must not lose it.
         answer = shm.access_begin(index, resv._record.index, owner.word, self.write, timeline, until, locked, self)

@@ -12,8 +12,8 @@ On with ``DMABUF_DEBUG=1`` in the environment when the process starts, or by :fu
 
 Two aids have a switch of their own. :func:`inject_deadlocks` (or ``DMABUF_DEBUG_WW=n``) makes the n-th lock under each context answer
 EDEADLK without need, so that the back-off of a program runs. ``with dmabuf.signalling():`` marks code on the way to a fence's signal,
-always: taking a reservation lock in it is a ``ContractWarning``, because who holds that lock may wait for this very fence. A trylock may
-be taken. ``read()`` and ``write()``, which lock inside one native call, are not looked at there. That slots reserved and not used are
+always: taking a reservation lock in it is a ``ContractWarning``, because who holds that lock may wait for this very fence; ``read()``,
+``write()`` and ``access()`` take it too. A trylock may be taken. That slots reserved and not used are
 forgotten at unlock (spec 4.3), and that locks are held where they must be, is checked always and needs no switch.
 """
 

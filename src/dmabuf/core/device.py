@@ -173,7 +173,11 @@ class Device:
     # ---- access by address, for what plays the hardware ----
 
     def read(self, address: int, length: int) -> bytes:
-        """What the device sees at a DMA address. Errors: EFAULT some of it is not mapped now for reading by the device."""
+        """What the device sees at a DMA address. Errors: EFAULT some of it is not mapped now for reading by the device; EINVAL a
+        negative length.
+        """
+        if length < 0:
+            raise fail(errno.EINVAL, "read", self, "a length is not negative")
         with self._lock:
             return b"".join(self._pieces("read", address, length, _READS))
 

@@ -231,5 +231,5 @@ def _array(entries: Sequence[tuple[int, ...]], fields: list[tuple[str, str]]) ->
     try:
         import numpy
     except ImportError:
-        raise missing_extra("demo", "numpy") from None
+        raise missing_extra("numpy", "numpy") from None
     return numpy.array([tuple(entry) for entry in entries], dtype=fields)
