@@ -291,6 +291,7 @@ int step_register(PyObject *module);
 
 /* passing.c */
 int passing_register(PyObject *module);
+int descriptor_register(PyObject *module);
 
 /* mapping.c */
 int mapping_register(PyObject *module);

@@ -9,6 +9,7 @@
 #include <sys/inotify.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/vfs.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -368,8 +369,10 @@ static PyObject *py_probe_fd(PyObject *m, PyObject *arg) {
   ssize_t n = readlink(path, link, sizeof link);
   if (n < 0) n = 0; /* closed by another thread meanwhile, or no /proc: not recognised */
   int seals = fcntl(fd, F_GET_SEALS);
-  return Py_BuildValue("KKKiy#", (unsigned long long)st.st_dev, (unsigned long long)st.st_ino,
-                       (unsigned long long)st.st_size, seals, link, (Py_ssize_t)n);
+  struct statfs fs;
+  if (fstatfs(fd, &fs)) fs.f_type = 0;
+  return Py_BuildValue("KKKiy#k", (unsigned long long)st.st_dev, (unsigned long long)st.st_ino,
+                       (unsigned long long)st.st_size, seals, link, (Py_ssize_t)n, (unsigned long)fs.f_type);
 }
 static PyObject *py_take_buffer(PyObject *m, PyObject *args) { /* (fd, domain id) -> (dev, ino, size, nonce) | None: judge it slowly */
   int fd;
@@ -425,7 +428,7 @@ static PyMethodDef functions[] = {
     {"drop_page", py_drop_page, METH_O, "Unmap a page that hold_page mapped."},
     {"take_buffer", py_take_buffer, METH_VARARGS, "Put the lease on a buffer of (fd, domain id) -> (dev, ino, size, nonce), None when something is unusual."},
     {"lease_buffer", py_lease_buffer, METH_VARARGS, "Put the lease on the buffer with (fd, dev, ino) -> its size, -1 when it is something else."},
-    {"probe_fd", py_probe_fd, METH_O, "(st_dev, st_ino, st_size, seals or -1, link text) of an fd."},
+    {"probe_fd", py_probe_fd, METH_O, "(st_dev, st_ino, st_size, seals or -1, link text, fstatfs f_type) of an fd."},
     {0}};
 
 int shm_register(PyObject *module) {

@@ -1,12 +1,12 @@
 """Checks that imports inside `dmabuf` go down only.
 
-    cli → stream, interop, observe → heaps → sharing → core → domain → _native, uapi
+    cli → stream, interop, observe → heaps → sharing → core → domain → uapi → _native
 
 `dmabuf.errors` may be imported from everywhere and imports nothing of ours. `dmabuf/__init__.py` is the public face: it stands above
 all layers but `cli`, and nothing below may import it. Layers on one line don't import each other.
 
 Every import counts: at the top, inside a function, under `TYPE_CHECKING`, or by `importlib.import_module("…")`. A module that needs
-something from above asks for a callable (or states a Protocol) instead.
+something from above asks for a callable (or states a Protocol) instead. `fcntl.ioctl` is called in `uapi` only.
 
     python tools/check_layers.py [PACKAGE_DIRECTORY]
 """
@@ -26,7 +26,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("sharing",),
     ("core",),
     ("domain",),
-    ("_native", "uapi"),
+    ("uapi",),
+    ("_native",),
 )
 RANK = {name: rank for rank, row in enumerate(LAYERS) for name in row}
 FREE = "errors"
@@ -59,7 +60,18 @@ def check(package: Path) -> list[Fault]:
             text = _judge(module, target)
             if text:
                 faults.append(Fault(path, line, text))
+        if module[:1] != ("uapi",):
+            faults.extend(Fault(path, line, "ioctl outside of uapi: add the call there") for line in _ioctls(tree))
     return faults
+
+
+def _ioctls(tree: ast.AST) -> Iterator[int]:
+    """Lines that name fcntl's ioctl."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module == "fcntl" and any(alias.name == "ioctl" for alias in node.names):
+            yield node.lineno
+        elif isinstance(node, ast.Attribute) and node.attr == "ioctl" and isinstance(node.value, ast.Name):
+            yield node.lineno
 
 
 def _judge(module: tuple[str, ...], target: str) -> str | None:

@@ -12,7 +12,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 def faults(tmp_path: Path, module: str, source: str) -> list[str]:
     """What the check says about a package with this one module beside an empty module for each layer."""
     package = tmp_path / "dmabuf"
-    for name in ("core", "domain", "heaps", "cli", "stream", "observe"):
+    for name in ("core", "domain", "heaps", "cli", "stream", "observe", "uapi"):
         (package / name).mkdir(parents=True)
         (package / name / "__init__.py").write_text("")
     (package / "__init__.py").write_text("")
@@ -32,6 +32,7 @@ def faults(tmp_path: Path, module: str, source: str) -> list[str]:
         ("core/buffer.py", "import dmabuf_tools"),
         ("__init__.py", "from dmabuf.heaps import heaps"),
         ("cli/ls.py", "def main():\n    from dmabuf.observe import bufinfo"),
+        ("uapi/call.py", "import fcntl\nsystem = fcntl.ioctl"),
     ],
 )
 def test_an_import_that_goes_down_or_stays_is_allowed(tmp_path: Path, module: str, source: str) -> None:
@@ -58,6 +59,9 @@ def test_an_import_that_goes_down_or_stays_is_allowed(tmp_path: Path, module: st
         ("__init__.py", "from dmabuf.cli import main", "needs an extra"),
         ("helpers.py", "", "in no layer"),
         ("core/buffer.py", "from dmabuf.helpers import f", "in no layer"),
+        ("core/buffer.py", "import fcntl\nfcntl.ioctl(3, 4)", "ioctl outside of uapi"),
+        ("core/buffer.py", "from fcntl import ioctl", "ioctl outside of uapi"),
+        ("uapi/call.py", "from dmabuf.core import buffer", "upward"),
     ],
 )
 def test_any_other_import_is_a_fault(tmp_path: Path, module: str, source: str, says: str) -> None:

@@ -47,7 +47,7 @@ def identify(fd: int, domain: Domain, operation: str = "get") -> Identity:
     Errors: EBADF no open fd; EINVAL no buffer; EXDEV a buffer of another domain (spec 2.3).
     """
     try:
-        dev, ino, size, seals, link = _native.probe_fd(fd)
+        dev, ino, size, seals, link, _ = _native.probe_fd(fd)
     except (OSError, OverflowError) as e:
         if isinstance(e, OSError) and e.errno != errno.EBADF:
             raise

@@ -1,0 +1,104 @@
+"""DRM: dumb buffers, PRIME, and vgem's fences (spec 5.12, 5.13). ``node``: a descriptor of /dev/dri/card* or renderD*."""
+
+from __future__ import annotations
+
+import errno
+import os
+from array import array
+from typing import Final
+
+from dmabuf.uapi import call
+from dmabuf.uapi import table as t
+from dmabuf.uapi.call import OwnedFd, told
+from dmabuf.uapi.structures import CreateDumb, DrmCap, DrmVersion, GemClose, MapDumb, Pointer, PrimeHandle, VgemAttach, VgemSignal
+
+CAP_DUMB_BUFFER: Final = 1
+CAP_PRIME: Final = 5
+CAP_SYNCOBJ: Final = 0x13
+CAP_SYNCOBJ_TIMELINE: Final = 0x14
+VGEM_WRITE: Final = 1
+
+
+def driver(node: int) -> str:
+    """The driver's name. Errors: ENOTTY no DRM node."""
+    room = array("B", bytes(64))
+    try:
+        found = call.perform(node, t.DRM_VERSION, DrmVersion(name_len=len(room), name=room.buffer_info()[0]))
+    except OSError as e:
+        raise told(e, "version", f"fd {node}", {errno.ENOTTY: "it is no DRM node"}) from None
+    return os.fsdecode(room.tobytes()[: min(found.name_len, len(room))])
+
+
+def capability(node: int, which: int) -> int:
+    """What the driver says of a capability. Errors: EINVAL the kernel does not know it."""
+    try:
+        return call.perform(node, t.DRM_GET_CAP, DrmCap(which)).value
+    except OSError as e:
+        raise told(e, "capability", f"fd {node}") from None
+
+
+def create_dumb(node: int, width: int, height: int, bpp: int, *, of: object = None) -> CreateDumb:
+    """A buffer for the CPU; its ``handle``, ``pitch`` and ``size``. Errors: EINVAL a 0, or too large; EOPNOTSUPP; EACCES; ENOMEM."""
+    try:
+        return call.perform(node, t.CREATE_DUMB, CreateDumb(height, width, bpp))
+    except OSError as e:
+        remedies = {errno.EINVAL: "width, height and bits per pixel above 0", errno.EACCES: "dumb buffers are made on /dev/dri/card*"}
+        raise told(e, "create_dumb", of or f"fd {node}", remedies) from None
+
+
+def map_dumb(node: int, handle: int, *, of: object = None) -> int:
+    """The offset to give mmap(2) on the node. Errors: ENOENT no such handle."""
+    try:
+        return call.perform(node, t.MAP_DUMB, MapDumb(handle)).offset
+    except OSError as e:
+        raise told(e, "map_dumb", of or f"handle {handle}") from None
+
+
+def destroy_dumb(node: int, handle: int) -> None:
+    """Errors: EINVAL no such handle."""
+    try:
+        call.perform(node, t.DESTROY_DUMB, Pointer(handle))
+    except OSError as e:
+        raise told(e, "destroy_dumb", f"handle {handle}") from None
+
+
+def gem_close(node: int, handle: int) -> None:
+    """Errors: EINVAL no such handle."""
+    try:
+        call.perform(node, t.DRM_GEM_CLOSE, GemClose(handle))
+    except OSError as e:
+        raise told(e, "close", f"handle {handle}") from None
+
+
+def handle_to_fd(node: int, handle: int, *, flags: int = os.O_RDWR, of: object = None) -> OwnedFd:
+    """The dma-buf of a handle; the same one each time. Always close-on-exec. Errors: ENOENT no such handle; EINVAL flags; EMFILE."""
+    try:
+        return call.obtain(node, t.PRIME_HANDLE_TO_FD, PrimeHandle(handle, flags | os.O_CLOEXEC), "fd")
+    except OSError as e:
+        raise told(e, "export", of or f"handle {handle}") from None
+
+
+def fd_to_handle(node: int, fd: int, *, of: object = None) -> int:
+    """Import a dma-buf; the same handle each time, to be closed once. Errors: EBADF; EINVAL no dma-buf, or the device can't reach it."""
+    try:
+        return call.perform(node, t.PRIME_FD_TO_HANDLE, PrimeHandle(0, 0, fd)).handle
+    except OSError as e:
+        raise told(e, "import", of or f"fd {fd}") from None
+
+
+def vgem_attach(node: int, handle: int, *, write: bool = False, of: object = None) -> int:
+    """Add a fence of vgem's, which ends by itself after 10 s; its id. Errors: ENOENT no such handle; EBUSY a fence in the way; ENOTTY."""
+    try:
+        return call.perform(node, t.VGEM_FENCE_ATTACH, VgemAttach(handle, VGEM_WRITE if write else 0)).out_fence
+    except OSError as e:
+        remedies = {errno.EBUSY: "wait for the fences in the way first", errno.ENOTTY: "it is no node of vgem's: modprobe vgem"}
+        raise told(e, "fence", of or f"handle {handle}", remedies) from None
+
+
+def vgem_signal(node: int, fence: int) -> None:
+    """Signal a fence of vgem's. Errors: ENOENT no such fence, or signalled already; ETIMEDOUT it ended by itself."""
+    try:
+        call.perform(node, t.VGEM_FENCE_SIGNAL, VgemSignal(fence))
+    except OSError as e:
+        remedies = {errno.ENOENT: "a fence is signalled once", errno.ETIMEDOUT: "vgem ends a fence after 10 s: signal it sooner"}
+        raise told(e, "signal", f"fence {fence}", remedies) from None

@@ -1,0 +1,56 @@
+"""The devices that make dma-bufs: ``/dev/dma_heap/<name>`` and ``/dev/udmabuf`` (spec 5.8, 5.9)."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Sequence
+from typing import Final
+
+from dmabuf.uapi import call
+from dmabuf.uapi import table as t
+from dmabuf.uapi.call import OwnedFd, told
+from dmabuf.uapi.structures import HeapAllocation, UdmabufCreate, UdmabufCreateList, UdmabufItem
+
+UDMABUF_CLOEXEC: Final = 1
+
+
+def allocate(heap: int, length: int, *, fd_flags: int = os.O_RDWR, of: object = None) -> OwnedFd:
+    """DMA_HEAP_IOCTL_ALLOC: zeroed memory, the length rounded up to pages. Always close-on-exec.
+
+    Errors: EINVAL a length of 0, or flags beyond the access mode; ENOMEM; EMFILE.
+    """
+    try:
+        # The kernel wants 0 in the field that the new descriptor comes back in.
+        return call.obtain(heap, t.DMA_HEAP_ALLOC, HeapAllocation(length, fd_flags=fd_flags | os.O_CLOEXEC), "fd")
+    except OSError as e:
+        raise told(
+            e, "allocate", of or f"{length} bytes", {errno.EINVAL: "ask for at least one byte, and fewer than 2**64 - 4095"}
+        ) from None
+
+
+_UDMABUF: Final = {
+    errno.EINVAL: "offsets and sizes in whole pages inside of the memfd, which is sealed F_SEAL_SHRINK and not F_SEAL_WRITE; "
+    "sizes and number up to /sys/module/udmabuf/parameters",
+    errno.EBADFD: "pass memfds",
+}
+
+
+def create(device: int, memfd: int, offset: int, size: int, *, flags: int = UDMABUF_CLOEXEC, of: object = None) -> OwnedFd:
+    """UDMABUF_CREATE: a dma-buf out of a range of a memfd. Errors: EINVAL range, seals, limits; EBADFD no memfd; ENOMEM; EMFILE."""
+    try:
+        argument = bytearray(t.UDMABUF_CREATE.layout.pack(UdmabufCreate(memfd, flags, offset, size)))
+        return call.obtain_result(device, t.UDMABUF_CREATE.number, argument)
+    except OSError as e:
+        raise told(e, "allocate", of or f"{size} bytes of memfd {memfd}", _UDMABUF) from None
+
+
+def create_list(device: int, items: Sequence[tuple[int, int, int]], *, flags: int = UDMABUF_CLOEXEC, of: object = None) -> OwnedFd:
+    """UDMABUF_CREATE_LIST: one dma-buf out of (memfd, offset, size) one after the other. Errors: as :func:`create`."""
+    try:
+        argument = bytearray(t.UDMABUF_CREATE_LIST.layout.pack(UdmabufCreateList(flags, len(items))))
+        for memfd, offset, size in items:
+            argument += t.UDMABUF_ITEM.pack(UdmabufItem(memfd, 0, offset, size))
+        return call.obtain_result(device, t.UDMABUF_CREATE_LIST.number, argument)
+    except OSError as e:
+        raise told(e, "allocate", of or f"{len(items)} ranges", _UDMABUF) from None

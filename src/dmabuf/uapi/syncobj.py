@@ -1,0 +1,141 @@
+"""DRM sync objects, binary and timeline (spec 5.14). ``node``: a descriptor of a DRM node whose driver has them."""
+
+from __future__ import annotations
+
+import errno
+from array import array
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from dmabuf.errors import DmaBufError
+from dmabuf.uapi import call
+from dmabuf.uapi import table as t
+from dmabuf.uapi.call import OwnedFd, told
+from dmabuf.uapi.layout import Ioctl
+from dmabuf.uapi.structures import (
+    SyncobjArray,
+    SyncobjCreate,
+    SyncobjEventfd,
+    SyncobjHandle,
+    SyncobjTimelineArray,
+    SyncobjTimelineWaitOld,
+    SyncobjTransfer,
+    SyncobjWaitOld,
+)
+
+CREATE_SIGNALED: Final = 1
+WAIT_ALL, WAIT_FOR_SUBMIT, WAIT_AVAILABLE = 1, 2, 4
+QUERY_LAST_SUBMITTED: Final = 1
+SYNC_FILE: Final = 1  # of HANDLE_TO_FD and FD_TO_HANDLE: a sync_file instead of the object
+
+_REMEDIES: Final = {
+    errno.EOPNOTSUPP: "the driver of this node has none; vgem has",
+    errno.ENOENT: "no such handle on this descriptor of the node",
+    errno.ENOTTY: "it is no DRM node, or the kernel is too old",
+}
+
+
+def _told(error: OSError, operation: str, obj: object, remedies: Mapping[int, str] | None = None) -> DmaBufError:
+    return told(error, f"syncobj {operation}", obj, {**_REMEDIES, **(remedies or {})})
+
+
+def _do(node: int, ioctl: Ioctl[Any], value: Any, operation: str, obj: object, remedies: Mapping[int, str] | None = None) -> Any:
+    try:
+        return call.perform(node, ioctl, value)
+    except OSError as e:
+        raise _told(e, operation, obj, remedies) from None
+
+
+def _u32s(values: Sequence[int]) -> array[int]:
+    return array("I", values)
+
+
+def _u64s(values: Sequence[int]) -> array[int]:
+    return array("Q", values)
+
+
+def create(node: int, *, signaled: bool = False) -> int:
+    """A new object; its handle. Errors: EOPNOTSUPP the driver has none; ENOMEM."""
+    found: SyncobjCreate = _do(node, t.SYNCOBJ_CREATE, SyncobjCreate(0, CREATE_SIGNALED if signaled else 0), "create", f"fd {node}")
+    return found.handle
+
+
+def destroy(node: int, handle: int) -> None:
+    """Errors: EINVAL no such handle."""
+    _do(node, t.SYNCOBJ_DESTROY, SyncobjCreate(handle), "destroy", f"handle {handle}")
+
+
+def handle_to_fd(node: int, handle: int, *, sync_file: bool = False) -> OwnedFd:
+    """The object itself as a descriptor, or a sync_file of the fence in it. Errors: EINVAL no such handle, or no fence in it; EMFILE."""
+    try:
+        return call.obtain(node, t.SYNCOBJ_HANDLE_TO_FD, SyncobjHandle(handle, SYNC_FILE if sync_file else 0), "fd")
+    except OSError as e:
+        raise _told(e, "export", f"handle {handle}", {errno.EINVAL: "no such handle, or no fence was put into it yet"}) from None
+
+
+def fd_to_handle(node: int, fd: int) -> int:
+    """An object that came as a descriptor: a new handle each time. Errors: EINVAL no syncobj."""
+    found: SyncobjHandle = _do(node, t.SYNCOBJ_FD_TO_HANDLE, SyncobjHandle(0, 0, fd), "import", f"fd {fd}")
+    return found.handle
+
+
+def import_sync_file(node: int, handle: int, fd: int) -> None:
+    """Put the fence of a sync_file into an object. Errors: ENOENT no such handle; EINVAL no sync_file."""
+    _do(node, t.SYNCOBJ_FD_TO_HANDLE, SyncobjHandle(handle, SYNC_FILE, fd), "import", f"handle {handle}")
+
+
+def wait(node: int, handles: Sequence[int], until_ns: int, flags: int = 0) -> int:
+    """Until one of the objects (WAIT_ALL: all) is signalled; which one. ``until_ns``: CLOCK_MONOTONIC, 0 asks only.
+
+    Errors: ETIME it is not; EINVAL no fence in one of them, without WAIT_FOR_SUBMIT; ENOENT no such handle.
+    """
+    raw = _u32s(handles)
+    asked = SyncobjWaitOld(raw.buffer_info()[0], until_ns, len(raw), flags)  # the older size, which every kernel takes
+    found: SyncobjWaitOld = _do(node, t.SYNCOBJ_WAIT_OLD, asked, "wait", f"handles {list(handles)}")
+    return found.first_signaled
+
+
+def timeline_wait(node: int, handles: Sequence[int], points: Sequence[int], until_ns: int, flags: int = 0) -> int:
+    """:func:`wait` for a point of each. Errors: as wait; EOPNOTSUPP the driver has no timelines."""
+    raw, at = _u32s(handles), _u64s(points)
+    asked = SyncobjTimelineWaitOld(raw.buffer_info()[0], at.buffer_info()[0], until_ns, len(raw), flags)
+    found: SyncobjTimelineWaitOld = _do(node, t.SYNCOBJ_TIMELINE_WAIT_OLD, asked, "wait", f"handles {list(handles)}")
+    return found.first_signaled
+
+
+def reset(node: int, handles: Sequence[int]) -> None:
+    """Take the fences out. Errors: ENOENT no such handle; EINVAL none named."""
+    raw = _u32s(handles)
+    _do(node, t.SYNCOBJ_RESET, SyncobjArray(raw.buffer_info()[0], len(raw)), "reset", f"handles {list(handles)}")
+
+
+def signal(node: int, handles: Sequence[int]) -> None:
+    """Put signalled fences in. Errors: as :func:`reset`."""
+    raw = _u32s(handles)
+    _do(node, t.SYNCOBJ_SIGNAL, SyncobjArray(raw.buffer_info()[0], len(raw)), "signal", f"handles {list(handles)}")
+
+
+def timeline_signal(node: int, handles: Sequence[int], points: Sequence[int]) -> None:
+    """Signal a point of each. Errors: as :func:`reset`; EOPNOTSUPP."""
+    raw, at = _u32s(handles), _u64s(points)
+    asked = SyncobjTimelineArray(raw.buffer_info()[0], at.buffer_info()[0], len(raw))
+    _do(node, t.SYNCOBJ_TIMELINE_SIGNAL, asked, "signal", f"handles {list(handles)}")
+
+
+def query(node: int, handles: Sequence[int], *, submitted: bool = False) -> list[int]:
+    """The last signalled point of each, or the last that has a fence. Errors: ENOENT no such handle; EOPNOTSUPP."""
+    raw, at = _u32s(handles), _u64s([0] * len(handles))
+    asked = SyncobjTimelineArray(raw.buffer_info()[0], at.buffer_info()[0], len(raw), QUERY_LAST_SUBMITTED if submitted else 0)
+    _do(node, t.SYNCOBJ_QUERY, asked, "query", f"handles {list(handles)}")
+    return at.tolist()
+
+
+def transfer(node: int, source: tuple[int, int], target: tuple[int, int], flags: int = 0) -> None:
+    """Put the fence of (handle, point) at another (handle, point); point 0 is a binary object's. Errors: ENOENT; EINVAL no fence there."""
+    asked = SyncobjTransfer(source[0], target[0], source[1], target[1], flags)
+    _do(node, t.SYNCOBJ_TRANSFER, asked, "transfer", f"handles {source[0]}, {target[0]}")
+
+
+def on_eventfd(node: int, handle: int, point: int, eventfd: int, flags: int = 0) -> None:
+    """Write to an eventfd when the point is signalled (WAIT_AVAILABLE: has a fence). Errors: ENOENT; ENOTTY before v6.6."""
+    _do(node, t.SYNCOBJ_EVENTFD, SyncobjEventfd(handle, flags, point, eventfd), "eventfd", f"handle {handle}")

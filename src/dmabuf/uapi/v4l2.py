@@ -1,0 +1,99 @@
+"""V4L2 capture with buffers that go out as dma-bufs (VIDIOC_EXPBUF), single-planar; include/uapi/linux/videodev2.h."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Mapping
+from typing import Final
+
+from dmabuf.uapi import call
+from dmabuf.uapi import table as t
+from dmabuf.uapi.call import OwnedFd, told
+from dmabuf.uapi.structures import Pointer, V4l2Buffer, V4l2Capability, V4l2ExportBuffer, V4l2Format, V4l2RequestBuffers
+
+CAPTURE: Final = 1  # V4L2_BUF_TYPE_VIDEO_CAPTURE
+MMAP: Final = 1  # V4L2_MEMORY_MMAP
+DMABUF: Final = 4  # V4L2_MEMORY_DMABUF
+CAP_VIDEO_CAPTURE: Final = 0x1
+CAP_STREAMING: Final = 0x04000000
+CAP_DEVICE_CAPS: Final = 0x80000000
+FLAG_ERROR: Final = 0x40  # V4L2_BUF_FLAG_ERROR: the frame is broken
+
+_REMEDIES: Final[Mapping[int, str]] = {
+    errno.ENOTTY: "it is no V4L2 device, or its driver can't do that",
+    errno.EBUSY: "another process streams from it, or its buffers are in use",
+    errno.EINVAL: "the driver does not take this",
+}
+
+
+def query_capability(fd: int) -> V4l2Capability:
+    """Errors: ENOTTY no V4L2 device."""
+    try:
+        return call.perform(fd, t.VIDIOC_QUERYCAP, V4l2Capability())
+    except OSError as e:
+        raise told(e, "capability", f"fd {fd}", _REMEDIES) from None
+
+
+def get_format(fd: int) -> V4l2Format:
+    """The picture that would be captured now. Errors: EINVAL it captures none."""
+    try:
+        return call.perform(fd, t.VIDIOC_G_FMT, V4l2Format(CAPTURE))
+    except OSError as e:
+        raise told(e, "format", f"fd {fd}", _REMEDIES) from None
+
+
+def set_format(fd: int, wanted: V4l2Format) -> V4l2Format:
+    """Ask for a picture; the driver answers with what comes next to it. Errors: EBUSY buffers are there; EINVAL."""
+    try:
+        return call.perform(fd, t.VIDIOC_S_FMT, wanted)
+    except OSError as e:
+        raise told(e, "format", f"fd {fd}", _REMEDIES) from None
+
+
+def request_buffers(fd: int, count: int, memory: int = MMAP) -> int:
+    """Have buffers made (0: freed); how many there are. Errors: EBUSY; EINVAL the memory is not supported; ENOMEM."""
+    try:
+        return call.perform(fd, t.VIDIOC_REQBUFS, V4l2RequestBuffers(count, CAPTURE, memory)).how_many
+    except OSError as e:
+        raise told(e, "buffers", f"fd {fd}", _REMEDIES) from None
+
+
+def query_buffer(fd: int, index: int) -> V4l2Buffer:
+    """Errors: EINVAL no such buffer."""
+    try:
+        return call.perform(fd, t.VIDIOC_QUERYBUF, V4l2Buffer(index, CAPTURE, memory=MMAP))
+    except OSError as e:
+        raise told(e, "buffer", f"index {index}", _REMEDIES) from None
+
+
+def export_buffer(fd: int, index: int, *, flags: int = os.O_RDWR) -> OwnedFd:
+    """A buffer as a dma-buf, close-on-exec. Errors: EINVAL no such buffer, or not made with MMAP; ENOTTY; EMFILE."""
+    try:
+        return call.obtain(fd, t.VIDIOC_EXPBUF, V4l2ExportBuffer(CAPTURE, index, flags=flags | os.O_CLOEXEC), "fd")
+    except OSError as e:
+        raise told(e, "export", f"index {index}", _REMEDIES) from None
+
+
+def queue(fd: int, buffer: V4l2Buffer) -> None:
+    """Give a buffer to the driver. Errors: EINVAL it has it already."""
+    try:
+        call.perform(fd, t.VIDIOC_QBUF, buffer)
+    except OSError as e:
+        raise told(e, "queue", f"index {buffer.which}", _REMEDIES) from None
+
+
+def dequeue(fd: int, memory: int = MMAP) -> V4l2Buffer:
+    """Take a filled buffer; waits for one unless the descriptor is non-blocking. Errors: EAGAIN none yet; EINVAL not streaming; EIO."""
+    try:
+        return call.perform(fd, t.VIDIOC_DQBUF, V4l2Buffer(0, CAPTURE, memory=memory), restart=False)
+    except OSError as e:
+        raise told(e, "dequeue", f"fd {fd}", {**_REMEDIES, errno.EAGAIN: "no frame is ready: wait for POLLIN"}) from None
+
+
+def stream(fd: int, on: bool) -> None:
+    """Start or stop; a stop takes every buffer back from the driver. Errors: EINVAL no buffers; EBUSY; EPIPE."""
+    try:
+        call.perform(fd, t.VIDIOC_STREAMON if on else t.VIDIOC_STREAMOFF, Pointer(CAPTURE))
+    except OSError as e:
+        raise told(e, "stream", f"fd {fd}", _REMEDIES) from None
