@@ -40,7 +40,7 @@ static void ring_bells(Shm *s, uint64_t bells, uint64_t handle) {
     else PyErr_WriteUnraisable(s->on_local);
   }
 }
-int fence_finish(Shm *s, uint64_t handle, db_fence *f, int error) {
+int fence_finish(Shm *s, uint64_t handle, db_fence *f, int error, uint64_t stamp) {
   if (atomic_load(&f->word) & FW_SIGNALED) return 1;
   int e = error ? error : atomic_load(&f->error);
   if (e) {
@@ -50,7 +50,7 @@ int fence_finish(Shm *s, uint64_t handle, db_fence *f, int error) {
     atomic_store(&f->error, e);
     STEP(fence_error); /* pending, with an error that shows once it is signalled */
   }
-  atomic_store(&f->timestamp, (uint64_t)now_ns());
+  atomic_store(&f->timestamp, stamp ? stamp : (uint64_t)now_ns());
   STEP(fence_stamped);
   uint32_t w = atomic_fetch_or(&f->word, FW_SIGNALED);
   if (w & FW_SIGNALED) return 1;
@@ -253,7 +253,7 @@ static PyObject *f_signal(Fence *x, PyObject *const *args, Py_ssize_t n, PyObjec
   }
   db_fence *f;
   leave_cpu(x->s);
-  int past = !fence_pending(x->s, x->handle, &f) || fence_finish(x->s, x->handle, f, (int)error);
+  int past = !fence_pending(x->s, x->handle, &f) || fence_finish(x->s, x->handle, f, (int)error, 0);
   if (PyErr_Occurred()) return NULL;
   if (past) {
     shm_fail(x->s, EINVAL, "signal", "a signalled fence", "a fence is signalled once");
@@ -338,23 +338,23 @@ static PyObject *fence_alloc(Shm *s, PyObject *args) { /* (timeline + 1, context
   uint64_t h = fence_make(s, timeline, context, seqno, flags, owner, rec);
   return h ? PyLong_FromUnsignedLongLong(h) : NULL;
 }
-static int own_end(Shm *s, uint64_t h, int error, int drop) { /* 1: it was pending; 0; -1 exception */
+static int own_end(Shm *s, uint64_t h, int error, int drop, uint64_t stamp) { /* 1: it was pending; 0; -1 exception */
   if (!my_life(s)) return 0; /* inherited by a fork: inert */
   db_fence *f;
   int pending = fence_pending(s, h, &f);
   if (!f || CT_LIFE(atomic_load(chunk_entry(s, H_SLOT(h) / FENCES_PER))) != my_life(s)) return 0;
   leave_cpu(s);
-  if (pending) pending = !fence_finish(s, h, f, error);
+  if (pending) pending = !fence_finish(s, h, f, error, stamp);
   return drop && fifo_push(s, H_SLOT(h)) ? -1 : pending;
 }
 void fence_end(Shm *s, uint64_t handle, int error) {
-  if (own_end(s, handle, error, 1) < 0) PyErr_Clear(); /* no memory to remember the slot: it comes back with the chunk */
+  if (own_end(s, handle, error, 1, 0) < 0) PyErr_Clear(); /* no memory to remember the slot: it comes back with the chunk */
 }
-static PyObject *fence_signal(Shm *s, PyObject *args) { /* (handle, error, drop) -> was pending */
-  unsigned long long h;
+static PyObject *fence_signal(Shm *s, PyObject *args) { /* (handle, error, drop, timestamp = 0: now) -> was pending */
+  unsigned long long h, stamp = 0;
   int error, drop;
-  if (!PyArg_ParseTuple(args, "Kip", &h, &error, &drop)) return NULL;
-  int r = own_end(s, h, error, drop);
+  if (!PyArg_ParseTuple(args, "Kip|K", &h, &error, &drop, &stamp)) return NULL;
+  int r = own_end(s, h, error, drop, stamp);
   return r < 0 ? NULL : PyBool_FromLong(r);
 }
 static PyObject *fence_wait(Shm *s, PyObject *args) { /* (handle, until_ns or -1, interruptible) -> 1, 0, -4 */
@@ -432,7 +432,7 @@ static PyObject *reap_fences(Shm *s, PyObject *args) { /* (chunk, error): end wh
       }
       STEP(reap_torn); /* the mark is there before the fence ends */
     }
-    fence_finish(s, H_MAKE(slot, atomic_load(&f->gen)), f, error);
+    fence_finish(s, H_MAKE(slot, atomic_load(&f->gen)), f, error, 0);
     STEP(reap_fence);
     n++;
   }
@@ -451,7 +451,7 @@ static PyObject *fences_done(Shm *s, PyObject *seq) { /* of a list of handles th
 }
 PyMethodDef fence_methods[] = {
 #define M(n, flags, doc) {#n, (PyCFunction)n, flags, doc}
-    M(fence_alloc, METH_VARARGS, "A new pending fence of this life -> handle."), M(fence_signal, METH_VARARGS, "Signal (handle, error, drop) -> was pending."),
+    M(fence_alloc, METH_VARARGS, "A new pending fence of this life -> handle."), M(fence_signal, METH_VARARGS, "Signal (handle, error, drop, timestamp or 0) -> was pending."),
     M(fence_wait, METH_VARARGS, "Wait (handle, until, interruptible) -> 1, 0, -4."),
     {"fence_pending", (PyCFunction)py_fence_pending, METH_O, "Is the handle's fence pending?"},
     M(fence_info, METH_O, "What a fence's slot says, or None."), M(fence_mark, METH_VARARGS, "Mark (handle, what, value) -> pending."),

@@ -103,6 +103,8 @@ typedef struct { /* 128 bytes */
 #define FF_ACCESS 1u
 #define FF_WRITE 2u
 #define FF_GRANTED 4u
+#define FF_SEQNO64 8u   /* its seqno counts in 64 bits; without it in 32, which wrap (spec 3.10) */
+#define FF_CONTAINER 16u /* an array or a chain: a reservation object is no place for it */
 
 typedef struct { /* 1024 bytes */
   a32 gen, open;
@@ -259,7 +261,7 @@ extern PyMethodDef pool_methods[];
 /* fence.c */
 db_fence *fence_at(Shm *s, uint32_t slot);
 int fence_pending(Shm *s, uint64_t handle, db_fence **out); /* 1 pending, 0 signalled or gone; out may be NULL slot */
-int fence_finish(Shm *s, uint64_t handle, db_fence *f, int error); /* 0; 1: it had been signalled already */
+int fence_finish(Shm *s, uint64_t handle, db_fence *f, int error, uint64_t stamp); /* 0; 1: it had been signalled already; stamp 0: now */
 uint64_t fence_make(Shm *s, uint32_t timeline, uint64_t context, uint64_t seqno, uint32_t flags, uint64_t owner, uint32_t rec); /* 0: exception */
 void fence_end(Shm *s, uint64_t handle, int error); /* signal and drop an own fence */
 extern PyMethodDef fence_methods[];

@@ -237,6 +237,10 @@ static PyObject *resv_reserve(Shm *s, PyObject *args) { /* (rec, n): room for n 
   int result = make_room(s, r, rec, n);
   return result == RAISED ? NULL : PyLong_FromLong(result);
 }
+static int later(db_fence *a, uint64_t seqno, db_fence *b) { /* is a, whose number is seqno, later than b of the same context? (spec 3.10) */
+  uint64_t other = atomic_load(&b->seqno);
+  return atomic_load(&a->flags) & FF_SEQNO64 ? seqno > other : (int32_t)((uint32_t)seqno - (uint32_t)other) > 0;
+}
 static int put(Shm *s, db_resv *r, uint32_t rec, uint64_t handle, uint32_t usage, long room) { /* 1 took room, 0 replaced, -1 no room */
   db_fence *f;
   fence_pending(s, handle, &f);
@@ -254,7 +258,7 @@ static int put(Shm *s, db_resv *r, uint32_t rec, uint64_t handle, uint32_t usage
     db_fence *o;
     int pending = fence_pending(s, E_HANDLE(e), &o);
     if (!pending || (f && o && atomic_load(&o->context) == context && E_USAGE(e) >= usage &&
-                     (E_HANDLE(e) == handle || seqno > atomic_load(&o->seqno)))) {
+                     (E_HANDLE(e) == handle || later(f, seqno, o)))) {
       if (f) atomic_fetch_or(&f->word, FW_SHARED);
       atomic_store(p, E_MAKE(handle, usage));
       STEP(resv_added);

@@ -11,11 +11,16 @@ from dmabuf.core.buffer import DmaBuf, get
 from dmabuf.core.debug import signalling
 from dmabuf.core.device import Device
 from dmabuf.core.exporter import Exporter, Importer, export
-from dmabuf.core.fence import DmaFence, Timeline
+from dmabuf.core.fence import DmaFence, Timeline, private_stub, stub_fence
+from dmabuf.core.fence_array import DmaFenceArray
+from dmabuf.core.fence_chain import DmaFenceChain
+from dmabuf.core.fence_ops import FenceOps
 from dmabuf.core.iosys_map import IosysMap
 from dmabuf.core.resv import DmaResv
 from dmabuf.core.scatterlist import SgTable
+from dmabuf.core.unwrap import merge, unwrap
 from dmabuf.core.usage import Direction, Usage
+from dmabuf.core.wait_any import wait_any
 from dmabuf.core.ww_mutex import WwAcquireContext, lock_all
 from dmabuf.domain.domain import Domain
 from dmabuf.errors import ContractError, ContractWarning, DmaBufError
@@ -36,9 +41,12 @@ __all__ = [
     "DmaBufAttachment",
     "DmaBufError",
     "DmaFence",
+    "DmaFenceArray",
+    "DmaFenceChain",
     "DmaResv",
     "Domain",
     "Exporter",
+    "FenceOps",
     "Importer",
     "IosysMap",
     "RemoteTimeline",
@@ -54,9 +62,14 @@ __all__ = [
     "get",
     "heaps",
     "lock_all",
+    "merge",
     "open",
+    "private_stub",
     "recv",
     "send",
     "signalling",
+    "stub_fence",
+    "unwrap",
+    "wait_any",
 ]
 __version__ = "0.1.0"

@@ -7,9 +7,10 @@ import pytest
 import dmabuf
 
 NAMES = {
-    "ContractError", "ContractWarning", "Device", "Direction", "DmaBuf", "DmaBufAttachment", "DmaBufError", "DmaFence", "DmaResv",
-    "Domain", "Exporter", "Importer", "IosysMap", "RemoteTimeline", "SgTable", "Timeline", "Usage", "WwAcquireContext", "access",
-    "allocate", "buffers", "bufinfo", "export", "get", "heaps", "lock_all", "open", "recv", "send", "signalling",
+    "ContractError", "ContractWarning", "Device", "Direction", "DmaBuf", "DmaBufAttachment", "DmaBufError", "DmaFence", "DmaFenceArray",
+    "DmaFenceChain", "DmaResv", "Domain", "Exporter", "FenceOps", "Importer", "IosysMap", "RemoteTimeline", "SgTable", "Timeline",
+    "Usage", "WwAcquireContext", "access", "allocate", "buffers", "bufinfo", "export", "get", "heaps", "lock_all", "merge", "open",
+    "private_stub", "recv", "send", "signalling", "stub_fence", "unwrap", "wait_any",
 }  # fmt: skip
 
 METHODS = {
@@ -23,7 +24,10 @@ METHODS = {
     "SgTable": "from_pages from_ranges from_dma nents orig_nents entries dma_entries pages view cpu_array dma_array set_dma size",
     "Device": "map_sgtable unmap_sgtable read write statistics",
     "DmaFence": "context seqno status error timestamp signal set_error is_signaled wait add_callback remove_callback enable_signaling "
-    "set_deadline deadline describe statistics",
+    "set_deadline deadline describe statistics is_later is_later_or_same later match_context",
+    "DmaFenceArray": "fences signal_on_any enabled",
+    "DmaFenceChain": "prev fence prev_seqno walk find_seqno enabled",
+    "FenceOps": "enable_signaling signaled wait set_deadline release",
     "Timeline": "fence close context statistics",
     "DmaResv": "locked reserve add iterate iterate_unlocked fences replace test_signaled wait describe lock trylock unlock lock_slow "
     "lock_interruptible is_locked locking_ctx statistics",

@@ -14,8 +14,8 @@ fence run in the dispatcher's thread. A callback must not block.
 
 from __future__ import annotations
 
-import asyncio
 import errno
+import math
 import operator
 import os
 import sys
@@ -25,16 +25,22 @@ import warnings
 import weakref
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from dmabuf import _native
 from dmabuf._native import Shm
+from dmabuf.core import awaiting
 from dmabuf.domain.dispatcher import dispatcher
 from dmabuf.domain.domain import Domain
 from dmabuf.errors import contract_warning, fail
 
+if TYPE_CHECKING:
+    from dmabuf.core.fence_ops import FenceOps
+
 NAME_BYTES = 63
 MAX_ERRNO = 4095  # include/linux/err.h
+
+flagged = _native.Fence.is_signaled  # the flag alone; a fence with operations of its own may know more when it is asked (spec 3.6)
 
 
 @dataclass(frozen=True)
@@ -109,7 +115,7 @@ class DmaFence(_native.Fence):
         error = operator.index(error)
         if not self.owned:
             raise fail(errno.EPERM, "set_error", self, "only the process that owns the timeline ends its fences")
-        if self.is_signaled():
+        if flagged(self):
             contract_warning(f"set_error: {self!r} is signalled already: set the error before signalling", 2)
             return
         if not -MAX_ERRNO <= error < 0:
@@ -125,18 +131,22 @@ class DmaFence(_native.Fence):
         """
         if not callable(fn):
             raise TypeError("add_callback: fn is a function of one argument, the fence")
-        token = None if self.is_signaled() else self._watch(fn)
-        if token is None:
-            raise fail(errno.ENOENT, "add_callback", self, "it is signalled: look at its status", what="already signalled")
-        return token
-
-    def _watch(self, fn: Callable[[DmaFence], object]) -> int | None:
         me, domain = weakref.ref(self), self.domain
 
         def call(handle: int) -> None:
             # A queued callback must not keep a fence alive that its owner drops.
             fn(me() or wrap(domain, handle))
 
+        token = self.listen(call)
+        if token is None:
+            raise fail(errno.ENOENT, "add_callback", self, "it is signalled: look at its status", what="already signalled")
+        return token
+
+    def listen(self, call: Callable[[int], object]) -> int | None:
+        """:meth:`add_callback` for the package's own use: the call gets the handle; None when the fence is signalled already."""
+        if flagged(self):
+            return None
+        self.enable_signaling()
         return dispatcher(self.domain).watch(self.handle, call, foreign=not self.owned)
 
     def remove_callback(self, handle: int) -> bool:
@@ -144,8 +154,47 @@ class DmaFence(_native.Fence):
         return dispatcher(self.domain).unwatch(self.handle, handle)
 
     def enable_signaling(self) -> None:
-        """Ask that the fence will signal by itself: our own always do (spec 3.8)."""
-        self.is_signaled()
+        """Ask that the fence will signal by itself. One without operations of its own always does (spec 3.8)."""
+
+    def publish(self) -> None:
+        """The fence is about to be known elsewhere: on a reservation object, in a message.
+
+        Others wait for its slot and can't call its operations, so signalling is enabled now.
+        """
+        self.enable_signaling()
+
+    # ---- numbers (spec 3.10) ----
+
+    def is_later(self, other: DmaFence) -> bool:
+        """Does this fence come after the other on their timeline? Numbers of 32 bits wrap; equal ones are not later.
+
+        ``ContractWarning`` and False when they are of different contexts.
+        """
+        if self.context != other.context:
+            contract_warning(f"is_later: {self!r} and {other!r} are of different contexts, which have no order", 2)
+            return False
+        if self.flags & _native.FF_SEQNO64:
+            return self.seqno > other.seqno
+        return 0 < (self.seqno - other.seqno) & 0xFFFFFFFF < 0x80000000
+
+    def is_later_or_same(self, other: DmaFence) -> bool:
+        """The same fence, or :meth:`is_later`. Two fences with equal numbers are neither."""
+        return self == other or self.is_later(other)
+
+    def later(self, other: DmaFence) -> DmaFence | None:
+        """The later of the two (``other`` on a tie), None when that one is signalled: a context's fences complete in order.
+
+        ``ContractWarning`` and None when they are of different contexts.
+        """
+        if self.context != other.context:
+            contract_warning(f"later: {self!r} and {other!r} are of different contexts, which have no order", 2)
+            return None
+        found = self if self.is_later(other) else other
+        return None if found.is_signaled() else found
+
+    def match_context(self, context: int) -> bool:
+        """Is the fence, or every member of the array, of this context? (Spec 3.15.)"""
+        return self.context == context
 
     # ---- hints ----
 
@@ -166,21 +215,13 @@ class DmaFence(_native.Fence):
         return info["deadline"] or None if info else None
 
     def __await__(self) -> Generator[Any, None, int]:
-        """Wait in a coroutine; the result is ``status``. Cancelling leaves nothing registered."""
+        """Wait in a coroutine, of asyncio or trio; the result is ``status``. Cancelling leaves nothing registered."""
         if not self.is_signaled():
-            loop = asyncio.get_running_loop()
-            future: asyncio.Future[None] = loop.create_future()
-
-            def done(_: DmaFence) -> None:
-                try:
-                    loop.call_soon_threadsafe(_resolve, future)
-                except RuntimeError:
-                    pass  # the loop was closed: nobody awaits it any more
-
-            token = self._watch(done)
+            pause = awaiting.pause()
+            token = self.listen(lambda _: pause.end())
             if token is not None:
                 try:
-                    yield from future
+                    yield from pause.__await__()
                 finally:
                     self.remove_callback(token)
         return self.status
@@ -201,7 +242,7 @@ class DmaFence(_native.Fence):
         raise TypeError("a DmaFence is not pickled: send it with dmabuf.send(), or add it to a buffer's reservation object")
 
     def __del__(self) -> None:
-        if self.owned and not self.is_signaled():
+        if self.owned and not flagged(self):
             shared = self.shm.fence_shared(self.handle)
             if shared:
                 warnings.warn(
@@ -213,11 +254,6 @@ class DmaFence(_native.Fence):
             self.shm.fence_signal(self.handle, -errno.EDEADLK, False)
 
 
-def _resolve(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
-
-
 def _known(domain: Domain) -> weakref.WeakValueDictionary[int, DmaFence]:
     found: weakref.WeakValueDictionary[int, DmaFence] | None = domain.local.get("fences")
     if found is None:
@@ -225,11 +261,26 @@ def _known(domain: Domain) -> weakref.WeakValueDictionary[int, DmaFence]:
     return found
 
 
-def _make(domain: Domain, shm: Shm, handle: int, timeline: Timeline | None, past: tuple[int, int, int] = (0, 0, 0)) -> DmaFence:
-    fence = DmaFence(shm, handle, timeline is not None, *past)
+def _register(fence: DmaFence, domain: Domain, timeline: Timeline | None) -> None:
     fence.domain, fence._timeline, fence._names = domain, timeline, None
-    _known(domain)[handle] = fence
+    _known(domain)[fence.handle] = fence
+
+
+def _make(domain: Domain, shm: Shm, handle: int, past: tuple[int, int, int]) -> DmaFence:
+    fence = DmaFence(shm, handle, False, *past)
+    _register(fence, domain, None)
     return fence
+
+
+def nameless(domain: Domain, kind: str) -> int:
+    """The slot number + 1 of this process's timeline for fences that belong to none: containers and stubs."""
+    domain.join()
+    key = f"timeline of {kind}"
+    found: int | None = domain.local.get(key)
+    if found is None:
+        name = b"stub" if kind == "stub" else b"unbound"
+        found = domain.local[key] = domain.timeline_open(kind.encode(), name)[0] + 1
+    return found
 
 
 def wrap(domain: Domain, handle: int, past: tuple[int, int, int] = (0, 0, 0)) -> DmaFence:
@@ -239,9 +290,35 @@ def wrap(domain: Domain, handle: int, past: tuple[int, int, int] = (0, 0, 0)) ->
     """
     fence = _known(domain).get(handle)
     if fence is None:
-        fence = _make(domain, domain.shm, handle, None, past)
+        fence = _make(domain, domain.shm, handle, past)
         if not fence.is_signaled():
             fence._look_up()  # its names are gone once its slot is used again
+    return fence
+
+
+def stub_fence(*, domain: Domain | None = None) -> DmaFence:
+    """The fence that was always signalled: context 0, seqno 0, names "stub"; one a process (dma_fence_get_stub)."""
+    domain = domain or Domain.default()
+    domain.join()
+    found: DmaFence | None = domain.local.get("stub")
+    if found is None:
+        found = domain.local.setdefault("stub", private_stub(0, domain=domain))
+    return found
+
+
+def private_stub(timestamp: int, *, domain: Domain | None = None) -> DmaFence:
+    """A new signalled fence with this time of signalling, CLOCK_MONOTONIC ns, 0 for now (dma_fence_allocate_private_stub).
+
+    Errors: EINVAL a negative time; ENOSPC the domain is full.
+    """
+    if timestamp < 0:
+        raise fail(errno.EINVAL, "private_stub", f"timestamp {timestamp}", "a timestamp is CLOCK_MONOTONIC nanoseconds")
+    domain = domain or Domain.default()
+    shm = domain.join()
+    handle = shm.fence_alloc(nameless(domain, "stub"), 0, 0, 0, 0, 0)
+    shm.fence_signal(handle, 0, False, timestamp)
+    fence = DmaFence(shm, handle, True)
+    _register(fence, domain, None)
     return fence
 
 
@@ -261,18 +338,22 @@ class Timeline:
     """A fence context of this process: makes fences with rising numbers, and ends them (spec 3.2, 3.10).
 
     ``name``, ``driver``: at most 63 bytes, shown by ``describe`` and ``dmabuf ls``. ``close()`` (or leaving the ``with`` block) ends what
-    is pending with ``-ENOENT``. Fences keep their timeline. In a forked child it is inert.
+    is pending with ``-ENOENT``. Fences keep their timeline. In a forked child it is inert. ``seqno64=False``: its numbers have 32 bits and
+    wrap, as those of most drivers and of sw_sync (spec 3.10).
 
     Errors: EINVAL a name that is too long or has a NUL; ENOSPC the domain is full.
     """
 
-    def __init__(self, name: str | bytes = "", *, driver: str | bytes = "dmabuf", domain: Domain | None = None) -> None:
+    def __init__(
+        self, name: str | bytes = "", *, driver: str | bytes = "dmabuf", seqno64: bool = True, domain: Domain | None = None
+    ) -> None:
         self.domain = domain or Domain.default()
         self.driver, self.name = _checked(driver, "driver"), _checked(name, "name")
         self._index, self.context = self.domain.timeline_open(os.fsencode(self.driver), os.fsencode(self.name))
         self._life = self.domain.shm.life
         self._shm = self.domain.shm
         self._seqno = 0
+        self._flags = _native.FF_SEQNO64 if seqno64 else 0
         self._pending: weakref.WeakValueDictionary[int, DmaFence] = weakref.WeakValueDictionary()
         self._lock = threading.Lock()
         self.closed = False
@@ -280,26 +361,41 @@ class Timeline:
     def __repr__(self) -> str:
         return f"<dmabuf.Timeline {self.name!r} context {self.context} seqno {self._seqno}{' closed' if self.closed else ''}>"
 
-    def fence(self) -> DmaFence:
-        """The next fence.
+    def fence(self, *, seqno: int | None = None, ops: FenceOps | None = None) -> DmaFence:
+        """The next fence. ``seqno``: its number, instead of one more than the newest; ``ops``: its behaviour (:class:`FenceOps`).
 
-        Errors: EPERM in a forked child; EBADF when closed; ENOSPC when every fence of the domain is in use.
+        Errors: EPERM in a forked child; EBADF when closed; EINVAL a number that the timeline has no room for; ENOSPC when every fence of
+        the domain is in use.
         """
         if self._shm.life != self._life:
             raise fail(errno.EPERM, "fence", self, "what a fork inherits is inert in the child: make a timeline in this process")
         if self.closed:
             raise fail(errno.EBADF, "fence", self, "make a new timeline", what="the timeline is closed")
+        kind: Callable[[Shm, int, bool], DmaFence] = DmaFence
+        if ops is not None:
+            from dmabuf.core.fence_ops import custom
+
+            kind = custom(ops)
         with self._lock:
-            seqno = self._seqno + 1
-            handle = self._shm.fence_alloc(self._index + 1, self.context, seqno, 0, 0, 0)
-            self._seqno = seqno
-            fence = _make(self.domain, self._shm, handle, self)
-            self._pending[seqno] = fence
+            number = self._number(seqno)
+            handle = self._shm.fence_alloc(self._index + 1, self.context, number, self._flags, 0, 0)
+            self._seqno = number
+            fence = kind(self._shm, handle, True)
+            _register(fence, self.domain, self)
+            self._pending[handle] = fence
         return fence
 
+    def _number(self, given: int | None) -> int:
+        top = 0xFFFFFFFFFFFFFFFF if self._flags else 0xFFFFFFFF
+        if given is None:
+            return (self._seqno + 1) & top
+        if not 0 <= operator.index(given) <= top:
+            raise fail(errno.EINVAL, "fence", self, f"a seqno of this timeline is 0 to {top}")
+        return operator.index(given)
+
     def pending(self) -> Sequence[DmaFence]:
-        """The fences that are not signalled, oldest first."""
-        return [f for _, f in sorted(self._pending.items()) if not f.is_signaled()]
+        """The fences that are not signalled, lowest number first."""
+        return sorted((f for f in list(self._pending.values()) if not flagged(f)), key=lambda f: f.seqno)
 
     def close(self) -> None:
         """End what is pending with ``-ENOENT``. Again, or in a forked child: nothing."""
@@ -340,3 +436,8 @@ def monotonic_deadline(timeout: float | None, operation: str, obj: object) -> in
     if not timeout >= 0:
         raise fail(errno.EINVAL, operation, obj, "a timeout is seconds >= 0, or None for ever")
     return time.monotonic_ns() + int(min(timeout, 4e9) * 1e9)
+
+
+def seconds_left(until: int) -> float:
+    """What a wait with this end, CLOCK_MONOTONIC ns or -1 for never, has left: always > 0."""
+    return math.inf if until < 0 else max((until - time.monotonic_ns()) / 1e9, 1e-9)

@@ -10,8 +10,6 @@ died is free; whoever takes it goes on with the list as it is, because every cha
 from __future__ import annotations
 
 import errno
-import math
-import time
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +18,8 @@ from typing import NoReturn
 
 from dmabuf._native import Shm
 from dmabuf.core import debug
-from dmabuf.core.fence import DmaFence, monotonic_deadline, wrap
+from dmabuf.core.fence import DmaFence, monotonic_deadline, seconds_left, wrap
+from dmabuf.core.fence_array import is_container
 from dmabuf.core.owner import Owner, current
 from dmabuf.core.usage import Usage, checked_usage
 from dmabuf.core.ww_mutex import WwAcquireContext
@@ -232,10 +231,13 @@ class DmaResv:
     # ---- the list, lock held ----
 
     def reserve(self, n: int) -> None:
-        """Make room for n fences until unlock (spec 4.3). Errors: EINVAL n < 1; ENOMEM, ENOSPC no room, and nothing lost."""
+        """Make room for n fences until unlock; for none, nothing (EINVAL from Linux 6.12 on) (spec 4.3).
+
+        Errors: EINVAL n < 0; ENOMEM, ENOSPC no room, and nothing lost.
+        """
         held = self._assert_held("reserve")
-        if n < 1:
-            raise fail(errno.EINVAL, "reserve", self, "reserve at least one slot")
+        if n < 0:
+            raise fail(errno.EINVAL, "reserve", self, "reserve a number of slots")
         if n > MAX_RESERVE:
             raise fail(errno.ENOMEM, "reserve", self, f"at most {MAX_RESERVE} at once")
         answer = self._record.shm.resv_reserve(self._record.index, n)
@@ -272,6 +274,9 @@ class DmaResv:
                 "make the fence's timeline in the buffer's domain (domain=)",
                 what="the fence belongs to another domain",
             )
+        if is_container(fence):
+            contract_warning(f"{operation}: {fence!r} is a container: add what unwrap() yields, each by itself", 4)
+        fence.publish()
         return fence.handle
 
     def iterate(self, usage: int) -> Iterator[tuple[DmaFence, Usage]]:
@@ -338,7 +343,7 @@ class DmaResv:
                 return 0.0
             if answer < 0:
                 raise fail(errno.EINTR, "wait", self, "a signal arrived; wait again")
-        return math.inf if until < 0 else max((until - time.monotonic_ns()) / 1e9, 1e-9)
+        return seconds_left(until)
 
     def statistics(self) -> ResvStatistics:
         """A snapshot for programs."""

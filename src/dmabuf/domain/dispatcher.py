@@ -13,6 +13,7 @@ import itertools
 import sys
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, cast
@@ -33,7 +34,7 @@ class Dispatcher:
         self.shm = domain.join()
         self.life = self.shm.life
         self._lock = threading.Lock()
-        self._watched: dict[int, dict[int, Callable[[int], None]]] = {}
+        self._watched: dict[int, dict[int, Callable[[int], object]]] = {}
         self._foreign: set[int] = set()
         self._thread: threading.Thread | None = None
         self._running = True
@@ -49,7 +50,7 @@ class Dispatcher:
         self.shm.on_local = on_local
         atexit.register(_stop, me)
 
-    def watch(self, handle: int, call: Callable[[int], None], *, foreign: bool) -> int | None:
+    def watch(self, handle: int, call: Callable[[int], object], *, foreign: bool) -> int | None:
         """Call ``call(handle)`` once when the fence is signalled; a token to take that back, None when it is signalled already."""
         token = next(_tokens)
         with self._lock:
@@ -87,6 +88,8 @@ class Dispatcher:
                 call(handle)
             except BaseException as e:
                 report(e, call)
+        if not before:
+            _work_off()
         _here.running = before
 
     @property
@@ -133,6 +136,34 @@ class Dispatcher:
 def in_callback() -> bool:
     """Does the running thread run a fence's callback?"""
     return bool(getattr(_here, "running", 0))
+
+
+def defer(work: Callable[[], object]) -> None:
+    """Do this when the callbacks that run in this thread are over; at once when there are none."""
+    if in_callback():
+        _deferred().append(work)
+        return
+    _here.running = 1
+    _deferred().append(work)
+    _work_off()
+    _here.running = 0
+
+
+def _deferred() -> deque[Callable[[], object]]:
+    found: deque[Callable[[], object]] | None = getattr(_here, "deferred", None)
+    if found is None:
+        found = _here.deferred = deque()
+    return found
+
+
+def _work_off() -> None:
+    waiting: deque[Callable[[], object]] | None = getattr(_here, "deferred", None)
+    while waiting:
+        work = waiting.popleft()
+        try:
+            work()
+        except BaseException as e:
+            report(e, work)
 
 
 def report(error: BaseException, where: Any) -> None:

@@ -288,6 +288,7 @@ def _pack(things: tuple[Any, ...]) -> tuple[bytes, list[int], list[DmaFence], li
             items.append(_item_of(thing._record))
         elif isinstance(thing, DmaFence):
             check_fence(thing, "send")
+            thing.publish()
             items.append(_item(_FENCE_KIND, thing.domain, _FENCE.pack(thing.handle, thing.context, thing.seqno), thing.timeline_index))
             fences.append(thing)
         elif isinstance(thing, Timeline | RemoteTimeline):

@@ -44,6 +44,7 @@ def _reduce_domain(domain: Domain) -> tuple[Callable[..., Any], tuple[Any, ...]]
 
 def _reduce_fence(fence: DmaFence) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     check_fence(fence, "pickle")
+    fence.publish()
     fence.shm.fence_mark(fence.handle, "shared", 1)  # to drop it unsignalled from now on hurts somebody
     return _make_fence, (fence.domain, fence.handle, (fence.context, fence.seqno, fence.timeline_index))
 

@@ -1,0 +1,123 @@
+"""``DmaFenceArray``: several fences as one (spec 3.15).
+
+It is signalled when all its members are, or with ``signal_on_any`` when the first is. Nothing is watched until somebody waits, adds a
+callback or enables signalling; so, as up to Linux 6.12, an array whose members have all signalled but that nobody enabled polls as
+unsignalled (from 6.13 on it polls its members). Its error is that of the first failing member to complete before it signals.
+
+It belongs to the process that made it and has a slot, a context and a number like any fence, so others may wait for it; ends of members
+reach it after the members' own callbacks. Sent to another process it is made anew there over the same members
+(``core/fence_travel.py``), so it outlives its maker.
+"""
+
+from __future__ import annotations
+
+import errno
+import threading
+from collections.abc import Iterable, Sequence
+from typing import Any, Self
+
+from dmabuf import _native
+from dmabuf._native import OFF_CONTEXT
+from dmabuf.core.fence import DmaFence, _register, nameless
+from dmabuf.core.fence_ops import LazyFence
+from dmabuf.domain.dispatcher import defer
+from dmabuf.domain.domain import Domain
+from dmabuf.errors import contract_warning, fail
+
+_counting = threading.Lock()  # of the members left of all arrays: held for one subtraction
+
+
+class DmaFenceArray(LazyFence):
+    """Several fences as one; ``fences``: its members.
+
+    ``fences``: at least one, all of one domain. ``signal_on_any``: the first end counts, not the last. ``context``, ``seqno``: its own
+    numbers, a fresh context and 1 if not given.
+
+    Errors: EINVAL no member (with a ``ContractWarning``); EXDEV members of several domains; TypeError no fence; ENOSPC the domain is full.
+    ``ContractWarning`` for a member that is a container itself: unwrap() it first.
+    """
+
+    __slots__ = ("_first_error", "_left", "fences", "signal_on_any")
+
+    fences: tuple[DmaFence, ...]
+    signal_on_any: bool
+    _left: int
+    _first_error: int
+
+    def __new__(cls, fences: Iterable[DmaFence], signal_on_any: bool = False, *, context: int | None = None, seqno: int = 1) -> Self:
+        members = tuple(fences)
+        domain = one_domain(members, "DmaFenceArray")
+        for member in members:
+            if is_container(member):
+                contract_warning(f"DmaFenceArray: {member!r} is a container itself: unwrap() it first", 2)
+        shm = domain.join()
+        number = shm.add64(OFF_CONTEXT, 1) if context is None else context
+        handle = shm.fence_alloc(nameless(domain, "dma_fence_array"), number, seqno, _native.FF_CONTAINER, 0, 0)
+        self = super().__new__(cls, shm, handle, True)
+        _register(self, domain, None)
+        self.fences, self.signal_on_any, self._enabled = members, bool(signal_on_any), False
+        self._left, self._first_error = 1 if signal_on_any else len(members), 0
+        return self
+
+    def _enable(self) -> bool:
+        for member in self.fences:
+            if member.listen(lambda _, member=member: self._ended(member)) is None and self._count(member):  # type: ignore[misc]
+                return False
+        return True
+
+    def _count(self, member: DmaFence) -> bool:
+        """A member has ended; is it the one that ends the array?"""
+        error = member.error
+        with _counting:
+            self._first_error = self._first_error or error
+            self._left -= 1
+            return self._left == 0
+
+    def _ended(self, member: DmaFence) -> None:
+        if self._count(member):
+            defer(self._finish)
+
+    def _polled(self) -> bool:
+        return self._left <= 0
+
+    def _error(self) -> int:
+        return self._first_error
+
+    def set_deadline(self, ns: int) -> None:
+        """Forwarded to every member (spec 3.12)."""
+        super().set_deadline(ns)
+        for member in self.fences:
+            member.set_deadline(ns)
+
+    def match_context(self, context: int) -> bool:
+        """Are all members of this context?"""
+        return all(member.match_context(context) for member in self.fences)
+
+
+def one_domain(members: Sequence[Any], operation: str) -> Domain:
+    """The domain of all of them. Errors: EINVAL none, with a ContractWarning; TypeError no fence; EXDEV several domains."""
+    if not members:
+        contract_warning(f"{operation}: no fences", 3)
+        raise fail(errno.EINVAL, operation, "no fences", "name at least one")
+    for member in members:
+        if not isinstance(member, DmaFence):
+            raise TypeError(f"{operation}: a DmaFence is expected, not {type(member).__name__}")
+    domain: Domain = members[0].domain
+    if any(member.domain is not domain for member in members):
+        raise fail(errno.EXDEV, operation, "fences of several domains", "combine the fences of each domain by themselves")
+    return domain
+
+
+def is_container(fence: DmaFence) -> bool:
+    """Is it an array or a chain (dma_fence_is_container), of this process or another?"""
+    return bool(fence.flags & _native.FF_CONTAINER)
+
+
+def array_first(head: DmaFence | None) -> DmaFence | None:
+    """The first member of an array; another fence itself; None for None (spec 3.15)."""
+    return head.fences[0] if isinstance(head, DmaFenceArray) else head
+
+
+def array_next(head: DmaFence | None, index: int) -> DmaFence | None:
+    """Member ``index`` of an array; None past its end, and for anything else."""
+    return head.fences[index] if isinstance(head, DmaFenceArray) and 0 <= index < len(head.fences) else None

@@ -1,0 +1,172 @@
+"""``FenceOps``: fences with behaviour of their own, and what containers share with them (spec 3.1, 3.6-3.9).
+
+``Timeline.fence(ops=…)`` makes one. Every operation is optional, and belongs to the process that made the fence:
+
+====================  ========================================================================================================
+``enable_signaling``  called once, before the first wait, callback or await, and when the fence becomes known elsewhere (added to a
+                      reservation object, sent): see to it that it will be signalled. False: it is done already, or can't be
+                      enabled; the fence is signalled at once, with the error that ``set_error`` has set
+``signaled``          is it done, though nobody signalled it? Asked by ``is_signaled``, ``status`` and ``describe``; once True, always
+                      True. It never enables anything, so a fence may report only after it was enabled
+``wait``              a wait of its own instead of the futex
+``set_deadline``      a hint of this process that somebody wants it by then; any number of times
+``release``           the last reference is gone
+====================  ========================================================================================================
+
+So there are two notions of "signalled": ``add_callback`` and waits go by the flag alone, ``is_signaled`` and ``status`` also ask
+``signaled`` and, on True, signal the fence. Other processes see the flag: they wait for the fence's slot, and nothing of this calls
+across. Operations are called without any lock of the package held; they may be called by any thread. In a forked child a fence made
+before is another process's: its operations are not called.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from dmabuf._native import Shm
+from dmabuf.core.fence import DmaFence, flagged, monotonic_deadline
+from dmabuf.domain.dispatcher import report
+
+_flip = threading.Lock()  # of the marks "enabled" of all fences: held for one store
+
+
+class FenceOps:
+    """The operations of a custom fence; override those that it needs."""
+
+    def enable_signaling(self, fence: DmaFence) -> bool:
+        """Optional. See to it that the fence will be signalled; False: it is done, or can't be. Called at most once, and must not wait."""
+        return True
+
+    def signaled(self, fence: DmaFence) -> bool:
+        """Optional. Is it done? May set the error just before the first True."""
+        raise NotImplementedError
+
+    def wait(self, fence: DmaFence, interruptible: bool, timeout: float | None) -> float:
+        """Optional. Wait at most ``timeout`` seconds (None: for ever); the seconds left (> 0), or 0.0 when the time is over."""
+        raise NotImplementedError
+
+    def set_deadline(self, fence: DmaFence, ns: int) -> None:
+        """Optional. Somebody would like the fence to be signalled by this CLOCK_MONOTONIC time, in ns."""
+
+    def release(self, fence: DmaFence) -> None:
+        """Optional. Nobody here has the fence any more. Called in whichever thread let go of it last: take no lock."""
+
+
+class LazyFence(DmaFence):
+    """A fence that has to be asked: what custom fences and containers are built on."""
+
+    __slots__ = ("_enabled",)
+
+    _enabled: bool
+
+    def _enable(self) -> bool:
+        """Begin to watch; False: done already."""
+        raise NotImplementedError
+
+    def _polled(self) -> bool:
+        """Done, whatever the flag says?"""
+        raise NotImplementedError
+
+    def _error(self) -> int:
+        """What it ends with, when it ends by itself."""
+        return 0
+
+    def _finish(self) -> None:
+        """End it, if nobody else did."""
+        self.shm.fence_signal(self.handle, self._error(), False)
+
+    def enable_signaling(self) -> None:
+        """Ask that the fence will signal by itself: once, and without effect afterwards or in a forked child (spec 3.8)."""
+        with _flip:
+            if self._enabled or flagged(self) or not self.owned:
+                return
+            self._enabled = True
+        try:
+            going = self._enable()
+        except BaseException:
+            self._enabled = False
+            raise
+        if not going:
+            self._finish()
+
+    @property
+    def enabled(self) -> bool:
+        """Was signalling asked for?"""
+        return self._enabled
+
+    def is_signaled(self) -> bool:
+        """True once the fence has ended, or says that it is done; then it is signalled here (spec 3.6). Never enables signalling."""
+        if flagged(self):
+            return True
+        if self.owned and self._polled():
+            self._finish()
+            return True
+        return False
+
+    @property
+    def status(self) -> int:
+        """0 pending, 1 signalled, or the negative errno it ended with; asks as :meth:`is_signaled` does (spec 3.5)."""
+        self.is_signaled()
+        return super().status
+
+    def wait(self, timeout: float | None = None, *, interruptible: bool = False) -> float:
+        """Enable signalling, then wait until signalled; the seconds left (> 0; inf for None), 0.0 when timed out (spec 3.9).
+
+        Errors: EINVAL a negative timeout; EINTR a signal, if ``interruptible``.
+        """
+        monotonic_deadline(timeout, "wait", self)
+        self.enable_signaling()
+        return super().wait(timeout, interruptible=interruptible)
+
+
+class CustomFence(LazyFence):
+    """A fence with :class:`FenceOps`; made by ``Timeline.fence(ops=…)``."""
+
+    __slots__ = ("ops",)
+
+    ops: FenceOps
+
+    def _enable(self) -> bool:
+        return self.ops.enable_signaling(self)
+
+    def _polled(self) -> bool:
+        return type(self.ops).signaled is not FenceOps.signaled and self.ops.signaled(self)
+
+    def wait(self, timeout: float | None = None, *, interruptible: bool = False) -> float:
+        """:meth:`LazyFence.wait`, or the fence's own."""
+        if type(self.ops).wait is FenceOps.wait or not self.owned:
+            return super().wait(timeout, interruptible=interruptible)
+        monotonic_deadline(timeout, "wait", self)
+        self.enable_signaling()
+        left = self.ops.wait(self, interruptible, timeout)
+        return math.inf if timeout is None and left > 0 else float(left)
+
+    def set_deadline(self, ns: int) -> None:
+        """:meth:`DmaFence.set_deadline`, told to the fence's operations too while it is pending."""
+        super().set_deadline(ns)
+        if self.owned and not self.is_signaled():
+            self.ops.set_deadline(self, ns)
+
+    def __del__(self) -> None:
+        super().__del__()
+        if self.owned:
+            try:
+                self.ops.release(self)
+            except Exception as e:  # a finaliser has nobody to raise to
+                report(e, self.ops.release)
+
+
+def custom(ops: Any) -> Callable[[Shm, int, bool], CustomFence]:
+    """What makes fences with these operations. Errors: TypeError no :class:`FenceOps`."""
+    if not isinstance(ops, FenceOps):
+        raise TypeError(f"fence: ops is a dmabuf.FenceOps, not {type(ops).__name__}")
+
+    def make(shm: Shm, handle: int, owned: bool) -> CustomFence:
+        fence = CustomFence(shm, handle, owned)
+        fence.ops, fence._enabled = ops, False
+        return fence
+
+    return make
