@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 
 import dmabuf
-from dmabuf import ContractError, DmaResv
+from dmabuf import ContractError, DmaResv, WwAcquireContext
 from tests.support.errnos import raises_errno
 from tests.support.holder import Holder
 from tests.support.waiting import Background, until_asleep
@@ -34,6 +34,25 @@ def test_lock_interruptible_is_eintr_on_a_signal(resv: DmaResv) -> None:
             with raises_errno(errno.EINTR, InterruptedError):
                 resv.lock_interruptible()
             assert resv.trylock() is False
+    finally:
+        signal.signal(signal.SIGUSR1, old)
+
+
+def test_lock_slow_is_eintr_on_a_signal_when_asked_and_its_lock_comes_first_still() -> None:
+    wanted, own = DmaResv(), DmaResv()
+    old = signal.signal(signal.SIGUSR1, lambda *_: None)
+    try:
+        with Holder(wanted, with_context=True) as holder, WwAcquireContext() as younger:
+            own.lock(younger)
+            with raises_errno(errno.EDEADLK):
+                wanted.lock(younger)
+            own.unlock()
+            with Background(poke_main_when_asleep), raises_errno(errno.EINTR, InterruptedError):
+                wanted.lock_slow(younger, interruptible=True)
+            assert (younger.contended, younger.acquired) == (wanted, 0)
+            holder.let_go()
+            wanted.lock_slow(younger, interruptible=True)
+            wanted.unlock()
     finally:
         signal.signal(signal.SIGUSR1, old)
 

@@ -73,6 +73,8 @@ class DmaBufAttachment:
     """A device attached to a buffer. ``priv``: the exporter's, for whatever it needs; ``peer2peer``: memory without pages will do.
 
     ``dev``, ``dmabuf``, ``importer`` (None when static), ``attached``: False after detach.
+
+    Kernel: dma_buf_attachment (dmabuf, dev, peer2peer, priv, importer_ops as importer, importer_priv as importer).
     """
 
     __slots__ = ("__weakref__", "_backing", "_cached", "_mapped", "_resv", "attached", "dev", "dmabuf", "importer", "peer2peer", "priv")
@@ -97,7 +99,7 @@ class DmaBufAttachment:
 
     @property
     def is_dynamic(self) -> bool:
-        """Was it attached with an importer (dma_buf_attachment_is_dynamic)?"""
+        """Was it attached with an importer? Kernel: dma_buf_attachment_is_dynamic."""
         return self.importer is not None
 
     # ---- the lock table (spec 2.19) ----
@@ -127,7 +129,7 @@ class DmaBufAttachment:
 
         ``interruptible``: a signal ends that wait with EINTR, mapped nothing. Errors: the exporter's, ENOMEM when it returned no table;
         EBUSY the kept table is of another direction; EINVAL no direction, detached (with ``ContractWarning``); ``ContractError`` without
-        the lock.
+        the lock. Kernel: dma_buf_map_attachment.
         """
         self._locked("map")
         way = checked_direction(direction, "map", self)
@@ -173,7 +175,7 @@ class DmaBufAttachment:
         """Give a table back; a kept one stays (spec 2.13). The lock is held; ``direction`` as for map.
 
         Errors: ``ContractWarning``, and nothing is done, for None; ``ContractError`` without the lock, and for a table that this attachment
-        has not mapped or has unmapped; EINVAL as :meth:`map`.
+        has not mapped or has unmapped; EINVAL as :meth:`map`. Kernel: dma_buf_unmap_attachment.
         """
         self._locked("unmap")
         self._unmap(sgt, direction)
@@ -196,13 +198,19 @@ class DmaBufAttachment:
                 self._backing.exporter.unpin(self)
 
     def map_unlocked(self, direction: int, *, interruptible: bool = False) -> SgTable:
-        """:meth:`map` that takes the lock itself. Errors: as map, but with the lock held ``ContractWarning`` and EDEADLK."""
+        """:meth:`map` that takes the lock itself. Errors: as map, but with the lock held ``ContractWarning`` and EDEADLK.
+
+        Kernel: dma_buf_map_attachment_unlocked.
+        """
         self._unlocked("map_unlocked")
         with self._resv.locked():
             return self.map(direction, interruptible=interruptible)
 
     def unmap_unlocked(self, sgt: SgTable | None, direction: int) -> None:
-        """:meth:`unmap` that takes the lock itself. Errors: as unmap, but with the lock held ``ContractWarning`` and EDEADLK."""
+        """:meth:`unmap` that takes the lock itself. Errors: as unmap, but with the lock held ``ContractWarning`` and EDEADLK.
+
+        Kernel: dma_buf_unmap_attachment_unlocked.
+        """
         self._unlocked("unmap_unlocked")
         with self._resv.locked():
             self._unmap(sgt, direction)
@@ -222,13 +230,14 @@ class DmaBufAttachment:
         """Keep the memory where it is (spec 2.10), for long uses such as scanout; the lock is held. Nothing without the exporter's op.
 
         Errors: the exporter's; ``ContractError`` without the lock. ``ContractWarning`` on a static attachment, which is pinned anyhow.
+        Kernel: dma_buf_pin.
         """
         self._pinning("pin")
         if self._backing.dynamic:
             self._backing.exporter.pin(self)
 
     def unpin(self) -> None:
-        """Undo one :meth:`pin`; the lock is held. Errors: as pin."""
+        """Undo one :meth:`pin`; the lock is held. Errors: as pin. Kernel: dma_buf_unpin."""
         self._pinning("unpin")
         if self._backing.dynamic:
             self._backing.exporter.unpin(self)
@@ -245,6 +254,7 @@ class DmaBufAttachment:
         """End the attachment (spec 2.9): what is kept is unmapped and unpinned, the exporter's ``detach`` runs. The lock is not held.
 
         Errors: ``ContractWarning``, and nothing is done, when it is detached already; ``ContractWarning`` and EDEADLK with the lock held.
+        Kernel: dma_buf_detach.
         """
         if not self.attached:
             contract_warning(f"detach: {self!r}: it was detached already", 2)

@@ -54,7 +54,10 @@ MEMFD = b"memfd"
 
 @dataclass(frozen=True)
 class BufferStatistics:
-    """What a handle says of itself. ``mapped``: the handle keeps a mapping for its accesses; ``accesses``: open blocks of this handle."""
+    """What a handle says of itself. ``mapped``: the handle keeps a mapping for its accesses; ``accesses``: open blocks of this handle.
+
+    Kernel: dma_buf.attachments as attachments, dma_buf.vmapping_counter as vmaps.
+    """
 
     size: int
     ino: int
@@ -67,7 +70,10 @@ class BufferStatistics:
 
 
 class DmaBuf:
-    """A buffer, made by :func:`dmabuf.allocate`, :func:`dmabuf.export`, :func:`dmabuf.get`, :func:`dmabuf.open` and :func:`dmabuf.recv`."""
+    """A buffer, made by :func:`dmabuf.allocate`, :func:`dmabuf.export`, :func:`dmabuf.get`, :func:`dmabuf.open` and :func:`dmabuf.recv`.
+
+    Kernel: dma_buf (file as fileno).
+    """
 
     __slots__ = ("__weakref__", "_accesses", "_fd", "_life", "_mapping", "_polls", "_record", "_resv", "_size", "domain")
 
@@ -133,7 +139,10 @@ class DmaBuf:
             raise fail(e.errno or errno.EIO, "dup", self, "raise RLIMIT_NOFILE or close descriptors") from None
 
     def detach(self) -> int:
-        """Close the handle but keep its fd, which the caller owns from now on. Errors: EBADF; EBUSY inside an access of this handle."""
+        """Close the handle but keep its fd, which the caller owns from now on. Errors: EBADF; EBUSY inside an access of this handle.
+
+        Kernel: dma_buf_fd.
+        """
         fd = self._check("detach")
         self._leave("detach")
         self._fd = -1
@@ -205,11 +214,14 @@ class DmaBuf:
             self._close(fd, quiet=True)
 
     def get_dma_buf(self) -> DmaBuf:
-        """Another reference: a handle with an fd and a close of its own (spec 2.5). Errors: EBADF, EMFILE."""
+        """Another reference: a handle with an fd and a close of its own (spec 2.5). Errors: EBADF, EMFILE.
+
+        Kernel: get_dma_buf.
+        """
         return DmaBuf._make(self.dup(), self._record)
 
     def put(self) -> None:
-        """Drop a reference: ``close()`` by the kernel's name (spec 2.4)."""
+        """Drop a reference: ``close()`` by the kernel's name (spec 2.4). Kernel: dma_buf_put."""
         self.close()
 
     def __eq__(self, other: object) -> bool:
@@ -228,7 +240,7 @@ class DmaBuf:
 
     @property
     def size(self) -> int:
-        """Bytes; never changes (spec 1.2)."""
+        """Bytes; never changes (spec 1.2). Kernel: dma_buf.size."""
         self._check("size")
         return self._size
 
@@ -240,7 +252,7 @@ class DmaBuf:
 
     @property
     def exp_name(self) -> str:
-        """The exporter's name (spec 1.2)."""
+        """The exporter's name (spec 1.2). Kernel: dma_buf.exp_name."""
         self._check("exp_name")
         return os.fsdecode(self._record.exp_name)
 
@@ -254,7 +266,7 @@ class DmaBuf:
     def name(self) -> str | None:
         """The name that users gave, None when never set. Settable, from any process: at most 31 bytes (spec 5.4).
 
-        Errors on setting: EINVAL longer, or with a NUL; TypeError neither str nor bytes.
+        Errors on setting: EINVAL longer, or with a NUL; TypeError neither str nor bytes. Kernel: dma_buf.name.
         """
         self._check("name")
         found = self._record.info()["name"]
@@ -270,7 +282,7 @@ class DmaBuf:
 
     @property
     def resv(self) -> DmaResv:
-        """The buffer's reservation object; the same object for every handle in this process."""
+        """The buffer's reservation object; the same object for every handle in this process. Kernel: dma_buf.resv."""
         if self._resv is None:
             self._check("resv")
             self._resv = resv_of(self._record)
@@ -332,7 +344,7 @@ class DmaBuf:
     def dma_mmap(self, offset: int, length: int) -> _native.Mapping:
         """The mapping an importer gets that redirects its own mmap here (spec 2.17).
 
-        Errors: as :meth:`mmap`; EOVERFLOW when offset + length passes the address range.
+        Errors: as :meth:`mmap`; EOVERFLOW when offset + length passes the address range. Kernel: dma_buf_mmap.
         """
         self._not_locked("dma_mmap")
         if offset + length > 1 << 64:
@@ -352,7 +364,7 @@ class DmaBuf:
         """The whole buffer as a kernel mapping, counted: n calls need n ``vunmap`` (spec 2.18). The reservation lock is held.
 
         ``into``: a map to fill and return; it is NULL after every failure. Errors: ``ContractError`` without the lock; EBADF; EINVAL the
-        exporter offers none; the exporter's, with a ``ContractWarning``.
+        exporter offers none; the exporter's, with a ``ContractWarning``. Kernel: dma_buf_vmap.
         """
         if into is not None:
             into.clear()
@@ -360,7 +372,10 @@ class DmaBuf:
         return self._vmap(into)
 
     def vmap_unlocked(self, into: IosysMap | None = None) -> IosysMap:
-        """:meth:`vmap` that takes the lock itself. Errors: as vmap, but ``ContractWarning`` and EDEADLK with the lock held."""
+        """:meth:`vmap` that takes the lock itself. Errors: as vmap, but ``ContractWarning`` and EDEADLK with the lock held.
+
+        Kernel: dma_buf_vmap_unlocked.
+        """
         if into is not None:
             into.clear()
         self._not_locked("vmap_unlocked")
@@ -377,13 +392,16 @@ class DmaBuf:
     def vunmap(self, map: IosysMap) -> None:
         """End one ``vmap``; the map must be equal to what it gave. The reservation lock is held.
 
-        Errors: ``ContractError`` without the lock, for another map, or for one vunmap too many (spec 2.18: BUG).
+        Errors: ``ContractError`` without the lock, for another map, or for one vunmap too many (spec 2.18: BUG). Kernel: dma_buf_vunmap.
         """
         self._locked("vunmap")
         backing_of(self._record).vunmap(self, map)
 
     def vunmap_unlocked(self, map: IosysMap) -> None:
-        """:meth:`vunmap` that takes the lock itself. Errors: as vunmap, but ``ContractWarning`` and EDEADLK with the lock held."""
+        """:meth:`vunmap` that takes the lock itself. Errors: as vunmap, but ``ContractWarning`` and EDEADLK with the lock held.
+
+        Kernel: dma_buf_vunmap_unlocked.
+        """
         self._not_locked("vunmap_unlocked")
         with self.resv.locked():
             backing_of(self._record).vunmap(self, map)
@@ -396,6 +414,7 @@ class DmaBuf:
         ``interruptible``: a signal ends the wait for KERNEL fences, where one is needed, with EINTR. Errors, with nothing attached: the
         exporter's (EBUSY: the memory is where the device can't reach it); ``ContractWarning`` and EINVAL no device, an importer without
         ``move_notify``; ``ContractWarning`` and EDEADLK with the lock held; ENODEV the exporter is another process; EBADF.
+        Kernel: dma_buf_attach, dma_buf_dynamic_attach.
         """
         from dmabuf.core import attachment
 
@@ -406,6 +425,7 @@ class DmaBuf:
         """Tell every dynamic importer, the newest attachment first, that the memory is about to move (spec 2.14). The lock is held.
 
         For the exporter. What a callback raises goes to ``sys.unraisablehook``. Errors: ``ContractError`` without the lock; EBADF.
+        Kernel: dma_buf_move_notify.
         """
         from dmabuf.core import attachment
 
@@ -414,7 +434,7 @@ class DmaBuf:
 
     @property
     def is_dynamic(self) -> bool:
-        """May its exporter move it: has it ``pin`` (dma_buf_is_dynamic)?"""
+        """May its exporter move it: has it ``pin``? Kernel: dma_buf_is_dynamic."""
         self._check("is_dynamic")
         return self._record.live is not None and bool(self._record.live.dynamic)
 
@@ -437,7 +457,7 @@ class DmaBuf:
 
         TO_DEVICE and BIDIRECTIONAL wait for writers and readers, FROM_DEVICE and NONE for writers. A failed fence does not fail the
         call. An exporter's op comes first; when it fails, nothing is waited for. Errors: EBADF; the exporter's; EINVAL no direction;
-        ETIMEDOUT; EINTR if ``interruptible``; ``ContractWarning`` and EDEADLK with the lock held.
+        ETIMEDOUT; EINTR if ``interruptible``; ``ContractWarning`` and EDEADLK with the lock held. Kernel: dma_buf_begin_cpu_access.
         """
         self._not_locked("begin_cpu_access")
         way = checked_direction(direction, "begin_cpu_access", self)
@@ -454,7 +474,10 @@ class DmaBuf:
             backing_of(self._record).brackets += 1
 
     def end_cpu_access(self, direction: int) -> None:
-        """End a CPU access: waits for nothing, and nothing counts begin against end (spec 2.16). Errors: as begin."""
+        """End a CPU access: waits for nothing, and nothing counts begin against end (spec 2.16). Errors: as begin.
+
+        Kernel: dma_buf_end_cpu_access.
+        """
         self._not_locked("end_cpu_access")
         way = checked_direction(direction, "end_cpu_access", self)
         if debug.enabled:
@@ -576,6 +599,7 @@ def get(fd: int, *, domain: Domain | None = None) -> DmaBuf:
     """An own reference to the buffer behind an fd that came as a plain number; the caller keeps the fd (spec 2.3).
 
     Errors: EBADF no open fd; EINVAL no dma-buf; EXDEV a buffer of another domain; ENODEV its exporter has released it; EMFILE.
+    Kernel: dma_buf_get.
     """
     domain = domain or Domain.default()
     identify(fd, domain)

@@ -88,10 +88,10 @@ def inject(ctx: WwAcquireContext) -> bool:
 
 @contextmanager
 def signalling() -> Iterator[None]:
-    """Code that a fence's signal depends on (dma_fence_begin_signalling): reservation locks are not to be taken in it.
+    """Code that a fence's signal depends on: reservation locks are not to be taken in it.
 
     A section belongs to the thread or asyncio task, and may be inside of another. Taking a lock in it: ``ContractWarning``, and the lock
-    is taken.
+    is taken. Kernel: dma_fence_begin_signalling, dma_fence_end_signalling.
     """
     global sections
     token = _sections.set(_sections.get() + 1)

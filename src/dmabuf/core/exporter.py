@@ -49,7 +49,10 @@ EXP_NAME_BYTES = 31  # what a record has room for
 
 
 class Exporter:
-    """Base class of exporters: override what the exporter can do. See the module for locks and promises."""
+    """Base class of exporters: override what the exporter can do. See the module for locks and promises.
+
+    Kernel: dma_buf_ops.
+    """
 
     __slots__ = ()
 
@@ -57,42 +60,51 @@ class Exporter:
         """A device is about to attach; look at ``attachment.dev``, keep what is needed in ``attachment.priv``.
 
         Optional. The lock is not held. May set ``attachment.peer2peer`` to False when it can't do that. Errors: any; EBUSY: the memory is
-        where this device can't reach it, and can't move. The attachment then never was.
+        where this device can't reach it, and can't move. The attachment then never was. Kernel: dma_buf_ops.attach.
         """
         raise NotImplementedError
 
     def detach(self, attachment: DmaBufAttachment) -> None:
-        """The attachment ends; free what ``attach`` made. Optional. The lock is not held. Has no errors."""
+        """The attachment ends; free what ``attach`` made. Optional. The lock is not held. Has no errors.
+
+        Kernel: dma_buf_ops.detach.
+        """
         raise NotImplementedError
 
     def pin(self, attachment: DmaBufAttachment) -> None:
         """Let the memory stay where it is until as many ``unpin``; it is there and cleared, moves are done, when this returns.
 
         Optional, only together with ``unpin``; makes the exporter dynamic. The lock is held. Nesting is the exporter's to count; pinning in
-        place is fine. Errors: any.
+        place is fine. Errors: any. Kernel: dma_buf_ops.pin.
         """
         raise NotImplementedError
 
     def unpin(self, attachment: DmaBufAttachment) -> None:
-        """Undo one ``pin``. Optional, only together with ``pin``. The lock is held. Has no errors."""
+        """Undo one ``pin``. Optional, only together with ``pin``. The lock is held. Has no errors.
+
+        Kernel: dma_buf_ops.unpin.
+        """
         raise NotImplementedError
 
     def map(self, attachment: DmaBufAttachment, direction: Direction) -> SgTable | None:
         """Make the memory reachable for ``attachment.dev``; a new table with its DMA side filled (``attachment.dev.map_sgtable``).
 
-        Mandatory. The lock is held. None is ENOMEM. Errors: any; EINTR when a signal ended a wait.
+        Mandatory. The lock is held. None is ENOMEM. Errors: any; EINTR when a signal ended a wait. Kernel: dma_buf_ops.map_dma_buf.
         """
         raise NotImplementedError
 
     def unmap(self, attachment: DmaBufAttachment, sgt: SgTable, direction: Direction) -> None:
-        """Undo one ``map``, with the direction that it had. Mandatory. The lock is held. Has no errors."""
+        """Undo one ``map``, with the direction that it had. Mandatory. The lock is held. Has no errors.
+
+        Kernel: dma_buf_ops.unmap_dma_buf.
+        """
         raise NotImplementedError
 
     def release(self, buf: DmaBuf) -> None:
         """The last reference is gone, everywhere: free the memory. Called once, after everything else.
 
         Mandatory. No lock is held. ``buf`` tells who it was (``ino``, ``name``, ``size``) and is closed afterwards; it can't be kept. Has
-        no errors: what it raises is shown by ``sys.unraisablehook``.
+        no errors: what it raises is shown by ``sys.unraisablehook``. Kernel: dma_buf_ops.release.
         """
         raise NotImplementedError
 
@@ -100,37 +112,43 @@ class Exporter:
         """The CPU is about to look (FROM_DEVICE) or to change (TO_DEVICE, BIDIRECTIONAL): make it coherent.
 
         Optional. The lock is not held. Errors: any; then no fence is waited for, and the access does not take place.
+        Kernel: dma_buf_ops.begin_cpu_access.
         """
         raise NotImplementedError
 
     def end_cpu_access(self, buf: DmaBuf, direction: Direction) -> None:
-        """The CPU is done. Optional. The lock is not held. Nothing pairs begin and end but the exporter. Errors: any, passed on."""
+        """The CPU is done. Optional. The lock is not held. Nothing pairs begin and end but the exporter. Errors: any, passed on.
+
+        Kernel: dma_buf_ops.end_cpu_access.
+        """
         raise NotImplementedError
 
     def mmap(self, buf: DmaBuf, offset: int, length: int) -> Mapping:
         """The bytes for user space: a mapping such as ``DmaBuf.mmap`` of a buffer that holds the memory returns.
 
         Optional; without it ``mmap()``, ``read()`` and ``write()`` are EINVAL. The lock is not held. The range lies inside of the size.
-        The buffer lives until the mapping is closed. Errors: any.
+        The buffer lives until the mapping is closed. Errors: any. Kernel: dma_buf_ops.mmap.
         """
         raise NotImplementedError
 
     def vmap(self, buf: DmaBuf) -> IosysMap:
         """The whole buffer as a kernel mapping. Optional; without it ``vmap()`` is EINVAL. The lock is held.
 
-        Called once until ``vunmap``: the framework counts. Errors: any.
+        Called once until ``vunmap``: the framework counts. Errors: any. Kernel: dma_buf_ops.vmap.
         """
         raise NotImplementedError
 
     def vunmap(self, buf: DmaBuf, map: IosysMap) -> None:
-        """Undo ``vmap``. Optional. The lock is held. Has no errors."""
+        """Undo ``vmap``. Optional. The lock is held. Has no errors. Kernel: dma_buf_ops.vunmap."""
         raise NotImplementedError
 
 
 class Importer:
-    """Base class of what makes an attachment dynamic (dma_buf_attach_ops).
+    """Base class of what makes an attachment dynamic.
 
     ``allow_peer2peer``: the importer copes with memory that has no pages, such as another device's.
+
+    Kernel: dma_buf_attach_ops (allow_peer2peer).
     """
 
     __slots__ = ()
@@ -141,7 +159,7 @@ class Importer:
         """The memory is about to move. Mandatory. The lock is held, and must not be taken.
 
         What is mapped stays valid during the call but shows the old place: unmap and map again as soon as possible, but not in here; what
-        the device can't stop at once is to be on the reservation object as a fence. Has no errors.
+        the device can't stop at once is to be on the reservation object as a fence. Has no errors. Kernel: dma_buf_attach_ops.move_notify.
         """
         raise NotImplementedError
 
@@ -217,6 +235,9 @@ def export(
     Errors, in this order: ``ContractWarning`` and EINVAL no exporter, or one without map, unmap or release; caching with a dynamic
     exporter; one of pin and unpin; EINVAL a bad name, size or flags; EDEADLK (and ``ContractWarning``) the lock of ``resv`` is held; EXDEV
     it is of another domain; ENOENT the owner is going away; EMFILE, ENOSPC.
+
+    Kernel: dma_buf_export, dma_buf_export_info (exp_name, owner, ops as exporter, size, flags, resv, priv as exporter),
+    DEFINE_DMA_BUF_EXPORT_INFO, dma_buf_ops.cache_sgt_mapping as cache_sgt_mapping, dma_buf.owner as owner.
     """
     from dmabuf.core.backing import checked_ops, make
 

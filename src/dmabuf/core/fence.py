@@ -63,6 +63,10 @@ class DmaFence(_native.Fence):
     ``context``, ``seqno``: which timeline, which number on it. ``status``: 0 pending, 1 signalled, or the negative errno it ended with;
     ``error``: that errno or 0. ``timestamp``: CLOCK_MONOTONIC ns of signalling, 0 while pending (and for a fence of another process whose
     slot was used again before anybody here looked). Equal and hashed by identity in the domain. Spec 3.
+
+    Kernel: dma_fence (context, seqno, error, timestamp), dma_fence_signal as signal, dma_fence_is_signaled as is_signaled,
+    dma_fence_get_status as status, dma_fence_timestamp as timestamp, dma_fence_wait as wait, dma_fence_wait_timeout as wait,
+    dma_fence_default_wait as wait.
     """
 
     __slots__ = ("__weakref__", "_names", "_timeline", "domain")
@@ -91,12 +95,15 @@ class DmaFence(_native.Fence):
 
     @property
     def driver_name(self) -> str:
-        """Who made the timeline ("" when its slot was used again before anybody here looked)."""
+        """Who made the timeline ("" when its slot was used again before anybody here looked).
+
+        Kernel: dma_fence_ops.get_driver_name.
+        """
         return self._look_up()[0]
 
     @property
     def timeline_name(self) -> str:
-        """The timeline's name."""
+        """The timeline's name. Kernel: dma_fence_ops.get_timeline_name."""
         return self._look_up()[1]
 
     @property
@@ -110,7 +117,7 @@ class DmaFence(_native.Fence):
         """The negative errno that the fence will end with, to be set before it is signalled (spec 3.5).
 
         Errors: EPERM from another process. ``ContractWarning`` when signalled already, or when ``error`` is not in -4095…-1; the kernel
-        stores it regardless, and so do we while the fence is pending.
+        stores it regardless, and so do we while the fence is pending. Kernel: dma_fence_set_error.
         """
         error = operator.index(error)
         if not self.owned:
@@ -128,6 +135,8 @@ class DmaFence(_native.Fence):
         """Call ``fn(fence)`` once when the fence is signalled; returns a handle for :meth:`remove_callback` (spec 3.7).
 
         Errors: ENOENT when it is signalled already (``fn`` is not called). TypeError when ``fn`` can't be called.
+
+        Kernel: dma_fence_add_callback, dma_fence_func_t as fn, dma_fence_cb.func as fn.
         """
         if not callable(fn):
             raise TypeError("add_callback: fn is a function of one argument, the fence")
@@ -150,11 +159,14 @@ class DmaFence(_native.Fence):
         return dispatcher(self.domain).watch(self.handle, call, foreign=not self.owned)
 
     def remove_callback(self, handle: int) -> bool:
-        """Take a callback back; False when it ran already (spec 3.7)."""
+        """Take a callback back; False when it ran already (spec 3.7). Kernel: dma_fence_remove_callback."""
         return dispatcher(self.domain).unwatch(self.handle, handle)
 
     def enable_signaling(self) -> None:
-        """Ask that the fence will signal by itself. One without operations of its own always does (spec 3.8)."""
+        """Ask that the fence will signal by itself. One without operations of its own always does (spec 3.8).
+
+        Kernel: dma_fence_enable_sw_signaling.
+        """
 
     def publish(self) -> None:
         """The fence is about to be known elsewhere: on a reservation object, in a message.
@@ -168,7 +180,7 @@ class DmaFence(_native.Fence):
     def is_later(self, other: DmaFence) -> bool:
         """Does this fence come after the other on their timeline? Numbers of 32 bits wrap; equal ones are not later.
 
-        ``ContractWarning`` and False when they are of different contexts.
+        ``ContractWarning`` and False when they are of different contexts. Kernel: dma_fence_is_later.
         """
         if self.context != other.context:
             contract_warning(f"is_later: {self!r} and {other!r} are of different contexts, which have no order", 2)
@@ -178,13 +190,16 @@ class DmaFence(_native.Fence):
         return 0 < (self.seqno - other.seqno) & 0xFFFFFFFF < 0x80000000
 
     def is_later_or_same(self, other: DmaFence) -> bool:
-        """The same fence, or :meth:`is_later`. Two fences with equal numbers are neither."""
+        """The same fence, or :meth:`is_later`. Two fences with equal numbers are neither.
+
+        Kernel: dma_fence_is_later_or_same.
+        """
         return self == other or self.is_later(other)
 
     def later(self, other: DmaFence) -> DmaFence | None:
         """The later of the two (``other`` on a tie), None when that one is signalled: a context's fences complete in order.
 
-        ``ContractWarning`` and None when they are of different contexts.
+        ``ContractWarning`` and None when they are of different contexts. Kernel: dma_fence_later.
         """
         if self.context != other.context:
             contract_warning(f"later: {self!r} and {other!r} are of different contexts, which have no order", 2)
@@ -193,7 +208,7 @@ class DmaFence(_native.Fence):
         return None if found.is_signaled() else found
 
     def match_context(self, context: int) -> bool:
-        """Is the fence, or every member of the array, of this context? (Spec 3.15.)"""
+        """Is the fence, or every member of the array, of this context? (Spec 3.15.) Kernel: dma_fence_match_context."""
         return self.context == context
 
     # ---- hints ----
@@ -201,7 +216,7 @@ class DmaFence(_native.Fence):
     def set_deadline(self, ns: int) -> None:
         """Hint that somebody wants the fence by this CLOCK_MONOTONIC time, in ns; the earliest of all hints counts (spec 3.12).
 
-        Errors: EINVAL for a negative time.
+        Errors: EINVAL for a negative time. Kernel: dma_fence_set_deadline.
         """
         if ns < 0:
             raise fail(errno.EINVAL, "set_deadline", self, "a deadline is CLOCK_MONOTONIC nanoseconds")
@@ -227,7 +242,7 @@ class DmaFence(_native.Fence):
         return self.status
 
     def describe(self) -> str:
-        """One line of text as the kernel's debugfs prints a fence (spec 3.14)."""
+        """One line of text as the kernel's debugfs prints a fence (spec 3.14). Kernel: dma_fence_describe."""
         state = "signalled" if self.is_signaled() else "unsignalled"
         return f"{self.driver_name} {self.timeline_name} seq {self.seqno} {state}\n"
 
@@ -297,7 +312,7 @@ def wrap(domain: Domain, handle: int, past: tuple[int, int, int] = (0, 0, 0)) ->
 
 
 def stub_fence(*, domain: Domain | None = None) -> DmaFence:
-    """The fence that was always signalled: context 0, seqno 0, names "stub"; one a process (dma_fence_get_stub)."""
+    """The fence that was always signalled: context 0, seqno 0, names "stub"; one a process. Kernel: dma_fence_get_stub."""
     domain = domain or Domain.default()
     domain.join()
     found: DmaFence | None = domain.local.get("stub")
@@ -307,9 +322,9 @@ def stub_fence(*, domain: Domain | None = None) -> DmaFence:
 
 
 def private_stub(timestamp: int, *, domain: Domain | None = None) -> DmaFence:
-    """A new signalled fence with this time of signalling, CLOCK_MONOTONIC ns, 0 for now (dma_fence_allocate_private_stub).
+    """A new signalled fence with this time of signalling, CLOCK_MONOTONIC ns, 0 for now.
 
-    Errors: EINVAL a negative time; ENOSPC the domain is full.
+    Errors: EINVAL a negative time; ENOSPC the domain is full. Kernel: dma_fence_allocate_private_stub.
     """
     if timestamp < 0:
         raise fail(errno.EINVAL, "private_stub", f"timestamp {timestamp}", "a timestamp is CLOCK_MONOTONIC nanoseconds")
@@ -342,6 +357,8 @@ class Timeline:
     wrap, as those of most drivers and of sw_sync (spec 3.10).
 
     Errors: EINVAL a name that is too long or has a NUL; ENOSPC the domain is full.
+
+    Kernel: dma_fence_context_alloc, dma_fence_ops.use_64bit_seqno as seqno64.
     """
 
     def __init__(
@@ -365,7 +382,7 @@ class Timeline:
         """The next fence. ``seqno``: its number, instead of one more than the newest; ``ops``: its behaviour (:class:`FenceOps`).
 
         Errors: EPERM in a forked child; EBADF when closed; EINVAL a number that the timeline has no room for; ENOSPC when every fence of
-        the domain is in use.
+        the domain is in use. Kernel: dma_fence_init, dma_fence.ops as ops.
         """
         if self._shm.life != self._life:
             raise fail(errno.EPERM, "fence", self, "what a fork inherits is inert in the child: make a timeline in this process")

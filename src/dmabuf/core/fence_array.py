@@ -35,6 +35,8 @@ class DmaFenceArray(LazyFence):
 
     Errors: EINVAL no member (with a ``ContractWarning``); EXDEV members of several domains; TypeError no fence; ENOSPC the domain is full.
     ``ContractWarning`` for a member that is a container itself: unwrap() it first.
+
+    Kernel: dma_fence_array (fences, num_fences as fences), dma_fence_array_create, dma_fence_array_for_each as fences.
     """
 
     __slots__ = ("_first_error", "_left", "fences", "signal_on_any")
@@ -109,15 +111,15 @@ def one_domain(members: Sequence[Any], operation: str) -> Domain:
 
 
 def is_container(fence: DmaFence) -> bool:
-    """Is it an array or a chain (dma_fence_is_container), of this process or another?"""
+    """Is it an array or a chain, of this process or another? Kernel: dma_fence_is_container."""
     return bool(fence.flags & _native.FF_CONTAINER)
 
 
 def array_first(head: DmaFence | None) -> DmaFence | None:
-    """The first member of an array; another fence itself; None for None (spec 3.15)."""
+    """The first member of an array; another fence itself; None for None (spec 3.15). Kernel: dma_fence_array_first."""
     return head.fences[0] if isinstance(head, DmaFenceArray) else head
 
 
 def array_next(head: DmaFence | None, index: int) -> DmaFence | None:
-    """Member ``index`` of an array; None past its end, and for anything else."""
+    """Member ``index`` of an array; None past its end, and for anything else. Kernel: dma_fence_array_next."""
     return head.fences[index] if isinstance(head, DmaFenceArray) and 0 <= index < len(head.fences) else None

@@ -37,6 +37,8 @@ class DmaFenceChain(LazyFence):
 
     Errors: EINVAL a seqno outside; EXDEV fences of several domains; TypeError no fence; ENOSPC the domain is full. ``ContractWarning`` when
     ``fence`` is a chain itself (an array may be contained).
+
+    Kernel: dma_fence_chain (prev, prev_seqno, fence), dma_fence_chain_init.
     """
 
     __slots__ = ("_prev", "fence", "prev_seqno")
@@ -72,7 +74,7 @@ class DmaFenceChain(LazyFence):
         return self._prev
 
     def walk(self) -> DmaFence | None:
-        """The predecessor, None when all have signalled; those that have are unlinked on the way (dma_fence_chain_walk)."""
+        """The predecessor, None when all have signalled; those that have are unlinked on the way. Kernel: dma_fence_chain_walk."""
         while (prev := self._prev) is not None:
             if not contained(prev).is_signaled():
                 return prev
@@ -81,14 +83,14 @@ class DmaFenceChain(LazyFence):
         return None
 
     def __iter__(self) -> Iterator[DmaFence]:
-        """This point and those before it, newest first, as :meth:`walk` finds them (dma_fence_chain_for_each)."""
+        """This point and those before it, newest first, as :meth:`walk` finds them. Kernel: dma_fence_chain_for_each."""
         here: DmaFence | None = self
         while here is not None:
             yield here
             here = walk(here)
 
     def find_seqno(self, seqno: int) -> DmaFence | None:
-        """The point that covers this number; see :func:`find_seqno`."""
+        """The point that covers this number; see :func:`find_seqno`. Kernel: dma_fence_chain_find_seqno."""
         return find_seqno(self, seqno)
 
     def _enable(self) -> bool:
@@ -112,7 +114,7 @@ class DmaFenceChain(LazyFence):
 
 
 def contained(point: DmaFence) -> DmaFence:
-    """The fence in a chain's point; another fence itself."""
+    """The fence in a chain's point; another fence itself. Kernel: dma_fence_chain_contained."""
     return point.fence if isinstance(point, DmaFenceChain) else point
 
 
@@ -126,7 +128,7 @@ def find_seqno(fence: DmaFence | None, seqno: int) -> DmaFence | None:
 
     ``seqno`` 0: ``fence`` itself. None: everything up to there has signalled.
 
-    Errors: EINVAL not a chain, or it hasn't come that far yet (dma_fence_chain_find_seqno).
+    Errors: EINVAL not a chain, or it hasn't come that far yet.
     """
     if not seqno:
         return fence

@@ -34,25 +34,37 @@ _flip = threading.Lock()  # of the marks "enabled" of all fences: held for one s
 
 
 class FenceOps:
-    """The operations of a custom fence; override those that it needs."""
+    """The operations of a custom fence; override those that it needs. Kernel: dma_fence_ops."""
 
     def enable_signaling(self, fence: DmaFence) -> bool:
-        """Optional. See to it that the fence will be signalled; False: it is done, or can't be. Called at most once, and must not wait."""
+        """Optional. See to it that the fence will be signalled; False: it is done, or can't be. Called at most once, and must not wait.
+
+        Kernel: dma_fence_ops.enable_signaling.
+        """
         return True
 
     def signaled(self, fence: DmaFence) -> bool:
-        """Optional. Is it done? May set the error just before the first True."""
+        """Optional. Is it done? May set the error just before the first True. Kernel: dma_fence_ops.signaled."""
         raise NotImplementedError
 
     def wait(self, fence: DmaFence, interruptible: bool, timeout: float | None) -> float:
-        """Optional. Wait at most ``timeout`` seconds (None: for ever); the seconds left (> 0), or 0.0 when the time is over."""
+        """Optional. Wait at most ``timeout`` seconds (None: for ever); the seconds left (> 0), or 0.0 when the time is over.
+
+        Kernel: dma_fence_ops.wait.
+        """
         raise NotImplementedError
 
     def set_deadline(self, fence: DmaFence, ns: int) -> None:
-        """Optional. Somebody would like the fence to be signalled by this CLOCK_MONOTONIC time, in ns."""
+        """Optional. Somebody would like the fence to be signalled by this CLOCK_MONOTONIC time, in ns.
+
+        Kernel: dma_fence_ops.set_deadline.
+        """
 
     def release(self, fence: DmaFence) -> None:
-        """Optional. Nobody here has the fence any more. Called in whichever thread let go of it last: take no lock."""
+        """Optional. Nobody here has the fence any more. Called in whichever thread let go of it last: take no lock.
+
+        Kernel: dma_fence_ops.release.
+        """
 
 
 class LazyFence(DmaFence):

@@ -43,6 +43,8 @@ class IosysMap:
 
     ``address``: int, 0 for NULL. ``is_iomem``: bool. ``vaddr``, ``vaddr_iomem``: the bytes from the address to the end of the
     mapping as a memoryview; None when the map is NULL or of the other kind.
+
+    Kernel: iosys_map (vaddr, vaddr_iomem, is_iomem).
     """
 
     __slots__ = ("_address", "_is_iomem", "_memory", "_position")
@@ -55,21 +57,24 @@ class IosysMap:
 
     @classmethod
     def init_vaddr(cls, memory: ReadableBuffer | None, *, address: int | None = None) -> IosysMap:
-        """A map of system memory. Arguments and errors: as :meth:`set_vaddr`."""
+        """A map of system memory. Arguments and errors: as :meth:`set_vaddr`. Kernel: IOSYS_MAP_INIT_VADDR."""
         new = cls()
         new.set_vaddr(memory, address=address)
         return new
 
     @classmethod
     def init_vaddr_iomem(cls, memory: ReadableBuffer | None, *, address: int | None = None) -> IosysMap:
-        """A map of I/O memory. Arguments and errors: as :meth:`set_vaddr`."""
+        """A map of I/O memory. Arguments and errors: as :meth:`set_vaddr`. Kernel: IOSYS_MAP_INIT_VADDR_IOMEM."""
         new = cls()
         new.set_vaddr_iomem(memory, address=address)
         return new
 
     @classmethod
     def init_offset(cls, map_: IosysMap, offset: int) -> IosysMap:
-        """A map ``offset`` bytes into another, which stays as it is. Errors: as :meth:`incr`."""
+        """A map ``offset`` bytes into another, which stays as it is. Errors: as :meth:`incr`.
+
+        Kernel: IOSYS_MAP_INIT_OFFSET.
+        """
         new = map_.copy()
         new.incr(offset)
         return new
@@ -93,27 +98,28 @@ class IosysMap:
         identity, a positive int, where that isn't the address of the buffer in this process.
 
         Errors, with the map unchanged: TypeError (no buffer); EINVAL (empty or not contiguous, address not positive or given with None).
+        Kernel: iosys_map_set_vaddr.
         """
         self._set(memory, address, False)
 
     def set_vaddr_iomem(self, memory: ReadableBuffer | None, *, address: int | None = None) -> None:
-        """Point to I/O memory. Arguments and errors: as :meth:`set_vaddr`."""
+        """Point to I/O memory. Arguments and errors: as :meth:`set_vaddr`. Kernel: iosys_map_set_vaddr_iomem."""
         self._set(memory, address, True)
 
     def clear(self) -> None:
-        """Make the map NULL and of the system kind; its buffer is let go."""
+        """Make the map NULL and of the system kind; its buffer is let go. Kernel: iosys_map_clear."""
         self._memory, self._address, self._position, self._is_iomem = None, 0, 0, False
 
     def is_null(self) -> bool:
-        """Whether the address of the active kind is NULL."""
+        """Whether the address of the active kind is NULL. Kernel: iosys_map_is_null."""
         return self._memory is None
 
     def is_set(self) -> bool:
-        """Not :meth:`is_null`."""
+        """Not :meth:`is_null`. Kernel: iosys_map_is_set."""
         return self._memory is not None
 
     def is_equal(self, other: IosysMap) -> bool:
-        """Whether kind and address are the same. Errors: TypeError (not a map)."""
+        """Whether kind and address are the same. Errors: TypeError (not a map). Kernel: iosys_map_is_equal."""
         if not isinstance(other, IosysMap):
             raise TypeError(f"is_equal compares with an IosysMap, not {type(other).__name__}")
         return self._is_iomem == other._is_iomem and self.address == other.address
@@ -146,14 +152,14 @@ class IosysMap:
     def incr(self, n: int) -> None:
         """Advance the address by ``n`` bytes, at most to the end of the mapping.
 
-        Errors, with the map unchanged: EINVAL (negative), EFAULT (NULL, or beyond the end).
+        Errors, with the map unchanged: EINVAL (negative), EFAULT (NULL, or beyond the end). Kernel: iosys_map_incr.
         """
         _, self._position = self._range("incr", n, 0)
 
     def memcpy_to(self, dst_offset: int, src: ReadableBuffer, length: int | None = None) -> None:
         """Copy the first ``length`` bytes of ``src`` (None: all of it) to ``dst_offset``.
 
-        Errors: EINVAL (negative, ``src`` shorter or not contiguous), EFAULT, EACCES.
+        Errors: EINVAL (negative, ``src`` shorter or not contiguous), EFAULT, EACCES. Kernel: iosys_map_memcpy_to.
         """
         source = _flat("memcpy_to", src)
         length = _count("memcpy_to", "length", len(source) if length is None else length)
@@ -165,7 +171,7 @@ class IosysMap:
     def memcpy_from(self, dst: WriteableBuffer, src_offset: int, length: int | None = None) -> None:
         """Copy ``length`` bytes from ``src_offset`` to the start of ``dst`` (None: as many as ``dst`` takes).
 
-        Errors: EINVAL (negative, ``dst`` shorter, read-only or not contiguous), EFAULT.
+        Errors: EINVAL (negative, ``dst`` shorter, read-only or not contiguous), EFAULT. Kernel: iosys_map_memcpy_from.
         """
         target = _flat("memcpy_from", dst)
         length = _count("memcpy_from", "length", len(target) if length is None else length)
@@ -177,7 +183,10 @@ class IosysMap:
         target[:length] = memory[start : start + length]
 
     def memset(self, offset: int, value: int, length: int) -> None:
-        """Set ``length`` bytes from ``offset`` to ``value``, 0 to 255. Errors: EINVAL (negative, not a byte), EFAULT, EACCES."""
+        """Set ``length`` bytes from ``offset`` to ``value``, 0 to 255. Errors: EINVAL (negative, not a byte), EFAULT, EACCES.
+
+        Kernel: iosys_map_memset.
+        """
         value = operator.index(value)
         if not 0 <= value <= 255:
             _invalid("memset", f"{value} is not a byte")
@@ -186,24 +195,33 @@ class IosysMap:
         memory[start : start + length] = bytes((value,)) * length
 
     def rd(self, offset: int, type_: Width) -> int:
-        """The number of kind ``type_`` ("u8", "u16", "u32", "u64") at ``offset``. Errors: EINVAL (negative, unknown kind), EFAULT."""
+        """The number of kind ``type_`` ("u8", "u16", "u32", "u64") at ``offset``. Errors: EINVAL (negative, unknown kind), EFAULT.
+
+        Kernel: iosys_map_rd.
+        """
         return self._read("rd", offset, _width("rd", type_))
 
     def wr(self, offset: int, type_: Width, value: int) -> None:
-        """Store ``value`` as ``type_`` at ``offset``. Errors: EINVAL (negative, unknown kind, value too large), EFAULT, EACCES."""
+        """Store ``value`` as ``type_`` at ``offset``. Errors: EINVAL (negative, unknown kind, value too large), EFAULT, EACCES.
+
+        Kernel: iosys_map_wr.
+        """
         self._write("wr", offset, _width("wr", type_), value)
 
     def rd_field(self, struct_offset: int, struct_type: type[ctypes.Structure], field: str) -> int:
         """The integer field ``field`` ("a" or "a.b") of a structure at ``struct_offset``.
 
         ``struct_type``: a ctypes.Structure in the machine's byte order.
-        Errors: EINVAL (negative, no such field, bit field, not an integer, other byte order), EFAULT.
+        Errors: EINVAL (negative, no such field, bit field, not an integer, other byte order), EFAULT. Kernel: iosys_map_rd_field.
         """
         offset, number = _field("rd_field", struct_type, field)
         return self._read("rd_field", _count("rd_field", "offset", struct_offset) + offset, number)
 
     def wr_field(self, struct_offset: int, struct_type: type[ctypes.Structure], field: str, value: int) -> None:
-        """Store ``value`` in a field. Arguments and errors: as :meth:`rd_field` and :meth:`wr`."""
+        """Store ``value`` in a field. Arguments and errors: as :meth:`rd_field` and :meth:`wr`.
+
+        Kernel: iosys_map_wr_field.
+        """
         offset, number = _field("wr_field", struct_type, field)
         self._write("wr_field", _count("wr_field", "offset", struct_offset) + offset, number, value)
 

@@ -55,6 +55,8 @@ class DmaResv:
     """A reservation object: ``buf.resv``, or ``DmaResv()`` to be shared by several buffers.
 
     Errors: ENOSPC the domain is full.
+
+    Kernel: dma_resv, dma_resv_init.
     """
 
     def __init__(self, *, domain: Domain | None = None, _record: Record | None = None) -> None:
@@ -72,17 +74,21 @@ class DmaResv:
         """Take the lock, waiting as long as it takes (spec 4.8, 4.10).
 
         Errors: EALREADY held under this context; EDEADLK the wait-die rule (release every lock of ``ctx``, then ``lock_slow``), or this
-        owner holds it (with a ``ContractWarning``); EXDEV a context of another domain.
+        owner holds it (with a ``ContractWarning``); EXDEV a context of another domain. Kernel: dma_resv_lock, dma_resv.lock.
         """
         self._lock(ctx, "lock", interruptible=False)
 
     def lock_interruptible(self, ctx: WwAcquireContext | None = None) -> None:
-        """Like :meth:`lock`, but a signal ends the wait: EINTR."""
+        """Like :meth:`lock`, but a signal ends the wait: EINTR. Kernel: dma_resv_lock_interruptible."""
         self._lock(ctx, "lock_interruptible", interruptible=True)
 
-    def lock_slow(self, ctx: WwAcquireContext) -> None:
-        """Take the contended lock after EDEADLK, holding nothing: waits and cannot die (spec 4.10)."""
-        self._lock(ctx, "lock_slow", interruptible=False, slow=True)
+    def lock_slow(self, ctx: WwAcquireContext, *, interruptible: bool = False) -> None:
+        """Take the contended lock after EDEADLK, holding nothing: waits and cannot die (spec 4.10).
+
+        ``interruptible``: a signal ends the wait: EINTR, and the lock is the one to take first still.
+        Kernel: dma_resv_lock_slow, dma_resv_lock_slow_interruptible.
+        """
+        self._lock(ctx, "lock_slow", interruptible=interruptible, slow=True)
 
     def _lock(self, ctx: WwAcquireContext | None, operation: str, *, interruptible: bool, slow: bool = False) -> None:
         owner = current(self.domain)
@@ -152,7 +158,7 @@ class DmaResv:
         )
 
     def trylock(self, ctx: WwAcquireContext | None = None) -> bool:
-        """Take the lock if it is free; never waits, never EDEADLK (spec 4.10)."""
+        """Take the lock if it is free; never waits, never EDEADLK (spec 4.10). Kernel: dma_resv_trylock."""
         owner = current(self.domain)
         if ctx is not None:
             ctx.check(self, "trylock", slow=False)
@@ -175,7 +181,7 @@ class DmaResv:
         return True
 
     def unlock(self) -> None:
-        """Give the lock back. Errors: ``ContractError`` when this owner doesn't hold it."""
+        """Give the lock back. Errors: ``ContractError`` when this owner doesn't hold it. Kernel: dma_resv_unlock."""
         held = self._mine(current(self.domain))
         if held is None:
             raise ContractError(f"unlock: {self!r} is not held by this thread or task")
@@ -205,17 +211,20 @@ class DmaResv:
                 self.release(held)
 
     def is_locked(self) -> bool:
-        """Does anybody living hold the lock?"""
+        """Does anybody living hold the lock? Kernel: dma_resv_is_locked."""
         shm, index = self._record.at()
         return shm.resv_owner(index) != 0
 
     def locking_ctx(self) -> WwAcquireContext | None:
-        """The context that this owner holds the lock under; None without one (spec 4.8)."""
+        """The context that this owner holds the lock under; None without one (spec 4.8).
+
+        Kernel: dma_resv_locking_ctx.
+        """
         held = self._mine(current(self.domain))
         return held.ctx if held else None
 
     def held_here(self) -> bool:
-        """Does the running thread or task hold the lock?"""
+        """Does the running thread or task hold the lock? Kernel: dma_resv_held."""
         return self._held is not None and self._mine(current(self.domain)) is not None
 
     def _mine(self, owner: Owner) -> _Hold | None:
@@ -233,7 +242,7 @@ class DmaResv:
     def reserve(self, n: int) -> None:
         """Make room for n fences until unlock; for none, nothing (EINVAL from Linux 6.12 on) (spec 4.3).
 
-        Errors: EINVAL n < 0; ENOMEM, ENOSPC no room, and nothing lost.
+        Errors: EINVAL n < 0; ENOMEM, ENOSPC no room, and nothing lost. Kernel: dma_resv_reserve_fences.
         """
         held = self._assert_held("reserve")
         if n < 0:
@@ -249,6 +258,7 @@ class DmaResv:
         """Add a fence; it replaces one that it makes superfluous (spec 4.4). Cannot fail after ``reserve``.
 
         Errors: ``ContractError`` without room; EINVAL no usage; EXDEV a fence of another domain; TypeError no fence.
+        Kernel: dma_resv_add_fence.
         """
         held = self._assert_held("add")
         level = checked_usage(usage, "add", self)
@@ -258,7 +268,10 @@ class DmaResv:
         held.room -= taken
 
     def replace(self, context: int, fence: DmaFence, usage: int) -> None:
-        """Every fence of ``context`` becomes ``fence`` with ``usage`` (spec 4.5). Errors: EINVAL, EXDEV as :meth:`add`."""
+        """Every fence of ``context`` becomes ``fence`` with ``usage`` (spec 4.5). Errors: EINVAL, EXDEV as :meth:`add`.
+
+        Kernel: dma_resv_replace_fences.
+        """
         self._assert_held("replace")
         level = checked_usage(usage, "replace", self)
         self._record.shm.resv_replace(self._record.index, context, self._handle(fence, "replace"), level)
@@ -280,14 +293,17 @@ class DmaResv:
         return fence.handle
 
     def iterate(self, usage: int) -> Iterator[tuple[DmaFence, Usage]]:
-        """(fence, usage) of every entry up to ``usage``, signalled ones too; lock held (spec 4.6)."""
+        """(fence, usage) of every entry up to ``usage``, signalled ones too; lock held (spec 4.6).
+
+        Kernel: dma_resv_for_each_fence, dma_resv_iter_first, dma_resv_iter_next, dma_resv_iter_usage.
+        """
         self._assert_held("iterate")
         level = checked_usage(usage, "iterate", self)
         for handle, entry in self._record.shm.resv_entries(self._record.index, level, False):
             yield wrap(self.domain, handle), Usage(entry)
 
     def describe(self) -> str:
-        """The text of debugfs, a line a fence up to READ; lock held (spec 4.7, 3.14)."""
+        """The text of debugfs, a line a fence up to READ; lock held (spec 4.7, 3.14). Kernel: dma_resv_describe."""
         self._assert_held("describe")
         return self.describe_unlocked()
 
@@ -300,7 +316,10 @@ class DmaResv:
     # ---- queries, no lock needed ----
 
     def iterate_unlocked(self, usage: int) -> Iterator[tuple[DmaFence, Usage, bool]]:
-        """(fence, usage, restarted) of every pending fence up to ``usage``; the first is flagged restarted (spec 4.6)."""
+        """(fence, usage, restarted) of every pending fence up to ``usage``; the first is flagged restarted (spec 4.6).
+
+        Kernel: dma_resv_for_each_fence_unlocked, dma_resv_iter_first_unlocked, dma_resv_iter_next_unlocked, dma_resv_iter_is_restarted.
+        """
         level = checked_usage(usage, "iterate_unlocked", self)
         first = True
         shm, index = self._record.at()
@@ -310,7 +329,7 @@ class DmaResv:
                 first = False
 
     def fences(self, usage: int) -> list[DmaFence]:
-        """The pending fences up to ``usage`` (spec 4.7)."""
+        """The pending fences up to ``usage`` (spec 4.7). Kernel: dma_resv_get_fences, dma_resv.fences."""
         level = checked_usage(usage, "fences", self)
         return [wrap(self.domain, handle) for handle in self.pending(level)]
 
@@ -320,7 +339,7 @@ class DmaResv:
         return shm.resv_pending(index, usage, 0)
 
     def test_signaled(self, usage: int) -> bool:
-        """No pending fence up to ``usage`` (spec 4.7)."""
+        """No pending fence up to ``usage`` (spec 4.7). Kernel: dma_resv_test_signaled."""
         shm, index = self._record.at()
         return not shm.resv_busy(index, checked_usage(usage, "test_signaled", self))
 
@@ -328,6 +347,7 @@ class DmaResv:
         """Wait for every fence up to ``usage``; returns the seconds left (> 0; inf for None), 0.0 when timed out (spec 4.7).
 
         Errors: EINVAL a negative timeout or no usage; EINTR a signal, if ``interruptible``. A fence's own error is not raised.
+        Kernel: dma_resv_wait_timeout.
         """
         level = checked_usage(usage, "wait", self)
         return self.wait_until(level, monotonic_deadline(timeout, "wait", self), interruptible=interruptible)

@@ -13,9 +13,11 @@ from dmabuf.domain.domain import Domain
 
 
 def unwrap(fence: DmaFence | None) -> Iterator[DmaFence]:
-    """The plain fences in a chain of arrays, newest point first; a plain fence yields itself, None nothing (dma_fence_unwrap_for_each).
+    """The plain fences in a chain of arrays, newest point first; a plain fence yields itself, None nothing.
 
     Signalled ones too, but for points of a chain that have been unlinked.
+
+    Kernel: dma_fence_unwrap_for_each, dma_fence_unwrap_first, dma_fence_unwrap_next.
     """
     here = fence
     while here is not None:
@@ -28,7 +30,7 @@ def unwrap(fence: DmaFence | None) -> Iterator[DmaFence]:
 
 
 def merge(*fences: DmaFence, domain: Domain | None = None) -> DmaFence:
-    """One fence that is signalled when all of them are (dma_fence_unwrap_merge).
+    """One fence that is signalled when all of them are.
 
     Containers are taken apart and signalled fences left out. Nothing pending: a private stub with the latest time of signalling; one
     fence pending: that fence; else an array with a fresh context. ``domain``: of a stub for no fences at all.
@@ -36,7 +38,7 @@ def merge(*fences: DmaFence, domain: Domain | None = None) -> DmaFence:
     The inputs are merged by the order of their contexts, and where two come to the same context at once only the later one is kept. So
     duplicates are dropped if each input is ordered by context, which results of merge() are; Linux 6.13 and later drop them always.
 
-    Errors: EXDEV fences of several domains; ENOSPC the domain is full.
+    Errors: EXDEV fences of several domains; ENOSPC the domain is full. Kernel: dma_fence_unwrap_merge.
     """
     if not fences:
         return private_stub(0, domain=domain)

@@ -10,7 +10,11 @@ from dmabuf.errors import fail
 
 
 class Usage(IntEnum):
-    """What a fence on a reservation object stands for; a query at one level sees all lower ones too (spec 4.1)."""
+    """What a fence on a reservation object stands for; a query at one level sees all lower ones too (spec 4.1).
+
+    Kernel: dma_resv_usage, DMA_RESV_USAGE_KERNEL as KERNEL, DMA_RESV_USAGE_WRITE as WRITE, DMA_RESV_USAGE_READ as READ,
+    DMA_RESV_USAGE_BOOKKEEP as BOOKKEEP.
+    """
 
     KERNEL = 0
     WRITE = 1
@@ -19,7 +23,10 @@ class Usage(IntEnum):
 
     @staticmethod
     def rw(write: bool) -> Usage:
-        """The level to *query* before an access: a new writer waits for readers and writers, a new reader for writers."""
+        """The level to *query* before an access: a new writer waits for readers and writers, a new reader for writers.
+
+        Kernel: dma_resv_usage_rw.
+        """
         return Usage.READ if write else Usage.WRITE
 
 

@@ -19,7 +19,7 @@ def wait_any(fences: Iterable[DmaFence], timeout: float | None = None, *, interr
     ``timeout`` 0 polls. A fence's own error is not raised. One sleep, however many fences there are.
 
     Errors: EINVAL no fences (with a ``ContractWarning``) or a negative timeout; EINTR a signal, if ``interruptible``; TypeError no fence;
-    ENOSPC the domain is full.
+    ENOSPC the domain is full. Kernel: dma_fence_wait_any_timeout.
     """
     found = tuple(fences)
     if not found:
