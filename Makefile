@@ -2,6 +2,7 @@
 #
 #   make demo [VIDEO=clip.mp4] [ARGS='--kill filter']
 #   make test [ARGS='tests/unit -k layers']     make test-long
+#   make test-kernel [KERNEL=uml|debian|full]   the tests that ask a real kernel, in a guest
 #   make lint   make types   make format        make sanitize   make bench   make wheel   make clean
 #
 # PYTHON names the interpreter (3.11 or newer): make test PYTHON=python3.13
@@ -12,6 +13,7 @@ PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip --disable-pip-version-check --quiet
 ARGS   ?=
 VIDEO  ?=
+KERNEL ?= uml
 
 # Hundreds of tests start fresh interpreters: without cached bytecode each would compile all it imports again.
 unexport PYTHONDONTWRITEBYTECODE
@@ -26,7 +28,7 @@ DEMO := $(VENV)/.stamp-demo
 DEV  := $(VENV)/.stamp-dev
 EXT  := $(VENV)/.stamp-ext
 
-.PHONY: demo test test-long lint types format sanitize bench wheel dev clean
+.PHONY: demo test test-long test-kernel lint types format sanitize bench wheel dev clean
 .DEFAULT_GOAL := test
 
 demo: $(DEMO) $(EXT)
@@ -38,6 +40,10 @@ test: $(DEV) $(EXT)
 # The fault handler's hard end is for the short tests: these set their own watchdogs.
 test-long: $(DEV) $(EXT)
 	$(PY) -m pytest -m long -o faulthandler_timeout=0 -o timeout=7200 $(ARGS)
+
+# A real Linux kernel as the judge: fetched and built once (minutes), kept in the user's cache; see tools/kernel.
+test-kernel: $(DEV) $(EXT)
+	$(PY) -m tools.kernel test --kernel $(KERNEL) -- $(ARGS)
 
 lint: $(DEV)
 	$(PY) -m ruff check .

@@ -137,7 +137,11 @@ def name_in(fact: Fact) -> bytes:
     return shown if len(shown) == count else shown[:1] * count
 
 
-@pytest.mark.parametrize("fact", facts("name/set-"), ids=fact_id)
+# Those that give a name; the others give bad pointers.
+NAMES = [fact for fact in facts("name/set-") if "bytes + NUL" in fact.call]
+
+
+@pytest.mark.parametrize("fact", NAMES, ids=fact_id)
 @pytest.mark.parametrize("kind", ["bytes", "str"])
 def test_the_name_is_set_or_refused_as_in_the_kernel(buf: DmaBuf, fact: Fact, kind: str) -> None:
     name: Any = name_in(fact) if kind == "bytes" else os.fsdecode(name_in(fact))

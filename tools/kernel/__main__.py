@@ -1,0 +1,75 @@
+"""The commands of ``python -m tools.kernel``."""
+
+import argparse
+import sys
+
+from tools.kernel import guest, make, needs
+from tools.kernel.place import Trouble, kernels
+
+
+def _run(wanted: str, command: list[str], timeout: float) -> int:
+    outcome = guest.run(make.kernel(wanted), command, timeout=timeout)
+    sys.stdout.buffer.write(outcome.stdout)
+    sys.stdout.flush()
+    sys.stderr.buffer.write(outcome.stderr)
+    print(guest.explain(outcome), end="\n" if guest.explain(outcome) else "", file=sys.stderr)
+    return outcome.status
+
+
+def _test(wanted: str, arguments: list[str], timeout: float) -> int:
+    """The tests of tests/kernel, in a guest; a dot for each that begins."""
+    kernel = make.kernel(wanted)
+    print(f"tests/kernel on Linux {kernel.name}", flush=True)
+    shown = 0
+
+    def progress(_: str) -> None:
+        nonlocal shown
+        shown += 1
+        if shown % 25 == 0:
+            print(f"\r  {shown} cases begun" if sys.stdout.isatty() else ".", end="", flush=True)
+
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "kernel", "tests/kernel", *arguments]
+    outcome = guest.run(kernel, command, timeout=timeout, progress=progress)
+    print(flush=True)
+    sys.stdout.buffer.write(outcome.stdout)
+    sys.stdout.flush()
+    sys.stderr.buffer.write(outcome.stderr)
+    if text := guest.explain(outcome):
+        print(text, file=sys.stderr)
+    return outcome.status
+
+
+def main(arguments: list[str]) -> int:
+    """Run a command; the status is that of what ran in the guest, 2 for a trouble of ours."""
+    parser = argparse.ArgumentParser(prog="python -m tools.kernel")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, text in (
+        ("test", "run tests/kernel in a guest"),
+        ("run", "run a command in a guest"),
+        ("prepare", "fetch or build a kernel"),
+    ):
+        sub = commands.add_parser(name, help=text)
+        sub.add_argument("-k", "--kernel", default="uml", help="uml, debian, full, or a name of `list`")
+        if name != "prepare":
+            sub.add_argument("--timeout", type=float, default=900, help="seconds for the whole guest")
+            sub.add_argument("rest", nargs="*", help="after --: pytest's arguments, or the command")
+    commands.add_parser("list", help="the kernels that are ready")
+    given = parser.parse_args(arguments)
+    if given.command == "list":
+        print("\n".join(one.name for one in kernels()) or "none yet")
+        return 0
+    if reason := needs.check_machine():
+        print(f"SKIPPED: {reason}")
+        return 0
+    try:
+        if given.command == "prepare":
+            print(make.kernel(given.kernel).path)
+            return 0
+        return (_test if given.command == "test" else _run)(given.kernel, given.rest, given.timeout)
+    except Trouble as trouble:
+        print(f"dmabuf: {trouble}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
