@@ -1,10 +1,11 @@
-"""Makes docs/features.md from tests/conformance/test_features.py: which feature of the kernel's dma-buf.h is tested, and where.
+"""Makes docs/features.md: which feature of the kernel is tested, and where.
 
     python -m tools.features            writes docs/features.md
     python -m tools.features --check    1 when it is not up to date
 
-A row is one commit of the header's history that changed what a user sees. Its test bears its name, ``test_F11_…`` (or several rows':
-``test_F33_F34_…``); a row without one has its reason in the ``NOT_YET`` of that file.
+A row F is one commit to the kernel's dma-buf.h that changed what a user sees; a row S is a feature that the header's history doesn't show
+and that a complete system needs. A test of a row bears its name, ``test_F11_…`` (or several rows': ``test_F33_F34_…``), in whatever file
+it is; a row without one has its reason in a ``NOT_YET`` of tests/conformance.
 """
 
 import ast
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = ROOT / "tests" / "conformance" / "test_features.py"
+TESTS = ROOT / "tests"
 PAGE = ROOT / "docs" / "features.md"
 
 # Row, commit of the kernel (abbreviated as git does), what it brought.
@@ -83,52 +84,96 @@ F61 3d1ff9df names are never NULL
 """
 
 
+# Row, section of the specification, what it is.
+SUPPLEMENT = """
+S01 5.2 an inode of its own, lseek tells the size
+S02 5.3 DMA_BUF_IOCTL_SYNC
+S03 5.4 both numbers of SET_NAME; renaming while attached
+S04 5.5 EXPORT_SYNC_FILE and IMPORT_SYNC_FILE
+S05 4.1 KERNEL and BOOKKEEP fences
+S06 5.7 fdinfo
+S07 3 dma_fence
+S08 3.15–3.17 fence array, chain, unwrap, merge
+S09 4 dma_resv
+S10 4.10 ww_mutex, wait-die
+S11 5.10 sync_file
+S12 5.11 sw_sync
+S13 3.12 deadlines
+S14 5.8 dma-heap and the system heap
+S15 5.9 udmabuf
+S16 5.12 vgem and PRIME
+S17 3.11 signalling sections
+S18 2.15 begin_cpu_access waits for implicit fences
+S19 2.11 a static importer waits for KERNEL fences at map
+S20 6.6 trace events
+"""
+
+
 class Row(NamedTuple):
-    """One feature. ``test``: the name of its test, "" without; ``reason``: why there is none, "" with one."""
+    """One feature. ``source``: commit or section; ``tests``: the names of its tests; ``reason``: why there is none."""
 
     name: str
-    commit: str
+    source: str
     title: str
-    test: str
+    tests: tuple[str, ...]
     reason: str
 
 
 def rows(tests: Path = TESTS) -> list[Row]:
-    """Every row, with what the file of tests says of it."""
-    tree = ast.parse(tests.read_text(encoding="utf-8"))
-    found: dict[str, str] = {}
+    """Every row, with what the tests say of it."""
+    found: dict[str, list[str]] = {}
     reasons: dict[str, str] = {}
-    for node in tree.body:
-        if isinstance(node, ast.FunctionDef) and (match := re.match(r"test((?:_F\d\d)+)_", node.name)):
-            found.update(dict.fromkeys(match[1].strip("_").split("_"), node.name))
-        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == "NOT_YET":
-            reasons = ast.literal_eval(node.value)
+    for path in sorted(tests.rglob("test_*.py")):
+        for node in ast.parse(path.read_text(encoding="utf-8"), str(path)).body:
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and (match := re.match(r"test((?:_[FS]\d\d)+)_", node.name)):
+                for name in match[1].strip("_").split("_"):
+                    found.setdefault(name, []).append(node.name)
+            elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == "NOT_YET":
+                reasons |= ast.literal_eval(node.value)
     made = []
-    for line in COMMITS.strip().splitlines():
-        name, commit, title = line.split(maxsplit=2)
-        test = found.get(name, "")
-        made.append(Row(name, commit, title, test, "" if test else reasons.get(name, "")))
+    for line in (COMMITS + SUPPLEMENT).split("\n"):
+        if line:
+            name, source, title = line.split(maxsplit=2)
+            here = tuple(found.get(name, ()))
+            made.append(Row(name, source, title, here, "" if here else reasons.get(name, "")))
     return made
 
 
 def page(found: list[Row]) -> str:
     """The text of docs/features.md."""
-    built = sum(bool(row.test) for row in found)
-    lines = [
-        "# Features, by the kernel's history",
-        "",
-        "Each row is a commit to the kernel's `include/linux/dma-buf.h` that changed what a user of the framework sees, and the test",
-        f"that shows the same here, in `tests/conformance/test_features.py`. {built} of {len(found)} are built.",
-        "",
-        "Made by `python -m tools.features`.",
-        "",
-        "| row | commit | what it brought | test | state |",
-        "|---|---|---|---|---|",
-    ]
+    history = [row for row in found if row.name.startswith("F")]
+    others = [row for row in found if not row.name.startswith("F")]
+    return "\n".join(
+        [
+            "# Features, by the kernel's history",
+            "",
+            "Each row is a commit to the kernel's `include/linux/dma-buf.h` that changed what a user of the framework sees, and the test",
+            f"that shows the same here (`make test ARGS='tests -k test_F11'` runs one). {_built(history)} of {len(history)} are built.",
+            "",
+            *_table(history, "commit", "what it brought"),
+            "",
+            "## What that header's history does not show",
+            "",
+            f"A complete system needs more; sections are those of the specification. {_built(others)} of {len(others)} are built.",
+            "",
+            *_table(others, "section", "what it is"),
+            "",
+            "Made by `python -m tools.features` from the names of the tests.",
+            "",
+        ]
+    )
+
+
+def _built(found: list[Row]) -> int:
+    return sum(bool(row.tests) for row in found)
+
+
+def _table(found: list[Row], source: str, title: str) -> list[str]:
+    lines = [f"| row | {source} | {title} | test | state |", "|---|---|---|---|---|"]
     for row in found:
-        test, state = (f"`{row.test}`", "built") if row.test else ("–", row.reason)
-        lines.append(f"| {row.name} | {row.commit} | {row.title} | {test} | {state} |")
-    return "\n".join(lines) + "\n"
+        tests = "<br>".join(f"`{test}`" for test in row.tests) or "–"
+        lines.append(f"| {row.name} | {row.source} | {row.title} | {tests} | {'built' if row.tests else row.reason} |")
+    return lines
 
 
 def main(arguments: list[str]) -> int:

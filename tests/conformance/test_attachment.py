@@ -2,7 +2,6 @@
 
 import errno
 import os
-import signal
 import threading
 from typing import Any
 
@@ -11,10 +10,11 @@ import pytest
 import dmabuf
 from dmabuf import ContractError, ContractWarning, Device, Direction, DmaBuf, DmaBufAttachment, Importer, SgTable, Timeline, Usage
 from dmabuf.core import attachment as attachments
-from tests.support.drivers import PAGE, Bare, Dynamic, Interrupt, Mover, Static
+from tests.support.drivers import PAGE, Bare, Dynamic, Mover, Static
 from tests.support.errnos import raises_errno
 from tests.support.fences import attach as add
-from tests.support.waiting import Background, until_asleep
+from tests.support.interrupts import Interrupt, interrupted
+from tests.support.waiting import Background
 
 BIDIR, TO, FROM = Direction.BIDIRECTIONAL, Direction.TO_DEVICE, Direction.FROM_DEVICE
 SIZE = 4 * PAGE
@@ -155,36 +155,6 @@ def test_a_static_importer_waits_for_no_other_fences(static: Static, dev: Device
 
 
 # -- signals end the wait, and nothing is left mapped
-
-
-def interrupted(call: Any, *, raising: bool) -> BaseException | None:
-    """Run call in this thread and send it a signal when it waits; what it raised."""
-    found: BaseException | None = None
-
-    def handler(*_: object) -> None:
-        if raising:
-            raise Interrupt
-
-    before = signal.signal(signal.SIGUSR1, handler)
-    me = threading.get_native_id()
-    over = threading.Event()
-
-    def poke() -> None:
-        until_asleep(os.getpid(), me, over=over.is_set)
-        if not over.is_set():
-            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
-
-    try:
-        with Background(poke):
-            try:
-                call()
-            except (OSError, Interrupt) as e:
-                found = e
-            finally:
-                over.set()
-    finally:
-        signal.signal(signal.SIGUSR1, before)
-    return found
 
 
 @pytest.mark.parametrize("raising", [False, True], ids=["EINTR", "the handler raises"])

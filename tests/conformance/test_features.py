@@ -1,7 +1,7 @@
 """One test for each row of the kernel's history of dma-buf.h (spec 8), in the words of its acceptance test.
 
 A row is named by its test, ``test_F11_…``; ``NOT_YET`` names the rows that need what is not built, and why. ``docs/features.md`` is made of
-both by ``tools/features.py``.
+both by ``tools/features.py``. The rows S of what that history doesn't show are in test_features_supplement.py.
 """
 
 import errno
@@ -10,7 +10,6 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -37,7 +36,6 @@ from tests.support.errnos import raises_errno
 from tests.support.fences import attach as add
 from tests.support.fences import entries, key
 from tests.support.waiting import Background, until
-from tools.features import rows
 
 BIDIR, TO, FROM = Direction.BIDIRECTIONAL, Direction.TO_DEVICE, Direction.FROM_DEVICE
 IN, OUT = 1, 4  # select.POLLIN, POLLOUT
@@ -730,19 +728,3 @@ def test_F61_the_exporters_name_is_never_empty(static: Static, given: str | None
     else:
         with raises_errno(errno.EINVAL):
             dmabuf.export(static, SIZE, exp_name=given)
-
-
-# -- the table itself
-
-
-def test_every_row_has_a_test_or_a_reason() -> None:
-    found = rows()
-    assert [row.name for row in found] == [f"F{i:02d}" for i in range(1, 62)]
-    assert not [row.name for row in found if not row.test and not row.reason]
-    assert all(reason.startswith("not yet: ") for reason in NOT_YET.values())
-
-
-def test_the_page_is_up_to_date() -> None:
-    from tools.features import page
-
-    assert (Path(__file__).parents[2] / "docs" / "features.md").read_text(encoding="utf-8") == page(rows())

@@ -114,7 +114,3 @@ class Mover(Importer):
     def move_notify(self, attachment: DmaBufAttachment) -> None:
         self.moved.append(attachment)
         self.locked.append(attachment.dmabuf.resv.held_here())
-
-
-class Interrupt(Exception):
-    """What a signal handler of a test raises."""

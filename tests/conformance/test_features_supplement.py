@@ -1,0 +1,269 @@
+"""One test for each feature that the history of dma-buf.h does not show (spec 8b), in the words of its acceptance test.
+
+Rows are named as in test_features.py; those of what other modules test at length have their test there, or here in short.
+"""
+
+import ast
+import errno
+import itertools
+import os
+from pathlib import Path
+
+import pytest
+
+import dmabuf
+from dmabuf import (
+    ContractWarning,
+    Device,
+    Direction,
+    DmaBuf,
+    DmaFence,
+    DmaFenceArray,
+    DmaFenceChain,
+    DmaResv,
+    Timeline,
+    Usage,
+    WwAcquireContext,
+)
+from dmabuf.uapi import table
+from tests.support.drivers import Static
+from tests.support.errnos import raises_errno
+from tests.support.fences import attach as add
+from tests.support.holder import Holder
+from tests.support.interrupts import interrupted
+from tests.support.waiting import Background
+from tools.features import PAGE, page, rows
+
+TO, FROM = Direction.TO_DEVICE, Direction.FROM_DEVICE
+IN, OUT = 1, 4  # select.POLLIN, POLLOUT
+SYNC_READ, SYNC_WRITE, SYNC_RW, SYNC_END = 1, 2, 3, 4  # include/uapi/linux/dma-buf.h
+SIZE = 16384
+USAGES = pytest.mark.parametrize("usage", list(Usage), ids=lambda usage: usage.name)
+
+NOT_YET = {
+    "S04": "not yet: SyncFile",
+    "S11": "not yet: SyncFile",
+    "S12": "not yet: SwSync timelines",
+    "S13": "not yet: fences keep the earliest deadline; the ioctls of sync_file and sw_sync that tell it come with those",
+    "S14": "not yet: heaps of the kernel",
+    "S15": "not yet: heaps of the kernel",
+    "S16": "not yet: heaps of the kernel",
+    "S20": "not yet: tracing belongs to seeing",
+}
+
+
+def has_the_list(names: str, *files: str) -> None:
+    """The suite has tests with the names of the kernel's own."""
+    here = Path(__file__).parent
+    found = {node.name for file in files for node in ast.parse((here / file).read_text(encoding="utf-8")).body
+             if isinstance(node, ast.FunctionDef)}  # fmt: skip
+    assert {f"test_{name}" for name in names.split()} <= found
+
+
+def test_S01_a_buffer_has_an_inode_of_its_own_and_lseek_tells_its_size(buf: DmaBuf, other_buf: DmaBuf) -> None:
+    assert buf.ino != other_buf.ino
+    for one in (buf, other_buf):
+        told = os.fstat(one.fileno())
+        assert (told.st_ino, told.st_size) == (one.ino, SIZE)
+    assert buf.lseek(0, os.SEEK_END) == SIZE
+    for offset, whence in ((1, os.SEEK_END), (0, os.SEEK_CUR)):
+        with raises_errno(errno.EINVAL):
+            buf.lseek(offset, whence)
+
+
+@pytest.mark.parametrize("flags", [0, 8])
+def test_S02_sync_refuses_what_is_no_access(buf: DmaBuf, flags: int) -> None:
+    with raises_errno(errno.EINVAL):
+        buf.sync(flags)
+
+
+@pytest.mark.parametrize("flags", [SYNC_READ, SYNC_WRITE, SYNC_RW])
+def test_S02_sync_start_blocks_while_a_write_is_pending(buf: DmaBuf, tl: Timeline, flags: int) -> None:
+    fence = tl.fence()
+    add(buf.resv, fence, Usage.WRITE)
+    with Background(lambda: buf.sync(flags)) as job:
+        job.until_blocked()
+        assert not job.done
+        fence.signal()
+        job.result()
+    buf.sync(flags | SYNC_END)
+
+
+def test_S03_a_buffer_is_renamed_while_attached_and_both_numbers_of_the_ioctl_are_known(buf: DmaBuf, dev: Device) -> None:
+    att = buf.attach(dev)
+    buf.name = "cam"
+    with att.mapped(TO):
+        buf.name = "cam0"
+    att.detach()
+    assert buf.name == "cam0"
+    assert (table.DMA_BUF_SET_NAME_A.number, table.DMA_BUF_SET_NAME_B.number) == (0x40046201, 0x40086201)
+
+
+@USAGES
+def test_S05_kernel_fences_block_everybody_and_bookkeep_fences_nobody(buf: DmaBuf, tl: Timeline, usage: Usage) -> None:
+    fence = tl.fence()
+    add(buf.resv, fence, usage)
+    assert buf.poll(IN | OUT) == {Usage.KERNEL: 0, Usage.WRITE: 0, Usage.READ: IN, Usage.BOOKKEEP: IN | OUT}[usage]
+    fence.signal()
+    assert buf.poll(IN | OUT) == IN | OUT
+
+
+def test_S06_fdinfo_has_the_kernels_keys_and_counts_references(buf: DmaBuf) -> None:
+    def told() -> dict[str, str]:
+        return dict(line.split(":\t") for line in buf.fdinfo().splitlines())
+
+    assert list(told()) == ["pos", "flags", "mnt_id", "ino", "size", "count", "exp_name"]
+    assert (told()["pos"], told()["ino"], told()["size"], told()["count"]) == ("0", str(buf.ino), str(SIZE), "1")
+    assert int(told()["flags"], 8) == os.O_RDWR | os.O_CLOEXEC
+    buf.name = "cam"
+    second = buf.dup()
+    with buf.mmap():
+        assert (list(told())[-1], told()["name"], told()["count"]) == ("name", "cam", "3")
+    os.close(second)
+    assert told()["count"] == "1"
+
+
+def test_S07_a_fence_lives_as_the_kernels_own_tests_say(tl: Timeline) -> None:
+    has_the_list(
+        "sanitycheck signaling add_callback late_add_callback rm_callback late_rm_callback status error wait wait_timeout "
+        "race_signal_callback",
+        "test_dma_fence.py",
+    )
+    fence, seen = tl.fence(), list[DmaFence]()
+    assert (fence.is_signaled(), fence.status, fence.wait(0)) == (False, 0, 0.0)
+    fence.add_callback(seen.append)
+    removed = fence.add_callback(lambda _: pytest.fail("was removed"))
+    assert fence.remove_callback(removed)
+    fence.set_error(-errno.EIO)
+    assert (fence.status, seen) == (0, [])
+    fence.signal()
+    assert (fence.is_signaled(), fence.status, seen) == (True, -errno.EIO, [fence])
+    assert fence.wait(0) > 0
+    assert not fence.remove_callback(removed)
+    with raises_errno(errno.EINVAL):
+        fence.signal()
+    with raises_errno(errno.ENOENT):
+        fence.add_callback(seen.append)
+
+
+def test_S08_arrays_chains_unwrap_and_merge(tl: Timeline, other_tl: Timeline) -> None:
+    has_the_list(
+        "sanitycheck find_seqno find_signaled find_out_of_order find_gap find_race signal_forward signal_backward wait",
+        "test_dma_fence_chain.py",
+    )
+    has_the_list(
+        "sanitycheck unwrap_array unwrap_chain unwrap_chain_array unwrap_merge unwrap_merge_complex",
+        "test_dma_fence_unwrap.py",
+    )
+    first, second = tl.fence(), other_tl.fence()
+    array = DmaFenceArray([first, second])
+    chain = DmaFenceChain(DmaFenceChain(None, first, 1), array, 2)
+    assert list(dmabuf.unwrap(chain)) == [first, second, first]
+    merged = dmabuf.merge(first, second)
+    assert set(dmabuf.unwrap(merged)) == {first, second}
+    for container in (array, chain, merged):
+        container.enable_signaling()
+    with Background(lambda: [container.wait() for container in (array, chain, merged)]) as job:
+        job.until_blocked()
+        first.signal()
+        assert not any(container.is_signaled() for container in (array, chain, merged))
+        second.signal()
+        job.result()
+
+
+@USAGES
+def test_S09_a_reservation_answers_as_the_kernels_own_tests_say(resv: DmaResv, tl: Timeline, usage: Usage) -> None:
+    has_the_list("sanitycheck signaling for_each for_each_unlocked get_fences", "test_dma_resv.py")
+    fence = tl.fence()
+    with resv.locked():
+        resv.reserve(1)
+        resv.add(fence, usage)
+        assert list(resv.iterate(usage)) == [(fence, usage)]
+    assert list(resv.iterate_unlocked(usage)) == [(fence, usage, True)]
+    assert resv.fences(usage) == [fence]
+    assert not resv.test_signaled(usage)
+    fence.signal()
+    assert resv.test_signaled(usage)
+    assert resv.fences(usage) == []
+
+
+def test_S10_the_lock_is_a_ww_mutex_in_wait_die_mode() -> None:
+    has_the_list("aa_lock aa_trylock mutex abba cycle stress", "test_ww_mutex.py", "test_ww_mutex_stress.py")
+    mine, theirs = DmaResv(), DmaResv()
+    with Holder(theirs, with_context=True) as older, WwAcquireContext() as younger:
+        mine.lock(younger)
+        assert not mine.trylock(younger)
+        with raises_errno(errno.EALREADY):
+            mine.lock(younger)
+        with raises_errno(errno.EDEADLK):
+            theirs.lock(younger)
+        mine.unlock()
+        older.let_go()
+        theirs.lock_slow(younger)
+        mine.lock(younger)
+        mine.unlock()
+        theirs.unlock()
+
+
+def test_S17_a_reservation_lock_in_a_signalling_section_is_told(tl: Timeline) -> None:
+    resv, fence = DmaResv(), tl.fence()
+    with dmabuf.signalling():
+        with pytest.warns(ContractWarning, match="signalling"):
+            resv.lock()
+        fence.signal()
+    resv.unlock()
+
+
+@pytest.mark.parametrize(("direction", "usage"), list(itertools.product((FROM, TO), (Usage.WRITE, Usage.READ))))
+def test_S18_begin_cpu_access_waits_for_writers_and_to_write_for_readers_too(
+    buf: DmaBuf, tl: Timeline, direction: Direction, usage: Usage
+) -> None:
+    fence = tl.fence()
+    add(buf.resv, fence, usage)
+    with Background(lambda: buf.begin_cpu_access(direction)) as job:
+        if direction is FROM and usage is Usage.READ:
+            job.result()
+        else:
+            job.until_blocked()
+            assert not job.done
+        fence.signal()
+        job.result()
+    buf.end_cpu_access(direction)
+
+
+def test_S19_map_of_a_static_importer_blocks_until_the_kernel_fence_is_signalled(static: Static, dev: Device, tl: Timeline) -> None:
+    with dmabuf.export(static, SIZE) as buf:
+        att, fence = buf.attach(dev), tl.fence()
+        add(buf.resv, fence, Usage.KERNEL)
+        with Background(lambda: att.map_unlocked(TO)) as job:
+            job.until_blocked()
+            assert not job.done
+            fence.signal()
+            att.unmap_unlocked(job.result(), TO)
+        att.detach()
+
+
+def test_S19_an_interrupted_map_leaves_nothing_mapped(static: Static, dev: Device, tl: Timeline) -> None:
+    with dmabuf.export(static, SIZE) as buf:
+        att, fence = buf.attach(dev), tl.fence()
+        add(buf.resv, fence, Usage.KERNEL)
+        error = interrupted(lambda: att.map_unlocked(TO, interruptible=True), raising=False)
+        assert isinstance(error, OSError)
+        assert error.errno == errno.EINTR
+        assert (att.statistics().mapped, dev.statistics().windows, static.tables) == (0, 0, [])
+        fence.signal()
+        att.detach()
+
+
+# -- the tables themselves
+
+
+def test_every_row_has_a_test_or_a_reason() -> None:
+    found = rows()
+    assert [row.name for row in found] == [f"F{i:02d}" for i in range(1, 62)] + [f"S{i:02d}" for i in range(1, 21)]
+    assert not [row.name for row in found if not row.tests and not row.reason]
+    assert all(row.tests or row.reason.startswith("not yet: ") for row in found)
+
+
+def test_the_page_is_up_to_date() -> None:
+    assert PAGE.read_text(encoding="utf-8") == page(rows()), "run: python -m tools.features"
