@@ -405,12 +405,13 @@ static PyObject *fence_mark(Shm *s, PyObject *args) { /* (handle, what, value): 
   } else { PyErr_SetString(PyExc_ValueError, "fence_mark: no such mark"); return NULL; }
   return PyBool_FromLong(pending);
 }
-static PyObject *fence_shared(Shm *s, PyObject *arg) { /* somebody but the owner may know it: in a reservation, slept on, rung */
+static PyObject *fence_shared(Shm *s, PyObject *arg) { /* somebody but the owner may know it: in a reservation, slept on, to be rung elsewhere */
   unsigned long long h = PyLong_AsUnsignedLongLong(arg);
   if (h == (unsigned long long)-1 && PyErr_Occurred()) return NULL;
   db_fence *f;
   fence_pending(s, h, &f);
-  return PyBool_FromLong(f && ((atomic_load(&f->word) & (FW_SHARED | FW_WAITERS)) || atomic_load(&f->bells)));
+  uint64_t own = 1ull << (LIFE_INDEX(my_life(s)) & 63); /* what is registered here, the dispatcher knows */
+  return PyBool_FromLong(f && ((atomic_load(&f->word) & (FW_SHARED | FW_WAITERS)) || (atomic_load(&f->bells) & ~own)));
 }
 static PyObject *reap_fences(Shm *s, PyObject *args) { /* (chunk, error): end what is pending in a dead life's chunk -> count */
   unsigned c;

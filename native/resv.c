@@ -203,6 +203,17 @@ static PyObject *resv_busy(Shm *s, PyObject *args) { /* (rec, usage) -> a pendin
   }
   return PyLong_FromUnsignedLongLong(h);
 }
+static int grow(Shm *s, db_resv *r, uint32_t rec, uint32_t cap, uint32_t n) { /* lock held: n entries more than cap; 0, -errno or RAISED */
+  a32 *link = &r->block;
+  for (uint32_t k = 0; atomic_load(link) && k < s->known * BLOCKS_PER; k++) {
+    db_block *b = block_at(s, atomic_load(link) - 1);
+    if (!b || atomic_load(&b->owner) != rec + 1) { atomic_store(link, 0); break; }
+    link = &b->next;
+  }
+  uint32_t more = (n + BLOCK_ENTRIES - 1) / BLOCK_ENTRIES;
+  if ((uint64_t)more * BLOCK_ENTRIES + cap > 1u << 22) return -ENOMEM;
+  return blocks_add(s, rec, link, more) ? RAISED : 0;
+}
 static int make_room(Shm *s, db_resv *r, uint32_t rec, uint32_t n) { /* lock held: 0, a negative errno, or RAISED */
   cursor c = {s, r, 0, 0, 0, rec};
   uint32_t room = 0, cap = 0, used = 0;
@@ -218,16 +229,7 @@ static int make_room(Shm *s, db_resv *r, uint32_t rec, uint32_t n) { /* lock hel
       if (fence_pending(s, E_HANDLE(atomic_load(p)), NULL)) break;
       atomic_store(p, 0); /* only the last entry goes, so the list never has a hole */
     }
-  if (room >= n) return 0;
-  a32 *link = &r->block;
-  for (uint32_t k = 0; atomic_load(link) && k < s->known * BLOCKS_PER; k++) {
-    db_block *b = block_at(s, atomic_load(link) - 1);
-    if (!b || atomic_load(&b->owner) != rec + 1) { atomic_store(link, 0); break; }
-    link = &b->next;
-  }
-  uint32_t more = (n - room + BLOCK_ENTRIES - 1) / BLOCK_ENTRIES;
-  if ((uint64_t)more * BLOCK_ENTRIES + cap > 1u << 22) return -ENOMEM;
-  return blocks_add(s, rec, link, more) ? RAISED : 0;
+  return room >= n ? 0 : grow(s, r, rec, cap, n - room);
 }
 static PyObject *resv_reserve(Shm *s, PyObject *args) { /* (rec, n): room for n more; lock held */
   unsigned rec, n;
@@ -276,6 +278,57 @@ static PyObject *resv_add(Shm *s, PyObject *args) { /* (rec, handle, usage, room
   if (!r) return NULL;
   if (usage > 3) { PyErr_SetString(PyExc_ValueError, "resv_add: usage is 0 to 3"); return NULL; }
   return PyLong_FromLong(put(s, r, rec, handle, usage, room));
+}
+
+/* resv_copy(rec, source): the entries of rec, whose lock is held, become those of source that are pending -> 0 or -errno.
+ *
+ * The new ones are appended first, then written over the old ones from the front, then the list is cut at its end, one entry at a time.
+ * So at any instant, and after a death at any, the list holds all of the new ones and perhaps some of the old, without a hole. */
+static PyObject *resv_copy(Shm *s, PyObject *args) {
+  unsigned rec, source;
+  if (!PyArg_ParseTuple(args, "II", &rec, &source)) return NULL;
+  db_resv *r = resv_of(s, rec), *from = resv_of(s, source);
+  if (!r || !from) return NULL;
+  uint32_t n = 0, used = 0, cap = 0, room = 0, ended = 0;
+  uint64_t *new = NULL;
+  a64 **at = NULL;
+  int result = 0;
+  cursor c = {s, from, 0, 0, 0, source};
+  for (a64 *p; (p = entry_next(&c));) {
+    uint64_t e = atomic_load(p);
+    if (!e) break;
+    if (!fence_pending(s, E_HANDLE(e), NULL)) continue;
+    if (n == room) {
+      uint64_t *bigger = PyMem_Realloc(new, (room += 64 + room) * sizeof *new);
+      if (!bigger) { PyErr_NoMemory(); result = RAISED; goto out; }
+      new = bigger;
+    }
+    new[n++] = e;
+  }
+  c = (cursor){s, r, 0, 0, 0, rec};
+  for (a64 *p; (p = entry_next(&c)); cap++) used += !(ended |= !atomic_load(p));
+  if (cap - used < n && (result = grow(s, r, rec, cap, n - (cap - used)))) goto out;
+  at = PyMem_Malloc((used + n + 1) * sizeof *at);
+  if (!at) { PyErr_NoMemory(); result = RAISED; goto out; }
+  c = (cursor){s, r, 0, 0, 0, rec};
+  for (uint32_t i = 0; i < used + n; i++)
+    if (!(at[i] = entry_next(&c))) { shm_corrupt(s, "a list of fences without its blocks"); result = RAISED; goto out; }
+  for (uint32_t i = 0; i < n; i++) {
+    atomic_store(at[used + i], new[i]);
+    STEP(resv_copied);
+  }
+  for (uint32_t i = 0; i < n; i++) {
+    atomic_store(at[i], new[i]);
+    STEP(resv_copied);
+  }
+  for (uint32_t i = used + n; i > n; i--) {
+    atomic_store(at[i - 1], 0);
+    STEP(resv_cut);
+  }
+out:
+  PyMem_Free(at);
+  PyMem_Free(new);
+  return result == RAISED ? NULL : PyLong_FromLong(result);
 }
 
 /* ---- an access: what read() and write() do most, in one call each (measured: a third of the Python calls' time) ---- */
@@ -414,6 +467,7 @@ PyMethodDef resv_methods[] = {
     M(resv_entries, METH_VARARGS, "Entries (rec, usage, pending_only) -> [(handle, usage)]."),
     M(resv_pending, METH_VARARGS, "Pending handles (rec, usage, but)."), M(resv_busy, METH_VARARGS, "A pending handle (rec, usage), or 0."),
     M(resv_reserve, METH_VARARGS, "Make room (rec, n)."), M(resv_add, METH_VARARGS, "Add (rec, handle, usage, room) -> 1, 0, -1."),
+    M(resv_copy, METH_VARARGS, "Copy (rec, source rec) -> 0 or -errno."),
     M(resv_replace, METH_VARARGS, "Replace (rec, context, handle, usage) -> count."),
     {"access_begin", (PyCFunction)(void *)access_begin, METH_FASTCALL, "Snapshot and own fence (rec, target, ctx, write, timeline, until, locked, access)."},
     {"access_grant", (PyCFunction)access_grant, METH_VARARGS, "WAITING -> GRANTED (handle, rec, write) -> torn errno or 0."},

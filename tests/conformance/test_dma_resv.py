@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import dmabuf
-from dmabuf import ContractError, ContractWarning, DmaFence, DmaResv, Timeline, Usage
+from dmabuf import ContractError, ContractWarning, DmaFence, DmaFenceArray, DmaResv, Domain, Timeline, Usage
 from tests.support.errnos import raises_errno
 from tests.support.fences import attach, entries, key, keys
 from tests.support.waiting import Background
@@ -266,6 +266,133 @@ def test_reserving_more_than_there_can_be_is_enomem_and_changes_nothing(resv: Dm
 def test_reserving_a_negative_number_is_einval(resv: DmaResv) -> None:
     with resv.locked(), raises_errno(errno.EINVAL):
         resv.reserve(-1)
+
+
+@USAGES
+def test_reserving_nothing_reserves_nothing(resv: DmaResv, tl: Timeline, usage: Usage) -> None:
+    """As in Linux 6.8; from 6.12 on it is EINVAL."""
+    fence = tl.fence()
+    with resv.locked():
+        resv.reserve(0)
+        with pytest.raises(ContractError):
+            resv.add(fence, usage)
+        resv.reserve(1)
+        resv.reserve(0)
+        resv.add(fence, usage)
+    fence.signal()
+
+
+@pytest.mark.parametrize(("seqno64", "kept"), [(False, 1), (True, 2)], ids=["32 bits wrap", "64 bits don't"])
+def test_later_is_by_the_width_of_the_timelines_numbers(resv: DmaResv, seqno64: bool, kept: int) -> None:
+    """1 comes after 0xFFFFFFFF where numbers have 32 bits (spec 3.10), and replaces it."""
+    line = Timeline("wraps", seqno64=seqno64)
+    before, after = line.fence(seqno=0xFFFFFFFF), line.fence(seqno=1)
+    attach(resv, before, Usage.WRITE)
+    attach(resv, after, Usage.WRITE)
+    assert keys(resv) == [key(before), key(after)][-kept:]
+    line.close()
+
+
+# -- one fence for all, copies, deadlines (4.7)
+
+
+def test_singleton_of_nothing_is_none_and_of_one_that_fence(resv: DmaResv, tl: Timeline) -> None:
+    assert resv.singleton(Usage.BOOKKEEP) is None
+    fence = tl.fence()
+    attach(resv, fence, Usage.READ)
+    assert resv.singleton(Usage.WRITE) is None
+    assert resv.singleton(Usage.READ) == fence
+    fence.signal()
+    assert resv.singleton(Usage.READ) is None
+
+
+def test_singleton_of_several_is_an_array_that_ends_with_the_last(resv: DmaResv, tl: Timeline, other_tl: Timeline) -> None:
+    fences = [tl.fence(), other_tl.fence()]
+    for fence in fences:
+        attach(resv, fence, Usage.READ)
+    array = resv.singleton(Usage.READ)
+    assert isinstance(array, DmaFenceArray)
+    assert (list(array.fences), array.seqno, array.signal_on_any) == (fences, 1, False)
+    fences[0].signal()
+    assert array.wait(0) == 0.0
+    fences[1].signal()
+    assert array.status == 1
+
+
+@pytest.mark.parametrize(("old", "new"), [(0, 0), (0, 3), (3, 0), (2, 5), (5, 2), (20, 40), (40, 20)])
+def test_copy_takes_what_is_pending_with_its_usage_and_drops_the_rest(resv: DmaResv, old: int, new: int) -> None:
+    lines = [Timeline(f"{i}") for i in range(old + new + 1)]
+    fences = [line.fence() for line in lines]
+    source = DmaResv()
+    for fence in fences[:old]:
+        attach(resv, fence, Usage.KERNEL)
+    for i, fence in enumerate(fences[old:]):
+        attach(source, fence, Usage(i % 4))
+    fences[-1].signal()
+    with resv.locked():
+        resv.copy(source)
+    assert entries(resv) == [(key(fence), Usage(i % 4)) for i, fence in enumerate(fences[old:-1])]
+    assert keys(resv) == keys(source)
+    fence = lines[-1].fence()
+    attach(resv, fence, Usage.READ)
+    assert len(keys(resv)) == new + 1
+    for line in lines:
+        line.close()
+
+
+def test_copy_of_itself_drops_what_has_signalled(resv: DmaResv, tl: Timeline, other_tl: Timeline) -> None:
+    first, second = tl.fence(), other_tl.fence()
+    attach(resv, first, Usage.READ)
+    attach(resv, second, Usage.READ)
+    first.signal()
+    with resv.locked():
+        resv.copy(resv)
+    assert entries(resv) == [(key(second), Usage.READ)]
+    second.signal()
+
+
+def test_copy_needs_the_lock_and_changes_nothing_without(resv: DmaResv, tl: Timeline) -> None:
+    fence = tl.fence()
+    attach(resv, fence, Usage.READ)
+    with pytest.raises(ContractError):
+        resv.copy(DmaResv())
+    assert keys(resv) == [key(fence)]
+    fence.signal()
+
+
+def test_copy_from_another_domain_is_exdev(resv: DmaResv) -> None:
+    elsewhere = DmaResv(domain=Domain.private())
+    with resv.locked(), raises_errno(errno.EXDEV):
+        resv.copy(elsewhere)
+
+
+def test_copy_takes_reservation_objects_only(resv: DmaResv) -> None:
+    source: Any = "resv"
+    with resv.locked(), pytest.raises(TypeError):
+        resv.copy(source)
+
+
+def test_a_deadline_reaches_every_pending_fence_of_the_level(resv: DmaResv, tl: Timeline, other_tl: Timeline) -> None:
+    write, read, done = tl.fence(), other_tl.fence(), other_tl.fence()
+    attach(resv, write, Usage.WRITE)
+    attach(resv, done, Usage.WRITE)
+    attach(resv, read, Usage.READ)
+    done.signal()
+    resv.set_deadline(Usage.WRITE, 5000)
+    assert [fence.deadline for fence in (write, read, done)] == [5000, None, None]
+    resv.set_deadline(Usage.READ, 4000)
+    assert [fence.deadline for fence in (write, read)] == [4000, 4000]
+    tl.close()
+    other_tl.close()
+
+
+@pytest.mark.parametrize(("usage", "ns"), [(Usage.READ, -1), (9, 5000)])
+def test_a_deadline_that_makes_no_sense_is_einval(resv: DmaResv, tl: Timeline, usage: Any, ns: int) -> None:
+    fence = tl.fence()
+    attach(resv, fence, Usage.READ)
+    with raises_errno(errno.EINVAL):
+        resv.set_deadline(usage, ns)
+    fence.signal()
 
 
 # -- replacing (4.5)

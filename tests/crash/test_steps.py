@@ -99,6 +99,19 @@ def many_fences(scene: Scene) -> None:
         f.signal()
 
 
+def copy_fences(scene: Scene) -> None:
+    timelines = [dmabuf.Timeline(f"copied {i}") for i in range(20)]
+    fences = [t.fence() for t in timelines]
+    for f in fences[:2]:
+        attach(scene.buf.resv, f, Usage.READ)
+    for f in fences:
+        attach(scene.other.resv, f, Usage.WRITE)
+    with scene.buf.resv.locked():
+        scene.buf.resv.copy(scene.other.resv)
+    for f in fences:
+        f.signal()
+
+
 def lock(scene: Scene) -> None:
     with scene.buf.resv.locked():
         pass
@@ -138,8 +151,8 @@ def reap_another(scene: Scene) -> None:
 
 
 SCENARIOS: list[Callable[[Scene], None]] = [
-    join, leave, allocate, rename, write, read, write_and_raise, access_both, fence, failed_fence, many_fences, lock, lock_both,
-    free_records, reap_another,
+    join, leave, allocate, rename, write, read, write_and_raise, access_both, fence, failed_fence, many_fences, copy_fences,
+    lock, lock_both, free_records, reap_another,
 ]  # fmt: skip
 # Content may be torn by who dies while writing, and by nobody else.
 MAY_TEAR = {write: "buf", write_and_raise: "buf", access_both: "other", reap_another: "other"}

@@ -14,7 +14,6 @@ access is EDEADLK at once; a circle of accesses is EDEADLK in the youngest at a 
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import errno
 import os
@@ -25,8 +24,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from dmabuf import _native
 from dmabuf._native import Shm
-from dmabuf.core import debug
+from dmabuf.core import awaiting, debug
 from dmabuf.core.fence import monotonic_deadline
+from dmabuf.core.fence_ops import ask
 from dmabuf.core.owner import Owner, current, publish
 from dmabuf.core.usage import Direction, Usage
 from dmabuf.core.ww_mutex import lock_all
@@ -381,6 +381,7 @@ class ManyAccesses:
 
 def _wait(parts: Sequence[Access], owner: Owner, pending: Sequence[int], until: int) -> None:
     shm = parts[0]._shm
+    ask(owner.domain, pending)
     try:
         for handle in pending:
             if not shm.fence_pending(handle):
@@ -396,12 +397,11 @@ def _wait(parts: Sequence[Access], owner: Owner, pending: Sequence[int], until: 
 
 async def _locks_free(parts: Sequence[Access], owner: Owner, until: int) -> None:
     """A reservation lock is held for microseconds; a loop must all the same not stand still while somebody's is held for longer."""
-    loop = asyncio.get_running_loop()
     resvs = [part.buf.resv for part in parts]
     while any(resv.is_locked() and resv._mine(owner) is None for resv in resvs):
         gone = threading.Event()
         try:
-            await loop.run_in_executor(None, _until_free, resvs, until, gone)
+            await awaiting.in_thread(_until_free, resvs, until, gone)
         except TimeoutError:
             raise parts[0]._timed_out() from None
         finally:
@@ -409,29 +409,26 @@ async def _locks_free(parts: Sequence[Access], owner: Owner, until: int) -> None
 
 
 async def _wait_async(parts: Sequence[Access], owner: Owner, pending: Sequence[int], until: int) -> None:
-    loop = asyncio.get_running_loop()
     shm, watcher = parts[0]._shm, dispatcher(parts[0].buf.domain)
+    ask(owner.domain, pending)
     try:
         for handle in pending:
             if not shm.fence_pending(handle):
                 continue
-            future: asyncio.Future[None] = loop.create_future()
+            pause = awaiting.pause()
 
-            def done(_: int, future: asyncio.Future[None] = future) -> None:
-                with contextlib.suppress(RuntimeError):  # the loop was closed: nobody awaits it any more
-                    loop.call_soon_threadsafe(lambda: None if future.done() else future.set_result(None))
+            def done(_: int, pause: awaiting.Pause = pause) -> None:
+                pause.end()
 
             token = watcher.watch(handle, done, foreign=True)
             if token is None:
                 continue
-            owner.awaiting = (loop, future)
+            owner.awaiting = pause
             publish(owner, handle)
             try:
                 left = None if until < 0 else max(0.0, (until - time.monotonic_ns()) / 1e9)
-                async with asyncio.timeout(left):
-                    await future
-            except TimeoutError:
-                raise parts[0]._timed_out() from None
+                if not await pause.within(left):
+                    raise parts[0]._timed_out()
             finally:
                 owner.awaiting = None
                 watcher.unwatch(handle, token)

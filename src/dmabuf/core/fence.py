@@ -250,7 +250,7 @@ class DmaFence(_native.Fence):
         """A snapshot for programs."""
         info = self.shm.fence_info(self.handle)
         local = self.domain.local.get("dispatcher")
-        count = len(local._watched.get(self.handle, ())) if local else 0
+        count = local.watches(self.handle) if local else 0
         return FenceStatistics(*self._look_up()[:2], self.context, self.seqno, self.status, self.pid, info["created"] if info else 0, count)
 
     def __reduce__(self) -> Any:
@@ -258,7 +258,8 @@ class DmaFence(_native.Fence):
 
     def __del__(self) -> None:
         if self.owned and not flagged(self):
-            shared = self.shm.fence_shared(self.handle)
+            local = self.domain.local.get("dispatcher")
+            shared = self.shm.fence_shared(self.handle) or (local is not None and local.watches(self.handle))
             if shared:
                 warnings.warn(
                     f"{self!r} was dropped unsignalled while others wait for it: it ends with -EDEADLK",
@@ -392,7 +393,7 @@ class Timeline:
         if ops is not None:
             from dmabuf.core.fence_ops import custom
 
-            kind = custom(ops)
+            kind = custom(ops, self.domain)
         with self._lock:
             number = self._number(seqno)
             handle = self._shm.fence_alloc(self._index + 1, self.context, number, self._flags, 0, 0)

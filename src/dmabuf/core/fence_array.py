@@ -19,7 +19,7 @@ from typing import Any, Self
 from dmabuf import _native
 from dmabuf._native import OFF_CONTEXT
 from dmabuf.core.fence import DmaFence, _register, nameless
-from dmabuf.core.fence_ops import LazyFence
+from dmabuf.core.fence_ops import Container
 from dmabuf.domain.dispatcher import defer
 from dmabuf.domain.domain import Domain
 from dmabuf.errors import contract_warning, fail
@@ -27,11 +27,11 @@ from dmabuf.errors import contract_warning, fail
 _counting = threading.Lock()  # of the members left of all arrays: held for one subtraction
 
 
-class DmaFenceArray(LazyFence):
+class DmaFenceArray(Container):
     """Several fences as one; ``fences``: its members.
 
-    ``fences``: at least one, all of one domain. ``signal_on_any``: the first end counts, not the last. ``context``, ``seqno``: its own
-    numbers, a fresh context and 1 if not given.
+    ``fences``: at least one, all of one domain. ``signal_on_any``: the first end counts, not the last. Its context is a fresh one, its
+    seqno 1.
 
     Errors: EINVAL no member (with a ``ContractWarning``); EXDEV members of several domains; TypeError no fence; ENOSPC the domain is full.
     ``ContractWarning`` for a member that is a container itself: unwrap() it first.
@@ -46,20 +46,27 @@ class DmaFenceArray(LazyFence):
     _left: int
     _first_error: int
 
-    def __new__(cls, fences: Iterable[DmaFence], signal_on_any: bool = False, *, context: int | None = None, seqno: int = 1) -> Self:
+    def __new__(cls, fences: Iterable[DmaFence], signal_on_any: bool = False) -> Self:
         members = tuple(fences)
         domain = one_domain(members, "DmaFenceArray")
         for member in members:
             if is_container(member):
                 contract_warning(f"DmaFenceArray: {member!r} is a container itself: unwrap() it first", 2)
+        return cls._made(members, bool(signal_on_any), domain.join().add64(OFF_CONTEXT, 1), 1)
+
+    @classmethod
+    def _made(cls, members: Sequence[DmaFence], signal_on_any: bool, context: int, seqno: int) -> Self:
+        domain = members[0].domain
         shm = domain.join()
-        number = shm.add64(OFF_CONTEXT, 1) if context is None else context
-        handle = shm.fence_alloc(nameless(domain, "dma_fence_array"), number, seqno, _native.FF_CONTAINER, 0, 0)
+        handle = shm.fence_alloc(nameless(domain, "dma_fence_array"), context, seqno, _native.FF_CONTAINER, 0, 0)
         self = super().__new__(cls, shm, handle, True)
         _register(self, domain, None)
-        self.fences, self.signal_on_any, self._enabled = members, bool(signal_on_any), False
+        self.fences, self.signal_on_any, self._enabled, self._twin = tuple(members), signal_on_any, False, None
         self._left, self._first_error = 1 if signal_on_any else len(members), 0
         return self
+
+    def _copy(self) -> Self:
+        return self._made(self.fences, self.signal_on_any, self.context, self.seqno)
 
     def _enable(self) -> bool:
         for member in self.fences:

@@ -21,7 +21,7 @@ from dmabuf import _native
 from dmabuf._native import OFF_CONTEXT
 from dmabuf.core.fence import DmaFence, _register, nameless
 from dmabuf.core.fence_array import one_domain
-from dmabuf.core.fence_ops import LazyFence
+from dmabuf.core.fence_ops import Container
 from dmabuf.domain.dispatcher import defer
 from dmabuf.errors import contract_warning, fail
 
@@ -29,7 +29,7 @@ _FLAGS = _native.FF_CONTAINER | _native.FF_SEQNO64
 _TOP = 0xFFFFFFFFFFFFFFFF
 
 
-class DmaFenceChain(LazyFence):
+class DmaFenceChain(Container):
     """A point of a chain. ``prev``: what came before (None once that has signalled and was unlinked); ``fence``: what it adds;
     ``prev_seqno``: the number before it on its context, 0 when it begins one.
 
@@ -65,8 +65,11 @@ class DmaFenceChain(LazyFence):
         handle = shm.fence_alloc(nameless(domain, "dma_fence_chain"), context, seqno, _FLAGS, 0, 0)
         self = super().__new__(cls, shm, handle, True)
         _register(self, domain, None)
-        self._prev, self.fence, self.prev_seqno, self._enabled = prev, fence, prev_seqno, False
+        self._prev, self.fence, self.prev_seqno, self._enabled, self._twin = prev, fence, prev_seqno, False, None
         return self
+
+    def _copy(self) -> Self:
+        return self._point(self._prev, self.fence, self.context, self.seqno, self.prev_seqno)
 
     @property
     def prev(self) -> DmaFence | None:

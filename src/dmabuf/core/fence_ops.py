@@ -23,12 +23,13 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from dmabuf._native import Shm
 from dmabuf.core.fence import DmaFence, flagged, monotonic_deadline
 from dmabuf.domain.dispatcher import report
+from dmabuf.domain.domain import Domain
 
 _flip = threading.Lock()  # of the marks "enabled" of all fences: held for one store
 
@@ -134,6 +135,57 @@ class LazyFence(DmaFence):
         return super().wait(timeout, interruptible=interruptible)
 
 
+class Container(LazyFence):
+    """What arrays and chains share: a fork's child, which can't end its parent's slot, has a twin over the same members."""
+
+    __slots__ = ("_twin",)
+
+    _twin: Container | None
+
+    def _copy(self) -> Container:
+        """One like it with a slot of this process."""
+        raise NotImplementedError
+
+    def _here(self) -> DmaFence | None:
+        """The twin; None while the fence is this process's own, or has ended."""
+        if self.owned or flagged(self):
+            return None
+        if self._twin is None or not self._twin.owned:
+            self._twin = self._copy()
+        return self._twin
+
+    def enable_signaling(self) -> None:
+        """Ask that it will signal when its members have (spec 3.8)."""
+        here = self._here()
+        super().enable_signaling() if here is None else here.enable_signaling()
+
+    def is_signaled(self) -> bool:
+        """True once it has ended. Members are looked at only after signalling was enabled (up to Linux 6.12)."""
+        here = self._here()
+        return super().is_signaled() if here is None else here.is_signaled()
+
+    @property
+    def status(self) -> int:
+        """0 pending, 1 signalled, or the negative errno it ended with (spec 3.5)."""
+        here = self._here()
+        return super().status if here is None else here.status
+
+    def wait(self, timeout: float | None = None, *, interruptible: bool = False) -> float:
+        """Enable signalling, then wait until signalled; as :meth:`DmaFence.wait`."""
+        here = self._here()
+        return (super().wait if here is None else here.wait)(timeout, interruptible=interruptible)
+
+    def listen(self, call: Callable[[int], object]) -> int | None:
+        here = self._here()
+        return super().listen(call) if here is None else here.listen(call)
+
+    def remove_callback(self, handle: int) -> bool:
+        """Take a callback back; False when it ran already (spec 3.7)."""
+        if self.owned or self._twin is None:
+            return super().remove_callback(handle)
+        return self._twin.remove_callback(handle)
+
+
 class CustomFence(LazyFence):
     """A fence with :class:`FenceOps`; made by ``Timeline.fence(ops=…)``."""
 
@@ -171,7 +223,7 @@ class CustomFence(LazyFence):
                 report(e, self.ops.release)
 
 
-def custom(ops: Any) -> Callable[[Shm, int, bool], CustomFence]:
+def custom(ops: Any, domain: Domain) -> Callable[[Shm, int, bool], CustomFence]:
     """What makes fences with these operations. Errors: TypeError no :class:`FenceOps`."""
     if not isinstance(ops, FenceOps):
         raise TypeError(f"fence: ops is a dmabuf.FenceOps, not {type(ops).__name__}")
@@ -179,6 +231,20 @@ def custom(ops: Any) -> Callable[[Shm, int, bool], CustomFence]:
     def make(shm: Shm, handle: int, owned: bool) -> CustomFence:
         fence = CustomFence(shm, handle, owned)
         fence.ops, fence._enabled = ops, False
+        domain.local["lazy"] = True
         return fence
 
     return make
+
+
+def ask(domain: Domain, handles: Iterable[int]) -> None:
+    """Poll those of the fences that are this process's own and have operations: they may be done though nobody signalled them.
+
+    Cheap where there are none, so every place that looks at slots alone may ask first.
+    """
+    if "lazy" in domain.local:
+        known = domain.local["fences"]
+        for handle in handles:
+            fence = known.get(handle)
+            if isinstance(fence, LazyFence):
+                fence.is_signaled()

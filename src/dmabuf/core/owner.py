@@ -1,4 +1,4 @@
-"""Who holds a lock or an access: a thread, or the asyncio task that runs in it.
+"""Who holds a lock or an access: a thread, or the task of asyncio or trio that runs in it.
 
 An owner has one context in the domain, which names it in lock words and access fences, and in which it publishes the fence that it
 waits for. So any process can follow "waits for" edges from owner to owner, and a cycle is found by whoever looks at a tick.
@@ -7,12 +7,12 @@ waits for. So any process can follow "waits for" edges from owner to owner, and 
 from __future__ import annotations
 
 import errno
-import sys
 import threading
 import weakref
 from typing import Any
 
 from dmabuf._native import OFF_STAMP, TICK_FENCE
+from dmabuf.core import awaiting
 from dmabuf.domain.domain import Domain
 from dmabuf.errors import fail
 
@@ -31,7 +31,7 @@ class Owner:
         self.life = domain.shm.life
         self.wait_stamp = 0
         self.locks = 0  # reservation locks that it holds
-        self.awaiting: Any = None  # (loop, future) while a task waits for an access
+        self.awaiting: awaiting.Pause | None = None  # where its task waits for an access
 
     def __del__(self) -> None:
         if hasattr(self, "life"):
@@ -67,14 +67,13 @@ def current(domain: Domain) -> Owner:
     """The owner that runs now."""
     life = domain.shm.life or domain.life
     owners: _Owners = domain.local.get("owners") or _owners(domain)
-    events = sys.modules.get("asyncio.events")
-    if events is not None and (loop := events._get_running_loop()) is not None:
-        task = sys.modules["asyncio"].current_task(loop)
-        if task is not None:
-            owner = owners.tasks.get(task)
-            if owner is None or owner.life != life:
-                owner = owners.tasks[task] = Owner(domain, task.get_name())
-            return owner
+    found = awaiting.running()
+    if found is not None:
+        task = found[1]
+        owner = owners.tasks.get(task)
+        if owner is None or owner.life != life:
+            owner = owners.tasks[task] = Owner(domain, awaiting.name_of(task))
+        return owner
     try:
         mine: Owner = owners.threads.owner
         if mine.life == life:
@@ -136,15 +135,6 @@ def _look(domain: Domain, kind: int) -> None:
         if owner.life != domain.shm.life or not youngest_in_cycle(owner):
             continue
         if owner.awaiting is not None:
-            loop, future = owner.awaiting
-            try:
-                loop.call_soon_threadsafe(_refuse, future)
-            except RuntimeError:
-                pass  # the loop was closed: nobody awaits it any more
+            owner.awaiting.end(deadlock("access", "a buffer"))
         elif owner is mine and kind == TICK_FENCE:
             raise deadlock("access", "a buffer")
-
-
-def _refuse(future: Any) -> None:
-    if not future.done():
-        future.set_exception(deadlock("access", "a buffer"))

@@ -7,13 +7,13 @@ bits are ignored. Readiness is of the moment: it says that the fences are done, 
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import os
 import select
 import time
 from typing import TYPE_CHECKING
 
+from dmabuf.core import awaiting
 from dmabuf.core.fence import monotonic_deadline, wrap
 from dmabuf.core.usage import Usage
 from dmabuf.domain.dispatcher import dispatcher
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 def ready(buf: DmaBuf, events: int) -> int:
     """Those of POLLIN and POLLOUT in ``events`` that are ready now."""
     shm, index = buf.resv._record.at()
+    if "lazy" in buf.domain.local:
+        buf.resv.pending(Usage.READ)
     found = 0
     if events & select.POLLOUT and not shm.resv_busy(index, Usage.READ):
         found |= select.POLLOUT
@@ -64,7 +66,7 @@ async def poll_async(buf: DmaBuf, event: int) -> None:
         if handle:
             await wrap(buf.domain, handle)
         else:
-            await asyncio.sleep(0)
+            await awaiting.checkpoint()
 
 
 class PollFd:

@@ -19,7 +19,8 @@ from typing import NoReturn
 from dmabuf._native import Shm
 from dmabuf.core import debug
 from dmabuf.core.fence import DmaFence, monotonic_deadline, seconds_left, wrap
-from dmabuf.core.fence_array import is_container
+from dmabuf.core.fence_array import DmaFenceArray, is_container
+from dmabuf.core.fence_ops import ask
 from dmabuf.core.owner import Owner, current
 from dmabuf.core.usage import Usage, checked_usage
 from dmabuf.core.ww_mutex import WwAcquireContext
@@ -257,11 +258,15 @@ class DmaResv:
     def add(self, fence: DmaFence, usage: int) -> None:
         """Add a fence; it replaces one that it makes superfluous (spec 4.4). Cannot fail after ``reserve``.
 
+        A fence with operations of its own is enabled. ``ContractWarning`` for an array or a chain: add what ``unwrap`` yields.
+
         Errors: ``ContractError`` without room; EINVAL no usage; EXDEV a fence of another domain; TypeError no fence.
         Kernel: dma_resv_add_fence.
         """
         held = self._assert_held("add")
         level = checked_usage(usage, "add", self)
+        if "lazy" in self.domain.local:
+            self.pending(Usage.BOOKKEEP)  # a fence that says it is done makes room
         taken = self._record.shm.resv_add(self._record.index, self._handle(fence, "add"), level, held.room)
         if taken < 0:
             raise ContractError(f"add: {self!r} has no room reserved: call reserve(1) under the same lock first")
@@ -275,6 +280,24 @@ class DmaResv:
         self._assert_held("replace")
         level = checked_usage(usage, "replace", self)
         self._record.shm.resv_replace(self._record.index, context, self._handle(fence, "replace"), level)
+
+    def copy(self, source: DmaResv) -> None:
+        """The fences become those that are pending on another reservation object, of every usage (spec 4.7); this one's lock is held.
+
+        Who looks without the lock meanwhile misses none of the new ones, and may see some of the old ones.
+
+        Errors: EXDEV reservation objects of two domains; ENOSPC no room, and nothing changed.
+        """
+        self._assert_held("copy")
+        if not isinstance(source, DmaResv):
+            raise TypeError(f"copy: a DmaResv is expected, not {type(source).__name__}")
+        shm, index = source._record.at()
+        if shm is not self._record.shm:
+            raise fail(errno.EXDEV, "copy", self, "copy fences inside one domain", what="the other one belongs to another domain")
+        source.pending(Usage.BOOKKEEP)
+        answer = shm.resv_copy(self._record.index, index)
+        if answer < 0:
+            raise fail(-answer, "copy", self, "wait for fences, or drop some")
 
     def _handle(self, fence: DmaFence, operation: str) -> int:
         if not isinstance(fence, DmaFence):
@@ -324,6 +347,7 @@ class DmaResv:
         first = True
         shm, index = self._record.at()
         for handle, entry in shm.resv_entries(index, level, True):
+            ask(self.domain, (handle,))
             if shm.fence_pending(handle):
                 yield wrap(self.domain, handle), Usage(entry), first
                 first = False
@@ -336,12 +360,33 @@ class DmaResv:
     def pending(self, usage: int) -> list[int]:
         """Handles of the pending fences up to ``usage``."""
         shm, index = self._record.at()
-        return shm.resv_pending(index, usage, 0)
+        found = shm.resv_pending(index, usage, 0)
+        if found and "lazy" in self.domain.local:
+            ask(self.domain, found)
+            return shm.resv_pending(index, usage, 0)
+        return found
 
     def test_signaled(self, usage: int) -> bool:
         """No pending fence up to ``usage`` (spec 4.7). Kernel: dma_resv_test_signaled."""
         shm, index = self._record.at()
-        return not shm.resv_busy(index, checked_usage(usage, "test_signaled", self))
+        level = checked_usage(usage, "test_signaled", self)
+        return not shm.resv_busy(index, level) or ("lazy" in self.domain.local and not self.pending(level))
+
+    def singleton(self, usage: int) -> DmaFence | None:
+        """One fence for all that are pending up to ``usage``: None, the only one, or an array that is signalled with the last (spec 4.7).
+
+        Not to be added to a reservation object again. Errors: ENOSPC the domain is full.
+        """
+        found = self.fences(usage)
+        return DmaFenceArray(found) if len(found) > 1 else next(iter(found), None)
+
+    def set_deadline(self, usage: int, ns: int) -> None:
+        """Hint that the pending fences up to ``usage`` are wanted by this CLOCK_MONOTONIC time, in ns (spec 4.7).
+
+        Errors: EINVAL a negative time or no usage.
+        """
+        for fence in self.fences(usage):
+            fence.set_deadline(ns)
 
     def wait(self, usage: int, timeout: float | None = None, *, interruptible: bool = False) -> float:
         """Wait for every fence up to ``usage``; returns the seconds left (> 0; inf for None), 0.0 when timed out (spec 4.7).

@@ -92,6 +92,10 @@ class Dispatcher:
             _work_off()
         _here.running = before
 
+    def watches(self, handle: int) -> int:
+        """How many registrations there are for one fence."""
+        return len(self._watched.get(handle, ()))
+
     @property
     def watching(self) -> int:
         """How many registrations there are."""

@@ -5,6 +5,7 @@ One ``send`` is one message and one ``recv`` takes one message, on SOCK_SEQPACKE
 ======================  =====================================================================================
 a ``DmaBuf``            its fd; the receiver gets a handle of its own, and the buffer lives on while in flight
 a ``DmaFence``          its number in the domain; the receiver waits for the same fence
+an array or a chain     what it is made of, in a memfd; the receiver makes its own over the same fences
 a ``Timeline``          its number; the receiver gets a ``RemoteTimeline``: who it is, and whether it is closed
 a ``Domain``            a private one's fd; of a directory's, the directory
 ======================  =====================================================================================
@@ -35,6 +36,7 @@ from typing import Any, Final, NamedTuple
 from dmabuf import _native
 from dmabuf.core.buffer import DmaBuf, from_fd, received
 from dmabuf.core.fence import DmaFence, Timeline, wrap
+from dmabuf.core.fence_travel import pack, unpack
 from dmabuf.domain.domain import Domain, known
 from dmabuf.domain.records import Record, confirmed
 from dmabuf.errors import DmaBufError, fail
@@ -49,11 +51,12 @@ _ONE: Final = struct.Struct("=8sHHIBBHI8sQQ16s32s")  # header and one buffer
 _BODY: Final = struct.Struct("=QQ16s32s")  # of a buffer: st_dev, st_ino, nonce, name
 _FENCE: Final = struct.Struct("=QQQ40x")  # handle, context, seqno
 _TIMELINE: Final = struct.Struct("=QQ48x")  # number of its slot's use, context
+_MOST_STRUCTURE: Final = 1 << 28  # bytes of a fence container: more than a domain has fences for
 _FD: Final = struct.Struct("=i")
 _UCRED: Final = struct.Struct("=3i")  # pid, uid, gid (unix(7))
 
-_BUFFER, _FENCE_KIND, _TIMELINE_KIND, _PRIVATE_DOMAIN, _DIRECTORY = 1, 2, 3, 4, 5
-_WITH_FD: Final = frozenset((_BUFFER, _PRIVATE_DOMAIN, _DIRECTORY))
+_BUFFER, _FENCE_KIND, _TIMELINE_KIND, _PRIVATE_DOMAIN, _DIRECTORY, _CONTAINER = 1, 2, 3, 4, 5, 6
+_WITH_FD: Final = frozenset((_BUFFER, _PRIVATE_DOMAIN, _DIRECTORY, _CONTAINER))
 _ONE_SIZE: Final = _ONE.size
 _IS_PRIVATE, _HAS_NAME = 1, 2  # flags of an item
 
@@ -281,13 +284,19 @@ def _pack(things: tuple[Any, ...]) -> tuple[bytes, list[int], list[DmaFence], li
     if len(things) > MAX_THINGS:
         limit = f"send at most {MAX_THINGS} at once"
         raise fail(errno.EINVAL, "send", f"{len(things)} things", limit, what="the kernel takes no more in a message")
-    items, fds, fences, directories, opened = [], [], [], [], []
+    items, fds, fences, directories, structures, opened = [], [], [], [], [], []
     for thing in things:
         if isinstance(thing, DmaBuf):
             fds.append(thing._check("send"))
             items.append(_item_of(thing._record))
         elif isinstance(thing, DmaFence):
             check_fence(thing, "send")
+            structure = pack(thing)
+            if structure is not None:
+                structures.append((len(fds), structure))
+                fds.append(-1)
+                items.append(_item(_CONTAINER, thing.domain, b""))
+                continue
             thing.publish()
             items.append(_item(_FENCE_KIND, thing.domain, _FENCE.pack(thing.handle, thing.context, thing.seqno), thing.timeline_index))
             fences.append(thing)
@@ -311,6 +320,16 @@ def _pack(things: tuple[Any, ...]) -> tuple[bytes, list[int], list[DmaFence], li
         for fd in opened:
             os.close(fd)
         raise fail(e.errno or errno.EIO, "send", "a domain", "its directory must stay where it is", what=e.strerror) from None
+    try:
+        for at, structure in structures:
+            fds[at] = os.memfd_create("dmabuf-fence", os.MFD_CLOEXEC)
+            opened.append(fds[at])
+            if os.pwrite(fds[at], structure, 0) != len(structure):
+                raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+    except OSError as e:
+        for fd in opened:
+            os.close(fd)
+        raise fail(e.errno or errno.EIO, "send", "a container of fences", "its structure needs a descriptor and memory") from None
     return _HEADER.pack(_MAGIC, len(items), len(fds), 0) + b"".join(items), fds, fences, opened
 
 
@@ -416,12 +435,24 @@ def _things(sock: socket.socket, items: list[tuple[Any, ...]], fds: list[int], m
         elif kind == _FENCE_KIND:
             handle, context, seqno = _FENCE.unpack(body)
             made.append(wrap(domain, handle, (context, seqno, index)))
+        elif kind == _CONTAINER:
+            fd, fds[places[at]] = fds[places[at]], -1
+            made.append(_container(sock, domain, fd))
         elif kind == _TIMELINE_KIND:
             number, context = _TIMELINE.unpack(body)
             made.append(RemoteTimeline(domain, index, number, context))
         else:
             raise _foreign(sock, f"a thing of kind {kind}, which this version does not know")
     return made
+
+
+def _container(sock: socket.socket, domain: Domain, fd: int) -> DmaFence:
+    """The container of fences whose structure is behind an fd, which is consumed."""
+    with open(fd, "rb") as structure:
+        try:
+            return unpack(domain, structure.read() if os.fstat(fd).st_size <= _MOST_STRUCTURE else b"")
+        except (ValueError, struct.error):
+            raise _foreign(sock, "something that is no container of fences") from None
 
 
 def _domain_of(identity: bytes, flags: int) -> Domain:

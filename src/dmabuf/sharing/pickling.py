@@ -20,6 +20,10 @@ from typing import Any
 
 from dmabuf.core.buffer import DmaBuf, from_fd
 from dmabuf.core.fence import DmaFence, Timeline, wrap
+from dmabuf.core.fence_array import DmaFenceArray
+from dmabuf.core.fence_chain import DmaFenceChain
+from dmabuf.core.fence_ops import CustomFence
+from dmabuf.core.fence_travel import pack, unpack
 from dmabuf.domain.domain import Domain, known
 from dmabuf.errors import fail
 from dmabuf.sharing.passing import check_fence, timeline_place
@@ -44,6 +48,9 @@ def _reduce_domain(domain: Domain) -> tuple[Callable[..., Any], tuple[Any, ...]]
 
 def _reduce_fence(fence: DmaFence) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     check_fence(fence, "pickle")
+    structure = pack(fence)
+    if structure is not None:
+        return unpack, (fence.domain, structure)
     fence.publish()
     fence.shm.fence_mark(fence.handle, "shared", 1)  # to drop it unsignalled from now on hurts somebody
     return _make_fence, (fence.domain, fence.handle, (fence.context, fence.seqno, fence.timeline_index))
@@ -78,7 +85,10 @@ def _make_fence(domain: Domain, handle: int, past: tuple[int, int, int]) -> DmaF
 
 _REDUCERS: dict[type, Callable[[Any], tuple[Callable[..., Any], tuple[Any, ...]]]] = {
     DmaBuf: _reduce_buffer,
+    CustomFence: _reduce_fence,
     DmaFence: _reduce_fence,
+    DmaFenceArray: _reduce_fence,
+    DmaFenceChain: _reduce_fence,
     Domain: _reduce_domain,
     RemoteTimeline: _reduce_timeline,
     Timeline: _reduce_timeline,
