@@ -242,6 +242,26 @@ def test_timestamps_follow_the_order_of_signals(tl: Timeline) -> None:
     assert stamps == sorted(stamps)
 
 
+def test_signal_timestamp_gives_the_time_and_the_error(tl: Timeline) -> None:
+    fence, failed = tl.fence(), tl.fence()
+    fence.signal_timestamp(12345)
+    failed.signal_timestamp(23456, -errno.EIO)
+    assert (fence.status, fence.timestamp) == (1, 12345)
+    assert (failed.status, failed.timestamp) == (-errno.EIO, 23456)
+    with raises_errno(errno.EINVAL):
+        fence.signal_timestamp(5)
+    assert fence.timestamp == 12345
+
+
+@pytest.mark.parametrize(("timestamp", "error"), [(0, 0), (-1, 0), (5, 5), (5, -4096)])
+def test_signal_timestamp_with_nonsense_is_einval_and_signals_nothing(tl: Timeline, timestamp: int, error: int) -> None:
+    fence = tl.fence()
+    with raises_errno(errno.EINVAL):
+        fence.signal_timestamp(timestamp, error)
+    assert not fence.is_signaled()
+    fence.signal()
+
+
 # -- callbacks (3.7)
 
 

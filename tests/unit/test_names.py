@@ -24,13 +24,13 @@ METHODS = {
     "SgTable": "from_pages from_ranges from_dma nents orig_nents entries dma_entries pages view cpu_array dma_array set_dma size",
     "Device": "map_sgtable unmap_sgtable read write statistics",
     "DmaFence": "context seqno status error timestamp signal set_error is_signaled wait add_callback remove_callback enable_signaling "
-    "set_deadline deadline describe statistics is_later is_later_or_same later match_context",
+    "set_deadline deadline describe statistics is_later is_later_or_same later match_context signal_timestamp",
     "DmaFenceArray": "fences signal_on_any enabled",
     "DmaFenceChain": "prev fence prev_seqno walk find_seqno enabled",
     "FenceOps": "enable_signaling signaled wait set_deadline release",
     "Timeline": "fence close context statistics",
-    "DmaResv": "locked reserve add iterate iterate_unlocked fences replace test_signaled wait describe lock trylock unlock lock_slow "
-    "lock_interruptible is_locked locking_ctx statistics",
+    "DmaResv": "locked reserve add iterate iterate_unlocked fences replace singleton copy set_deadline test_signaled wait describe "
+    "lock trylock unlock lock_slow lock_interruptible is_locked locking_ctx statistics",
     "WwAcquireContext": "done fini",
     "Domain": "default open private",
     "Usage": "KERNEL WRITE READ BOOKKEEP rw",

@@ -129,6 +129,18 @@ class DmaFence(_native.Fence):
             contract_warning(f"set_error: {error} is no negative errno", 2)
         self.shm.fence_mark(self.handle, "error", error)
 
+    def signal_timestamp(self, timestamp: int, error: int = 0) -> None:
+        """:meth:`signal` with the time at which it happened, CLOCK_MONOTONIC ns (spec 3.4). Kernel: dma_fence_signal_timestamp.
+
+        Errors: EINVAL signalled already, a time that is not positive, or an error that is no negative errno; EPERM from another process.
+        """
+        if not self.owned:
+            raise fail(errno.EPERM, "signal_timestamp", self, "only the process that owns the timeline signals its fences")
+        if timestamp <= 0 or not -MAX_ERRNO <= error <= 0:
+            raise fail(errno.EINVAL, "signal_timestamp", self, "a time is > 0 ns, an error a negative errno or 0")
+        if not self.shm.fence_signal(self.handle, error, False, timestamp):
+            raise fail(errno.EINVAL, "signal_timestamp", self, "a fence is signalled once")
+
     # ---- callbacks ----
 
     def add_callback(self, fn: Callable[[DmaFence], object]) -> int:

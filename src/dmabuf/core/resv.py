@@ -286,7 +286,7 @@ class DmaResv:
 
         Who looks without the lock meanwhile misses none of the new ones, and may see some of the old ones.
 
-        Errors: EXDEV reservation objects of two domains; ENOSPC no room, and nothing changed.
+        Errors: EXDEV reservation objects of two domains; ENOSPC no room, and nothing changed. Kernel: dma_resv_copy_fences.
         """
         self._assert_held("copy")
         if not isinstance(source, DmaResv):
@@ -375,7 +375,7 @@ class DmaResv:
     def singleton(self, usage: int) -> DmaFence | None:
         """One fence for all that are pending up to ``usage``: None, the only one, or an array that is signalled with the last (spec 4.7).
 
-        Not to be added to a reservation object again. Errors: ENOSPC the domain is full.
+        Not to be added to a reservation object again. Errors: ENOSPC the domain is full. Kernel: dma_resv_get_singleton.
         """
         found = self.fences(usage)
         return DmaFenceArray(found) if len(found) > 1 else next(iter(found), None)
@@ -383,7 +383,7 @@ class DmaResv:
     def set_deadline(self, usage: int, ns: int) -> None:
         """Hint that the pending fences up to ``usage`` are wanted by this CLOCK_MONOTONIC time, in ns (spec 4.7).
 
-        Errors: EINVAL a negative time or no usage.
+        Errors: EINVAL a negative time or no usage. Kernel: dma_resv_set_deadline.
         """
         for fence in self.fences(usage):
             fence.set_deadline(ns)
