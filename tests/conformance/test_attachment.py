@@ -307,6 +307,21 @@ def test_unmap_twice_is_a_contract_error(static: Static, dev: Device) -> None:
         att.detach()
 
 
+@pytest.mark.parametrize("exported", [True, False], ids=["exported", "plain"])
+def test_unmap_with_another_direction_is_a_contract_error_and_the_table_stays_mapped(
+    static: Static, buf: DmaBuf, dev: Device, exported: bool
+) -> None:
+    with dmabuf.export(static, SIZE) if exported else buf.get_dma_buf() as one:
+        att = one.attach(dev)
+        sgt = att.map_unlocked(TO)
+        with pytest.raises(ContractError, match="mapped TO_DEVICE"):
+            att.unmap_unlocked(sgt, BIDIR)
+        assert (att.statistics().mapped, dev.statistics().windows) == (1, 1)
+        att.unmap_unlocked(sgt, TO)
+        assert (att.statistics().mapped, dev.statistics().windows) == (0, 0)
+        att.detach()
+
+
 def test_map_with_no_direction_is_einval(static: Static, dev: Device) -> None:
     with dmabuf.export(static, SIZE) as buf:
         att = buf.attach(dev)

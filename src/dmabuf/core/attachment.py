@@ -88,7 +88,7 @@ class DmaBufAttachment:
     _backing: Backing
     _resv: DmaResv
     _cached: tuple[SgTable, Direction] | None
-    _mapped: dict[int, tuple[SgTable, bool]]  # by id(): the table, and whether mapping pinned
+    _mapped: dict[int, tuple[SgTable, Direction, bool]]  # by id(): the table, the direction, and whether mapping pinned
 
     def __new__(cls, *_: object, **__: object) -> Self:
         raise TypeError("a DmaBufAttachment is made by DmaBuf.attach()")
@@ -150,7 +150,7 @@ class DmaBufAttachment:
         if self._backing.cache:
             self._cached = sgt, way
         else:
-            self._mapped[id(sgt)] = sgt, pin
+            self._mapped[id(sgt)] = sgt, way, pin
         return sgt
 
     def _map(self, way: Direction, interruptible: bool) -> SgTable:
@@ -174,8 +174,9 @@ class DmaBufAttachment:
     def unmap(self, sgt: SgTable | None, direction: int) -> None:
         """Give a table back; a kept one stays (spec 2.13). The lock is held; ``direction`` as for map.
 
-        Errors: ``ContractWarning``, and nothing is done, for None; ``ContractError`` without the lock, and for a table that this attachment
-        has not mapped or has unmapped; EINVAL as :meth:`map`. Kernel: dma_buf_unmap_attachment.
+        Errors: ``ContractWarning``, and nothing is done, for None; ``ContractError``, and nothing is done, without the lock, for a table
+        that this attachment has not mapped or has unmapped, and for another direction than map's; EINVAL as :meth:`map`.
+        Kernel: dma_buf_unmap_attachment.
         """
         self._locked("unmap")
         self._unmap(sgt, direction)
@@ -189,7 +190,10 @@ class DmaBufAttachment:
             return
         if id(sgt) not in self._mapped:
             raise ContractError(f"unmap: {self!r} has not mapped {sgt!r}")
-        _, pinned = self._mapped.pop(id(sgt))
+        _, had, pinned = self._mapped[id(sgt)]
+        if had is not way:  # the exporter would undo the wrong half, or refuse: then nobody could unmap it any more
+            raise ContractError(f"unmap: {sgt!r} was mapped {had.name}: unmap it with the same direction")
+        del self._mapped[id(sgt)]
         debug.show(sgt)
         try:
             self._backing.exporter.unmap(self, sgt, way)
