@@ -5,6 +5,7 @@ import sys as _sys
 if not _sys.platform.startswith("linux"):
     raise ImportError("dmabuf works on Linux only: it is built on memfd, futexes and open-file-description locks")
 
+from dmabuf import sim
 from dmabuf.core.access import access
 from dmabuf.core.attachment import DmaBufAttachment
 from dmabuf.core.buffer import DmaBuf, get
@@ -22,6 +23,7 @@ from dmabuf.core.unwrap import merge, unwrap
 from dmabuf.core.usage import Direction, Usage
 from dmabuf.core.wait_any import wait_any
 from dmabuf.core.ww_mutex import WwAcquireContext, lock_all
+from dmabuf.devices.disk import DiskDevice
 from dmabuf.domain.domain import Domain
 from dmabuf.errors import ContractError, ContractWarning, DmaBufError
 from dmabuf.heaps.recommended import allocate, heaps
@@ -37,6 +39,7 @@ __all__ = [
     "ContractWarning",
     "Device",
     "Direction",
+    "DiskDevice",
     "DmaBuf",
     "DmaBufAttachment",
     "DmaBufError",
@@ -68,6 +71,7 @@ __all__ = [
     "recv",
     "send",
     "signalling",
+    "sim",
     "stub_fence",
     "unwrap",
     "wait_any",

@@ -1,15 +1,17 @@
 """``Device``: who uses buffers by DMA address: its limits, its IOMMU, and what is mapped for it right now.
 
-A device is software that plays hardware: it reads and writes memory by DMA address alone (:meth:`Device.read`, :meth:`Device.write`),
-and any address that no mapping covers at that moment, or that is mapped for the other direction, *faults*: EFAULT, and nothing of that
-access was done. So a program that unmaps too early, or keeps an address over a move, is found out.
+A device is software that plays hardware: it reads and writes memory by DMA address alone (:meth:`Device.read`, :meth:`Device.write`,
+and :meth:`Device.views` for I/O without a copy), and any address that no mapping covers at that moment, or that is mapped for the other
+direction, *faults*: EFAULT, and nothing of that access was done. So a program that unmaps too early, or keeps an address over a move, is
+found out.
 
 With the IOMMU (the default) a mapping's pages lie side by side in an address range of the device, below ``dma_mask``, which begins with a
 page never mapped and is not used again soon. Without one, a DMA address is where this process sees the memory: a mask smaller than that
 address space then refuses (EIO), as the kernel's direct mapping does.
 
 *Who may call what.* An exporter's ``map`` calls :meth:`Device.map_sgtable`, its ``unmap`` :meth:`Device.unmap_sgtable`. No lock of ours is
-needed; a device has its own. The memory of a mapping can't go away before it is unmapped.
+needed; a device has its own. The memory of a mapping can't go away before it is unmapped, and ``unmap_sgtable`` waits for an access that
+is under way, as hardware does before it forgets an address.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ from __future__ import annotations
 import bisect
 import errno
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -31,6 +35,7 @@ if TYPE_CHECKING:
 ALL_ADDRESSES = (1 << 64) - 1
 _READS = (Direction.BIDIRECTIONAL, Direction.TO_DEVICE)
 _WRITES = (Direction.BIDIRECTIONAL, Direction.FROM_DEVICE)
+_WAYS = {Direction.TO_DEVICE: _READS, Direction.FROM_DEVICE: _WRITES, Direction.BIDIRECTIONAL: (Direction.BIDIRECTIONAL,)}
 
 
 class _Window(NamedTuple):
@@ -68,6 +73,8 @@ class Device:
         self.name, self.dma_mask, self.iommu = name, dma_mask, iommu
         self.max_segment = checked_segment(max_segment, "device", 3)
         self._lock = threading.Lock()
+        self._calm = threading.Condition(self._lock)
+        self._users: dict[int, list[int]] = {}  # serial of a window -> threads inside of views() of it
         self._windows: list[_Window] = []
         self._next = PAGE  # address 0 is never given: it is what a forgotten field holds
         self._serial = 0
@@ -115,18 +122,27 @@ class Device:
         return sgt
 
     def unmap_sgtable(self, sgt: SgTable, direction: int) -> None:
-        """Take the addresses back; from now on they fault. Errors: ``ContractError`` not mapped by this device, or the other direction."""
+        """Take the addresses back; from now on they fault. Waits for what is inside of :meth:`views` of them.
+
+        Errors: ``ContractError`` not mapped by this device, or the other direction, or this thread is inside of such views itself.
+        """
         if sgt._mapped is None or sgt._mapped[0] is not self:
             raise ContractError(f"unmap_sgtable: {sgt!r} is not mapped by {self!r}")
         _, made, way = sgt._mapped
         if way != direction:
             raise ContractError(f"unmap_sgtable: {sgt!r} was mapped {way.name}: unmap it with the same direction")
-        with self._lock:
-            for window in made:
-                del self._windows[bisect.bisect_left(self._windows, window)]
-        sgt._mapped, sgt._dma = None, ()
-        for window in made:
-            window.view.release()
+        try:
+            with self._calm:
+                if any(threading.get_ident() in self._users.get(window.serial, ()) for window in made):
+                    raise ContractError(f"unmap_sgtable: {sgt!r}: this thread is inside of views() of it, which it would wait for")
+                for window in made:
+                    del self._windows[bisect.bisect_left(self._windows, window)]
+                sgt._mapped, sgt._dma = None, ()
+                self._calm.wait_for(lambda: not any(window.serial in self._users for window in made))
+        finally:
+            if sgt._mapped is None:  # also when a signal handler ended the wait: no new access begins, and what is shown stays memory
+                for window in made:
+                    window.view.release()
 
     def _place(self, sgt: SgTable, views: list[memoryview]) -> list[int]:
         """Addresses for the pieces, side by side by whole pages; the lock is held."""
@@ -179,18 +195,50 @@ class Device:
         if length < 0:
             raise fail(errno.EINVAL, "read", self, "a length is not negative")
         with self._lock:
-            return b"".join(self._pieces("read", address, length, _READS))
+            return b"".join(piece for _, piece in self._pieces("read", address, length, _READS))
 
     def write(self, address: int, data: ReadableBuffer) -> None:
         """Store bytes at a DMA address. Errors: EFAULT some of it is not mapped now for writing by the device; nothing was stored."""
         source = memoryview(data).cast("B")
         with self._lock:
             at = 0
-            for piece in self._pieces("write", address, len(source), _WRITES):
+            for _, piece in self._pieces("write", address, len(source), _WRITES):
                 piece[:] = source[at : at + len(piece)]
                 at += len(piece)
 
-    def _pieces(self, operation: str, address: int, length: int, ways: tuple[Direction, ...]) -> list[memoryview]:
+    @contextmanager
+    def views(self, address: int, length: int, direction: int) -> Iterator[list[memoryview]]:
+        """``with dev.views(address, length, Direction.FROM_DEVICE) as pieces``: the bytes behind a DMA address, in order, for the block.
+
+        For I/O that must not copy. TO_DEVICE: the device reads, and the pieces are read-only; FROM_DEVICE: it writes; BIDIRECTIONAL:
+        both. While the block is open an unmap of what it shows waits, so leave it soon, and keep no piece. Errors: EINVAL no direction,
+        or NONE; EFAULT as :meth:`read` and :meth:`write`.
+        """
+        way = checked_direction(direction, "views", self)
+        if way is Direction.NONE:
+            raise fail(errno.EINVAL, "views", self, "an access has a direction")
+        me = threading.get_ident()
+        with self._lock:
+            found = self._pieces("views", address, length, _WAYS[way])
+            for window, _ in found:
+                self._users.setdefault(window.serial, []).append(me)
+        pieces = [piece.toreadonly() if way is Direction.TO_DEVICE else piece for _, piece in found]
+        try:
+            yield pieces
+        finally:
+            try:
+                for piece in pieces:
+                    piece.release()
+            finally:
+                with self._calm:
+                    for window, _ in found:
+                        inside = self._users[window.serial]
+                        inside.remove(me)
+                        if not inside:
+                            del self._users[window.serial]
+                    self._calm.notify_all()
+
+    def _pieces(self, operation: str, address: int, length: int, ways: tuple[Direction, ...]) -> list[tuple[_Window, memoryview]]:
         found = []
         while length > 0:
             window = self._find(address, ways)
@@ -204,7 +252,7 @@ class Device:
                     what=f"DMA fault: {address:#x} is not mapped",
                 )
             n = min(length, window.end - address)
-            found.append(window.view[address - window.start : address - window.start + n])
+            found.append((window, window.view[address - window.start : address - window.start + n]))
             address, length = address + n, length - n
         return found
 

@@ -1,0 +1,270 @@
+"""``Importing``: what every device of ours is made of: attached buffers, queues of jobs, a janitor, power, and an end.
+
+A target of a job is a ``DmaBuf``, an ``Attached`` or a ``Range`` of one. A ``DmaBuf`` is attached for the one job and given back by the
+janitor when it has ended: attach it yourself if it is used often. Call the methods without a reservation lock of the buffers held.
+
+*Power.* ``power_off()`` ends everything pending with -ENODEV, in its turn, and returns when nothing is left; what is submitted then is
+ENODEV until ``power_on()``. Mappings stay.
+
+*The end.* ``close()`` waits for the jobs, or cancels them, and detaches what is attached. Who forgets to close has it cancelled at the end
+of the interpreter: every fence ends. In a forked child the device is inert.
+"""
+
+from __future__ import annotations
+
+import atexit
+import errno
+import queue as _queue
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+from dmabuf.core.buffer import DmaBuf
+from dmabuf.core.device import Device, DeviceStatistics
+from dmabuf.core.usage import Direction
+from dmabuf.devices.attached import Attached, Range
+from dmabuf.devices.queue import Job, JobOptions, Queue, QueueStatistics
+from dmabuf.devices.submission import checked_wait, submit
+from dmabuf.domain.dispatcher import report
+from dmabuf.domain.domain import Domain
+from dmabuf.errors import fail
+
+Target = DmaBuf | Attached | Range
+
+
+@dataclass(frozen=True)
+class ImportingStatistics:
+    """What a device of ours says of itself. ``attached``: buffers attached now, those of jobs that have just ended included."""
+
+    device: DeviceStatistics
+    attached: int
+    powered: bool
+    queues: tuple[QueueStatistics, ...]
+
+
+class Importing:
+    """Base class of devices that are importers. ``device``: what its buffers are mapped for, or its name."""
+
+    driver = "dmabuf"
+
+    def __init__(self, device: Device | str, *, domain: Domain | None = None) -> None:
+        self.device = Device(device) if isinstance(device, str) else device
+        if not isinstance(self.device, Device):
+            raise TypeError(f"{type(self).__name__}: a dmabuf.Device or a name, not {type(device).__name__}")
+        self.domain = domain or Domain.default()
+        self.domain.join()
+        self._life = self.domain.shm.life
+        self.powered, self.epoch, self.closed = True, 0, False
+        self._queues: list[Queue] = []
+        self._attached: dict[Attached, None] = {}
+        self._chores: _queue.SimpleQueue[Callable[[], object] | None] = _queue.SimpleQueue()
+        self._chores_served = False
+        self._janitor: threading.Thread | None = None
+        self._changing = threading.Lock()
+        me = weakref.ref(self)
+        self._exit = lambda: _at_exit(me)
+        self._finalizer: Any = None
+        atexit.register(self._exit)
+        if "multiprocessing.util" in sys.modules:  # its children end by os._exit; before the domain is left, which ends our fences
+            from multiprocessing import util
+
+            self._finalizer = util.Finalize(None, self._exit, exitpriority=-900)
+
+    def __repr__(self) -> str:
+        return f"<dmabuf {type(self).__name__} {self.device.name}{' closed' if self.closed else '' if self.powered else ' without power'}>"
+
+    @property
+    def inherited(self) -> bool:
+        """Is this a forked child's copy, which does nothing?"""
+        return self.domain.shm.life != self._life
+
+    def _usable(self, operation: str) -> None:
+        if self.inherited:
+            raise fail(errno.EPERM, operation, self, "what a fork inherits is inert in the child: make a device in this process")
+        if self.closed:
+            raise fail(errno.EBADF, operation, self, "make a new one", what="the device is closed")
+
+    # ---- buffers ----
+
+    def attach(self, buf: DmaBuf, *, direction: int = Direction.BIDIRECTIONAL, dynamic: bool | None = None) -> Attached:
+        """Attach a buffer, to be used by many jobs; detach it, or close the device.
+
+        ``direction``: what the device may do: TO_DEVICE read, FROM_DEVICE write, BIDIRECTIONAL both; a job that does otherwise faults.
+        ``dynamic``: attach as a dynamic importer, which hears of moves; None: as the exporter is. Errors: those of ``DmaBuf.attach`` and,
+        at the first job, of ``map``; EINVAL no direction, or NONE; EXDEV a buffer of another domain; EBADF; EPERM in a forked child.
+        """
+        self._usable("attach")
+        if not isinstance(buf, DmaBuf):
+            raise TypeError(f"attach: a DmaBuf, not {type(buf).__name__}")
+        if buf.domain is not self.domain:
+            raise fail(
+                errno.EXDEV, "attach", buf, "make the device in the buffer's domain (domain=)", what="the buffer is of another domain"
+            )
+        made = Attached(buf, self, direction, dynamic)
+        with self._changing:
+            self._attached[made] = None
+        return made
+
+    def forget(self, attached: Attached) -> None:
+        """It was detached."""
+        with self._changing:
+            self._attached.pop(attached, None)
+
+    # ---- jobs ----
+
+    def _add(self, queue: Queue) -> None:
+        with self._changing:
+            self._queues = [known for known in self._queues if not known.closed]
+            self._queues.append(queue)
+
+    def _submit(
+        self,
+        queue: Queue,
+        operation: str,
+        work: Callable[[Job], Any],
+        reads: Sequence[Target],
+        writes: Sequence[Target],
+        options: JobOptions,
+        *,
+        within: tuple[int, int | None] = (0, None),
+        check: Callable[[list[Range], list[Range]], object] | None = None,
+    ) -> Job:
+        """Queue ``work`` on these targets, whose addresses it finds in ``job.reads`` and ``job.writes``.
+
+        ``within``: which bytes (offset, length) of each target. ``check`` may refuse the ranges.
+
+        Errors, with nothing added: EBADF the queue or a buffer is closed; ENODEV no power; EPERM in a forked child; EINVAL an attachment
+        of another device, a negative delay; TypeError something that is no target, or no fence; those of :meth:`attach`, of ``map`` and of
+        ``dmabuf.devices.submission.submit``.
+        """
+        fences = checked_wait(options.get("wait", ()))
+        queue.check(operation)
+        job = Job(queue, operation, work, options.get("delay"), options.get("hang", False))
+        try:
+            read = [self._range(job, target, Direction.TO_DEVICE).range(*within) for target in reads]
+            written = [self._range(job, target, Direction.FROM_DEVICE).range(*within) for target in writes]
+            if check is not None:
+                check(read, written)
+            resvs = {part.attached.resv: False for part in read} | {part.attached.resv: True for part in written}
+
+            def prepare() -> None:
+                for part in read:
+                    job.reads += job.enter(part)
+                for part in written:
+                    job.writes += job.enter(part)
+
+            submit(queue, job, resvs, prepare, wait=fences, implicit=options.get("implicit", True))
+        except BaseException:
+            if not job.placed:
+                temporary, job.temporary = job.temporary, []
+                job.leave()
+                for attached in temporary:
+                    attached.detach()
+            raise
+        return job
+
+    def _range(self, job: Job, target: Target, direction: Direction) -> Range:
+        if isinstance(target, DmaBuf):
+            attached = self.attach(target, direction=direction)
+            job.temporary.append(attached)
+            return attached.range()
+        part = target.range() if isinstance(target, Attached) else target
+        if not isinstance(part, Range):
+            raise TypeError(f"{job.operation}: a DmaBuf, an attached buffer or a range of one, not {type(target).__name__}")
+        if part.attached._owner is not self:
+            raise fail(
+                errno.EINVAL, job.operation, part.attached, "attach the buffer to this device", what="it is attached to another device"
+            )
+        return part
+
+    # ---- the janitor ----
+
+    def later(self, chore: Callable[[], object]) -> None:
+        """Have a thread do it that signals no fence, and so may take locks."""
+        self._chores.put(chore)
+        if not self._chores_served:
+            with self._changing:
+                if not self.closed and not self._chores_served:
+                    self._chores_served = True
+                    self._janitor = threading.Thread(target=self._clean, name=f"dmabuf-{self.device.name}-janitor", daemon=True)
+                    self._janitor.start()
+
+    def _clean(self) -> None:
+        while (chore := self._chores.get()) is not None:
+            try:
+                chore()
+            except Exception as e:
+                report(e, chore)
+            del chore
+
+    # ---- power ----
+
+    def power_off(self) -> None:
+        """Lose power: what is pending ends with -ENODEV; returns when all of it has. Again: nothing."""
+        self._usable("power_off")
+        self.powered = False
+        self.epoch += 1
+        for queue in list(self._queues):
+            queue.ring()
+        for queue in list(self._queues):
+            queue.drain()
+
+    def power_on(self) -> None:
+        """Get power again. Again: nothing."""
+        self._usable("power_on")
+        self.powered = True
+
+    # ---- the end ----
+
+    def close(self, *, cancel: bool = False) -> None:
+        """Wait for every job, detach every buffer, stop. ``cancel``: end the jobs with -ECANCELED instead of waiting. Again: nothing.
+
+        Without ``cancel`` it waits as long as the jobs' dependencies take. No reservation lock of the buffers is held. In a forked child:
+        nothing.
+        """
+        if self.closed or self.inherited:
+            return
+        for queue in list(self._queues):
+            queue.close(cancel=cancel)
+        with self._changing:
+            self.closed = True
+        if self._janitor is not None:
+            self._chores.put(None)
+            self._janitor.join()
+            self._janitor = None
+        for attached in list(self._attached):
+            attached.detach()
+        atexit.unregister(self._exit)
+        if self._finalizer is not None:
+            self._finalizer.cancel()
+
+    def stop(self) -> None:
+        """At the end of the interpreter: every fence ends, no thread is left. Nothing is detached any more."""
+        if self.closed or self.inherited:
+            return
+        self.closed = True
+        for queue in list(self._queues):
+            queue.close(cancel=True)
+        if self._janitor is not None:
+            self._chores.put(None)
+            self._janitor.join(1.0)  # it may wait for a lock whose holder does not let go: it signals nothing, so it may be left behind
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(cancel=kind is not None)
+
+    def statistics(self) -> ImportingStatistics:
+        """A snapshot for programs."""
+        queues = tuple(queue.statistics() for queue in list(self._queues))
+        return ImportingStatistics(self.device.statistics(), len(self._attached), self.powered, queues)
+
+
+def _at_exit(ref: weakref.ref[Importing]) -> None:
+    device = ref()
+    if device is not None:
+        device.stop()
