@@ -3,12 +3,14 @@
 import errno
 import itertools
 import random
+import threading
 
 import pytest
 
 from dmabuf import ContractError, ContractWarning, Device, Direction, SgTable
 from dmabuf.core.scatterlist import PAGE
 from tests.support.errnos import raises_errno
+from tests.support.waiting import Background, until
 
 BIDIR, TO, FROM = Direction.BIDIRECTIONAL, Direction.TO_DEVICE, Direction.FROM_DEVICE
 IOMMU = pytest.mark.parametrize("iommu", [True, False], ids=["iommu", "direct"])
@@ -201,3 +203,70 @@ def test_what_is_no_mask_is_einval(mask: int) -> None:
 def test_a_segment_limit_below_a_page_warns_and_is_einval() -> None:
     with pytest.warns(ContractWarning), raises_errno(errno.EINVAL):
         Device("d", max_segment=PAGE - 1)
+
+
+@IOMMU
+def test_views_show_the_bytes_behind_an_address(iommu: bool) -> None:
+    dev, sgt = Device("d", iommu=iommu), table()
+    (entry,) = dev.map_sgtable(sgt, BIDIR)
+    with dev.views(entry.address + 5, PAGE, FROM) as pieces:
+        assert sum(map(len, pieces)) == PAGE
+        pieces[0][:3] = b"abc"
+    with dev.views(entry.address + 5, 3, TO) as pieces:
+        assert b"".join(pieces) == b"abc"
+        assert pieces[0].readonly
+    with dev.views(entry.address + 5, 3, BIDIR) as pieces:
+        pieces[0][:1] = b"x"
+    assert dev.read(entry.address + 5, 3) == b"xbc"
+
+
+@pytest.mark.parametrize(("mapped", "wanted"), [(TO, FROM), (TO, BIDIR), (FROM, TO), (FROM, BIDIR)], ids=lambda way: way.name)
+def test_views_against_the_direction_of_the_mapping_fault(mapped: Direction, wanted: Direction) -> None:
+    dev, sgt = Device("d"), table()
+    (entry,) = dev.map_sgtable(sgt, mapped)
+    with raises_errno(errno.EFAULT), dev.views(entry.address, 1, wanted):
+        pass
+
+
+def test_views_past_the_end_of_a_mapping_fault() -> None:
+    dev, sgt = Device("d"), table()
+    (entry,) = dev.map_sgtable(sgt, BIDIR)
+    with raises_errno(errno.EFAULT), dev.views(entry.address + 1, entry.length, TO):
+        pass
+
+
+@pytest.mark.parametrize("direction", [Direction.NONE, 4, -1])
+def test_views_have_a_direction(direction: int) -> None:
+    with raises_errno(errno.EINVAL), Device("d").views(PAGE, 1, direction):
+        pass
+
+
+def test_unmap_waits_for_views_of_it_and_new_ones_fault_meanwhile() -> None:
+    dev, sgt, other = Device("d"), table(), table()
+    (entry,) = dev.map_sgtable(sgt, BIDIR)
+    dev.map_sgtable(other, BIDIR)
+    inside = threading.Event()
+
+    def unmap() -> None:
+        inside.wait()
+        dev.unmap_sgtable(sgt, BIDIR)
+
+    with Background(unmap) as unmapping, dev.views(entry.address, PAGE, FROM) as pieces:
+        inside.set()
+        until(lambda: dev.statistics().windows == 1)
+        unmapping.until_blocked()
+        assert not unmapping.done
+        with raises_errno(errno.EFAULT):
+            dev.read(entry.address, 1)
+        dev.unmap_sgtable(other, BIDIR)  # another mapping's end waits for nobody
+        pieces[0][:1] = b"x"
+    assert unmapping.done
+    assert sgt.view(0)[:1] == b"x"
+
+
+def test_unmap_inside_of_own_views_is_refused() -> None:
+    dev, sgt = Device("d"), table()
+    (entry,) = dev.map_sgtable(sgt, BIDIR)
+    with dev.views(entry.address, PAGE, TO), pytest.raises(ContractError):
+        dev.unmap_sgtable(sgt, BIDIR)
+    dev.unmap_sgtable(sgt, BIDIR)

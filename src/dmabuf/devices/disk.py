@@ -9,7 +9,8 @@ of 4 KiB bypass the page cache (O_DIRECT) where the file system takes that and m
 and everything else, goes through the page cache. ``job.note`` and ``statistics().note`` say why O_DIRECT was not used. Both ways give the
 same bytes. Data is on the disk for good only with ``sync=True``.
 
-*Results.* The number of bytes. Fewer than asked for is a read that met the end of the file; the rest of the range is untouched. An error
+*Results.* The number of bytes. Fewer than asked for is a read that met the end of the file; the rest of the range is untouched (unless the
+file is shortened while it is read). An error
 names the file, has it as ``filename``, and says how many bytes had gone before; the fence ends with the same errno. A path is resolved when
 the job is submitted, and opened when it is done.
 """
@@ -17,6 +18,7 @@ the job is submitted, and opened when it is done.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import fcntl
 import operator
@@ -160,7 +162,7 @@ class DiskDevice(Importing):
             for address, length in entries:
                 while length:
                     job.checkpoint()
-                    n = _piece(position, length)
+                    n = file.piece(position, length)
                     with self.device.views(address, n, direction) as views:
                         straight = file.straight(position, views)
                         gone = file.move(views, position)
@@ -199,6 +201,7 @@ class _File:
         self.writes = flags & os.O_ACCMODE == os.O_WRONLY
         self.note: str | None = None
         self._fd = -1
+        self._end = 0  # of the file that is read
         self._direct = self._is_direct = False  # may be tried; is on now
 
     def open(self, direct: bool) -> None:
@@ -212,10 +215,25 @@ class _File:
         self._direct = direct
         if not direct:
             self.note = "O_DIRECT is switched off"
+        elif not self.writes:
+            with contextlib.suppress(OSError):  # a device without a size has no blocks either
+                self._end = os.lseek(self._fd, 0, os.SEEK_END)
+
+    def piece(self, position: int, length: int) -> int:
+        """How much of what is left to take next, so that blocks are whole blocks of the file."""
+        if not self._direct:
+            return min(length, CHUNK)
+        head = -position % BLOCK
+        if head:
+            return min(head, length)
+        # O_DIRECT reads whole blocks of the disk: behind the end of the file it would put zeros into the buffer.
+        room = length if self.writes else max(0, min(length, self._end - position))
+        return min(room, CHUNK) // BLOCK * BLOCK or min(length, CHUNK)
 
     def straight(self, position: int, views: list[memoryview]) -> bool:
         """Choose the way for one piece: True past the page cache."""
-        wanted = self._direct and position % BLOCK == 0 and sum(map(len, views)) % BLOCK == 0
+        n = sum(map(len, views))
+        wanted = self._direct and position % BLOCK == 0 and n % BLOCK == 0 and (self.writes or position + n <= self._end)
         if wanted and any(len(view) % BLOCK or buffer_address(view) % BLOCK for view in views):
             self.note, wanted = "memory and file are not aligned alike (to 4 KiB)", False
         if wanted != self._is_direct:
@@ -265,14 +283,6 @@ class _File:
         made = fail(number, self.operation, os.fsdecode(self.path), _REMEDY.get(number), what=f"{error.strerror or error}{gone}")
         made.filename = self.path
         return made
-
-
-def _piece(position: int, length: int) -> int:
-    """How much of what is left to take next, so that blocks are whole blocks of the file."""
-    head = -position % BLOCK
-    if head or length < BLOCK:
-        return min(head or length, length)
-    return min(length, CHUNK) // BLOCK * BLOCK
 
 
 def _checked(path: Path, offset: int, operation: str) -> tuple[str | bytes, int]:

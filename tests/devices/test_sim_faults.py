@@ -1,0 +1,396 @@
+"""The software DMA engine misbehaving: slow, hanging, without power, at addresses that are gone, over memory that moves."""
+
+import contextlib
+import errno
+import gc
+import os
+import subprocess
+import sys
+import time
+import zlib
+
+import pytest
+
+import dmabuf
+from dmabuf import Direction, DmaBuf, Timeline, Usage, sim
+from dmabuf.core.attachment import moving
+from tests.devices.test_sim import SIZE, got, put, until_it_waits
+from tests.support.children import Parent, Spawn
+from tests.support.drivers import Bare, Dynamic
+from tests.support.errnos import raises_errno
+from tests.support.fences import attach as add
+from tests.support.fences import entries, the_fence
+from tests.support.partners import give, take
+from tests.support.waiting import Background, until
+
+HOUR = 3600.0  # seconds: for ever, as tests go
+
+
+# ---- slow ----
+
+
+def test_a_slow_job_takes_at_least_its_delay(engine: sim.Engine, buf: DmaBuf) -> None:
+    for queue, delay in ((engine.queue(delay=0.03), None), (engine.queue(), 0.03)):
+        before = time.monotonic_ns()
+        job = queue.fill(buf, 1, delay=delay)
+        job.wait()
+        assert job.fence.timestamp - before >= 30_000_000
+
+
+def test_a_bandwidth_is_kept_to(engine: sim.Engine) -> None:
+    with dmabuf.allocate(4 * sim.CHUNK) as buf:
+        job = engine.queue(bandwidth=4 * sim.CHUNK / 0.04).fill(buf, 1)
+        before = time.monotonic_ns()
+        assert job.wait() == 4 * sim.CHUNK
+        assert job.fence.timestamp - before >= 30_000_000  # it had begun by `before`
+        engine.close()
+
+
+def test_a_slow_job_is_cancelled_between_two_pieces(engine: sim.Engine) -> None:
+    with dmabuf.allocate(4 * sim.CHUNK) as buf:
+        queue = engine.queue(bandwidth=1)
+        job = queue.fill(buf, 1)
+        until(lambda: job.moved == sim.CHUNK)
+        until_it_waits(queue)
+        engine.close(cancel=True)
+        assert (job.fence.status, job.moved) == (-errno.ECANCELED, sim.CHUNK)
+        assert bytes(got(buf)[: sim.CHUNK + 1]) == b"\1" * sim.CHUNK + b"\0"
+
+
+# ---- hanging ----
+
+
+def test_a_job_that_hangs_ends_with_etime_and_the_queue_goes_on(engine: sim.Engine, buf: DmaBuf) -> None:
+    queue = engine.queue(timeout=0.02)
+    hung, after = queue.fill(buf, 1, hang=True), queue.fill(buf, 2)
+    with raises_errno(errno.ETIME):
+        hung.wait()
+    assert (after.wait(), got(buf)) == (SIZE, b"\2" * SIZE)
+    assert (hung.fence.status, after.fence.status) == (-errno.ETIME, 1)
+    stats = queue.statistics()
+    assert (stats.completed, stats.failed, stats.resets, stats.pending) == (1, 1, 1, 0)
+
+
+def test_a_job_too_slow_for_the_timeout_ends_with_etime(engine: sim.Engine, buf: DmaBuf) -> None:
+    job = engine.queue(timeout=0.01).fill(buf, 1, delay=HOUR)
+    with raises_errno(errno.ETIME):
+        job.wait()
+    assert got(buf) == b"\0" * SIZE
+
+
+def test_the_timeout_begins_with_the_job_not_with_its_submission(engine: sim.Engine, buf: DmaBuf, tl: Timeline) -> None:
+    gate, clock = tl.fence(), engine.queue()
+    job = engine.queue(timeout=0.02).fill(buf, 1, wait=[gate])
+    with dmabuf.allocate(1) as elsewhere:
+        clock.fill(elsewhere, delay=0.03).wait()
+        gate.signal()
+        assert job.wait() == SIZE
+        clock.close()
+        engine.close()
+
+
+def test_a_job_that_hangs_for_ever_is_cancelled_by_closing(engine: sim.Engine, queue: sim.EngineQueue, buf: DmaBuf) -> None:
+    jobs = [queue.fill(buf, 1, hang=True), queue.fill(buf, 2)]
+    queue.close(cancel=True)
+    assert [job.fence.status for job in jobs] == [-errno.ECANCELED] * 2
+    with raises_errno(errno.ECANCELED):
+        jobs[1].wait()
+    with raises_errno(errno.EBADF):
+        queue.fill(buf)
+    assert engine.queue().fill(buf, 3).wait() == SIZE
+
+
+def test_a_block_left_by_an_exception_cancels_and_one_left_well_waits(buf: DmaBuf) -> None:
+    with sim.Engine("a") as engine, engine.queue() as queue:
+        job = queue.fill(buf, 1, delay=0.01)
+    assert job.fence.status == 1
+    with contextlib.suppress(KeyError), sim.Engine("b") as engine:
+        job = engine.queue().fill(buf, 1, hang=True)
+        raise KeyError
+    assert job.fence.status == -errno.ECANCELED
+
+
+def test_closing_waits_for_what_was_submitted_and_refuses_the_rest(buf: DmaBuf, tl: Timeline) -> None:
+    engine = sim.Engine("dma0")
+    queue, gate = engine.queue(), tl.fence()
+    job = queue.fill(buf, 1, wait=[gate])
+    with Background(engine.close) as closing:
+        closing.until_blocked()
+        assert not closing.done
+        gate.signal()
+        closing.result()
+    assert job.fence.status == 1
+    engine.close()
+    for refused in (lambda: queue.fill(buf), engine.queue, lambda: engine.attach(buf), engine.power_off, engine.power_on):
+        with raises_errno(errno.EBADF):
+            refused()
+
+
+# ---- power ----
+
+
+def test_losing_power_ends_everything_pending_with_enodev(engine: sim.Engine, buf: DmaBuf, other_buf: DmaBuf, tl: Timeline) -> None:
+    first, second, gate = engine.queue(), engine.queue(), tl.fence()
+    add(other_buf.resv, gate, Usage.WRITE)
+    jobs = [
+        first.fill(buf, 1, hang=True),
+        first.fill(buf, 2),
+        second.fill(other_buf, 3),  # waits for the fence in its way
+        second.fill(other_buf, 4),
+    ]
+    until_it_waits(second)
+    engine.power_off()
+    assert [job.fence.status for job in jobs] == [-errno.ENODEV] * 4
+    with raises_errno(errno.ENODEV):
+        jobs[2].wait()
+    assert not engine.statistics().powered
+    assert gate.statistics().callbacks == 0
+    gate.signal()
+    assert (got(buf), got(other_buf)) == (b"\0" * SIZE, b"\0" * SIZE)
+
+
+def test_without_power_nothing_is_accepted_and_with_it_all_works_again(engine: sim.Engine, queue: sim.EngineQueue, buf: DmaBuf) -> None:
+    attached = engine.attach(buf)
+    engine.power_off()
+    engine.power_off()
+    with raises_errno(errno.ENODEV):
+        queue.fill(attached)
+    assert entries(buf.resv) == []
+    engine.power_on()
+    assert queue.fill(attached, 1).wait() == SIZE
+
+
+# ---- faults ----
+
+
+def test_a_job_against_the_direction_of_its_mapping_faults(engine: sim.Engine, queue: sim.EngineQueue, buf: DmaBuf) -> None:
+    job = queue.fill(engine.attach(buf, direction=Direction.TO_DEVICE), 1)
+    with raises_errno(errno.EFAULT):
+        job.wait()
+    assert (job.fence.status, got(buf), engine.device.statistics().faults) == (-errno.EFAULT, b"\0" * SIZE, 1)
+    assert queue.fill(buf, 1).wait() == SIZE
+
+
+def test_a_buffer_unplugged_under_a_job_faults(engine: sim.Engine, queue: sim.EngineQueue, buf: DmaBuf, tl: Timeline) -> None:
+    attached, gate = engine.attach(buf), tl.fence()
+    job = queue.fill(attached, 1, wait=[gate])
+    attached.detach(wait=False)
+    gate.signal()
+    with raises_errno(errno.EFAULT):
+        job.wait()
+    assert (job.fence.status, got(buf)) == (-errno.EFAULT, b"\0" * SIZE)
+
+
+def test_detaching_waits_for_the_jobs_of_the_buffer(engine: sim.Engine, queue: sim.EngineQueue, buf: DmaBuf, tl: Timeline) -> None:
+    attached, gate = engine.attach(buf), tl.fence()
+    job = queue.fill(attached, 1, wait=[gate])
+    with Background(attached.detach) as detaching:
+        detaching.until_blocked()
+        assert not detaching.done
+        gate.signal()
+        detaching.result()
+    assert job.fence.status == 1
+    assert engine.device.statistics().mapped == 0
+
+
+def test_a_mistake_in_the_device_ends_the_job_with_eio_and_is_told(
+    queue: sim.EngineQueue, buf: DmaBuf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda info: told.append(info.exc_type))
+    monkeypatch.setattr(queue.owner.device, "write", lambda *_: 1 // 0)
+    with raises_errno(errno.EIO):
+        queue.fill(buf).wait()
+    monkeypatch.undo()
+    assert told == [ZeroDivisionError]
+    assert queue.fill(buf).wait() == SIZE
+
+
+def test_a_mapping_that_fails_adds_nothing_and_leaves_nothing(engine: sim.Engine, queue: sim.EngineQueue, other_buf: DmaBuf) -> None:
+    exporter = Bare(SIZE)
+    exporter.fails["map"] = errno.EBUSY
+    with dmabuf.export(exporter, SIZE) as buf:
+        with raises_errno(errno.EBUSY):
+            queue.copy(other_buf, buf)
+        assert (entries(buf.resv), entries(other_buf.resv)) == ([], [])
+        assert (buf.statistics().attachments, other_buf.statistics().attachments) == (0, 0)
+        del exporter.fails["map"]
+        assert queue.copy(other_buf, buf).wait() == SIZE
+        engine.close()
+    exporter.close()
+
+
+def test_a_submission_broken_off_in_the_middle_ends_its_job_in_its_turn(
+    queue: sim.EngineQueue, buf: DmaBuf, tl: Timeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = tl.fence()
+    first = queue.fill(buf, 1, wait=[gate])
+
+    def signal_handler(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dmabuf.DmaResv, "add", signal_handler)
+        with pytest.raises(KeyboardInterrupt):
+            queue.fill(buf, 2)
+    assert queue.statistics().pending == 2
+    assert the_fence(buf) is first.fence
+    gate.signal()
+    assert (first.wait(), queue.fill(buf, 3).wait(), got(buf)) == (SIZE, SIZE, b"\3" * SIZE)
+    assert queue.statistics().failed == 1
+
+
+# ---- memory that moves ----
+
+
+def test_after_a_move_the_next_job_maps_anew(engine: sim.Engine, queue: sim.EngineQueue, dynamic: Dynamic) -> None:
+    with dmabuf.export(dynamic, SIZE) as buf, moving():
+        attached = engine.attach(buf)
+        queue.fill(attached, 1).wait()
+        (old,) = dynamic.tables
+        with buf.resv.locked():
+            buf.move_notify()
+        until(lambda: not dynamic.tables)  # given back without another job
+        assert queue.checksum(attached).wait() == zlib.crc32(b"\1" * SIZE)
+        assert (attached.statistics().maps, attached.statistics().moves) == (2, 1)
+        assert dynamic.tables != [old]
+        assert dynamic.pins == 0
+        engine.close()
+    assert dynamic.tables == []
+
+
+def test_a_job_under_way_keeps_the_old_place_until_it_ends(
+    engine: sim.Engine, queue: sim.EngineQueue, dynamic: Dynamic, tl: Timeline
+) -> None:
+    with dmabuf.export(dynamic, SIZE) as buf, moving():
+        attached, gate = engine.attach(buf), tl.fence()
+        before = queue.fill(attached, 1, wait=[gate])
+        with buf.resv.locked():
+            buf.move_notify()
+        after = queue.fill(attached, 2)
+        assert len(dynamic.tables) == 2
+        with buf.resv.locked():  # what an exporter does before it moves
+            gate.signal()
+            buf.resv.wait(Usage.BOOKKEEP)
+        assert (before.fence.status, after.fence.status) == (1, 1)
+        until(lambda: len(dynamic.tables) == 1)
+        engine.close()
+
+
+def test_without_move_notify_the_memory_is_pinned_while_mapped(engine: sim.Engine, queue: sim.EngineQueue, dynamic: Dynamic) -> None:
+    with dmabuf.export(dynamic, SIZE) as buf:
+        attached = engine.attach(buf)
+        assert dynamic.pins == 0
+        queue.fill(attached, 1).wait()
+        assert dynamic.pins == 1
+        with buf.resv.locked():
+            buf.move_notify()
+        until(lambda: dynamic.pins == 0)
+        queue.fill(attached, 1).wait()
+        attached.detach()
+        assert (dynamic.pins, dynamic.tables) == (0, [])
+
+
+def test_as_a_static_importer_it_pins_from_attach_to_detach(engine: sim.Engine, queue: sim.EngineQueue, dynamic: Dynamic) -> None:
+    with dmabuf.export(dynamic, SIZE) as buf:
+        attached = engine.attach(buf, dynamic=False)
+        assert dynamic.pins == 1
+        assert queue.fill(attached, 1).wait() == SIZE
+        attached.detach()
+        assert (dynamic.pins, dynamic.tables) == (0, [])
+
+
+def test_a_buffer_attached_for_one_job_is_given_back_after_it(engine: sim.Engine, queue: sim.EngineQueue, dynamic: Dynamic) -> None:
+    buf = dmabuf.export(dynamic, SIZE)
+    queue.fill(buf, 1).wait()
+    buf.close()
+    until(lambda: dynamic.count("release") and not engine.statistics().attached)
+    assert (dynamic.tables, dynamic.pins) == ([], 0)
+
+
+# ---- processes that end ----
+
+
+def hangs(parent: Parent) -> None:
+    with take(parent) as buf:
+        engine = sim.Engine("doomed")
+        job = engine.queue("doomed").fill(buf, 1, hang=True)
+        parent.send(job.fence.seqno)
+        parent.recv()
+        del engine
+
+
+def test_a_job_of_a_process_that_is_killed_ends_with_eownerdead(child: Spawn, queue: sim.EngineQueue, buf: DmaBuf) -> None:
+    other = child(hangs)
+    give(other, buf)
+    other.recv()
+    fence = the_fence(buf)
+    job = queue.fill(buf, 2)
+    until_it_waits(queue)
+    assert not job.done
+    other.kill()
+    assert job.wait() == SIZE
+    assert fence.status == -errno.EOWNERDEAD
+
+
+def test_a_process_that_ends_with_jobs_pending_cancels_them(child: Spawn, buf: DmaBuf) -> None:
+    other = child(hangs)
+    give(other, buf)
+    other.recv()
+    fence = the_fence(buf)
+    other.send("end")
+    other.result()
+    fence.wait()
+    assert fence.status == -errno.ECANCELED
+
+
+SCRIPT = """
+import dmabuf
+from dmabuf import sim
+engine, buf, line = sim.Engine("e"), dmabuf.allocate(1 << 20), dmabuf.Timeline("never")
+gate = line.fence()
+hung = engine.queue().fill(buf, 1, hang=True)
+waits = engine.queue().checksum(buf)
+explicit = engine.queue().fill(dmabuf.allocate(1), wait=[gate])
+slow = engine.queue(bandwidth=1).fill(dmabuf.allocate(1 << 20), 1)
+print("end")
+"""
+
+
+def test_the_interpreter_ends_whatever_is_pending() -> None:
+    done = subprocess.run([sys.executable, "-X", "dev", "-c", SCRIPT], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "end\n", "")
+
+
+def test_in_a_forked_child_an_engine_is_inert(engine: sim.Engine, queue: sim.EngineQueue, buf: DmaBuf) -> None:
+    attached = engine.attach(buf)
+    queue.fill(attached, 1).wait()
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            for refused in (lambda: queue.fill(attached), engine.queue, lambda: engine.attach(buf), engine.power_off):
+                with raises_errno(errno.EPERM):
+                    refused()
+            queue.close()
+            engine.close()
+            with sim.Engine("mine") as mine:
+                assert mine.queue().fill(buf, 2).wait() == SIZE
+            code = 0
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert queue.checksum(attached).wait() == zlib.crc32(b"\2" * SIZE)
+
+
+def test_nothing_of_an_engine_is_left_after_many_jobs(engine: sim.Engine, buf: DmaBuf) -> None:
+    queue = engine.queue()
+    put(buf, b"\1")
+    for _ in range(200):
+        queue.fill(buf, 1)
+    queue.close()
+    engine.close()
+    gc.collect()
+    assert buf.statistics().attachments == 0
+    assert entries(buf.resv)[1:] == []
+    assert engine.device.statistics().windows == 0
