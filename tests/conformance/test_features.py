@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+import zlib
 
 import pytest
 
@@ -29,6 +30,7 @@ from dmabuf import (
     SgTable,
     Timeline,
     Usage,
+    sim,
 )
 from dmabuf.core.exporter import Module
 from tests.support.drivers import PAGE, Bare, Dynamic, Mover, Static
@@ -578,34 +580,31 @@ def test_F48_static_exporters_are_ready_at_map_and_dynamic_importers_wait_themse
         att.detach()
 
 
-@pytest.mark.parametrize("explicit", [False, True], ids=["implicit", "opted out"])
-def test_F49_implicit_sync_orders_writer_and_reader(buf: DmaBuf, tl: Timeline, other_tl: Timeline, explicit: bool) -> None:
-    """Two devices that obey spec 4.11 by hand; who opts out skips readers and writers, and never KERNEL."""
-    moved, job = tl.fence(), other_tl.fence()
-    writer, reader = buf.attach(Device("writer")), buf.attach(Device("reader"))
-    add(buf.resv, job, Usage.WRITE)
-    with Background(lambda: buf.resv.wait(Usage.KERNEL if explicit else Usage.rw(False))) as submission:
-        if not explicit:
-            submission.until_blocked()
-            assert not submission.done
-            with writer.mapped(FROM) as sgt:
-                writer.dev.write(sgt.dma_entries[0].address, b"frame")
-            job.signal()
-        submission.result()
-    if explicit:
-        add(buf.resv, moved, Usage.KERNEL)
-        with Background(lambda: buf.resv.wait(Usage.KERNEL)) as submission:
-            submission.until_blocked()
-            assert not submission.done
-            moved.signal()
-            submission.result()
-        job.signal()
-    else:
-        with reader.mapped(TO) as sgt:
-            assert reader.dev.read(sgt.dma_entries[0].address, 5) == b"frame"
+@pytest.mark.parametrize("implicit", [True, False], ids=["implicit", "opted out"])
+def test_F49_implicit_sync_orders_writer_and_reader(buf: DmaBuf, tl: Timeline, implicit: bool) -> None:
+    """Two simulated devices (10,000 rounds in two processes: tests/devices); who opts out skips readers and writers, and never KERNEL."""
+    gate, moved = tl.fence(), tl.fence()
+    with sim.Engine("writer") as writer, sim.Engine("reader") as reader:
+        crc = {value: zlib.crc32(bytes([value]) * SIZE) for value in (0, 7)}
+        target = reader.attach(buf, dynamic=True)
+        write = writer.queue().fill(buf, 7, wait=[gate])
+        if implicit:
+            read = reader.queue().checksum(target)
+            assert entries(buf.resv) == [(key(write.fence), Usage.WRITE), (key(read.fence), Usage.READ)]
+            gate.signal()
+            assert read.wait() == crc[7]
+        else:
+            assert reader.queue().checksum(target, implicit=False).wait() == crc[0]
+            add(buf.resv, moved, Usage.KERNEL)
+            read = reader.queue().checksum(target, implicit=False)
+            assert (key(read.fence), Usage.BOOKKEEP) in entries(buf.resv)
+            gate.signal()
+            write.wait()
+            assert not read.done
         moved.signal()
-    writer.detach()
-    reader.detach()
+        assert read.wait() == crc[7]
+        reader.close()
+        writer.close()
 
 
 def test_F51_a_write_fence_need_not_depend_on_earlier_readers(buf: DmaBuf, tl: Timeline, other_tl: Timeline) -> None:

@@ -43,3 +43,13 @@ def test_the_example_of_several_things_runs_inside_a_coroutine(tmp_path: Path) -
 @pytest.mark.parametrize("code", BLOCKS, ids=range(len(BLOCKS)))
 def test_every_example_is_python(code: str) -> None:
     compile(code, "README.md", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+
+
+def test_the_example_of_devices_runs_inside_a_coroutine(tmp_path: Path) -> None:
+    (tmp_path / "frame.raw").write_bytes(b"frame")
+    before = f"import asyncio, os, dmabuf\nos.chdir({str(tmp_path)!r})\n"
+    before += "buf, other = (dmabuf.allocate(4096) for _ in range(2))\nasync def main():\n"
+    body = "".join(f"    {line}\n" for line in BLOCKS[3].splitlines())
+    after = "    with other.read() as view:\n        print(bytes(view[:6]))\nasyncio.run(main())\n"
+    done = run(before + body + after, tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "b'frame\\x00'\n", "")
