@@ -90,8 +90,8 @@ def _debian() -> Kernel:
     """Debian's image: ``linux-image-VERSION``; newer suites split it into linux-binary, linux-modules and linux-base."""
     pattern = rf"^linux-image-{re.escape(SERIES)}\.[0-9.]+\+deb[0-9]+-amd64$"
     image = needs.newest(pattern)
-    if image is None and os.geteuid() == 0:
-        subprocess.run(["apt-get", "-q", "update"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    if image is None:
+        needs.update()
         image = needs.newest(pattern)
     if image is None:
         raise Trouble(f"apt's sources have no linux-image-{SERIES}: `apt-get update`, or add Debian's security suite")

@@ -60,9 +60,8 @@ def require(packages: dict[str, str]) -> None:
     print(f"installing {' '.join(missing)}", flush=True)
     environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
     install = ["apt-get", "-qy", "-o", "Dpkg::Use-Pty=0", "install", "--no-install-recommends", *missing]
-    # A machine that was just made has no lists of packages, or old ones.
     if subprocess.run(install, env=environment, stdin=subprocess.DEVNULL, capture_output=True).returncode:
-        subprocess.run(["apt-get", "-q", "update"], env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        update()
         if subprocess.run(install, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL).returncode:
             raise Trouble(f"could not install what a kernel needs: {line}")
     still = [package for package in missing if not _present(packages[package])]
@@ -78,19 +77,28 @@ def download(package: str, into: Path) -> Path:
     if not _present("apt-get"):
         raise Trouble(f"{package} comes from Debian, and there is no apt-get here")
     into.mkdir(parents=True, exist_ok=True)
-    if not known(package) and os.geteuid() == 0:
-        subprocess.run(["apt-get", "-q", "update"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     print(f"downloading {package}", flush=True)
     # Into a directory of its own first: a download that was cut off is no package.
     part = into / f".{package}.part"
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
-    if subprocess.run(["apt-get", "-q", "download", package], cwd=part, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL).returncode:
-        raise Trouble(f"could not download {package}: `apt-get update`, or add the Debian suite that has it (security) to apt's sources")
+    fetch = ["apt-get", "-q", "download", package]
+    if subprocess.run(fetch, cwd=part, stdin=subprocess.DEVNULL, capture_output=True).returncode:
+        update()
+        if subprocess.run(fetch, cwd=part, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL).returncode:
+            raise Trouble(
+                f"could not download {package}: `apt-get update`, or add the Debian suite that has it (security) to apt's sources"
+            )
     (found,) = part.glob("*.deb")
     kept = found.rename(into / found.name)
     part.rmdir()
     return kept
+
+
+def update() -> None:
+    """Fetch apt's lists anew, if we may: a machine that was just made has none, or old ones."""
+    if os.geteuid() == 0:
+        subprocess.run(["apt-get", "-q", "update"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
 
 
 def known(package: str) -> bool:
