@@ -1,10 +1,13 @@
 """dmabuf.bufinfo(): the text of debugfs dma_buf/bufinfo."""
 
+import re
+
 import pytest
 
 import dmabuf
 from dmabuf import Timeline, Usage
 from tests.support.children import Parent, Spawn
+from tests.support.facts import FACTS
 from tests.support.fences import attach
 from tests.support.partners import fences, has, started
 
@@ -68,6 +71,28 @@ def test_it_says_the_same_of_fences_as_the_reservation_object() -> None:
         assert described.count("\n") == 2
         assert f"\t<none>\n{described}{NO_DEVICES}" in dmabuf.bufinfo()
         made[1].signal()
+
+
+def test_the_text_is_the_kernels_to_the_byte() -> None:
+    """The recorded text of Linux 6.12, less what user space can't have (docs/homes.md): mode, count, exporter and inode are ours."""
+    head, *blocks, _ = re.split(r"(?<=name\n)|(?<=attached\n\n)", FACTS["debugfs/bufinfo"].ret)
+    kernel = [block for block in blocks if "\tsystem\t" in block or "\tudmabuf\t" in block]
+    with dmabuf.allocate(8192) as attached, dmabuf.allocate(8192, name="named-buf") as named, dmabuf.allocate(12288) as busy:
+        with Timeline("python3", driver="sw_sync") as one, Timeline("python3", driver="sw_sync") as two:
+            made = [one.fence(), two.fence()]
+            attach(busy.resv, made[0], Usage.WRITE)
+            attach(busy.resv, made[1], Usage.READ)
+            attachment = attached.attach(dmabuf.Device("vgem"))
+            expected = [
+                re.sub(r"00080007\t\d{8}\t\w+\t\d{8}", f"00000007\t00000001\tmemfd\t{buf.ino:08d}", block)
+                for block, buf in zip(kernel, (busy, named, attached), strict=True)
+            ]
+            text = dmabuf.bufinfo()
+            attachment.detach()
+            for fence in made:
+                fence.signal()
+    assert text == head + "".join(expected) + "\nTotal 3 objects, 28672 bytes\n"
+    assert text.count("unsignalled") == 2
 
 
 def prints_two_domains(parent: Parent) -> tuple[str, str]:

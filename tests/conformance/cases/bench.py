@@ -1,0 +1,124 @@
+"""What a case works with: buffers and fences of one home, cleared away at its end; and the table that cases enter themselves in."""
+
+import contextlib
+import errno
+import fcntl
+import os
+import resource
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import dmabuf
+from dmabuf import DmaBuf, DmaFence, Timeline, Usage
+from tests.support.fences import attach
+
+SIZE = 16384  # of the buffers that the kernels were asked about (bytes)
+PAGE = 4096
+CASES: dict[str, Callable[["Bench"], Any]] = {}
+_Case = TypeVar("_Case", bound=Callable[["Bench"], Any])
+
+
+def case(*names: str) -> Callable[[_Case], _Case]:
+    """Enter a function as the case of these names."""
+
+    def enter(function: _Case) -> _Case:
+        for name in names:
+            add(name, function)
+        return function
+
+    return enter
+
+
+def add(name: str, function: Callable[["Bench"], Any]) -> None:
+    """Enter a case."""
+    assert name not in CASES, name
+    CASES[name] = function
+
+
+class Bench:
+    """One home's way to make things. ``heap``: None for the recommended one of this machine, which is plain memory."""
+
+    def __init__(self, heap: str | None = "memfd") -> None:
+        self.heap = heap
+        self._open: list[Callable[[], object]] = []
+
+    def answer(self, function: Callable[["Bench"], Any]) -> Any:
+        """What a case gives: its value, or the errno's name. Everything it made is closed."""
+        try:
+            return function(self)
+        except OSError as e:
+            return errno.errorcode.get(e.errno or 0, str(e))
+        finally:
+            while self._open:
+                self._open.pop()()
+
+    def keep(self, close: Callable[[], object]) -> None:
+        """Call this at the end of the case, the last first."""
+        self._open.append(close)
+
+    def buffer(self, size: int = SIZE) -> DmaBuf:
+        """A new buffer without a name."""
+        made = dmabuf.allocate(size, heap=self.heap)
+        self.keep(made.close)
+        return made
+
+    def fence(self) -> DmaFence:
+        """A pending fence on a timeline of its own; signalled at the end, if it is not before."""
+        timeline = Timeline("python3", driver="sw_sync")
+        fence = timeline.fence()
+
+        def close() -> None:
+            if not fence.is_signaled():
+                fence.signal()
+            timeline.close()
+
+        self.keep(close)
+        return fence
+
+    def busy(self, buf: DmaBuf, *usages: Usage) -> Callable[[], object]:
+        """Put a pending fence of each usage on a buffer; what signals them all."""
+        fences = [self.fence() for _ in usages]
+        for fence, usage in zip(fences, usages, strict=True):
+            attach(buf.resv, fence, usage)
+
+        def end() -> None:
+            for fence in fences:
+                fence.signal()
+
+        return end
+
+
+def flags_of(fd: int) -> str:
+    """F_GETFL and FD_CLOEXEC, as the questions show them."""
+    value = fcntl.fcntl(fd, fcntl.F_GETFL)
+    mode = {0: "O_RDONLY", 1: "O_WRONLY", 2: "O_RDWR", 3: "O_ACCMODE(3)"}[value & 3]
+    rest = value & ~3 & ~0o100000
+    return mode + (f"|{rest:#o}" if rest else "") + ("|FD_CLOEXEC" if fcntl.fcntl(fd, fcntl.F_GETFD) & 1 else "")
+
+
+@contextlib.contextmanager
+def pipe() -> Iterator[tuple[int, int]]:
+    """(read end, write end), closed at the end."""
+    ends = os.pipe()
+    try:
+        yield ends
+    finally:
+        for end in ends:
+            os.close(end)
+
+
+@contextlib.contextmanager
+def no_descriptor_left() -> Iterator[None]:
+    """A block in which every new descriptor is EMFILE."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken: list[int] = []
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, max(map(int, os.listdir("/proc/self/fd"))) + 8), hard))
+    try:
+        with contextlib.suppress(OSError):
+            while True:
+                taken.append(os.dup(0))
+        yield
+    finally:
+        for fd in taken:
+            os.close(fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
