@@ -472,6 +472,16 @@ def test_a_wrong_vunmap_is_a_contract_error(either: Static, kind: str) -> None:
         assert either.calls == ["vmap", "vunmap"]
 
 
+@pytest.mark.parametrize("returned", [None, b"bytes"])
+def test_an_exporter_whose_vmap_returns_something_else_is_a_type_error_and_counts_nothing(static: Static, returned: object) -> None:
+    exporter = type("Odd", (Static,), {"vmap": lambda self, buf: returned})()
+    with dmabuf.export(exporter, SIZE) as buf:
+        with pytest.raises(TypeError, match="not an IosysMap"):
+            buf.vmap_unlocked()
+        assert (buf.statistics().vmaps, buf.resv.is_locked()) == (0, False)
+    exporter.close()
+
+
 def test_a_plain_buffer_is_vmapped_too(buf: DmaBuf) -> None:
     with buf.write() as view:
         view[:2] = b"hi"

@@ -124,6 +124,8 @@ class Backing:
         else:
             try:
                 made = self.exporter.vmap(buf)
+                if not isinstance(made, IosysMap):
+                    raise TypeError(f"vmap: the exporter's vmap returned {type(made).__name__}, not an IosysMap")
                 if made.is_null():
                     raise fail(errno.ENOMEM, "vmap", buf, what="its exporter returned no map")
             except OSError as e:
