@@ -26,7 +26,8 @@ static int constants(PyObject *m) {
 PyMODINIT_FUNC PyInit__native(void) {
   PyObject *m = PyModule_Create(&definition);
   if (!m) return NULL;
-  if (constants(m) || shm_register(m) || fence_register(m) || step_register(m) || mapping_register(m) || passing_register(m) || descriptor_register(m)) {
+  if (constants(m) || shm_register(m) || fence_register(m) || step_register(m) || mapping_register(m) || passing_register(m) || descriptor_register(m) ||
+      file_register(m)) {
     Py_DECREF(m);
     return NULL;
   }

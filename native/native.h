@@ -295,6 +295,9 @@ int step_register(PyObject *module);
 int passing_register(PyObject *module);
 int descriptor_register(PyObject *module);
 
+/* file.c */
+int file_register(PyObject *module);
+
 /* mapping.c */
 int mapping_register(PyObject *module);
 #endif

@@ -27,6 +27,7 @@ from dmabuf.devices.disk import DiskDevice
 from dmabuf.domain.domain import Domain
 from dmabuf.errors import ContractError, ContractWarning, DmaBufError
 from dmabuf.heaps.recommended import allocate, heaps
+from dmabuf.heaps.spill import SpillHeap
 from dmabuf.observe.bufinfo import bufinfo
 from dmabuf.observe.records import buffers
 from dmabuf.sharing import pickling as _pickling  # noqa: F401  (multiprocessing learns of our types)
@@ -54,6 +55,7 @@ __all__ = [
     "IosysMap",
     "RemoteTimeline",
     "SgTable",
+    "SpillHeap",
     "Timeline",
     "Usage",
     "WwAcquireContext",

@@ -127,10 +127,11 @@ class Access:
         self._shm, self._index = record.at()
         self._life = self._shm.life
         # The mapping comes first: what may fail must not fail between "granted" and the block. An exporter's comes when it can't move.
-        if record.live is None:
+        live = record.live
+        if live is not None:
+            live.mappable(buf, self.operation)
+        if live is None or live.in_file:
             buf._window_source(self.write)
-        else:
-            record.live.mappable(buf, self.operation)
         self._entered = True
         return until
 

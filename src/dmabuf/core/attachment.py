@@ -339,9 +339,9 @@ def _match(att: DmaBufAttachment, interruptible: bool) -> None:
         raise
 
 
-def move_notify(buf: DmaBuf) -> None:
+def move_notify(backing: Backing) -> None:
     """What ``DmaBuf.move_notify`` does after the check of the lock (spec 2.14)."""
-    for att in list(backing_of(buf._record).attachments):
+    for att in list(backing.attachments):
         if att.importer is not None:
             try:
                 att.importer.move_notify(att)

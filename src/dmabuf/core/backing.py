@@ -22,10 +22,11 @@ import secrets
 import sys
 import threading
 import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from dmabuf import _native
-from dmabuf.core import debug
+from dmabuf.core import debug, residence
 from dmabuf.core.exporter import Exporter, OwnerReference, overrides
 from dmabuf.core.identity import SEALS, memfd_name
 from dmabuf.core.iosys_map import IosysMap
@@ -36,7 +37,7 @@ from dmabuf.core.usage import Direction
 from dmabuf.domain import dispatcher, place
 from dmabuf.domain.domain import TICK_NS, Domain
 from dmabuf.domain.records import KIND_RESV, Record
-from dmabuf.errors import ContractError, contract_warning, fail
+from dmabuf.errors import ContractError, DmaBufError, contract_warning, fail
 
 if TYPE_CHECKING:
     from dmabuf.core.attachment import DmaBufAttachment
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
 LIVE = b"live"
 OPS = ("attach", "detach", "pin", "unpin", "map", "unmap", "release", "begin_cpu_access", "end_cpu_access", "mmap", "vmap", "vunmap")
 _MANDATORY = {"map", "unmap", "release"}
-_F_ADD_SEALS, _F_SEAL_WRITE = 1033, 8  # linux/fcntl.h
+_F_ADD_SEALS = 1033  # linux/fcntl.h
 
 
 def checked_ops(exporter: object, cache: bool) -> frozenset[str]:
@@ -65,7 +66,12 @@ def checked_ops(exporter: object, cache: bool) -> frozenset[str]:
 
 
 class Backing:
-    """The driver side of one buffer in this process."""
+    """The driver side of one buffer in this process.
+
+    ``in_file``: an exporter's memory is the buffer's own file (see ``residence``), which every handle maps for itself.
+    """
+
+    in_file = False
 
     def __init__(self, exporter: Exporter, ops: frozenset[str], record: Record, cache: bool) -> None:
         self.exporter, self.ops, self.record, self.cache = exporter, ops, record, cache
@@ -93,18 +99,30 @@ class Backing:
     def mappable(self, buf: DmaBuf, operation: str) -> None:
         """Errors: as :meth:`here`; EINVAL the exporter offers no mmap."""
         self.here(operation)
-        if "mmap" not in self.ops:
+        if "mmap" not in self.ops and not self.in_file:
             raise fail(errno.EINVAL, operation, buf, "use vmap(), or attach a device", what="its exporter offers no mmap")
 
     def mmap(self, buf: DmaBuf, operation: str, offset: int, length: int, writable: bool) -> _native.Mapping:
         """The exporter's mapping. Errors: EINVAL it has none to offer; EACCES writable wanted, and it is not."""
         self.mappable(buf, operation)
+        if self.in_file:
+            return self._map_file(buf, operation, offset, length, writable)
         mapping = self.exporter.mmap(buf, offset, length)
         if not isinstance(mapping, _native.Mapping):
             raise TypeError(f"{operation}: the exporter's mmap returned {type(mapping).__name__}, not what DmaBuf.mmap() returns")
         if writable and not mapping.writable:
             mapping.close()
             raise fail(errno.EACCES, operation, buf, "map it with writable=False", what="the exporter's memory is read-only")
+        self.keep(mapping)
+        return mapping
+
+    def _map_file(self, buf: DmaBuf, operation: str, offset: int, length: int, writable: bool) -> _native.Mapping:
+        direction = Direction.BIDIRECTIONAL if writable else Direction.FROM_DEVICE
+        self.begin(buf, direction)  # the memory is there until the end, and from the mapping on by that
+        try:
+            mapping = residence.mapping(buf.fileno(), operation, buf, offset, length, writable)
+        finally:
+            self.end(buf, direction)
         self.keep(mapping)
         return mapping
 
@@ -246,8 +264,10 @@ class Exported(Backing):
         resv: DmaResv,
         owner: OwnerReference | None,
         private: int,
+        in_file: bool,
     ) -> None:
         super().__init__(exporter, ops, record, cache)
+        self.in_file = in_file
         self.resv, self.owner, self.private = resv, owner, private
         self.life = record.shm.life
         self.released = False
@@ -427,8 +447,13 @@ def make(
     owner: OwnerReference | None,
     name: str | bytes | None,
     domain: Domain,
+    prepare: Callable[[int], None] | None = None,
 ) -> DmaBuf:
-    """The buffer that :func:`dmabuf.export` returns. Its memfd is a token without memory, sealed against writing too."""
+    """The buffer that :func:`dmabuf.export` returns. Its memfd is a token without memory, sealed against writing too.
+
+    ``prepare``: the memfd itself carries the memory (see ``residence``); called with the exporter's own description of it, borrowed until
+    ``release``, before anybody can have the buffer. What it raises undoes everything.
+    """
     from dmabuf.core.buffer import checked_name, from_fd
 
     raw = None if name is None else checked_name(name, f"{size} bytes")
@@ -437,16 +462,20 @@ def make(
     try:
         fd = os.memfd_create(memfd_name(domain, secrets.token_bytes(16)), os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(fd, size)
-        fcntl.fcntl(fd, _F_ADD_SEALS, SEALS | _F_SEAL_WRITE)
+        fcntl.fcntl(fd, _F_ADD_SEALS, SEALS if prepare is not None else SEALS | residence.F_SEAL_WRITE)
         private = place.reopen(fd)
+        if prepare is not None:
+            prepare(private)
         if flags & os.O_ACCMODE == os.O_RDONLY:
             readonly = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
             os.close(fd)
             fd = readonly
-    except OSError as e:
+    except BaseException as e:
         for opened in (fd, private):
             if opened >= 0:
                 os.close(opened)
+        if isinstance(e, DmaBufError) or not isinstance(e, OSError):
+            raise
         raise fail(e.errno or errno.EIO, "export", f"{size} bytes", "close buffers or raise RLIMIT_NOFILE") from None
     try:
         buf = from_fd(fd, domain, exp_name=exp_name, home=LIVE, name=raw)
@@ -458,7 +487,7 @@ def make(
         if resv is not None:
             shm.rec_set(record.index, "resv", resv._record.ensure() + 1)
             record.shared["resv"] = weakref.ref(resv)
-        exported = Exported(exporter, ops, record, cache, buf.resv, owner, private)
+        exported = Exported(exporter, ops, record, cache, buf.resv, owner, private, prepare is not None)
         exports_of(domain).add(exported)
         record.live = exported
     except BaseException:

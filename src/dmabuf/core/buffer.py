@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from dmabuf import _native
-from dmabuf.core import debug
+from dmabuf.core import debug, residence
 from dmabuf.core import poll as polling
 from dmabuf.core.access import Access
 from dmabuf.core.backing import LIVE, Elsewhere, Exported, backing_of
@@ -104,6 +104,7 @@ class DmaBuf:
         buf._life = record.shm.life
         if record.home == LIVE and record.live is None and record.kind == KIND_BUFFER:
             record.live = Elsewhere(record)
+            record.live.in_file = residence.in_file(fd)
         return buf
 
     def __repr__(self) -> str:
@@ -294,9 +295,10 @@ class DmaBuf:
         """The mapping that this handle's accesses look through; it stays, because fresh pages cost more than a copy."""
         mapping = self._mapping
         if mapping is None or (write and not mapping.writable):
-            if self._record.live is not None:  # asked for anew each time: the exporter's memory may have moved
+            live = self._record.live
+            if live is not None and not live.in_file:  # asked for anew each time: the exporter's memory may have moved
                 operation = "write" if write else "read"
-                found: _native.Mapping = self._record.live.mmap(self, operation, 0, self._size, write)
+                found: _native.Mapping = live.mmap(self, operation, 0, self._size, write)
                 return found
             try:
                 mapping = _native.Mapping(self._fd, self._size)
@@ -430,7 +432,7 @@ class DmaBuf:
         from dmabuf.core import attachment
 
         self._locked("move_notify")
-        attachment.move_notify(self)
+        attachment.move_notify(backing_of(self._record))
 
     @property
     def is_dynamic(self) -> bool:

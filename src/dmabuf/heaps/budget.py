@@ -46,7 +46,7 @@ from typing import Final, NamedTuple
 
 from dmabuf.errors import fail
 
-__all__ = ["Budget", "check", "claim"]
+__all__ = ["Budget", "check", "claim", "left"]
 
 SMALL: Final = 1 << 20  #: bytes: the largest request that is taken from a grant
 GRANT_NS: Final = 50_000_000  #: how long a grant lasts
@@ -128,6 +128,11 @@ class Budget:
         Errors: EINVAL for a size that isn't positive; ENOMEM naming the limit that binds and its numbers; ENOENT without ``/proc``.
         """
         self._decide(size)
+
+    def left(self) -> int:
+        """Bytes that the limits leave now, for whoever sizes a cache by it. Errors: ENOENT without ``/proc``."""
+        with self._lock:
+            return max(0, self._look().left - self._claimed)
 
     @contextlib.contextmanager
     def claim(self, size: int) -> Iterator[None]:
@@ -330,6 +335,11 @@ os.register_at_fork(after_in_child=_default.reset)
 def check(size: int) -> None:
     """:meth:`Budget.check` of this machine."""
     _default.check(size)
+
+
+def left() -> int:
+    """:meth:`Budget.left` of this machine."""
+    return _default.left()
 
 
 def claim(size: int) -> contextlib.AbstractContextManager[None]:

@@ -1,7 +1,8 @@
 """Which heap is the default, and why: the only file that decides.
 
 ``memfd``: it works on every Linux, without root and without devices, its buffers can be reopened through /proc, their memory is promised
-and accounted to the cgroup of who allocates. A kernel heap is for those who hand the buffer to a driver, and they know its name.
+and accounted to the cgroup of who allocates. ``spill`` is for those who need more of them than they have memory for: every access asks the
+process that allocated, and may wait for a disk. A kernel heap is for those who hand the buffer to a driver, and they know its name.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from dmabuf.core.buffer import DmaBuf
 from dmabuf.domain.domain import Domain
 from dmabuf.errors import fail
-from dmabuf.heaps import memfd
+from dmabuf.heaps import memfd, spill
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Heap:
 
 _HEAPS: dict[str, tuple[Callable[..., DmaBuf], Callable[[], str | None], str]] = {
     memfd.NAME: (memfd.allocate, memfd.unavailable, "plain shared memory, no kernel support needed"),
+    spill.NAME: (spill.allocate, spill.unavailable, "memory with a budget: what doesn't fit waits in a file (DMABUF_SPILL_BUDGET)"),
 }
 
 
@@ -44,7 +46,7 @@ def allocate(size: int, *, heap: str | None = None, name: str | bytes | None = N
     ENODEV no such heap, or it can't be used here; EMFILE no descriptor left.
     """
     if heap is None:
-        heap = next(h.name for h in heaps() if h.unavailable is None)
+        heap = next(name for name, (_, unavailable, _) in _HEAPS.items() if unavailable() is None)
     found = _HEAPS.get(heap)
     if found is None:
         raise fail(errno.ENODEV, "allocate", f"heap {heap!r}", f"heaps of this machine: {', '.join(_HEAPS)}")

@@ -1,0 +1,178 @@
+"""``SpillFile``: an unlinked file whose ranges buffers are moved to, and how to find a place for it.
+
+The file has no name: it goes with its last descriptor, however its process ends (O_TMPFILE; where a file system doesn't know that, a file
+that is unlinked as soon as it is made, which only a death between those two calls leaves behind). Its ranges are reserved when they are
+taken, so that a later write needs no space of the file system, and given back to it when they are free. On a file system that copies on
+write (btrfs, a compressed one) a reservation covers the first write only.
+
+*Where.* :func:`default_directory` is the first of ``$DMABUF_SPILL_DIRECTORY``, ``/var/tmp``, the temporary directory and the user's cache
+that can be written to and isn't held in memory: spilling to a tmpfs would free nothing. A directory that the environment or the caller
+names is taken as it is.
+
+Who may call what: any thread; no lock is held during a read or write. Errors are ``OSError`` as the system gives them.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import errno
+import os
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Final
+
+from dmabuf import _native
+from dmabuf.errors import fail
+
+SLICE: Final = 8 << 20  #: bytes of one read or write: between two of them signals are served
+RESERVE: Final = 64 << 20  #: bytes of one fallocate, which a signal makes start over
+_IN_MEMORY: Final = frozenset({b"tmpfs", b"ramfs", b"devtmpfs", b"hugetlbfs"})
+
+
+def reserve(fd: int, start: int, length: int) -> None:
+    """Have the system set aside what a range of a file needs (posix_fallocate(3)).
+
+    Errors: ENOSPC, EFBIG, EDQUOT, when some of it may be set aside.
+    """
+    for at in range(start, start + length, RESERVE):
+        os.posix_fallocate(fd, at, min(RESERVE, start + length - at))
+
+
+def slices(length: int) -> Iterator[tuple[int, int]]:
+    """(start, end) of the pieces that ``length`` bytes are copied in."""
+    for start in range(0, length, SLICE):
+        yield start, min(start + SLICE, length)
+
+
+class SpillFile:
+    """A file without a name in ``directory``.
+
+    Errors: ENOENT, ENOTDIR, EACCES, EROFS and the like: no file can be made there.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
+        self.directory = os.fspath(directory)
+        self._lock = threading.RLock()
+        self._free: list[tuple[int, int]] = []  # (start, length), in order, none beside another
+        self._end = 0
+        self._fd = -1
+        try:
+            self._fd = _unnamed(self.directory)
+        except OSError as e:
+            raise fail(
+                e.errno or errno.EIO, "spill", self.directory, "name a directory on a disk that can be written to (DMABUF_SPILL_DIRECTORY)"
+            ) from None
+
+    def __repr__(self) -> str:
+        return f"<SpillFile in {self.directory}>"
+
+    def fileno(self) -> int:
+        """The borrowed descriptor; -1 when closed."""
+        return self._fd
+
+    def take(self, length: int) -> int:
+        """A reserved range; its first byte. Errors: ENOSPC, EFBIG, EDQUOT and nothing is taken."""
+        with self._lock:
+            start = self._find(length)
+        try:
+            reserve(self._fd, start, length)
+        except BaseException:
+            self.give(start, length)
+            raise
+        return start
+
+    def _find(self, length: int) -> int:
+        for i, (start, room) in enumerate(self._free):
+            if room >= length:
+                self._free[i : i + 1] = [(start + length, room - length)] if room > length else []
+                return start
+        start = self._end
+        self._end += length
+        return start
+
+    def give(self, start: int, length: int) -> None:
+        """Give a range back, to the file system too."""
+        with contextlib.suppress(OSError):  # a file system without holes: the space stays ours, for the next who takes it
+            _native.punch(self._fd, start, length)
+        with self._lock:
+            i = bisect.bisect(self._free, (start, length))
+            if i < len(self._free) and self._free[i][0] == start + length:
+                length += self._free.pop(i)[1]
+            if i and sum(self._free[i - 1]) == start:
+                i -= 1
+                before = self._free.pop(i)
+                start, length = before[0], before[1] + length
+            if start + length == self._end:
+                self._end = start
+            else:
+                self._free.insert(i, (start, length))
+
+    def write(self, start: int, view: memoryview) -> None:
+        """All of the view, at ``start``. Errors: ENOSPC, EIO and the like, some of it may be written."""
+        done = 0
+        while done < len(view):
+            done += os.pwrite(self._fd, view[done:], start + done)
+
+    def read(self, start: int, view: memoryview) -> None:
+        """All of the view, from ``start``. Errors: EIO, also when the file is shorter."""
+        done = 0
+        while done < len(view):
+            got = os.preadv(self._fd, [view[done:]], start + done)
+            if not got:
+                raise OSError(errno.EIO, "the spill file is shorter than what was written to it")
+            done += got
+
+    def close(self) -> None:
+        """Its content is gone; again: nothing."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        if not ending():
+            self.close()
+
+
+def _unnamed(directory: str) -> int:
+    try:
+        return os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    except OSError as e:
+        # EOPNOTSUPP: not this file system; EISDIR: not this kernel (open(2)).
+        if e.errno not in (errno.EOPNOTSUPP, errno.EISDIR):
+            raise
+    fd, path = tempfile.mkstemp(prefix="dmabuf-spill-", dir=directory)
+    os.unlink(path)
+    return fd
+
+
+def default_directory() -> str:
+    """Where to spill to if nobody says where. Errors: ENODEV every place is read-only, missing or in memory."""
+    named = os.environ.get("DMABUF_SPILL_DIRECTORY")
+    if named:
+        return named
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    for directory in ("/var/tmp", tempfile.gettempdir(), cache):
+        if os.access(directory, os.W_OK | os.X_OK) and not in_memory(directory):
+            return directory
+    raise fail(
+        errno.ENODEV,
+        "spill",
+        "no directory",
+        "name one in DMABUF_SPILL_DIRECTORY, or give SpillHeap(directory=…)",
+        what="every usual place for temporary files is held in memory or can't be written to",
+    )
+
+
+def in_memory(directory: str, mountinfo: str = "/proc/self/mountinfo") -> bool:
+    """Is the directory's file system one that lives in memory (proc_pid_mountinfo(5))?"""
+    device = os.stat(directory).st_dev
+    wanted = f"{os.major(device)}:{os.minor(device)}".encode()
+    for line in Path(mountinfo).read_bytes().splitlines():
+        before, _, after = line.partition(b" - ")
+        if before.split()[2:3] == [wanted]:
+            return after.split()[:1] != [] and after.split()[0] in _IN_MEMORY
+    return False

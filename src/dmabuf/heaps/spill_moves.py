@@ -1,0 +1,484 @@
+"""The moves of a spill heap: which buffers are in memory, who is let in to them, and how one goes and comes (see `spill` for what a user
+sees).
+
+*A move out*, each step with what a ``kill -9`` of the process after it leaves (the importers have ENODEV from then on; nobody reads a
+buffer that he wasn't let into before, and nobody moves one that somebody was let into):
+
+====================  =====================================================================================================================
+chosen                in use by nobody, and nobody comes in before the move is over (the write lock of byte 1; the state, in this process)
+spill_locked          its reservation lock, which is only tried: who holds it is about to use it
+spill_told            ``move_notify`` ran; a KERNEL fence is on the reservation object, and the lock is free again. The death ends the fence
+spill_waited          every other fence up to BOOKKEEP has ended; tables that importers have kept are revoked: a late device faults
+spill_written         the content is in the file too, reserved since ``allocate``. A write that fails ends the move: nothing has changed
+spill_punched         its pages are gone from the memfd
+spill_left            the budget has the bytes; the fence is signalled
+====================  =====================================================================================================================
+
+The lock is not held during the copy, which may take as long as a disk: others look at the fences, and who waits can be told why (``dmabuf
+ls``), give up in time, or be interrupted. *A move in* needs no lock and no fence, since nobody has been let in: ``spill_claimed`` (bytes of
+the budget), ``spill_reserved`` (pages in the memfd, or ENOMEM), ``spill_read``, ``spill_here``. The file is never synced: it is no
+persistence, and a death of the machine takes all with it.
+
+*Who may call what.* Any thread; the ops of an exporter come with the buffer's reservation lock or without it, as `core.exporter` says. The
+lock in here is short, is never held while a reservation lock is waited for, a file is copied or a callback runs, and may be taken inside of
+one.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import threading
+import time
+import weakref
+from collections import OrderedDict
+from enum import Enum
+from typing import TYPE_CHECKING, Final
+
+from dmabuf import _native
+from dmabuf._native import Mapping
+from dmabuf.core import attachment, residence
+from dmabuf.core.buffer import DmaBuf
+from dmabuf.core.exporter import Exporter
+from dmabuf.core.fence import Timeline
+from dmabuf.core.iosys_map import IosysMap
+from dmabuf.core.owner import current
+from dmabuf.core.scatterlist import SgTable
+from dmabuf.core.usage import Direction, Usage
+from dmabuf.domain.domain import TICK_NS, Domain
+from dmabuf.errors import DmaBufError, fail
+from dmabuf.heaps import budget
+from dmabuf.heaps.spill_file import SpillFile, reserve, slices
+
+if TYPE_CHECKING:
+    from dmabuf.core.attachment import DmaBufAttachment
+    from dmabuf.core.backing import Exported
+    from dmabuf.core.resv import DmaResv
+
+_CPU_READS: Final = (Direction.FROM_DEVICE, Direction.NONE)
+
+
+class Place(Enum):
+    """Where a buffer's content is."""
+
+    HERE = "in memory"
+    LEAVING = "on its way out"
+    AWAY = "not in memory"
+    COMING = "on its way in"
+
+
+class Spilled(Exporter):
+    """One buffer of a heap, as its exporter. All fields are under the lock of :class:`Residents`."""
+
+    __slots__ = (
+        "__weakref__",
+        "among",
+        "at",
+        "dirty",
+        "gone",
+        "ino",
+        "mover",
+        "pins",
+        "place",
+        "private",
+        "resv",
+        "size",
+        "stored",
+        "tables",
+        "uses",
+        "vmapped",
+    )
+
+    resv: DmaResv
+
+    def __init__(self, among: Residents, size: int, at: int) -> None:
+        self.among, self.size, self.at = among, size, at
+        self.private = -1  # the exporter's own description of the memfd, the framework's to close
+        self.ino = 0
+        self.place = Place.AWAY
+        self.mover = 0  # the thread that moves it
+        self.stored = False  # the file has its content; without, it is zeros
+        self.dirty = False  # memory may differ from that
+        self.gone = False  # released
+        self.uses = self.pins = 0
+        self.tables: dict[int, tuple[SgTable, DmaBufAttachment, Direction]] = {}
+        self.vmapped: Mapping | None = None
+
+    def __repr__(self) -> str:
+        return f"<spill buffer ino {self.ino} {self.size} bytes {self.place.value}>"
+
+    def prepare(self, private: int) -> None:
+        """The memfd is made: nobody may map it before there is memory."""
+        self.private = private
+        residence.take_out(private)
+
+    def begin_cpu_access(self, buf: DmaBuf, direction: Direction) -> None:
+        self.among.enter(self, write=direction not in _CPU_READS)
+
+    def end_cpu_access(self, buf: DmaBuf, direction: Direction) -> None:
+        self.among.leave(self)
+
+    def attach(self, attachment: DmaBufAttachment) -> None:
+        attachment.priv = attachment.dmabuf._any_window()
+
+    def pin(self, attachment: DmaBufAttachment) -> None:
+        self.among.enter(self, write=False, pin=True)
+
+    def unpin(self, attachment: DmaBufAttachment) -> None:
+        self.among.leave(self, pin=True)
+
+    def map(self, attachment: DmaBufAttachment, direction: Direction) -> SgTable:
+        self.among.enter(self, write=direction != Direction.TO_DEVICE)
+        try:
+            memory: Mapping = attachment.priv
+            sgt = SgTable.from_ranges([(0, self.size)], max_segment=attachment.dev.max_segment, memory=memory)
+            attachment.dev.map_sgtable(sgt, direction)
+            with self.among.changed:
+                self.tables[id(sgt)] = sgt, attachment, direction
+            return sgt
+        finally:
+            self.among.leave(self)
+
+    def unmap(self, attachment: DmaBufAttachment, sgt: SgTable, direction: Direction) -> None:
+        with self.among.changed:
+            mapped = self.tables.pop(id(sgt), None)
+        if mapped is not None:  # else a move revoked it
+            attachment.dev.unmap_sgtable(sgt, direction)
+
+    def vmap(self, buf: DmaBuf) -> IosysMap:
+        self.among.enter(self, write=True)
+        try:
+            self.vmapped = residence.mapping(buf.fileno(), "vmap", buf, 0, self.size, residence.may_write(buf.fileno()))
+        finally:
+            self.among.leave(self)
+        return IosysMap.init_vaddr(memoryview(self.vmapped))
+
+    def vunmap(self, buf: DmaBuf, map: IosysMap) -> None:
+        self.vmapped = None  # it goes with the last view of it, and the memory stays until then
+
+    def release(self, buf: DmaBuf) -> None:
+        self.among.released(self)
+
+
+class Residents:
+    """The buffers of one heap, and which of them are in memory: at most ``budget`` bytes. Its fields are read with ``changed`` held."""
+
+    def __init__(self, budget: int, patience: float, file: SpillFile) -> None:
+        self.budget, self.patience, self.file = budget, patience, file
+        self.changed = threading.Condition(threading.RLock())  # a signal handler may use buffers in the middle of us
+        self.order: OrderedDict[Spilled, None] = OrderedDict()  # those that have bytes of the budget, used longest ago first
+        self.buffers: set[Spilled] = set()
+        self.resident = self.moves_out = self.moves_in = self.written = self.read = 0
+        self._timelines: weakref.WeakKeyDictionary[Domain, Timeline] = weakref.WeakKeyDictionary()
+        self.closed = False
+
+    def add(self, b: Spilled) -> None:
+        with self.changed:
+            self.buffers.add(b)
+
+    def close(self) -> None:
+        """No buffer is added any more."""
+        with self.changed:
+            self.closed = True
+            if not self.buffers:
+                self.file.close()
+                self._timelines.clear()
+
+    # ---- who is let in ----
+
+    def enter(self, b: Spilled, *, write: bool, pin: bool = False) -> None:
+        """Count a use, or a pin, and have the memory there. Errors: ENOMEM; those of the file; EDEADLK from inside of a move of it."""
+        with self.changed:
+            b.uses += 1  # from here on nobody begins to move it out
+        entered = False
+        try:
+            while (fd := self._here(b)) is not None:
+                self._move_in(b, fd)
+            with self.changed:
+                b.dirty = b.dirty or write
+                b.pins += pin
+                if b not in self.order:
+                    raise _closed(b)
+                self.order.move_to_end(b)
+                entered = True
+        finally:
+            if pin or not entered:
+                self.leave(b)
+
+    def leave(self, b: Spilled, pin: bool = False) -> None:
+        """Uncount. An end without a begin is no error of the framework's: nothing."""
+        with self.changed:
+            if pin:
+                b.pins = max(0, b.pins - 1)
+            else:
+                b.uses = max(0, b.uses - 1)
+            self.changed.notify_all()
+
+    def _here(self, b: Spilled) -> int | None:
+        """Wait until nobody moves it. None: it is here. Else it is the caller's to bring in, by this duplicate of its description."""
+        with self.changed:
+            while b.place is not Place.HERE:
+                if b.gone:
+                    raise _closed(b)
+                if b.place is Place.AWAY:
+                    fd = _duplicate(b)
+                    b.place, b.mover = Place.COMING, threading.get_ident()
+                    return fd
+                if b.mover == threading.get_ident():
+                    raise fail(
+                        errno.EDEADLK,
+                        "access",
+                        b,
+                        "not in move_notify, nor in a signal handler that came meanwhile: do it afterwards",
+                        what="this thread is moving the buffer",
+                    )
+                self.changed.wait()
+            return None
+
+    def _settle(self, b: Spilled, place: Place, *, claimed: bool) -> None:
+        """The end of every move."""
+        with self.changed:
+            b.place, b.mover = place, 0
+            if not claimed:
+                self._unclaim(b)
+            if b.gone:
+                self._forget(b)
+            self.changed.notify_all()
+
+    def _unclaim(self, b: Spilled) -> None:
+        """Give its bytes of the budget back, if it has them. The lock is held."""
+        if b in self.order:
+            del self.order[b]
+            self.resident -= b.size
+
+    # ---- moving in ----
+
+    def _move_in(self, b: Spilled, fd: int) -> None:
+        """Bring it into memory, having the duplicate of its description, which is closed. Errors: ENOMEM; EIO and the like of the file."""
+        here = False
+        try:
+            self._claim(b)
+            _native.step("spill_claimed")
+            with budget.claim(b.size):
+                reserve(fd, 0, b.size)
+            _native.step("spill_reserved")
+            if b.stored:
+                self._copy(b, fd, out=False)
+            _native.step("spill_read")
+            residence.put_back(fd)
+            here = True
+            with self.changed:
+                self.moves_in += 1
+        except DmaBufError:
+            raise
+        except OSError as e:
+            raise fail(
+                errno.ENOMEM if e.errno in (errno.ENOSPC, errno.EFBIG) else e.errno or errno.EIO,
+                "move in",
+                b,
+                "free memory, or look at the disk of the spill file",
+                what=f"its content stays in the spill file: {os.strerror(e.errno or errno.EIO)}",
+            ) from None
+        finally:
+            if not here:
+                residence.take_out(fd)
+                _native.punch(fd, 0, b.size)
+            os.close(fd)
+            self._settle(b, Place.HERE if here else Place.AWAY, claimed=here)
+        _native.step("spill_here")
+
+    def _claim(self, b: Spilled) -> None:
+        """Bytes of the budget for b, moving others out. Errors: see :meth:`enter`."""
+        until: float | None = None
+        passed: set[Spilled] = set()  # those whose lock somebody had
+        while True:
+            with self.changed:
+                if self.resident + b.size <= self.budget:
+                    self.resident += b.size
+                    self.order[b] = None
+                    return
+                chosen = self._choose(passed)
+                if chosen is None:
+                    now = time.monotonic()
+                    until = now + self.patience if until is None else until
+                    if now >= until or not self._may_end(b, passed):
+                        raise self._full(b)
+                    # Fences of others end without telling us: look again at a tick.
+                    self.changed.wait(min(until - now, TICK_NS / 1e9))
+                    passed.clear()
+            if chosen is not None and not self._move_out(*chosen):
+                passed.add(chosen[0])
+
+    def _choose(self, passed: set[Spilled]) -> tuple[Spilled, int] | None:
+        """The buffer to move out, marked, with a duplicate of its description. The lock is held."""
+        for b in self.order:
+            if b.place is not Place.HERE or b.uses or b.pins or b in passed or not b.resv.test_signaled(Usage.BOOKKEEP):
+                continue
+            fd = _duplicate(b)
+            if residence.take_out(fd):
+                b.place, b.mover = Place.LEAVING, threading.get_ident()
+                return b, fd
+            os.close(fd)
+        return None
+
+    def pinned(self, b: Spilled) -> bool:
+        """Does it stay however long one waits? The lock is held, and it is here."""
+        if b.pins:
+            return True
+        if not residence.take_out(b.private):
+            return True
+        residence.put_back(b.private)
+        return False
+
+    def _may_end(self, wanting: Spilled, passed: set[Spilled]) -> bool:
+        """Is there one that may become free by waiting? The lock is held."""
+        mine = {domain: current(domain).word for domain in {b.resv.domain for b in self.order}}
+        for b in self.order:
+            if b is wanting:
+                continue
+            if b.place is not Place.HERE or b in passed:
+                return True
+            if not self.pinned(b):
+                shm = b.resv.domain.shm
+                fences = [shm.fence_info(handle) for handle in b.resv.pending(Usage.BOOKKEEP)]
+                if not any(info is not None and info["owner"] == mine[b.resv.domain] for info in fences):
+                    return True
+        return False
+
+    def _full(self, wanting: Spilled) -> OSError:
+        pinned = sum(b.size for b in self.order if b.place is Place.HERE and self.pinned(b))
+        return fail(
+            errno.ENOMEM,
+            "move in",
+            wanting,
+            "leave accesses, close mappings, detach devices, or give the heap a larger budget",
+            what=f"of the heap's budget of {self.budget} bytes {self.resident} are in use, {pinned} of them pinned",
+        )
+
+    # ---- moving out ----
+
+    def _move_out(self, b: Spilled, fd: int) -> bool:
+        """Move what :meth:`_choose` chose; False: somebody is about to use it. Errors: those of the file, and then it stays in memory."""
+        fence, away = None, False
+        try:
+            _native.step("spill_chosen")
+            if not b.resv.trylock():
+                return False
+            try:
+                _native.step("spill_locked")
+                if not b.resv.test_signaled(Usage.BOOKKEEP):
+                    return False
+                backing: Exported | None = b.resv._record.live
+                if backing is not None:
+                    attachment.move_notify(backing)
+                others = b.resv.pending(Usage.BOOKKEEP)  # of importers that can't stop at once
+                b.resv.reserve(1)
+                fence = self._timeline(b.resv.domain).fence()
+                b.resv.add(fence, Usage.KERNEL)
+            finally:
+                b.resv.unlock()
+            _native.step("spill_told")
+            until = time.monotonic_ns() + int(self.patience * 1e9)
+            if not all(b.resv.domain.shm.fence_wait(handle, until, False) for handle in others):
+                return False
+            _native.step("spill_waited")
+            self._revoke(b)
+            if b.dirty and not b.gone:
+                self._copy(b, fd, out=True)
+                b.stored, b.dirty = True, False
+            _native.step("spill_written")
+            away = True  # the file has it, whatever a signal handler raises from here on
+            try:
+                _native.punch(fd, 0, b.size)
+            except OSError:
+                away = False
+                raise
+            _native.step("spill_punched")
+            with self.changed:
+                self.moves_out += 1
+            return True
+        except DmaBufError:
+            raise
+        except OSError as e:
+            what = f"it stays in memory, so there is no room for another: {os.strerror(e.errno or errno.EIO)}"
+            raise fail(e.errno or errno.EIO, "move out", b, f"look at the disk that holds {self.file.directory}", what=what) from None
+        finally:
+            if away:
+                _native.punch(fd, 0, b.size)  # again, if a signal handler raised before it; else it costs nothing
+            else:
+                residence.put_back(fd)
+            os.close(fd)
+            self._settle(b, Place.AWAY if away else Place.HERE, claimed=not away)
+            if fence is not None:
+                fence.signal()
+            _native.step("spill_left")
+
+    def _revoke(self, b: Spilled) -> None:
+        """What importers were told of and have not unmapped: their devices must not see zeros for content."""
+        while True:
+            with self.changed:
+                if not b.tables:
+                    return
+                _, (sgt, att, direction) = b.tables.popitem()
+            att.dev.unmap_sgtable(sgt, direction)
+
+    def _copy(self, b: Spilled, fd: int, *, out: bool) -> None:
+        whole = memoryview(Mapping(fd, b.size))
+        try:
+            for start, end in slices(b.size):
+                _native.step("spill_copying")
+                with whole[start:end] as piece:
+                    (self.file.write if out else self.file.read)(b.at + start, piece)
+        finally:
+            del whole  # an error's traceback keeps this frame, and must not keep the mapping
+        with self.changed:
+            if out:
+                self.written += b.size
+            else:
+                self.read += b.size
+
+    def _timeline(self, domain: Domain) -> Timeline:
+        with self.changed:
+            found = self._timelines.get(domain)
+            if found is None or found._life != domain.shm.life:
+                found = self._timelines[domain] = Timeline("moves", driver="spill", domain=domain)
+            return found
+
+    # ---- the end ----
+
+    def released(self, b: Spilled) -> None:
+        with self.changed:
+            b.gone = True
+            if b.place in (Place.HERE, Place.AWAY):
+                self._forget(b)
+
+    def _forget(self, b: Spilled) -> None:
+        """The lock is held, and nobody moves it."""
+        if b not in self.buffers:
+            return
+        self.buffers.discard(b)
+        self._unclaim(b)
+        self.file.give(b.at, b.size)
+        if self.closed and not self.buffers:
+            self.file.close()
+            self._timelines.clear()
+        self.changed.notify_all()
+
+    def forked(self) -> None:
+        """In a forked child: the lock may have been another thread's, and the file is the parent's."""
+        self.changed = threading.Condition(threading.RLock())
+        self._timelines = weakref.WeakKeyDictionary()
+        self.file.close()
+
+
+def _duplicate(b: Spilled) -> int:
+    """For the length of a move: a release that comes meanwhile closes the description that the framework has lent us."""
+    try:
+        return fcntl.fcntl(b.private, fcntl.F_DUPFD_CLOEXEC, 3)
+    except OSError as e:
+        raise fail(e.errno or errno.EIO, "move", b, "close descriptors, or raise RLIMIT_NOFILE") from None
+
+
+def _closed(b: Spilled) -> OSError:
+    return fail(errno.EBADF, "access", b, "open the buffer again", what="the buffer is closed")
