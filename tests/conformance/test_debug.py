@@ -112,6 +112,23 @@ def test_locks_without_a_context_are_left_alone() -> None:
         pass
 
 
+# -- an exporter that keeps its table for itself
+
+
+def test_one_table_for_two_maps_is_told(static: Static, dev: Device) -> None:
+    table = SgTable.from_dma([(PAGE, PAGE)])
+    exporter = type("Keeps", (Static,), {"map": lambda self, att, way: table, "unmap": lambda self, att, sgt, way: None})()
+    with dmabuf.export(exporter, SIZE) as buf:
+        one, two = buf.attach(dev), buf.attach(dev)
+        with one.mapped(TO):
+            pass
+        with one.mapped(TO), pytest.warns(ContractWarning, match="a new one each time"), two.mapped(TO):
+            pass
+        one.detach()
+        two.detach()
+    exporter.close()
+
+
 # -- signalling sections
 
 

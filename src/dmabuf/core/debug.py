@@ -4,6 +4,7 @@ On with ``DMABUF_DEBUG=1`` in the environment when the process starts, or by :fu
 
 - a table that an importer gets from ``map`` hides its CPU side: looking at its pages raises ``ContractError``, and the DMA side works.
   The exporter sees it whole again in ``unmap``;
+- an exporter that returns one table for two maps at a time is a ``ContractWarning`` (spec 2.20);
 - a table with DMA addresses or lengths that are no whole pages is reported to the logger ``dmabuf`` at level DEBUG (no error: spec 2.11);
 - a ``vmap`` reports bytes that are read or written through it outside of ``begin_cpu_access`` … ``end_cpu_access`` or an own
   ``read()`` or ``write()`` block: ``ContractWarning`` with the line that made the mapping. The raw memoryview of ``map.vaddr`` and bare
@@ -13,8 +14,8 @@ On with ``DMABUF_DEBUG=1`` in the environment when the process starts, or by :fu
 Two aids have a switch of their own. :func:`inject_deadlocks` (or ``DMABUF_DEBUG_WW=n``) makes the n-th lock under each context answer
 EDEADLK without need, so that the back-off of a program runs. ``with dmabuf.signalling():`` marks code on the way to a fence's signal,
 always: taking a reservation lock in it is a ``ContractWarning``, because who holds that lock may wait for this very fence; ``read()``,
-``write()`` and ``access()`` take it too. A trylock may be taken. That slots reserved and not used are
-forgotten at unlock (spec 4.3), and that locks are held where they must be, is checked always and needs no switch.
+``write()`` and ``access()`` take it too. A trylock may be taken. That slots reserved and not used are forgotten at unlock (spec 4.3), and
+that locks are held where they must be, is checked always and needs no switch.
 """
 
 from __future__ import annotations
@@ -163,6 +164,8 @@ class CheckedMap(IosysMap):
 def hide(table: SgTable) -> None:
     """Before a table is handed to its importer (mangle_sg_table)."""
     if enabled:
+        if table.guarded:
+            contract_warning(f"map: {table!r}: its exporter returned a table that an importer has already: make a new one each time", 4)
         table.guard("an importer uses the DMA addresses, vmap() or mmap(), never the pages (spec 1.1)")
         for address, length in table:
             if address % PAGE or length % PAGE:

@@ -17,9 +17,9 @@ An op that is called with the lock held must not take it, and may call nothing t
 several threads, as far as that lock doesn't order them.
 
 What an exporter owes and no code enforces: ``attach`` refuses a device that can't reach the memory; a static exporter's ``map`` returns
-memory that is ready; ``map`` makes a new table each time, which is the importer's until ``unmap``; memory is moved or freed only after all
-fences up to BOOKKEEP; the size never changes. A dynamic importer in turn waits for WRITE and KERNEL fences before its device touches the
-memory, and adds a fence for what it cannot stop at once.
+memory that is ready; ``map`` makes a new table each time (the debug layer tells), which is the importer's until ``unmap``; memory is moved
+or freed only after all fences up to BOOKKEEP; the size never changes. A dynamic importer in turn waits for WRITE and KERNEL fences before
+its device touches the memory, and adds a fence for what it cannot stop at once.
 
 Behaviour lives in the exporting process. Another process that receives the buffer can name it, poll it, wait and add fences; what needs
 the exporter (attach, CPU access, mmap, vmap) is ENODEV there: calls are not carried between processes yet. The same goes for a forked

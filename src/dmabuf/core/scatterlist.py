@@ -149,6 +149,11 @@ class SgTable:
         """Hide the CPU side, or show it again (None); for the debug layer."""
         self._guard = why
 
+    @property
+    def guarded(self) -> bool:
+        """Is the CPU side hidden: has an importer got the table?"""
+        return self._guard is not None
+
     def _seen(self, what: str) -> None:
         if self._guard is not None:
             raise ContractError(f"{what}: {self!r}: {self._guard}")
