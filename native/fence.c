@@ -24,6 +24,22 @@ static int ring_error(Shm *s, uint32_t timeline, uint64_t context, uint64_t seqn
   uint64_t e = atomic_load(&t->ring[seqno & 63]);
   return (uint32_t)e == (uint32_t)seqno ? (int)(int32_t)(e >> 32) : 0;
 }
+static void past_keep(db_fence *f) { /* the slot is about to be used again: who has not looked yet must still find a failure */
+  int e = atomic_load(&f->error);
+  if (e >= 0 || e < -4095) return;
+  a64 *oldest = &f->past[0];
+  for (uint32_t i = 1; i < FENCE_PAST; i++)
+    if (atomic_load(&f->past[i]) < atomic_load(oldest)) oldest = &f->past[i];
+  atomic_store(oldest, atomic_load(&f->gen) << 12 | (uint64_t)-e); /* dying now leaves it for a generation that still is the present one */
+}
+static int past_error(Shm *s, uint64_t handle) {
+  db_fence *f = fence_at(s, H_SLOT(handle));
+  for (uint32_t i = 0; f && i < FENCE_PAST; i++) {
+    uint64_t e = atomic_load(&f->past[i]);
+    if (e >> 12 == H_GEN(handle)) return -(int)(e & 0xfff);
+  }
+  return 0;
+}
 static void ring_bells(Shm *s, uint64_t bells, uint64_t handle) {
   uint32_t me = my_life(s), high = atomic_load(&hdr(s)->life_high);
   if (high > DB_LIVES) high = DB_LIVES;
@@ -102,6 +118,7 @@ uint64_t fence_make(Shm *s, uint32_t timeline, uint64_t context, uint64_t seqno,
   uint64_t gen = (atomic_load(&f->gen) + 1) & GEN_MASK;
   if (!gen) gen = 1;
   db_rec *r = rec ? rec_at(s, rec - 1) : NULL;
+  past_keep(f);
   atomic_store(&f->gen, gen); /* from here the old handle is past: signalled, whatever the fields say */
   atomic_store(&f->context, context);
   atomic_store(&f->seqno, seqno);
@@ -184,7 +201,7 @@ static int fence_look(Fence *x) { /* 1 once signalled; remembers */
       db_fence *again;
       fence_pending(x->s, x->handle, &again);
       if (!again) continue; /* the slot was used again while we read it */
-    } else error = ring_error(x->s, x->timeline, x->context, x->seqno);
+    } else if (!(error = past_error(x->s, x->handle))) error = ring_error(x->s, x->timeline, x->context, x->seqno);
     x->error = error < 0 && error >= -4095 ? error : 0;
     x->timestamp = stamp;
     x->status = x->error ? x->error : 1;

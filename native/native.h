@@ -83,6 +83,7 @@ typedef struct { /* 64 bytes: who holds or wants reservation locks and accesses 
   a64 spare[3];
 } db_ctx;
 
+#define FENCE_PAST 5u
 typedef struct { /* 128 bytes */
   a32 word; /* [generation 26 | flags 6], the futex */
   a32 flags;
@@ -94,7 +95,7 @@ typedef struct { /* 128 bytes */
   a64 owner;    /* ctx word of the access's owner, 0: not an access */
   a32 rec, rec_gen;
   a64 created;
-  a64 spare[5];
+  a64 past[FENCE_PAST]; /* [generation 52 | -error 12] of this slot's last failed uses */
 } db_fence;
 #define FW_SIGNALED 1u
 #define FW_WAITERS 2u

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from dmabuf import ContractWarning, DmaFence, Timeline
+from dmabuf.core.fence import wrap
 from tests.support.errnos import raises_errno
 from tests.support.waiting import Background
 
@@ -340,3 +341,28 @@ def test_enable_signaling_may_be_repeated_and_is_harmless_after_the_signal(tl: T
     fence.signal()
     fence.enable_signaling()
     assert fence.status == 1
+
+
+# -- an end that was seen late
+
+
+def test_a_failure_is_known_when_slot_and_timeline_were_used_again() -> None:
+    with Timeline("failed") as failed:
+        fence = failed.fence()
+        fence.signal(-errno.EIO)
+        domain, late = failed.domain, (fence.handle, (fence.context, fence.seqno, fence.timeline_index))
+        del fence
+    slot = late[0] & 0x3FFFFF
+    index, reused = late[1][2] - 1, False
+    timelines = []
+    while not reused:  # its timeline's place ...
+        timelines.append(Timeline("another"))
+        reused = timelines[-1]._index == index
+    seen = 0
+    while seen != slot:  # ... and its own
+        again = timelines[-1].fence()
+        seen = again.handle & 0x3FFFFF
+        again.signal()
+    for timeline in timelines:
+        timeline.close()
+    assert wrap(domain, *late).status == -errno.EIO
