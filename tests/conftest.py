@@ -43,11 +43,14 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 
 
 @pytest.fixture(scope="session", autouse=True)
-def process_wide_services() -> None:
+def process_wide_services() -> Iterator[None]:
     warm_up()
     # What is here now stays: the collections around each test need not look at it again (they took most of the suite's time).
     gc.collect()
     gc.freeze()
+    yield
+    # Hypothesis, imported at the end of a run, asks the collector about objects that trio hands to it.
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

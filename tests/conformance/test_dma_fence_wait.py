@@ -4,12 +4,8 @@ import asyncio
 import errno
 import gc
 import math
-import os
-import signal
 import threading
 import warnings
-from collections.abc import Callable
-from types import FrameType
 from typing import Any
 
 import pytest
@@ -19,29 +15,11 @@ from dmabuf import ContractWarning, DmaResv, Timeline, Usage
 from tests.support.errnos import raises_errno
 from tests.support.facts import FACTS
 from tests.support.fences import attach, entries, key
-from tests.support.waiting import Background, until_asleep
+from tests.support.signals import Stop, interrupt_when_asleep, on_signal, raise_stop
+from tests.support.waiting import Background
 
 # Long enough to be "not now"; nobody waits for it to pass (seconds).
 LONG = 60.0
-
-
-class Stop(Exception):
-    """What a signal handler raises to end a wait."""
-
-
-def on_signal(number: signal.Signals, handler: Callable[[int, FrameType | None], Any]) -> Any:
-    return signal.signal(number, handler)
-
-
-def interrupt_when_asleep(times: int, after: Callable[[], None] = lambda: None) -> None:
-    """Send SIGUSR1 to the main thread each time it sleeps, then do something when it sleeps again."""
-    main = threading.main_thread()
-    assert main.ident is not None
-    for _ in range(times):
-        until_asleep(os.getpid(), main.native_id)
-        signal.pthread_kill(main.ident, signal.SIGUSR1)
-    until_asleep(os.getpid(), main.native_id)
-    after()
 
 
 # -- waiting (3.9)
@@ -107,41 +85,26 @@ def test_all_waiters_of_one_fence_are_woken(tl: Timeline) -> None:
 
 
 def test_a_wait_ends_when_the_signal_handler_raises(tl: Timeline) -> None:
-    def handler(*_: object) -> None:
-        raise Stop
-
     fence = tl.fence()
-    old = on_signal(signal.SIGUSR1, handler)
-    try:
-        with Background(lambda: interrupt_when_asleep(1)), pytest.raises(Stop):
-            fence.wait()
-    finally:
-        signal.signal(signal.SIGUSR1, old)
+    with on_signal(raise_stop), Background(lambda: interrupt_when_asleep(1)), pytest.raises(Stop):
+        fence.wait()
     assert fence.status == 0
     fence.signal()
 
 
 def test_a_wait_goes_on_when_the_signal_handler_returns(tl: Timeline) -> None:
     fence, handled = tl.fence(), []
-    old = on_signal(signal.SIGUSR1, lambda *_: handled.append(fence.status))
-    try:
-        with Background(lambda: interrupt_when_asleep(2, after=fence.signal)):
-            assert fence.wait() == math.inf
-    finally:
-        signal.signal(signal.SIGUSR1, old)
+    with on_signal(lambda *_: handled.append(fence.status)), Background(lambda: interrupt_when_asleep(2, after=fence.signal)):
+        assert fence.wait() == math.inf
     assert handled[0] == 0
 
 
 def test_an_interruptible_wait_is_eintr_when_the_signal_handler_returns(tl: Timeline) -> None:
     fence = tl.fence()
     handled: list[int] = []
-    old = on_signal(signal.SIGUSR1, lambda number, _: handled.append(number))
-    try:
-        with Background(lambda: interrupt_when_asleep(1)):
-            with raises_errno(errno.EINTR, InterruptedError):
-                fence.wait(interruptible=True)
-    finally:
-        signal.signal(signal.SIGUSR1, old)
+    with on_signal(lambda number, _: handled.append(number)), Background(lambda: interrupt_when_asleep(1)):
+        with raises_errno(errno.EINTR, InterruptedError):
+            fence.wait(interruptible=True)
     assert handled
     fence.signal()
 

@@ -31,7 +31,7 @@ from dmabuf.core.owner import Owner, current, publish
 from dmabuf.core.usage import Direction, Usage
 from dmabuf.core.ww_mutex import lock_all
 from dmabuf.domain.dispatcher import dispatcher, report
-from dmabuf.domain.domain import Domain
+from dmabuf.domain.domain import TICK_NS, Domain
 from dmabuf.errors import contract_warning, fail
 
 if TYPE_CHECKING:
@@ -439,16 +439,19 @@ async def _wait_async(parts: Sequence[Access], owner: Owner, pending: Sequence[i
 
 
 def _until_free(resvs: Sequence[DmaResv], until: int, gone: threading.Event) -> None:
-    """In a helper thread: wait until none of the locks is held, by taking and giving back each."""
+    """In a thread: wait until none of the locks is held, by taking and giving back each; a tick longer at most than anybody cares."""
     for resv in resvs:
-        if not gone.is_set():
-            owner = current(resv.domain)
-            shm, index = resv._record.at()
-            answer = shm.resv_lock(index, owner.word, 0, False, False, until)
-            if answer >= 0:
-                shm.resv_unlock(index, owner.word)
-            elif answer == -errno.ETIMEDOUT:
+        owner = current(resv.domain)
+        shm, index = resv._record.at()
+        answer = -errno.ETIMEDOUT
+        while answer == -errno.ETIMEDOUT and not gone.is_set():
+            now = time.monotonic_ns()
+            if 0 <= until <= now:
                 raise TimeoutError
+            tick = now + TICK_NS
+            answer = shm.resv_lock(index, owner.word, 0, False, False, tick if until < 0 else min(until, tick))
+        if answer >= 0:
+            shm.resv_unlock(index, owner.word)
 
 
 def _locked_here(part: Access) -> NoReturn:
