@@ -3,12 +3,20 @@
  * A __del__ in Python would not do: a signal handler that raises may end it before its first line. Whoever makes descriptors by system
  * calls puts them into one of these without a line of Python in between, see dmabuf/uapi/call.py. */
 #include "native.h"
+#include <sys/syscall.h>
 #include <unistd.h>
+
+#ifndef SYS_pidfd_getfd
+#define SYS_pidfd_getfd 438 /* the same on every architecture; older C libraries don't name it */
+#endif
 
 typedef struct {
   PyObject_HEAD
   int number; /* -1: given on or closed */
 } OwnedFd;
+
+/* One interpreter (sub-interpreters are not supported), so one type. */
+static PyTypeObject *owned_type;
 
 static PyObject *owned_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
   int number;
@@ -60,6 +68,19 @@ static PyObject *owned_exit(OwnedFd *self, PyObject *args) {
   owned_close(self);
   Py_RETURN_NONE;
 }
+/* Another process's descriptor, if ptrace(2) would allow a look into it (pidfd_getfd(2), Linux 5.6). */
+static PyObject *fd_of(PyObject *m, PyObject *args) { /* (pidfd, number) -> OwnedFd */
+  int pidfd, theirs;
+  if (!PyArg_ParseTuple(args, "ii", &pidfd, &theirs)) return NULL;
+  OwnedFd *self = (OwnedFd *)owned_type->tp_alloc(owned_type, 0);
+  if (!self) return NULL;
+  self->number = (int)syscall(SYS_pidfd_getfd, pidfd, theirs, 0);
+  if (self->number >= 0) return (PyObject *)self;
+  PyErr_SetFromErrno(PyExc_OSError);
+  Py_DECREF(self);
+  return NULL;
+}
+static PyMethodDef functions[] = {{"fd_of", fd_of, METH_VARARGS, "(pidfd, number) -> OwnedFd: another process's descriptor."}, {0}};
 static PyMethodDef methods[] = {
     {"fileno", (PyCFunction)owned_fileno, METH_NOARGS, "The descriptor, borrowed; -1 when it was given on or closed."},
     {"take", (PyCFunction)owned_take, METH_NOARGS, "Give it on: the caller closes it from now on; -1 when it was before."},
@@ -79,8 +100,6 @@ static PyType_Slot slots[] = {
 static PyType_Spec spec = {.name = "dmabuf._native.OwnedFd", .basicsize = sizeof(OwnedFd), .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE, .slots = slots};
 
 int descriptor_register(PyObject *module) {
-  PyObject *type = PyType_FromModuleAndSpec(module, &spec, NULL);
-  int failed = !type || PyModule_AddType(module, (PyTypeObject *)type);
-  Py_XDECREF(type);
-  return failed ? -1 : 0;
+  if (!owned_type && !(owned_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &spec, NULL))) return -1;
+  return PyModule_AddType(module, owned_type) || PyModule_AddFunctions(module, functions) ? -1 : 0;
 }

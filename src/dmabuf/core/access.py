@@ -63,6 +63,7 @@ class Access:
         "_failed",
         "_handle",
         "_index",
+        "_kept",
         "_life",
         "_live",
         "_shm",
@@ -84,6 +85,7 @@ class Access:
         self._window: _native.Window | None = None
         self._handle = self._error = 0
         self._live: Any = None  # whose begin_cpu_access was called for this access
+        self._kept: Any = None  # what to end it on, where it outlives the block and perhaps the handle
         self._failed: Exception | None = None  # what its end_cpu_access raised
 
     @property
@@ -96,7 +98,7 @@ class Access:
         until = self._begin()
         owner = current(self.buf.domain)
         try:
-            pending = self._add(owner, until)
+            pending = self._add(owner, until) if self.buf._record.live is None else self._arrive(owner, until)
             if pending is not None:
                 _wait([self], owner, pending, until)
                 self._grant()
@@ -134,6 +136,15 @@ class Access:
             buf._window_source(self.write)
         self._entered = True
         return until
+
+    def _arrive(self, owner: Owner, until: int) -> list[int] | None:
+        """:meth:`_add` for one buffer alone. On a real dma-buf the kernel's fences come before the grant, which so is never at once."""
+        if self.buf._kernel() is None:
+            return self._add(owner, until)
+        if self.buf.resv._mine(owner) is not None:
+            _locked_here(self)
+        with lock_all((self.buf.resv,)):
+            return self._add(owner, until, locked=True) or []
 
     def _add(self, owner: Owner, until: int, locked: bool = False) -> list[int] | None:
         """Snapshot and own fence; what has to be waited for, None when it is granted at once."""
@@ -201,7 +212,8 @@ class Access:
 
     def _unbracket(self) -> None:
         live, self._live = self._live, None
-        live.end(self.buf, Direction.BIDIRECTIONAL if self.write else Direction.FROM_DEVICE)
+        kept, self._kept = self._kept, None
+        live.end(kept or self.buf, Direction.BIDIRECTIONAL if self.write else Direction.FROM_DEVICE)
 
     def _abandon(self) -> None:
         """Not entered after all: nobody has seen the view, so nothing was written."""
@@ -235,6 +247,8 @@ class Access:
             except BufferError:
                 in_use = True
             del view
+        if self._live is not None and (in_use or window.exports):
+            self._kept = self._live.keep_open(self.buf)
         # Until it is retired the window stays ours: what a signal handler interrupts here, __del__ finishes.
         free = window.retire()
         self._window = None
@@ -270,13 +284,13 @@ class Access:
             else:
                 self._failed = e
 
-    def _timed_out(self) -> OSError:
+    def _timed_out(self, why: str | None = None) -> OSError:
         return fail(
             errno.ETIMEDOUT,
             self.operation,
             self.buf,
             "`dmabuf ls` shows who is in the way",
-            what=f"not granted within {self._timeout} s{_in_the_way(self)}",
+            what=f"not granted within {self._timeout} s{_in_the_way(self) if why is None else why}",
         )
 
     # ---- async ----
@@ -286,7 +300,7 @@ class Access:
         owner = current(self.buf.domain)
         try:
             await _locks_free([self], owner, until)
-            pending = self._add(owner, until)
+            pending = self._arrive(owner, until)
             if pending is not None:
                 await _wait_async([self], owner, pending, until)
                 self._grant()
@@ -394,6 +408,10 @@ def _wait(parts: Sequence[Access], owner: Owner, pending: Sequence[int], until: 
     finally:
         if owner.wait_stamp:
             publish(owner, 0)
+    for part in parts:
+        kernel = part.buf._kernel()
+        if kernel is not None and not kernel.settle(part.buf, part.write, until):
+            raise part._timed_out(": in the way is a fence of the kernel's")
 
 
 async def _locks_free(parts: Sequence[Access], owner: Owner, until: int) -> None:
@@ -436,6 +454,10 @@ async def _wait_async(parts: Sequence[Access], owner: Owner, pending: Sequence[i
     finally:
         if owner.wait_stamp:
             publish(owner, 0)
+    for part in parts:
+        kernel = part.buf._kernel()
+        if kernel is not None and not await kernel.settle_async(part.buf, part.write, until):
+            raise part._timed_out(": in the way is a fence of the kernel's")
 
 
 def _until_free(resvs: Sequence[DmaResv], until: int, gone: threading.Event) -> None:

@@ -68,7 +68,7 @@ def checked_ops(exporter: object, cache: bool) -> frozenset[str]:
 class Backing:
     """The driver side of one buffer in this process.
 
-    ``in_file``: an exporter's memory is the buffer's own file (see ``residence``), which every handle maps for itself.
+    ``in_file``: the memory is the buffer's own file, which every handle maps for itself.
     """
 
     in_file = False
@@ -125,6 +125,9 @@ class Backing:
             self.end(buf, direction)
         self.keep(mapping)
         return mapping
+
+    def keep_open(self, buf: DmaBuf) -> Any:
+        """What to call :meth:`end` with once the handle may be closed; None: the handle all the same."""
 
     def keep(self, mapping: _native.Mapping) -> None:
         """A mapping is a reference until it is closed."""

@@ -9,7 +9,8 @@ Must be called *without* the buffer's reservation lock held by the caller: ``rea
 *with* it: ``vmap``, ``vunmap``, ``move_notify`` (else ``ContractError``). The rest doesn't care: in particular a handle may be closed,
 because the exporter's ``release`` never runs under a lock (spec 2.4).
 
-Where a buffer has an exporter (``dmabuf.export``), memory and brackets are its ops (spec 2.15–2.18); plain memory needs none.
+Where a buffer has an exporter (``dmabuf.export``), memory and brackets are its ops (spec 2.15–2.18); plain memory needs none. A real
+dma-buf is the kernel's: see ``dmabuf.core.kernel``.
 """
 
 from __future__ import annotations
@@ -31,14 +32,16 @@ from dmabuf.core import poll as polling
 from dmabuf.core.access import Access
 from dmabuf.core.backing import LIVE, Elsewhere, Exported, backing_of
 from dmabuf.core.fence import monotonic_deadline
-from dmabuf.core.identity import identify, take_lease
+from dmabuf.core.identity import described, identify, is_kernel_home, take_lease
 from dmabuf.core.iosys_map import IosysMap
+from dmabuf.core.kernel import KernelBacking
 from dmabuf.core.owner import current
 from dmabuf.core.resv import DmaResv, resv_of
 from dmabuf.core.usage import Direction, Usage, checked_direction
 from dmabuf.domain.domain import Domain
 from dmabuf.domain.records import KIND_BUFFER, Departures, Record, adopt, confirmed
 from dmabuf.errors import ContractError, contract_warning, fail
+from dmabuf.uapi.call import OwnedFd
 
 if TYPE_CHECKING:
     from dmabuf.core.attachment import DmaBufAttachment
@@ -91,20 +94,29 @@ class DmaBuf:
         raise TypeError("a DmaBuf is made by dmabuf.allocate(), export(), get(), open() or recv()")
 
     @classmethod
-    def _make(cls, fd: int, record: Record, name: bytes | None = None) -> DmaBuf:
+    def _make(cls, fd: int | OwnedFd, record: Record, name: bytes | None = None) -> DmaBuf:
         """A handle that owns fd, which is closed if there can be none. ``name``: of the buffer, if its record has to be made again."""
         try:
             record.enter(name)
         except BaseException:
-            os.close(fd)
+            _close(fd)
             raise
         buf = object.__new__(cls)
-        buf._fd, buf._record, buf._size, buf.domain = fd, record, record.size, record.domain
+        if isinstance(fd, int):
+            buf._fd = fd
+        else:  # no signal handler can raise between the two: closed by one of them, and once
+            buf._fd = fd.number
+            fd.take()
+        buf._record, buf._size, buf.domain = record, record.size, record.domain
         buf._mapping, buf._resv, buf._accesses, buf._polls = None, None, 0, None
         buf._life = record.shm.life
-        if record.home == LIVE and record.live is None and record.kind == KIND_BUFFER:
-            record.live = Elsewhere(record)
-            record.live.in_file = residence.in_file(fd)
+        if record.live is None and record.home != MEMFD and record.kind == KIND_BUFFER:
+            if record.home == LIVE:
+                record.live = Elsewhere(record)
+                record.live.in_file = residence.in_file(buf._fd)
+            elif is_kernel_home(record.home):
+                record.live = KernelBacking(record)
+                record.last = record.live.last
         return buf
 
     def __repr__(self) -> str:
@@ -270,7 +282,8 @@ class DmaBuf:
         Errors on setting: EINVAL longer, or with a NUL; TypeError neither str nor bytes. Kernel: dma_buf.name.
         """
         self._check("name")
-        found = self._record.info()["name"]
+        kernel = self._kernel()
+        found = kernel.name(self) if kernel is not None else self._record.info()["name"]
         return None if found is None else os.fsdecode(found)
 
     @name.setter
@@ -278,6 +291,9 @@ class DmaBuf:
         self._check("name")
         raw = checked_name(value, self)
         shm, index = self._record.at()
+        kernel = self._kernel()
+        if kernel is not None:
+            kernel.set_name(self, raw)
         shm.rec_name(index, raw)
         self._record.shared.pop("message", None)  # what send() prepared names the buffer
 
@@ -291,6 +307,11 @@ class DmaBuf:
 
     # ---- memory ----
 
+    def _kernel(self) -> KernelBacking | None:
+        """The kernel's side, of a real dma-buf."""
+        live = self._record.live
+        return live if type(live) is KernelBacking else None
+
     def _window_source(self, write: bool) -> _native.Mapping:
         """The mapping that this handle's accesses look through; it stays, because fresh pages cost more than a copy."""
         mapping = self._mapping
@@ -300,12 +321,13 @@ class DmaBuf:
                 operation = "write" if write else "read"
                 found: _native.Mapping = live.mmap(self, operation, 0, self._size, write)
                 return found
+            size = self._size if live is None else self._size // PAGE * PAGE or self._size
             try:
-                mapping = _native.Mapping(self._fd, self._size)
+                mapping = _native.Mapping(self._fd, size)
             except PermissionError:
                 if write:
                     raise fail(errno.EACCES, "write", self, "receive a descriptor that is open for writing") from None
-                mapping = _native.Mapping(self._fd, self._size, writable=False)
+                mapping = _native.Mapping(self._fd, size, writable=False)
             self._mapping = mapping
         return mapping
 
@@ -356,6 +378,9 @@ class DmaBuf:
     def lseek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         """The kernel's lseek on a dma-buf: (0, SEEK_SET) is 0, (0, SEEK_END) the size, all else EINVAL; no position moves (spec 5.2)."""
         self._check("lseek")
+        kernel = self._kernel()
+        if kernel is not None:
+            return kernel.lseek(self, offset, whence)
         if offset == 0 and whence == os.SEEK_END:
             return self._size
         if offset == 0 and whence == os.SEEK_SET:
@@ -463,13 +488,19 @@ class DmaBuf:
         """
         self._not_locked("begin_cpu_access")
         way = checked_direction(direction, "begin_cpu_access", self)
-        if self._record.live is not None:
+        until = monotonic_deadline(timeout, "begin_cpu_access", self)
+        usage = Usage.rw(way in (Direction.TO_DEVICE, Direction.BIDIRECTIONAL))
+        kernel = self._kernel()
+        if kernel is not None:
+            if until >= 0 and not kernel.settle(self, usage == Usage.READ, until):
+                what = "a fence of the kernel's is in the way"
+                raise fail(errno.ETIMEDOUT, "begin_cpu_access", self, "wait for the device that uses it", what=what)
+            kernel.begin(self, way, interruptible)
+        elif self._record.live is not None:
             self._record.live.begin(self, way)
         resv, shm = self.resv, self._record.shm
-        usage = Usage.rw(way in (Direction.TO_DEVICE, Direction.BIDIRECTIONAL))
         own = current(self.domain).word
         mine = frozenset(h for h in resv.pending(usage) if (info := shm.fence_info(h)) is not None and info["owner"] == own)
-        until = monotonic_deadline(timeout, "begin_cpu_access", self)
         if not resv.wait_until(usage, until, interruptible=interruptible, but=mine):
             raise fail(errno.ETIMEDOUT, "begin_cpu_access", self, "`dmabuf ls` shows whose fence is in the way")
         if debug.enabled:
@@ -529,9 +560,12 @@ class DmaBuf:
     def poll_fd(self, events: int) -> int:
         """An fd that becomes readable once one of the events was ready; one-shot, the caller closes it. For select and epoll loops.
 
-        Errors: EBADF; EINVAL neither POLLIN nor POLLOUT; EMFILE.
+        Of a real dma-buf a duplicate, which polls natively and knows the kernel's fences only. Errors: EBADF; EINVAL neither POLLIN nor
+        POLLOUT; EMFILE.
         """
         self._usable("poll_fd")
+        if self._kernel() is not None and events & (select.POLLIN | select.POLLOUT):
+            return self.dup()
         if self._polls is None:
             self._polls = weakref.WeakSet()
         waiting = polling.PollFd(self, events)
@@ -560,6 +594,9 @@ class DmaBuf:
         from dmabuf.domain.holders import holders
 
         fd = self._check("fdinfo")
+        kernel = self._kernel()
+        if kernel is not None:
+            return kernel.fdinfo(self)
         flags = fcntl.fcntl(fd, fcntl.F_GETFL) & ~0o100000 | (os.O_CLOEXEC if fcntl.fcntl(fd, fcntl.F_GETFD) & fcntl.FD_CLOEXEC else 0)
         own = Path(f"/proc/self/fdinfo/{fd}").read_text()
         mount = next((line.split()[1] for line in own.splitlines() if line.startswith("mnt_id")), "0")
@@ -622,15 +659,26 @@ def received(fd: int, domain: Domain, dev: int, ino: int, nonce: bytes, name: by
     return from_fd(fd, domain, name=name) if record is None else DmaBuf._make(fd, record, name)
 
 
-def from_fd(fd: int, domain: Domain, *, exp_name: bytes = MEMFD, home: bytes = MEMFD, name: bytes | None = None) -> DmaBuf:
+def _close(fd: int | OwnedFd) -> None:
+    if isinstance(fd, int):
+        os.close(fd)
+    else:
+        fd.close()
+
+
+def from_fd(fd: int | OwnedFd, domain: Domain, *, exp_name: bytes = MEMFD, home: bytes = MEMFD, name: bytes | None = None) -> DmaBuf:
     """A handle that takes over fd; on an error the fd is closed."""
     try:
-        taken = _native.take_buffer(fd, domain.id)
-        if taken is None:  # the slow way says why not
-            taken = identify(fd, domain)
-            take_lease(fd)
+        number = fd if isinstance(fd, int) else fd.number
+        taken = _native.take_buffer(number, domain.id)
+        if taken is None:  # a real dma-buf, or what the slow way says it isn't
+            found = identify(number, domain)
+            taken = found[:4]
+            take_lease(number)
+            if found.kernel:
+                exp_name, home, name = described(number)
         record = adopt(domain, *taken, exp_name, home, name)
     except BaseException:
-        os.close(fd)
+        _close(fd)
         raise
     return DmaBuf._make(fd, record, name)

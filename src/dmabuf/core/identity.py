@@ -1,24 +1,39 @@
 """What an fd is: a buffer of this domain, of another one, or none.
 
-A memfd buffer is a memfd named ``dmabuf:<domain>:<nonce>`` (16 and 32 hexadecimal digits), sealed against shrinking, growing and
-further seals. The fd carries an OFD read lock on byte 0, the lease: every dup, every fd in flight and every mapping keeps it.
+A real dma-buf is one by its file system (fstatfs(2)); its nonce is a digest of its ``(st_dev, st_ino)`` and the boot, because the kernel
+gives no inode number of a dma-buf twice. A memfd buffer is a memfd named ``dmabuf:<domain>:<nonce>`` (16 and 32 hexadecimal digits), sealed
+against shrinking, growing and further seals. Either fd carries an OFD read lock on byte 0, the lease: every dup, every fd in flight and
+every mapping keeps it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
 import re
-from typing import NamedTuple
+from functools import cache
+from hashlib import blake2b
+from typing import Final, NamedTuple
 
 from dmabuf import _native
 from dmabuf.domain import place
 from dmabuf.domain.domain import Domain
 from dmabuf.errors import fail
+from dmabuf.uapi import dma_buf as uapi
 
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _NAME = re.compile(rb"/memfd:dmabuf:([0-9a-f]{16}):([0-9a-f]{32})(?: \(deleted\))?\Z")
+
+
+IMPORTED: Final = b"imported"
+UDMABUF: Final = b"udmabuf"
+DMA_HEAP: Final = b"dma_heap:"
+HEAPS: Final = "/dev/dma_heap"
+_HOME_BYTES: Final = 31  # what a record has room for
+probe = _native.probe_fd
+"""For tests: what the kernel says of an fd."""
 
 
 class Identity(NamedTuple):
@@ -28,6 +43,7 @@ class Identity(NamedTuple):
     ino: int
     size: int
     nonce: bytes
+    kernel: bool = False
 
 
 def memfd_name(domain: Domain, nonce: bytes) -> str:
@@ -36,8 +52,18 @@ def memfd_name(domain: Domain, nonce: bytes) -> str:
 
 
 def take_lease(fd: int) -> None:
-    """Put the lease on an fd; nothing new on a description that has it. Errors: ENODEV its exporter has taken the buffer back."""
-    if not place.ofd_lock(fd, fcntl.F_RDLCK, 0):
+    """Put the lease on an fd; nothing new on a description that has it.
+
+    Errors: ENODEV its exporter has taken the buffer back; EACCES it is open for writing only.
+    """
+    try:
+        locked = place.ofd_lock(fd, fcntl.F_RDLCK, 0)
+    except OSError as e:
+        if e.errno != errno.EBADF or fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_WRONLY:
+            raise
+        what = "it is open for writing only: a lock that says that somebody holds it can't be put on it"
+        raise fail(errno.EACCES, "get", f"fd {fd}", "open, or export, it for reading and writing", what=what) from None
+    if not locked:
         raise fail(errno.ENODEV, "get", f"fd {fd}", "ask its exporter for a new buffer", what="the exporter has released this buffer")
 
 
@@ -47,11 +73,13 @@ def identify(fd: int, domain: Domain, operation: str = "get") -> Identity:
     Errors: EBADF no open fd; EINVAL no buffer; EXDEV a buffer of another domain (spec 2.3).
     """
     try:
-        dev, ino, size, seals, link, _ = _native.probe_fd(fd)
+        dev, ino, size, seals, link, system = probe(fd)
     except (OSError, OverflowError) as e:
         if isinstance(e, OSError) and e.errno != errno.EBADF:
             raise
         raise fail(errno.EBADF, operation, f"fd {fd}", "pass an open file descriptor") from None
+    if system == uapi.MAGIC:
+        return Identity(dev, ino, _size_of(fd, size), nonce_of(dev, ino), True)
     match = _NAME.match(link)
     if match is None or seals < 0 or seals & SEALS != SEALS:
         raise fail(
@@ -70,3 +98,45 @@ def identify(fd: int, domain: Domain, operation: str = "get") -> Identity:
             what=f"the buffer belongs to domain {match[1].decode()}, this process uses {domain.id}",
         )
     return Identity(dev, ino, size, bytes.fromhex(match[2].decode()))
+
+
+# ---- real dma-bufs ----
+
+
+def is_kernel_home(home: bytes) -> bool:
+    """Is it the home of a real dma-buf?"""
+    return home in (IMPORTED, UDMABUF) or home.startswith(DMA_HEAP)
+
+
+def home_of(exp_name: bytes) -> bytes:
+    """Where the memory of a dma-buf lives, by its exporter's name, which for a heap's is the heap's."""
+    if exp_name == UDMABUF:
+        return UDMABUF
+    home = DMA_HEAP + exp_name
+    if exp_name and b"/" not in exp_name and len(home) <= _HOME_BYTES and os.path.exists(os.fsencode(HEAPS) + b"/" + exp_name):
+        return home
+    return IMPORTED
+
+
+def described(fd: int) -> tuple[bytes, bytes, bytes | None]:
+    """(exporter's name, home, name) of the dma-buf behind an fd, as the kernel says now. Errors: ENOENT /proc is not there."""
+    info = uapi.fdinfo(fd)
+    return info.exp_name[:_HOME_BYTES], home_of(info.exp_name), info.name
+
+
+def nonce_of(dev: int, ino: int) -> bytes:
+    """The same for everybody who has the dma-buf, and never again another one's."""
+    return blake2b(b"%s %d %d" % (_boot(), dev, ino), digest_size=16).digest()
+
+
+@cache
+def _boot() -> bytes:
+    with open("/proc/sys/kernel/random/boot_id", "rb") as f:
+        return f.read().strip()
+
+
+def _size_of(fd: int, told: int) -> int:
+    """By lseek, as its users find it; ``told``: by fstat."""
+    with contextlib.suppress(OSError):
+        return os.lseek(fd, 0, os.SEEK_END)
+    return told

@@ -29,6 +29,9 @@ def ready(buf: DmaBuf, events: int) -> int:
     if "lazy" in buf.domain.local:
         buf.resv.pending(Usage.READ)
     found = 0
+    kernel = buf._kernel()
+    if kernel is not None:
+        events = kernel.ready(buf, events)
     if events & select.POLLOUT and not shm.resv_busy(index, Usage.READ):
         found |= select.POLLOUT
     if events & select.POLLIN and not shm.resv_busy(index, Usage.WRITE):
@@ -56,6 +59,8 @@ def poll(buf: DmaBuf, events: int, timeout: float | None) -> int:
         handle = _blocking(buf, events)
         if handle:
             buf.resv._record.shm.fence_wait(handle, until, False)
+        elif (kernel := buf._kernel()) is not None:
+            kernel.settle(buf, not events & select.POLLIN, until)
     return found
 
 
@@ -65,6 +70,8 @@ async def poll_async(buf: DmaBuf, event: int) -> None:
         handle = _blocking(buf, event)
         if handle:
             await wrap(buf.domain, handle)
+        elif (kernel := buf._kernel()) is not None:
+            await kernel.settle_async(buf, event == select.POLLOUT, -1)
         else:
             await awaiting.checkpoint()
 

@@ -46,7 +46,7 @@ def _fds(process: str) -> list[tuple[int, int]]:
     seen = []
     for entry in os.scandir(f"{process}/fd"):
         try:
-            if os.readlink(entry.path).startswith("/memfd:dmabuf:"):
+            if os.readlink(entry.path).startswith(("/memfd:dmabuf:", "/dmabuf:")):
                 st = os.stat(entry.path)
                 seen.append((st.st_dev, st.st_ino))
         except OSError:
@@ -58,7 +58,7 @@ def _maps(process: str) -> list[tuple[int, int]]:
     seen = []
     with open(f"{process}/maps", "rb") as f:
         for line in f:
-            if b"/memfd:dmabuf:" in line:
+            if b"/memfd:dmabuf:" in line or b"/dmabuf:" in line:
                 fields = line.split(maxsplit=5)
                 major, minor = fields[3].split(b":")
                 seen.append((os.makedev(int(major, 16), int(minor, 16)), int(fields[4])))

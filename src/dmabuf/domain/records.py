@@ -19,6 +19,7 @@ import threading
 import time
 import weakref
 from collections import deque
+from collections.abc import Callable
 from typing import Any, Final
 
 from dmabuf import _native
@@ -45,6 +46,7 @@ class Record:
         self.shared: dict[str, Any] = {}
         self.lock = threading.RLock()  # a handle's __del__ may run in the middle of another handle's enter()
         self.handles = 0  # of this process that are open
+        self.last: Callable[[int], bool] | None = None  # of a real dma-buf: is this fd the last reference anywhere?
         self.live: Any = None  # the exporter's side, where a buffer has an exporter (core/backing.py)
         self.resv = 0  # of a buffer with a reservation object of its exporter's: that one's record + 1
 
@@ -140,6 +142,10 @@ class Record:
         warm.append(self)
         self.life = 0
         if shm.rec_drop(self.index):
+            return None
+        if self.last is not None:  # the end of its inode can't be watched, but the kernel counts
+            if self.last(fd):
+                shm.rec_free(self.index, self.gen)
             return None
         watch: Departures | None = self.domain.local.get("departures")
         if watch is None:

@@ -1,24 +1,26 @@
 """``open``: a buffer by its name or inode number, from a process of the same user that holds it.
 
 The record in the domain says who holds the buffer; the memfd is opened anew through ``/proc/PID/fd`` of a holder (proc(5)), which
-gives an open file description and a lease of its own. What no process has a descriptor of, because it is only in flight in a socket
-or only mapped, can't be opened.
+gives an open file description and a lease of its own. A real dma-buf can't be opened anew (ENXIO): a holder's descriptor is duplicated
+into this process (pidfd_getfd(2)), where ptrace(2) would be allowed. What no process has a descriptor of, because it is only in flight in
+a socket or only mapped, can't be opened.
 """
 
 from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dmabuf import _native
 from dmabuf.core.buffer import DmaBuf, checked_name, from_fd
-from dmabuf.core.identity import identify, memfd_name
+from dmabuf.core.identity import identify, is_kernel_home, memfd_name
 from dmabuf.domain import lives, records
 from dmabuf.domain.domain import Domain
 from dmabuf.errors import DmaBufError, fail
+from dmabuf.uapi.call import OwnedFd
 
 SHOWN = 5  # names or inodes in a message
 
@@ -30,6 +32,7 @@ class _Found(NamedTuple):
     dev: int
     ino: int
     nonce: bytes
+    home: bytes
 
 
 def open(name_or_ino: str | bytes | int, *, domain: Domain | None = None) -> DmaBuf:
@@ -73,17 +76,23 @@ def _present(domain: Domain) -> set[int]:
 
 
 def _by_ino(domain: Domain, ino: int) -> list[_Found]:
-    found = domain.shm.rec_find(_memfd_device(), ino)
-    return [_Found(found[0], _memfd_device(), ino, found[2])] if found else []
+    shm = domain.shm
+    found = shm.rec_find(_memfd_device(), ino)
+    plain = [_Found(found[0], _memfd_device(), ino, found[2], b"")] if found else []
+    return plain + _matching(domain, lambda info: info["ino"] == ino and is_kernel_home(info["home"]))
 
 
 def _by_name(domain: Domain, name: bytes) -> list[_Found]:
+    return _matching(domain, lambda info: info["name"] == name)
+
+
+def _matching(domain: Domain, wanted: Callable[[dict[str, Any]], bool]) -> list[_Found]:
     shm = domain.shm
     infos = ((index, shm.rec_info(index)) for index in shm.rec_list())
     return [
-        _Found(index, info["dev"], info["ino"], info["nonce"])
+        _Found(index, info["dev"], info["ino"], info["nonce"], info["home"])
         for index, info in infos
-        if info is not None and info["name"] == name and info["kind"] == records.KIND_BUFFER
+        if info is not None and info["kind"] == records.KIND_BUFFER and wanted(info)
     ]
 
 
@@ -112,6 +121,11 @@ def _reopened(domain: Domain, wanted: _Found, asked: str) -> DmaBuf:
                 return buf
     if wanted.record not in _present(domain):
         raise _no_such(domain, asked)
+    if refused and is_kernel_home(wanted.home):
+        raise fail(
+            errno.EACCES, "open", asked, "have a holder send it with dmabuf.send()",
+            what=f"a real dma-buf can't be opened anew, and the descriptor of process {refused[0]} may not be duplicated (ptrace(2))",
+        )  # fmt: skip
     if refused:
         raise fail(
             errno.EACCES, "open", asked, "have a holder send it with dmabuf.send()",
@@ -137,6 +151,8 @@ def _own_processes() -> Iterator[int]:
 
 def _from_process(domain: Domain, wanted: _Found, pid: int, denied: list[int]) -> DmaBuf | None:
     """The buffer through a descriptor of that process, if it has one."""
+    if is_kernel_home(wanted.home):
+        return _duplicated(domain, wanted, pid, denied)
     link = f"/memfd:{memfd_name(domain, wanted.nonce)}"
     try:
         names = os.listdir(f"/proc/{pid}/fd")
@@ -162,6 +178,35 @@ def _from_process(domain: Domain, wanted: _Found, pid: int, denied: list[int]) -
         if same:
             return from_fd(fd, domain)
         os.close(fd)
+    return None
+
+
+def _duplicated(domain: Domain, wanted: _Found, pid: int, denied: list[int]) -> DmaBuf | None:
+    """The real dma-buf through a duplicate of that process's descriptor, if it has one."""
+    try:
+        names = os.listdir(f"/proc/{pid}/fd")
+        with OwnedFd(os.pidfd_open(pid)) as process:
+            for name in names:
+                try:
+                    st = os.stat(f"/proc/{pid}/fd/{name}")
+                    if (st.st_dev, st.st_ino) != (wanted.dev, wanted.ino):
+                        continue
+                    fd = _native.fd_of(process.number, int(name))
+                    if identify(fd.number, domain, "open").nonce == wanted.nonce:
+                        return from_fd(fd, domain)
+                except OSError as e:
+                    if e.errno in (errno.EMFILE, errno.ENFILE):
+                        raise fail(e.errno, "open", f"pid {pid}", "raise RLIMIT_NOFILE or close descriptors") from None
+                    if e.errno in (errno.EPERM, errno.ENOSYS):
+                        denied.append(pid)
+                        return None
+                    # closed meanwhile, and perhaps used again
+    except PermissionError:
+        denied.append(pid)
+    except OSError as e:
+        if e.errno in (errno.EMFILE, errno.ENFILE):
+            raise
+        # ended meanwhile
     return None
 
 

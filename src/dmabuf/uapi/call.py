@@ -62,15 +62,16 @@ def _descriptor(fd: int) -> None:
         raise OSError(errno.EBADF, os.strerror(errno.EBADF))
 
 
-def perform(fd: int, ioctl: Ioctl[T], value: T, *, restart: bool = True) -> T:
+def perform(fd: int, ioctl: Ioctl[T], value: T, *, restart: bool = True, interruptible: bool = False) -> T:
     """Call it with a structure, and return the structure as the kernel left it.
 
-    ``restart``: EAGAIN means "again". Errors: the kernel's, as a plain OSError; EINVAL a field that does not fit.
+    ``restart``: EAGAIN means "again"; ``interruptible``: EINTR does not. Errors: the kernel's, as a plain OSError; EINVAL a field that does
+    not fit.
     """
-    return ioctl.layout.unpack(perform_raw(fd, ioctl.number, ioctl.layout.pack(value), restart=restart))
+    return ioctl.layout.unpack(perform_raw(fd, ioctl.number, ioctl.layout.pack(value), restart=restart, interruptible=interruptible))
 
 
-def perform_raw(fd: int, number: int, argument: Any = 0, *, restart: bool = True) -> Any:
+def perform_raw(fd: int, number: int, argument: Any = 0, *, restart: bool = True, interruptible: bool = False) -> Any:
     """Call it with bytes (returned as the kernel left them), a number, or a buffer to be changed in place. Errors: as :func:`perform`."""
     _descriptor(fd)
     tried = 0
@@ -78,6 +79,8 @@ def perform_raw(fd: int, number: int, argument: Any = 0, *, restart: bool = True
         try:
             return system(fd, number, argument)
         except OSError as e:
+            if interruptible and e.errno == errno.EINTR:
+                raise
             tried += 1
             _again(e, restart, tried)
 

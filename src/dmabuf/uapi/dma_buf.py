@@ -18,13 +18,15 @@ NAME_BYTES: Final = 32  # DMA_BUF_NAME_LEN, with its NUL
 _NO_SYNC_FILE = {errno.ENOTTY: "it needs Linux 6.0 or newer, with CONFIG_SYNC_FILE"}
 
 
-def sync(fd: int, flags: int, *, of: object = None) -> None:
+def sync(fd: int, flags: int, *, interruptible: bool = False, of: object = None) -> None:
     """DMA_BUF_IOCTL_SYNC: START waits for the kernel's fences, END for nothing (spec 5.3).
 
-    EINTR and EAGAIN are restarted. Errors: EINVAL flags beyond READ, WRITE and END, or neither READ nor WRITE, or the exporter's.
+    EINTR and EAGAIN are restarted, EINTR not if ``interruptible``.
+
+    Errors: EINVAL flags beyond READ, WRITE and END, or neither READ nor WRITE, or the exporter's.
     """
     try:
-        call.perform(fd, t.DMA_BUF_SYNC, Sync(flags))
+        call.perform(fd, t.DMA_BUF_SYNC, Sync(flags), interruptible=interruptible)
     except OSError as e:
         raise told(e, "sync", of or f"fd {fd}", {errno.EINVAL: "READ 1, WRITE 2 or RW 3, and END 4 for the end of what began"}) from None
 
