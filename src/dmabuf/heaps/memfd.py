@@ -10,6 +10,7 @@ the memfd); after it, a record that nobody holds, which the next sweep takes.
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import secrets
 
@@ -19,6 +20,7 @@ from dmabuf.core.identity import SEALS, memfd_name
 from dmabuf.domain.domain import Domain
 from dmabuf.errors import fail
 from dmabuf.heaps import budget
+from dmabuf.uapi.call import OwnedFd
 
 NAME = "memfd"
 _SLICE = 64 << 20  # a signal makes fallocate start over: in slices it gets through
@@ -32,8 +34,6 @@ def unavailable() -> str | None:
 
 def allocate(size: int, *, name: str | bytes | None = None, domain: Domain | None = None) -> DmaBuf:
     """A new zeroed buffer of ``size`` bytes, rounded up to pages. See :func:`dmabuf.allocate`."""
-    import fcntl
-
     domain = domain or Domain.default()
     if not 0 < size <= (1 << 63) - PAGE:
         raise fail(errno.EINVAL, "allocate", f"{size} bytes", "ask for at least one byte, and fewer than 2**63")
@@ -41,22 +41,23 @@ def allocate(size: int, *, name: str | bytes | None = None, domain: Domain | Non
     size = -(-size // PAGE) * PAGE
     domain.join()
     with budget.claim(size):
-        try:
-            fd = os.memfd_create(memfd_name(domain, secrets.token_bytes(16)), os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        except OSError as e:
-            raise fail(e.errno or errno.EIO, "allocate", f"{size} bytes", "close buffers or raise RLIMIT_NOFILE") from None
-        try:
-            os.ftruncate(fd, size)
-            for start in range(0, size, _SLICE):
-                os.posix_fallocate(fd, start, min(_SLICE, size - start))
-            _native.step("memfd_reserved")
-            fcntl.fcntl(fd, _F_ADD_SEALS, SEALS)
-        except OSError as e:
-            os.close(fd)
-            raise fail(
-                e.errno or errno.EIO, "allocate", f"{size} bytes", "free memory, or raise the limit of the tmpfs or cgroup"
-            ) from None
-        except BaseException:
-            os.close(fd)
-            raise
+        fd = promised(memfd_name(domain, secrets.token_bytes(16)), size)
     return from_fd(fd, domain, exp_name=MEMFD, name=raw)
+
+
+def promised(name: str, size: int) -> OwnedFd:
+    """A sealed memfd whose memory is there. Errors: EMFILE; ENOMEM, ENOSPC."""
+    try:
+        fd = next(map(OwnedFd, map(os.memfd_create, (name,), (os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING,))))
+    except OSError as e:
+        raise fail(e.errno or errno.EIO, "allocate", f"{size} bytes", "close buffers or raise RLIMIT_NOFILE") from None
+    try:
+        os.ftruncate(fd.number, size)
+        for start in range(0, size, _SLICE):
+            os.posix_fallocate(fd.number, start, min(_SLICE, size - start))
+        _native.step("memfd_reserved")
+        fcntl.fcntl(fd.number, _F_ADD_SEALS, SEALS)
+    except OSError as e:
+        fd.close()
+        raise fail(e.errno or errno.EIO, "allocate", f"{size} bytes", "free memory, or raise the limit of the tmpfs or cgroup") from None
+    return fd

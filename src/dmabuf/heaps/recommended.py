@@ -10,11 +10,13 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 from dmabuf.core.buffer import DmaBuf
 from dmabuf.domain.domain import Domain
 from dmabuf.errors import fail
-from dmabuf.heaps import memfd, spill
+from dmabuf.heaps import dma_heap, memfd, spill, udmabuf
 
 
 @dataclass(frozen=True)
@@ -26,15 +28,37 @@ class Heap:
     about: str
 
 
-_HEAPS: dict[str, tuple[Callable[..., DmaBuf], Callable[[], str | None], str]] = {
-    memfd.NAME: (memfd.allocate, memfd.unavailable, "plain shared memory, no kernel support needed"),
-    spill.NAME: (spill.allocate, spill.unavailable, "memory with a budget: what doesn't fit waits in a file (DMABUF_SPILL_BUDGET)"),
-}
+class _Known(NamedTuple):
+    """How to use a heap, and whether one can."""
+
+    allocate: Callable[..., DmaBuf]
+    unavailable: Callable[[], str | None]
+    about: str
+
+
+def _known() -> dict[str, _Known]:
+    """Every heap by name, the recommended one first; those that drivers want come last."""
+    found = {
+        memfd.NAME: _Known(memfd.allocate, memfd.unavailable, "plain shared memory, no kernel support needed"),
+        spill.NAME: _Known(
+            spill.allocate, spill.unavailable, "memory with a budget: what doesn't fit waits in a file (DMABUF_SPILL_BUDGET)"
+        ),
+        udmabuf.NAME: _Known(udmabuf.allocate, udmabuf.unavailable, _udmabuf_about()),
+    }
+    for name in dma_heap.names() or ["system"]:
+        about = "kernel dma-bufs of pages" if name == "system" else "kernel dma-bufs of contiguous memory, or what its driver gives"
+        found[dma_heap.PREFIX + name] = _Known(partial(dma_heap.allocate, name), partial(dma_heap.unavailable, name), about)
+    return found
+
+
+def _udmabuf_about() -> str:
+    most = udmabuf.limits().size
+    return "kernel dma-bufs out of memfds" + ("" if most is None else f", at most {most // udmabuf.MIB} MiB each")
 
 
 def heaps() -> list[Heap]:
     """Every heap, the recommended one first."""
-    return [Heap(name, unavailable(), about) for name, (_, unavailable, about) in _HEAPS.items()]
+    return [Heap(name, known.unavailable(), known.about) for name, known in _known().items()]
 
 
 def allocate(size: int, *, heap: str | None = None, name: str | bytes | None = None, domain: Domain | None = None) -> DmaBuf:
@@ -45,11 +69,12 @@ def allocate(size: int, *, heap: str | None = None, name: str | bytes | None = N
     Errors: EINVAL a size below 1 or a bad name; ENOMEM the limits of this machine or cgroup don't allow it; ENOSPC the domain is full;
     ENODEV no such heap, or it can't be used here; EMFILE no descriptor left.
     """
-    if heap is None:
-        heap = next(name for name, (_, unavailable, _) in _HEAPS.items() if unavailable() is None)
-    found = _HEAPS.get(heap)
+    if heap is None or heap == memfd.NAME:  # always usable: where it is not, nothing of this package is
+        return memfd.allocate(size, name=name, domain=domain)
+    known = _known()
+    found = known.get(heap)
     if found is None:
-        raise fail(errno.ENODEV, "allocate", f"heap {heap!r}", f"heaps of this machine: {', '.join(_HEAPS)}")
-    if why := found[1]():
-        raise fail(errno.ENODEV, "allocate", f"heap {heap!r}", why)
-    return found[0](size, name=name, domain=domain)
+        raise fail(errno.ENODEV, "allocate", f"heap {heap!r}", f"heaps of this machine: {', '.join(known)}")
+    if why := found.unavailable():
+        raise fail(errno.ENODEV, "allocate", f"heap {heap!r}", why, what="it can't be used here")
+    return found.allocate(size, name=name, domain=domain)

@@ -6,22 +6,20 @@ Each check tries the thing itself rather than asking for a version. Nothing is l
 from __future__ import annotations
 
 import fcntl
-import grp
 import importlib.util
 import os
-import pwd
 import resource
 import stat
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dmabuf.domain import place
 from dmabuf.domain.records import leases
 from dmabuf.errors import errno_name
-from dmabuf.heaps import budget
+from dmabuf.heaps import budget, devices, udmabuf
 from dmabuf.observe.units import size
 
 OK, MISSING, WARNING = "ok", "missing", "warning"
@@ -47,11 +45,13 @@ class Check:
     remedy: str = ""
 
 
-def checks(*, domain_path: Path | None = None, dev: Path = Path("/dev"), proc: Path = Path("/proc")) -> list[Check]:
-    """Every check, the required ones first. ``domain_path``: None for this user's default. ``dev``, ``proc``: for tests."""
+def checks(
+    *, domain_path: Path | None = None, dev: Path = Path("/dev"), proc: Path = Path("/proc"), parameters: Path = udmabuf.PARAMETERS
+) -> list[Check]:
+    """Every check, the required ones first. ``domain_path``: None for this user's default. ``dev``, ``proc``, ``parameters``: for tests."""
     found = [_kernel(), _proc(proc), _memfd(), _locks(proc), _domain(domain_path or place.default_path()), *_memory()]
     found += [_descriptors(), _namespace(proc), _cpus()]
-    found.append(_device(dev / "udmabuf", "udmabuf", "kernel dma-bufs out of memfds", "modprobe udmabuf"))
+    found.append(_udmabuf(dev / "udmabuf", parameters))
     found.extend(_devices(dev, "dma_heap", "dma_heap/*", "dma-buf heaps", "a kernel with CONFIG_DMABUF_HEAPS_SYSTEM"))
     found.extend(_devices(dev, "dri", "dri/renderD*", "GPU buffers", "a GPU's driver, or: modprobe vgem"))
     found.extend(_devices(dev, "video", "video*", "cameras", "a camera's driver, or: modprobe vivid"))
@@ -140,7 +140,7 @@ def _domain(path: Path) -> Check:
         return Check("domain", MISSING, True, f"{path} ({given}) is no directory", remedy)
     if st.st_uid != os.geteuid() or stat.S_IMODE(st.st_mode) != 0o700:
         return Check(
-            "domain", MISSING, True, f"{path} ({given}) belongs to {_user(st.st_uid)}, mode {stat.S_IMODE(st.st_mode):04o}", remedy
+            "domain", MISSING, True, f"{path} ({given}) belongs to {devices.user(st.st_uid)}, mode {stat.S_IMODE(st.st_mode):04o}", remedy
         )
     return Check("domain", OK, True, f"{path} ({given}): ours{_room(path)}")
 
@@ -267,23 +267,17 @@ def _devices(dev: Path, name: str, pattern: str, gives: str, remedy: str) -> lis
 
 
 def _device(node: Path, name: str, gives: str, remedy: str) -> Check:
-    try:
-        st = os.stat(node)
-    except FileNotFoundError:
-        return Check(name, MISSING, False, f"no {node}: no {gives}", remedy)
-    except OSError as e:
-        return Check(name, MISSING, False, f"{node}: {e.strerror}", "ask for access to its directory")
-    owner = f"{stat.filemode(st.st_mode)} {_user(st.st_uid)}:{_group(st.st_gid)}"
-    if os.access(node, os.R_OK | os.W_OK, effective_ids=True):
-        return Check(name, OK, False, f"{node} {owner}: {gives}")
-    return Check(name, MISSING, False, f"{node} {owner}: no permission", _permission(st, node))
+    found = devices.look(node, gives, remedy)
+    return Check(name, OK if found.usable else MISSING, False, found.detail, found.remedy)
 
 
-def _permission(st: os.stat_result, node: Path) -> str:
-    """The group that would help, if there is one that is not root's."""
-    if st.st_gid and st.st_mode & 0o060 == 0o060:
-        return f"usermod -aG {_group(st.st_gid)} {_user(os.geteuid())}, then log in again"
-    return f"as root: chgrp {'video' if 'video' in node.name else 'render'} {node} && chmod 660 {node} (a udev rule keeps it)"
+def _udmabuf(node: Path, parameters: Path) -> Check:
+    found = _device(node, "udmabuf", udmabuf.GIVES, udmabuf.REMEDY)
+    limits = udmabuf.limits(parameters)
+    if found.status != OK or limits.size is None:
+        return found
+    ranges = "" if limits.ranges is None else f" of at most {limits.ranges & 0xFFFFFFFF} ranges"  # -1 lifts it: compared as unsigned
+    return replace(found, detail=f"{found.detail}; up to {size(limits.size)} a buffer{ranges} ({parameters})")
 
 
 def _extra(extra: str, modules: tuple[str, ...], gives: str) -> Check:
@@ -291,20 +285,3 @@ def _extra(extra: str, modules: tuple[str, ...], gives: str) -> Check:
     if absent:
         return Check(f"extra {extra}", MISSING, False, f"{', '.join(absent)} not installed: no {gives}", f"pip install 'dmabuf[{extra}]'")
     return Check(f"extra {extra}", OK, False, f"installed: {gives}")
-
-
-# ---- words ----
-
-
-def _user(uid: int) -> str:
-    try:
-        return pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return f"uid {uid}"
-
-
-def _group(gid: int) -> str:
-    try:
-        return grp.getgrgid(gid).gr_name
-    except KeyError:
-        return f"gid {gid}"

@@ -1,0 +1,63 @@
+"""The kernel's dma-heaps: ``dma_heap:<name>`` is ``/dev/dma_heap/<name>`` (spec 5.8).
+
+For buffers that go to a driver. Zeroed, whole pages. ``system`` takes pages wherever they are, a CMA heap (``reserved``,
+``default_cma_region``, …) one contiguous range. The kernel itself refuses no size that is merely too large: it kills. So a request is
+compared with the limits of this machine and cgroup first, as in the memfd heap, although no cgroup accounts for these pages.
+
+Steps: the dma-buf, its name, its lease, its record. A death anywhere leaves nothing but, at the end, a record that nobody holds, which the
+next sweep takes.
+"""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+from typing import Final
+
+from dmabuf.core.buffer import PAGE, DmaBuf, checked_name, from_fd
+from dmabuf.core.identity import HEAPS
+from dmabuf.domain.domain import Domain
+from dmabuf.errors import fail
+from dmabuf.heaps import budget, devices
+from dmabuf.uapi import call, dma_buf
+from dmabuf.uapi import heap as uapi
+
+PREFIX: Final = "dma_heap:"
+DIRECTORY: Final = Path(HEAPS)
+GIVES: Final = "kernel dma-bufs of pages"
+REMEDY: Final = "a kernel with CONFIG_DMABUF_HEAPS_SYSTEM"
+
+
+def names(directory: Path = DIRECTORY) -> list[str]:
+    """Of the heaps there are; ``system`` first."""
+    try:
+        found = sorted(entry.name for entry in directory.iterdir())
+    except OSError:
+        return []
+    return sorted(found, key=lambda name: name != "system")
+
+
+def node(name: str) -> devices.Node:
+    """The device of a heap."""
+    return devices.look(DIRECTORY / name, GIVES, REMEDY)
+
+
+def unavailable(name: str) -> str | None:
+    """Why a heap can't be used here, None when it can."""
+    return devices.why_not(node(name))
+
+
+def allocate(heap: str, size: int, *, name: str | bytes | None = None, domain: Domain | None = None) -> DmaBuf:
+    """A new zeroed buffer of ``size`` bytes, rounded up to pages, from the heap of that name. See :func:`dmabuf.allocate`."""
+    domain = domain or Domain.default()
+    if not 0 < size <= (1 << 63) - PAGE:
+        raise fail(errno.EINVAL, "allocate", f"{size} bytes", "ask for at least one byte, and fewer than 2**63")
+    raw = None if name is None else checked_name(name, f"{size} bytes")
+    size = -(-size // PAGE) * PAGE
+    domain.join()
+    with call.open_node(str(DIRECTORY / heap), "allocate", {errno.ENOENT: REMEDY, errno.EACCES: node(heap).remedy}) as device:
+        with budget.claim(size):
+            fd = uapi.allocate(device.number, size)
+        if raw is not None:
+            dma_buf.set_name(fd.number, raw)
+        return from_fd(fd, domain)
