@@ -9,7 +9,6 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
-
 _USUAL = {"udmabuf": "kvm", "dri": "render"}  # which groups distributions give such nodes to; "video" for the rest
 
 

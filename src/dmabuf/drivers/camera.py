@@ -1,0 +1,188 @@
+"""``Camera``: V4L2 capture into buffers that are real dma-bufs (VIDIOC_EXPBUF; videodev2.h).
+
+A buffer that the driver fills is inside a ``write()`` of this process: whoever reads it in another process waits for the frame, and the
+buffer goes back to the driver only when its readers are done. V4L2 has no fences of its own for that.
+
+    with Camera("/dev/video0") as camera:
+        camera.configure(640, 360, "RGB3")
+        camera.start(4)
+        with camera.frame() as frame:       # waits for one; back to the driver at the end
+            dmabuf.send(sock, frame.buf)
+
+One thread uses a camera at a time.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import select
+import time
+from dataclasses import dataclass
+from typing import Self
+
+from dmabuf.core.access import Access
+from dmabuf.core.buffer import DmaBuf, from_fd
+from dmabuf.core.fence import monotonic_deadline
+from dmabuf.domain.domain import Domain
+from dmabuf.errors import fail
+from dmabuf.uapi import call
+from dmabuf.uapi import v4l2 as uapi
+from dmabuf.uapi.structures import V4l2Buffer
+
+
+def fourcc(code: str) -> int:
+    """The number of a pixel format. Errors: EINVAL not four letters."""
+    if len(code) != 4 or not code.isascii():
+        raise fail(errno.EINVAL, "format", repr(code), "four letters, such as 'YUYV' or 'RGB3'")
+    return int.from_bytes(code.encode(), "little")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """``pixelformat``: four letters; ``pitch``: bytes from line to line; ``size``: bytes of a frame."""
+
+    width: int
+    height: int
+    pixelformat: str
+    pitch: int
+    size: int
+
+
+class Frame:
+    """A filled buffer; :meth:`done`, or the end of the block, gives it back. ``timestamp_ns``: CLOCK_MONOTONIC where the driver says so.
+
+    ``used``: bytes of the picture; ``broken``: the driver marks it so.
+    """
+
+    def __init__(self, camera: Camera, told: V4l2Buffer, buf: DmaBuf) -> None:
+        self.camera, self.buf, self.index, self.sequence, self.used = camera, buf, told.which, told.sequence, told.bytesused
+        self.timestamp_ns = told.tv_sec * 1_000_000_000 + told.tv_usec * 1000
+        self.broken = bool(told.flags & uapi.FLAG_ERROR)
+        self._held = True
+
+    def done(self, timeout: float | None = None) -> None:
+        """Back to the driver, once its readers are done. Again: nothing. Errors: ETIMEDOUT they are not; the frame stays ours."""
+        if self._held and self.camera._streaming:
+            self.camera._queue(self.index, timeout)
+        self._held = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.done()
+
+
+class Camera:
+    """An open camera. ``card``, ``driver``: as the driver says. ``domain``: of its buffers."""
+
+    def __init__(self, path: str = "/dev/video0", *, domain: Domain | None = None) -> None:
+        """Errors: ENOENT, EACCES, EBUSY; ENOTTY no V4L2 device; ENODEV it captures no single-planar video by streaming."""
+        remedies = {
+            errno.ENOENT: "load its driver, or: modprobe vivid",
+            errno.EACCES: "join the group of the node: `dmabuf doctor` names it",
+        }
+        self.path, self.domain = path, domain or Domain.default()
+        self._fd = call.open_node(path, "open", remedies)
+        told = uapi.query_capability(self._fd.number)
+        self.driver, self.card = (raw.partition(b"\0")[0].decode(errors="replace") for raw in (told.driver, told.card))
+        able = told.device_caps if told.capabilities & uapi.CAP_DEVICE_CAPS else told.capabilities
+        if not (able & uapi.CAP_VIDEO_CAPTURE and able & uapi.CAP_STREAMING):
+            self._fd.close()
+            raise fail(errno.ENODEV, "open", path, "open the node that captures", what="it does not capture video by streaming")
+        self.buffers: list[DmaBuf] = []
+        self._accesses: dict[int, Access] = {}
+        self._streaming = False
+
+    def fileno(self) -> int:
+        """The descriptor, borrowed; readable when a frame is there. Errors: EBADF closed."""
+        if self._fd.number < 0:
+            raise fail(errno.EBADF, "fileno", f"camera {self.path}", "open it again", what="the camera is closed")
+        return self._fd.number
+
+    @property
+    def picture(self) -> Picture:
+        """What it captures now."""
+        told = uapi.get_format(self.fileno())
+        return Picture(told.width, told.height, told.pixelformat.to_bytes(4, "little").decode(), told.bytesperline, told.sizeimage)
+
+    def configure(self, width: int, height: int, pixelformat: str) -> Picture:
+        """Ask for a picture; what the driver can do that comes next to it. Errors: EBUSY it was started; EINVAL."""
+        fd = self.fileno()
+        asked = uapi.get_format(fd)._replace(
+            width=width, height=height, pixelformat=fourcc(pixelformat), bytesperline=0, sizeimage=0, priv=0, field=0
+        )
+        uapi.set_format(fd, asked)
+        return self.picture
+
+    def start(self, count: int = 4, *, name: str | None = None) -> list[DmaBuf]:
+        """Have buffers made and filled; they are the camera's and closed with it. ``name``: they are called name-0, name-1, …
+
+        Errors: EBUSY it was started, or somebody else streams; ENOMEM, EMFILE.
+        """
+        fd = self.fileno()
+        if self.buffers:
+            raise fail(errno.EBUSY, "start", f"camera {self.path}", "stop it first", what="it was started")
+        try:
+            for index in range(uapi.request_buffers(fd, count)):
+                buf = from_fd(uapi.export_buffer(fd, index), self.domain)
+                self.buffers.append(buf)
+                if name is not None:
+                    buf.name = f"{name}-{index}"
+                self._queue(index, None)
+            uapi.stream(fd, True)
+            self._streaming = True
+        except BaseException:
+            self.stop()
+            raise
+        return self.buffers
+
+    def _queue(self, index: int, timeout: float | None) -> None:
+        """Give a buffer to the driver, inside a write of ours."""
+        access = self.buffers[index].write(timeout)
+        access.__enter__()
+        try:
+            uapi.queue(self.fileno(), V4l2Buffer(index, uapi.CAPTURE, memory=uapi.MMAP))
+        except BaseException:
+            access.__exit__(None, None, None)
+            raise
+        self._accesses[index] = access
+
+    def frame(self, timeout: float | None = None) -> Frame:
+        """The next frame. Errors: ETIMEDOUT (also ``TimeoutError``); EINVAL not started; EIO the driver lost it."""
+        fd, until = self.fileno(), monotonic_deadline(timeout, "frame", f"camera {self.path}")
+        if not self._streaming:
+            raise fail(errno.EINVAL, "frame", f"camera {self.path}", "start it first", what="it was not started")
+        waiting = select.poll()
+        waiting.register(fd, select.POLLIN)
+        left = None if until < 0 else math.ceil(max(0, until - time.monotonic_ns()) / 1e6)
+        if not waiting.poll(left):
+            raise fail(errno.ETIMEDOUT, "frame", f"camera {self.path}", "give frames back: the driver has none to fill, or no signal")
+        told = uapi.dequeue(fd)
+        self._accesses.pop(told.which).__exit__(None, None, None)
+        return Frame(self, told, self.buffers[told.which])
+
+    def stop(self) -> None:
+        """Take the buffers back and close them; again: nothing."""
+        if self._streaming and self._fd.number >= 0:
+            uapi.stream(self._fd.number, False)
+        self._streaming = False
+        while self._accesses:
+            self._accesses.popitem()[1].__exit__(None, None, None)
+        while self.buffers:
+            self.buffers.pop().close()
+
+    def close(self) -> None:
+        """Stop, and close; again: nothing."""
+        try:
+            self.stop()
+        finally:
+            self._fd.close()
+
+    def __enter__(self) -> Self:
+        self.fileno()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,165 @@
+"""``DrmNode``: dumb buffers, PRIME export and import, and vgem's fences (spec 5.12, 5.13).
+
+A GEM handle is a number of one open node. Importing the same buffer twice gives the same number, and the kernel does not count: one close
+ends it for all. So the node counts, and closes a handle with the last :class:`GemObject` that has it. Closing the node ends all its handles
+and signals its vgem fences.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from glob import glob
+from typing import Self
+
+from dmabuf.core.buffer import DmaBuf, from_fd
+from dmabuf.domain.domain import Domain
+from dmabuf.errors import fail
+from dmabuf.uapi import call
+from dmabuf.uapi import drm as uapi
+
+NODES = "/dev/dri/card*"
+
+
+class DrmNode:
+    """An open DRM node. ``path``: None for the first card; ``driver``: the name that the kernel gives, as ``"vgem"``."""
+
+    def __init__(self, path: str | None = None) -> None:
+        """Errors: ENODEV no node; ENOENT, EACCES, EMFILE; ENOTTY it is no DRM node."""
+        if path is None:
+            path = next(iter(sorted(glob(NODES))), None)
+            if path is None:
+                raise fail(errno.ENODEV, "open", NODES, "load a driver: modprobe vgem", what="there is no DRM node")
+        remedies = {errno.EACCES: "join the group of the node: `dmabuf doctor` names it", errno.ENOENT: "load its driver"}
+        self._fd = call.open_node(path, "open", remedies)
+        self.path, self.driver = path, uapi.driver(self._fd.number)
+        self._lock = threading.Lock()
+        self._users: dict[int, int] = {}
+
+    @classmethod
+    def of(cls, driver: str) -> DrmNode:
+        """The first node of a driver. Errors: ENODEV there is none that this user may open."""
+        for path in sorted(glob(NODES)):
+            try:
+                node = cls(path)
+            except OSError as e:
+                if e.errno in (errno.EACCES, errno.ENOENT, errno.ENODEV):
+                    continue
+                raise
+            if node.driver == driver:
+                return node
+            node.close()
+        raise fail(
+            errno.ENODEV, "open", f"driver {driver!r}", f"modprobe {driver}; `dmabuf doctor` shows the nodes", what="no such node here"
+        )
+
+    def __repr__(self) -> str:
+        return f"<DrmNode {self.path} {self.driver}{'' if self._fd.number >= 0 else ' closed'}>"
+
+    def fileno(self) -> int:
+        """The descriptor, borrowed. Errors: EBADF closed."""
+        if self._fd.number < 0:
+            raise fail(errno.EBADF, "fileno", self, "open it again", what="the node is closed")
+        return self._fd.number
+
+    def close(self) -> None:
+        """Close it; again: nothing."""
+        self._fd.close()
+
+    def __enter__(self) -> Self:
+        self.fileno()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def create_dumb(self, width: int, height: int, bpp: int = 32) -> DumbBuffer:
+        """A buffer that the CPU can fill. Errors: EINVAL a 0, or too large; ENOSYS, EOPNOTSUPP the driver has none; ENOMEM."""
+        made = uapi.create_dumb(self.fileno(), width, height, bpp, of=self)
+        return DumbBuffer(self, made.handle, width, height, bpp, made.pitch, made.size)
+
+    def import_buffer(self, buf: DmaBuf) -> GemObject:
+        """Attach and map a buffer in this device, without a copy.
+
+        Errors: EINVAL the buffer is no real dma-buf (a driver can't use ``memfd`` and ``live``: allocate it on the heap ``udmabuf`` or on a
+        dma-heap), or the device can't reach it; EBADF.
+        """
+        if buf._kernel() is None:
+            what = f"its home is {buf.home!r}, which is no memory of the kernel's dma-bufs"
+            raise fail(errno.EINVAL, "import", buf, "allocate it with heap='udmabuf', or on a dma-heap", what=what)
+        return GemObject(self, uapi.fd_to_handle(self.fileno(), buf.fileno(), of=buf))
+
+    def _open(self, handle: int) -> None:
+        with self._lock:
+            self._users[handle] = self._users.get(handle, 0) + 1
+
+    def _close(self, handle: int) -> None:
+        with self._lock:
+            self._users[handle] -= 1
+            if self._users[handle]:
+                return
+            del self._users[handle]
+            if self._fd.number >= 0:
+                uapi.gem_close(self._fd.number, handle)
+
+
+class GemObject:
+    """A handle of a node. ``handle``: its number."""
+
+    def __init__(self, node: DrmNode, handle: int) -> None:
+        self.node, self.handle, self._open = node, handle, True
+        node._open(handle)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.handle} of {self.node.path}{'' if self._open else ' closed'}>"
+
+    def _check(self, operation: str) -> int:
+        if not self._open:
+            raise fail(errno.EBADF, operation, self, "make or import it again", what="the handle is closed")
+        return self.handle
+
+    def export(self, *, flags: int = os.O_RDWR, domain: Domain | None = None) -> DmaBuf:
+        """The memory as a buffer; the same one each time. The first export decides whether it can be written to. Errors: EBADF, EMFILE."""
+        fd = uapi.handle_to_fd(self.node.fileno(), self._check("export"), flags=flags, of=self)
+        return from_fd(fd, domain or Domain.default())
+
+    def add_fence(self, *, write: bool = False) -> VgemFence:
+        """A fence of vgem's as a reader's or writer's; ends by itself after 10 s. Errors: EBUSY fences are in the way; ENOTTY not vgem."""
+        return VgemFence(self.node, uapi.vgem_attach(self.node.fileno(), self._check("fence"), write=write, of=self))
+
+    def close(self) -> None:
+        """Let go of the handle; the memory lives on while buffers have it. Again: nothing."""
+        if self._open:
+            self._open = False
+            self.node._close(self.handle)
+
+    def __enter__(self) -> Self:
+        self._check("enter")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_open", False):
+            self.close()
+
+
+class DumbBuffer(GemObject):
+    """``pitch``: bytes from line to line; ``size``: bytes."""
+
+    def __init__(self, node: DrmNode, handle: int, width: int, height: int, bpp: int, pitch: int, size: int) -> None:
+        super().__init__(node, handle)
+        self.width, self.height, self.bpp, self.pitch, self.size = width, height, bpp, pitch, size
+
+
+class VgemFence:
+    """A fence that vgem has put on a buffer."""
+
+    def __init__(self, node: DrmNode, number: int) -> None:
+        self.node, self.number = node, number
+
+    def signal(self) -> None:
+        """Errors: ENOENT it was signalled before; ETIMEDOUT it has ended by itself."""
+        uapi.vgem_signal(self.node.fileno(), self.number)
