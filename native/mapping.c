@@ -36,6 +36,7 @@ typedef struct {
     Py_ssize_t exports;
     Py_ssize_t windows;
     bool writable;
+    Py_ssize_t lead; /* mapped in front of base, and not shown */
     PyObject *weakrefs;
 } Mapping;
 
@@ -98,12 +99,12 @@ within_file(int fd, Py_ssize_t length, long long offset, long page)
 static PyObject *
 mapping_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"fd", "length", "offset", "writable", NULL};
-    int fd, writable = 1;
+    static char *names[] = {"fd", "length", "offset", "writable", "from_start", NULL};
+    int fd, writable = 1, from_start = 0;
     Py_ssize_t length;
     long long offset = 0;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "in|$Lp:Mapping", names,
-                                     &fd, &length, &offset, &writable))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "in|$Lpp:Mapping", names,
+                                     &fd, &length, &offset, &writable, &from_start))
         return NULL;
     long page = sysconf(_SC_PAGESIZE);
     if (length <= 0) {
@@ -121,11 +122,17 @@ mapping_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     Mapping *self = (Mapping *)type->tp_alloc(type, 0);
     if (self == NULL)
         return NULL;
-    void *base;
+    char *base;
     int error;
+    Py_ssize_t lead = from_start ? (Py_ssize_t)offset : 0;
+    if (lead > PY_SSIZE_T_MAX - length) {
+        Py_DECREF(self);
+        os_error(EINVAL, "mmap: fd %d: offset %lld and length %zd pass the address range", fd, offset, length);
+        return NULL;
+    }
     Py_BEGIN_ALLOW_THREADS
-    base = mmap(NULL, (size_t)length, writable ? PROT_READ | PROT_WRITE : PROT_READ,
-                MAP_SHARED, fd, (off_t)offset);
+    base = mmap(NULL, (size_t)(lead + length), writable ? PROT_READ | PROT_WRITE : PROT_READ,
+                MAP_SHARED, fd, (off_t)offset - (off_t)lead);
     error = errno;
     Py_END_ALLOW_THREADS
     if (base == MAP_FAILED) {
@@ -134,8 +141,9 @@ mapping_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
                  length, offset, writable ? "writable" : "read-only");
         return NULL;
     }
-    self->base = base;
+    self->base = base + lead;
     self->length = length;
+    self->lead = lead;
     self->writable = writable != 0;
     return (PyObject *)self;
 }
@@ -146,7 +154,8 @@ mapping_unmap(Mapping *self)
     char *base = self->base;
     if (base == NULL)
         return;
-    size_t length = (size_t)self->length;
+    base -= self->lead;
+    size_t length = (size_t)(self->lead + self->length);
     /* Closed before the GIL goes: nobody may find the range half unmapped. */
     self->base = NULL;
     if (length < LONG_UNMAP) {
@@ -388,10 +397,11 @@ mapping_get_closed(PyObject *op, void *Py_UNUSED(closure))
 }
 
 PyDoc_STRVAR(mapping_doc,
-"Mapping(fd, length, *, offset=0, writable=True)\n--\n\n"
+"Mapping(fd, length, *, offset=0, writable=True, from_start=False)\n--\n\n"
 "A shared memory mapping of a file descriptor that others own.\n\n"
 "The fd is neither duplicated nor kept. Exports its bytes as a flat buffer.\n"
-"length, offset: bytes; offset is a multiple of the page size.\n"
+"length, offset: bytes; offset is a multiple of the page size. from_start: map\n"
+"from the start of the file, and show the part only.\n"
 "Raises OSError: EINVAL for a length <= 0, an offset that is negative or not a\n"
 "multiple of the page size, or a range beyond the end of a regular file; else what\n"
 "mmap(2) answers (EACCES, EBADF, ENODEV, ENOMEM).\n"

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from dmabuf import _native
 from dmabuf.core.backing import _MEMFD_OPS, Backing, _Memfd
+from dmabuf.core.identity import IMPORTED
 from dmabuf.core.usage import Direction
 from dmabuf.domain.records import Record
 from dmabuf.errors import fail
@@ -48,7 +49,12 @@ class KernelBacking(Backing):
         """Nothing to ask before: the kernel says at mmap."""
 
     def mmap(self, buf: DmaBuf, operation: str, offset: int, length: int, writable: bool) -> _native.Mapping:
-        return buf._map_memfd(operation, offset, length, writable)
+        # DRM's buffers show their first page in a partial mapping, whatever its offset (seen on Linux 6.12): mapped from the start.
+        whole = self.record.home == IMPORTED
+        try:
+            return _native.Mapping(buf.fileno(), length, offset=offset, writable=writable, from_start=whole)
+        except OSError as e:
+            raise fail(e.errno or errno.EIO, operation, buf) from None
 
     def leaving(self) -> None:
         """Nothing to remember: the kernel counts."""

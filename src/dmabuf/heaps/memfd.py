@@ -24,6 +24,7 @@ from dmabuf.uapi.call import OwnedFd
 
 NAME = "memfd"
 _SLICE = 64 << 20  # a signal makes fallocate start over: in slices it gets through
+_ZEROS = bytes(1 << 20)
 _F_ADD_SEALS = 1033
 
 
@@ -45,8 +46,12 @@ def allocate(size: int, *, name: str | bytes | None = None, domain: Domain | Non
     return from_fd(fd, domain, exp_name=MEMFD, name=raw)
 
 
-def promised(name: str, size: int) -> OwnedFd:
-    """A sealed memfd whose memory is there. Errors: EMFILE; ENOMEM, ENOSPC."""
+def promised(name: str, size: int, *, filled: bool = False) -> OwnedFd:
+    """A sealed memfd whose memory is there.
+
+    ``filled``: with zeros. Pages that are only reserved read as zeros, but hold what was there before, and udmabuf hands them out like
+    that (seen on Linux 6.12). Errors: EMFILE; ENOMEM, ENOSPC.
+    """
     try:
         fd = next(map(OwnedFd, map(os.memfd_create, (name,), (os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING,))))
     except OSError as e:
@@ -55,6 +60,8 @@ def promised(name: str, size: int) -> OwnedFd:
         os.ftruncate(fd.number, size)
         for start in range(0, size, _SLICE):
             os.posix_fallocate(fd.number, start, min(_SLICE, size - start))
+        for start in range(0, size if filled else 0, len(_ZEROS)):
+            os.pwrite(fd.number, memoryview(_ZEROS)[: size - start], start)
         _native.step("memfd_reserved")
         fcntl.fcntl(fd.number, _F_ADD_SEALS, SEALS)
     except OSError as e:

@@ -73,7 +73,7 @@ def allocate(size: int, *, name: str | bytes | None = None, domain: Domain | Non
         )  # fmt: skip
     domain.join()
     with call.open_node(str(DEVICE), "allocate", {errno.ENOENT: REMEDY, errno.EACCES: node(DEVICE).remedy}) as device:
-        with budget.claim(size), memfd.promised("dmabuf-udmabuf", size) as memory:
+        with budget.claim(size), memfd.promised("dmabuf-udmabuf", size, filled=True) as memory:
             fd = uapi.create(device.number, memory.number, 0, size)
         if raw is not None:
             dma_buf.set_name(fd.number, raw)
