@@ -734,3 +734,18 @@ def test_threads_with_their_own_windows_end_each_access_once(mapping: Mapping) -
         thread.join()
     assert len(ends) == rounds * workers
     assert (mapping.windows, mapping.exports) == (0, 0)
+
+
+@pytest.mark.parametrize(("offset", "length"), [(0, SIZE), (PAGE, PAGE), (2 * PAGE, 2 * PAGE)])
+def test_a_part_that_is_mapped_from_the_start_shows_that_part_and_goes_whole(fd: int, offset: int, length: int) -> None:
+    os.pwrite(fd, b"here", offset)
+    with Mapping(fd, length, offset=offset, from_start=True) as part:
+        assert (part.size, part[:4]) == (length, b"here")
+        part[length - 1] = 7
+    assert os.pread(fd, 1, offset + length - 1) == b"\7"
+
+
+def test_a_part_from_the_start_beyond_the_address_range_is_einval(fd: int) -> None:
+    with pytest.raises(OSError) as caught:
+        Mapping(fd, sys.maxsize // PAGE * PAGE, offset=PAGE, from_start=True)
+    assert caught.value.errno == errno.EINVAL
