@@ -188,6 +188,22 @@ def test_an_interrupted_attach_leaves_nothing_attached(dynamic: Dynamic, dev: De
 # -- failures leave the state as it was
 
 
+def test_an_attachment_that_the_exporter_refused_cannot_be_used(static: Static, dev: Device) -> None:
+    kept: list[DmaBufAttachment] = []
+    static.during["attach"] = kept.append
+    static.fails["attach"] = errno.EBUSY
+    with dmabuf.export(static, SIZE) as buf:
+        with raises_errno(errno.EBUSY):
+            buf.attach(dev)
+        (refused,) = kept
+        assert not refused.attached
+        with pytest.warns(ContractWarning), raises_errno(errno.EINVAL):
+            refused.map_unlocked(TO)
+        with pytest.warns(ContractWarning):
+            refused.detach()
+    assert static.calls == ["attach", "release"]
+
+
 @pytest.mark.parametrize("op", ["attach", "pin", "map"])
 def test_a_failing_attach_undoes_what_came_before(dynamic: Dynamic, dev: Device, op: str) -> None:
     with dmabuf.export(dynamic, SIZE) as buf:

@@ -305,13 +305,14 @@ def attach(buf: DmaBuf, dev: object, importer: object, interruptible: bool) -> D
     att = object.__new__(DmaBufAttachment)
     att.dev, att.dmabuf, att.importer, att.priv = dev, buf, ops, None
     att.peer2peer = ops is not None and ops.allow_peer2peer
-    att._backing, att._resv, att._cached, att._mapped, att.attached = backing, buf.resv, None, {}, True
+    att._backing, att._resv, att._cached, att._mapped, att.attached = backing, buf.resv, None, {}, False
     exporter = backing.exporter
     if "attach" in backing.ops:
         exporter.attach(att)
     try:
         with att._resv.locked():
             backing.attachments.insert(0, att)
+            att.attached = True  # not before: one that the exporter refused never was, whoever kept it
             try:
                 if att.is_dynamic != backing.dynamic:
                     _match(att, interruptible)
