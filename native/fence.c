@@ -56,6 +56,16 @@ static void ring_bells(Shm *s, uint64_t bells, uint64_t handle) {
     else PyErr_WriteUnraisable(s->on_local);
   }
 }
+static void ring_syncs(Shm *s, uint64_t handle, db_fence *f) { /* the descriptors of sync files that wait for an ended fence */
+  PyObject *x = s->on_sync ? PyObject_CallFunction(s->on_sync, "K", (unsigned long long)handle) : NULL;
+  if (!x && s->on_sync) PyErr_WriteUnraisable(s->on_sync);
+  if (x == Py_True) { /* the bit is the duty: while it is there, whoever reaps the slot rings again */
+    uint32_t w = atomic_load(&f->word);
+    while ((w & ~((1u << FW_SHIFT) - 1)) == WORD_OF(H_GEN(handle)) && (w & FW_SYNC) &&
+           !atomic_compare_exchange_weak(&f->word, &w, w & ~FW_SYNC)) {}
+  }
+  Py_XDECREF(x);
+}
 int fence_finish(Shm *s, uint64_t handle, db_fence *f, int error, uint64_t stamp) {
   if (atomic_load(&f->word) & FW_SIGNALED) return 1;
   int e = error ? error : atomic_load(&f->error);
@@ -68,14 +78,17 @@ int fence_finish(Shm *s, uint64_t handle, db_fence *f, int error, uint64_t stamp
   }
   atomic_store(&f->timestamp, stamp ? stamp : (uint64_t)now_ns());
   STEP(fence_stamped);
-  uint32_t w = atomic_fetch_or(&f->word, FW_SIGNALED);
-  if (w & FW_SIGNALED) return 1;
+  uint32_t w = atomic_load(&f->word);
+  do { /* not a plain or: the slot of a fence that anybody may end can be used again under our hands */
+    if ((w & FW_SIGNALED) || (w & ~((1u << FW_SHIFT) - 1)) != WORD_OF(H_GEN(handle))) return 1;
+  } while (!atomic_compare_exchange_weak(&f->word, &w, w | FW_SIGNALED));
   STEP(fence_signaled); /* done; sleepers find out at their tick if we die now */
   if (w & FW_WAITERS) word_wake(&f->word, INT32_MAX);
   STEP(fence_woken);
   uint64_t bells = atomic_load(&f->bells);
   if (bells) ring_bells(s, bells, handle);
   STEP(fence_rung);
+  if (w & FW_SYNC) ring_syncs(s, handle, f);
   return 0;
 }
 static inline void leave_cpu(Shm *s) { atomic_store_explicit(&life_slot(s, my_life(s))->cpu, (uint32_t)sched_getcpu() + 1, memory_order_relaxed); }
@@ -208,13 +221,14 @@ static int fence_look(Fence *x) { /* 1 once signalled; remembers */
     return 1;
   }
 }
-static PyObject *fence_new(PyTypeObject *type, PyObject *args, PyObject *kw) { /* Fence(shm, handle, owned=False, context, seqno, timeline): the last three for a past generation */
-  static char *names[] = {"shm", "handle", "owned", "context", "seqno", "timeline", NULL};
+/* Fence(shm, handle, owned=False, context, seqno, timeline, status, timestamp): the last five for a past generation */
+static PyObject *fence_new(PyTypeObject *type, PyObject *args, PyObject *kw) {
+  static char *names[] = {"shm", "handle", "owned", "context", "seqno", "timeline", "status", "timestamp", NULL};
   Shm *s;
-  unsigned long long handle, context = 0, seqno = 0;
+  unsigned long long handle, context = 0, seqno = 0, stamp = 0;
   unsigned timeline = 0;
-  int owned = 0;
-  if (!PyArg_ParseTupleAndKeywords(args, kw, "O!K|pKKI", names, Shm_Type, &s, &handle, &owned, &context, &seqno, &timeline)) return NULL;
+  int owned = 0, status = 0;
+  if (!PyArg_ParseTupleAndKeywords(args, kw, "O!K|pKKIiK", names, Shm_Type, &s, &handle, &owned, &context, &seqno, &timeline, &status, &stamp)) return NULL;
   Fence *x = (Fence *)type->tp_alloc(type, 0);
   if (!x) return NULL;
   Py_INCREF(s);
@@ -234,6 +248,11 @@ static PyObject *fence_new(PyTypeObject *type, PyObject *args, PyObject *kw) { /
     x->context = context;
     x->seqno = seqno;
     x->timeline = timeline;
+    if (status == 1 || (status < 0 && status >= -4095)) { /* somebody has seen its end */
+      x->status = status;
+      x->error = status < 0 ? status : 0;
+      x->timestamp = stamp;
+    }
   }
   fence_look(x);
   return (PyObject *)x;
@@ -374,6 +393,17 @@ static PyObject *fence_signal(Shm *s, PyObject *args) { /* (handle, error, drop,
   int r = own_end(s, h, error, drop, stamp);
   return r < 0 ? NULL : PyBool_FromLong(r);
 }
+static PyObject *fence_end_any(Shm *s, PyObject *args) { /* (handle, error) -> was pending; a fence of FF_ANYBODY, whoever owns it */
+  unsigned long long h;
+  int error;
+  if (!PyArg_ParseTuple(args, "Ki", &h, &error)) return NULL;
+  if (shm_need_life(s, "signal")) return NULL;
+  db_fence *f;
+  int pending = fence_pending(s, h, &f);
+  if (!pending || !f || !(atomic_load(&f->flags) & FF_ANYBODY)) Py_RETURN_FALSE;
+  leave_cpu(s);
+  return PyBool_FromLong(!fence_finish(s, h, f, error, 0));
+}
 static PyObject *fence_wait(Shm *s, PyObject *args) { /* (handle, until_ns or -1, interruptible) -> 1, 0, -4 */
   unsigned long long h;
   long long until;
@@ -402,7 +432,7 @@ static PyObject *fence_info(Shm *s, PyObject *arg) { /* None for a past generati
   if (!f) { Py_XDECREF(r); Py_RETURN_NONE; }
   return r;
 }
-static PyObject *fence_mark(Shm *s, PyObject *args) { /* (handle, what, value): granted, error, deadline, shared, bell */
+static PyObject *fence_mark(Shm *s, PyObject *args) { /* (handle, what, value): granted, error, deadline, shared, bell, sync */
   unsigned long long h;
   const char *what;
   long long v;
@@ -413,7 +443,10 @@ static PyObject *fence_mark(Shm *s, PyObject *args) { /* (handle, what, value): 
   if (!strcmp(what, "granted")) atomic_fetch_or(&f->flags, FF_GRANTED);
   else if (!strcmp(what, "error")) atomic_store(&f->error, (int32_t)v);
   else if (!strcmp(what, "shared")) atomic_fetch_or(&f->word, FW_SHARED);
-  else if (!strcmp(what, "bell")) {
+  else if (!strcmp(what, "sync")) {
+    atomic_fetch_or(&f->word, FW_SYNC); /* the same word: who ends the fence sees the bit, or we see the end */
+    pending = fence_pending(s, h, NULL);
+  } else if (!strcmp(what, "bell")) {
     atomic_fetch_or(&f->bells, 1ull << (LIFE_INDEX(my_life(s)) & 63));
     pending = fence_pending(s, h, NULL); /* after the bit: the signaller sees it, or we see the signal */
   } else if (!strcmp(what, "deadline")) {
@@ -439,7 +472,11 @@ static PyObject *reap_fences(Shm *s, PyObject *args) { /* (chunk, error): end wh
     uint32_t slot = c * FENCES_PER + i;
     db_fence *f = fence_at(s, slot);
     if (!f) { shm_corrupt(s, "a chunk outside of the file"); return NULL; }
-    if (atomic_load(&f->word) & FW_SIGNALED) continue;
+    uint32_t word = atomic_load(&f->word);
+    if (word & FW_SIGNALED) {
+      if (word & FW_SYNC) ring_syncs(s, H_MAKE(slot, atomic_load(&f->gen)), f); /* the owner died between ending and ringing */
+      continue;
+    }
     uint32_t flags = atomic_load(&f->flags), rec = atomic_load(&f->rec);
     if ((flags & (FF_ACCESS | FF_WRITE | FF_GRANTED)) == (FF_ACCESS | FF_WRITE | FF_GRANTED)) {
       db_rec *r = rec ? rec_at(s, rec - 1) : NULL;
@@ -470,6 +507,7 @@ static PyObject *fences_done(Shm *s, PyObject *seq) { /* of a list of handles th
 PyMethodDef fence_methods[] = {
 #define M(n, flags, doc) {#n, (PyCFunction)n, flags, doc}
     M(fence_alloc, METH_VARARGS, "A new pending fence of this life -> handle."), M(fence_signal, METH_VARARGS, "Signal (handle, error, drop, timestamp or 0) -> was pending."),
+    M(fence_end_any, METH_VARARGS, "Signal (handle, error) a fence that anybody may end -> was pending."),
     M(fence_wait, METH_VARARGS, "Wait (handle, until, interruptible) -> 1, 0, -4."),
     {"fence_pending", (PyCFunction)py_fence_pending, METH_O, "Is the handle's fence pending?"},
     M(fence_info, METH_O, "What a fence's slot says, or None."), M(fence_mark, METH_VARARGS, "Mark (handle, what, value) -> pending."),

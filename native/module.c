@@ -17,7 +17,7 @@ static int constants(PyObject *m) {
       {"LIFE_CLEAN", LIFE_CLEAN}, {"LIFE_ALIVE", LIFE_ALIVE},
       {"CH_LIFE", CH_LIFE}, {"CH_FENCE", CH_FENCE}, {"CH_REC", CH_REC}, {"CH_BLOCK", CH_BLOCK}, {"CH_TIMELINE", CH_TIMELINE}, {"CH_CTX", CH_CTX},
       {"CTX_PER", CTX_PER}, {"CTX_FIRST_IN_LIFE", CTX_FIRST_IN_LIFE}, {"TIMELINES_PER", TIMELINES_PER}, {"FENCES_PER", FENCES_PER}, {"RECS_PER", RECS_PER},
-      {"FF_ACCESS", FF_ACCESS}, {"FF_WRITE", FF_WRITE}, {"FF_GRANTED", FF_GRANTED}, {"FF_SEQNO64", FF_SEQNO64}, {"FF_CONTAINER", FF_CONTAINER},
+      {"FF_ACCESS", FF_ACCESS}, {"FF_WRITE", FF_WRITE}, {"FF_GRANTED", FF_GRANTED}, {"FF_SEQNO64", FF_SEQNO64}, {"FF_CONTAINER", FF_CONTAINER}, {"FF_ANYBODY", FF_ANYBODY},
       {"TICK_FENCE", TICK_FENCE}, {"TICK_RESV", TICK_RESV}, {"TICK_TABLE", TICK_TABLE}, {"TICK_BELL", TICK_BELL}, {"TICK_POLL", TICK_POLL}, {"TICK_CHECK", TICK_CHECK}};
   for (size_t i = 0; i < sizeof table / sizeof *table; i++)
     if (PyModule_AddIntConstant(m, table[i].name, (long)table[i].value)) return -1;

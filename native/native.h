@@ -100,12 +100,14 @@ typedef struct { /* 128 bytes */
 #define FW_SIGNALED 1u
 #define FW_WAITERS 2u
 #define FW_SHARED 4u
+#define FW_SYNC 8u /* a sync file's descriptor waits for it: who ends it rings, and then clears the bit */
 #define FW_SHIFT 6
 #define FF_ACCESS 1u
 #define FF_WRITE 2u
 #define FF_GRANTED 4u
 #define FF_SEQNO64 8u   /* its seqno counts in 64 bits; without it in 32, which wrap (spec 3.10) */
 #define FF_CONTAINER 16u /* an array or a chain: a reservation object is no place for it */
+#define FF_ANYBODY 32u /* every process of the domain may end it, not its owner alone */
 
 typedef struct { /* 1024 bytes */
   a32 gen, open;
@@ -196,6 +198,7 @@ typedef struct {
   a64 *token;          /* a page that fork wipes: our life id, 0 in a child */
   PyObject *tick;      /* tick(kind, value): a wait lasted DB_TICK_NS; may raise */
   PyObject *on_local;  /* on_local(handle): a fence with callbacks in this process was signalled here */
+  PyObject *on_sync;   /* on_sync(handle) -> done: a fence that a sync file's descriptor waits for has ended */
   PyObject *fail;      /* errors.fail */
   PyObject *weakrefs;
   uint64_t *fifo; /* free fence slots of this life, oldest first: a slot rests as long as possible */

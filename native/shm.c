@@ -220,12 +220,14 @@ static int shm_traverse(Shm *s, visitproc visit, void *arg) {
   Py_VISIT(Py_TYPE(s));
   Py_VISIT(s->tick);
   Py_VISIT(s->on_local);
+  Py_VISIT(s->on_sync);
   Py_VISIT(s->fail);
   return 0;
 }
 static int shm_clear(Shm *s) {
   Py_CLEAR(s->tick);
   Py_CLEAR(s->on_local);
+  Py_CLEAR(s->on_sync);
   return 0;
 }
 static void shm_dealloc(Shm *s) {
@@ -332,6 +334,7 @@ static PyMethodDef shm_methods[] = {
 static PyMemberDef shm_members[] = {
     {"tick", T_OBJECT, offsetof(Shm, tick), 0, "called at each tick of a wait"},
     {"on_local", T_OBJECT, offsetof(Shm, on_local), 0, "called when a fence with callbacks here is signalled here"},
+    {"on_sync", T_OBJECT, offsetof(Shm, on_sync), 0, "called when a fence that a sync file's descriptor waits for has ended -> done"},
     {"fail", T_OBJECT, offsetof(Shm, fail), 0, "makes an error: fail(errno, operation, object, remedy)"},
     {"fd", T_INT, offsetof(Shm, fd), READONLY, "the domain's fd, borrowed"},
     {"__weaklistoffset__", T_PYSSIZET, offsetof(Shm, weakrefs), READONLY, NULL},

@@ -52,6 +52,7 @@ FF_WRITE: Final[int]
 FF_GRANTED: Final[int]
 FF_SEQNO64: Final[int]
 FF_CONTAINER: Final[int]
+FF_ANYBODY: Final[int]
 TICK_FENCE: Final[int]
 TICK_RESV: Final[int]
 TICK_TABLE: Final[int]
@@ -80,6 +81,7 @@ def probe_fd(fd: int, /) -> tuple[int, int, int, int, bytes, int]: ...
 class Shm:
     tick: Callable[[int, int], None] | None
     on_local: Callable[[int], None] | None
+    on_sync: Callable[[int], bool] | None
     fail: Callable[..., OSError] | None
     life: int
     @property
@@ -139,6 +141,7 @@ class Shm:
     def timeline_info(self, index: int, /) -> tuple[int, int, int, int, bytes, bytes] | None: ...
     def fence_alloc(self, timeline: int, context: int, seqno: int, flags: int, owner: int, rec: int, /) -> int: ...
     def fence_signal(self, handle: int, error: int, drop: bool, timestamp: int = 0, /) -> bool: ...
+    def fence_end_any(self, handle: int, error: int, /) -> bool: ...
     def fence_wait(self, handle: int, until: int, interruptible: bool, /) -> int: ...
     def fence_pending(self, handle: int, /) -> bool: ...
     def fence_info(self, handle: int, /) -> dict[str, Any] | None: ...
@@ -162,7 +165,17 @@ class Shm:
     def resv_replace(self, rec: int, context: int, handle: int, usage: int, /) -> int: ...
 
 class Fence:
-    def __new__(cls, shm: Shm, handle: int, owned: bool = False, context: int = 0, seqno: int = 0, timeline: int = 0) -> Self: ...
+    def __new__(
+        cls,
+        shm: Shm,
+        handle: int,
+        owned: bool = False,
+        context: int = 0,
+        seqno: int = 0,
+        timeline: int = 0,
+        status: int = 0,
+        timestamp: int = 0,
+    ) -> Self: ...
     @property
     def shm(self) -> Shm: ...
     @property

@@ -334,17 +334,18 @@ def stub_fence(*, domain: Domain | None = None) -> DmaFence:
     return found
 
 
-def private_stub(timestamp: int, *, domain: Domain | None = None) -> DmaFence:
+def private_stub(timestamp: int, *, error: int = 0, domain: Domain | None = None) -> DmaFence:
     """A new signalled fence with this time of signalling, CLOCK_MONOTONIC ns, 0 for now.
 
-    Errors: EINVAL a negative time; ENOSPC the domain is full. Kernel: dma_fence_allocate_private_stub.
+    ``error``: the negative errno that it ended with. Errors: EINVAL a negative time; ENOSPC the domain is full.
+    Kernel: dma_fence_allocate_private_stub.
     """
     if timestamp < 0:
         raise fail(errno.EINVAL, "private_stub", f"timestamp {timestamp}", "a timestamp is CLOCK_MONOTONIC nanoseconds")
     domain = domain or Domain.default()
     shm = domain.join()
     handle = shm.fence_alloc(nameless(domain, "stub"), 0, 0, 0, 0, 0)
-    shm.fence_signal(handle, 0, False, timestamp)
+    shm.fence_signal(handle, error, False, timestamp)
     fence = DmaFence(shm, handle, True)
     _register(fence, domain, None)
     return fence

@@ -15,13 +15,13 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
 from dmabuf import _native
 from dmabuf._native import Shm
-from dmabuf.domain import lives, place
+from dmabuf.domain import lives, place, sync_files
 from dmabuf.errors import fail
 
 TICK_NS: Final = 40_000_000
@@ -52,6 +52,7 @@ class Domain:
         self.reset_hooks: list[Callable[[], None]] = []
         self._free_ctx: list[int] = []
         self._free_timelines: list[int] = []
+        self._unrung: list[int] = []  # ended fences whose sync files could not be rung yet: no descriptor was free
         # What the layers above keep for this domain in this process, by the name of the layer; thrown away after a fork.
         self.local: dict[str, Any] = {}
         self._wire(shm)
@@ -127,7 +128,11 @@ class Domain:
             if domain is not None:
                 domain.tick(kind, value)
 
-        shm.tick = tick
+        def on_sync(handle: int) -> bool:
+            domain = me()
+            return domain is None or domain._ring(handle)
+
+        shm.tick, shm.on_sync = tick, on_sync
 
     @property
     def life(self) -> int:
@@ -163,9 +168,7 @@ class Domain:
 
     def _join_here(self) -> int:
         """Claim a life; the door is held. Who finds the dead reaps them."""
-        for index in lives.alive_slots(self.shm):
-            if not lives.breathes(self.shm.fd, index):
-                lives.reap(self.shm, index)
+        self.reap_dead()
         self._life = life = lives.Life(self.shm)
         first = life.chunk * _native.CTX_PER
         self._free_ctx = [first + i for i in range(_native.CTX_PER - 1, _native.CTX_FIRST_IN_LIFE - 1, -1)]
@@ -194,6 +197,7 @@ class Domain:
                 life.leave()
                 return
             with place.door(self.shm.fd):
+                self.tidy()
                 life.leave()
                 if not place.inhabited(self.shm.fd):
                     try:
@@ -221,12 +225,16 @@ class Domain:
         with contextlib.suppress(OSError):  # the wait is not to blame; the next tick, or another process, tries again
             if kind == _native.TICK_CHECK:  # value: a life that is about to be yielded to
                 index = lives.index_of(value)
-                if value != self.shm.life and not lives.breathes(self.shm.fd, index):
-                    lives.reap(self.shm, index)
+                if value != self.shm.life and not lives.breathes(self.shm.fd, index) and lives.reap(self.shm, index):
+                    self._ring_all()
                 return
             self.sweep_if_due()
             if kind == _native.TICK_POLL:
                 return
+        if self._unrung:
+            owed, self._unrung = self._unrung, []
+            for handle in owed:
+                self._ring(handle)
         for hook in self.tick_hooks:
             hook(kind, value)
 
@@ -243,11 +251,15 @@ class Domain:
         """Reap every life whose process is gone; returns how many."""
         shm = self.shm
         mine = lives.index_of(shm.life) if shm.life else -1
-        return sum(lives.reap(shm, i) for i in lives.alive_slots(shm) if i != mine and not lives.breathes(shm.fd, i))
+        count = sum(lives.reap(shm, i) for i in lives.alive_slots(shm) if i != mine and not lives.breathes(shm.fd, i))
+        if count:
+            self._ring_all()
+        return count
 
     def sweep(self) -> None:
         """Look after everything that nobody waits for: the dead, and records of buffers that are gone."""
         self.reap_dead()
+        self.tidy()
         for hook in self.sweep_hooks:
             hook()
 
@@ -256,6 +268,46 @@ class Domain:
         if not self.shm.life_current(life):
             return 0
         return self.shm.load32(lives.slot_offset(lives.index_of(life)) + _native.LIFE_PID)
+
+    # ---- descriptors of sync files ----
+
+    @contextlib.contextmanager
+    def directory(self) -> Iterator[int | None]:
+        """A descriptor of the domain's directory; None for a private domain."""
+        if self.path is None:
+            yield None
+            return
+        fd = place.open_directory(self.path, make=False)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+
+    def _ring(self, handle: int) -> bool:
+        """A fence that sync files wait for has ended; False when that must be done again."""
+        try:
+            with self.directory() as directory:
+                for name in [] if directory is None else sync_files.waiting_for(handle, directory):
+                    sync_files.go_on(self.shm, name, directory or 0)
+        except FileNotFoundError:
+            pass  # the directory is gone, and every name in it
+        except OSError:
+            self._unrung.append(handle)
+            return False
+        return True
+
+    def _ring_all(self) -> None:
+        """After a reaping: whatever the dead had begun to ring is rung, and what nobody holds is removed."""
+        with contextlib.suppress(OSError), self.directory() as directory:
+            for name in [] if directory is None else sync_files.waiting(directory):
+                sync_files.go_on(self.shm, name, directory or 0)
+        self.tidy()
+
+    def tidy(self) -> None:
+        """Remove the names of sync files whose descriptors are all closed."""
+        with contextlib.suppress(OSError), self.directory() as directory:
+            if directory is not None:
+                sync_files.tidy(directory)
 
     # ---- pools of this life ----
 

@@ -25,6 +25,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dmabuf import _native
+from dmabuf.domain import sync_files
 from dmabuf.errors import fail
 
 FILE = f"domain-{_native.VERSION}"
@@ -177,6 +178,7 @@ def inhabited(fd: int) -> bool:
 
 def replace_file(directory: int, identity: bytes) -> None:
     """Put a fresh, empty file of that identity in the place of the domain's file. The door is held."""
+    sync_files.end_all(directory)  # first: a fresh file looks as if there were nothing left to do
     try:
         _replace_file(directory, identity)
     except OSError as e:
