@@ -19,6 +19,7 @@ from dmabuf.core.fence_ops import FenceOps
 from dmabuf.core.iosys_map import IosysMap
 from dmabuf.core.resv import DmaResv
 from dmabuf.core.scatterlist import SgTable
+from dmabuf.core.sync_file import SyncFile, get_sync_file
 from dmabuf.core.unwrap import merge, unwrap
 from dmabuf.core.usage import Direction, Usage
 from dmabuf.core.wait_any import wait_any
@@ -56,6 +57,7 @@ __all__ = [
     "RemoteTimeline",
     "SgTable",
     "SpillHeap",
+    "SyncFile",
     "Timeline",
     "Usage",
     "WwAcquireContext",
@@ -65,6 +67,7 @@ __all__ = [
     "bufinfo",
     "export",
     "get",
+    "get_sync_file",
     "heaps",
     "lock_all",
     "merge",

@@ -8,15 +8,16 @@ import dmabuf
 
 NAMES = {
     "ContractError", "ContractWarning", "Device", "Direction", "DiskDevice", "DmaBuf", "DmaBufAttachment", "DmaBufError", "DmaFence",
-    "DmaFenceArray", "DmaFenceChain", "DmaResv", "Domain", "Exporter", "FenceOps", "Importer", "IosysMap", "RemoteTimeline",
-    "SgTable", "SpillHeap", "Timeline", "Usage", "WwAcquireContext", "access", "allocate", "buffers", "bufinfo", "export", "get",
-    "heaps", "lock_all", "merge", "open", "private_stub", "recv", "send", "signalling", "sim", "stub_fence", "unwrap", "wait_any",
+    "DmaFenceArray", "DmaFenceChain", "DmaResv", "Domain", "Exporter", "FenceOps", "Importer", "IosysMap", "RemoteTimeline", "SgTable",
+    "SpillHeap", "SyncFile", "Timeline", "Usage", "WwAcquireContext", "access", "allocate", "buffers", "bufinfo", "export", "get",
+    "get_sync_file", "heaps", "lock_all", "merge", "open", "private_stub", "recv", "send", "signalling", "sim", "stub_fence", "unwrap",
+    "wait_any",
 }  # fmt: skip
 
 METHODS = {
     "DmaBuf": "size ino exp_name name home resv closed fileno dup detach close write read begin_cpu_access end_cpu_access mmap vmap vunmap "
     "poll poll_fd readable writable lseek sync get_dma_buf put dma_mmap vmap_unlocked vunmap_unlocked fdinfo statistics "
-    "attach move_notify is_dynamic",
+    "attach move_notify is_dynamic export_sync_file import_sync_file",
     "DmaBufAttachment": "map unmap map_unlocked unmap_unlocked mapped pin unpin detach dev dmabuf importer peer2peer priv attached "
     "is_dynamic statistics",
     "Exporter": "attach detach pin unpin map unmap release begin_cpu_access end_cpu_access mmap vmap vunmap",
@@ -29,6 +30,8 @@ METHODS = {
     "DmaFenceArray": "fences signal_on_any enabled",
     "DmaFenceChain": "prev fence prev_seqno walk find_seqno enabled",
     "FenceOps": "enable_signaling signaled wait set_deadline release",
+    "SyncFile": "from_fd fileno dup close closed fence name merge info set_deadline wait status is_signaled kernel kernel_fileno domain "
+    "statistics",
     "Timeline": "fence close context statistics",
     "DmaResv": "locked reserve add iterate iterate_unlocked fences replace singleton copy set_deadline test_signaled wait describe "
     "lock trylock unlock lock_slow lock_interruptible is_locked locking_ctx statistics",

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from dmabuf.core.attachment import DmaBufAttachment
     from dmabuf.core.device import Device
     from dmabuf.core.exporter import Importer
+    from dmabuf.core.sync_file import SyncFile
 
 NAME_BYTES = 31  # DMA_BUF_NAME_LEN without its NUL
 PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -583,6 +584,29 @@ class DmaBuf:
         """Awaitable: until no fence up to READ is pending (POLLOUT). Errors: EBADF."""
         self._usable("writable")
         return polling.poll_async(self, select.POLLOUT)
+
+    def export_sync_file(self, write: bool = False, *, flags: int | None = None) -> SyncFile:
+        """What an access would wait for now, as a sync file (EXPORT_SYNC_FILE; spec 5.5): for reading the pending writes, for writing
+        the reads too. A snapshot; already signalled if nothing is pending.
+
+        ``flags``: READ 1, WRITE 2 or both, in place of ``write``. Errors: EBADF; EINVAL other flags.
+        """
+        from dmabuf.core import implicit
+
+        self._usable("export_sync_file")
+        return implicit.export_sync_file(self, implicit.writes(self, "export_sync_file", write, flags))
+
+    def import_sync_file(self, sync_file: SyncFile | int, write: bool = False, *, flags: int | None = None) -> None:
+        """Let later accesses wait for a sync file: for a write (``write``), or for a read (IMPORT_SYNC_FILE; spec 5.5).
+
+        ``sync_file``: a SyncFile, or a descriptor of one; ``flags`` as in :meth:`export_sync_file`. Errors: EBADF this buffer is closed;
+        EINVAL no sync file, or other flags; EXDEV of another domain; ENOMEM, ENOSPC; ``ContractWarning`` and EDEADLK with the lock held.
+        """
+        from dmabuf.core import implicit
+
+        self._not_locked("import_sync_file")
+        self._usable("import_sync_file")
+        implicit.import_sync_file(self, sync_file, implicit.writes(self, "import_sync_file", write, flags))
 
     # ---- seeing ----
 

@@ -294,7 +294,7 @@ def _register(fence: DmaFence, domain: Domain, timeline: Timeline | None) -> Non
     _known(domain)[fence.handle] = fence
 
 
-def _make(domain: Domain, shm: Shm, handle: int, past: tuple[int, int, int]) -> DmaFence:
+def _make(domain: Domain, shm: Shm, handle: int, past: tuple[int, ...]) -> DmaFence:
     fence = DmaFence(shm, handle, False, *past)
     _register(fence, domain, None)
     return fence
@@ -311,10 +311,11 @@ def nameless(domain: Domain, kind: str) -> int:
     return found
 
 
-def wrap(domain: Domain, handle: int, past: tuple[int, int, int] = (0, 0, 0)) -> DmaFence:
+def wrap(domain: Domain, handle: int, past: tuple[int, ...] = (0, 0, 0)) -> DmaFence:
     """The fence with this handle; the object that is already known in this process, if there is one.
 
-    ``past``: its context, seqno and timeline_index, for the case that its slot was used again.
+    ``past``: its context, seqno and timeline_index, for the case that its slot was used again; where they are known, its status and
+    timestamp too.
     """
     fence = _known(domain).get(handle)
     if fence is None:

@@ -31,7 +31,7 @@ from typing import Any, Self
 
 from dmabuf._native import Shm
 from dmabuf.core import kernel_sync
-from dmabuf.core.fence import DmaFence, private_stub, wrap
+from dmabuf.core.fence import DmaFence, flagged, private_stub, wrap
 from dmabuf.core.fence_array import DmaFenceArray, is_container
 from dmabuf.core.fence_chain import DmaFenceChain, contained
 from dmabuf.core.unwrap import merge, unwrap
@@ -124,13 +124,13 @@ class SyncFile:
         """
         own = _duplicate(fd, "from_fd")
         try:
-            return cls._taken(own, domain)
+            return cls.taken(own, domain)
         except BaseException:
             os.close(own)
             raise
 
     @classmethod
-    def _taken(cls, fd: int, domain: Domain | None = None, facts: Facts | None = None) -> Self:
+    def taken(cls, fd: int, domain: Domain | None = None, facts: Facts | None = None) -> Self:
         """:meth:`from_fd` that takes over the fd, unless it raises. ``facts``: if they came along."""
         if kernel_sync.is_kernel_sync_file(fd):
             return cls._of_kernel(fd, domain or Domain.default())
@@ -190,15 +190,22 @@ class SyncFile:
 
     def dup(self) -> int:
         """A new descriptor of the same sync file, owned by the caller, not inherited by exec. Errors: EBADF, EMFILE."""
-        self._share()
+        self.share("dup")
         return _duplicate(self.fileno(), "dup")
 
-    def _share(self) -> None:
-        """Somebody else is about to wait: to drop a pending fence from now on hurts."""
+    def share(self, operation: str) -> None:
+        """Somebody else is about to wait: to drop a pending fence from now on hurts.
+
+        Errors: EBADF; EPERM fences from before a fork, whose domain began anew since.
+        """
+        self._check(operation)
         for leaf in self._leaves:
+            if leaf.shm is not self._domain.shm:
+                raise fail(errno.EPERM, operation, self, "what a fork inherits is inert once its domain is gone")
             leaf.shm.fence_mark(leaf.handle, "shared", 1)
 
-    def _facts(self) -> Facts:
+    def facts(self) -> Facts:
+        """What goes along with the descriptor, for whoever receives it."""
         found = []
         for leaf in self._leaves:
             names = os.fsencode(leaf.driver_name), os.fsencode(leaf.timeline_name)
@@ -218,7 +225,7 @@ class SyncFile:
             fd = sync_files.listen(stem, directory)
             try:
                 if directory is not None:
-                    sync_files.register(shm, stem, directory, self._facts())
+                    sync_files.register(shm, stem, directory, self.facts())
             except BaseException:
                 os.close(fd)
                 if directory is not None:
@@ -228,7 +235,8 @@ class SyncFile:
         self._look()
 
     def _look(self) -> None:
-        """Watch the next pending fence; none: see that it was rung. While somebody has the object, he rings, and looks after the dead."""
+        """Watch a pending fence of another process, so that somebody looks after its death; in a private domain, where who ends a fence
+        rings nothing, any pending fence. None: see that it was rung."""
         with self._lock:
             self._watch = None
             if self.closed or self._fd < 0 or self._kernel:
@@ -240,20 +248,17 @@ class SyncFile:
                 if this is not None:
                     this._look()
 
+            private = self._domain.path is None
             for leaf in self._leaves:
-                token = leaf.listen(ended)
+                token = leaf.listen(ended) if private or not leaf.owned else None
                 if token is not None:
                     self._watch = (leaf, token)
                     return
-            if not _readable(self._fd):
-                self._ring()
-
-    def _ring(self) -> None:
-        with self._domain.directory() as directory:
-            for name in [] if directory is None else sync_files.waiting(directory, self._stem):
-                sync_files.go_on(self._domain.shm, name, directory or 0)
-            if not _readable(self._fd):
-                sync_files.ring(self._stem, directory)
+            if any(not flagged(leaf) for leaf in self._leaves) or _readable(self._fd):
+                return
+            domain, stem = self._domain, self._stem
+            if not _rung(domain, stem):
+                domain.later(lambda: _rung(domain, stem))
 
     def kernel_fileno(self) -> int:
         """The borrowed descriptor of a sync_file of the kernel's, to be given to a driver.
@@ -300,7 +305,9 @@ class SyncFile:
         self.close()
 
     def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        # Nothing is taken back from the dispatcher, whose lock this thread may hold; what is registered there does nothing any more.
         if not getattr(self, "closed", True) and not ending():
+            self._watch = None
             self.close()
 
     def __reduce__(self) -> Any:
@@ -449,6 +456,20 @@ def _duplicate(fd: int, operation: str) -> int:
         number = e.errno if isinstance(e, OSError) and e.errno else errno.EBADF
         remedy = "pass an open file descriptor" if number == errno.EBADF else "raise RLIMIT_NOFILE or close descriptors"
         raise fail(number, operation, f"fd {fd}", remedy) from None
+
+
+def _rung(domain: Domain, stem: str) -> bool:
+    """Ring a sync file whose fences have all ended; False when no descriptor is free for that."""
+    try:
+        with domain.directory() as directory:
+            for name in [] if directory is None else sync_files.waiting(directory, stem):
+                sync_files.go_on(domain.shm, name, directory or 0)
+            sync_files.ring(stem, directory)
+    except FileNotFoundError:
+        pass  # the directory is gone, and with it the socket's name
+    except OSError:
+        return False
+    return True
 
 
 def _readable(fd: int) -> bool:

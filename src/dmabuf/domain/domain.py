@@ -52,7 +52,7 @@ class Domain:
         self.reset_hooks: list[Callable[[], None]] = []
         self._free_ctx: list[int] = []
         self._free_timelines: list[int] = []
-        self._unrung: list[int] = []  # ended fences whose sync files could not be rung yet: no descriptor was free
+        self._unrung: list[Callable[[], bool]] = []  # what rings sync files that could not be rung yet
         # What the layers above keep for this domain in this process, by the name of the layer; thrown away after a fork.
         self.local: dict[str, Any] = {}
         self._wire(shm)
@@ -130,7 +130,10 @@ class Domain:
 
         def on_sync(handle: int) -> bool:
             domain = me()
-            return domain is None or domain._ring(handle)
+            if domain is None or domain._ring(handle):
+                return True
+            domain.later(lambda: domain._ring(handle))
+            return False
 
         shm.tick, shm.on_sync = tick, on_sync
 
@@ -182,7 +185,7 @@ class Domain:
     def _forget(self) -> None:
         """After a fork: what the parent owned is the parent's."""
         self._life = None
-        self._free_ctx, self._free_timelines = [], []
+        self._free_ctx, self._free_timelines, self._unrung = [], [], []
         for hook in self.reset_hooks:
             hook()
         self.local.clear()
@@ -231,10 +234,6 @@ class Domain:
             self.sweep_if_due()
             if kind == _native.TICK_POLL:
                 return
-        if self._unrung:
-            owed, self._unrung = self._unrung, []
-            for handle in owed:
-                self._ring(handle)
         for hook in self.tick_hooks:
             hook(kind, value)
 
@@ -291,10 +290,24 @@ class Domain:
                     sync_files.go_on(self.shm, name, directory or 0)
         except FileNotFoundError:
             pass  # the directory is gone, and every name in it
-        except OSError:
-            self._unrung.append(handle)
+        except OSError:  # no descriptor is free for a moment
             return False
         return True
+
+    def later(self, ring: Callable[[], bool]) -> None:
+        """Ring again until it succeeds, a tick apart, in a thread: whoever waits for the descriptor is not to wait for ever."""
+        with self._lock:
+            self._unrung.append(ring)
+            if len(self._unrung) == 1:
+                threading.Thread(target=self._ring_again, name="dmabuf-ring", daemon=True).start()
+
+    def _ring_again(self) -> None:
+        pause, life = threading.Event(), self.shm.life
+        while self._unrung and self.shm.life == life:
+            pause.wait(TICK_NS / 1e9)
+            if self._unrung[0]():
+                with self._lock:
+                    del self._unrung[0]
 
     def _ring_all(self) -> None:
         """After a reaping: whatever the dead had begun to ring is rung, and what nobody holds is removed."""

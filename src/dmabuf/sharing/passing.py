@@ -1,4 +1,4 @@
-"""``send`` and ``recv``: buffers, fences, timelines and domains over AF_UNIX sockets (unix(7), SCM_RIGHTS).
+"""``send`` and ``recv``: buffers, fences, sync files, timelines and domains over AF_UNIX sockets (unix(7), SCM_RIGHTS).
 
 One ``send`` is one message and one ``recv`` takes one message, on SOCK_SEQPACKET, SOCK_STREAM and SOCK_DGRAM alike. What travels:
 
@@ -6,6 +6,7 @@ One ``send`` is one message and one ``recv`` takes one message, on SOCK_SEQPACKE
 a ``DmaBuf``            its fd; the receiver gets a handle of its own, and the buffer lives on while in flight
 a ``DmaFence``          its number in the domain; the receiver waits for the same fence
 an array or a chain     what it is made of, in a memfd; the receiver makes its own over the same fences
+a ``SyncFile``          its descriptor; the receiver gets a ``SyncFile`` over the same fences
 a ``Timeline``          its number; the receiver gets a ``RemoteTimeline``: who it is, and whether it is closed
 a ``Domain``            a private one's fd; of a directory's, the directory
 ======================  =====================================================================================
@@ -37,8 +38,10 @@ from dmabuf import _native
 from dmabuf.core.buffer import DmaBuf, from_fd, received
 from dmabuf.core.fence import DmaFence, Timeline, wrap
 from dmabuf.core.fence_travel import pack, unpack
+from dmabuf.core.sync_file import SyncFile
 from dmabuf.domain.domain import Domain, known
 from dmabuf.domain.records import Record, confirmed
+from dmabuf.domain.sync_files import Facts
 from dmabuf.errors import DmaBufError, fail
 from dmabuf.sharing.remote import RemoteTimeline
 
@@ -52,11 +55,12 @@ _BODY: Final = struct.Struct("=QQ16s32s")  # of a buffer: st_dev, st_ino, nonce,
 _FENCE: Final = struct.Struct("=QQQ40x")  # handle, context, seqno
 _TIMELINE: Final = struct.Struct("=QQ48x")  # number of its slot's use, context
 _MOST_STRUCTURE: Final = 1 << 28  # bytes of a fence container: more than a domain has fences for
+_SYNC: Final = struct.Struct("=I60x")  # of a sync file: bytes of its facts, in the items that follow
 _FD: Final = struct.Struct("=i")
 _UCRED: Final = struct.Struct("=3i")  # pid, uid, gid (unix(7))
 
-_BUFFER, _FENCE_KIND, _TIMELINE_KIND, _PRIVATE_DOMAIN, _DIRECTORY, _CONTAINER = 1, 2, 3, 4, 5, 6
-_WITH_FD: Final = frozenset((_BUFFER, _PRIVATE_DOMAIN, _DIRECTORY, _CONTAINER))
+_BUFFER, _FENCE_KIND, _TIMELINE_KIND, _PRIVATE_DOMAIN, _DIRECTORY, _CONTAINER, _SYNC_FILE, _MORE = 1, 2, 3, 4, 5, 6, 7, 8
+_WITH_FD: Final = frozenset((_BUFFER, _PRIVATE_DOMAIN, _DIRECTORY, _CONTAINER, _SYNC_FILE))
 _ONE_SIZE: Final = _ONE.size
 _IS_PRIVATE, _HAS_NAME = 1, 2  # flags of an item
 
@@ -81,7 +85,7 @@ _peers: dict[int, tuple[_Peer, weakref.ref[socket.socket]]] = {}
 _domains: weakref.WeakValueDictionary[bytes, Domain] = weakref.WeakValueDictionary()
 
 
-def send(sock: socket.socket, *things: DmaBuf | DmaFence | Timeline | RemoteTimeline | Domain) -> None:
+def send(sock: socket.socket, *things: DmaBuf | DmaFence | SyncFile | Timeline | RemoteTimeline | Domain) -> None:
     """Send things as one message over a connected AF_UNIX socket; what is sent stays usable here.
 
     ``things``: 1 to 253 (the kernel's limit of descriptors in a message). The socket's timeout counts; a non-blocking socket raises
@@ -300,6 +304,9 @@ def _pack(things: tuple[Any, ...]) -> tuple[bytes, list[int], list[DmaFence], li
             thing.publish()
             items.append(_item(_FENCE_KIND, thing.domain, _FENCE.pack(thing.handle, thing.context, thing.seqno), thing.timeline_index))
             fences.append(thing)
+        elif isinstance(thing, SyncFile):
+            fds.append(thing.fileno())
+            items += _sync_items(thing)
         elif isinstance(thing, Timeline | RemoteTimeline):
             index, number, context = timeline_place(thing, "send")
             items.append(_item(_TIMELINE_KIND, thing.domain, _TIMELINE.pack(number, context), index))
@@ -311,7 +318,10 @@ def _pack(things: tuple[Any, ...]) -> tuple[bytes, list[int], list[DmaFence], li
             fds.append(-1)
             items.append(_item(_DIRECTORY, thing, b""))
         else:
-            raise TypeError(f"send: buffers, fences, timelines and domains travel, {type(thing).__name__} does not")
+            raise TypeError(f"send: buffers, fences, sync files, timelines and domains travel, {type(thing).__name__} does not")
+    if len(items) > MAX_THINGS:
+        remedy = "send fewer at once, or merge fewer fences into one, or use a domain that has a directory"
+        raise fail(errno.EMSGSIZE, "send", f"{len(things)} things", remedy, what="their fences don't fit into a message")
     try:
         for at, thing in directories:
             fds[at] = os.open(thing.path or "", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -331,6 +341,15 @@ def _pack(things: tuple[Any, ...]) -> tuple[bytes, list[int], list[DmaFence], li
             os.close(fd)
         raise fail(e.errno or errno.EIO, "send", "a container of fences", "its structure needs a descriptor and memory") from None
     return _HEADER.pack(_MAGIC, len(items), len(fds), 0) + b"".join(items), fds, fences, opened
+
+
+def _sync_items(sync_file: SyncFile) -> list[bytes]:
+    """A sync file's part of a message. Where its domain has a directory the receiver looks there; else the facts come along."""
+    sync_file.share("send")
+    facts = sync_file.facts().pack() if sync_file.domain.path is None and not sync_file.kernel else b""
+    pieces = [facts[at : at + 64].ljust(64, b"\0") for at in range(0, len(facts), 64)]
+    domain = sync_file.domain
+    return [_item(_SYNC_FILE, domain, _SYNC.pack(len(facts)), len(pieces)), *(_item(_MORE, domain, piece) for piece in pieces)]
 
 
 def check_fence(fence: DmaFence, operation: str) -> None:
@@ -376,7 +395,7 @@ def _take(sock: socket.socket, peer: _Peer, data: bytes, control: Iterable[tuple
             if fd >= 0:
                 os.close(fd)
         for thing in made:
-            if isinstance(thing, DmaBuf):
+            if isinstance(thing, DmaBuf | SyncFile):
                 thing.close()
         raise
 
@@ -428,6 +447,8 @@ def _things(sock: socket.socket, items: list[tuple[Any, ...]], fds: list[int], m
             made.append(domains[at])
             continue
         domain = _domain_of(identity, flags)
+        if kind == _MORE:
+            continue
         if kind == _BUFFER:
             fd, fds[places[at]] = fds[places[at]], -1
             dev, ino, nonce, name = _BODY.unpack(body)
@@ -438,6 +459,11 @@ def _things(sock: socket.socket, items: list[tuple[Any, ...]], fds: list[int], m
         elif kind == _CONTAINER:
             fd, fds[places[at]] = fds[places[at]], -1
             made.append(_container(sock, domain, fd))
+        elif kind == _SYNC_FILE:
+            length = _SYNC.unpack(body)[0]
+            facts = b"".join(item[5] for item in items[at + 1 : at + 1 + index])[:length]
+            made.append(SyncFile.taken(fds[places[at]], domain, Facts.unpack(facts) if length else None))
+            fds[places[at]] = -1
         elif kind == _TIMELINE_KIND:
             number, context = _TIMELINE.unpack(body)
             made.append(RemoteTimeline(domain, index, number, context))

@@ -1,4 +1,4 @@
-"""Buffers, fences, timelines and domains through multiprocessing: as arguments of a Process, in a Queue, a Pipe, a Pool.
+"""Buffers, fences, sync files, timelines and domains through multiprocessing: as arguments of a Process, in a Queue, a Pipe, a Pool.
 
 multiprocessing's own pickler (``ForkingPickler``) is the only one that can take a descriptor along, so it is the only one that is
 served; every other pickle is refused with a TypeError. It is not imported from here: whichever comes first, the reducers register
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copyreg
 import errno
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +25,9 @@ from dmabuf.core.fence_array import DmaFenceArray
 from dmabuf.core.fence_chain import DmaFenceChain
 from dmabuf.core.fence_ops import CustomFence
 from dmabuf.core.fence_travel import pack, unpack
+from dmabuf.core.sync_file import SyncFile
 from dmabuf.domain.domain import Domain, known
+from dmabuf.domain.sync_files import Facts
 from dmabuf.errors import fail
 from dmabuf.sharing.passing import check_fence, timeline_place
 from dmabuf.sharing.remote import RemoteTimeline
@@ -56,6 +59,12 @@ def _reduce_fence(fence: DmaFence) -> tuple[Callable[..., Any], tuple[Any, ...]]
     return _make_fence, (fence.domain, fence.handle, (fence.context, fence.seqno, fence.timeline_index))
 
 
+def _reduce_sync_file(sync_file: SyncFile) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    sync_file.share("pickle")
+    facts = None if sync_file.kernel else sync_file.facts().pack()
+    return _make_sync_file, (sys.modules[_MODULE].DupFd(sync_file.fileno()), sync_file.domain, facts)
+
+
 def _reduce_timeline(timeline: Timeline | RemoteTimeline) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     return RemoteTimeline, (timeline.domain, *timeline_place(timeline, "pickle"))
 
@@ -81,6 +90,15 @@ def _make_fence(domain: Domain, handle: int, past: tuple[int, int, int]) -> DmaF
     return wrap(domain, handle, past)
 
 
+def _make_sync_file(there: Any, domain: Domain, facts: bytes | None) -> SyncFile:
+    fd = there.detach()
+    try:
+        return SyncFile.taken(fd, domain, None if facts is None else Facts.unpack(facts))
+    except BaseException:
+        os.close(fd)
+        raise
+
+
 # ---- registration ----
 
 _REDUCERS: dict[type, Callable[[Any], tuple[Callable[..., Any], tuple[Any, ...]]]] = {
@@ -91,6 +109,7 @@ _REDUCERS: dict[type, Callable[[Any], tuple[Callable[..., Any], tuple[Any, ...]]
     DmaFenceChain: _reduce_fence,
     Domain: _reduce_domain,
     RemoteTimeline: _reduce_timeline,
+    SyncFile: _reduce_sync_file,
     Timeline: _reduce_timeline,
 }
 

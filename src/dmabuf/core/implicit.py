@@ -1,0 +1,69 @@
+"""Between implicit and explicit sync: a buffer's fences as a sync file, and the other way (spec 5.5).
+
+Export takes a snapshot: what is pending now and up to the usage that the access would have to wait for. Import adds every plain fence of a
+sync file to the buffer's reservation object, so that later accesses wait for it. Export, submit and import are three steps; whoever
+needs them to be one serialises his users himself.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING
+
+from dmabuf.core.fence import stub_fence
+from dmabuf.core.fence_array import DmaFenceArray
+from dmabuf.core.sync_file import SyncFile
+from dmabuf.core.unwrap import unwrap
+from dmabuf.core.usage import Usage
+from dmabuf.errors import DmaBufError, fail
+
+if TYPE_CHECKING:
+    from dmabuf.core.buffer import DmaBuf
+
+SYNC_READ, SYNC_WRITE = 1, 2  # DMA_BUF_SYNC_*, include/uapi/linux/dma-buf.h
+
+
+def writes(buf: DmaBuf, operation: str, write: bool, flags: int | None) -> bool:
+    """Does the caller want to write? Errors: EINVAL flags that are neither READ, WRITE nor both."""
+    if flags is None:
+        return bool(write)
+    if not 0 < flags <= SYNC_READ | SYNC_WRITE:
+        raise fail(errno.EINVAL, operation, buf, "flags are READ 1, WRITE 2 or RW 3")
+    return bool(flags & SYNC_WRITE)
+
+
+def export_sync_file(buf: DmaBuf, write: bool) -> SyncFile:
+    """The pending fences that such an access waits for, as a sync file; signalled if there are none."""
+    found = list(dict.fromkeys(buf.resv.fences(Usage.rw(write))))
+    if not found:
+        return SyncFile(stub_fence(domain=buf.domain))
+    return SyncFile(found[0] if len(found) == 1 else DmaFenceArray(found))
+
+
+def import_sync_file(buf: DmaBuf, sync_file: SyncFile | int, write: bool) -> None:
+    """Add the fences of a sync file, for writing or for reading. Errors: EINVAL no sync file; EXDEV of another domain; ENOMEM, ENOSPC."""
+    if not isinstance(sync_file, SyncFile):
+        try:
+            sync_file = SyncFile.from_fd(sync_file, domain=buf.domain)
+        except DmaBufError as e:
+            if e.errno == errno.EBADF:
+                raise _not_one(buf, f"fd {sync_file}") from None
+            raise
+        with sync_file:
+            _add(buf, sync_file, write)
+        return
+    if sync_file.closed:
+        raise _not_one(buf, "a closed SyncFile")
+    _add(buf, sync_file, write)
+
+
+def _not_one(buf: DmaBuf, what: str) -> DmaBufError:
+    return fail(errno.EINVAL, "import_sync_file", buf, "pass an open SyncFile, or its descriptor", what=f"{what} is no sync file")
+
+
+def _add(buf: DmaBuf, sync_file: SyncFile, write: bool) -> None:
+    leaves = tuple(unwrap(sync_file.fence))
+    with buf.resv.locked():
+        buf.resv.reserve(len(leaves))
+        for leaf in leaves:
+            buf.resv.add(leaf, Usage.WRITE if write else Usage.READ)

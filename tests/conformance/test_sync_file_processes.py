@@ -1,0 +1,483 @@
+"""Sync files between processes: passed on in every way, and rung whoever has died meanwhile."""
+
+import asyncio
+import errno
+import multiprocessing
+import os
+import select
+import signal
+import socket
+from collections.abc import Iterator
+from multiprocessing import resource_sharer
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import dmabuf
+from dmabuf import DmaFence, DmaFenceArray, SyncFile, Timeline
+from tests.support.children import Child, Parent, Spawn
+from tests.support.errnos import raises_errno
+from tests.support.steps import fork, reap
+
+WAYS = pytest.mark.parametrize("way", ["dmabuf.send", "multiprocessing", "bare descriptor"])
+
+
+def send(link: Parent | Child, sf: SyncFile, way: str) -> None:
+    match way:
+        case "dmabuf.send":
+            dmabuf.send(link.sock, sf)
+        case "multiprocessing":
+            link.send(sf)
+        case _:
+            socket.send_fds(link.sock, [b"x"], [sf.fileno()])
+
+
+def receive(link: Parent | Child, way: str) -> SyncFile:
+    match way:
+        case "dmabuf.send":
+            (sf,) = dmabuf.recv(link.sock)
+        case "multiprocessing":
+            sf = link.recv()
+        case _:
+            fd = bare(link)
+            sf = SyncFile.from_fd(fd)
+            os.close(fd)
+    assert isinstance(sf, SyncFile)
+    return sf
+
+
+def bare(link: Parent | Child) -> int:
+    """A descriptor that came as such."""
+    _, (fd,), _, _ = socket.recv_fds(link.sock, 1, 1)
+    return fd
+
+
+def readable(fd: Any) -> bool:
+    return bool(select.select([fd], [], [], 0)[0])
+
+
+def names(path: Path | None = None) -> list[str]:
+    path = path or dmabuf.Domain.default().path
+    assert path is not None
+    return [name for name in os.listdir(path) if name.startswith("sync-")]
+
+
+def two_fences(error: int = 0) -> tuple[SyncFile, DmaFence, DmaFence]:
+    a, b = Timeline("a").fence(), Timeline("b").fence()
+    return SyncFile(DmaFenceArray([a, b]), "both"), a, b
+
+
+@pytest.fixture(autouse=True)
+def sharer_ends() -> Iterator[None]:
+    """multiprocessing keeps a thread and a socket for descriptors on their way; end them with the test."""
+    yield
+    resource_sharer.stop()
+
+
+# ---- passing on ----
+
+
+def waits_in_every_way(parent: Parent, way: str) -> list[Any]:
+    sf = receive(parent, way)
+    seen: list[Any] = [sf.info(), readable(sf)]
+    parent.send("has it")
+    select.select([sf], [], [])
+    seen += [sf.wait() > 0, asyncio.run(_awaited(sf)), sf.info()]
+    sf.close()
+    return seen
+
+
+async def _awaited(sf: SyncFile) -> int:
+    return await sf
+
+
+@WAYS
+@pytest.mark.parametrize("error", [0, -errno.EIO], ids=["signalled", "failed"])
+def test_who_receives_it_waits_for_the_same_fences(child: Spawn, way: str, error: int) -> None:
+    sf, a, b = two_fences()
+    other = child(waits_in_every_way, way)
+    send(other, sf, way)
+    before = sf.info()
+    assert other.recv() == "has it"
+    b.signal(error)
+    a.signal()
+    assert other.result() == [before, False, True, error or 1, sf.info()]
+    sf.close()
+
+
+@WAYS
+def test_what_has_ended_before_it_arrives_is_told_with_its_results(child: Spawn, way: str) -> None:
+    sf, a, b = two_fences()
+    sf.fileno()
+    a.signal(-errno.EIO)
+    b.signal()
+    other = child(waits_in_every_way, way)
+    send(other, sf, way)
+    assert other.recv() == "has it"
+    assert other.result() == [sf.info(), True, True, -errno.EIO, sf.info()]
+    sf.close()
+
+
+def sends_on(parent: Parent) -> None:
+    (sf,) = dmabuf.recv(parent.sock)
+    dmabuf.send(parent.sock, sf)
+
+
+def test_it_comes_back_as_the_same_fence(child: Spawn, tl: Timeline) -> None:
+    fence = tl.fence()
+    with SyncFile(fence, "round") as sf:
+        other = child(sends_on)
+        dmabuf.send(other.sock, sf)
+        (back,) = dmabuf.recv(other.sock)
+        assert (back.fence is fence, back.name) == (True, "round")
+        back.close()
+        fence.signal()
+
+
+@pytest.mark.parametrize("leaves", [1, 2, 40])
+def test_in_a_private_domain_it_travels_with_its_fences(leaves: int) -> None:
+    domain = dmabuf.Domain.private()
+    timelines = [Timeline(f"t{i}", domain=domain) for i in range(leaves)]
+    fences = [timeline.fence() for timeline in timelines]
+    here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with here, there, SyncFile(DmaFenceArray(fences), "private") as sf:
+        dmabuf.send(here, domain, sf)
+        _, got = dmabuf.recv(there)
+        with got:
+            assert (got.name, got.info()) == ("private", sf.info())
+            for fence in fences:
+                assert not readable(got)
+                fence.signal()
+            assert readable(got)
+
+
+def test_in_a_private_domain_too_many_fences_are_refused() -> None:
+    domain = dmabuf.Domain.private()
+    fences = [Timeline(f"t{i}", domain=domain).fence() for i in range(200)]
+    here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with here, there, SyncFile(DmaFenceArray(fences)) as sf, raises_errno(errno.EMSGSIZE):
+        dmabuf.send(here, sf)
+    for fence in fences:
+        fence.signal()
+
+
+def test_what_does_not_become_one_is_closed(tl: Timeline) -> None:
+    """The directory's facts are gone bad: the message is refused, and nothing of it is left open."""
+    here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    fence = tl.fence()
+    with here, there, SyncFile(fence) as sf:
+        dmabuf.send(here, sf)
+        path = dmabuf.Domain.default().path
+        assert path is not None
+        for name in names():
+            if not name.endswith(".sock"):
+                (path / name).write_bytes(b"nonsense")
+        with raises_errno(errno.EUCLEAN):
+            dmabuf.recv(there)
+        fence.signal()
+
+
+def _in_a_process(line: "Connection[Any, Any]", sf: SyncFile) -> None:
+    line.send(sf.info().status)
+    select.select([sf], [], [])
+    line.send(sf.status)
+    sf.close()
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_it_is_an_argument_of_a_process(method: str, tl: Timeline) -> None:
+    context = multiprocessing.get_context(method)
+    here, there = context.Pipe()
+    fence = tl.fence()
+    with SyncFile(fence) as sf, here, there:
+        process = context.Process(target=_in_a_process, args=(there, sf))  # type: ignore[attr-defined]
+        process.start()
+        assert here.recv() == 0
+        fence.signal()
+        assert here.recv() == 1
+        process.join()
+        process.close()
+
+
+def test_a_forked_child_waits_for_it_and_closing_it_there_hurts_nobody(tl: Timeline) -> None:
+    fence = tl.fence()
+    with SyncFile(fence) as sf:
+        fd = sf.fileno()
+
+        def look() -> None:
+            select.select([fd], [], [])
+            assert sf.wait() > 0
+            sf.close()
+
+        pid = fork(look)
+        fence.signal()
+        assert reap(pid) == 0
+        assert readable(sf)
+        assert sf.status == 1
+
+
+def test_a_forked_child_makes_the_descriptor(tl: Timeline) -> None:
+    fence = tl.fence()
+    here, there = socket.socketpair()
+    with SyncFile(fence) as sf, here, there:
+        pid = fork(lambda: socket.send_fds(there, [b"x"], [sf.fileno()]))
+        _, (fd,), _, _ = socket.recv_fds(here, 1, 1)
+        assert reap(pid) == 0
+        assert not readable(fd)
+        fence.signal()
+        assert readable(fd)
+        os.close(fd)
+
+
+# ---- deaths ----
+
+
+def makes(parent: Parent, way: str) -> None:
+    """A sync file of a fence that it receives, sent back; until killed."""
+    (fence,) = dmabuf.recv(parent.sock)
+    sf = SyncFile(fence, "made elsewhere")
+    send(parent, sf, way)
+    parent.recv()
+
+
+@WAYS
+def test_it_works_after_its_maker_was_killed(child: Spawn, tl: Timeline, way: str) -> None:
+    fence = tl.fence()
+    maker = child(makes, way)
+    dmabuf.send(maker.sock, fence)
+    sf = receive(maker, way)
+    maker.kill()
+    assert (readable(sf), sf.name) == (False, "made elsewhere")
+    fence.signal()
+    assert readable(sf)
+    sf.close()
+
+
+def test_a_bare_descriptor_of_a_killed_maker_is_rung_by_who_signals(child: Spawn, tl: Timeline) -> None:
+    fence = tl.fence()
+    maker = child(makes, "bare descriptor")
+    dmabuf.send(maker.sock, fence)
+    fd = bare(maker)
+    maker.kill()
+    assert not readable(fd)
+    fence.signal()
+    assert readable(fd)
+    os.close(fd)
+
+
+def owns(parent: Parent, way: str) -> None:
+    """A sync file of its own fence, sent; signals when told, or is killed."""
+    fence = Timeline("owner").fence()
+    sf = SyncFile(fence)
+    send(parent, sf, way)
+    parent.recv()
+    fence.signal(-errno.EIO)
+    parent.recv()
+
+
+@WAYS
+def test_the_death_of_who_would_signal_makes_it_readable_for_who_has_it(child: Spawn, way: str) -> None:
+    owner = child(owns, way)
+    sf = receive(owner, way)
+    sf.fileno()
+    assert not readable(sf)
+    owner.kill()
+    select.select([sf], [], [])  # no wait of ours looks after the dead
+    assert sf.status == -errno.EOWNERDEAD
+    sf.close()
+
+
+def test_a_bare_descriptor_is_rung_by_who_reaps_its_signaller(child: Spawn) -> None:
+    owner = child(owns, "bare descriptor")
+    fd = bare(owner)
+    owner.kill()
+    assert not readable(fd)
+    dmabuf.Domain.default().sweep()
+    assert readable(fd)
+    with SyncFile.from_fd(fd) as sf:
+        assert sf.status == -errno.EOWNERDEAD
+    os.close(fd)
+
+
+def test_a_merge_of_a_dead_and_a_living_ones_fences_waits_for_the_living(child: Spawn, tl: Timeline) -> None:
+    owner = child(owns, "dmabuf.send")
+    theirs = receive(owner, "dmabuf.send")
+    fence = tl.fence()
+    with SyncFile(fence) as ours, theirs.merge(ours) as merged:
+        fd = merged.dup()
+        owner.kill()
+        theirs.wait()
+        assert not readable(fd)
+        fence.signal()
+        assert readable(fd)
+        assert merged.status == -errno.EOWNERDEAD
+        os.close(fd)
+    theirs.close()
+
+
+def holds_and_passes(parent: Parent) -> None:
+    """Receives a sync file, and holds it until killed."""
+    (sf,) = dmabuf.recv(parent.sock)
+    parent.send("holds it")
+    parent.recv()
+    sf.close()
+
+
+def test_a_killed_holder_changes_nothing_for_the_others(child: Spawn, tl: Timeline) -> None:
+    fence = tl.fence()
+    with SyncFile(fence) as sf:
+        holder = child(holds_and_passes)
+        dmabuf.send(holder.sock, sf)
+        assert holder.recv() == "holds it"
+        holder.kill()
+        assert not readable(sf)
+        fence.signal()
+        assert readable(sf)
+
+
+def test_one_that_is_only_in_flight_stays(child: Spawn, tl: Timeline) -> None:
+    fence = tl.fence()
+    here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with here, there:
+        sf = SyncFile(fence)
+        dmabuf.send(here, sf)
+        sf.close()
+        dmabuf.Domain.default().sweep()
+        fence.signal()
+        (got,) = dmabuf.recv(there)
+        assert (readable(got), got.status) == (True, 1)
+        got.close()
+
+
+def test_in_flight_to_nobody_leaves_nothing(tl: Timeline) -> None:
+    fence = tl.fence()
+    here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with SyncFile(fence) as sf:
+        dmabuf.send(here, sf)
+    here.close()
+    there.close()
+    dmabuf.Domain.default().sweep()
+    assert not names()
+    fence.signal()
+
+
+# ---- a domain that everybody leaves ----
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path) -> Path:
+    return tmp_path / "domain"
+
+
+def alone(parent: Parent, path: Path) -> None:
+    """Two sync files in a domain that nobody else lives in, sent as bare descriptors."""
+    domain = dmabuf.Domain.open(path)
+    pending, ended = Timeline("alone", domain=domain).fence(), Timeline("alone", domain=domain).fence()
+    with SyncFile(pending) as one, SyncFile(ended) as two:
+        socket.send_fds(parent.sock, [b"x"], [one.fileno()])
+        socket.send_fds(parent.sock, [b"x"], [two.fileno()])
+        ended.signal()
+        parent.send("signalled")
+        parent.recv()
+    pending.signal()
+
+
+def alone_to_the_end(parent: Parent, path: Path) -> None:
+    domain = dmabuf.Domain.open(path)
+    fence = Timeline("alone", domain=domain).fence()
+    sf = SyncFile(fence)
+    socket.send_fds(parent.sock, [b"x"], [sf.dup()])
+    parent.recv()
+    domain.leave()
+
+
+def test_who_leaves_last_rings_and_leaves_nothing(child: Spawn, elsewhere: Path) -> None:
+    last = child(alone_to_the_end, elsewhere)
+    fd = bare(last)
+    assert not readable(fd)
+    last.send("leave")
+    last.result()
+    assert readable(fd)
+    assert os.listdir(elsewhere) == [dmabuf.domain.place.FILE]
+    os.close(fd)
+
+
+def test_after_the_last_was_killed_the_next_opener_rings_and_removes(child: Spawn, elsewhere: Path) -> None:
+    last = child(alone, elsewhere)
+    pending, ended = bare(last), bare(last)
+    assert last.recv() == "signalled"
+    last.kill()
+    assert names(elsewhere)
+    assert (readable(pending), readable(ended)) == (False, True)
+    next_one = child(opens, elsewhere)
+    assert next_one.result() == 0
+    assert (readable(pending), readable(ended)) == (True, True)
+    assert os.listdir(elsewhere) == [dmabuf.domain.place.FILE]
+    os.close(ended)
+    os.close(pending)
+
+
+def opens(parent: Parent, path: Path) -> int:
+    domain = dmabuf.Domain.open(path)
+    domain.join()
+    return len(names(path))
+
+
+def status_in(parent: Parent, path: Path) -> int:
+    fd = bare(parent)
+    with SyncFile.from_fd(fd, domain=dmabuf.Domain.open(path)) as sf:
+        return sf.status
+
+
+def test_of_a_domain_that_began_anew_it_has_ended_nobody_knows_how(child: Spawn, elsewhere: Path) -> None:
+    last = child(alone_to_the_end, elsewhere)
+    fd = bare(last)
+    last.send("leave")
+    last.result()
+    asks = child(status_in, elsewhere)
+    socket.send_fds(asks.sock, [b"x"], [fd])
+    assert asks.result() == -errno.EOWNERDEAD
+    os.close(fd)
+
+
+def test_one_of_a_domain_that_we_do_not_have_is_refused(child: Spawn, elsewhere: Path) -> None:
+    other = child(alone, elsewhere)
+    fds = bare(other), bare(other)
+    with raises_errno(errno.EXDEV):
+        SyncFile.from_fd(fds[0])
+    other.send("end")
+    other.result()
+    for fd in fds:
+        os.close(fd)
+
+
+# ---- a signal while one waits for it in another process ----
+
+
+def waits_interruptibly(parent: Parent) -> str:
+    (sf,) = dmabuf.recv(parent.sock)
+    signal.signal(signal.SIGUSR1, lambda *_: None)
+    parent.send("waiting")
+    try:
+        sf.wait(interruptible=True)
+    except InterruptedError:
+        return "EINTR"
+    finally:
+        sf.close()
+    return "ended"
+
+
+def test_a_wait_elsewhere_is_interrupted(child: Spawn, tl: Timeline) -> None:
+    from tests.support.waiting import until_asleep
+
+    fence = tl.fence()
+    with SyncFile(fence) as sf:
+        other = child(waits_interruptibly)
+        dmabuf.send(other.sock, sf)
+        assert other.recv() == "waiting"
+        until_asleep(other.pid)
+        os.kill(other.pid, signal.SIGUSR1)
+        assert other.result() == "EINTR"
+        fence.signal()
