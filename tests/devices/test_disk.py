@@ -94,7 +94,12 @@ def test_what_is_written_is_what_the_buffer_has_there_and_nothing_else_is_touche
     assert got(big) == data
 
 
-def test_more_than_one_system_call_moves_everything(disk: DiskDevice, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "device", [dmabuf.Device("d"), dmabuf.Device("d", max_segment=PAGE), dmabuf.Device("d", iommu=False)], ids=range(3)
+)
+@pytest.mark.parametrize("direct", [True, False])
+def test_more_than_one_system_call_moves_everything(device: dmabuf.Device, direct: bool, tmp_path: Path) -> None:
+    disk = DiskDevice(device, direct=direct)
     data = random.Random(3).randbytes(2 * CHUNK + 12345)
     (tmp_path / "in").write_bytes(data)
     with dmabuf.allocate(3 * CHUNK) as large:

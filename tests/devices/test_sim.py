@@ -216,6 +216,30 @@ def test_a_buffer_that_is_read_and_written_counts_as_written(queue: sim.EngineQu
     assert job.wait() == 4
 
 
+def test_two_buffers_of_one_reservation_object_count_as_one(engine: sim.Engine, queue: sim.EngineQueue, tl: Timeline) -> None:
+    exporters, resv, gate = (Bare(SIZE), Bare(SIZE)), dmabuf.DmaResv(), tl.fence()
+    exporters[0].whole[:] = b"\6" * SIZE
+    with dmabuf.export(exporters[0], SIZE, resv=resv) as a, dmabuf.export(exporters[1], SIZE, resv=resv) as b:
+        job = queue.copy(a, b, wait=[gate])
+        assert entries(resv) == [(key(job.fence), WRITE)]
+        gate.signal()
+        assert job.wait() == SIZE
+        engine.close()
+    assert exporters[1].whole[:] == b"\6" * SIZE
+    for exporter in exporters:
+        exporter.close()
+
+
+def test_a_map_that_waits_holds_no_lock_but_its_own_buffers(queue: sim.EngineQueue, buf: DmaBuf, other_buf: DmaBuf, tl: Timeline) -> None:
+    fence = tl.fence()
+    add(buf.resv, fence, KERNEL)
+    with Background(lambda: queue.copy(buf, other_buf)) as submission:
+        submission.until_blocked()
+        with other_buf.resv.locked():
+            fence.signal()
+        assert submission.result().wait() == SIZE
+
+
 def test_a_queue_has_one_timeline_and_ends_its_jobs_in_order(queue: sim.EngineQueue, buf: DmaBuf, tl: Timeline) -> None:
     gate = tl.fence()
     jobs = [queue.fill(buf, i, wait=[gate]) for i in range(5)]

@@ -3,9 +3,14 @@
 import contextlib
 import errno
 import gc
+import multiprocessing
+import multiprocessing.connection
 import os
+import random
+import signal
 import subprocess
 import sys
+import threading
 import time
 import zlib
 
@@ -15,13 +20,13 @@ import dmabuf
 from dmabuf import Direction, DmaBuf, Timeline, Usage, sim
 from dmabuf.core.attachment import moving
 from tests.devices.test_sim import SIZE, got, put, until_it_waits
-from tests.support.children import Parent, Spawn
+from tests.support.children import Child, Parent, Spawn
 from tests.support.drivers import Bare, Dynamic
 from tests.support.errnos import raises_errno
 from tests.support.fences import attach as add
 from tests.support.fences import entries, the_fence
 from tests.support.partners import give, take
-from tests.support.waiting import Background, until
+from tests.support.waiting import Background, until, until_asleep
 
 HOUR = 3600.0  # seconds: for ever, as tests go
 
@@ -220,6 +225,63 @@ def test_a_mapping_that_fails_adds_nothing_and_leaves_nothing(engine: sim.Engine
     exporter.close()
 
 
+def test_without_room_for_a_fence_nothing_is_added(
+    queue: sim.EngineQueue, buf: DmaBuf, other_buf: DmaBuf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = queue.owner.attach(other_buf)
+    queue.fill(whole).wait()
+    with monkeypatch.context() as patch:
+        patch.setattr(dmabuf.DmaResv, "reserve", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOMEM, "no room")))
+        with raises_errno(errno.ENOMEM):
+            queue.copy(whole, buf)
+    assert (queue.statistics().pending, whole.statistics().jobs, buf.statistics().attachments) == (0, 0, 0)
+    assert entries(buf.resv) == []
+    whole.detach()
+
+
+def test_where_no_thread_can_be_started_nothing_is_added_and_later_all_is_done(
+    engine: sim.Engine, queue: sim.EngineQueue, buf: DmaBuf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attached = engine.attach(buf)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", lambda _: (_ for _ in ()).throw(RuntimeError("can't start new thread")))
+        with pytest.raises(RuntimeError):
+            queue.fill(attached, 1)
+    assert (entries(buf.resv), queue.statistics().pending, attached.statistics().jobs) == ([], 0, 0)
+    assert queue.fill(attached, 2).wait() == SIZE
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", lambda _: (_ for _ in ()).throw(RuntimeError("can't start new thread")))
+        assert queue.fill(buf, 3).wait() == SIZE  # its attachment has to wait for the close
+        assert queue.fill(attached, 4).wait() == SIZE
+    engine.close()
+    assert (buf.statistics().attachments, got(buf)) == (0, b"\4" * SIZE)
+
+
+def test_a_close_that_a_signal_breaks_off_is_done_by_the_next(buf: DmaBuf) -> None:
+    def handler(*_: object) -> None:
+        raise InterruptedError
+
+    before = signal.signal(signal.SIGUSR1, handler)
+    try:
+        engine = sim.Engine("e")
+        engine.attach(buf)
+        job = engine.queue().fill(buf, 1, hang=True)
+        me = threading.get_native_id()
+
+        def knock() -> None:
+            until_asleep(os.getpid(), me)
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+
+        with Background(knock), pytest.raises(InterruptedError):
+            engine.close()
+        with raises_errno(errno.EBADF):
+            engine.attach(buf)
+        engine.close(cancel=True)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert (job.fence.status, buf.statistics().attachments) == (-errno.ECANCELED, 0)
+
+
 def test_a_submission_broken_off_in_the_middle_ends_its_job_in_its_turn(
     queue: sim.EngineQueue, buf: DmaBuf, tl: Timeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -342,6 +404,92 @@ def test_a_process_that_ends_with_jobs_pending_cancels_them(child: Spawn, buf: D
     other.result()
     fence.wait()
     assert fence.status == -errno.ECANCELED
+
+
+def hangs_and_returns(buf: DmaBuf, line: "multiprocessing.connection.Connection[object, object]") -> None:
+    engine = sim.Engine("child")
+    engine.queue("child").fill(buf, 1, hang=True)
+    line.send("there")
+    line.recv()
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_a_multiprocessing_child_that_ends_with_jobs_pending_cancels_them(method: str, buf: DmaBuf) -> None:
+    context = multiprocessing.get_context(method)
+    here, there = context.Pipe()
+    process = context.Process(target=hangs_and_returns, args=(buf, there))
+    process.start()
+    there.close()
+    here.recv()
+    fence = the_fence(buf)
+    here.send("end")
+    fence.wait()
+    assert fence.status == -errno.ECANCELED
+    process.join()
+    assert process.exitcode == 0
+    process.close()
+    here.close()
+
+
+def works(parent: Parent, seed: int) -> None:
+    """Random jobs on the buffers that it is given, until it is killed."""
+    rng = random.Random(seed)
+    bufs = [take(parent) for _ in range(3)]
+    engine = sim.Engine(f"worker{seed}")
+    queues, attached = [engine.queue() for _ in range(2)], [engine.attach(buf) for buf in bufs]
+    parent.send("there")
+    while True:
+        source, destination = rng.sample(attached, 2)
+        queue = rng.choice(queues)
+        jobs = [
+            queue.copy(source, destination, delay=rng.choice([0, 0.001])),
+            queue.fill(source, rng.randrange(256)),
+            queue.checksum(source),
+        ]
+        if rng.random() < 0.1:
+            jobs[-1].wait()
+
+
+def kills(child: Spawn, engine: sim.Engine, count: int) -> None:
+    """Kill workers at random moments, and see that their fences end and the others go on."""
+    rng = random.Random(9)
+    bufs = [dmabuf.allocate(SIZE) for _ in range(3)]
+
+    def started(seed: int) -> Child:
+        other = child(works, seed)
+        for buf in bufs:
+            give(other, buf)
+        assert other.recv() == "there"
+        return other
+
+    queue, workers = engine.queue(), [started(0), started(1)]
+    for i in range(count):
+        queue.fill(bufs[0], delay=rng.random() / 100).wait()
+        workers.pop(0).kill()
+        queue.copy(bufs[0], bufs[1]).wait()
+        assert queue.checksum(bufs[1:]).wait() is not None
+        workers.append(started(i + 2))
+    for worker in workers:
+        worker.kill()
+    for buf in bufs:
+        assert buf.resv.wait(Usage.BOOKKEEP)
+    queue.fill(bufs, 7).wait()
+    assert queue.checksum(bufs).wait() == zlib.crc32(b"\7" * SIZE * 3)
+    engine.close()
+    for buf in bufs:
+        buf.close()
+
+
+@pytest.mark.crash
+def test_devices_killed_at_random_hold_up_nobody(child: Spawn, engine: sim.Engine) -> None:
+    kills(child, engine, 8)
+
+
+@pytest.mark.crash
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+def test_devices_killed_at_random_hold_up_nobody_for_long(child: Spawn, engine: sim.Engine) -> None:
+    kills(child, engine, 500)
 
 
 SCRIPT = """

@@ -18,7 +18,9 @@ from __future__ import annotations
 
 import bisect
 import errno
+import os
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,6 +38,9 @@ ALL_ADDRESSES = (1 << 64) - 1
 _READS = (Direction.BIDIRECTIONAL, Direction.TO_DEVICE)
 _WRITES = (Direction.BIDIRECTIONAL, Direction.FROM_DEVICE)
 _WAYS = {Direction.TO_DEVICE: _READS, Direction.FROM_DEVICE: _WRITES, Direction.BIDIRECTIONAL: (Direction.BIDIRECTIONAL,)}
+
+
+_ALL: weakref.WeakSet[Device] = weakref.WeakSet()
 
 
 class _Window(NamedTuple):
@@ -79,6 +84,7 @@ class Device:
         self._next = PAGE  # address 0 is never given: it is what a forgotten field holds
         self._serial = 0
         self._faults = 0
+        _ALL.add(self)
 
     def __repr__(self) -> str:
         return f"<dmabuf.Device {self.name}>"
@@ -232,10 +238,11 @@ class Device:
             finally:
                 with self._calm:
                     for window, _ in found:
-                        inside = self._users[window.serial]
-                        inside.remove(me)
+                        inside = self._users.get(window.serial, [])
+                        if me in inside:  # not in a child that was forked inside of the block
+                            inside.remove(me)
                         if not inside:
-                            del self._users[window.serial]
+                            self._users.pop(window.serial, None)
                     self._calm.notify_all()
 
     def _pieces(self, operation: str, address: int, length: int, ways: tuple[Direction, ...]) -> list[tuple[_Window, memoryview]]:
@@ -268,3 +275,14 @@ class Device:
         """A snapshot for programs."""
         with self._lock:
             return DeviceStatistics(self.name, sum(w.end - w.start for w in self._windows), len(self._windows), self._faults)
+
+
+def _forked() -> None:
+    """The threads that held a lock, or were inside of an access, are not in the child."""
+    for device in list(_ALL):
+        device._lock = threading.Lock()
+        device._calm = threading.Condition(device._lock)
+        device._users = {}
+
+
+os.register_at_fork(after_in_child=_forked)

@@ -137,10 +137,16 @@ class Attached:
         """``length`` bytes from ``offset``; None: the rest of the buffer. Errors: EINVAL not within the buffer, or empty."""
         return Range(self, 0, self.size).range(offset, length)
 
-    # ---- for submission: the reservation lock is held ----
+    # ---- for submission ----
 
-    def enter(self, job: Job, offset: int, length: int) -> tuple[object, list[DmaEntry]]:
-        """Count a job in: a token for :meth:`leave`, and the addresses of a range. Errors: those of ``map``; EINVAL detached."""
+    def prepare(self) -> None:
+        """Have it mapped. No lock is held: a static importer's map waits for KERNEL fences, with this one's lock and no other."""
+        if self._table is None:
+            with self.resv.locked():
+                self._current()
+
+    def _current(self) -> _Table:
+        """The table that shows where the memory is; the lock is held."""
         if self._leaving:
             raise fail(errno.EINVAL, "submit", self, "attach the buffer again", what="it was detached")
         table = self._table
@@ -152,6 +158,14 @@ class Attached:
                 self._owner.later(self.sweep)
             table = self._table = fresh
             self._stale = False
+        return table
+
+    def enter(self, job: Job, offset: int, length: int) -> tuple[object, list[DmaEntry]]:
+        """Count a job in: a token for :meth:`leave`, and the addresses of a range; the lock is held.
+
+        Errors: those of ``map``; EINVAL detached.
+        """
+        table = self._current()
         with self._counts:
             table.users += 1
             self._jobs[job] = None

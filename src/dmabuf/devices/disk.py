@@ -212,6 +212,7 @@ class _File:
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode):
             raise OSError(errno.ESPIPE, os.strerror(errno.ESPIPE))
+        fcntl.fcntl(self._fd, fcntl.F_SETFL, 0)
         self._direct = direct
         if not direct:
             self.note = "O_DIRECT is switched off"

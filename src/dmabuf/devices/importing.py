@@ -13,6 +13,7 @@ of the interpreter: every fence ends. In a forked child the device is inert.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import errno
 import queue as _queue
 import sys
@@ -61,8 +62,9 @@ class Importing:
         self._queues: list[Queue] = []
         self._attached: dict[Attached, None] = {}
         self._chores: _queue.SimpleQueue[Callable[[], object] | None] = _queue.SimpleQueue()
-        self._chores_served = False
+        self._chores_served = self._over = False
         self._janitor: threading.Thread | None = None
+        self._swept = threading.Event()  # the janitor has done its last chore
         self._changing = threading.Lock()
         me = weakref.ref(self)
         self._exit = lambda: _at_exit(me)
@@ -105,7 +107,12 @@ class Importing:
             )
         made = Attached(buf, self, direction, dynamic)
         with self._changing:
-            self._attached[made] = None
+            late = self.closed
+            if not late:
+                self._attached[made] = None
+        if late:  # closed by another thread meanwhile
+            made.detach()
+            self._usable("attach")
         return made
 
     def forget(self, attached: Attached) -> None:
@@ -148,6 +155,8 @@ class Importing:
             written = [self._range(job, target, Direction.FROM_DEVICE).range(*within) for target in writes]
             if check is not None:
                 check(read, written)
+            for part in (*read, *written):
+                part.attached.prepare()
             resvs = {part.attached.resv: False for part in read} | {part.attached.resv: True for part in written}
 
             def prepare() -> None:
@@ -159,9 +168,7 @@ class Importing:
             submit(queue, job, resvs, prepare, wait=fences, implicit=options.get("implicit", True))
         except BaseException:
             if not job.placed:
-                temporary, job.temporary = job.temporary, []
-                job.leave()
-                for attached in temporary:
+                for attached in job.temporary:
                     attached.detach()
             raise
         return job
@@ -187,10 +194,11 @@ class Importing:
         self._chores.put(chore)
         if not self._chores_served:
             with self._changing:
-                if not self.closed and not self._chores_served:
-                    self._chores_served = True
-                    self._janitor = threading.Thread(target=self._clean, name=f"dmabuf-{self.device.name}-janitor", daemon=True)
-                    self._janitor.start()
+                if not self._chores_served:
+                    janitor = threading.Thread(target=self._clean, name=f"dmabuf-{self.device.name}-janitor", daemon=True)
+                    with contextlib.suppress(RuntimeError):  # no thread to be had: the next chore tries again, and close() needs none
+                        janitor.start()
+                        self._chores_served, self._janitor = True, janitor
 
     def _clean(self) -> None:
         while (chore := self._chores.get()) is not None:
@@ -199,6 +207,7 @@ class Importing:
             except Exception as e:
                 report(e, chore)
             del chore
+        self._swept.set()
 
     # ---- power ----
 
@@ -225,27 +234,31 @@ class Importing:
         Without ``cancel`` it waits as long as the jobs' dependencies take. No reservation lock of the buffers is held. In a forked child:
         nothing.
         """
-        if self.closed or self.inherited:
+        if self._over or self.inherited:
             return
+        with self._changing:
+            self.closed = True
+        # A signal handler that raises in one of the waits leaves the rest to the next close().
         for queue in list(self._queues):
             queue.close(cancel=cancel)
         with self._changing:
-            self.closed = True
+            self._chores_served = True  # nobody starts one now: detaching does what is left
         if self._janitor is not None:
             self._chores.put(None)
+            self._swept.wait()
             self._janitor.join()
-            self._janitor = None
         for attached in list(self._attached):
             attached.detach()
+        self._over = True
         atexit.unregister(self._exit)
         if self._finalizer is not None:
             self._finalizer.cancel()
 
     def stop(self) -> None:
         """At the end of the interpreter: every fence ends, no thread is left. Nothing is detached any more."""
-        if self.closed or self.inherited:
+        if self._over or self.inherited:
             return
-        self.closed = True
+        self.closed = self._over = self._chores_served = True
         for queue in list(self._queues):
             queue.close(cancel=True)
         if self._janitor is not None:

@@ -14,6 +14,7 @@ The thread never takes a reservation lock, so whoever waits for a fence with one
 from __future__ import annotations
 
 import contextlib
+import copy
 import errno
 import queue as _queue
 import threading
@@ -118,7 +119,7 @@ class Job:
 
     def _outcome(self) -> Any:
         if self._failure is not None:
-            raise self._failure.with_traceback(None)
+            raise copy.copy(self._failure)  # each who waits gets one of his own: a traceback keeps what its frames show
         status = self.fence.status
         if status < 0:
             raise fail(-status, self.operation, self)
@@ -167,9 +168,6 @@ class Job:
         uses, self._uses = self._uses, []
         for attached, token in uses:
             attached.leave(self, token)
-        temporary, self.temporary = self.temporary, []
-        for attached in temporary:
-            self.queue.owner.later(attached.detach)
 
     def must_end(self) -> bool:
         """Will :meth:`checkpoint` raise, whatever it waits for?"""
@@ -214,6 +212,9 @@ class Job:
         try:
             self.queue.ended(self, error)
             self.leave()
+            temporary, self.temporary = self.temporary, []
+            for attached in temporary:
+                self.queue.owner.later(attached.detach)
         finally:
             self.fence.signal(-error)
 
@@ -261,6 +262,7 @@ class Queue:
         self._order = threading.Lock()  # fences are numbered as jobs are queued
         self._bell: _queue.SimpleQueue[None] = _queue.SimpleQueue()  # may be rung by the garbage collector
         self._thread: threading.Thread | None = None
+        self._served = threading.Event()  # the thread has ended its last job
         self.closed = self.canceling = False
         self._completed = self._failed = self._resets = self._bytes = 0
 
@@ -279,7 +281,7 @@ class Queue:
         """Errors: EPERM in a forked child; EBADF closed; ENODEV the device has no power."""
         if self.inherited:
             raise fail(errno.EPERM, operation, self, "what a fork inherits is inert in the child: make a device in this process")
-        if self.closed:
+        if self.closed or self.owner.closed:
             raise fail(errno.EBADF, operation, self, "make a new one", what="the queue is closed")
         if not self.owner.powered:
             raise fail(errno.ENODEV, operation, self, "power_on() first", what="the device has no power")
@@ -288,17 +290,18 @@ class Queue:
     def placing(self, job: Job) -> Iterator[DmaFence]:
         """Queue a job; its fence. It begins when the block is left; left by an exception, it ends in its turn with ECANCELED.
 
-        Errors: as :meth:`check`; ENOSPC no fence left.
+        Errors: as :meth:`check`; ENOSPC no fence left; RuntimeError no thread can be started.
         """
         with self._order:
             job.epoch = self.owner.epoch  # before the look at the power: who loses it in between ends the job
             self.check(job.operation)
+            if self._thread is None:
+                thread = threading.Thread(target=self._serve, name=f"dmabuf-{self.name}", daemon=True)
+                thread.start()
+                self._thread = thread
             job.fence = (self._timeline if self.ordered else self._new_timeline()).fence()
             try:
                 self._jobs.append(job)
-                if self._thread is None:
-                    self._thread = threading.Thread(target=self._serve, name=f"dmabuf-{self.name}", daemon=True)
-                    self._thread.start()
                 yield job.fence
             except BaseException:
                 job.canceled = True
@@ -332,6 +335,7 @@ class Queue:
             if job is not None:
                 job.run()
             elif self.closed and not self._jobs:
+                self._served.set()
                 return
             else:
                 self.sleep(None)
@@ -366,6 +370,7 @@ class Queue:
         thread = self._thread
         self.ring()
         if thread is not None and thread is not threading.current_thread():
+            self._served.wait()  # not join(): up to Python 3.12, one that a signal breaks off takes the thread for ended
             thread.join()
             self._thread = None
         self._timeline.close()

@@ -40,13 +40,18 @@ def submit(
     one of the locks is held by this thread or task.
     """
     with lock_all(resvs):
-        prepare()
-        found: dict[DmaFence, None] = dict.fromkeys(wait)
-        for resv, write in resvs.items():
-            resv.reserve(1)
-            found.update(dict.fromkeys(resv.fences(Usage.rw(write) if implicit else Usage.KERNEL)))
-        job.dependencies = list(found)
-        # From here a signal handler that raises can't lose the job: it is in its queue, and ends there in its turn.
-        with queue.placing(job) as fence:
+        try:
+            prepare()
+            found: dict[DmaFence, None] = dict.fromkeys(wait)
             for resv, write in resvs.items():
-                resv.add(fence, (Usage.WRITE if write else Usage.READ) if implicit else Usage.BOOKKEEP)
+                resv.reserve(1)
+                found.update(dict.fromkeys(resv.fences(Usage.rw(write) if implicit else Usage.KERNEL)))
+            job.dependencies = list(found)
+            # From here a signal handler that raises can't lose the job: it is in its queue, and ends there in its turn.
+            with queue.placing(job) as fence:
+                for resv, write in resvs.items():
+                    resv.add(fence, (Usage.WRITE if write else Usage.READ) if implicit else Usage.BOOKKEEP)
+        except BaseException:
+            if not job.placed:
+                job.leave()  # before anybody can have the locks, and look for its fence
+            raise
