@@ -143,6 +143,10 @@ def test_whole_blocks_bypass_the_page_cache_where_the_file_system_takes_that(pla
         assert (stats.direct, stats.buffered) == (0, SIZE - 200)
     else:
         assert (stats.direct, stats.buffered) == (SIZE - 2 * BLOCK, 2 * BLOCK - 200)
+        file.write_bytes(b"x" * (3 * BLOCK + 100))
+        plain.submit_read(big, file).wait()
+        after = plain.statistics()
+        assert (after.direct - stats.direct, after.buffered - stats.buffered) == (3 * BLOCK, 100)
 
 
 def test_memory_and_file_aligned_differently_go_through_the_page_cache_and_it_is_said(plain: DiskDevice, big: DmaBuf, file: Path) -> None:

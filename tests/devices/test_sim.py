@@ -262,6 +262,18 @@ def test_jobs_of_two_engines_on_one_buffer_are_ordered_by_their_submission(engin
             assert i % 10 or crc.wait() == zlib.crc32(bytes([i]) * SIZE)
 
 
+def test_a_job_that_waits_holds_up_those_behind_it_in_its_queue(
+    queue: sim.EngineQueue, buf: DmaBuf, other_buf: DmaBuf, tl: Timeline
+) -> None:
+    gate = tl.fence()
+    first = queue.fill(buf, 1, wait=[gate])
+    second = queue.fill(other_buf, 2)
+    until_it_waits(queue)
+    assert not second.done
+    gate.signal()
+    assert (second.wait(), first.done) == (SIZE, True)
+
+
 def test_cpu_accesses_and_jobs_wait_for_each_other(queue: sim.EngineQueue, buf: DmaBuf) -> None:
     with buf.write() as view:
         job = queue.checksum(buf)
