@@ -47,7 +47,8 @@ static void ring_bells(Shm *s, uint64_t bells, uint64_t handle) {
     db_life *l = (db_life *)(s->base + OFF_LIVES) + i;
     if (!(bells >> (i & 63) & 1) || atomic_load(&l->state) != LIFE_ALIVE || !atomic_load(&l->served)) continue;
     if (me && i == LIFE_INDEX(me)) continue; /* callbacks of this process run in the signaller, below */
-    atomic_fetch_add(&l->bell, 1);
+    uint32_t b = atomic_load(&l->bell); /* [rings 10 | slot 22]: who was rung once since it looked need look at one slot only */
+    while (!atomic_compare_exchange_weak(&l->bell, &b, (b & ~(uint32_t)SLOT_MASK) + ((uint32_t)SLOT_MASK + 1) + H_SLOT(handle))) {}
     word_wake(&l->bell, INT32_MAX);
   }
   if (me && (bells >> (LIFE_INDEX(me) & 63) & 1) && s->on_local) {

@@ -69,7 +69,7 @@ typedef struct {
 typedef struct { /* 64 bytes */
   a32 state, gen, pid, chunk; /* chunk: life chunk + 1 */
   a64 start;                  /* start time of the process, clock ticks (proc(5)) */
-  a32 bell, served, cpu, uid; /* bell: futex of the dispatcher; served: it has one; cpu: last signalled from, + 1 */
+  a32 bell, served, cpu, uid; /* bell: futex of the dispatcher, [rings 10 | last slot 22]; served: it has one; cpu: last signalled from, + 1 */
   a64 joined;
   char comm[16];
 } db_life;

@@ -35,7 +35,8 @@ class Dispatcher:
         self.life = self.shm.life
         self._lock = threading.Lock()
         self._watched: dict[int, dict[int, Callable[[int], object]]] = {}
-        self._foreign: set[int] = set()
+        self._foreign: dict[int, int] = {}  # slot -> the handle watched there; a slot has one pending fence at a time
+        self._past: list[int] = []
         self._thread: threading.Thread | None = None
         self._running = True
         self._bell = lives.slot_offset(lives.index_of(self.life)) + _native.LIFE_BELL
@@ -53,15 +54,20 @@ class Dispatcher:
     def watch(self, handle: int, call: Callable[[int], object], *, foreign: bool) -> int | None:
         """Call ``call(handle)`` once when the fence is signalled; a token to take that back, None when it is signalled already."""
         token = next(_tokens)
+        idle = False
         with self._lock:
             self._watched.setdefault(handle, {})[token] = call
             if foreign:
-                self._foreign.add(handle)
+                idle = not self._foreign
+                before = self._foreign.setdefault(handle & _native.SLOT_MASK, handle)
+                if before != handle:  # its slot was used again: it has ended, whatever else happens
+                    self._past.append(before)
+                    self._foreign[handle & _native.SLOT_MASK] = handle
                 if self._thread is None and self._running:
                     self._start()
         if self.shm.fence_mark(handle, "bell", 1):
-            if foreign:
-                self._ring()  # it may sleep without a bound, watching nothing
+            if idle:
+                self._ring()  # watching nothing, it sleeps without a bound; while it watches anything it looks at every tick
             return token
         # Signalled before the bit: nobody will ring. If somebody ran it all the same, it was registered in time.
         return None if self.unwatch(handle, token) else token
@@ -74,14 +80,19 @@ class Dispatcher:
                 return False
             if not calls:
                 del self._watched[handle]
-                self._foreign.discard(handle)
+                self._forget(handle)
             return True
+
+    def _forget(self, handle: int) -> None:
+        """The lock is held: nobody watches it any more."""
+        if self._foreign.get(handle & _native.SLOT_MASK) == handle:
+            del self._foreign[handle & _native.SLOT_MASK]
 
     def run(self, handle: int) -> None:
         """The fence is signalled: run its callbacks in the order of registration."""
         with self._lock:
             calls = self._watched.pop(handle, None)
-            self._foreign.discard(handle)
+            self._forget(handle)
         before, _here.running = getattr(_here, "running", 0), 1
         for call in (calls or {}).values():
             try:
@@ -108,24 +119,32 @@ class Dispatcher:
         self._thread.start()
 
     def _ring(self) -> None:
-        self.shm.add32(self._bell, 1)
+        self.shm.add32(self._bell, _native.SLOT_MASK + 1)
         self.shm.wake(self._bell)
 
     def _serve(self) -> None:
         shm = self.shm
+        one, last, ticked = _native.SLOT_MASK + 1, 0, True
         while self._running and shm.life == self.life:
             seen = shm.load32(self._bell)
             with self._lock:
-                handles = list(self._foreign)
+                if not ticked and not self._past and (seen // one - last // one) % 1024 == 1:
+                    # Rung once: that slot, or none. A count that came round in between is caught at the next tick.
+                    hinted = self._foreign.get(seen % one)
+                    handles = [] if hinted is None else [hinted]
+                else:
+                    handles, self._past = [*self._foreign.values(), *self._past], []
             for handle in shm.fences_done(handles):
                 self.run(handle)
+            last, ticked = seen, False
             try:
-                if handles:
-                    shm.wait(self._bell, seen, None)
+                if self._foreign:
+                    ticked = shm.wait(self._bell, seen, None) != 0
                 else:
                     shm.idle(self._bell, seen)
             except Exception as e:  # a tick's error belongs to no wait of ours; the thread must go on
                 report(e, self._serve)
+                ticked = True
 
     def stop(self) -> None:
         """End the thread; what is still watched stays unserved."""
