@@ -1,4 +1,5 @@
-"""`make bench`: every figure beside its C limit, in one run. `ARGS='--quick'` leaves the large domains out; `--json` for programs.
+"""`make bench`: every figure beside its C limit, in one run. `ARGS='--quick'` leaves the large domains out, `--fences` all
+but the rows of fences; `--json` for programs.
 
 Whoever claims speed writes the row, with the machine and the command, into RESULTS.md.
 """
@@ -18,7 +19,7 @@ from typing import Any
 _DIRECTORY = tempfile.TemporaryDirectory(prefix="dmabuf-bench-", dir="/dev/shm")
 os.environ["DMABUF_DOMAIN"] = _DIRECTORY.name + "/domain"
 
-from bench import floor, measures  # noqa: E402
+from bench import awaits, floor, measures  # noqa: E402
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 REPEATS = 5
@@ -96,10 +97,11 @@ def _in(where: str, futex: Callable[[], float], scm: Callable[[], float], ping: 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="make bench")
     parser.add_argument("--quick", action="store_true", help="leave the domains with many buffers and fences out")
+    parser.add_argument("--fences", action="store_true", help="only the rows of fences in event loops, merged and in chains")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     try:
-        table = rows(given.quick)
+        table = awaits.rows(ratio) if given.fences else rows(given.quick) + awaits.rows(ratio)
         killed = measures.wake_after_kill()
     finally:
         floor.clean()
