@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import dmabuf
-from tools.kernel_headers import HEADERS, names
+from tools.kernel_headers import HEADERS, main, names
 from tools.kernel_names import NOT_YET, PAGE, Names, Place, page, problems, read_list, read_places
 
 HEADER = """
@@ -53,6 +53,17 @@ def test_a_header_gives_its_public_names_and_their_kinds() -> None:
         "thing.name": "field", "thing.other": "field", "thing.cbs": "field", "default_ops": "variable", "thing_go": "function",
         "thing_is_red": "function",
     }  # fmt: skip
+
+
+def test_headers_of_another_kernel_are_compared_by_name_and_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for header in HEADERS:
+        (tmp_path / header).write_text("")
+    (tmp_path / "sync_file.h").write_text("#define sync_file_create(fence) fence\nint sync_file_new(void);\n")
+    assert main([str(tmp_path)]) == 1
+    told = capsys.readouterr().out.splitlines()
+    assert "sync_file.h: sync_file_create: macro, listed as function" in told
+    assert "sync_file.h: sync_file_new: not in the list" in told
+    assert "dma-buf.h: dma_buf_get: not in the header" in told
 
 
 def test_the_list_has_every_header_and_only_public_names() -> None:
