@@ -7,6 +7,7 @@ import ast
 import errno
 import itertools
 import os
+import select
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from dmabuf import (
     DmaFenceArray,
     DmaFenceChain,
     DmaResv,
+    SyncFile,
     Timeline,
     Usage,
     WwAcquireContext,
@@ -38,11 +40,10 @@ TO, FROM = Direction.TO_DEVICE, Direction.FROM_DEVICE
 IN, OUT = 1, 4  # select.POLLIN, POLLOUT
 SYNC_READ, SYNC_WRITE, SYNC_RW, SYNC_END = 1, 2, 3, 4  # include/uapi/linux/dma-buf.h
 SIZE = 16384
+WRITE = pytest.mark.parametrize("write", [False, True], ids=["read", "write"])
 USAGES = pytest.mark.parametrize("usage", list(Usage), ids=lambda usage: usage.name)
 
 NOT_YET = {
-    "S04": "not yet: SyncFile",
-    "S11": "not yet: SyncFile",
     "S12": "not yet: SwSync timelines",
     "S13": "not yet: fences keep the earliest deadline; the ioctls of sync_file and sw_sync that tell it come with those",
     "S14": "not yet: heaps of the kernel",
@@ -97,6 +98,42 @@ def test_S03_a_buffer_is_renamed_while_attached_and_both_numbers_of_the_ioctl_ar
     att.detach()
     assert buf.name == "cam0"
     assert (table.DMA_BUF_SET_NAME_A.number, table.DMA_BUF_SET_NAME_B.number) == (0x40046201, 0x40086201)
+
+
+@WRITE
+def test_S04_an_exported_sync_file_is_what_an_access_waits_for(buf: DmaBuf, tl: Timeline, other_tl: Timeline, write: bool) -> None:
+    """IGT export-basic, export-before-signal, export-multiwait, export-wait-after-attach."""
+    fences = tl.fence(), other_tl.fence(), tl.fence()
+    with buf.export_sync_file(write) as idle:
+        add(buf.resv, fences[0], Usage.READ)
+        with buf.export_sync_file(write) as one:
+            assert one.is_signaled() is not write
+            add(buf.resv, fences[1], Usage.READ if write else Usage.WRITE)
+            with buf.export_sync_file(write) as two:
+                add(buf.resv, fences[2], Usage.READ)
+                assert (idle.is_signaled(), two.is_signaled()) == (True, False)
+                fences[0].signal()
+                assert (one.is_signaled(), two.is_signaled()) == (True, False)
+                fences[1].signal()
+                assert (two.is_signaled(), two.wait(0) > 0) == (True, True)
+    fences[2].signal()
+
+
+@WRITE
+@pytest.mark.parametrize("count", [1, 32])
+def test_S04_an_imported_sync_file_is_waited_for(buf: DmaBuf, write: bool, count: int) -> None:
+    """IGT import-basic, import-multiple-read-only, import-multiple-read-write."""
+    timelines = [Timeline(str(i)) for i in range(count)]
+    fences = [timeline.fence() for timeline in timelines]
+    for fence in fences:
+        with SyncFile(fence) as sf:
+            buf.import_sync_file(sf, write)
+    for fence in fences:
+        assert buf.poll(IN | OUT) == (0 if write else IN)
+        fence.signal()
+    assert buf.poll(IN | OUT) == IN | OUT
+    for timeline in timelines:
+        timeline.close()
 
 
 @USAGES
@@ -203,6 +240,31 @@ def test_S10_the_lock_is_a_ww_mutex_in_wait_die_mode() -> None:
         mine.lock(younger)
         mine.unlock()
         theirs.unlock()
+
+
+def test_S11_sync_files_are_polled_merged_and_described(tl: Timeline, other_tl: Timeline) -> None:
+    """The selftests fence_one_timeline_wait, fence_one_timeline_merge, fence_merge_same_fence and fence_multi_timeline_wait."""
+
+    def active(sf: SyncFile) -> int:
+        return sum(not one.status for one in sf.info().fences)
+
+    first, second, third, other = tl.fence(), tl.fence(), tl.fence(), other_tl.fence()
+    with SyncFile(first) as one, SyncFile(second) as two, SyncFile(third) as three, SyncFile(other) as elsewhere:
+        assert select.select([one], [], [], 0)[0] == []
+        with one.merge(two) as pair, pair.merge(three, "all") as whole, one.merge(one) as same, whole.merge(elsewhere) as both:
+            assert (active(whole), whole.info().name, active(same), active(both)) == (1, "all", 1, 2)
+            first.signal()
+            second.signal()
+            assert select.select([one, same, pair, whole], [], [], 0)[0] == [one, same, pair]
+            third.signal()
+            assert (whole.status, active(both), both.status) == (1, 1, 0)
+            other.set_error(-errno.EIO)
+            other.signal()
+            assert (active(both), both.status) == (0, -errno.EIO)  # that of the first member to fail
+            assert select.select([both, elsewhere], [], [], 0)[0] == [both, elsewhere]
+            assert elsewhere.info().status == -errno.EIO
+            with raises_errno(errno.ENOENT):
+                one.merge(-1)
 
 
 def test_S17_a_reservation_lock_in_a_signalling_section_is_told(tl: Timeline) -> None:

@@ -83,6 +83,8 @@ class SyncFile:
     """A fence as a descriptor. ``name``: shown by ``info()``, cut to 31 bytes; None or "" for ``driver-timeline<context>-<seqno>``.
 
     Errors: TypeError no fence; EINVAL a name with a NUL.
+
+    Kernel: sync_file (file as fileno, user_name as name, fence), sync_file_create, sync_file_get_name as name.
     """
 
     __slots__ = (
@@ -117,10 +119,10 @@ class SyncFile:
 
     @classmethod
     def from_fd(cls, fd: int, *, domain: Domain | None = None) -> Self:
-        """The sync file behind a descriptor that came as a plain number; the caller keeps the descriptor (sync_file_get_fence).
+        """The sync file behind a descriptor that came as a plain number; the caller keeps the descriptor.
 
         Errors: EBADF no open fd; EINVAL no sync file; EXDEV one of another domain, or of a private domain (send those with
-        ``dmabuf.send``); EMFILE.
+        ``dmabuf.send``); EMFILE. Kernel: sync_file_get_fence.
         """
         own = _duplicate(fd, "from_fd")
         try:
