@@ -5,7 +5,8 @@
 
 from typing import Any
 
-from tests.kernel.questions import asking, debugfs, env, file, heap, limits, mmap, name, poll, swsync, sync, syncfile, udmabuf, vgem
+from tests.kernel.questions import asking, debugfs, env, file, heap, limits, mmap, name, poll, raw, swsync, sync, syncfile, udmabuf, vgem
+from tests.kernel.questions.through import CALLS
 
 AREAS = {
     module.__name__.rsplit(".", 1)[1]: module.ask
@@ -13,6 +14,12 @@ AREAS = {
 }
 
 
-def ask(area: str) -> list[dict[str, Any]]:
-    """Ask one area's questions; its facts."""
-    return asking.run(area, AREAS[area])
+def ask(area: str, *, through: bool = False) -> list[dict[str, Any]]:
+    """Ask one area's questions; its facts. ``through``: by this library's uapi layer, where it offers the call."""
+
+    def questions() -> None:
+        if through:
+            raw.THROUGH.update(CALLS)
+        AREAS[area]()
+
+    return asking.run(area, questions)

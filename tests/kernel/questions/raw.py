@@ -2,6 +2,7 @@
 through libc's ioctl(2), so that bad pointers and exact errnos can be probed."""
 
 import ctypes
+import functools
 import os
 import struct
 
@@ -71,6 +72,21 @@ MFD_CLOEXEC, MFD_ALLOW_SEALING, MFD_HUGETLB = 1, 2, 4
 PAGE = 4096
 
 
+# The calls of somebody else, by the names of those here; they get the raw one first, for what they don't offer.
+THROUGH = {}
+
+
+def offered(raw):
+    """A call that somebody else may offer too."""
+
+    @functools.wraps(raw)
+    def call(*arguments, **options):
+        other = THROUGH.get(raw.__name__)
+        return raw(*arguments, **options) if other is None else other(raw, *arguments, **options)
+
+    return call
+
+
 def ck(r):
     if r == -1 or r == MAP_FAILED:
         e = ctypes.get_errno()
@@ -108,6 +124,7 @@ def memfd(size, seals=F_SEAL_SHRINK, flags=MFD_ALLOW_SEALING | MFD_CLOEXEC, name
     return fd
 
 
+@offered
 def udmabuf(memfd_, off=0, size=PAGE, flags=1, dev=None):
     d = dev if dev is not None else os.open("/dev/udmabuf", os.O_RDWR)
     try:
@@ -117,6 +134,7 @@ def udmabuf(memfd_, off=0, size=PAGE, flags=1, dev=None):
             os.close(d)
 
 
+@offered
 def udmabuf_list(items, flags=1, count=None, dev=None, pad=0):
     d = dev if dev is not None else os.open("/dev/udmabuf", os.O_RDWR)
     try:
@@ -130,6 +148,7 @@ def udmabuf_list(items, flags=1, count=None, dev=None, pad=0):
             os.close(d)
 
 
+@offered
 def heap_alloc(length, fd_flags=os.O_RDWR | os.O_CLOEXEC, heap_flags=0, fd=0, heap="system", dev=None, req=DMA_HEAP_IOCTL_ALLOC):
     d = dev if dev is not None else os.open("/dev/dma_heap/" + heap, os.O_RDONLY)
     try:
@@ -139,6 +158,7 @@ def heap_alloc(length, fd_flags=os.O_RDWR | os.O_CLOEXEC, heap_flags=0, fd=0, he
             os.close(d)
 
 
+@offered
 def drm_driver(fd):
     name = ctypes.create_string_buffer(32)
     raw = struct.pack("iiiiQQQQQQ", 0, 0, 0, 0, 31, ctypes.addressof(name), 0, 0, 0, 0)
@@ -158,15 +178,18 @@ def open_drm(want):
     return None
 
 
+@offered
 def create_dumb(fd, w=64, h=64, bpp=32):
     _r, v = ioctl(fd, DRM_IOCTL_MODE_CREATE_DUMB, "IIIIIIQ", h, w, bpp, 0, 0, 0, 0)
     return v[4], v[6]
 
 
+@offered
 def prime_export(fd, handle, flags=DRM_CLOEXEC | DRM_RDWR):
     return ioctl(fd, DRM_IOCTL_PRIME_HANDLE_TO_FD, "IIi", handle, flags, -1)[1][2]
 
 
+@offered
 def prime_import(fd, dfd, flags=0):
     return ioctl(fd, DRM_IOCTL_PRIME_FD_TO_HANDLE, "IIi", 0, flags, dfd)[1][0]
 
@@ -175,27 +198,33 @@ def gem_close(fd, handle):
     return ioctl(fd, DRM_IOCTL_GEM_CLOSE, "II", handle, 0)[0]
 
 
+@offered
 def vgem_attach(fd, handle, write=False, flags=None, pad=0):
     return ioctl(fd, DRM_IOCTL_VGEM_FENCE_ATTACH, "IIII", handle, flags if flags is not None else int(write), 0, pad)[1][2]
 
 
+@offered
 def vgem_signal(fd, fence, flags=0):
     return ioctl(fd, DRM_IOCTL_VGEM_FENCE_SIGNAL, "II", fence, flags)[0]
 
 
+@offered
 def sync(fd, flags):
     return ioctl(fd, DMA_BUF_IOCTL_SYNC, "Q", flags)[0]
 
 
+@offered
 def set_name(fd, name, req=DMA_BUF_SET_NAME_B):
     b = ctypes.create_string_buffer(name)
     return ioctl_raw(fd, req, ctypes.addressof(b))
 
 
+@offered
 def export_sync_file(fd, flags):
     return ioctl(fd, DMA_BUF_IOCTL_EXPORT_SYNC_FILE, "Ii", flags, -1)[1][1]
 
 
+@offered
 def import_sync_file(fd, flags, sfd):
     return ioctl(fd, DMA_BUF_IOCTL_IMPORT_SYNC_FILE, "Ii", flags, sfd)[0]
 
@@ -204,6 +233,7 @@ def cstr(b):
     return b.split(b"\0")[0].decode(errors="backslashreplace")
 
 
+@offered
 def file_info(fd, n=None, flags=0, pad=0, ptr=None):
     """SYNC_IOC_FILE_INFO; n None: ask the count first, as libsync does"""
     if n is None:
@@ -223,6 +253,7 @@ def file_info(fd, n=None, flags=0, pad=0, ptr=None):
     return {"ret": r, "name": cstr(name), "status": status, "flags": fl, "num_fences": num, "pad": pd, "fences": fences}
 
 
+@offered
 def merge(fd, fd2, name=b"merged", flags=0, pad=0):
     return ioctl(fd, SYNC_IOC_MERGE, "32siiII", name, fd2, -1, flags, pad)[1][2]
 
@@ -230,13 +261,16 @@ def merge(fd, fd2, name=b"merged", flags=0, pad=0):
 SW_SYNC = "/sys/kernel/debug/sync/sw_sync"
 
 
+@offered
 def sw_sync():
     return os.open(SW_SYNC, os.O_RDWR | os.O_CLOEXEC)
 
 
+@offered
 def sw_fence(tl, value, name=b"fence"):
     return ioctl(tl, SW_SYNC_IOC_CREATE_FENCE, "I32si", value, name, -1)[1][2]
 
 
+@offered
 def sw_inc(tl, n=1):
     return ioctl(tl, SW_SYNC_IOC_INC, "I", n)[0]
