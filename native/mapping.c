@@ -7,8 +7,10 @@
  *   - It exports its bytes through the buffer protocol and counts the exports.
  *   - close() is refused with BufferError while an export or a window is open,
  *     because unmapping under a live view turns the next touch into SIGSEGV.
- *   - Once closed, every use but close(), closed, exports, windows and repr is
- *     ValueError, as with any closed Python file.
+ *   - Once closed, every use but close(), closed, exports, windows, dev, ino,
+ *     offset and repr is ValueError, as with any closed Python file.
+ *   - It remembers which bytes of which inode it shows, and calls on_close()
+ *     once, after the memory is unmapped, however that comes about.
  *
  * Everything here runs under the GIL; it is let go only around the system calls
  * that take long, when the object already (or still) shows its final state.
@@ -37,6 +39,9 @@ typedef struct {
     Py_ssize_t windows;
     bool writable;
     Py_ssize_t lead; /* mapped in front of base, and not shown */
+    unsigned long long dev, ino; /* of the file, as fstat(2) said */
+    long long offset;
+    PyObject *on_close; /* owned; NULL: none, or already called */
     PyObject *weakrefs;
 } Mapping;
 
@@ -76,13 +81,14 @@ is_open(const Mapping *self)
 /* A memfd accepts a mapping beyond its end and answers the touch with SIGBUS;
  * a real dma-buf checks by itself (spec 2.17) and isn't a regular file. */
 static bool
-within_file(int fd, Py_ssize_t length, long long offset, long page)
+within_file(int fd, Py_ssize_t length, long long offset, long page, struct stat *found)
 {
     struct stat status;
     if (fstat(fd, &status) != 0) {
         os_error(errno, "mmap: fd %d: %s", fd, strerror(errno));
         return false;
     }
+    *found = status;
     if (!S_ISREG(status.st_mode))
         return true;
     unsigned long long end = (unsigned long long)offset + (unsigned long long)length;
@@ -99,12 +105,14 @@ within_file(int fd, Py_ssize_t length, long long offset, long page)
 static PyObject *
 mapping_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"fd", "length", "offset", "writable", "from_start", NULL};
+    static char *names[] = {"fd", "length", "offset", "writable", "from_start", "on_close", NULL};
     int fd, writable = 1, from_start = 0;
     Py_ssize_t length;
     long long offset = 0;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "in|$Lpp:Mapping", names,
-                                     &fd, &length, &offset, &writable, &from_start))
+    PyObject *on_close = Py_None;
+    struct stat status;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "in|$LppO:Mapping", names,
+                                     &fd, &length, &offset, &writable, &from_start, &on_close))
         return NULL;
     long page = sysconf(_SC_PAGESIZE);
     if (length <= 0) {
@@ -116,7 +124,7 @@ mapping_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
                  fd, offset, page);
         return NULL;
     }
-    if (!within_file(fd, length, offset, page))
+    if (!within_file(fd, length, offset, page, &status))
         return NULL;
 
     Mapping *self = (Mapping *)type->tp_alloc(type, 0);
@@ -145,6 +153,11 @@ mapping_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     self->length = length;
     self->lead = lead;
     self->writable = writable != 0;
+    self->dev = (unsigned long long)status.st_dev;
+    self->ino = (unsigned long long)status.st_ino;
+    self->offset = offset;
+    if (on_close != Py_None)
+        self->on_close = Py_NewRef(on_close);
     return (PyObject *)self;
 }
 
@@ -160,17 +173,31 @@ mapping_unmap(Mapping *self)
     self->base = NULL;
     if (length < LONG_UNMAP) {
         munmap(base, length);
-        return;
+    } else {
+        Py_BEGIN_ALLOW_THREADS
+        munmap(base, length);
+        Py_END_ALLOW_THREADS
     }
-    Py_BEGIN_ALLOW_THREADS
-    munmap(base, length);
-    Py_END_ALLOW_THREADS
+    PyObject *call = self->on_close;
+    if (call == NULL)
+        return;
+    /* It may come from the garbage collector, in the middle of somebody's error. */
+    self->on_close = NULL;
+    PyObject *type, *value, *traceback;
+    PyErr_Fetch(&type, &value, &traceback);
+    PyObject *answer = PyObject_CallNoArgs(call);
+    if (answer == NULL)
+        PyErr_WriteUnraisable(call);
+    Py_XDECREF(answer);
+    Py_DECREF(call);
+    PyErr_Restore(type, value, traceback);
 }
 
 static int
 mapping_traverse(PyObject *self, visitproc visit, void *arg)
 {
     Py_VISIT(Py_TYPE(self));
+    Py_VISIT(((Mapping *)self)->on_close);
     return 0;
 }
 
@@ -183,6 +210,7 @@ mapping_dealloc(PyObject *op)
     if (self->weakrefs != NULL)
         PyObject_ClearWeakRefs(op);
     mapping_unmap(self); /* exports and windows own references: none is left */
+    Py_CLEAR(self->on_close); /* of a mapping that never was */
     type->tp_free(op);
     Py_DECREF(type);
 }
@@ -391,17 +419,37 @@ mapping_get_address(PyObject *op, void *Py_UNUSED(closure))
 }
 
 static PyObject *
+mapping_get_dev(PyObject *op, void *Py_UNUSED(closure))
+{
+    return PyLong_FromUnsignedLongLong(((Mapping *)op)->dev);
+}
+
+static PyObject *
+mapping_get_ino(PyObject *op, void *Py_UNUSED(closure))
+{
+    return PyLong_FromUnsignedLongLong(((Mapping *)op)->ino);
+}
+
+static PyObject *
+mapping_get_offset(PyObject *op, void *Py_UNUSED(closure))
+{
+    return PyLong_FromLongLong(((Mapping *)op)->offset);
+}
+
+static PyObject *
 mapping_get_closed(PyObject *op, void *Py_UNUSED(closure))
 {
     return PyBool_FromLong(((Mapping *)op)->base == NULL);
 }
 
 PyDoc_STRVAR(mapping_doc,
-"Mapping(fd, length, *, offset=0, writable=True, from_start=False)\n--\n\n"
+"Mapping(fd, length, *, offset=0, writable=True, from_start=False, on_close=None)\n--\n\n"
 "A shared memory mapping of a file descriptor that others own.\n\n"
 "The fd is neither duplicated nor kept. Exports its bytes as a flat buffer.\n"
 "length, offset: bytes; offset is a multiple of the page size. from_start: map\n"
-"from the start of the file, and show the part only.\n"
+"from the start of the file, and show the part only. on_close: called once when\n"
+"the memory is unmapped, by close() or by the garbage collector, which may come\n"
+"anywhere: it must not wait.\n"
 "Raises OSError: EINVAL for a length <= 0, an offset that is negative or not a\n"
 "multiple of the page size, or a range beyond the end of a regular file; else what\n"
 "mmap(2) answers (EACCES, EBADF, ENODEV, ENOMEM).\n"
@@ -422,6 +470,9 @@ static PyGetSetDef mapping_getset[] = {
     {"writable", mapping_get_writable, NULL, PyDoc_STR("Whether the bytes may be written."), NULL},
     {"address", mapping_get_address, NULL, PyDoc_STR("Where this process sees the memory."), NULL},
     {"closed", mapping_get_closed, NULL, PyDoc_STR("Whether close() was done."), NULL},
+    {"dev", mapping_get_dev, NULL, PyDoc_STR("st_dev of the file."), NULL},
+    {"ino", mapping_get_ino, NULL, PyDoc_STR("st_ino of the file."), NULL},
+    {"offset", mapping_get_offset, NULL, PyDoc_STR("Where in the file the bytes begin."), NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };
 

@@ -280,7 +280,8 @@ extern PyMethodDef resv_methods[];
   X(rec_dying) X(rec_unlinked) X(rec_cleared) X(rec_freed) \
   X(chunk_allocated) X(chunk_typed) X(chunk_published) X(chunk_owned) \
   X(fence_filled) X(fence_published) X(fence_error) X(fence_stamped) X(fence_signaled) X(fence_woken) X(fence_rung) \
-  X(resv_locked) X(resv_next) X(resv_waiting) X(resv_stolen) X(resv_unlocked) X(resv_added) X(resv_copied) X(resv_cut) X(block_taken) X(block_linked) \
+  X(resv_locked) X(resv_next) X(resv_waiting) X(resv_stolen) X(resv_passed) X(resv_unlocked) X(resv_added) X(resv_copied) X(resv_cut) \
+  X(block_taken) X(block_linked) \
   X(access_fence) X(access_added) X(access_granted) X(access_torn) X(access_whole) X(access_ended) \
   X(name_written) X(name_switched) X(reap_torn) X(reap_fence) X(reap_ctx) X(reap_chunk) X(table_stolen) X(table_rebuilt)
 enum {

@@ -120,6 +120,23 @@ static PyObject *resv_unlock(Shm *s, PyObject *args) { /* (rec, ctx) -> it was o
   if (!r) return NULL;
   return PyBool_FromLong(my_life(s) && give(r, me));
 }
+/* One compare-and-swap hands a held lock from one context to another, so at every instant it has a living owner, or one whose death frees
+ * it. Who sleeps looks again: the new owner may be older or younger than the last. */
+static PyObject *resv_pass(Shm *s, PyObject *args) { /* (rec, holder, ctx) -> holder held it, and now ctx does */
+  unsigned rec;
+  unsigned long long from, to;
+  if (!PyArg_ParseTuple(args, "IKK", &rec, &from, &to)) return NULL;
+  db_resv *r = resv_of(s, rec);
+  if (!r) return NULL;
+  if (!from || !ctx_alive(s, to) || !my_life(s)) Py_RETURN_FALSE;
+  uint64_t w = atomic_load(&r->lock);
+  do {
+    if ((w & ~CTX_WAITERS) != (from & ~CTX_WAITERS)) Py_RETURN_FALSE;
+  } while (!atomic_compare_exchange_strong(&r->lock, &w, to | (w & CTX_WAITERS)));
+  STEP(resv_passed);
+  if (w & CTX_WAITERS) word_wake(lock_futex(r), INT32_MAX);
+  Py_RETURN_TRUE;
+}
 static PyObject *resv_owner(Shm *s, PyObject *arg) { /* the living owner's ctx word, 0: unlocked */
   unsigned long rec = PyLong_AsUnsignedLong(arg);
   if (rec == (unsigned long)-1 && PyErr_Occurred()) return NULL;
@@ -463,6 +480,7 @@ static PyObject *resv_replace(Shm *s, PyObject *args) { /* (rec, context, handle
 PyMethodDef resv_methods[] = {
 #define M(n, flags, doc) {#n, (PyCFunction)n, flags, doc}
     M(resv_lock, METH_VARARGS, "Lock (rec, ctx, acquired, interruptible, try, until) -> 0, 1 from a dead owner, or -errno."),
+    M(resv_pass, METH_VARARGS, "Hand the lock of (rec) from (holder) to (ctx) -> it was the holder's."),
     M(resv_unlock, METH_VARARGS, "Unlock (rec, ctx) -> it was ours."), M(resv_owner, METH_O, "The living owner's context word, or 0."),
     M(resv_entries, METH_VARARGS, "Entries (rec, usage, pending_only) -> [(handle, usage)]."),
     M(resv_pending, METH_VARARGS, "Pending handles (rec, usage, but)."), M(resv_busy, METH_VARARGS, "A pending handle (rec, usage), or 0."),

@@ -31,7 +31,9 @@ from dmabuf.heaps.recommended import allocate, heaps
 from dmabuf.heaps.spill import SpillHeap
 from dmabuf.observe.bufinfo import bufinfo
 from dmabuf.observe.records import buffers
+from dmabuf.sharing import live as _live  # noqa: F401  (buffers of other processes' exporters)
 from dmabuf.sharing import pickling as _pickling  # noqa: F401  (multiprocessing learns of our types)
+from dmabuf.sharing import serving as _serving  # noqa: F401  (and ours for them)
 from dmabuf.sharing.opening import open
 from dmabuf.sharing.passing import recv, send
 from dmabuf.sharing.remote import RemoteTimeline

@@ -87,6 +87,7 @@ __all__ = [
     "errno_name",
     "fail",
     "missing_extra",
+    "rebuilt",
 ]
 
 
@@ -264,9 +265,13 @@ def fail(errno_value: int, operation: str, obj: object, remedy: str | None = Non
     message = f"{operation}: {obj}: {what or os.strerror(errno_value)} ({errno_name(errno_value)})"
     if remedy:
         message += f"; {remedy}"
+    return rebuilt(errno_value, message, operation, remedy)
+
+
+def rebuilt(errno_value: int, message: str, operation: str | None, remedy: str | None) -> DmaBufError:
+    """The error that :func:`fail` made in another process, from its parts."""
     error = _CLASSES.get(errno_value, DmaBufError)(errno_value, message)
-    error.operation = operation
-    error.remedy = remedy
+    error.operation, error.remedy = operation, remedy
     return error
 
 

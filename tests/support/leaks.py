@@ -40,9 +40,12 @@ def warm_up() -> None:
     multiprocessing.forkserver.ensure_running()
     if _default_domain() is not None:
         import dmabuf
+        from dmabuf.sharing.service import serve
 
         # The first buffer to go opens what the process watches such ends with.
         dmabuf.allocate(1).close()
+        # And the first exported one starts what answers other processes, until the process ends.
+        serve(dmabuf.Domain.default())
 
 
 def settle() -> None:

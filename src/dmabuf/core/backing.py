@@ -23,7 +23,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from dmabuf import _native
 from dmabuf.core import debug, residence
@@ -229,30 +229,17 @@ def devices_of(domain: Domain, dev: int, ino: int) -> list[str]:
     return [attachment.dev.name for attachment in list(found.attachments)] if found is not None else []
 
 
-class Elsewhere(Backing):
-    """The exporter is another process, or was."""
-
-    def __init__(self, record: Record) -> None:
-        super().__init__(_MEMFD, _MEMFD_OPS, record, False)
-
-    def here(self, operation: str) -> None:
-        _away(self.record, operation)
-
-    def leaving(self) -> None:
-        """Nothing to remember."""
-
-    def departed(self, quiet: bool) -> None:
-        """Nothing of ours ends with a handle."""
+def _nothing(domain: Domain) -> None:
+    """Nobody answers calls from other processes."""
 
 
-def _away(record: Record, operation: str) -> NoReturn:
-    raise fail(
-        errno.ENODEV,
-        operation,
-        f"buffer ino {record.ino}",
-        "do it in the process that exported the buffer; name, poll and fences work here",
-        what="its exporter lives in another process, and calls are not carried there yet",
-    )
+def _unreachable(record: Record, life: int, in_file: bool) -> Backing:
+    raise fail(errno.ENODEV, "get", f"buffer ino {record.ino}", "import dmabuf", what="calls to other processes need dmabuf.sharing")
+
+
+# Set by sharing: the driver side of a buffer whose exporter is the process with that life, and in whose own file its memory is or not; what starts answering calls from others.
+elsewhere: Callable[[Record, int, bool], Backing] = _unreachable
+serve: Callable[[Domain], object] = _nothing
 
 
 class Exported(Backing):
@@ -279,8 +266,14 @@ class Exported(Backing):
         self._mappings: weakref.WeakSet[_native.Mapping] = weakref.WeakSet()
 
     def here(self, operation: str) -> None:
-        if self.life != self.record.shm.life:
-            _away(self.record, operation)
+        if self.life != self.record.shm.life:  # of an attachment from before a fork, or after a fork that Python didn't see
+            raise fail(
+                errno.ENODEV,
+                operation,
+                f"buffer ino {self.record.ino}",
+                "attach again; what a forked child inherits is the parent's",
+                what="its exporter lives in the parent process",
+            )
 
     def keep(self, mapping: _native.Mapping) -> None:
         self._mappings.add(mapping)
@@ -433,6 +426,17 @@ class Exports:
         self.live.clear()
 
 
+def _after_fork() -> None:
+    """In the child the exporter is elsewhere: in the parent."""
+    for domain in list(_DOMAINS):
+        exports: Exports | None = domain.local.get("exports")
+        for exported in list(exports.live.values()) if exports is not None else ():
+            exported.record.live = elsewhere(exported.record, exported.life, exported.in_file)
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
 def exports_of(domain: Domain) -> Exports:
     """The exports of this process in a domain."""
     found: Exports | None = domain.local.get("exports")
@@ -491,6 +495,7 @@ def make(
             shm.rec_set(record.index, "resv", resv._record.ensure() + 1)
             record.shared["resv"] = weakref.ref(resv)
         exported = Exported(exporter, ops, record, cache, buf.resv, owner, private, prepare is not None)
+        serve(domain)
         exports_of(domain).add(exported)
         record.live = exported
     except BaseException:

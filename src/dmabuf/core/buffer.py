@@ -27,10 +27,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from dmabuf import _native
-from dmabuf.core import debug, residence
+from dmabuf.core import backing, debug, residence
 from dmabuf.core import poll as polling
 from dmabuf.core.access import Access
-from dmabuf.core.backing import LIVE, Elsewhere, Exported, backing_of
+from dmabuf.core.backing import LIVE, Exported, backing_of
 from dmabuf.core.fence import monotonic_deadline
 from dmabuf.core.identity import described, identify, is_kernel_home, take_lease
 from dmabuf.core.iosys_map import IosysMap
@@ -113,8 +113,7 @@ class DmaBuf:
         buf._life = record.shm.life
         if record.live is None and record.home != MEMFD and record.kind == KIND_BUFFER:
             if record.home == LIVE:
-                record.live = Elsewhere(record)
-                record.live.in_file = residence.in_file(buf._fd)
+                record.live = backing.elsewhere(record, record.info()["life"], residence.in_file(buf._fd))
             elif is_kernel_home(record.home):
                 record.live = KernelBacking(record)
                 record.last = record.live.last

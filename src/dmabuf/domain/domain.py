@@ -50,6 +50,7 @@ class Domain:
         self.tick_hooks: list[Callable[[int, int], None]] = []
         self.sweep_hooks: list[Callable[[], None]] = []
         self.reset_hooks: list[Callable[[], None]] = []
+        self.leave_hooks: list[Callable[[], None]] = []
         self._free_ctx: list[int] = []
         self._free_timelines: list[int] = []
         self._unrung: list[Callable[[], bool]] = []  # what rings sync files that could not be rung yet
@@ -196,10 +197,14 @@ class Domain:
             life, self._life = self._life, None
             if life is None or self.shm.life != life.id:
                 return
+            for hook in self.leave_hooks:
+                hook()
             if self.path is None:
                 life.leave()
                 return
             with place.door(self.shm.fd):
+                if self.leave_hooks:
+                    self._ended(life.id)
                 self.tidy()
                 life.leave()
                 if not place.inhabited(self.shm.fd):
@@ -215,6 +220,17 @@ class Domain:
                     finally:
                         os.close(directory)
 
+    def _ended(self, life: int) -> None:
+        """Remove the socket of a life that is over, if it had one."""
+        if self.path is None:
+            return  # its name went with its process
+        with contextlib.suppress(OSError):  # the directory is gone, or not ours any more
+            directory = place.open_directory(self.path, make=False)
+            try:
+                os.unlink(place.socket_name(life), dir_fd=directory)
+            finally:
+                os.close(directory)
+
     def __del__(self) -> None:
         # Nobody has anything of it any more: a private domain's memory goes, a directory's domain has one process less.
         if getattr(self, "_life", None) is not None and not sys.is_finalizing():
@@ -228,7 +244,7 @@ class Domain:
         with contextlib.suppress(OSError):  # the wait is not to blame; the next tick, or another process, tries again
             if kind == _native.TICK_CHECK:  # value: a life that is about to be yielded to
                 index = lives.index_of(value)
-                if value != self.shm.life and not lives.breathes(self.shm.fd, index) and lives.reap(self.shm, index):
+                if value != self.shm.life and not lives.breathes(self.shm.fd, index) and lives.reap(self.shm, index, self._ended):
                     self._ring_all()
                 return
             self.sweep_if_due()
@@ -250,7 +266,7 @@ class Domain:
         """Reap every life whose process is gone; returns how many."""
         shm = self.shm
         mine = lives.index_of(shm.life) if shm.life else -1
-        count = sum(lives.reap(shm, i) for i in lives.alive_slots(shm) if i != mine and not lives.breathes(shm.fd, i))
+        count = sum(lives.reap(shm, i, self._ended) for i in lives.alive_slots(shm) if i != mine and not lives.breathes(shm.fd, i))
         if count:
             self._ring_all()
         return count

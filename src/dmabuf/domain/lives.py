@@ -15,6 +15,7 @@ import fcntl
 import os
 import threading
 import time
+from collections.abc import Callable
 
 from dmabuf import _native
 from dmabuf._native import Shm
@@ -129,8 +130,8 @@ class Life:
             _native.drop_page(self._page)
 
 
-def reap(shm: Shm, index: int) -> bool:
-    """End a dead life if nobody else is doing so; False when it lives or is being reaped."""
+def reap(shm: Shm, index: int, ended: Callable[[int], None]) -> bool:
+    """End a dead life if nobody else is doing so; False when it lives or is being reaped. ``ended``: removes what it left outside."""
     with FORK_GUARD:
         own = _spare(shm.fd)
         try:
@@ -140,7 +141,10 @@ def reap(shm: Shm, index: int) -> bool:
             at = slot_offset(index)
             if shm.load32(at + _native.LIFE_STATE) != _native.LIFE_ALIVE:
                 return False  # another reaper was here before us
-            _end(shm, index, life_id(index, shm.load32(at + _native.LIFE_GEN)))
+            life = life_id(index, shm.load32(at + _native.LIFE_GEN))
+            ended(life)  # before CLEAN: a reaper that dies in the middle is followed by another
+            _native.step("reap_outside")
+            _end(shm, index, life)
             return True
         finally:
             ofd_lock(own, fcntl.F_UNLCK, LIFE_BYTE + index)  # not just closed: a raw fork may have shared the description

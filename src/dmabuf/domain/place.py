@@ -8,6 +8,9 @@ Whoever opens, leaves or empties a domain holds a write lock on one byte of the 
 overlap; the kernel frees it if the holder dies. A domain in which no life's byte is locked has no living process: the next opener
 replaces its file by a fresh one of the same id (a rename, so that a forked child which still maps the old file keeps it), and a file
 that makes no sense is renamed to ``….corrupt``, of which at most one is kept.
+
+A process that answers requests of others has a socket in the directory while it lives (sharing/service.py). It unlinks it as it leaves;
+who reaps a dead one unlinks the dead one's.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from dmabuf.domain import sync_files
 from dmabuf.errors import fail
 
 FILE = f"domain-{_native.VERSION}"
+SOCKET = "live-"  # and the life's id, 8 hexadecimal digits: where that process answers requests
 OFD_GETLK, OFD_SETLK, OFD_SETLKW = 36, 37, 38  # fcntl(2); Python 3.11 has no names for them
 LIFE_BYTE = 1 << 40  # byte of the first life's lock, far behind any data
 DOOR_BYTE = 1 << 41
@@ -176,9 +180,20 @@ def inhabited(fd: int) -> bool:
     return ofd_locked(fd, LIFE_BYTE, _native.LIVES)
 
 
+def socket_name(life: int) -> str:
+    """The name in the domain's directory of the socket of a life."""
+    return f"{SOCKET}{life:08x}"
+
+
 def replace_file(directory: int, identity: bytes) -> None:
-    """Put a fresh, empty file of that identity in the place of the domain's file. The door is held."""
-    sync_files.end_all(directory)  # first: a fresh file looks as if there were nothing left to do
+    """Put a fresh, empty file of that identity in the place of the domain's file. The door is held, and nobody lives there.
+
+    What the dead left beside it goes first, because a fresh file looks as if there were nothing left to do.
+    """
+    sync_files.end_all(directory)
+    for name in os.listdir(directory):
+        if name.startswith(SOCKET):
+            os.unlink(name, dir_fd=directory)
     try:
         _replace_file(directory, identity)
     except OSError as e:
