@@ -1,8 +1,8 @@
 """What stands behind a buffer in this process: its exporter's ops, its attachments, its vmap count, and its end (spec 1.2, 2.6).
 
 ``Plain`` backs a buffer of the memfd heap, whose memory every process can map; it is made when somebody attaches or vmaps. ``Exported``
-backs what :func:`dmabuf.export` made: it is ``record.live``, the one attribute that the paths of access look at. ``Elsewhere`` stands in
-its place where the exporter is another process: whatever needs the exporter is ENODEV.
+backs what :func:`dmabuf.export` made: it is ``record.live``, the one attribute that the paths of access look at. Where the exporter is
+another process, something stands in its place that carries the calls there: it comes from above (:data:`elsewhere`).
 
 *The end of an exported buffer.* The descriptors that travel carry a read lock, the lease. An exported buffer keeps a description of its
 own, without one, and tries to take the write lock through it: success proves that nobody holds the buffer, in flight or mapped, and no
@@ -237,7 +237,8 @@ def _unreachable(record: Record, life: int, in_file: bool) -> Backing:
     raise fail(errno.ENODEV, "get", f"buffer ino {record.ino}", "import dmabuf", what="calls to other processes need dmabuf.sharing")
 
 
-# Set by sharing: the driver side of a buffer whose exporter is the process with that life, and in whose own file its memory is or not; what starts answering calls from others.
+# Set by sharing: makes the driver side of a buffer whose exporter is the process with that life (the flag: ``Backing.in_file``); and starts
+# to answer calls of other processes.
 elsewhere: Callable[[Record, int, bool], Backing] = _unreachable
 serve: Callable[[Domain], object] = _nothing
 
