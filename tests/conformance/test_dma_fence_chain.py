@@ -3,14 +3,18 @@
 import contextlib
 import errno
 import gc
+import math
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 import dmabuf
 from dmabuf import ContractWarning, DmaFenceArray, DmaFenceChain, Timeline
+from tests.support.children import Spawn
 from tests.support.errnos import raises_errno
+from tests.support.lines import Here, There
 from tests.support.waiting import Background
 
 POINTS = 64
@@ -20,27 +24,35 @@ LONG_CHAIN = 4096
 class Chain:
     """A chain as the kernel's tests make it: point i has seqno ``step * (i + 1)`` and contains fence i."""
 
-    def __init__(self, tl: Timeline, count: int, step: int = 1) -> None:
-        self.fences = [tl.fence() for _ in range(count)]
+    def __init__(self, line: Here | Timeline, count: int, step: int = 1) -> None:
+        self.fences = line.make(count) if isinstance(line, Here) else [line.fence() for _ in range(count)]
         self.points: list[DmaFenceChain] = []
         for i, fence in enumerate(self.fences):
             self.points.append(DmaFenceChain(self.points[-1] if i else None, fence, step * (i + 1)))
         self.tail = self.points[-1]
 
 
+@pytest.fixture(params=["here", "there"])
+def line(request: pytest.FixtureRequest, child: Spawn) -> Iterator[Here]:
+    """Where the fences of a chain come from: this process, or another."""
+    made = Here() if request.param == "here" else There(child)
+    yield made
+    made.end()
+
+
 # -- spec 7.2, by name
 
 
-def test_sanitycheck(tl: Timeline) -> None:
-    fence = tl.fence()
-    chain = DmaFenceChain(None, fence, 1)
+def test_sanitycheck(line: Here) -> None:
+    chain = DmaFenceChain(None, line.make(1)[0], 1)
     chain.enable_signaling()
-    fence.signal()
+    line.signal(0)
+    assert chain.wait() == math.inf
     assert chain.status == 1
 
 
-def test_find_seqno(tl: Timeline) -> None:
-    chain = Chain(tl, POINTS)
+def test_find_seqno(line: Here) -> None:
+    chain = Chain(line, POINTS)
     assert chain.tail.find_seqno(0) is chain.tail
     for i in range(POINTS):
         assert chain.tail.find_seqno(i + 1) is chain.points[i]
@@ -49,35 +61,32 @@ def test_find_seqno(tl: Timeline) -> None:
             chain.points[i].find_seqno(i + 2)
         if i:
             assert chain.points[i].find_seqno(i) is chain.points[i - 1]
-    tl.close()
 
 
-def test_find_signaled(tl: Timeline) -> None:
-    chain = Chain(tl, 2)
-    chain.fences[0].signal()
+def test_find_signaled(line: Here) -> None:
+    chain = Chain(line, 2)
+    line.signal(0)
     assert chain.tail.find_seqno(1) in (None, chain.points[0])
-    chain.fences[1].signal()
+    line.signal(1)
 
 
-def test_find_out_of_order(tl: Timeline) -> None:
-    chain = Chain(tl, 3)
-    chain.fences[1].signal()
+def test_find_out_of_order(line: Here) -> None:
+    chain = Chain(line, 3)
+    line.signal(1)
     assert chain.tail.find_seqno(2) is chain.points[0]
-    tl.close()
 
 
-def test_find_gap(tl: Timeline) -> None:
-    chain = Chain(tl, POINTS, step=2)
+def test_find_gap(line: Here) -> None:
+    chain = Chain(line, POINTS, step=2)
     for i in range(POINTS):
         assert chain.tail.find_seqno(2 * i + 1) is chain.points[i]
         assert chain.points[i].find_seqno(2 * i + 2) is chain.points[i]
-    tl.close()
 
 
-def test_find_race(tl: Timeline) -> None:
+def test_find_race(line: Here) -> None:
     """Threads look for points while others signal: a look never fails, and a point finds itself."""
     count, rounds = 512, 1500
-    chain = Chain(tl, count)
+    chain = Chain(line, count)
 
     def racer(seed: int) -> int:
         order, looks = random.Random(seed), 0
@@ -89,50 +98,62 @@ def test_find_race(tl: Timeline) -> None:
                 assert isinstance(found, DmaFenceChain)
                 assert found.find_seqno(found.seqno) is found
             looks += 1
-            victim = chain.fences[order.randrange(count)]
-            if not victim.is_signaled():
+            if not isinstance(line, There):
                 with contextlib.suppress(OSError):  # another thread was first
-                    victim.signal()
+                    chain.fences[order.randrange(count)].signal()
         return looks
 
     with Background(lambda: racer(1)) as one, Background(lambda: racer(2)) as two, Background(lambda: racer(3)) as three:
+        if isinstance(line, There):
+            order = list(range(count))
+            random.Random(4).shuffle(order)
+            for i in order[: count // 2]:
+                line.signal(i)
         assert [one.result(), two.result(), three.result()] == [rounds] * 3
-    tl.close()
 
 
-def test_signal_forward(tl: Timeline) -> None:
-    chain = Chain(tl, POINTS)
-    for i, fence in enumerate(chain.fences):
-        fence.signal()
+def test_signal_forward(line: Here) -> None:
+    chain = Chain(line, POINTS)
+    for i in range(POINTS):
+        line.signal(i)
         assert chain.points[i].is_signaled()
         if i + 1 < POINTS:
             assert not chain.points[i + 1].is_signaled()
 
 
-def test_signal_backward(tl: Timeline) -> None:
-    chain = Chain(tl, POINTS)
+def test_signal_backward(line: Here) -> None:
+    chain = Chain(line, POINTS)
     for i in reversed(range(POINTS)):
-        chain.fences[i].signal()
+        line.signal(i)
         if i:
             assert not chain.points[i].is_signaled()
     assert all(point.is_signaled() for point in chain.points)
 
 
-@pytest.mark.parametrize("order", ["forward", "backward", "random"])
-def test_wait(tl: Timeline, order: str) -> None:
-    chain = Chain(tl, LONG_CHAIN)
-    numbers = list(range(LONG_CHAIN))
-    if order == "backward":
-        numbers.reverse()
-    elif order == "random":
-        random.Random(7).shuffle(numbers)
+def waits(line: Here, order: list[int]) -> None:
+    """A thread waits for the newest point of 4,096 while their fences are signalled in some order."""
+    chain = Chain(line, LONG_CHAIN)
     with Background(lambda: chain.tail.wait(None)) as job:
         job.until_blocked()
-        for i in numbers:
-            assert not job.done
-            chain.fences[i].signal()
-        assert job.result() > 0
+        line.signal(*order[:-1])
+        assert not job.done
+        line.signal(order[-1])
+        assert job.result() == math.inf
     assert chain.tail.status == 1
+
+
+def test_wait_forward(line: Here) -> None:
+    waits(line, list(range(LONG_CHAIN)))
+
+
+def test_wait_backward(line: Here) -> None:
+    waits(line, list(range(LONG_CHAIN))[::-1])
+
+
+def test_wait_random(line: Here) -> None:
+    order = list(range(LONG_CHAIN))
+    random.Random(7).shuffle(order)
+    waits(line, order)
 
 
 # -- making a point (3.16)

@@ -1,18 +1,32 @@
 """Taking containers apart and merging fences: the kernel's own tests (spec 7.3, by their names) and the rules of spec 3.17."""
 
 import errno
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 import dmabuf
 from dmabuf import ContractWarning, DmaFence, DmaFenceArray, DmaFenceChain, Timeline, merge, unwrap
+from tests.support.children import Spawn
 from tests.support.errnos import raises_errno
 from tests.support.fences import key
+from tests.support.lines import Here, There
 
 
 def two(tl: Timeline, other_tl: Timeline) -> tuple[DmaFence, DmaFence]:
     return tl.fence(), other_tl.fence()
+
+
+@pytest.fixture(params=["here", "there"])
+def pair(request: pytest.FixtureRequest, child: Spawn) -> Iterator[tuple[DmaFence, DmaFence]]:
+    """Two fences of two contexts, the lower one first: of this process, or of two others."""
+    lines = [Here(), Here()] if request.param == "here" else [There(child), There(child)]
+    fences = [line.make(1)[0] for line in lines]
+    first, second = sorted(fences, key=lambda fence: fence.context)
+    yield first, second
+    for line in lines:
+        line.end()
 
 
 def done(*lines: Timeline) -> None:
@@ -23,46 +37,34 @@ def done(*lines: Timeline) -> None:
 # -- spec 7.3, by name
 
 
-def test_sanitycheck(tl: Timeline) -> None:
-    fence = tl.fence()
-    array = DmaFenceArray([fence])
+def test_sanitycheck(pair: tuple[DmaFence, DmaFence]) -> None:
+    array = DmaFenceArray(pair)
     chain = DmaFenceChain(None, array, 1)
-    fence.enable_signaling()
+    pair[0].enable_signaling()
     del array, chain
-    fence.signal()
+    assert pair[0].status == 0
 
 
-def test_unwrap_array(tl: Timeline, other_tl: Timeline) -> None:
-    f1, f2 = two(tl, other_tl)
-    assert list(unwrap(DmaFenceArray([f1, f2]))) == [f1, f2]
-    done(tl, other_tl)
+def test_unwrap_array(pair: tuple[DmaFence, DmaFence]) -> None:
+    assert list(unwrap(DmaFenceArray(pair))) == [*pair]
 
 
-def test_unwrap_chain(tl: Timeline, other_tl: Timeline) -> None:
-    f1, f2 = two(tl, other_tl)
-    chain = DmaFenceChain(f1, f2, 1)
-    assert list(unwrap(chain)) == [f2, f1]
-    done(tl, other_tl)
+def test_unwrap_chain(pair: tuple[DmaFence, DmaFence]) -> None:
+    f1, f2 = pair
+    assert list(unwrap(DmaFenceChain(f1, f2, 1))) == [f2, f1]
 
 
-def test_unwrap_chain_array(tl: Timeline, other_tl: Timeline) -> None:
-    f1, f2 = two(tl, other_tl)
-    chain = DmaFenceChain(None, DmaFenceArray([f1, f2]), 1)
-    assert list(unwrap(chain)) == [f1, f2]
-    done(tl, other_tl)
+def test_unwrap_chain_array(pair: tuple[DmaFence, DmaFence]) -> None:
+    assert list(unwrap(DmaFenceChain(None, DmaFenceArray(pair), 1))) == [*pair]
 
 
-def test_unwrap_merge(tl: Timeline, other_tl: Timeline) -> None:
-    f1, f2 = two(tl, other_tl)
-    assert list(unwrap(merge(f1, f2))) == [f1, f2]
-    done(tl, other_tl)
+def test_unwrap_merge(pair: tuple[DmaFence, DmaFence]) -> None:
+    assert list(unwrap(merge(*pair))) == [*pair]
 
 
-def test_unwrap_merge_complex(tl: Timeline, other_tl: Timeline) -> None:
-    f1, f2 = two(tl, other_tl)
-    merged = merge(merge(f1, f2), merge(f2, f1), dmabuf.stub_fence())
-    assert list(unwrap(merged)) == [f1, f2]
-    done(tl, other_tl)
+def test_unwrap_merge_complex(pair: tuple[DmaFence, DmaFence]) -> None:
+    f1, f2 = pair
+    assert list(unwrap(merge(merge(f1, f2), merge(f2, f1), dmabuf.stub_fence()))) == [f1, f2]
 
 
 def test_unwrap_merge_duplicate(tl: Timeline) -> None:

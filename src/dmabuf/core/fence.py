@@ -168,7 +168,8 @@ class DmaFence(_native.Fence):
         if flagged(self):
             return None
         self.enable_signaling()
-        return dispatcher(self.domain).watch(self.handle, call, foreign=not self.owned)
+        foreign = not self.owned or bool(self.flags & _native.FF_ANYBODY)  # ended elsewhere, it is our dispatcher that is rung
+        return dispatcher(self.domain).watch(self.handle, call, foreign=foreign)
 
     def remove_callback(self, handle: int) -> bool:
         """Take a callback back; False when it ran already (spec 3.7). Kernel: dma_fence_remove_callback."""
