@@ -514,6 +514,21 @@ def test_files_are_read_and_written_in_coroutines(plain: DiskDevice, big: DmaBuf
     assert (tmp_path / "out").read_bytes() == file.read_bytes()[:SIZE]
 
 
+def test_files_are_read_and_written_under_trio(plain: DiskDevice, big: DmaBuf, file: Path, tmp_path: Path, tl: Timeline) -> None:
+    trio = pytest.importorskip("trio")
+    gate = tl.fence()
+
+    async def main() -> tuple[int, int]:
+        with trio.move_on_after(0.01) as scope:
+            await plain.read_into(big, file, wait=[gate])
+        assert scope.cancelled_caught
+        gate.signal()
+        return await plain.read_into(big, file), await plain.write_from(big, tmp_path / "out")
+
+    assert trio.run(main) == (SIZE, SIZE)
+    assert (tmp_path / "out").read_bytes() == file.read_bytes()[:SIZE]
+
+
 def test_an_error_reaches_the_coroutine(plain: DiskDevice, big: DmaBuf, tmp_path: Path) -> None:
     with raises_errno(errno.ENOENT, FileNotFoundError):
         asyncio.run(plain.read_into(big, tmp_path / "none"))

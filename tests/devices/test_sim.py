@@ -350,6 +350,15 @@ def test_a_job_is_awaited(queue: sim.EngineQueue, buf: DmaBuf) -> None:
     assert asyncio.run(main()) == SIZE
 
 
+def test_a_job_is_awaited_under_trio(queue: sim.EngineQueue, buf: DmaBuf) -> None:
+    trio = pytest.importorskip("trio")
+
+    async def main() -> object:
+        return await queue.fill(buf, 1, delay=0.001)
+
+    assert trio.run(main) == SIZE
+
+
 def test_cancelling_the_await_leaves_nothing_registered_and_the_job_ends(queue: sim.EngineQueue, buf: DmaBuf, tl: Timeline) -> None:
     gate = tl.fence()
     job = queue.fill(buf, 1, wait=[gate])
@@ -392,6 +401,18 @@ def test_waiting_inside_of_an_access_for_a_job_that_waits_for_it_is_a_deadlock(q
     assert job.wait() == SIZE
     with buf.read():
         assert queue.checksum(buf).wait() == zlib.crc32(b"\1" * SIZE)
+
+
+def test_waiting_inside_of_an_access_for_a_job_behind_one_that_waits_for_it_is_a_deadlock(
+    queue: sim.EngineQueue, buf: DmaBuf, other_buf: DmaBuf
+) -> None:
+    with buf.read():
+        first = queue.fill(buf, 1)
+        second = queue.fill(other_buf, 1)
+        with raises_errno(errno.EDEADLK):
+            second.wait()
+        assert queue.owner.queue().checksum(buf, implicit=False).wait() == zlib.crc32(b"\0" * SIZE)
+    assert (first.wait(), second.wait()) == (SIZE, SIZE)
 
 
 # ---- what can't be submitted ----

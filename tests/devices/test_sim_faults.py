@@ -13,15 +13,17 @@ import sys
 import threading
 import time
 import zlib
+from pathlib import Path
 
 import pytest
 
 import dmabuf
 from dmabuf import Direction, DmaBuf, Timeline, Usage, sim
 from dmabuf.core.attachment import moving
+from dmabuf.heaps.spill import SpillHeap
 from tests.devices.test_sim import SIZE, got, put, until_it_waits
 from tests.support.children import Child, Parent, Spawn
-from tests.support.drivers import Bare, Dynamic
+from tests.support.drivers import Bare, Dynamic, Static
 from tests.support.errnos import raises_errno
 from tests.support.fences import attach as add
 from tests.support.fences import entries, the_fence
@@ -237,6 +239,52 @@ def test_without_room_for_a_fence_nothing_is_added(
     assert (queue.statistics().pending, whole.statistics().jobs, buf.statistics().attachments) == (0, 0, 0)
     assert entries(buf.resv) == []
     whole.detach()
+
+
+@pytest.mark.parametrize("op", ["unmap", "detach"])
+def test_a_buffer_whose_exporter_fails_at_the_end_is_given_up_all_the_same(op: str) -> None:
+    exporter = Static(SIZE)
+    engine = sim.Engine("e")
+    with dmabuf.export(exporter, SIZE) as buf:
+        attached = engine.attach(buf)
+        engine.queue().fill(attached).wait()
+        exporter.fails[op] = errno.EIO
+        with raises_errno(errno.EIO):
+            engine.close()
+        assert (buf.statistics().attachments, engine.statistics().attached) == (0, 0)
+    engine.close()
+    assert exporter.count("release") == 1
+    for table in list(exporter.tables):
+        exporter.tables.remove(table)
+        engine.device.unmap_sgtable(table, Direction.BIDIRECTIONAL)
+    exporter.close()
+
+
+def test_closing_with_the_lock_of_a_buffer_held_is_refused(engine: sim.Engine, buf: DmaBuf) -> None:
+    engine.attach(buf)
+    with buf.resv.locked(), pytest.warns(dmabuf.ContractWarning), raises_errno(errno.EDEADLK):
+        engine.close()
+    assert engine.queue().fill(buf).wait() == SIZE
+
+
+def test_buffers_that_spill_are_worked_on_one_after_the_other(tmp_path: Path) -> None:
+    """Ten times the budget: a buffer is in memory while a job has it mapped, and may go afterwards."""
+    heap = SpillHeap(budget=3 * SIZE, directory=tmp_path)
+    with moving(), sim.Engine("e") as engine, dmabuf.allocate(SIZE) as plain:
+        queue = engine.queue()
+        bufs = [heap.allocate(SIZE) for _ in range(30)]
+        attached = [engine.attach(buf) for buf in bufs[:2]]
+        for i, buf in enumerate([*attached, *bufs[2:]]):
+            queue.fill(plain, i)
+            queue.copy(plain, buf).wait()
+        assert heap.statistics().moves_out >= 27
+        for i, buf in reversed(list(enumerate([*attached, *bufs[2:]]))):
+            assert queue.checksum(buf).wait() == zlib.crc32(bytes([i]) * SIZE)
+        assert attached[0].statistics().maps >= 2
+        engine.close()
+        for buf in bufs:
+            buf.close()
+    heap.close()
 
 
 def test_where_no_thread_can_be_started_nothing_is_added_and_later_all_is_done(

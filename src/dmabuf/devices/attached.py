@@ -12,15 +12,19 @@ Who ends a job must not take a reservation lock: its holder may wait for the nex
 from __future__ import annotations
 
 import bisect
+import contextlib
 import errno
 import itertools
 import operator
+import select
 import threading
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from dmabuf.core.exporter import Importer
+from dmabuf.core.fence import DmaFence
+from dmabuf.core.kernel_sync import fence_of
 from dmabuf.core.scatterlist import DmaEntry, SgTable
 from dmabuf.core.usage import Direction, checked_direction
 from dmabuf.errors import fail
@@ -121,6 +125,7 @@ class Attached:
         except BaseException:
             self.buf.close()
             raise
+        self._kernel = self.buf._kernel()
         self._counts = threading.Lock()
         self._table: _Table | None = None
         self._stale = False
@@ -177,6 +182,33 @@ class Attached:
         self._moves += 1
         self._owner.later(self.sweep)
 
+    # ---- a real dma-buf ----
+
+    def kernels_fence(self, write: bool) -> DmaFence | None:
+        """What such an access has to wait for in the kernel, as a fence of this process; None: nothing, or not to be had as one."""
+        if self._kernel is None or self._kernel.ready(self.buf, select.POLLOUT if write else select.POLLIN):
+            return None
+        try:
+            with self._kernel.export_sync_file(self.buf, write) as sync_file:
+                return fence_of(sync_file.number, self.buf.domain)
+        except OSError as e:
+            if e.errno != errno.ENOTTY:  # before Linux 6.0: then the bracket waits
+                raise
+            return None
+
+    @contextlib.contextmanager
+    def bracket(self, write: bool) -> Iterator[None]:
+        """While a job works. To the kernel, a device of ours is the CPU."""
+        if self._kernel is None:
+            yield
+            return
+        way = Direction.BIDIRECTIONAL if write else Direction.FROM_DEVICE
+        self._kernel.begin(self.buf, way)
+        try:
+            yield
+        finally:
+            self._kernel.end(self.buf, way)
+
     # ---- for whoever ends a job: no lock is taken that others hold for long ----
 
     def leave(self, job: Job, token: object) -> None:
@@ -198,11 +230,7 @@ class Attached:
             if self._stale and self._table is not None:
                 self._old.append(self._table)
                 self._table, self._stale = None, False
-            self._unmap(lambda table: not table.users)
-
-    def _unmap(self, which: Callable[[_Table], bool]) -> None:
-        for table in list(self._old):
-            if which(table):
+            for table in [table for table in self._old if not table.users]:
                 self._old.remove(table)
                 self._attachment.unmap(table.sgt, self.direction)
 
@@ -219,18 +247,17 @@ class Attached:
         if wait:
             for job in list(self._jobs):
                 job.fence.wait()
-        with self.resv.locked():
-            if self._go():
-                return
-            if self._table is not None:
-                self._old.append(self._table)
-                self._table = None
-            self._unmap(lambda _: True)
-        try:
-            self._attachment.detach()
-        finally:
-            self.buf.close()
-            self._owner.forget(self)
+        with contextlib.ExitStack() as rest:  # whatever the exporter's ops raise, all of it is done
+            with self.resv.locked():
+                if self._go():
+                    return
+                rest.callback(self._owner.forget, self)
+                rest.callback(self.buf.close)
+                rest.callback(self._attachment.detach)
+                with contextlib.ExitStack() as tables:
+                    for table in (*self._old, *([self._table] if self._table is not None else [])):
+                        tables.callback(self._attachment.unmap, table.sgt, self.direction)
+                    self._old, self._table = [], None
 
     def _go(self) -> bool:
         """It is gone from now on; was it already?"""

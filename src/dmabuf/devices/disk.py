@@ -17,17 +17,18 @@ the job is submitted, and opened when it is done.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import errno
 import fcntl
 import operator
 import os
 import stat
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Unpack
 
 from dmabuf._native import buffer_address
+from dmabuf.core import awaiting
 from dmabuf.core.buffer import DmaBuf
 from dmabuf.core.device import Device
 from dmabuf.core.scatterlist import DmaEntry
@@ -126,8 +127,7 @@ class DiskDevice(Importing):
     ) -> int:
         """:meth:`submit_read`, and its result. Cancelling leaves nothing registered; the job goes on, and its fence ends."""
         self._free(buf, "read_into")
-        job = await asyncio.to_thread(self.submit_read, buf, path, offset, length=length, at=at, **options)
-        return int(await job)
+        return await self._done(lambda: self.submit_read(buf, path, offset, length=length, at=at, **options))
 
     async def write_from(
         self,
@@ -143,8 +143,12 @@ class DiskDevice(Importing):
     ) -> int:
         """:meth:`submit_write`, and its result. Cancelling leaves nothing registered; the job goes on, and its fence ends."""
         self._free(buf, "write_from")
-        job = await asyncio.to_thread(self.submit_write, buf, path, offset, length=length, at=at, truncate=truncate, sync=sync, **options)
-        return int(await job)
+        return await self._done(lambda: self.submit_write(buf, path, offset, length=length, at=at, truncate=truncate, sync=sync, **options))
+
+    async def _done(self, submit: Callable[[], Job]) -> int:
+        made: list[Job] = []
+        await awaiting.in_thread(lambda: made.append(submit()))
+        return int(await made[0])
 
     def _free(self, target: Target, operation: str) -> None:
         """The submission waits for the lock in a thread, so that the loop goes on; it would wait for ever for this task's own."""

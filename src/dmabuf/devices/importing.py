@@ -31,7 +31,7 @@ from dmabuf.devices.queue import Job, JobOptions, Queue, QueueStatistics
 from dmabuf.devices.submission import checked_wait, submit
 from dmabuf.domain.dispatcher import report
 from dmabuf.domain.domain import Domain
-from dmabuf.errors import fail
+from dmabuf.errors import contract_warning, fail
 
 Target = DmaBuf | Attached | Range
 
@@ -161,9 +161,9 @@ class Importing:
 
             def prepare() -> None:
                 for part in read:
-                    job.reads += job.enter(part)
+                    job.enter(part, False)
                 for part in written:
-                    job.writes += job.enter(part)
+                    job.enter(part, True)
 
             submit(queue, job, resvs, prepare, wait=fences, implicit=options.get("implicit", True))
         except BaseException:
@@ -231,11 +231,15 @@ class Importing:
     def close(self, *, cancel: bool = False) -> None:
         """Wait for every job, detach every buffer, stop. ``cancel``: end the jobs with -ECANCELED instead of waiting. Again: nothing.
 
-        Without ``cancel`` it waits as long as the jobs' dependencies take. No reservation lock of the buffers is held. In a forked child:
-        nothing.
+        Without ``cancel`` it waits as long as the jobs' dependencies take. In a forked child: nothing. Errors: ``ContractWarning`` and
+        EDEADLK the reservation lock of a buffer is held; what an exporter's ops raise, after everything is detached.
         """
         if self._over or self.inherited:
             return
+        for attached in list(self._attached):
+            if attached.resv.held_here():
+                contract_warning(f"close: {self!r}: the reservation lock of {attached.buf!r} is held by this thread or task", 2)
+                raise fail(errno.EDEADLK, "close", self, "unlock the reservation object first")
         with self._changing:
             self.closed = True
         # A signal handler that raises in one of the waits leaves the rest to the next close().
@@ -247,8 +251,9 @@ class Importing:
             self._chores.put(None)
             self._swept.wait()
             self._janitor.join()
-        for attached in list(self._attached):
-            attached.detach()
+        with contextlib.ExitStack() as all_of_them:
+            for attached in list(self._attached):
+                all_of_them.callback(attached.detach)
         self._over = True
         atexit.unregister(self._exit)
         if self._finalizer is not None:

@@ -70,7 +70,7 @@ class Job:
         self.placed = self.canceled = False
         self.epoch = 0
         self.temporary: list[Attached] = []  # attached for this job alone
-        self._uses: list[tuple[Attached, object]] = []
+        self._uses: list[tuple[Attached, object, bool]] = []
         self._tokens: list[tuple[DmaFence, int]] = []
         self._until = self._begun = 0
         self._result: Any = None
@@ -106,7 +106,7 @@ class Job:
     def _not_for_us(self) -> None:
         """Who waits inside of an access block for a job that waits for the end of the block would wait for ever."""
         shm, word = self.fence.shm, current(self.fence.domain).word
-        for fence in list(self.dependencies):
+        for fence in self.queue.in_the_way(self):
             info = shm.fence_info(fence.handle) if fence.shm is shm else None
             if info is not None and info["pending"] and info["owner"] == word:
                 raise fail(
@@ -157,16 +157,23 @@ class Job:
 
     # ---- for the queue ----
 
-    def enter(self, part: Range) -> list[DmaEntry]:
-        """Use a range of a buffer, whose reservation lock is held; its addresses."""
+    def enter(self, part: Range, write: bool) -> None:
+        """Use a range of a buffer, whose reservation lock is held."""
         token, addresses = part.attached.enter(self, part.offset, part.length)
-        self._uses.append((part.attached, token))
-        return addresses
+        self._uses.append((part.attached, token, write))
+        (self.writes if write else self.reads).extend(addresses)
+
+    def uses(self) -> dict[Attached, bool]:
+        """The buffers that it uses, True: writes."""
+        found: dict[Attached, bool] = {}
+        for attached, _, write in self._uses:
+            found[attached] = write or found.get(attached, False)
+        return found
 
     def leave(self) -> None:
         """Use nothing any more."""
         uses, self._uses = self._uses, []
-        for attached, token in uses:
+        for attached, token, _ in uses:
             attached.leave(self, token)
 
     def must_end(self) -> bool:
@@ -199,7 +206,10 @@ class Job:
                     self.pause(self._begun + int(self._delay * 1e9))
                 if self._hang:
                     self.pause(None)
-                self._result = self._work(self)
+                with contextlib.ExitStack() as brackets:
+                    for attached, write in self.uses().items():
+                        brackets.enter_context(attached.bracket(write))
+                    self._result = self._work(self)
         except OSError as e:
             error, self._failure = e.errno or errno.EIO, e
         except BaseException as e:
@@ -320,6 +330,16 @@ class Queue:
         """Until the bell rings, or so long."""
         with contextlib.suppress(_queue.Empty):
             self._bell.get(timeout=seconds)
+
+    def in_the_way(self, job: Job) -> list[DmaFence]:
+        """What a job waits for, and in an ordered queue those before it."""
+        found: list[DmaFence] = []
+        for before in list(self._jobs):
+            if before is job or self.ordered:
+                found += before.dependencies
+            if before is job:
+                return found
+        return []  # it has ended
 
     def _next(self) -> Job | None:
         for job in list(self._jobs):

@@ -6,6 +6,9 @@ READ fences and adds WRITE. With ``implicit=False`` it waits for KERNEL fences o
 nobody waits for but who moves or frees the memory. Explicit fences are waited for either way.
 
 A failed dependency does not fail the job, as in the kernel: who cares looks at the fence.
+
+For a real dma-buf the kernel's fences are waited for as well. The kernel does not tell its KERNEL fences from WRITE ones, so
+``implicit=False`` waits for both there. The job's own fence does not go into the kernel.
 """
 
 from __future__ import annotations
@@ -46,6 +49,10 @@ def submit(
             for resv, write in resvs.items():
                 resv.reserve(1)
                 found.update(dict.fromkeys(resv.fences(Usage.rw(write) if implicit else Usage.KERNEL)))
+            for attached, write in job.uses().items():
+                fence = attached.kernels_fence(write and implicit)
+                if fence is not None:
+                    found[fence] = None
             job.dependencies = list(found)
             # From here a signal handler that raises can't lose the job: it is in its queue, and ends there in its turn.
             with queue.placing(job) as fence:
