@@ -424,7 +424,7 @@ static PyObject *fence_info(Shm *s, PyObject *arg) { /* None for a past generati
   db_fence *f;
   int pending = fence_pending(s, h, &f);
   if (!f) Py_RETURN_NONE;
-  PyObject *r = Py_BuildValue("{sN,sK,sK,si,sI,sK,sI,sI,sI,sK,sK,sK,sI}", "pending", PyBool_FromLong(pending), "context", atomic_load(&f->context),
+  PyObject *r = Py_BuildValue("{sN,sN,sK,sK,si,sI,sK,sI,sI,sI,sK,sK,sK,sI}", "pending", PyBool_FromLong(pending), "sync", PyBool_FromLong(atomic_load(&f->word) & FW_SYNC), "context", atomic_load(&f->context),
                               "seqno", atomic_load(&f->seqno), "error", atomic_load(&f->error), "flags", atomic_load(&f->flags), "owner",
                               atomic_load(&f->owner), "rec", atomic_load(&f->rec), "rec_gen", atomic_load(&f->rec_gen), "timeline",
                               atomic_load(&f->timeline), "created", atomic_load(&f->created), "deadline", atomic_load(&f->deadline), "timestamp",

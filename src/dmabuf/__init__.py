@@ -19,6 +19,7 @@ from dmabuf.core.fence_ops import FenceOps
 from dmabuf.core.iosys_map import IosysMap
 from dmabuf.core.resv import DmaResv
 from dmabuf.core.scatterlist import SgTable
+from dmabuf.core.sw_sync import SwSync, sync_info
 from dmabuf.core.sync_file import SyncFile, get_sync_file
 from dmabuf.core.unwrap import merge, unwrap
 from dmabuf.core.usage import Direction, Usage
@@ -59,6 +60,7 @@ __all__ = [
     "RemoteTimeline",
     "SgTable",
     "SpillHeap",
+    "SwSync",
     "SyncFile",
     "Timeline",
     "Usage",
@@ -80,6 +82,7 @@ __all__ = [
     "signalling",
     "sim",
     "stub_fence",
+    "sync_info",
     "unwrap",
     "wait_any",
 ]

@@ -9,9 +9,9 @@ import dmabuf
 NAMES = {
     "ContractError", "ContractWarning", "Device", "Direction", "DiskDevice", "DmaBuf", "DmaBufAttachment", "DmaBufError", "DmaFence",
     "DmaFenceArray", "DmaFenceChain", "DmaResv", "Domain", "Exporter", "FenceOps", "Importer", "IosysMap", "RemoteTimeline", "SgTable",
-    "SpillHeap", "SyncFile", "Timeline", "Usage", "WwAcquireContext", "access", "allocate", "buffers", "bufinfo", "export", "get",
-    "get_sync_file", "heaps", "lock_all", "merge", "open", "private_stub", "recv", "send", "signalling", "sim", "stub_fence", "unwrap",
-    "wait_any",
+    "SpillHeap", "SwSync", "SyncFile", "Timeline", "Usage", "WwAcquireContext", "access", "allocate", "buffers", "bufinfo", "export",
+    "get", "get_sync_file", "heaps", "lock_all", "merge", "open", "private_stub", "recv", "send", "signalling", "sim", "stub_fence",
+    "sync_info", "unwrap", "wait_any",
 }  # fmt: skip
 
 METHODS = {
@@ -32,6 +32,7 @@ METHODS = {
     "FenceOps": "enable_signaling signaled wait set_deadline release",
     "SyncFile": "from_fd fileno dup close closed fence name merge info set_deadline wait status is_signaled kernel kernel_fileno domain "
     "statistics",
+    "SwSync": "from_fd fileno dup close closed name context domain value create_fence inc get_deadline statistics",
     "Timeline": "fence close context statistics",
     "DmaResv": "locked reserve add iterate iterate_unlocked fences replace singleton copy set_deadline test_signaled wait describe "
     "lock trylock unlock lock_slow lock_interruptible is_locked locking_ctx statistics",

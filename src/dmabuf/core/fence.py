@@ -378,11 +378,17 @@ class Timeline:
     """
 
     def __init__(
-        self, name: str | bytes = "", *, driver: str | bytes = "dmabuf", seqno64: bool = True, domain: Domain | None = None
+        self,
+        name: str | bytes = "",
+        *,
+        driver: str | bytes = "dmabuf",
+        seqno64: bool = True,
+        domain: Domain | None = None,
+        _context: int = 0,
     ) -> None:
         self.domain = domain or Domain.default()
         self.driver, self.name = _checked(driver, "driver"), _checked(name, "name")
-        self._index, self.context = self.domain.timeline_open(os.fsencode(self.driver), os.fsencode(self.name))
+        self._index, self.context = self.domain.timeline_open(os.fsencode(self.driver), os.fsencode(self.name), _context)
         self._life = self.domain.shm.life
         self._shm = self.domain.shm
         self._seqno = 0

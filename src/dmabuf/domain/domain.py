@@ -250,7 +250,7 @@ class Domain:
             self.sweep_if_due()
             if kind == _native.TICK_POLL:
                 return
-        for hook in self.tick_hooks:
+        for hook in list(self.tick_hooks):  # a hook may take itself off
             hook(kind, value)
 
     def sweep_if_due(self) -> None:
@@ -356,8 +356,8 @@ class Domain:
             self.shm.ctx_close(word)
             self._free_ctx.append(word & 0x7FFFFFFF)
 
-    def timeline_open(self, driver: bytes, name: bytes) -> tuple[int, int]:
-        """(index, context) of a new timeline of this life."""
+    def timeline_open(self, driver: bytes, name: bytes, context: int = 0) -> tuple[int, int]:
+        """(index, context) of a new timeline of this life. ``context``: a number that it shares with others, 0 for one of its own."""
         shm = self.join()
         with self._lock:
             if not self._free_timelines:
@@ -365,7 +365,7 @@ class Domain:
                 self._free_timelines = [first + i for i in range(_native.TIMELINES_PER - 1, -1, -1)]
             # The one that rested longest: its names and errors stay readable for those who still know its fences.
             index = self._free_timelines.pop()
-        context = shm.add64(_native.OFF_CONTEXT, 1)
+        context = context or shm.add64(_native.OFF_CONTEXT, 1)
         shm.timeline_open(index, context, driver, name)
         return index, context
 

@@ -6,6 +6,7 @@ One ``send`` is one message and one ``recv`` takes one message, on SOCK_SEQPACKE
 a ``DmaBuf``            its fd; the receiver gets a handle of its own, and the buffer lives on while in flight
 a ``DmaFence``          its number in the domain; the receiver waits for the same fence
 an array or a chain     what it is made of, in a memfd; the receiver makes its own over the same fences
+a ``SwSync``            its descriptor; the receiver is a holder like any other
 a ``SyncFile``          its descriptor; the receiver gets a ``SyncFile`` over the same fences
 a ``Timeline``          its number; the receiver gets a ``RemoteTimeline``: who it is, and whether it is closed
 a ``Domain``            a private one's fd; of a directory's, the directory
@@ -38,6 +39,7 @@ from dmabuf import _native
 from dmabuf.core.buffer import DmaBuf, from_fd, received
 from dmabuf.core.fence import DmaFence, Timeline, wrap
 from dmabuf.core.fence_travel import pack, unpack
+from dmabuf.core.sw_sync import SwSync
 from dmabuf.core.sync_file import SyncFile
 from dmabuf.domain.domain import Domain, known
 from dmabuf.domain.records import Record, confirmed
@@ -59,8 +61,8 @@ _SYNC: Final = struct.Struct("=I60x")  # of a sync file: bytes of its facts, in 
 _FD: Final = struct.Struct("=i")
 _UCRED: Final = struct.Struct("=3i")  # pid, uid, gid (unix(7))
 
-_BUFFER, _FENCE_KIND, _TIMELINE_KIND, _PRIVATE_DOMAIN, _DIRECTORY, _CONTAINER, _SYNC_FILE, _MORE = 1, 2, 3, 4, 5, 6, 7, 8
-_WITH_FD: Final = frozenset((_BUFFER, _PRIVATE_DOMAIN, _DIRECTORY, _CONTAINER, _SYNC_FILE))
+_BUFFER, _FENCE_KIND, _TIMELINE_KIND, _PRIVATE_DOMAIN, _DIRECTORY, _CONTAINER, _SYNC_FILE, _MORE, _SW_SYNC = 1, 2, 3, 4, 5, 6, 7, 8, 9
+_WITH_FD: Final = frozenset((_BUFFER, _PRIVATE_DOMAIN, _DIRECTORY, _CONTAINER, _SYNC_FILE, _SW_SYNC))
 _ONE_SIZE: Final = _ONE.size
 _IS_PRIVATE, _HAS_NAME = 1, 2  # flags of an item
 
@@ -85,7 +87,7 @@ _peers: dict[int, tuple[_Peer, weakref.ref[socket.socket]]] = {}
 _domains: weakref.WeakValueDictionary[bytes, Domain] = weakref.WeakValueDictionary()
 
 
-def send(sock: socket.socket, *things: DmaBuf | DmaFence | SyncFile | Timeline | RemoteTimeline | Domain) -> None:
+def send(sock: socket.socket, *things: DmaBuf | DmaFence | SwSync | SyncFile | Timeline | RemoteTimeline | Domain) -> None:
     """Send things as one message over a connected AF_UNIX socket; what is sent stays usable here.
 
     ``things``: 1 to 253 (the kernel's limit of descriptors in a message). The socket's timeout counts; a non-blocking socket raises
@@ -307,6 +309,9 @@ def _pack(things: tuple[Any, ...]) -> tuple[bytes, list[int], list[DmaFence], li
         elif isinstance(thing, SyncFile):
             fds.append(thing.fileno())
             items += _sync_items(thing)
+        elif isinstance(thing, SwSync):
+            fds.append(thing.fileno())
+            items.append(_item(_SW_SYNC, thing.domain, b""))
         elif isinstance(thing, Timeline | RemoteTimeline):
             index, number, context = timeline_place(thing, "send")
             items.append(_item(_TIMELINE_KIND, thing.domain, _TIMELINE.pack(number, context), index))
@@ -395,7 +400,7 @@ def _take(sock: socket.socket, peer: _Peer, data: bytes, control: Iterable[tuple
             if fd >= 0:
                 os.close(fd)
         for thing in made:
-            if isinstance(thing, DmaBuf | SyncFile):
+            if isinstance(thing, DmaBuf | SwSync | SyncFile):
                 thing.close()
         raise
 
@@ -463,6 +468,9 @@ def _things(sock: socket.socket, items: list[tuple[Any, ...]], fds: list[int], m
             length = _SYNC.unpack(body)[0]
             facts = b"".join(item[5] for item in items[at + 1 : at + 1 + index])[:length]
             made.append(SyncFile.taken(fds[places[at]], domain, Facts.unpack(facts) if length else None))
+            fds[places[at]] = -1
+        elif kind == _SW_SYNC:
+            made.append(SwSync.taken(fds[places[at]], domain))
             fds[places[at]] = -1
         elif kind == _TIMELINE_KIND:
             number, context = _TIMELINE.unpack(body)

@@ -1,0 +1,167 @@
+"""Cells: a little state behind a descriptor, which whoever holds the descriptor may change, and no death can spoil.
+
+A cell is a memfd named ``dmabuf-KIND:<domain>:<nonce>``. Its bytes are read and written under its lock, an open-file-description lock on
+byte 0 that the kernel frees when the holder dies; what is written is ordered by whoever writes so that a death between two writes leaves
+a state that the next holder of the lock understands. Every description that travels carries a read lock on byte 1: who can take the write
+lock there is the last. Both are taken through a description of the process's own, which never travels.
+
+A forked child holds what it inherits, and makes a description of its own at first use.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import re
+import secrets
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from dmabuf import _native
+from dmabuf.domain.domain import Domain, known
+from dmabuf.domain.place import ofd_lock, reopen
+from dmabuf.errors import fail
+
+_LOCK, _LEASE = 0, 1  # bytes of the file that bear the locks
+_NAME = re.compile(r"/memfd:dmabuf-([a-z_]+):([0-9a-f]{16}):[0-9a-f]{16}(?: \(deleted\))?\Z")
+_ALL: weakref.WeakSet[Cell] = weakref.WeakSet()
+
+
+class Cell:
+    """One cell, as a process holds it. ``fd``: the descriptor that travels, -1 once closed."""
+
+    def __init__(self, fd: int, domain: Domain) -> None:
+        """Takes over the fd, unless it raises."""
+        self.domain = domain
+        self._own = reopen(fd)
+        try:
+            if not ofd_lock(fd, fcntl.F_RDLCK, _LEASE):
+                raise fail(errno.ENODEV, "open", f"fd {fd}", "make a new one", what="its last holder is closing it")
+        except BaseException:
+            os.close(self._own)
+            raise
+        self.fd = fd
+        self._mutex = threading.RLock()
+        self._held = False
+        _ALL.add(self)
+
+    @classmethod
+    def make(cls, kind: str, domain: Domain, content: bytes) -> Cell:
+        """A new one. Errors: EMFILE, ENOMEM."""
+        try:
+            fd = os.memfd_create(f"dmabuf-{kind}:{domain.id}:{secrets.token_hex(8)}", os.MFD_CLOEXEC)
+        except OSError as e:
+            raise fail(e.errno or errno.EIO, kind, "memfd", "raise RLIMIT_NOFILE or close descriptors") from None
+        try:
+            os.pwrite(fd, content, 0)
+            return cls(fd, domain)
+        except BaseException:
+            os.close(fd)
+            raise
+
+    @classmethod
+    def of_fd(cls, fd: int, kind: str, domain: Domain | None, operation: str) -> Cell:
+        """The cell behind a descriptor, which the caller keeps.
+
+        Errors: EBADF; EINVAL no cell of that kind; EXDEV another domain; EMFILE.
+        """
+        try:
+            own = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0)
+        except (OSError, OverflowError, ValueError) as e:
+            number = e.errno if isinstance(e, OSError) and e.errno else errno.EBADF
+            remedy = "pass an open file descriptor" if number == errno.EBADF else "raise RLIMIT_NOFILE or close descriptors"
+            raise fail(number, operation, f"fd {fd}", remedy) from None
+        try:
+            return cls.taken(own, kind, domain, operation)
+        except BaseException:
+            os.close(own)
+            raise
+
+    @classmethod
+    def taken(cls, fd: int, kind: str, domain: Domain | None, operation: str) -> Cell:
+        """:meth:`of_fd` that takes over the fd, unless it raises."""
+        found, identity = look(fd)
+        if found != kind:
+            raise fail(errno.EINVAL, operation, f"fd {fd}", f"pass the descriptor of a {kind}", what="it is something else")
+        home = domain if domain is not None and domain.id == identity else known(identity) or Domain.default()
+        if home.id != identity:
+            remedy = "start both processes with the same DMABUF_DOMAIN, or send the domain along: dmabuf.send(sock, domain, …)"
+            raise fail(errno.EXDEV, operation, f"domain {identity}", remedy, what="this process does not have its domain")
+        return cls(fd, home)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the lock. Errors: EDEADLK this thread holds it: a signal handler came in the middle of a call."""
+        with self._mutex:
+            if self._held:
+                remedy = "don't call it from a signal handler, or from a garbage collector's callback"
+                raise fail(errno.EDEADLK, "lock", "shared state", remedy, what="this thread is in the middle of a call")
+            if self._own < 0:  # forked
+                self._own = reopen(self.fd)
+            own = self._own
+            if not ofd_lock(own, fcntl.F_WRLCK, _LOCK):
+                _native.step("~cell")
+                ofd_lock(own, fcntl.F_WRLCK, _LOCK, wait=True)
+            self._held = True
+            try:
+                yield
+            finally:
+                self._held = False
+                if own == self._own:
+                    ofd_lock(own, fcntl.F_UNLCK, _LOCK)
+
+    def read(self, offset: int, n: int) -> bytes:
+        """Fewer bytes at the end of the file."""
+        return os.pread(self._own if self._own >= 0 else self.fd, n, offset)
+
+    def write(self, offset: int, data: bytes) -> None:
+        """Errors: ENOSPC, ENOMEM no memory, and nothing was written."""
+        if os.pwrite(self._own, data, offset) != len(data):
+            raise fail(errno.ENOSPC, "write", "shared state", "free memory")
+
+    @property
+    def size(self) -> int:
+        return os.fstat(self._own if self._own >= 0 else self.fd).st_size
+
+    def let_go(self) -> bool:
+        """Close the descriptor that travels; True when nobody has one any more. The rest stays usable until :meth:`close`."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            if self._own < 0:
+                self._own = reopen(fd)
+            os.close(fd)
+        return self.is_last()
+
+    def is_last(self) -> bool:
+        """Has nobody a descriptor that travels? Then nobody ever will."""
+        return self.fd < 0 and self._own >= 0 and ofd_lock(self._own, fcntl.F_WRLCK, _LEASE)
+
+    def close(self) -> None:
+        """Close what is left; again: nothing."""
+        for fd in (self.fd, self._own):
+            if fd >= 0:
+                os.close(fd)
+        self.fd = self._own = -1
+
+
+def look(fd: int) -> tuple[str, str]:
+    """(kind, domain's id) of a cell's descriptor; ("", "") of anything else."""
+    try:
+        match = _NAME.match(os.readlink(f"/proc/self/fd/{fd}"))
+    except OSError:
+        return "", ""
+    return (match[1], match[2]) if match else ("", "")
+
+
+def _after_fork() -> None:
+    """The child shares the parent's descriptions, and so its locks: it lets go of them at once."""
+    for cell in list(_ALL):
+        if cell._own >= 0:
+            os.close(cell._own)
+        cell._own, cell._mutex, cell._held = -1, threading.RLock(), False
+
+
+os.register_at_fork(after_in_child=_after_fork)
