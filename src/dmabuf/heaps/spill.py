@@ -9,8 +9,8 @@ buffer's own memfd (`core.residence`).
 one with a pending fence; one that is *pinned*: by a bare mapping until nobody maps it, by a vmap, by a device that is attached without an
 importer or has mapped it with one (with ``MOVE_NOTIFY`` only ``pin`` does), by ``pin``.
 
-*Room.* Who needs memory moves others out until there is enough. If everything is pinned, or held by the caller's own accesses, waiting
-can't help: ENOMEM at once. If it is in use by others, they are waited for, ``patience`` seconds at most, then ENOMEM. So memory is never
+*Room.* Who needs memory moves others out until there is enough. What others keep (accesses, fences, mappings, devices) is waited for,
+``patience`` seconds at most, then ENOMEM; at once if the caller's own accesses keep it all, because waiting can't help. So memory is never
 waited for without an end: who holds one buffer and wants another can't block others for ever, and there is no circle for EDEADLK to find. A
 timeout given to ``read`` or ``write`` ends the wait for fences, not that for memory.
 

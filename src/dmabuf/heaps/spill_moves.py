@@ -142,9 +142,9 @@ class Spilled(Exporter):
 
     def unmap(self, attachment: DmaBufAttachment, sgt: SgTable, direction: Direction) -> None:
         with self.among.changed:
-            mapped = self.tables.pop(id(sgt), None)
-        if mapped is not None:  # else a move revoked it
-            attachment.dev.unmap_sgtable(sgt, direction)
+            if id(sgt) in self.tables:  # else a move revoked it
+                attachment.dev.unmap_sgtable(sgt, direction)
+                del self.tables[id(sgt)]
 
     def vmap(self, buf: DmaBuf) -> IosysMap:
         self.among.enter(self, write=True)
@@ -302,9 +302,9 @@ class Residents:
                 if chosen is None:
                     now = time.monotonic()
                     until = now + self.patience if until is None else until
-                    if now >= until or not self._may_end(b, passed):
+                    if now >= until or not self._may_end(b):
                         raise self._full(b)
-                    # Fences of others end without telling us: look again at a tick.
+                    # Fences and mappings of others end without telling us: look again at a tick.
                     self.changed.wait(min(until - now, TICK_NS / 1e9))
                     passed.clear()
             if chosen is not None and not self._move_out(*chosen):
@@ -323,7 +323,7 @@ class Residents:
         return None
 
     def pinned(self, b: Spilled) -> bool:
-        """Does it stay however long one waits? The lock is held, and it is here."""
+        """Is it kept by a device or a mapping? The lock is held, and it is here."""
         if b.pins:
             return True
         if not residence.take_out(b.private):
@@ -331,20 +331,15 @@ class Residents:
         residence.put_back(b.private)
         return False
 
-    def _may_end(self, wanting: Spilled, passed: set[Spilled]) -> bool:
-        """Is there one that may become free by waiting? The lock is held."""
+    def _may_end(self, wanting: Spilled) -> bool:
+        """Is there one that may become free by waiting: not kept by an access of the caller's own? The lock is held."""
         mine = {domain: current(domain).word for domain in {b.resv.domain for b in self.order}}
-        for b in self.order:
-            if b is wanting:
-                continue
-            if b.place is not Place.HERE or b in passed:
-                return True
-            if not self.pinned(b):
-                shm = b.resv.domain.shm
-                fences = [shm.fence_info(handle) for handle in b.resv.pending(Usage.BOOKKEEP)]
-                if not any(info is not None and info["owner"] == mine[b.resv.domain] for info in fences):
-                    return True
-        return False
+        return any(b is not wanting and not self._accessed(b, mine[b.resv.domain]) for b in self.order)
+
+    def _accessed(self, b: Spilled, owner: int) -> bool:
+        """Is it inside of an access of that owner?"""
+        fences = (b.resv.domain.shm.fence_info(handle) for handle in b.resv.pending(Usage.BOOKKEEP))
+        return any(info is not None and info["owner"] == owner for info in fences)
 
     def _full(self, wanting: Spilled) -> OSError:
         pinned = sum(b.size for b in self.order if b.place is Place.HERE and self.pinned(b))
@@ -416,12 +411,11 @@ class Residents:
 
     def _revoke(self, b: Spilled) -> None:
         """What importers were told of and have not unmapped: their devices must not see zeros for content."""
-        while True:
-            with self.changed:
-                if not b.tables:
-                    return
-                _, (sgt, att, direction) = b.tables.popitem()
-            att.dev.unmap_sgtable(sgt, direction)
+        with self.changed:
+            while b.tables:
+                sgt, att, direction = next(iter(b.tables.values()))
+                att.dev.unmap_sgtable(sgt, direction)
+                del b.tables[id(sgt)]
 
     def _copy(self, b: Spilled, fd: int, *, out: bool) -> None:
         whole = memoryview(Mapping(fd, b.size))

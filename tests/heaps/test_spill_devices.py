@@ -1,0 +1,73 @@
+"""Spilled buffers under devices that work later: a DMA engine and a disk, with and without news of moves."""
+
+import os
+import random
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import dmabuf
+from dmabuf import DmaBuf, SpillHeap
+from dmabuf.core.attachment import moving
+from tests.support.spilling import SIZE, fill, holds, pattern, resident
+
+ROOM = 8
+COUNT = 5 * ROOM
+
+
+@pytest.fixture
+def heap(tmp_path: Path) -> Iterator[SpillHeap]:
+    with SpillHeap(budget=ROOM * SIZE, directory=tmp_path, patience=60) as made:
+        yield made
+
+
+@pytest.fixture
+def bufs(heap: SpillHeap) -> Iterator[list[DmaBuf]]:
+    made = [heap.allocate(SIZE) for _ in range(COUNT)]
+    for i, buf in enumerate(made):
+        fill(buf, i)
+    yield made
+    for buf in made:
+        buf.close()
+
+
+@pytest.mark.parametrize("news", [False, True], ids=["pinned while mapped", "told of moves"])
+@pytest.mark.parametrize("keep", [False, True], ids=["attached for a job", "attached for all"])
+def test_an_engine_copies_among_more_than_fits_and_every_byte_arrives(heap: SpillHeap, bufs: list[DmaBuf], news: bool, keep: bool) -> None:
+    if keep and not news:
+        bufs = bufs[:ROOM]  # what is attached for all jobs is pinned as it is mapped
+    rng = random.Random(7)
+    with moving(news), dmabuf.sim.Engine("dma0") as engine:
+        queue = engine.queue()
+        targets = [engine.attach(buf) for buf in bufs] if keep else bufs
+        content = list(range(len(bufs)))
+        for _ in range(150):
+            source, target = rng.sample(range(len(bufs)), 2)
+            queue.copy(targets[source], targets[target]).wait()
+            content[target] = content[source]
+            i = rng.randrange(len(bufs))
+            assert holds(bufs[i], content[i])
+            assert sum(map(resident, bufs)) <= heap.budget
+        sums = [queue.checksum(target) for target in targets[: ROOM // 2]]
+        assert [job.wait() for job in sums] == [zlib.crc32(pattern(what, SIZE)) for what in content[: ROOM // 2]]
+        engine.close()
+    assert all(holds(buf, what) for buf, what in zip(bufs, content, strict=True))
+    assert heap.statistics().pinned == 0
+
+
+@pytest.mark.parametrize("news", [False, True], ids=["pinned while mapped", "told of moves"])
+def test_a_disk_reads_into_buffers_that_were_away_and_writes_from_them(
+    heap: SpillHeap, bufs: list[DmaBuf], tmp_path: Path, news: bool
+) -> None:
+    (tmp_path / "in").write_bytes(pattern(900, SIZE))
+    with moving(news), dmabuf.DiskDevice() as disk:
+        for buf in (bufs[0], bufs[1]):
+            assert disk.submit_read(buf, tmp_path / "in").wait() == SIZE
+        for i, buf in enumerate(bufs[2:], 2):
+            assert holds(buf, i)
+        assert disk.submit_write(bufs[0], tmp_path / "out").wait() == SIZE
+    assert (tmp_path / "out").read_bytes() == pattern(900, SIZE)
+    assert holds(bufs[1], 900)
+    assert os.fstat(bufs[1].fileno()).st_size == SIZE

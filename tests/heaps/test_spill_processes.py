@@ -1,0 +1,357 @@
+"""The spill heap across processes: two that write ten times the budget, what another process's use keeps in memory, and its death."""
+
+import errno
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import dmabuf
+from dmabuf import Direction, DmaBuf, SpillHeap
+from tests.support.children import Parent, Spawn
+from tests.support.errnos import raises_errno
+from tests.support.spilling import PAGE, SIZE, fill, holds, is_here, pattern, resident
+from tests.support.steps import fork, reap
+from tests.support.waiting import until, until_asleep
+
+ROOM = 4
+COUNT = 10 * ROOM
+
+
+@pytest.fixture
+def heap(tmp_path: Path) -> Iterator[SpillHeap]:
+    with SpillHeap(budget=ROOM * SIZE, directory=tmp_path, patience=60) as made:
+        yield made
+    until(lambda: made.statistics().buffers == 0)  # the last holder may have been another process
+
+
+@pytest.fixture
+def bufs(heap: SpillHeap) -> Iterator[list[DmaBuf]]:
+    made = [heap.allocate(SIZE) for _ in range(COUNT)]
+    for i, buf in enumerate(made):
+        fill(buf, i)
+    yield made
+    for buf in made:
+        buf.close()
+
+
+def use(bufs: list[DmaBuf]) -> None:
+    for buf in bufs:
+        with buf.read():
+            pass
+
+
+def given(parent: Parent) -> list[DmaBuf]:
+    """The buffers that the test sends, four to a message."""
+    return [buf for _ in range(parent.recv()) for buf in dmabuf.recv(parent.sock)]
+
+
+def give(other: Any, bufs: list[DmaBuf]) -> None:
+    parts = [bufs[at : at + 4] for at in range(0, len(bufs), 4)]
+    other.send(len(parts))
+    for part in parts:
+        dmabuf.send(other.sock, *part)
+
+
+# -- two processes that write at random
+
+STEP = 1 << 20  # numbers that a buffer may go through
+
+
+def number_in(view: memoryview) -> int:
+    """The number that a buffer is full of; AssertionError if any byte of it is of another, or zero."""
+    found = (int.from_bytes(view[:8], "little") - 1) // 1_000_003
+    assert bytes(view) == pattern(found, len(view)), "bytes of two writes, or of none"
+    return found
+
+
+def counts_up(parent: Parent, seed: int, rounds: int) -> int:
+    """Count random buffers up by one, or look at them; the number of counts."""
+    bufs = given(parent)
+    rng = random.Random(seed)
+    newest = [0] * len(bufs)
+    counted = 0
+    for _ in range(rounds):
+        i = rng.randrange(len(bufs))
+        write = rng.random() < 0.5
+        with bufs[i].write() if write else bufs[i].read() as view:
+            found = number_in(view)
+            assert i * STEP <= found < (i + 1) * STEP, "another buffer's content"
+            assert found >= newest[i], "older than what was seen before"
+            newest[i] = found + write
+            if write:
+                view[:] = pattern(found + 1, len(view))
+                counted += 1
+    return counted
+
+
+@pytest.mark.parametrize("rounds", [600, pytest.param(20_000, marks=pytest.mark.long)])
+def test_two_processes_write_ten_times_the_budget_and_lose_nothing(heap: SpillHeap, bufs: list[DmaBuf], child: Spawn, rounds: int) -> None:
+    """Every write counts a buffer up, and every access looks at every byte: a lost, stale, torn or strange one is found."""
+    for i, buf in enumerate(bufs):
+        fill(buf, i * STEP)
+    who = [(os.fstat(buf.fileno()).st_ino, buf.size) for buf in bufs]
+    writers = [child(counts_up, seed, rounds) for seed in (1, 2)]
+    for writer in writers:
+        give(writer, bufs)
+    most = 0
+    while not all(heap.statistics().moves_out > 0 for _ in writers):
+        os.sched_yield()
+    for _ in range(200):
+        said = heap.statistics()
+        most = max(most, said.resident)
+        assert said.resident <= said.budget
+    counted = sum(writer.result() for writer in writers)
+    found = 0
+    for i, buf in enumerate(bufs):
+        with buf.read() as view:
+            found += number_in(view) - i * STEP
+        assert sum(map(resident, bufs)) <= heap.budget
+    assert found == counted > 0
+    assert who == [(os.fstat(buf.fileno()).st_ino, buf.size) for buf in bufs]
+    assert heap.statistics().moves_out > rounds // 2
+    assert most > 0
+
+
+# -- what another process's use keeps in memory
+
+
+def does(parent: Parent, how: str) -> Any:
+    """Use the one buffer in some way until told to end; then what it shows."""
+    (buf,) = given(parent)
+    shown: Any = None
+    if how == "read":
+        with buf.read() as view:
+            parent.send("in")
+            parent.recv()
+            shown = bytes(view) == pattern(0, SIZE)
+    elif how == "bracket":
+        buf.begin_cpu_access(Direction.FROM_DEVICE)
+        parent.send("in")
+        parent.recv()
+        with buf.mmap() as mapping:
+            shown = mapping[:] == pattern(0, SIZE)
+        buf.end_cpu_access(Direction.FROM_DEVICE)
+    elif how == "mmap":
+        mapping = buf.mmap()
+        buf.close()
+        parent.send("in")
+        parent.recv()
+        shown = mapping[:] == pattern(0, SIZE)
+        mapping.close()
+    elif how == "part of it, read-only":
+        with buf.mmap(PAGE, PAGE, writable=False) as mapping:
+            parent.send("in")
+            parent.recv()
+            shown = mapping[:] == pattern(0, SIZE)[PAGE : 2 * PAGE]
+    parent.send("out")
+    parent.recv()
+    return shown
+
+
+WAYS = ["read", "bracket", "mmap", "part of it, read-only"]
+
+
+@pytest.mark.parametrize("how", WAYS)
+def test_another_processs_use_keeps_the_memory_and_its_end_lets_it_go(heap: SpillHeap, bufs: list[DmaBuf], child: Spawn, how: str) -> None:
+    other = child(does, how)
+    give(other, bufs[:1])
+    assert other.recv() == "in"
+    use(bufs[1:])
+    assert is_here(bufs[0])
+    assert heap.statistics().pinned == SIZE
+    other.send()
+    assert other.recv() == "out"
+    use(bufs[1:])
+    assert not is_here(bufs[0])
+    other.send()
+    assert other.result() is True
+
+
+@pytest.mark.parametrize("how", WAYS)
+def test_a_user_that_is_killed_lets_the_memory_go(heap: SpillHeap, bufs: list[DmaBuf], child: Spawn, how: str) -> None:
+    other = child(does, how)
+    give(other, bufs[:1])
+    assert other.recv() == "in"
+    other.kill()
+    until(lambda: not heap.statistics().pinned)
+    use(bufs[1:])
+    assert not is_here(bufs[0])
+    assert holds(bufs[0], 0)
+
+
+def writes(parent: Parent) -> None:
+    (buf,) = given(parent)
+    fill(buf, 77)
+    mapping = buf.mmap()
+    mapping[:4] = b"bare"
+    mapping.close()
+
+
+def test_what_another_process_writes_is_kept(heap: SpillHeap, bufs: list[DmaBuf], child: Spawn) -> None:
+    other = child(writes)
+    give(other, bufs[:1])
+    other.result()
+    use(bufs[1:])
+    assert not is_here(bufs[0])
+    with bufs[0].read() as view:
+        assert bytes(view) == b"bare" + pattern(77, SIZE)[4:]
+
+
+def gets(parent: Parent) -> int:
+    (buf,) = given(parent)
+    with raises_errno(errno.ENOMEM) as caught, buf.write():
+        pass
+    assert "pinned" in str(caught.value)
+    return buf.resv.test_signaled(dmabuf.Usage.BOOKKEEP)
+
+
+def test_no_room_is_enomem_in_another_process_too(heap: SpillHeap, bufs: list[DmaBuf], child: Spawn) -> None:
+    heap._residents.patience = 0.05
+    mappings = [buf.mmap() for buf in bufs[:ROOM]]
+    other = child(gets)
+    give(other, bufs[ROOM : ROOM + 1])
+    assert other.result() is True
+    for mapping in mappings:
+        mapping.close()
+    assert holds(bufs[ROOM], ROOM)
+
+
+def test_a_forked_child_uses_its_parents_buffers(heap: SpillHeap, bufs: list[DmaBuf]) -> None:
+    def inside() -> None:
+        assert all(holds(buf, i) for i, buf in enumerate(bufs))
+        fill(bufs[3], 33)
+
+    pid = fork(inside)
+    assert reap(pid) == 0
+    assert holds(bufs[3], 33)
+    assert heap.statistics().resident <= heap.budget
+
+
+# -- the exporter's death
+
+
+def exports(parent: Parent, directory: str) -> None:
+    """Two buffers in memory and one away; then wait for orders: ("hold", step, nth), after which it uses the one that is away."""
+    heap = SpillHeap(budget=2 * SIZE, directory=directory, patience=60)
+    bufs = [heap.allocate(SIZE) for _ in range(3)]
+    for i in (2, 0, 1):
+        fill(bufs[i], i)
+    give(parent, bufs)
+    step = parent.recv()
+    dmabuf._native.step_arm("hold", step, parent.sock.fileno())  # type: ignore[attr-defined]
+    with bufs[2].read():
+        pass
+
+
+def outcome(buf: DmaBuf, what: int) -> str:
+    """Of reading a buffer: "whole", the name of the errno, or "WRONG"."""
+    try:
+        with buf.read() as view:
+            return "whole" if bytes(view) == pattern(what, SIZE) else "WRONG"
+    except OSError as e:
+        return errno.errorcode[e.errno or 0]
+
+
+OUT = ["spill_chosen", "spill_locked", "spill_told", "spill_waited", "spill_copying", "spill_written", "spill_punched", "spill_left"]
+IN = ["spill_claimed", "spill_reserved", "spill_read", "spill_here"]
+
+
+@pytest.mark.crash
+@pytest.mark.parametrize(("step", "nth"), [(step, 1) for step in OUT + IN] + [("spill_copying", 2)])
+def test_an_exporter_killed_in_a_move_leaves_content_or_enodev_and_never_zeros(child: Spawn, tmp_path: Path, step: str, nth: int) -> None:
+    """Buffer 0 goes, for 2 to come, while 1 is read and mapped here and another process waits for 0 and a third for 2."""
+    exporter = child(exports, str(tmp_path))
+    bufs = given(exporter)  # type: ignore[arg-type]
+    mapping = bufs[1].mmap()
+    inside = bufs[1].read()
+    view = inside.__enter__()
+    exporter.send(step)
+    for _ in range(nth):
+        assert exporter.sock.recv(100) == step.encode() + b"\n"
+        if nth > 1:
+            nth -= 1
+            exporter.sock.send(b"g")
+    waiters = []
+    for what in (0, 2):
+        report, theirs = os.pipe()
+        waiters.append((fork(lambda what=what, to=theirs: os.write(to, outcome(bufs[what], what).encode())), report))  # type: ignore[misc]
+        os.close(theirs)
+    for pid, _ in waiters:
+        until_asleep(pid)
+    exporter.kill()
+    for pid, report in waiters:
+        assert os.read(report, 100) in (b"ENODEV", b"whole")
+        os.close(report)
+        assert reap(pid) == 0
+    assert bytes(view) == pattern(1, SIZE) == mapping[:]
+    with raises_errno(errno.ENODEV):  # the bracket's end can't be told to anybody
+        inside.__exit__(None, None, None)
+    assert mapping[:] == pattern(1, SIZE)
+    for what, buf in enumerate(bufs):
+        assert outcome(buf, what) == "ENODEV"
+        with raises_errno(errno.ENODEV):
+            buf.mmap()
+        with raises_errno(errno.ENODEV):
+            buf.begin_cpu_access(Direction.FROM_DEVICE)
+        with raises_errno(errno.ENODEV):
+            buf.attach(dmabuf.Device("npu0"))
+    view.release()
+    mapping.close()
+    for buf in bufs:
+        buf.close()
+    assert os.listdir(tmp_path) == []
+
+
+def churns(parent: Parent, directory: str, nth: int) -> None:
+    """Buffers that come and go until this process dies at its nth step of any kind."""
+    with SpillHeap(budget=2 * SIZE, directory=directory, patience=60) as heap:
+        bufs = [heap.allocate(SIZE) for _ in range(6)]
+        for i, buf in enumerate(bufs):
+            fill(buf, i)
+        give(parent, bufs)
+        parent.recv()
+        dmabuf._native.step_arm("kill", "*", nth)  # type: ignore[attr-defined]
+        rng = random.Random(nth)
+        while True:
+            i = rng.randrange(len(bufs))
+            if rng.random() < 0.5:
+                fill(bufs[i], i)
+            else:
+                assert holds(bufs[i], i)
+
+
+def looks(parent: Parent, seed: int) -> int:
+    """Look at buffers until they are gone; how many looks."""
+    bufs = given(parent)
+    parent.send("ready")
+    rng = random.Random(seed)
+    looks = 0
+    gone = 0
+    while gone < 20:
+        i = rng.randrange(len(bufs))
+        answer = outcome(bufs[i], i)
+        # A writer that died while writing left its buffer torn, which is told before the exporter is asked.
+        assert answer in ("whole", "ENODEV", "EOWNERDEAD"), answer
+        looks += 1
+        gone += answer != "whole"
+    return looks
+
+
+@pytest.mark.crash
+@pytest.mark.parametrize("nth", [*range(150, 250, 20), *(pytest.param(n, marks=pytest.mark.long) for n in range(101, 701, 7))])
+def test_an_exporter_killed_at_any_step_while_others_look_shows_nothing_wrong(child: Spawn, tmp_path: Path, nth: int) -> None:
+    exporter = child(churns, str(tmp_path), nth)
+    bufs = given(exporter)  # type: ignore[arg-type]
+    lookers = [child(looks, seed) for seed in (1, 2)]
+    for looker in lookers:
+        give(looker, bufs)
+        assert looker.recv() == "ready"
+    for buf in bufs:
+        buf.close()
+    exporter.send()
+    assert all(looker.result() >= 20 for looker in lookers)
+    assert exporter.wait() == -9
