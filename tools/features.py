@@ -110,24 +110,24 @@ S20 6.6 trace events
 
 
 class Row(NamedTuple):
-    """One feature. ``source``: commit or section; ``tests``: the names of its tests; ``reason``: why there is none."""
+    """One feature. ``source``: commit or section; ``tests``: the name of each, and whether it asks a real kernel; ``reason``: for none."""
 
     name: str
     source: str
     title: str
-    tests: tuple[str, ...]
+    tests: tuple[tuple[str, bool], ...]
     reason: str
 
 
 def rows(tests: Path = TESTS) -> list[Row]:
     """Every row, with what the tests say of it."""
-    found: dict[str, list[str]] = {}
+    found: dict[str, list[tuple[str, bool]]] = {}
     reasons: dict[str, str] = {}
     for path in sorted(tests.rglob("test_*.py")):
         for node in ast.parse(path.read_text(encoding="utf-8"), str(path)).body:
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and (match := re.match(r"test((?:_[FS]\d\d)+)_", node.name)):
                 for name in match[1].strip("_").split("_"):
-                    found.setdefault(name, []).append(node.name)
+                    found.setdefault(name, []).append((node.name, path.parent.name == "kernel"))
             elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == "NOT_YET":
                 reasons |= ast.literal_eval(node.value)
     made = []
@@ -154,7 +154,8 @@ def page(found: list[Row]) -> str:
             "",
             "## What that header's history does not show",
             "",
-            f"A complete system needs more; sections are those of the specification. {_built(others)} of {len(others)} are built.",
+            f"A complete system needs more; sections are those of the specification. {_built(others)} of {len(others)} are built. Tests",
+            "with “(kernel)” ask a real one, by `make test-kernel`.",
             "",
             *_table(others, "section", "what it is"),
             "",
@@ -171,7 +172,7 @@ def _built(found: list[Row]) -> int:
 def _table(found: list[Row], source: str, title: str) -> list[str]:
     lines = [f"| row | {source} | {title} | test | state |", "|---|---|---|---|---|"]
     for row in found:
-        tests = "<br>".join(f"`{test}`" for test in row.tests) or "–"
+        tests = "<br>".join(f"`{test}`{' (kernel)' if kernel else ''}" for test, kernel in row.tests) or "–"
         lines.append(f"| {row.name} | {row.source} | {row.title} | {tests} | {'built' if row.tests else row.reason} |")
     return lines
 

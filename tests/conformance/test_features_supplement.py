@@ -46,9 +46,6 @@ USAGES = pytest.mark.parametrize("usage", list(Usage), ids=lambda usage: usage.n
 NOT_YET = {
     "S12": "not yet: SwSync timelines",
     "S13": "not yet: fences keep the earliest deadline; the ioctls of sync_file and sw_sync that tell it come with those",
-    "S14": "not yet: heaps of the kernel",
-    "S15": "not yet: heaps of the kernel",
-    "S16": "not yet: heaps of the kernel",
     "S20": "not yet: tracing belongs to seeing",
 }
 
@@ -185,7 +182,8 @@ def test_S07_a_fence_lives_as_the_kernels_own_tests_say(tl: Timeline) -> None:
 
 def test_S08_arrays_chains_unwrap_and_merge(tl: Timeline, other_tl: Timeline) -> None:
     has_the_list(
-        "sanitycheck find_seqno find_signaled find_out_of_order find_gap find_race signal_forward signal_backward wait",
+        "sanitycheck find_seqno find_signaled find_out_of_order find_gap find_race signal_forward signal_backward wait_forward "
+        "wait_backward wait_random",
         "test_dma_fence_chain.py",
     )
     has_the_list(

@@ -1,21 +1,24 @@
-"""The rows S03, S14, S15 and S16 of the features: what only a real kernel has, by its own lists of tests (spec 7.5, 7.7)."""
+"""The rows S03, S04 and S14 to S16 of the features: what only a real kernel has, by its own lists of tests (spec 7.5, 7.7)."""
 
 import errno
 import fcntl
 import mmap
 import os
+import select
 import struct
 from collections.abc import Callable, Iterator
 
 import pytest
 
 import dmabuf
-from dmabuf import Device, Direction, DmaBuf
+from dmabuf import Device, Direction, DmaBuf, Usage
 from dmabuf.drivers.drm import DrmNode, DumbBuffer
+from dmabuf.drivers.sw_sync import SwSyncTimeline
 from dmabuf.uapi import call, drm, heap, table
 from dmabuf.uapi.structures import VgemAttach, VgemSignal
 from tests.support.errnos import raises_errno
-from tests.support.kernel_homes import HOMES, made
+from tests.support.fences import attach as add
+from tests.support.kernel_homes import HOMES, add_fence, made
 
 IN, OUT = 1, 4  # select.POLLIN, POLLOUT
 PAGE, MIB = mmap.PAGESIZE, 1 << 20
@@ -35,6 +38,13 @@ def dumb(vgem: DrmNode) -> Iterator[DumbBuffer]:
         yield made_of_vgem
 
 
+def in_the_kernel(buf: DmaBuf) -> int:
+    """What poll(2) says: the kernel's fences alone."""
+    waiting = select.poll()
+    waiting.register(buf.fileno(), IN | OUT)
+    return next((found for _, found in waiting.poll(0)), 0)
+
+
 # -- names
 
 
@@ -46,6 +56,63 @@ def test_S03_both_numbers_name_a_buffer_that_is_attached(home: str) -> None:
             fcntl.ioctl(buf.fileno(), number, b"cam-%x\0" % number)
             assert buf.name == f"cam-{number:x}"
         att.detach()
+
+
+# -- sync files of buffers that have fences of both kinds
+
+
+@pytest.mark.parametrize("write", [False, True], ids=["read", "write"])
+@pytest.mark.parametrize("home", HOMES)
+def test_S04_an_export_of_the_kernels_fences_alone_is_one_of_the_kernels(home: str, write: bool) -> None:
+    with made(home) as buf, SwSyncTimeline() as timeline, timeline.fence(1) as fence:
+        with buf.export_sync_file(write) as idle:
+            assert (idle.kernel, idle.is_signaled()) == (True, True)
+        add_fence(buf, fence.number, write=False)
+        with buf.export_sync_file(write) as sf:
+            assert sf.kernel
+            assert sf.kernel_fileno() == sf.fileno()
+            assert sf.is_signaled() is not write
+            timeline.increment()
+            assert sf.wait(60) > 0
+
+
+@pytest.mark.parametrize("first", ["the kernel's", "the domain's"])
+@pytest.mark.parametrize("home", HOMES)
+def test_S04_an_export_of_both_kinds_ends_with_the_later(home: str, first: str) -> None:
+    ours = dmabuf.Timeline("ours")
+    with made(home) as buf, SwSyncTimeline() as timeline, timeline.fence(1) as fence:
+        add_fence(buf, fence.number, write=True)
+        own = ours.fence()
+        add(buf.resv, own, Usage.WRITE)
+        with buf.export_sync_file() as sf:
+            assert not sf.kernel
+            assert sf.info().num_fences == 2
+            ends = [timeline.increment, own.signal]
+            for end in ends if first == "the kernel's" else reversed(ends):
+                assert not sf.is_signaled()
+                end()
+            assert sf.wait(60) > 0
+        assert buf.resv.test_signaled(Usage.WRITE)
+    ours.close()
+
+
+@pytest.mark.parametrize("as_number", [False, True], ids=["SyncFile", "descriptor"])
+@pytest.mark.parametrize("home", HOMES)
+def test_S04_what_is_imported_goes_where_its_kind_may(home: str, as_number: bool) -> None:
+    ours = dmabuf.Timeline("ours")
+    with made(home) as buf, SwSyncTimeline() as timeline, timeline.fence(1) as fence, dmabuf.get_sync_file(fence.number) as theirs:
+        buf.import_sync_file(theirs.fileno() if as_number else theirs, True)
+        assert buf.resv.fences(Usage.BOOKKEEP) == []
+        assert in_the_kernel(buf) == buf.poll(IN | OUT) == 0
+        timeline.increment()
+        assert buf.poll(IN | OUT) == IN | OUT
+        own = ours.fence()
+        with dmabuf.SyncFile(own) as sf:
+            buf.import_sync_file(sf.fileno() if as_number else sf, True)
+        assert buf.resv.fences(Usage.BOOKKEEP) == [own]
+        assert (in_the_kernel(buf), buf.poll(IN | OUT)) == (IN | OUT, 0)
+        own.signal()
+    ours.close()
 
 
 # -- dma-heap: tools/testing/selftests/dmabuf-heaps

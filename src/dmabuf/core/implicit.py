@@ -3,6 +3,10 @@
 Export takes a snapshot: what is pending now and up to the usage that the access would have to wait for. Import adds every plain fence of a
 sync file to the buffer's reservation object, so that later accesses wait for it. Export, submit and import are three steps; whoever
 needs them to be one serialises his users himself.
+
+A real dma-buf has fences of both kinds. Exported are the kernel's and the domain's, in one; with none of the domain's pending it is a
+sync_file of the kernel's, which a driver can be given. Imported, a sync_file of the kernel's goes into the kernel, where drivers obey it
+too, and one of ours into the domain alone.
 """
 
 from __future__ import annotations
@@ -33,8 +37,18 @@ def writes(buf: DmaBuf, operation: str, write: bool, flags: int | None) -> bool:
 
 
 def export_sync_file(buf: DmaBuf, write: bool) -> SyncFile:
-    """The pending fences that such an access waits for, as a sync file; signalled if there are none."""
+    """The pending fences that such an access waits for, as a sync file; signalled if there are none. Errors: EMFILE."""
     found = list(dict.fromkeys(buf.resv.fences(Usage.rw(write))))
+    kernel = buf._kernel()
+    if kernel is not None:
+        with kernel.export_sync_file(buf, write) as fd:
+            theirs = SyncFile.taken(fd.number, buf.domain)
+            fd.take()
+        if not found:
+            return theirs
+        with theirs:
+            if not theirs.is_signaled():
+                found.append(theirs.fence)
     if not found:
         return SyncFile(stub_fence(domain=buf.domain))
     return SyncFile(found[0] if len(found) == 1 else DmaFenceArray(found))
@@ -62,6 +76,10 @@ def _not_one(buf: DmaBuf, what: str) -> DmaBufError:
 
 
 def _add(buf: DmaBuf, sync_file: SyncFile, write: bool) -> None:
+    kernel = buf._kernel()
+    if kernel is not None and sync_file.kernel:
+        kernel.import_sync_file(buf, sync_file.kernel_fileno(), write)
+        return
     leaves = tuple(unwrap(sync_file.fence))
     with buf.resv.locked():
         buf.resv.reserve(len(leaves))
