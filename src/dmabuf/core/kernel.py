@@ -133,7 +133,10 @@ class KernelBacking(Backing):
         uapi.set_name(buf.fileno(), name, of=buf)
 
     def fdinfo(self, buf: DmaBuf) -> str:
-        return os.fsdecode(uapi.fdinfo(buf.fileno()).text)
+        head, size, rest = uapi.fdinfo(buf.fileno()).text.partition(b"\nsize:\t")
+        # Without the handle's lease, which shows as a lock.
+        own = b"\n".join(line for line in head.split(b"\n") if not line.startswith(b"lock:\t"))
+        return os.fsdecode(own + size + rest)
 
     def lseek(self, buf: DmaBuf, offset: int, whence: int) -> int:
         try:

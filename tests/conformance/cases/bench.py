@@ -35,6 +35,10 @@ def add(name: str, function: Callable[["Bench"], Any]) -> None:
     CASES[name] = function
 
 
+class NotHere(Exception):
+    """The home has no such thing."""
+
+
 class Bench:
     """One home's way to make things. ``heap``: None for the recommended one of this machine, which is plain memory."""
 
@@ -62,30 +66,43 @@ class Bench:
         self.keep(made.close)
         return made
 
-    def fence(self) -> DmaFence:
+    def opened(self, mode: int) -> int | None:
+        """A descriptor with that access mode of a new buffer of a page, for the caller to close; None where there is none."""
+        return os.open(f"/proc/self/fd/{self.buffer(PAGE).fileno()}", mode | os.O_CLOEXEC)
+
+    def pending(self) -> "Pending":
         """A pending fence on a timeline of its own; signalled at the end, if it is not before."""
-        timeline = Timeline("python3", driver="sw_sync")
-        fence = timeline.fence()
+        made = Pending(Timeline("python3", driver="sw_sync"))
+        self.keep(made.close)
+        return made
 
-        def close() -> None:
-            if not fence.is_signaled():
-                fence.signal()
-            timeline.close()
+    def add(self, buf: DmaBuf, pending: "Pending", usage: Usage) -> None:
+        """Put the fence on a buffer."""
+        attach(buf.resv, pending.fence, usage)
 
-        self.keep(close)
-        return fence
+    def busy(self, buf: DmaBuf, usage: Usage) -> Callable[[], object]:
+        """Put a pending fence on a buffer; what signals it."""
+        made = self.pending()
+        self.add(buf, made, usage)
+        return made.signal
 
-    def busy(self, buf: DmaBuf, *usages: Usage) -> Callable[[], object]:
-        """Put a pending fence of each usage on a buffer; what signals them all."""
-        fences = [self.fence() for _ in usages]
-        for fence, usage in zip(fences, usages, strict=True):
-            attach(buf.resv, fence, usage)
 
-        def end() -> None:
-            for fence in fences:
-                fence.signal()
+class Pending:
+    """A fence that somebody can end."""
 
-        return end
+    def __init__(self, timeline: Timeline) -> None:
+        self.timeline = timeline
+        self.fence: DmaFence = timeline.fence()
+
+    def signal(self) -> None:
+        """End it; again: nothing."""
+        if not self.fence.is_signaled():
+            self.fence.signal()
+
+    def close(self) -> None:
+        """End it, and its timeline."""
+        self.signal()
+        self.timeline.close()
 
 
 def flags_of(fd: int) -> str:

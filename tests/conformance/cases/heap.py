@@ -6,7 +6,7 @@ from typing import Any
 
 import dmabuf
 from dmabuf import DmaBuf
-from tests.conformance.cases.bench import PAGE, Bench, add, case, flags_of, no_descriptor_left
+from tests.conformance.cases.bench import PAGE, Bench, NotHere, add, case, flags_of, no_descriptor_left
 
 
 def _size(bench: Bench, asked: int) -> Any:
@@ -49,7 +49,9 @@ def _(bench: Bench) -> Any:
 
 def _through(bench: Bench, mode: int, do: Callable[[DmaBuf], Any]) -> Any:
     """A buffer through a descriptor of another access mode."""
-    fd = os.open(f"/proc/self/fd/{bench.buffer(PAGE).fileno()}", mode | os.O_CLOEXEC)
+    fd = bench.opened(mode)
+    if fd is None:
+        raise NotHere
     try:
         buf = dmabuf.get(fd)
     finally:

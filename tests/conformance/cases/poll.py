@@ -9,7 +9,6 @@ import dmabuf
 from dmabuf import Usage
 from tests.conformance.cases.bench import PAGE, Bench, add, case
 from tests.conformance.cases.file import count
-from tests.support.fences import attach
 from tests.support.waiting import Background
 
 IN, OUT = select.POLLIN, select.POLLOUT
@@ -89,9 +88,9 @@ add("poll/two-3", lambda bench: _two(bench, "write"))
 
 @case("poll/import-signalled")
 def _(bench: Bench) -> Any:
-    buf, fence = bench.buffer(), bench.fence()
-    fence.signal()
-    attach(buf.resv, fence, Usage.WRITE)
+    buf, pending = bench.buffer(), bench.pending()
+    pending.signal()
+    bench.add(buf, pending, Usage.WRITE)
     return text(buf.poll(IN | OUT))
 
 

@@ -67,12 +67,12 @@ DIFFERENCES = (
     Difference(
         ("heap/len-2?63", "heap/len-max-page", "limits/heap-1.01-ram"),
         "The kernel's heap takes memory until the OOM killer ends the caller. We refuse what can't be had: EINVAL for a size that no "
-        "address space has, ENOMEM for one that this machine or cgroup has not.",
+        "address space has, and for one above udmabuf's limit; ENOMEM for one that this machine or cgroup has not.",
     ),
     Difference(
-        ("heap/mmap-wronly-shared-r", "heap/mmap-wronly-shared-rw", "heap/sync-wronly-?", "heap/setname-wronly"),
+        ("heap/sync-wronly-?", "heap/setname-wronly"),
         "A handle holds a lock on its descriptor, by which others know that it lives, and fcntl(2) gives none on a descriptor that can't "
-        "be read: get() of a write-only one is EBADF. The kernel can't map it either.",
+        "be read: get() of a write-only one is EACCES. The kernel can't map it either.",
     ),
 )
 

@@ -48,6 +48,8 @@ def _refused(bench: Bench, flags: int) -> Any:
 
 def _blocks(bench: Bench, usage: Usage, flags: int) -> Any:
     buf = bench.buffer()
+    if flags & END:
+        buf.sync(flags & ~END)
     end = bench.busy(buf, usage)
     with Background(lambda: buf.sync(flags)) as job:
         job.until_blocked()
