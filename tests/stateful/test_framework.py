@@ -50,9 +50,6 @@ pick = st.integers(0, 251)
 rare = st.sampled_from([False, False, True])
 
 
-HAVE = hasattr(dmabuf, "SyncFile")
-
-
 class Framework(RuleBasedStateMachine):
     steps = 0
 
@@ -346,7 +343,7 @@ class Framework(RuleBasedStateMachine):
     def make_file(self, place: int, number: int) -> None:
         place %= len(self.places)
         thing = self.one(number, self.of(place))
-        if thing is not None and HAVE and len(self.files) < 6:
+        if thing is not None and len(self.files) < 6:
             self._enable(thing)
             key = self.key()
             assert self.places[place]("sync_file", key, thing.key) is None
@@ -355,7 +352,7 @@ class Framework(RuleBasedStateMachine):
     @rule(place=pick, buf=pick, write=st.booleans())
     def export(self, place: int, buf: int, write: bool) -> None:
         place, buf = place % len(self.places), buf % BUFFERS
-        if HAVE and len(self.files) < 6:
+        if len(self.files) < 6:
             key = self.key()
             assert self.places[place]("export", key, buf, write) is None
             pending = self.resvs[buf].pending(READ if write else WRITE)
