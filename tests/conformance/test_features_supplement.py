@@ -22,6 +22,7 @@ from dmabuf import (
     DmaFenceArray,
     DmaFenceChain,
     DmaResv,
+    SwSync,
     SyncFile,
     Timeline,
     Usage,
@@ -44,8 +45,6 @@ WRITE = pytest.mark.parametrize("write", [False, True], ids=["read", "write"])
 USAGES = pytest.mark.parametrize("usage", list(Usage), ids=lambda usage: usage.name)
 
 NOT_YET = {
-    "S12": "not yet: SwSync timelines",
-    "S13": "not yet: fences keep the earliest deadline; the ioctls of sync_file and sw_sync that tell it come with those",
     "S20": "not yet: tracing belongs to seeing",
 }
 
@@ -263,6 +262,37 @@ def test_S11_sync_files_are_polled_merged_and_described(tl: Timeline, other_tl: 
             assert elsewhere.info().status == -errno.EIO
             with raises_errno(errno.ENOENT):
                 one.merge(-1)
+
+
+def test_S12_a_software_timeline_counts_and_ends_its_fences() -> None:
+    has_the_list(
+        "alloc_timeline alloc_fence alloc_fence_negative fence_one_timeline_wait fence_one_timeline_merge fence_merge_same_fence "
+        "fence_multi_timeline_wait stress_two_threads_shared_timeline consumer_stress_multi_producer_single_consumer "
+        "merge_stress_random_merge sync_expired_merge",
+        "test_sync_selftests.py",
+    )
+    with SwSync() as sw, sw.create_fence(5) as fence, sw.create_fence(5) as same, sw.create_fence(20) as late:
+        assert same.fence == fence.fence
+        sw.inc()
+        assert fence.wait(0) == 0
+        sw.inc(4)
+        assert fence.wait(0) > 0
+        sw.inc(10)
+        assert (fence.status, late.status) == (1, 0)
+        with sw.create_fence(15) as expired, expired.merge(fence) as merged:
+            assert (expired.status, merged.status) == (1, 1)
+        sw.close()
+        assert (fence.status, late.status) == (1, -errno.ENOENT)
+
+
+def test_S13_the_earliest_of_two_deadlines_is_told_and_none_is_enoent() -> None:
+    with SwSync() as sw, sw.create_fence(1) as fence:
+        with raises_errno(errno.ENOENT):
+            sw.get_deadline(fence)
+        for ns in (9_000_000_000, 7_000_000_000, 8_000_000_000):
+            fence.set_deadline(ns)
+        assert sw.get_deadline(fence) == fence.fence.deadline == 7_000_000_000
+        sw.inc()
 
 
 def test_S17_a_reservation_lock_in_a_signalling_section_is_told(tl: Timeline) -> None:
