@@ -249,6 +249,8 @@ class Access:
             del view
         if self._live is not None and (in_use or window.exports):
             self._kept = self._live.keep_open(self.buf)
+            if self._kept is None:
+                self._end()  # nothing is left to end it on later
         # Until it is retired the window stays ours: what a signal handler interrupts here, __del__ finishes.
         free = window.retire()
         self._window = None

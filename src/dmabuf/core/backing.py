@@ -127,7 +127,8 @@ class Backing:
         return mapping
 
     def keep_open(self, buf: DmaBuf) -> Any:
-        """What to call :meth:`end` with once the handle may be closed; None: the handle all the same."""
+        """What to call :meth:`end` with once the handle may be closed; None: there is nothing, so it must be called before."""
+        return buf
 
     def keep(self, mapping: _native.Mapping) -> None:
         """A mapping is a reference until it is closed."""

@@ -76,7 +76,7 @@ class KernelBacking(Backing):
         return _SYNC.get(direction, uapi.READ)  # NONE waits as a reader does (spec 2.15)
 
     def keep_open(self, buf: DmaBuf) -> OwnedFd | None:
-        """For an access that outlives its block, and perhaps the handle: something to end it on. None: no descriptor is left."""
+        """A duplicate; None: no descriptor is left."""
         try:
             return _duplicate(buf)
         except OSError:

@@ -29,7 +29,7 @@ QUERY_LAST_SUBMITTED: Final = 1
 SYNC_FILE: Final = 1  # of HANDLE_TO_FD and FD_TO_HANDLE: a sync_file instead of the object
 
 _REMEDIES: Final = {
-    errno.EOPNOTSUPP: "the driver of this node has none; vgem has",
+    errno.EOPNOTSUPP: "the driver of this node has none; those of GPUs have",
     errno.ENOENT: "no such handle on this descriptor of the node",
     errno.ENOTTY: "it is no DRM node, or the kernel is too old",
 }

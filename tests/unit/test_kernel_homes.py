@@ -1,0 +1,80 @@
+"""Buffers that are the kernel's own, over a kernel that is made up: the logic runs where no kernel has dma-bufs; see tests/kernel too."""
+
+import errno
+from collections.abc import Iterator
+from functools import partial
+
+import pytest
+
+import dmabuf
+from tests.support.errnos import raises_errno
+from tests.support.fake_kernel import FakeKernel
+from tests.support.faults import faults
+from tests.support.home_scenarios import SCENARIOS, SIZE, whole_after
+
+HEAPS = {"udmabuf": "udmabuf", "dma_heap:system": "system"}
+
+
+@pytest.fixture
+def kernel() -> Iterator[FakeKernel]:
+    with pytest.MonkeyPatch.context() as patch:
+        yield FakeKernel(patch)
+
+
+@pytest.fixture(params=HEAPS)
+def heap(request: pytest.FixtureRequest, kernel: FakeKernel) -> str:
+    name: str = request.param
+    return name
+
+
+def test_a_buffer_of_a_kernel_heap_says_what_it_is(heap: str) -> None:
+    with dmabuf.allocate(SIZE - 1, heap=heap, name="camera") as buf:
+        assert (buf.size, buf.exp_name, buf.name) == (SIZE, HEAPS[heap], "camera")
+
+
+def test_both_ends_of_an_access_are_told_to_the_kernel(kernel: FakeKernel, heap: str) -> None:
+    with dmabuf.allocate(SIZE, heap=heap) as buf:
+        with buf.write():
+            pass
+        with buf.read():
+            pass
+        assert kernel.sync == [(buf.ino, flags) for flags in (3, 7, 1, 5)]
+
+
+@pytest.mark.parametrize("size", [0, -1, 1 << 63, 65 << 20])
+def test_a_size_that_udmabuf_does_not_make_is_einval(kernel: FakeKernel, size: int) -> None:
+    with raises_errno(errno.EINVAL) as caught:
+        dmabuf.allocate(size, heap="udmabuf")
+    assert size != 65 << 20 or "size_limit_mb" in str(caught.value)
+
+
+@pytest.mark.parametrize("size", [0, -1, 1 << 63])
+def test_a_size_that_a_heap_does_not_make_is_einval(kernel: FakeKernel, size: int) -> None:
+    with raises_errno(errno.EINVAL):
+        dmabuf.allocate(size, heap="dma_heap:system")
+
+
+@pytest.mark.parametrize("heap", ["udmabuf", "dma_heap:system", "dma_heap:nowhere", "dma_heap:../null"])
+def test_a_heap_that_is_not_here_is_enodev_with_what_would_help(monkeypatch: pytest.MonkeyPatch, heap: str) -> None:
+    from pathlib import Path
+
+    from dmabuf.heaps import dma_heap, udmabuf
+
+    monkeypatch.setattr(udmabuf, "DEVICE", Path("/nowhere/udmabuf"))
+    monkeypatch.setattr(dma_heap, "DIRECTORY", Path("/nowhere/dma_heap"))
+    monkeypatch.setattr(dma_heap, "names", list)
+    with raises_errno(errno.ENODEV) as caught:
+        dmabuf.allocate(SIZE, heap=heap)
+    assert {"udmabuf": "modprobe udmabuf", "dma_heap:system": "CONFIG_DMABUF_HEAPS_SYSTEM"}.get(heap, "heaps of this machine") in str(
+        caught.value
+    )
+
+
+@pytest.mark.parametrize(("heap", "name"), [*(("udmabuf", name) for name in SCENARIOS), ("dma_heap:system", "named")])
+@pytest.mark.usefixtures("kernel")
+def test_whatever_call_fails_nothing_is_lost(heap: str, name: str) -> None:
+    made, ran = partial(dmabuf.allocate, SIZE, heap=heap), 0
+    for fault in faults(partial(SCENARIOS[name], made), whole_after):
+        fault()
+        ran += 1
+    assert ran
