@@ -9,6 +9,7 @@ from dmabuf import sim
 from dmabuf.core.access import access
 from dmabuf.core.attachment import DmaBufAttachment
 from dmabuf.core.buffer import DmaBuf, get
+from dmabuf.core.buffer_range import BufferRange
 from dmabuf.core.debug import signalling
 from dmabuf.core.device import Device
 from dmabuf.core.exporter import Exporter, Importer, export
@@ -40,6 +41,7 @@ from dmabuf.sharing.passing import recv, send
 from dmabuf.sharing.remote import RemoteTimeline
 
 __all__ = [
+    "BufferRange",
     "ContractError",
     "ContractWarning",
     "Device",

@@ -45,6 +45,7 @@ from dmabuf.uapi.call import OwnedFd
 
 if TYPE_CHECKING:
     from dmabuf.core.attachment import DmaBufAttachment
+    from dmabuf.core.buffer_range import BufferRange
     from dmabuf.core.device import Device
     from dmabuf.core.exporter import Importer
     from dmabuf.core.sync_file import SyncFile
@@ -364,6 +365,12 @@ class DmaBuf:
             return _native.Mapping(self._fd, length, offset=offset, writable=writable)
         except OSError as e:
             raise fail(e.errno or errno.EIO, operation, self) from None
+
+    def export_range(self, offset: int = 0, length: int | None = None) -> BufferRange:
+        """A part of the buffer as one value; ``length``: None for the rest. Errors: EINVAL empty, or not inside; EBADF."""
+        from dmabuf.core.buffer_range import BufferRange
+
+        return BufferRange(self, offset, length)
 
     def dma_mmap(self, offset: int, length: int) -> _native.Mapping:
         """The mapping an importer gets that redirects its own mmap here (spec 2.17).
