@@ -1,6 +1,7 @@
 """The kernel's own dma-bufs as buffers: identity, names, brackets, fences of both kinds, sharing (spec 5.2–5.9; design: one object)."""
 
 import asyncio
+import ctypes
 import errno
 import fcntl
 import gc
@@ -10,8 +11,6 @@ import os
 import select
 import signal
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -483,6 +482,42 @@ def test_a_wait_for_both_kinds_ends_with_the_later(buf: dmabuf.DmaBuf, kernel_ti
     timeline.close()
 
 
+@pytest.mark.parametrize(("write", "pending"), [(False, False), (True, True)])
+def test_an_exported_sync_file_is_the_kernels(buf: dmabuf.DmaBuf, kernel_timeline: SwSyncTimeline, write: bool, pending: bool) -> None:
+    fence = kernel_timeline.fence(1)
+    buf.import_sync_file(fence.number, write=False)
+    with buf.export_sync_file(write=write) as exported:
+        assert exported.info().status == (0 if pending else 1)
+        kernel_timeline.increment()
+        assert exported.info().status == 1
+        assert exported.kernel_fileno() == exported.fileno()
+    with dmabuf.SyncFile.from_fd(fence.number) as wrapped:
+        buf.import_sync_file(wrapped, write=True)
+    assert buf.poll(IN | OUT) == IN | OUT
+
+
+def test_a_fence_of_a_process_never_goes_into_the_kernel(buf: dmabuf.DmaBuf) -> None:
+    timeline = dmabuf.Timeline("user")
+    fence = timeline.fence()
+    with dmabuf.SyncFile(fence) as user:
+        with raises_errno(errno.EINVAL) as caught:
+            buf.import_sync_file(user, write=True)
+        assert "fence of a process" in str(caught.value)
+        with raises_errno(errno.EINVAL):
+            buf.import_sync_file(user.fileno(), write=True)
+    with raises_errno(errno.EINVAL):
+        buf.import_sync_file(buf.fileno())
+    assert buf.poll(IN | OUT) == IN | OUT
+    fence.signal()
+    timeline.close()
+
+
+@pytest.mark.parametrize("flags", [0, 4, 8])
+def test_other_flags_of_a_sync_file_are_einval(buf: dmabuf.DmaBuf, flags: int) -> None:
+    with raises_errno(errno.EINVAL):
+        buf.export_sync_file(flags=flags)
+
+
 # ---- other processes ----
 
 
@@ -651,11 +686,27 @@ def test_a_forked_child_uses_it_and_its_parent_too(buf: dmabuf.DmaBuf) -> None:
         assert bytes(view[:5]) == b"child"
 
 
-def test_a_process_that_may_not_look_into_the_holder_is_told_so(buf: dmabuf.DmaBuf) -> None:
-    code = (
-        "import ctypes, os, dmabuf\n"
-        "ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)\n"  # PR_SET_DUMPABLE
-        f"print(dmabuf.open({buf.ino}).home)"
-    )
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert ran.stdout.strip() == buf.home, ran.stderr
+def test_a_holder_that_nobody_may_look_into_hands_it_over_all_the_same(child: Spawn, home: str) -> None:
+    other = child(_undumpable, home)
+    ino = other.recv()
+    with dmabuf.open(ino) as again, again.read() as view:
+        assert bytes(view[:3]) == b"old"
+
+
+def _undumpable(parent: Parent, home: str) -> None:
+    ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE: /proc/PID/fd is root's
+    with made(home) as here:
+        with here.write() as view:
+            view[:3] = b"old"
+        parent.send(here.ino)
+        parent.recv()
+
+
+def test_what_is_only_mapped_cannot_be_opened(home: str) -> None:
+    here = made(home)
+    ino, mapping = here.ino, here.mmap()
+    here.close()
+    with raises_errno(errno.ENODEV) as caught:
+        dmabuf.open(ino)
+    assert "only by mappings" in str(caught.value)
+    mapping.close()

@@ -5,8 +5,8 @@ sync file to the buffer's reservation object, so that later accesses wait for it
 needs them to be one serialises his users himself.
 
 A real dma-buf has fences of both kinds. Exported are the kernel's and the domain's, in one; with none of the domain's pending it is a
-sync_file of the kernel's, which a driver can be given. Imported, a sync_file of the kernel's goes into the kernel, where drivers obey it
-too, and one of ours into the domain alone.
+sync_file of the kernel's, which a driver can be given. Import takes a sync_file of the kernel's only: one of ours can't go into the
+kernel, and in the domain alone the drivers, which imported fences are for, would not wait for it.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def _not_one(buf: DmaBuf, what: str) -> DmaBufError:
 
 def _add(buf: DmaBuf, sync_file: SyncFile, write: bool) -> None:
     kernel = buf._kernel()
-    if kernel is not None and sync_file.kernel:
+    if kernel is not None:
         kernel.import_sync_file(buf, sync_file.kernel_fileno(), write)
         return
     leaves = tuple(unwrap(sync_file.fence))

@@ -1,0 +1,67 @@
+"""A real dma-buf for another process of the domain that asks by name: who holds it sends a duplicate (``dmabuf.open``).
+
+A real dma-buf can't be opened anew through ``/proc`` (ENXIO). So a process that holds one answers requests from the first on.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+
+from dmabuf import _native
+from dmabuf.core import kernel
+from dmabuf.core.buffer import DmaBuf, from_fd
+from dmabuf.core.identity import identify
+from dmabuf.domain import lives
+from dmabuf.domain.domain import Domain
+from dmabuf.errors import fail
+from dmabuf.sharing.service import Answer, Body, Session, line_to, number, register, serve
+from dmabuf.uapi.call import OwnedFd
+
+_NOT_HERE = (errno.ENODEV, errno.ENOENT, errno.EPERM)
+
+
+def _hand_over(session: Session, body: Body, fds: list[int]) -> Answer:
+    """One of this process's descriptors of the buffer. Errors: ENOENT it has none any more."""
+    key = (number(body, "dev"), number(body, "ino"))
+    record = (session.domain.local.get("records") or {}).get(key)
+    for name in os.listdir("/proc/self/fd") if record is not None and record.handles else ():
+        try:
+            st = os.stat(f"/proc/self/fd/{name}")
+            if (st.st_dev, st.st_ino) != key:
+                continue
+            duplicate = fcntl.fcntl(int(name), fcntl.F_DUPFD_CLOEXEC, 0)
+        except OSError as e:
+            if e.errno in (errno.EMFILE, errno.ENFILE):
+                raise fail(e.errno, "open", f"buffer ino {key[1]}", "raise RLIMIT_NOFILE of the process that holds it") from None
+            continue  # closed meanwhile
+        st = os.fstat(duplicate)
+        if (st.st_dev, st.st_ino) == key:
+            return Answer(fds=[duplicate])
+        os.close(duplicate)  # the number was used again between the two looks
+    raise fail(errno.ENOENT, "open", f"buffer ino {key[1]}", "ask another holder", what=f"process {os.getpid()} has closed it")
+
+
+def ask(domain: Domain, index: int, dev: int, ino: int, nonce: bytes) -> DmaBuf | None:
+    """The buffer from the process with this slot of a life; None when it doesn't give it. Errors: EMFILE."""
+    peer = lives.life_id(index, domain.shm.load32(lives.slot_offset(index) + _native.LIFE_GEN))
+    line = line_to(domain, peer, ask)
+    try:
+        _, came = line.call("hand over", {"dev": dev, "ino": ino}, operation="open", obj=f"buffer ino {ino}")
+    except OSError as e:
+        if e.errno in _NOT_HERE:
+            return None
+        raise
+    finally:
+        line.leave(ask)
+    owned = [OwnedFd(fd) for fd in came]
+    for fd in owned:
+        found = identify(fd.number, domain, "open")
+        if found.kernel and found.nonce == nonce:
+            return from_fd(fd, domain)
+    return None
+
+
+register("hand over", _hand_over)
+kernel.held = serve
