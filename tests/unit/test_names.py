@@ -7,17 +7,18 @@ import pytest
 import dmabuf
 
 NAMES = {
-    "ContractError", "ContractWarning", "Device", "Direction", "DiskDevice", "DmaBuf", "DmaBufAttachment", "DmaBufError", "DmaFence",
-    "DmaFenceArray", "DmaFenceChain", "DmaResv", "Domain", "Exporter", "FenceOps", "Importer", "IosysMap", "RemoteTimeline", "SgTable",
-    "SpillHeap", "SwSync", "SyncFile", "Timeline", "Usage", "WwAcquireContext", "access", "allocate", "buffers", "bufinfo", "export",
-    "get", "get_sync_file", "heaps", "lock_all", "merge", "open", "private_stub", "recv", "send", "signalling", "sim", "stub_fence",
-    "sync_info", "unwrap", "wait_any",
+    "BufferRange", "ContractError", "ContractWarning", "Device", "Direction", "DiskDevice", "DmaBuf", "DmaBufAttachment", "DmaBufError",
+    "DmaFence", "DmaFenceArray", "DmaFenceChain", "DmaResv", "Domain", "Exporter", "FenceOps", "Importer", "IosysMap", "RemoteTimeline",
+    "SgTable", "SpillHeap", "SwSync", "SyncFile", "Timeline", "Usage", "WwAcquireContext", "access", "allocate", "buffers", "bufinfo",
+    "export", "get", "get_sync_file", "heaps", "lock_all", "merge", "open", "private_stub", "recv", "send", "signalling", "sim",
+    "stub_fence", "sync_info", "unwrap", "wait_any",
 }  # fmt: skip
 
 METHODS = {
     "DmaBuf": "size ino exp_name name home resv closed fileno dup detach close write read begin_cpu_access end_cpu_access mmap vmap vunmap "
     "poll poll_fd readable writable lseek sync get_dma_buf put dma_mmap vmap_unlocked vunmap_unlocked fdinfo statistics "
-    "attach move_notify is_dynamic export_sync_file import_sync_file",
+    "attach move_notify is_dynamic export_sync_file import_sync_file export_range",
+    "BufferRange": "buf offset length of read write mmap",
     "DmaBufAttachment": "map unmap map_unlocked unmap_unlocked mapped pin unpin detach dev dmabuf importer peer2peer priv attached "
     "is_dynamic statistics",
     "Exporter": "attach detach pin unpin map unmap release begin_cpu_access end_cpu_access mmap vmap vunmap",

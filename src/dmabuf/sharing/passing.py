@@ -4,6 +4,7 @@ One ``send`` is one message and one ``recv`` takes one message, on SOCK_SEQPACKE
 
 ======================  =====================================================================================
 a ``DmaBuf``            its fd; the receiver gets a handle of its own, and the buffer lives on while in flight
+a ``BufferRange``       its buffer, offset and length; the receiver closes ``.buf``
 a ``DmaFence``          its number in the domain; the receiver waits for the same fence
 an array or a chain     what it is made of, in a memfd; the receiver makes its own over the same fences
 a ``SwSync``            its descriptor; the receiver is a holder like any other
@@ -37,6 +38,7 @@ from typing import Any, Final, NamedTuple
 
 from dmabuf import _native
 from dmabuf.core.buffer import DmaBuf, from_fd, received
+from dmabuf.core.buffer_range import BufferRange
 from dmabuf.core.fence import DmaFence, Timeline, wrap
 from dmabuf.core.fence_travel import pack, unpack
 from dmabuf.core.sw_sync import SwSync
@@ -54,6 +56,7 @@ _HEADER: Final = struct.Struct("=8sHHI")  # magic, things, descriptors, 0
 _ITEM: Final = struct.Struct("=BBHI8s64s")  # kind, flags, 0, index, domain, body
 _ONE: Final = struct.Struct("=8sHHIBBHI8sQQ16s32s")  # header and one buffer
 _BODY: Final = struct.Struct("=QQ16s32s")  # of a buffer: st_dev, st_ino, nonce, name
+_PART: Final = struct.Struct("=QQ48x")  # of a range: offset, length
 _FENCE: Final = struct.Struct("=QQQ40x")  # handle, context, seqno
 _TIMELINE: Final = struct.Struct("=QQ48x")  # number of its slot's use, context
 _MOST_STRUCTURE: Final = 1 << 28  # bytes of a fence container: more than a domain has fences for
@@ -62,6 +65,7 @@ _FD: Final = struct.Struct("=i")
 _UCRED: Final = struct.Struct("=3i")  # pid, uid, gid (unix(7))
 
 _BUFFER, _FENCE_KIND, _TIMELINE_KIND, _PRIVATE_DOMAIN, _DIRECTORY, _CONTAINER, _SYNC_FILE, _MORE, _SW_SYNC = 1, 2, 3, 4, 5, 6, 7, 8, 9
+_RANGE: Final = 10  # of the buffer in the item before
 _WITH_FD: Final = frozenset((_BUFFER, _PRIVATE_DOMAIN, _DIRECTORY, _CONTAINER, _SYNC_FILE, _SW_SYNC))
 _ONE_SIZE: Final = _ONE.size
 _IS_PRIVATE, _HAS_NAME = 1, 2  # flags of an item
@@ -87,7 +91,7 @@ _peers: dict[int, tuple[_Peer, weakref.ref[socket.socket]]] = {}
 _domains: weakref.WeakValueDictionary[bytes, Domain] = weakref.WeakValueDictionary()
 
 
-def send(sock: socket.socket, *things: DmaBuf | DmaFence | SwSync | SyncFile | Timeline | RemoteTimeline | Domain) -> None:
+def send(sock: socket.socket, *things: DmaBuf | BufferRange | DmaFence | SwSync | SyncFile | Timeline | RemoteTimeline | Domain) -> None:
     """Send things as one message over a connected AF_UNIX socket; what is sent stays usable here.
 
     ``things``: 1 to 253 (the kernel's limit of descriptors in a message). The socket's timeout counts; a non-blocking socket raises
@@ -295,6 +299,9 @@ def _pack(things: tuple[Any, ...]) -> tuple[bytes, list[int], list[DmaFence], li
         if isinstance(thing, DmaBuf):
             fds.append(thing._check("send"))
             items.append(_item_of(thing._record))
+        elif isinstance(thing, BufferRange):
+            fds.append(thing.buf._check("send"))
+            items += [_item_of(thing.buf._record), _item(_RANGE, thing.buf.domain, _PART.pack(thing.offset, thing.length))]
         elif isinstance(thing, DmaFence):
             check_fence(thing, "send")
             structure = pack(thing)
@@ -323,7 +330,7 @@ def _pack(things: tuple[Any, ...]) -> tuple[bytes, list[int], list[DmaFence], li
             fds.append(-1)
             items.append(_item(_DIRECTORY, thing, b""))
         else:
-            raise TypeError(f"send: buffers, fences, sync files, timelines and domains travel, {type(thing).__name__} does not")
+            raise TypeError(f"send: buffers, ranges, fences, sync files, timelines and domains travel, {type(thing).__name__} does not")
     if len(items) > MAX_THINGS:
         remedy = "send fewer at once, or merge fewer fences into one, or use a domain that has a directory"
         raise fail(errno.EMSGSIZE, "send", f"{len(things)} things", remedy, what="their fences don't fit into a message")
@@ -400,7 +407,9 @@ def _take(sock: socket.socket, peer: _Peer, data: bytes, control: Iterable[tuple
             if fd >= 0:
                 os.close(fd)
         for thing in made:
-            if isinstance(thing, DmaBuf | SwSync | SyncFile):
+            if isinstance(thing, BufferRange):
+                thing.buf.close()
+            elif isinstance(thing, DmaBuf | SwSync | SyncFile):
                 thing.close()
         raise
 
@@ -458,6 +467,13 @@ def _things(sock: socket.socket, items: list[tuple[Any, ...]], fds: list[int], m
             fd, fds[places[at]] = fds[places[at]], -1
             dev, ino, nonce, name = _BODY.unpack(body)
             made.append(received(fd, domain, dev, ino, nonce, name.rstrip(b"\0") if flags & _HAS_NAME else None))
+        elif kind == _RANGE:
+            if not made or items[at - 1][0] != _BUFFER:
+                raise _foreign(sock, "a range without its buffer")
+            try:
+                made[-1] = BufferRange(made[-1], *_PART.unpack(body))
+            except OSError:
+                raise _foreign(sock, "a range that is not inside of its buffer") from None
         elif kind == _FENCE_KIND:
             handle, context, seqno = _FENCE.unpack(body)
             made.append(wrap(domain, handle, (context, seqno, index)))
