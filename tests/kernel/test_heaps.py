@@ -1,4 +1,7 @@
-"""What the kernel's heaps and drivers refuse, argument by argument (spec 5.8, 5.9, 5.12, 5.13), beside the rows of test_features_kernel.py."""
+"""What the kernel's heaps and drivers refuse, argument by argument (spec 5.8, 5.9, 5.12, 5.13).
+
+Beside the rows of test_features_kernel.py.
+"""
 
 import errno
 import fcntl
@@ -20,7 +23,13 @@ IN, OUT = select.POLLIN, select.POLLOUT
 SYSTEM = "/dev/dma_heap/system"
 
 
-# ---- S14: dma-heap and the system heap (selftest dmabuf-heap.c) ----
+# ---- dma-heap ----
+
+
+@pytest.fixture
+def device() -> Iterator[int]:
+    with call.open_node(SYSTEM, "test") as opened:
+        yield opened.number
 
 
 @pytest.mark.parametrize(
@@ -45,7 +54,7 @@ def test_another_number_is_einval_on_a_heap(device: int, number: int) -> None:
         call.perform_raw(device, number, bytes(24))
 
 
-# ---- S15: udmabuf (selftest udmabuf.c) ----
+# ---- udmabuf ----
 
 
 @pytest.fixture
@@ -134,7 +143,7 @@ def test_a_size_beyond_the_limit_is_einval_with_the_parameter() -> None:
         assert "size_limit_mb" in str(caught.value)
 
 
-# ---- S16: vgem and PRIME (IGT vgem_basic, dmabuf_sync_file) ----
+# ---- vgem and PRIME ----
 
 
 @pytest.fixture
