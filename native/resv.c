@@ -162,12 +162,25 @@ static a64 *entry_next(cursor *c) { /* NULL at the end of the capacity */
   if (!b || atomic_load(&b->owner) != c->rec + 1) return NULL;
   return &b->entry[i];
 }
+/* An entry and whether its fence is pending. One that is replaced while we look is looked at again: the new fence was there before the
+ * old one ended, so without the lock, too, there is no instant at which neither is seen. */
+static uint64_t entry_look(Shm *s, a64 *p, int *pending) {
+  uint64_t e = atomic_load(p);
+  *pending = 0;
+  for (int k = 0; e && !(*pending = fence_pending(s, E_HANDLE(e), NULL)) && k < 64; k++) {
+    uint64_t now = atomic_load(p);
+    if (now == e) break;
+    e = now;
+  }
+  return e;
+}
 static uint64_t first_pending(Shm *s, db_resv *r, uint32_t rec, uint32_t usage) {
   cursor c = {s, r, 0, 0, 0, rec};
   for (a64 *p; (p = entry_next(&c));) {
-    uint64_t e = atomic_load(p);
+    int pending;
+    uint64_t e = entry_look(s, p, &pending);
     if (!e) break;
-    if (E_USAGE(e) <= usage && fence_pending(s, E_HANDLE(e), NULL)) return E_HANDLE(e);
+    if (E_USAGE(e) <= usage && pending) return E_HANDLE(e);
   }
   return 0;
 }
@@ -180,9 +193,10 @@ static PyObject *resv_entries(Shm *s, PyObject *args) { /* (rec, usage, pending_
   PyObject *out = r ? PyList_New(0) : NULL;
   cursor c = {s, r, 0, 0, 0, rec};
   for (a64 *p; out && (p = entry_next(&c));) {
-    uint64_t e = atomic_load(p);
+    int now;
+    uint64_t e = entry_look(s, p, &now);
     if (!e) break;
-    if (E_USAGE(e) > usage || (pending && !fence_pending(s, E_HANDLE(e), NULL))) continue;
+    if (E_USAGE(e) > usage || (pending && !now)) continue;
     PyObject *t = Py_BuildValue("KI", (unsigned long long)E_HANDLE(e), E_USAGE(e));
     if (!t || PyList_Append(out, t)) Py_CLEAR(out);
     Py_XDECREF(t);
@@ -198,9 +212,10 @@ static PyObject *resv_pending(Shm *s, PyObject *args) { /* (rec, usage, not) -> 
   PyObject *out = r ? PyList_New(0) : NULL;
   cursor c = {s, r, 0, 0, 0, rec};
   for (a64 *p; out && (p = entry_next(&c));) {
-    uint64_t e = atomic_load(p);
+    int pending;
+    uint64_t e = entry_look(s, p, &pending);
     if (!e) break;
-    if (E_USAGE(e) > usage || E_HANDLE(e) == not || !fence_pending(s, E_HANDLE(e), NULL)) continue;
+    if (E_USAGE(e) > usage || E_HANDLE(e) == not || !pending) continue;
     PyObject *h = PyLong_FromUnsignedLongLong(E_HANDLE(e));
     if (!h || PyList_Append(out, h)) Py_CLEAR(out);
     Py_XDECREF(h);

@@ -65,10 +65,13 @@ class PeerEnded(Exception):
 
 def find(buf: DmaBuf, name: str) -> DmaFence | None:
     """The pending fence on a buffer whose timeline has this name, None when it has ended."""
-    for fence in buf.resv.fences(Usage.BOOKKEEP):
-        if fence.timeline_name == name and fence.driver_name == DRIVER:
-            return fence
-    return None
+    while True:
+        found = buf.resv.fences(Usage.BOOKKEEP)
+        for fence in found:
+            if fence.timeline_name == name and fence.driver_name == DRIVER:
+                return fence
+        if not any(fence.is_signaled() for fence in found):
+            return None  # else one ended while we looked, and its successor may be the one
 
 
 def announce(buf: DmaBuf, timeline: Timeline) -> DmaFence:
