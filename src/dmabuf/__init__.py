@@ -20,6 +20,7 @@ from dmabuf.core.fence_ops import FenceOps
 from dmabuf.core.iosys_map import IosysMap
 from dmabuf.core.resv import DmaResv
 from dmabuf.core.scatterlist import SgTable
+from dmabuf.core.semaphore import TimelineSemaphore, wait_semaphores
 from dmabuf.core.sw_sync import SwSync, sync_info
 from dmabuf.core.sync_file import SyncFile, get_sync_file
 from dmabuf.core.unwrap import merge, unwrap
@@ -65,6 +66,7 @@ __all__ = [
     "SwSync",
     "SyncFile",
     "Timeline",
+    "TimelineSemaphore",
     "Usage",
     "WwAcquireContext",
     "access",
@@ -87,5 +89,6 @@ __all__ = [
     "sync_info",
     "unwrap",
     "wait_any",
+    "wait_semaphores",
 ]
 __version__ = "0.1.0"

@@ -14,7 +14,7 @@
         ├── CrossDomainError         EXDEV
         ├── DeadlockError            EDEADLK
         ├── DirectoryExpectedError   ENOTDIR                  also NotADirectoryError
-        ├── DmaBufTimeout            ETIMEDOUT                also TimeoutError
+        ├── DmaBufTimeout            ETIMEDOUT, ETIME         also TimeoutError
         ├── ExistsError              EEXIST                   also FileExistsError
         ├── InterruptedWaitError     EINTR                    also InterruptedError
         ├── InvalidError             EINVAL                   (not a ValueError: the kernel's answer, not Python's)
@@ -147,7 +147,7 @@ class DirectoryExpectedError(DmaBufError, NotADirectoryError):
 
 
 class DmaBufTimeout(DmaBufError, TimeoutError):
-    """The time given for a wait is over; nothing was added or changed (ETIMEDOUT)."""
+    """The time given for a wait is over; nothing was added or changed (ETIMEDOUT; ETIME where the kernel says so)."""
 
 
 class ExistsError(DmaBufError, FileExistsError):
@@ -238,6 +238,7 @@ _CLASSES: Final[dict[int, type[DmaBufError]]] = {
     _errno.EPIPE: BrokenConnectionError,
     _errno.ESHUTDOWN: BrokenConnectionError,
     _errno.ESRCH: NoProcessError,
+    _errno.ETIME: DmaBufTimeout,
     _errno.ETIMEDOUT: DmaBufTimeout,
     _errno.EXDEV: CrossDomainError,
 }

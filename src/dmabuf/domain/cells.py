@@ -15,6 +15,7 @@ import fcntl
 import os
 import re
 import secrets
+import struct
 import threading
 import weakref
 from collections.abc import Iterator
@@ -25,6 +26,9 @@ from dmabuf.domain.domain import Domain, known
 from dmabuf.domain.place import ofd_lock, reopen
 from dmabuf.errors import fail
 
+PAGE_ROOM = 256  # bytes at the beginning of a cell with a record: whoever makes it has the first half
+_RECORD = struct.Struct("=IIQQQQQQ")  # which of two copies counts; of each: offset, room, length
+_RECORD_AT = 128
 _LOCK, _LEASE = 0, 1  # bytes of the file that bear the locks
 _NAME = re.compile(r"/memfd:dmabuf-([a-z_]+):([0-9a-f]{16}):[0-9a-f]{16}(?: \(deleted\))?\Z")
 _ALL: weakref.WeakSet[Cell] = weakref.WeakSet()
@@ -121,6 +125,34 @@ class Cell:
         """Errors: ENOSPC, ENOMEM no memory, and nothing was written."""
         if os.pwrite(self._own, data, offset) != len(data):
             raise fail(errno.ENOSPC, "write", "shared state", "free memory")
+
+    def load(self) -> bytes:
+        """The record that was stored last, b"" before the first."""
+        raw = self.read(_RECORD_AT, _RECORD.size)
+        if len(raw) < _RECORD.size:
+            return b""
+        which, _, *copies = _RECORD.unpack(raw)
+        offset, room, length = copies[3 * (which & 1) : 3 * (which & 1) + 3]
+        return self.read(offset, min(length, room)) if length else b""
+
+    def store(self, data: bytes) -> None:
+        """Replace the record: the other copy is written, and then it is the one that counts. A death leaves the old or the new one.
+
+        Errors: ENOSPC, ENOMEM, and the old one counts.
+        """
+        raw = self.read(_RECORD_AT, _RECORD.size)
+        which, _, *copies = _RECORD.unpack(raw) if len(raw) == _RECORD.size else (1, 0, 0, 0, 0, 0, 0, 0)
+        other = 1 - (which & 1)
+        offset, room, _ = copies[3 * other : 3 * other + 3]
+        if len(data) > room:
+            offset, room = max(self.size, PAGE_ROOM), max(2 * len(data), 1024)
+            self.write(offset + room - 1, b"\0")
+        self.write(offset, data)
+        copies[3 * other : 3 * other + 3] = offset, room, len(data)
+        self.write(_RECORD_AT, _RECORD.pack(which, 0, *copies))
+        _native.step("cell_written")  # the copy that counts is untouched
+        self.write(_RECORD_AT, _RECORD.pack(other, 0, *copies)[:4])
+        _native.step("cell_switched")
 
     @property
     def size(self) -> int:

@@ -7,7 +7,7 @@ a ``DmaBuf``            its fd; the receiver gets a handle of its own, and the b
 a ``BufferRange``       its buffer, offset and length; the receiver closes ``.buf``
 a ``DmaFence``          its number in the domain; the receiver waits for the same fence
 an array or a chain     what it is made of, in a memfd; the receiver makes its own over the same fences
-a ``SwSync``            its descriptor; the receiver is a holder like any other
+a ``SwSync``            its descriptor; the receiver is a holder like any other, as of a ``TimelineSemaphore``
 a ``SyncFile``          its descriptor; the receiver gets a ``SyncFile`` over the same fences
 a ``Timeline``          its number; the receiver gets a ``RemoteTimeline``: who it is, and whether it is closed
 a ``Domain``            a private one's fd; of a directory's, the directory
@@ -41,6 +41,7 @@ from dmabuf.core.buffer import DmaBuf, from_fd, received
 from dmabuf.core.buffer_range import BufferRange
 from dmabuf.core.fence import DmaFence, Timeline, wrap
 from dmabuf.core.fence_travel import pack, unpack
+from dmabuf.core.semaphore import TimelineSemaphore
 from dmabuf.core.sw_sync import SwSync
 from dmabuf.core.sync_file import SyncFile
 from dmabuf.domain.domain import Domain, known
@@ -64,9 +65,11 @@ _SYNC: Final = struct.Struct("=I60x")  # of a sync file: bytes of its facts, in 
 _FD: Final = struct.Struct("=i")
 _UCRED: Final = struct.Struct("=3i")  # pid, uid, gid (unix(7))
 
-_BUFFER, _FENCE_KIND, _TIMELINE_KIND, _PRIVATE_DOMAIN, _DIRECTORY, _CONTAINER, _SYNC_FILE, _MORE, _SW_SYNC = 1, 2, 3, 4, 5, 6, 7, 8, 9
+_BUFFER, _FENCE_KIND, _TIMELINE_KIND, _PRIVATE_DOMAIN, _DIRECTORY = 1, 2, 3, 4, 5
+_CONTAINER, _SYNC_FILE, _MORE, _SW_SYNC = 6, 7, 8, 9
 _RANGE: Final = 10  # of the buffer in the item before
-_WITH_FD: Final = frozenset((_BUFFER, _PRIVATE_DOMAIN, _DIRECTORY, _CONTAINER, _SYNC_FILE, _SW_SYNC))
+_SEMAPHORE: Final = 11
+_WITH_FD: Final = frozenset((_BUFFER, _PRIVATE_DOMAIN, _DIRECTORY, _CONTAINER, _SYNC_FILE, _SW_SYNC, _SEMAPHORE))
 _ONE_SIZE: Final = _ONE.size
 _IS_PRIVATE, _HAS_NAME = 1, 2  # flags of an item
 
@@ -91,7 +94,10 @@ _peers: dict[int, tuple[_Peer, weakref.ref[socket.socket]]] = {}
 _domains: weakref.WeakValueDictionary[bytes, Domain] = weakref.WeakValueDictionary()
 
 
-def send(sock: socket.socket, *things: DmaBuf | BufferRange | DmaFence | SwSync | SyncFile | Timeline | RemoteTimeline | Domain) -> None:
+Sent = DmaBuf | BufferRange | DmaFence | SwSync | SyncFile | Timeline | TimelineSemaphore | RemoteTimeline | Domain
+
+
+def send(sock: socket.socket, *things: Sent) -> None:
     """Send things as one message over a connected AF_UNIX socket; what is sent stays usable here.
 
     ``things``: 1 to 253 (the kernel's limit of descriptors in a message). The socket's timeout counts; a non-blocking socket raises
@@ -316,9 +322,9 @@ def _pack(things: tuple[Any, ...]) -> tuple[bytes, list[int], list[DmaFence], li
         elif isinstance(thing, SyncFile):
             fds.append(thing.fileno())
             items += _sync_items(thing)
-        elif isinstance(thing, SwSync):
+        elif isinstance(thing, SwSync | TimelineSemaphore):
             fds.append(thing.fileno())
-            items.append(_item(_SW_SYNC, thing.domain, b""))
+            items.append(_item(_SW_SYNC if isinstance(thing, SwSync) else _SEMAPHORE, thing.domain, b""))
         elif isinstance(thing, Timeline | RemoteTimeline):
             index, number, context = timeline_place(thing, "send")
             items.append(_item(_TIMELINE_KIND, thing.domain, _TIMELINE.pack(number, context), index))
@@ -409,7 +415,7 @@ def _take(sock: socket.socket, peer: _Peer, data: bytes, control: Iterable[tuple
         for thing in made:
             if isinstance(thing, BufferRange):
                 thing.buf.close()
-            elif isinstance(thing, DmaBuf | SwSync | SyncFile):
+            elif isinstance(thing, DmaBuf | SwSync | SyncFile | TimelineSemaphore):
                 thing.close()
         raise
 
@@ -485,8 +491,8 @@ def _things(sock: socket.socket, items: list[tuple[Any, ...]], fds: list[int], m
             facts = b"".join(item[5] for item in items[at + 1 : at + 1 + index])[:length]
             made.append(SyncFile.taken(fds[places[at]], domain, Facts.unpack(facts) if length else None))
             fds[places[at]] = -1
-        elif kind == _SW_SYNC:
-            made.append(SwSync.taken(fds[places[at]], domain))
+        elif kind in (_SW_SYNC, _SEMAPHORE):
+            made.append((SwSync if kind == _SW_SYNC else TimelineSemaphore).taken(fds[places[at]], domain))
             fds[places[at]] = -1
         elif kind == _TIMELINE_KIND:
             number, context = _TIMELINE.unpack(body)

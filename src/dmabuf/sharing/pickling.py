@@ -25,6 +25,7 @@ from dmabuf.core.fence_array import DmaFenceArray
 from dmabuf.core.fence_chain import DmaFenceChain
 from dmabuf.core.fence_ops import CustomFence
 from dmabuf.core.fence_travel import pack, unpack
+from dmabuf.core.semaphore import TimelineSemaphore
 from dmabuf.core.sw_sync import SwFence, SwSync
 from dmabuf.core.sync_file import SyncFile
 from dmabuf.domain.domain import Domain, known
@@ -66,8 +67,8 @@ def _reduce_sync_file(sync_file: SyncFile) -> tuple[Callable[..., Any], tuple[An
     return _make_sync_file, (sys.modules[_MODULE].DupFd(sync_file.fileno()), sync_file.domain, facts)
 
 
-def _reduce_sw_sync(timeline: SwSync) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    return _make_sw_sync, (sys.modules[_MODULE].DupFd(timeline.fileno()), timeline.domain)
+def _reduce_cell(thing: SwSync | TimelineSemaphore) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    return _make_cell, (type(thing), sys.modules[_MODULE].DupFd(thing.fileno()), thing.domain)
 
 
 def _reduce_timeline(timeline: Timeline | RemoteTimeline) -> tuple[Callable[..., Any], tuple[Any, ...]]:
@@ -104,10 +105,10 @@ def _make_sync_file(there: Any, domain: Domain, facts: bytes | None) -> SyncFile
         raise
 
 
-def _make_sw_sync(there: Any, domain: Domain) -> SwSync:
+def _make_cell(kind: type[SwSync] | type[TimelineSemaphore], there: Any, domain: Domain) -> SwSync | TimelineSemaphore:
     fd = there.detach()
     try:
-        return SwSync.taken(fd, domain)
+        return kind.taken(fd, domain)
     except BaseException:
         os.close(fd)
         raise
@@ -124,9 +125,10 @@ _REDUCERS: dict[type, Callable[[Any], tuple[Callable[..., Any], tuple[Any, ...]]
     Domain: _reduce_domain,
     RemoteTimeline: _reduce_timeline,
     SwFence: _reduce_fence,
-    SwSync: _reduce_sw_sync,
+    SwSync: _reduce_cell,
     SyncFile: _reduce_sync_file,
     Timeline: _reduce_timeline,
+    TimelineSemaphore: _reduce_cell,
 }
 
 
