@@ -79,13 +79,13 @@ class EngineQueue(Queue):
         """Set every byte of the destination to ``value``; the result: how many. Errors besides those of every job: EINVAL no byte."""
         if not 0 <= operator.index(value) <= 255:
             raise fail(errno.EINVAL, "fill", self, "a byte is 0 to 255")
-        pattern = bytes([value]) * CHUNK
         device = self.owner.device
 
         def work(job: Job) -> int:
+            pattern = memoryview(bytes([value]) * min(CHUNK, max(length for _, length in job.writes)))
             for address, length in _chunks(job.writes):
                 job.checkpoint()
-                device.write(address, memoryview(pattern)[:length])
+                device.write(address, pattern[:length])
                 job.progress(length)
             return job.moved
 

@@ -20,6 +20,7 @@ import pytest
 import dmabuf
 from dmabuf import Direction, DmaBuf, Timeline, Usage, sim
 from dmabuf.core.attachment import moving
+from dmabuf.errors import NoDeviceError
 from dmabuf.heaps.spill import SpillHeap
 from tests.devices.test_sim import SIZE, got, put, until_it_waits
 from tests.support.children import Child, Parent, Spawn
@@ -165,6 +166,43 @@ def test_without_power_nothing_is_accepted_and_with_it_all_works_again(engine: s
     assert entries(buf.resv) == []
     engine.power_on()
     assert queue.fill(attached, 1).wait() == SIZE
+
+
+def test_power_that_comes_and_goes_under_submitters_loses_no_job(engine: sim.Engine, buf: DmaBuf, other_buf: DmaBuf) -> None:
+    queues, bufs = [engine.queue(), engine.queue()], [engine.attach(buf), engine.attach(other_buf)]
+    jobs: list[sim.Job] = []
+    refused = [0, 0]
+    stop = threading.Event()
+
+    def submit(me: int) -> None:
+        rng = random.Random(me)
+        while not stop.is_set():
+            try:
+                jobs.append(queues[me].copy(*rng.sample(bufs, 2), delay=rng.choice([0, 0, 0.0002])))
+            except NoDeviceError:
+                refused[me] += 1
+
+    threads = [threading.Thread(target=submit, args=(me,)) for me in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(30):
+            seen, turned_away = len(jobs), sum(refused)
+            until(lambda seen=seen: len(jobs) > seen)
+            engine.power_off()
+            until(lambda turned_away=turned_away: sum(refused) > turned_away)
+            assert all(job.done for job in list(jobs))
+            engine.power_on()
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    engine.close()
+    ended = [job.fence.status for job in jobs]
+    assert set(ended) <= {1, -errno.ENODEV}
+    stats = [queue.statistics() for queue in queues]
+    assert sum(s.completed for s in stats) == ended.count(1)
+    assert sum(s.failed for s in stats) == ended.count(-errno.ENODEV)
 
 
 # ---- faults ----

@@ -372,10 +372,12 @@ class Queue:
 
     def drain(self) -> None:
         """Wait until every job submitted so far has ended. In a forked child: nothing."""
-        if not self.inherited:
-            for job in list(self._jobs):
-                if job.placed:
-                    job.fence.wait()
+        if self.inherited:
+            return
+        with self._order:  # what is just being submitted counts
+            jobs = list(self._jobs)
+        for job in jobs:
+            job.fence.wait()
 
     def close(self, *, cancel: bool = False) -> None:
         """No job from now on; wait until those submitted have ended. Again, and in a forked child: nothing.
