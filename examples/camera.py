@@ -13,20 +13,18 @@ a guest.
 
 import contextlib
 import glob
-import multiprocessing
-import os
+import json
 import select
 import socket
+import subprocess
 import sys
 from collections import Counter
-from multiprocessing.connection import Connection
 
 import dmabuf
 from dmabuf.drivers.camera import Camera
 from dmabuf.drivers.drm import DrmNode, GemObject
-from dmabuf.uapi import dma_buf
 
-WIDTH, HEIGHT = 320, 240
+WIDTH, HEIGHT = 320, 180
 
 
 def test_camera() -> Camera:
@@ -50,67 +48,68 @@ def gpus() -> list[DrmNode]:
     return found
 
 
-def histogram(buf: dmabuf.DmaBuf) -> dict[int, int]:
+def histogram(buf: dmabuf.DmaBuf, pixels: int) -> dict[int, int]:
     """How often each grey value is in the picture, read where it is."""
     with buf.read() as view:
-        return dict(Counter(view[: WIDTH * HEIGHT]))
+        return dict(Counter(view[:pixels]))
 
 
-def counts(sock: socket.socket, answers: Connection) -> None:
-    """The second process: for each buffer, says whether its sync_file is pending, waits for it, and answers with inode and histogram."""
+def counts(sock: socket.socket, pixels: int) -> None:
+    """The second process: for each buffer, says whether the GPU is still at work, waits for it, and says inode and histogram."""
     while True:
         try:
-            (buf,) = dmabuf.recv(sock)
+            buf, done = dmabuf.recv(sock)
         except EOFError:
             return
-        _, (fence,), _, _ = socket.recv_fds(sock, 1, 1)
-        waiting = select.poll()
-        waiting.register(fence, select.POLLIN)
-        with buf:
-            answers.send("the GPU was at work" if not waiting.poll(0) else "the GPU was done")
-            waiting.poll()
-            os.close(fence)
-            answers.send((buf.ino, histogram(buf)))
+        with buf, done:
+            print("the GPU was done" if done.is_signaled() else "the GPU was at work", flush=True)
+            select.select([done], [], [])
+            print(json.dumps([buf.ino, histogram(buf, pixels)]), flush=True)
 
 
 def show(frames: int) -> None:
     """Print a line for each frame."""
-    ours, theirs = socket.socketpair()
-    answers, theirs_to_answer = multiprocessing.Pipe(duplex=False)
-    other = multiprocessing.get_context("spawn").Process(target=counts, args=(theirs, theirs_to_answer))
     with contextlib.ExitStack() as ending:
         camera = ending.enter_context(test_camera())
         nodes = [ending.enter_context(node) for node in gpus()]
-        other.start()
-        theirs.close()
-        theirs_to_answer.close()
         picture = camera.configure(WIDTH, HEIGHT, "GREY")
+        pixels = picture.width * picture.height
+        ours, theirs = socket.socketpair()
+        with theirs:
+            command = [sys.executable, __file__, "--counts", str(theirs.fileno()), str(pixels)]
+            other = ending.enter_context(subprocess.Popen(command, pass_fds=[theirs.fileno()], stdout=subprocess.PIPE, text=True))
+        ending.enter_context(ours)  # closed first: the other process ends
+        assert other.stdout is not None
         print(
             f"{camera.card} gives {picture.width}x{picture.height} {picture.pixelformat}; imported by {', '.join(n.driver for n in nodes)}"
         )
         imported: list[list[GemObject]] = []
         for buf in camera.start(3, name="camera"):
             imported.append([ending.enter_context(node.import_buffer(buf)) for node in nodes])
-            assert all(gem.export().ino == buf.ino for gem in imported[-1]), "PRIME gives the same dma-buf back"
+            for gem in imported[-1]:
+                with gem.export() as again:
+                    assert again.ino == buf.ino, "PRIME gives the same dma-buf back"
         for _ in range(frames):
             with camera.frame() as frame:
                 fence = imported[frame.index][0].add_fence(write=True)
-                with dma_buf.export_sync_file(frame.buf.fileno(), dma_buf.READ) as sync_file:
-                    dmabuf.send(ours, frame.buf)
-                    socket.send_fds(ours, [b"f"], [sync_file.number])
-                first = answers.recv()
+                with frame.buf.export_sync_file() as done:
+                    assert done.kernel, "the kernel's own sync_file"
+                    dmabuf.send(ours, frame.buf, done)
+                first = other.stdout.readline().rstrip()
                 fence.signal()  # the GPU is done
-                ino, counted = answers.recv()
-                same = ino == frame.buf.ino and counted == histogram(frame.buf)
+                ino, found = json.loads(other.stdout.readline())
+                counted = {int(value): count for value, count in found.items()}
+                same = ino == frame.buf.ino and counted == histogram(frame.buf, pixels)
                 top = max(counted, key=counted.__getitem__)
                 print(
                     f"frame {frame.sequence}: {first}, then counted {sum(counted.values())} pixels, most of them {top}; "
                     f"{'the same memory' if same else 'NOT THE SAME'}",
                     flush=True,
                 )
-        ours.close()
-        other.join()
 
 
 if __name__ == "__main__":
-    show(int(sys.argv[1]) if len(sys.argv) > 1 else 10)
+    if sys.argv[1:2] == ["--counts"]:
+        counts(socket.socket(fileno=int(sys.argv[2])), int(sys.argv[3]))
+    else:
+        show(int(sys.argv[1]) if len(sys.argv) > 1 else 10)

@@ -1,0 +1,21 @@
+"""examples/camera.py: vivid's frames, imported by vgem, counted in a second process, ordered by the kernel's fences."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "camera.py"
+
+
+@pytest.mark.skipif(not any(Path("/sys/class/video4linux").glob("*")), reason="this kernel has no test camera; KERNEL=debian has")
+def test_frames_of_the_camera_reach_a_second_process_after_the_gpus_fence_and_without_a_copy() -> None:
+    done = subprocess.run([sys.executable, str(EXAMPLE), "4"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    first, *frames = done.stdout.splitlines()
+    assert re.fullmatch(r"vivid gives 320x180 GREY; imported by vgem(, vkms)?", first)
+    assert len(frames) == 4
+    for line in frames:
+        assert re.fullmatch(r"frame \d+: the GPU was at work, then counted 57600 pixels, most of them \d+; the same memory", line), line
