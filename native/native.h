@@ -193,7 +193,8 @@ typedef struct {
   PyObject_HEAD
   char *base;
   size_t length;
-  int fd; /* borrowed from the Python Domain, which outlives every call */
+  int fd;
+  char owns_fd; /* closed with the mapping: after every finaliser, whichever order the garbage collector takes */
   uint32_t known;      /* chunks this process has checked against the file's size */
   a64 *token;          /* a page that fork wipes: our life id, 0 in a child */
   PyObject *tick;      /* tick(kind, value): a wait lasted DB_TICK_NS; may raise */

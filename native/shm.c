@@ -237,6 +237,7 @@ static void shm_dealloc(Shm *s) {
   shm_clear(s);
   Py_CLEAR(s->fail);
   if (s->base) munmap(s->base, s->length);
+  if (s->owns_fd) close(s->fd);
   if (s->token) munmap(s->token, DB_PAGE);
   PyMem_Free(s->fifo);
   type->tp_free(s);
@@ -336,7 +337,8 @@ static PyMemberDef shm_members[] = {
     {"on_local", T_OBJECT, offsetof(Shm, on_local), 0, "called when a fence with callbacks here is signalled here"},
     {"on_sync", T_OBJECT, offsetof(Shm, on_sync), 0, "called when a fence that a sync file's descriptor waits for has ended -> done"},
     {"fail", T_OBJECT, offsetof(Shm, fail), 0, "makes an error: fail(errno, operation, object, remedy)"},
-    {"fd", T_INT, offsetof(Shm, fd), READONLY, "the domain's fd, borrowed"},
+    {"fd", T_INT, offsetof(Shm, fd), READONLY, "the domain's fd"},
+    {"owns_fd", T_BOOL, offsetof(Shm, owns_fd), 0, "is the fd closed with the mapping?"},
     {"__weaklistoffset__", T_PYSSIZET, offsetof(Shm, weakrefs), READONLY, NULL},
     {0}};
 static PyGetSetDef shm_getset[] = {

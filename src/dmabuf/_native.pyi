@@ -85,6 +85,7 @@ class Shm:
     on_sync: Callable[[int], bool] | None
     fail: Callable[..., OSError] | None
     life: int
+    owns_fd: bool
     @property
     def fd(self) -> int: ...
     def __new__(cls, fd: int, fail: Callable[..., OSError] | None = None) -> Self: ...

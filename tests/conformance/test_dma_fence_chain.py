@@ -303,6 +303,17 @@ def test_find_seqno_stops_where_the_context_changes(tl: Timeline) -> None:
     tl.close()
 
 
+def test_find_seqno_stops_at_another_context_behind_what_was_unlinked(tl: Timeline) -> None:
+    zeroth = DmaFenceChain(None, tl.fence(), 3)
+    first = DmaFenceChain(zeroth, tl.fence(), 5)
+    inside = tl.fence()
+    second = DmaFenceChain(first, inside, 5)  # begins a context
+    third = DmaFenceChain(second, tl.fence(), 6)
+    inside.signal()
+    assert third.find_seqno(2) is first
+    tl.close()
+
+
 # -- signalling
 
 

@@ -279,6 +279,23 @@ def test_race_signal_callback(child: Spawn, buf: DmaBuf, tl: Timeline) -> None:
     assert seen == added
 
 
+def test_a_callback_that_is_added_when_nothing_was_watched_hears_of_a_death(child: Spawn, buf: DmaBuf) -> None:
+    """Watching nothing, the dispatcher sleeps without ticks; a death is found at a tick."""
+    for dies in (False, True):
+        other = child(signals_on_demand)
+        dmabuf.send(other.sock, buf)
+        assert other.recv() == "added"
+        fence, called = the_fence(buf), threading.Event()
+        fence.add_callback(lambda *_, called=called: called.set())
+        if dies:
+            other.kill()
+        else:
+            other.send("signal")
+        called.wait()
+        until_asleep(os.getpid(), next(t.native_id for t in threading.enumerate() if t.name == "dmabuf-dispatcher"))
+    assert fence.status == -errno.EOWNERDEAD
+
+
 def test_signals_in_both_directions(child: Spawn, buf: DmaBuf, tl: Timeline) -> None:
     """Each side waits for the other's next fence, many times over: a signal is never lost."""
     rounds = 500

@@ -251,6 +251,17 @@ def test_a_negative_timeout_does_not_reach_the_fences_own_wait(tl: Timeline) -> 
     fence.signal()
 
 
+@pytest.mark.parametrize(("answer", "left"), [(1.5, math.inf), (0.0, 0.0), (-errno.ETIME, -errno.ETIME)])
+def test_a_reservation_object_uses_the_fences_own_wait(tl: Timeline, answer: float, left: float) -> None:
+    """Any result that is not positive is given at once, as the kernel gives it."""
+    ops, resv = OwnWait(answer), DmaResv()
+    fence = tl.fence(ops=ops)
+    attach(resv, fence, Usage.READ)
+    assert resv.wait(Usage.READ) == left
+    assert ops.asked == [(False, None)]
+    fence.signal()
+
+
 # -- set_deadline, release
 
 

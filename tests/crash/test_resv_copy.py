@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.crash, pytest.mark.timeout(600)]
 def test_death_at_every_step_of_a_copy_leaves_all_old_or_all_new_fences(old: int, new: int) -> None:
     lines = [Timeline(f"{i}") for i in range(old + new)]
     fences = [line.fence() for line in lines]
-    source = DmaResv()
+    source, extra = DmaResv(), Timeline("extra").fence()
     for fence in fences[old:]:
         attach(source, fence, Usage.WRITE)
     before, after = {key(f) for f in fences[:old]}, {key(f) for f in fences[old:]}
@@ -45,5 +45,8 @@ def test_death_at_every_step_of_a_copy_leaves_all_old_or_all_new_fences(old: int
         found = keys(target)
         assert before <= set(found) or after <= set(found), f"after a death at {step}"
         assert len(found) <= old + new
+        attach(target, extra, Usage.BOOKKEEP)  # and what was cut off does not come back
+        assert sorted(keys(target)) == sorted([*found, key(extra)])
+    extra.signal()
     for line in lines:
         line.close()

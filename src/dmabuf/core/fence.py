@@ -77,7 +77,8 @@ class DmaFence(_native.Fence):
 
     def __repr__(self) -> str:
         state = {0: "pending", 1: "signalled"}.get(self.status, str(self.status))
-        return f"<dmabuf.DmaFence {self.driver_name} {self.timeline_name} {self.context}:{self.seqno} {state}>"
+        kind = "DmaFence" if type(self).__name__ == "CustomFence" else type(self).__name__
+        return f"<dmabuf.{kind} {self.driver_name} {self.timeline_name} {self.context}:{self.seqno} {state}>"
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, DmaFence) and (self.shm, self.handle) == (other.shm, other.handle)
@@ -280,7 +281,8 @@ class DmaFence(_native.Fence):
                     stacklevel=2,
                     source=self,
                 )
-            self.shm.fence_signal(self.handle, -errno.EDEADLK, False)
+            # A failure is remembered for those who look late: there is nobody to remember one of a fence that nobody knew.
+            self.shm.fence_signal(self.handle, -errno.EDEADLK if shared else 0, False)
 
 
 def _known(domain: Domain) -> weakref.WeakValueDictionary[int, DmaFence]:

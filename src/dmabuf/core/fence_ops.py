@@ -31,6 +31,7 @@ from dmabuf.core.fence import DmaFence, flagged, monotonic_deadline
 from dmabuf.domain.dispatcher import report
 from dmabuf.domain.domain import Domain
 
+_twinning = threading.Lock()
 _flip = threading.Lock()  # of the marks "enabled" of all fences: held for one store
 
 
@@ -150,9 +151,10 @@ class Container(LazyFence):
         """The twin; None while the fence is this process's own, or has ended."""
         if self.owned or flagged(self):
             return None
-        if self._twin is None or not self._twin.owned:
-            self._twin = self._copy()
-        return self._twin
+        with _twinning:
+            if self._twin is None or not self._twin.owned:
+                self._twin = self._copy()
+            return self._twin
 
     def enable_signaling(self) -> None:
         """Ask that it will signal when its members have (spec 3.8)."""
@@ -201,12 +203,17 @@ class CustomFence(LazyFence):
 
     def wait(self, timeout: float | None = None, *, interruptible: bool = False) -> float:
         """:meth:`LazyFence.wait`, or the fence's own."""
-        if type(self.ops).wait is FenceOps.wait or not self.owned:
+        if not self.waits_itself:
             return super().wait(timeout, interruptible=interruptible)
         monotonic_deadline(timeout, "wait", self)
         self.enable_signaling()
         left = self.ops.wait(self, interruptible, timeout)
         return math.inf if timeout is None and left > 0 else float(left)
+
+    @property
+    def waits_itself(self) -> bool:
+        """Has it, in this process, a wait of its own?"""
+        return self.owned and type(self.ops).wait is not FenceOps.wait
 
     def set_deadline(self, ns: int) -> None:
         """:meth:`DmaFence.set_deadline`, told to the fence's operations too while it is pending."""
@@ -248,3 +255,9 @@ def ask(domain: Domain, handles: Iterable[int]) -> None:
             fence = known.get(handle)
             if isinstance(fence, LazyFence):
                 fence.is_signaled()
+
+
+def with_own_wait(domain: Domain, handle: int) -> CustomFence | None:
+    """The fence with this handle, if it is this process's own and waits by itself."""
+    fence = domain.local["fences"].get(handle)
+    return fence if isinstance(fence, CustomFence) and fence.waits_itself else None

@@ -20,7 +20,7 @@ from dmabuf._native import Shm
 from dmabuf.core import debug
 from dmabuf.core.fence import DmaFence, monotonic_deadline, seconds_left, wrap
 from dmabuf.core.fence_array import DmaFenceArray, is_container
-from dmabuf.core.fence_ops import ask
+from dmabuf.core.fence_ops import ask, with_own_wait
 from dmabuf.core.owner import Owner, current
 from dmabuf.core.usage import Usage, checked_usage
 from dmabuf.core.ww_mutex import WwAcquireContext
@@ -391,6 +391,8 @@ class DmaResv:
     def wait(self, usage: int, timeout: float | None = None, *, interruptible: bool = False) -> float:
         """Wait for every fence up to ``usage``; returns the seconds left (> 0; inf for None), 0.0 when timed out (spec 4.7).
 
+        A custom fence's own wait may answer a negative number, which is returned at once.
+
         Errors: EINVAL a negative timeout or no usage; EINTR a signal, if ``interruptible``. A fence's own error is not raised.
         Kernel: dma_resv_wait_timeout.
         """
@@ -402,6 +404,11 @@ class DmaResv:
         shm = self._record.shm
         for handle in self.pending(usage):
             if handle in but:
+                continue
+            if "lazy" in self.domain.local and (own := with_own_wait(self.domain, handle)) is not None:
+                left = own.wait(None if until < 0 else seconds_left(until), interruptible=interruptible)
+                if left <= 0:
+                    return left
                 continue
             answer = shm.fence_wait(handle, until, interruptible)
             if answer == 0:

@@ -388,7 +388,7 @@ def _shm_of(fd: int) -> Shm:
     except BaseException:
         os.close(fd)
         raise
-    weakref.finalize(shm, os.close, fd).atexit = False
+    shm.owns_fd = True
     return shm
 
 

@@ -1,0 +1,145 @@
+"""The dispatcher: deferred work, rings that name a slot, slots that are used again while they are watched."""
+
+import gc
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+import dmabuf
+from dmabuf import _native
+from dmabuf.domain.dispatcher import Dispatcher, defer, dispatcher
+
+
+@contextmanager
+def private() -> Iterator[Dispatcher]:
+    """That of a domain of its own, whose slots nobody else uses."""
+    domain = dmabuf.Domain.private()
+    made = dispatcher(domain)
+    yield made
+    made.stop()
+
+
+def ended_without_a_ring(here: Dispatcher, handle: int) -> None:
+    """As somebody ends a fence who dies before ringing."""
+    call, here.shm.on_local = here.shm.on_local, lambda _: None
+    here.shm.fence_signal(handle, 0, True)
+    here.shm.on_local = call
+
+
+def fence(here: Dispatcher) -> int:
+    return here.shm.fence_alloc(0, 1, 1, 0, 0, 0)
+
+
+def test_a_ring_that_got_lost_is_made_up_for_at_a_tick() -> None:
+    with private() as here:
+        seen = threading.Event()
+        handle = fence(here)
+        here.watch(handle, lambda _: seen.set(), foreign=True)
+        ended_without_a_ring(here, handle)
+        seen.wait()
+        assert here.watching == 0
+
+
+def test_a_slot_that_is_used_again_while_it_is_watched_calls_both() -> None:
+    with private() as here:
+        order: list[int] = []
+        last = threading.Event()
+        first = fence(here)
+        slot = first & _native.SLOT_MASK
+        with here._lock:  # the thread looks at nothing meanwhile
+            here._watched[first] = {0: order.append}
+            here._foreign[slot] = first
+        here.shm.fence_mark(first, "bell", 1)
+        ended_without_a_ring(here, first)
+        again = next(handle for handle in iter(lambda: _freed(here), None) if handle & _native.SLOT_MASK == slot)
+        assert again != first
+        here.watch(again, lambda _: last.set(), foreign=True)
+        here.shm.fence_signal(again, 0, True)
+        last.wait()
+        third = fence(here)
+        done = threading.Event()
+        here.watch(third, lambda _: done.set(), foreign=True)
+        ended_without_a_ring(here, third)
+        done.wait()
+        assert order == [first]
+        assert here.watching == 0
+
+
+def _freed(here: Dispatcher) -> int:
+    handle = fence(here)
+    if handle >> 24 == 1:
+        here.shm.fence_signal(handle, 0, True)
+    return handle
+
+
+def test_rings_count_and_name_the_slot() -> None:
+    with private() as here:
+        bell = here._bell
+        here.shm.store32(bell - _native.LIFE_BELL + _native.LIFE_SERVED, 0)
+        before = here.shm.load32(bell)
+        here._ring()
+        after = here.shm.load32(bell)
+        assert (after - before) & 0xFFFFFFFF == _native.SLOT_MASK + 1
+        here.shm.store32(bell, 0xFFFFFFFF)
+        here._ring()  # comes round
+        assert here.shm.load32(bell) == _native.SLOT_MASK
+
+
+def test_deferred_work_comes_after_the_callbacks_in_its_order_and_does_not_recurse() -> None:
+    with private() as here:
+        order: list[str] = []
+        handle = fence(here)
+
+        def more(depth: int) -> None:
+            if depth < 5000:
+                defer(lambda: more(depth + 1))
+            else:
+                order.append("deep")
+
+        def first(_: int) -> None:
+            defer(lambda: order.append("deferred"))
+            defer(lambda: more(0))
+            order.append("first")
+
+        here.watch(handle, first, foreign=False)
+        here.watch(handle, lambda _: order.append("second"), foreign=False)
+        here.shm.fence_signal(handle, 0, True)
+        assert order == ["first", "second", "deferred", "deep"]
+        defer(lambda: order.append("at once"))
+        assert order[-1] == "at once"
+
+
+def test_deferred_work_that_raises_is_told_and_the_rest_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    with private() as here:
+        told: list[type[BaseException] | None] = []
+        monkeypatch.setattr("sys.unraisablehook", lambda each: told.append(each.exc_type))
+        done: list[int] = []
+        handle = fence(here)
+
+        def call(_: int) -> None:
+            defer(lambda: 1 // 0)
+            defer(lambda: done.append(1))
+
+        here.watch(handle, call, foreign=False)
+        here.shm.fence_signal(handle, 0, True)
+        assert told == [ZeroDivisionError]
+        assert done == [1]
+
+
+def test_a_domain_that_the_garbage_collector_takes_leaves_in_order() -> None:
+    """A dispatcher and its domain refer to each other; the domain's descriptor must outlast the leaving, whichever is taken first."""
+    domain = dmabuf.Domain.private()
+    ended: list[int] = []
+    with dmabuf.Timeline("short", domain=domain) as line:
+        made = line.fence()
+        made.add_callback(lambda _: ended.append(1))
+    fd = domain.fileno()
+    dispatcher(domain).stop()
+    del domain, line, made
+    gc.collect()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(fd)
+    assert ended == [1]
