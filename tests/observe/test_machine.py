@@ -96,6 +96,31 @@ def test_a_device_that_may_not_be_opened_names_who_may(tmp_path: Path, monkeypat
     assert ("usermod -aG" if mode == 0o660 and os.getgid() else "chgrp video") in check.remedy
 
 
+@pytest.mark.parametrize(("name", "group"), [("udmabuf", "kvm"), ("dma_heap/system", "video"), ("dri/renderD128", "render")])
+def test_a_device_of_root_alone_names_the_usual_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, group: str) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).touch(mode=0o600)
+    monkeypatch.setattr(os, "access", lambda *_, **__: False)
+    assert f"chgrp {group} " in named(checks(dev=tmp_path), name).remedy
+
+
+@pytest.mark.parametrize(
+    ("size_limit", "list_limit", "says"),
+    [
+        ("64", "1024", "up to 64.0 MiB a buffer of at most 1024 ranges"),
+        ("2147483647", "-1", "of at most 4294967295 ranges"),
+        (None, None, "memfds"),
+    ],
+    ids=["default", "lifted", "not loaded"],
+)
+def test_the_limits_of_udmabuf_are_told(tmp_path: Path, size_limit: str | None, list_limit: str | None, says: str) -> None:
+    (tmp_path / "udmabuf").touch()
+    if size_limit is not None and list_limit is not None:
+        (tmp_path / "size_limit_mb").write_text(size_limit + "\n")
+        (tmp_path / "list_limit").write_text(list_limit + "\n")
+    assert says in named(checks(dev=tmp_path, parameters=tmp_path), "udmabuf").detail
+
+
 def test_a_user_namespace_is_recognised(tmp_path: Path) -> None:
     (tmp_path / "self").mkdir()
     (tmp_path / "self" / "uid_map").write_text("         0       1000          1\n")

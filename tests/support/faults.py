@@ -169,7 +169,7 @@ class Canaries:
     def __init__(self, count: int = 12) -> None:
         self.fds = [os.memfd_create("canary") for _ in range(count)]
 
-    def check(self, fault: Fault) -> None:
+    def check(self, fault: object) -> None:
         for fd in self.fds:
             try:
                 alive = "canary" in os.readlink(f"/proc/self/fd/{fd}")
