@@ -9,8 +9,8 @@ over a socket to a second process, which makes a histogram once the "GPU" is don
 Needs `modprobe vivid vgem` (or real devices) and the right to open them.
 """
 
-import multiprocessing
 import socket
+import subprocess
 import sys
 from collections import Counter
 from contextlib import ExitStack
@@ -38,10 +38,9 @@ def histogram(sock: socket.socket) -> None:
 
 def main(path: str = "/dev/video0", frames: int = 5) -> None:
     here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    reader = multiprocessing.get_context("spawn").Process(target=histogram, args=(there,))
-    reader.start()
-    there.close()
-    with here, ExitStack() as stack:
+    with there:
+        reader = subprocess.Popen([sys.executable, __file__, "--reader", str(there.fileno())], pass_fds=[there.fileno()])
+    with reader, here, ExitStack() as stack:
         camera = stack.enter_context(Camera(path))
         picture = camera.configure(160, 90, "RGB3")
         print(f"{camera.card}: {picture.width}x{picture.height} {picture.pixelformat}, {picture.size} bytes", flush=True)
@@ -62,15 +61,16 @@ def main(path: str = "/dev/video0", frames: int = 5) -> None:
                     dmabuf.send(here, frame.buf, fence)
                 assert here.recv(100) == b"waiting"
                 work.signal()
-                ino, waited, done, values, value, most, total = here.recv(200).split()
+                ino, waited, done, values, value, most, total = here.recv(200).decode().split()
                 print(
-                    f"frame {frame.sequence} of inode {frame.buf.ino}: seen as inode {ino.decode()}, waited {waited.decode()}, "
-                    f"done {done.decode()}; {values.decode()} values in {total.decode()} bytes, {value.decode()} most often ({most.decode()})",
+                    f"frame {frame.sequence} of inode {frame.buf.ino}: seen as inode {ino}, waited {waited}, done {done}; "
+                    f"{values} values in {total} bytes, {value} most often ({most})",
                     flush=True,
                 )
-    reader.join()
-    reader.close()
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:2], *map(int, sys.argv[2:3]))
+    if sys.argv[1:2] == ["--reader"]:
+        histogram(socket.socket(fileno=int(sys.argv[2])))
+    else:
+        main(*sys.argv[1:2], *map(int, sys.argv[2:3]))

@@ -25,7 +25,7 @@ from dmabuf.drivers.sw_sync import SwSyncTimeline
 from dmabuf.uapi import call, dma_buf, heap
 from tests.support.errnos import raises_errno
 from tests.support.faults import Canaries, faults
-from tests.support.kernel_homes import HOMES, SIZE, add_fence, brackets, made
+from tests.support.kernel_homes import HOMES, SIZE, add_fence, brackets, made, needs_sw_sync
 
 PAGE = mmap.PAGESIZE
 
@@ -202,6 +202,7 @@ def test_2_a_signal_between_the_system_call_and_python_loses_none(maker: str) ->
 # ---- 3: the fence ----
 
 
+@needs_sw_sync
 def test_3_what_a_driver_has_not_written_yet_is_not_read(buf: dmabuf.DmaBuf, naive: Naive) -> None:
     with SwSyncTimeline() as timeline, timeline.fence(1) as fence:
         add_fence(buf, fence.number, write=True)

@@ -15,7 +15,7 @@ from dmabuf.drivers.syncobj import Syncobj
 from dmabuf.uapi import dma_buf, drm, sync_file
 from tests.support.children import Parent, Spawn
 from tests.support.errnos import raises_errno
-from tests.support.kernel_homes import made
+from tests.support.kernel_homes import made, needs_sw_sync
 from tests.support.waiting import Background
 
 CAMERA = "/dev/video0"
@@ -167,6 +167,7 @@ def test_what_vgem_does_not_have_says_so(node: DrmNode) -> None:
 # ---- sw_sync ----
 
 
+@needs_sw_sync
 def test_a_software_timeline_signals_up_to_its_value() -> None:
     with SwSyncTimeline() as timeline, timeline.fence(1) as one, timeline.fence(2) as two:
         assert [sync_file.file_info(fence.number).status for fence in (one, two)] == [0, 0]
@@ -177,6 +178,7 @@ def test_a_software_timeline_signals_up_to_its_value() -> None:
         assert info.name.startswith(b"sw_sync-")
 
 
+@needs_sw_sync
 def test_the_end_of_a_timeline_ends_its_fences_with_enoent() -> None:
     timeline = SwSyncTimeline()
     fence = timeline.fence(1)
@@ -184,6 +186,7 @@ def test_the_end_of_a_timeline_ends_its_fences_with_enoent() -> None:
     assert sync_file.file_info(fence.number).status == -errno.ENOENT
 
 
+@needs_sw_sync
 def test_a_deadline_reaches_the_timeline() -> None:
     with SwSyncTimeline() as timeline, timeline.fence(1) as fence:
         if tuple(map(int, os.uname().release.split(".")[:2])) < (6, 8):
@@ -195,6 +198,7 @@ def test_a_deadline_reaches_the_timeline() -> None:
         assert timeline.deadline(fence.number) == 1_000_000
 
 
+@needs_sw_sync
 def test_merged_fences_are_told_one_by_one() -> None:
     with SwSyncTimeline() as one, SwSyncTimeline() as other, one.fence(1) as first, other.fence(1) as second:
         with sync_file.merge(first.number, second.number, b"both") as merged:
@@ -208,6 +212,7 @@ def test_merged_fences_are_told_one_by_one() -> None:
             sync_file.merge(first.number, other_file.fileno())
 
 
+@needs_sw_sync
 def test_an_exported_sync_file_is_what_was_imported() -> None:
     with made("dma_heap:system") as buf, SwSyncTimeline() as timeline, timeline.fence(1) as fence:
         dma_buf.import_sync_file(buf.fileno(), dma_buf.WRITE, fence.number)

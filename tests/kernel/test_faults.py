@@ -10,7 +10,7 @@ from dmabuf.drivers.sw_sync import SwSyncTimeline
 from dmabuf.uapi import dma_buf, sync_file
 from tests.support.faults import faults
 from tests.support.home_scenarios import SCENARIOS, SIZE, whole_after
-from tests.support.kernel_homes import HOMES, add_fence, made
+from tests.support.kernel_homes import HOMES, add_fence, made, needs_sw_sync
 
 
 @pytest.mark.parametrize("home", HOMES)
@@ -52,7 +52,7 @@ def prime() -> None:
             pass
 
 
-@pytest.mark.parametrize("scenario", [a_fence_that_is_awaited, prime], ids=lambda one: one.__name__)
+@pytest.mark.parametrize("scenario", [pytest.param(a_fence_that_is_awaited, marks=needs_sw_sync), prime])
 def test_whatever_call_to_a_driver_fails_nothing_is_lost(scenario: Callable[[], None]) -> None:
     for fault in faults(scenario, whole_after):
         fault()

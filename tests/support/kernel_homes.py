@@ -1,15 +1,17 @@
 """Buffers that are the kernel's own dma-bufs, in a guest with a real kernel; and what the library calls the kernel for them."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import dmabuf
 from dmabuf.drivers.drm import DrmNode
-from dmabuf.uapi import call, dma_buf, table
+from dmabuf.uapi import call, dma_buf, sw_sync, table
 
+needs_sw_sync = pytest.mark.skipif(not Path(sw_sync.PATH).exists(), reason="this kernel has no sw_sync: KERNEL=uml or full")
 SIZE = 16384
 HOMES = {"udmabuf": b"udmabuf", "dma_heap:system": b"system", "imported": b"drm"}
 
@@ -58,6 +60,3 @@ def brackets(monkeypatch: pytest.MonkeyPatch) -> Iterator[Brackets]:
     with monkeypatch.context() as patch:
         patch.setattr(call, "system", watched)
         yield seen
-
-
-Scenario = Callable[[str], None]
