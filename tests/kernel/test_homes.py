@@ -632,6 +632,20 @@ def test_the_last_close_leaves_no_record(home: str) -> None:
     assert shm.rec_list() == []
 
 
+def test_what_was_detached_keeps_what_the_domain_knows_of_it(home: str) -> None:
+    here = made(home)
+    with pytest.raises(Boom), here.write():
+        raise Boom
+    fd = here.detach()
+    with dmabuf.get(fd) as again:
+        with raises_errno(errno.ECANCELED), again.read():
+            pass
+        with again.write():
+            pass
+    os.close(fd)
+    assert dmabuf.buffers() == []
+
+
 def test_a_mapping_keeps_it_until_it_goes(home: str) -> None:
     here = made(home)
     mapping = here.mmap()

@@ -163,7 +163,7 @@ class DmaBuf:
         live = self._record.live
         if live is not None:
             live.leaving()
-        self._let_go(fd)
+        self._let_go(fd, closing=False)
         if live is not None:
             live.departed(quiet=False)
         return fd
@@ -189,12 +189,12 @@ class DmaBuf:
         if live is not None:
             live.departed(quiet)
 
-    def _let_go(self, fd: int) -> Departures | None:
+    def _let_go(self, fd: int, closing: bool = True) -> Departures | None:
         """One handle less; with the last of this process (and no reservation object of it in use) its hold on the record ends."""
         record = self._record
         ref = record.shared.get("resv")
         if ref is None or ref() is None:
-            return record.leave(fd)
+            return record.leave(fd, closing)
         with record.lock:
             record.handles -= 1
         self._record = record.tombstone()  # the hold is the reservation object's alone from now on

@@ -119,8 +119,8 @@ class Record:
                     self.handles -= 1
                     raise
 
-    def leave(self, fd: int) -> Departures | None:
-        """One handle less; with the last of this process its hold ends, before the caller closes (or gives away) fd.
+    def leave(self, fd: int, closing: bool = True) -> Departures | None:
+        """One handle less; with the last of this process its hold ends, before the caller closes fd (or, not ``closing``, gives it away).
 
         Returns what the caller must ask after closing.
         """
@@ -128,9 +128,9 @@ class Record:
             self.handles -= 1
             if self.handles > 0:
                 return None
-            return self._let_go(fd)
+            return self._let_go(fd, closing)
 
-    def _let_go(self, fd: int) -> Departures | None:
+    def _let_go(self, fd: int, closing: bool) -> Departures | None:
         shm = self.shm
         if not self.life or shm.life != self.life:
             return None
@@ -144,7 +144,7 @@ class Record:
         if shm.rec_drop(self.index):
             return None
         if self.last is not None:  # the end of its inode can't be watched, but the kernel counts
-            if self.last(fd):
+            if closing and self.last(fd):
                 shm.rec_free(self.index, self.gen)
             return None
         watch: Departures | None = self.domain.local.get("departures")
