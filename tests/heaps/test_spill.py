@@ -1,7 +1,6 @@
 """The spill heap in one process: what is in memory, what stays there, what is waited for, and what every failure leaves."""
 
 import errno
-import gc
 import os
 import random
 import subprocess
@@ -15,47 +14,18 @@ from typing import Any
 import pytest
 
 import dmabuf
-from dmabuf import ContractError, Device, Direction, DmaBuf, DmaBufAttachment, Domain, Importer, SpillHeap, Timeline, Usage, _native
+from dmabuf import ContractError, Device, Direction, DmaBuf, DmaBufAttachment, Importer, SpillHeap, Timeline, Usage, _native
 from dmabuf.core.attachment import moving
-from dmabuf.core.backing import exports_of
 from dmabuf.heaps import spill, spill_file
 from dmabuf.heaps.spill_file import SpillFile
-from dmabuf.heaps.spill_moves import Spilled
 from tests.support.drivers import Mover
 from tests.support.errnos import raises_errno
 from tests.support.fences import attach as add
-from tests.support.spilling import PAGE, SIZE, fill, holds, is_here, pattern, resident
+from tests.support.spilling import PAGE, ROOM, SIZE, fill, holds, is_here, pattern, resident, use
 from tests.support.steps import fork, reap
-from tests.support.waiting import Background, until
+from tests.support.waiting import Background
 
 FROM, TO, BIDIR = Direction.FROM_DEVICE, Direction.TO_DEVICE, Direction.BIDIRECTIONAL
-ROOM = 4  # buffers that fit into the budget of `heap`
-
-
-@pytest.fixture
-def heap(tmp_path: Path) -> Iterator[SpillHeap]:
-    with SpillHeap(budget=ROOM * SIZE, directory=tmp_path, patience=60) as made:
-        yield made
-    gc.collect()  # a traceback's frames may still have a mapping
-    until(lambda: not any(isinstance(found.exporter, Spilled) for found in list(exports_of(Domain.default()).live.values())))
-
-
-@pytest.fixture
-def bufs(heap: SpillHeap) -> Iterator[list[DmaBuf]]:
-    """Ten times as much as fits, each full of its number."""
-    made = [heap.allocate(SIZE) for _ in range(10 * ROOM)]
-    for i, buf in enumerate(made):
-        fill(buf, i)
-    yield made
-    for buf in made:
-        buf.close()
-
-
-def use(bufs: list[DmaBuf]) -> None:
-    """Look into each, in order."""
-    for buf in bufs:
-        with buf.read():
-            pass
 
 
 # -- the budget
@@ -729,7 +699,7 @@ def test_a_full_disk_is_told_at_allocate_and_never_later(heap: SpillHeap, bufs: 
 
 
 @pytest.mark.parametrize("step", ["spill_copying", "spill_told", "spill_read"])
-def test_a_signal_handler_that_raises_in_a_move_leaves_a_whole_buffer(
+def test_whatever_is_raised_in_a_move_leaves_whole_buffers(
     heap: SpillHeap, bufs: list[DmaBuf], monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
     for i in range(ROOM):
@@ -738,12 +708,12 @@ def test_a_signal_handler_that_raises_in_a_move_leaves_a_whole_buffer(
 
     def interrupted(name: str) -> None:
         if name == step:
-            raise KeyboardInterrupt
+            raise KeyError(step)
         real(name)
 
     with monkeypatch.context() as patch:
         patch.setattr(_native, "step", interrupted)
-        with pytest.raises(KeyboardInterrupt), bufs[ROOM].read():
+        with pytest.raises(KeyError), bufs[ROOM].read():
             pass
     assert sum(map(resident, bufs)) == heap.statistics().resident <= heap.budget
     assert heap.statistics().pinned == 0
@@ -751,26 +721,88 @@ def test_a_signal_handler_that_raises_in_a_move_leaves_a_whole_buffer(
     assert all(holds(buf, i) for i, buf in enumerate(bufs))
 
 
-def test_using_a_buffer_from_inside_of_its_own_move_is_edeadlk(
-    heap: SpillHeap, bufs: list[DmaBuf], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("step", ["spill_told", "spill_copying", "spill_punched", "spill_reserved", "spill_read", "spill_here"])
+def test_a_signal_handler_that_raises_ends_the_wait_and_the_move_is_completed(
+    heap: SpillHeap, bufs: list[DmaBuf], monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
-    """As a signal handler would that comes meanwhile."""
+    import signal
+
+    class Rung(Exception):
+        pass
+
+    def ring(*_: object) -> None:
+        if not rung.is_set():
+            rung.set()
+            raise Rung
+
+    rung, go_on = threading.Event(), threading.Event()
+    real = _native.step
+
+    def stop(name: str) -> None:
+        if name == step and not rung.is_set():
+            while not rung.is_set():  # one that comes just before the wait is seen only after it
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+                os.sched_yield()
+            go_on.wait()
+        real(name)
+
     fill(bufs[0], 7)
     use(bufs[1:ROOM])
-    answers = []
+    before = signal.signal(signal.SIGUSR1, ring)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(_native, "step", stop)
+            with pytest.raises(Rung), bufs[ROOM].read():
+                pass
+            go_on.set()
+            assert holds(bufs[ROOM], ROOM)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert not is_here(bufs[0])
+    assert heap.statistics().pinned == 0
+    assert heap.statistics().resident == sum(map(resident, bufs)) == heap.budget
+    assert holds(bufs[0], 7)
+
+
+def test_a_signal_handler_may_use_the_buffer_that_is_being_moved(
+    heap: SpillHeap, bufs: list[DmaBuf], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import signal
+
+    seen = []
     real = SpillFile.write
 
     def write(file: SpillFile, at: int, view: memoryview) -> None:
-        with raises_errno(errno.EDEADLK):
-            bufs[0].begin_cpu_access(FROM)
-        answers.append(True)
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
         real(file, at, view)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(SpillFile, "write", write)
-        use(bufs[ROOM : ROOM + 1])
-    assert answers == [True]
-    assert holds(bufs[0], 7)
+    fill(bufs[0], 7)
+    use(bufs[1:ROOM])
+    before = signal.signal(signal.SIGUSR1, lambda *_: seen.append(holds(bufs[0], 7)))
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(SpillFile, "write", write)
+            use([bufs[ROOM]])
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert seen == [True]
+
+
+def test_using_a_buffer_from_its_own_move_notify_is_edeadlk(heap: SpillHeap, bufs: list[DmaBuf]) -> None:
+    answers = []
+
+    class Nosy(Importer):
+        def move_notify(self, attachment: DmaBufAttachment) -> None:
+            try:
+                attachment.map(TO)
+            except OSError as e:
+                answers.append(e.errno)
+
+    att = bufs[0].attach(Device("npu0"), Nosy())
+    use(bufs)
+    assert answers[0] == errno.EDEADLK
+    assert holds(bufs[0], 0)
+    att.detach()
 
 
 def test_a_buffer_released_in_the_middle_of_its_move_goes_without_a_trace(

@@ -3,7 +3,6 @@
 import os
 import random
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,26 +10,7 @@ import pytest
 import dmabuf
 from dmabuf import DmaBuf, SpillHeap
 from dmabuf.core.attachment import moving
-from tests.support.spilling import SIZE, fill, holds, pattern, resident
-
-ROOM = 8
-COUNT = 5 * ROOM
-
-
-@pytest.fixture
-def heap(tmp_path: Path) -> Iterator[SpillHeap]:
-    with SpillHeap(budget=ROOM * SIZE, directory=tmp_path, patience=60) as made:
-        yield made
-
-
-@pytest.fixture
-def bufs(heap: SpillHeap) -> Iterator[list[DmaBuf]]:
-    made = [heap.allocate(SIZE) for _ in range(COUNT)]
-    for i, buf in enumerate(made):
-        fill(buf, i)
-    yield made
-    for buf in made:
-        buf.close()
+from tests.support.spilling import ROOM, SIZE, holds, pattern, resident
 
 
 @pytest.mark.parametrize("news", [False, True], ids=["pinned while mapped", "told of moves"])

@@ -3,7 +3,6 @@
 import errno
 import os
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,35 +12,9 @@ import dmabuf
 from dmabuf import Direction, DmaBuf, SpillHeap
 from tests.support.children import Parent, Spawn
 from tests.support.errnos import raises_errno
-from tests.support.spilling import PAGE, SIZE, fill, holds, is_here, pattern, resident
+from tests.support.spilling import PAGE, ROOM, SIZE, fill, holds, is_here, pattern, resident, use
 from tests.support.steps import fork, reap
 from tests.support.waiting import until, until_asleep
-
-ROOM = 4
-COUNT = 10 * ROOM
-
-
-@pytest.fixture
-def heap(tmp_path: Path) -> Iterator[SpillHeap]:
-    with SpillHeap(budget=ROOM * SIZE, directory=tmp_path, patience=60) as made:
-        yield made
-    until(lambda: made.statistics().buffers == 0)  # the last holder may have been another process
-
-
-@pytest.fixture
-def bufs(heap: SpillHeap) -> Iterator[list[DmaBuf]]:
-    made = [heap.allocate(SIZE) for _ in range(COUNT)]
-    for i, buf in enumerate(made):
-        fill(buf, i)
-    yield made
-    for buf in made:
-        buf.close()
-
-
-def use(bufs: list[DmaBuf]) -> None:
-    for buf in bufs:
-        with buf.read():
-            pass
 
 
 def given(parent: Parent) -> list[DmaBuf]:

@@ -2,11 +2,11 @@
 
 import os
 
-import dmabuf
-from dmabuf import DmaBuf, SpillHeap
+from dmabuf import DmaBuf
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 SIZE = 4 * PAGE
+ROOM = 4  # buffers of that size fit into the budget of the tests' heap
 
 
 def resident(buf: DmaBuf) -> int:
@@ -38,12 +38,8 @@ def holds(buf: DmaBuf, what: int) -> bool:
         return bytes(view) == pattern(what, len(view))
 
 
-def push_out(heap: SpillHeap, *stay: DmaBuf) -> None:
-    """Use the heap's memory for something else, so that whatever can go has gone."""
-    for buf in [heap.allocate(heap.budget // 4) for _ in range(4)]:
-        try:
-            with buf.read():
-                pass
-        except dmabuf.DmaBufError:
-            assert stay
-        buf.close()
+def use(bufs: list[DmaBuf]) -> None:
+    """Look into each, in order."""
+    for buf in bufs:
+        with buf.read():
+            pass

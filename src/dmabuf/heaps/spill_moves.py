@@ -19,6 +19,8 @@ ls``), give up in time, or be interrupted. *A move in* needs no lock and no fenc
 the budget), ``spill_reserved`` (pages in the memfd, or ENOMEM), ``spill_read``, ``spill_here``. The file is never synced: it is no
 persistence, and a death of the machine takes all with it.
 
+A move is made in a thread where no signal handler raises (`aside`); who waits for it may be interrupted, and the move is completed.
+
 *Who may call what.* Any thread; the ops of an exporter come with the buffer's reservation lock or without it, as `core.exporter` says. The
 lock in here is short, is never held while a reservation lock is waited for, a file is copied or a callback runs, and may be taken inside of
 one.
@@ -49,6 +51,7 @@ from dmabuf.core.usage import Direction, Usage
 from dmabuf.domain.domain import TICK_NS, Domain
 from dmabuf.errors import DmaBufError, fail
 from dmabuf.heaps import budget
+from dmabuf.heaps.aside import aside
 from dmabuf.heaps.spill_file import SpillFile, reserve, slices
 
 if TYPE_CHECKING:
@@ -134,14 +137,14 @@ class Spilled(Exporter):
             memory: Mapping = attachment.priv
             sgt = SgTable.from_ranges([(0, self.size)], max_segment=attachment.dev.max_segment, memory=memory)
             attachment.dev.map_sgtable(sgt, direction)
-            with self.among.changed:
+            with self.among.lock:
                 self.tables[id(sgt)] = sgt, attachment, direction
             return sgt
         finally:
             self.among.leave(self)
 
     def unmap(self, attachment: DmaBufAttachment, sgt: SgTable, direction: Direction) -> None:
-        with self.among.changed:
+        with self.among.lock:
             if id(sgt) in self.tables:  # else a move revoked it
                 attachment.dev.unmap_sgtable(sgt, direction)
                 del self.tables[id(sgt)]
@@ -166,7 +169,8 @@ class Residents:
 
     def __init__(self, budget: int, patience: float, file: SpillFile) -> None:
         self.budget, self.patience, self.file = budget, patience, file
-        self.changed = threading.Condition(threading.RLock())  # a signal handler may use buffers in the middle of us
+        self.lock = threading.RLock()  # a signal handler may use buffers in the middle of us
+        self.changed = threading.Condition(self.lock)
         self.order: OrderedDict[Spilled, None] = OrderedDict()  # those that have bytes of the budget, used longest ago first
         self.buffers: set[Spilled] = set()
         self.resident = self.moves_out = self.moves_in = self.written = self.read = 0
@@ -174,12 +178,12 @@ class Residents:
         self.closed = False
 
     def add(self, b: Spilled) -> None:
-        with self.changed:
+        with self.lock:
             self.buffers.add(b)
 
     def close(self) -> None:
         """No buffer is added any more."""
-        with self.changed:
+        with self.lock:
             self.closed = True
             if not self.buffers:
                 self.file.close()
@@ -189,35 +193,44 @@ class Residents:
 
     def enter(self, b: Spilled, *, write: bool, pin: bool = False) -> None:
         """Count a use, or a pin, and have the memory there. Errors: ENOMEM; those of the file; EDEADLK from inside of a move of it."""
-        with self.changed:
-            b.uses += 1  # from here on nobody begins to move it out
-        entered = False
+        counted = entered = False
         try:
-            while (fd := self._here(b)) is not None:
-                self._move_in(b, fd)
-            with self.changed:
-                b.dirty = b.dirty or write
-                b.pins += pin
+            with self.lock:
+                b.uses += 1  # from here on nobody begins to move it out
+                counted = True
+            if b.place is not Place.HERE:
+                owner = current(b.resv.domain).word
+                aside(lambda: self._bring(b, owner))
+            with self.lock:
                 if b not in self.order:
                     raise _closed(b)
+                b.dirty = b.dirty or write
+                b.pins += pin
                 self.order.move_to_end(b)
                 entered = True
         finally:
-            if pin or not entered:
-                self.leave(b)
+            if counted and (pin or not entered):
+                with self.lock:  # in place: a signal handler may raise as a function is entered
+                    b.uses = b.uses - 1 if b.uses else 0
+                    self.changed.notify_all()
 
     def leave(self, b: Spilled, pin: bool = False) -> None:
         """Uncount. An end without a begin is no error of the framework's: nothing."""
-        with self.changed:
+        with self.lock:
             if pin:
                 b.pins = max(0, b.pins - 1)
             else:
                 b.uses = max(0, b.uses - 1)
             self.changed.notify_all()
 
-    def _here(self, b: Spilled) -> int | None:
+    def _bring(self, b: Spilled, owner: int) -> None:
+        """For the context ``owner``, whose own accesses are in its own way."""
+        while (fd := self._away(b)) is not None:
+            self._move_in(b, fd, owner)
+
+    def _away(self, b: Spilled) -> int | None:
         """Wait until nobody moves it. None: it is here. Else it is the caller's to bring in, by this duplicate of its description."""
-        with self.changed:
+        with self.lock:
             while b.place is not Place.HERE:
                 if b.gone:
                     raise _closed(b)
@@ -226,19 +239,13 @@ class Residents:
                     b.place, b.mover = Place.COMING, threading.get_ident()
                     return fd
                 if b.mover == threading.get_ident():
-                    raise fail(
-                        errno.EDEADLK,
-                        "access",
-                        b,
-                        "not in move_notify, nor in a signal handler that came meanwhile: do it afterwards",
-                        what="this thread is moving the buffer",
-                    )
+                    raise fail(errno.EDEADLK, "access", b, "do it after move_notify has returned", what="this thread is moving the buffer")
                 self.changed.wait()
             return None
 
     def _settle(self, b: Spilled, place: Place, *, claimed: bool) -> None:
         """The end of every move."""
-        with self.changed:
+        with self.lock:
             b.place, b.mover = place, 0
             if not claimed:
                 self._unclaim(b)
@@ -254,11 +261,11 @@ class Residents:
 
     # ---- moving in ----
 
-    def _move_in(self, b: Spilled, fd: int) -> None:
+    def _move_in(self, b: Spilled, fd: int, owner: int) -> None:
         """Bring it into memory, having the duplicate of its description, which is closed. Errors: ENOMEM; EIO and the like of the file."""
         here = False
         try:
-            self._claim(b)
+            self._claim(b, owner)
             _native.step("spill_claimed")
             with budget.claim(b.size):
                 reserve(fd, 0, b.size)
@@ -268,7 +275,7 @@ class Residents:
             _native.step("spill_read")
             residence.put_back(fd)
             here = True
-            with self.changed:
+            with self.lock:
                 self.moves_in += 1
         except DmaBufError:
             raise
@@ -288,12 +295,12 @@ class Residents:
             self._settle(b, Place.HERE if here else Place.AWAY, claimed=here)
         _native.step("spill_here")
 
-    def _claim(self, b: Spilled) -> None:
+    def _claim(self, b: Spilled, owner: int) -> None:
         """Bytes of the budget for b, moving others out. Errors: see :meth:`enter`."""
         until: float | None = None
         passed: set[Spilled] = set()  # those whose lock somebody had
         while True:
-            with self.changed:
+            with self.lock:
                 if self.resident + b.size <= self.budget:
                     self.resident += b.size
                     self.order[b] = None
@@ -302,7 +309,7 @@ class Residents:
                 if chosen is None:
                     now = time.monotonic()
                     until = now + self.patience if until is None else until
-                    if now >= until or not self._may_end(b):
+                    if now >= until or not self._may_end(b, owner):
                         raise self._full(b)
                     # Fences and mappings of others end without telling us: look again at a tick.
                     self.changed.wait(min(until - now, TICK_NS / 1e9))
@@ -331,13 +338,11 @@ class Residents:
         residence.put_back(b.private)
         return False
 
-    def _may_end(self, wanting: Spilled) -> bool:
-        """Is there one that may become free by waiting: not kept by an access of the caller's own? The lock is held."""
-        mine = {domain: current(domain).word for domain in {b.resv.domain for b in self.order}}
-        return any(b is not wanting and not self._accessed(b, mine[b.resv.domain]) for b in self.order)
+    def _may_end(self, wanting: Spilled, owner: int) -> bool:
+        """Is there one that may become free by waiting: not kept by an access of the owner that waits? The lock is held."""
+        return any(b is not wanting and not (b.resv.domain is wanting.resv.domain and self._accessed(b, owner)) for b in self.order)
 
     def _accessed(self, b: Spilled, owner: int) -> bool:
-        """Is it inside of an access of that owner?"""
         fences = (b.resv.domain.shm.fence_info(handle) for handle in b.resv.pending(Usage.BOOKKEEP))
         return any(info is not None and info["owner"] == owner for info in fences)
 
@@ -390,7 +395,7 @@ class Residents:
                 away = False
                 raise
             _native.step("spill_punched")
-            with self.changed:
+            with self.lock:
                 self.moves_out += 1
             return True
         except DmaBufError:
@@ -411,7 +416,7 @@ class Residents:
 
     def _revoke(self, b: Spilled) -> None:
         """What importers were told of and have not unmapped: their devices must not see zeros for content."""
-        with self.changed:
+        with self.lock:
             while b.tables:
                 sgt, att, direction = next(iter(b.tables.values()))
                 att.dev.unmap_sgtable(sgt, direction)
@@ -426,14 +431,14 @@ class Residents:
                     (self.file.write if out else self.file.read)(b.at + start, piece)
         finally:
             del whole  # an error's traceback keeps this frame, and must not keep the mapping
-        with self.changed:
+        with self.lock:
             if out:
                 self.written += b.size
             else:
                 self.read += b.size
 
     def _timeline(self, domain: Domain) -> Timeline:
-        with self.changed:
+        with self.lock:
             found = self._timelines.get(domain)
             if found is None or found._life != domain.shm.life:
                 found = self._timelines[domain] = Timeline("moves", driver="spill", domain=domain)
@@ -442,7 +447,7 @@ class Residents:
     # ---- the end ----
 
     def released(self, b: Spilled) -> None:
-        with self.changed:
+        with self.lock:
             b.gone = True
             if b.place in (Place.HERE, Place.AWAY):
                 self._forget(b)
@@ -461,7 +466,8 @@ class Residents:
 
     def forked(self) -> None:
         """In a forked child: the lock may have been another thread's, and the file is the parent's."""
-        self.changed = threading.Condition(threading.RLock())
+        self.lock = threading.RLock()
+        self.changed = threading.Condition(self.lock)
         self._timelines = weakref.WeakKeyDictionary()
         self.file.close()
 
