@@ -36,7 +36,7 @@ DIFFERENCES = (
         "A DRM object keeps two references of its own to the file it exported. Our buffers have no such keeper.",
     ),
     Difference(
-        ("name/fdinfo-unnamed", "file/count-1", "file/count-dup", "file/count-mmap", "file/count-fork"),
+        ("poll/count-polled", "name/fdinfo-unnamed", "file/count-1", "file/count-dup", "file/count-mmap", "file/count-fork"),
         "Debian's 6.1 has neither udmabuf nor heaps; it was asked with a buffer of vgem, which keeps two references of its own.",
         "6.1",
     ),
@@ -53,11 +53,6 @@ DIFFERENCES = (
         ("poll/poll-neg-timeout",),
         "poll(2) takes a negative number for no limit. Our timeouts are seconds or None, and a negative one is a mistake: EINVAL, as the "
         "kernel's ppoll has it.",
-    ),
-    Difference(
-        ("poll/count-polled", "poll/alive-polled"),
-        "The kernel leaves a callback on the fence when poll returns, which holds the buffer until the fence ends. Ours leaves nothing "
-        "behind: a buffer lives as long as somebody has it.",
     ),
     Difference(
         ("poll/alive-after",),
