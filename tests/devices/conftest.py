@@ -6,34 +6,11 @@ import pytest
 
 import dmabuf
 from dmabuf import sim
-from tests.support.drivers import PAGE, Dynamic
-
-SIZE = 4 * PAGE
-
-
-@pytest.fixture
-def buf() -> Iterator[dmabuf.DmaBuf]:
-    with dmabuf.allocate(SIZE) as made:
-        yield made
-
-
-@pytest.fixture
-def other_buf() -> Iterator[dmabuf.DmaBuf]:
-    with dmabuf.allocate(SIZE) as made:
-        yield made
-
-
-@pytest.fixture
-def tl() -> Iterator[dmabuf.Timeline]:
-    with dmabuf.Timeline("test") as made:
-        yield made
-
-
-@pytest.fixture
-def dynamic() -> Iterator[Dynamic]:
-    made = Dynamic(SIZE)
-    yield made
-    made.close()
+from tests.conformance.conftest import buf as buf
+from tests.conformance.conftest import dynamic as dynamic
+from tests.conformance.conftest import other_buf as other_buf
+from tests.conformance.conftest import tl as tl
+from tests.support.drivers import Dynamic
 
 
 @pytest.fixture

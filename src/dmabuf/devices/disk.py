@@ -55,6 +55,20 @@ _REMEDY: Final = {
 Path = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 
 
+class ReadOptions(JobOptions, total=False):
+    """What :meth:`DiskDevice.submit_read` takes."""
+
+    length: int | None
+    at: int
+
+
+class WriteOptions(ReadOptions, total=False):
+    """What :meth:`DiskDevice.submit_write` takes."""
+
+    truncate: bool
+    sync: bool
+
+
 @dataclass(frozen=True)
 class DiskStatistics(ImportingStatistics):
     """What a disk says of itself. ``direct``, ``buffered``: bytes that bypassed the page cache, and that did not; ``note``: why not, of
@@ -122,28 +136,15 @@ class DiskDevice(Importing):
 
     # ---- in a coroutine ----
 
-    async def read_into(
-        self, buf: Target, path: Path, offset: int = 0, *, length: int | None = None, at: int = 0, **options: Unpack[JobOptions]
-    ) -> int:
+    async def read_into(self, buf: Target, path: Path, offset: int = 0, **options: Unpack[ReadOptions]) -> int:
         """:meth:`submit_read`, and its result. Cancelling leaves nothing registered; the job goes on, and its fence ends."""
         self._free(buf, "read_into")
-        return await self._done(lambda: self.submit_read(buf, path, offset, length=length, at=at, **options))
+        return await self._done(lambda: self.submit_read(buf, path, offset, **options))
 
-    async def write_from(
-        self,
-        buf: Target,
-        path: Path,
-        offset: int = 0,
-        *,
-        length: int | None = None,
-        at: int = 0,
-        truncate: bool = False,
-        sync: bool = False,
-        **options: Unpack[JobOptions],
-    ) -> int:
+    async def write_from(self, buf: Target, path: Path, offset: int = 0, **options: Unpack[WriteOptions]) -> int:
         """:meth:`submit_write`, and its result. Cancelling leaves nothing registered; the job goes on, and its fence ends."""
         self._free(buf, "write_from")
-        return await self._done(lambda: self.submit_write(buf, path, offset, length=length, at=at, truncate=truncate, sync=sync, **options))
+        return await self._done(lambda: self.submit_write(buf, path, offset, **options))
 
     async def _done(self, submit: Callable[[], Job]) -> int:
         made: list[Job] = []
