@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+from dmabuf.core.backing import backing_of
 from dmabuf.core.exporter import Importer
 from dmabuf.core.fence import DmaFence
 from dmabuf.core.kernel_sync import fence_of
@@ -116,9 +117,11 @@ class Attached:
         if self.direction is Direction.NONE:
             raise fail(errno.EINVAL, "attach", buf, "a mapping has a direction")
         self._owner = owner
-        self.dynamic = buf.is_dynamic if dynamic is None else dynamic
         self.buf = buf.get_dma_buf()
         try:
+            behind = backing_of(buf._record)
+            behind.here("attach")  # of an exporter in another process, what it can do is known from here on
+            self.dynamic = behind.dynamic if dynamic is None else dynamic
             self.resv = self.buf.resv
             self.size = self.buf.size
             self._attachment = self.buf.attach(owner.device, _Moves(self) if self.dynamic else None)
