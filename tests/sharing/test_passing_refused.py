@@ -21,14 +21,14 @@ from tests.support.waiting import Background
 def _with_few_descriptors(parent: Parent, free: int) -> tuple[int | None, str, int, list[str | None]]:
     dmabuf.Domain.default()
     highest = max(map(int, os.listdir("/proc/self/fd")))
-    fillers = [os.open("/dev/null", os.O_RDONLY) for _ in range(16)]
+    fillers = [os.open("/dev/null", os.O_RDONLY)]
+    while fillers[-1] <= highest + free:  # no number below is left: the limit is one of numbers, not of how many there are
+        fillers.append(os.open("/dev/null", os.O_RDONLY))
     for fd in fillers[-free:] if free else []:
         os.close(fd)
-    del highest
     before = len(os.listdir("/proc/self/fd"))
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    taken = sorted(map(int, os.listdir("/proc/self/fd")))[:-1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (len(taken) + free, hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (fillers[-1] + 1, hard))
     try:
         dmabuf.recv(parent.sock)
     except OSError as error:
