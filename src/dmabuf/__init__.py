@@ -8,7 +8,7 @@ if not _sys.platform.startswith("linux"):
 from dmabuf import sim
 from dmabuf.core.access import access
 from dmabuf.core.attachment import DmaBufAttachment
-from dmabuf.core.buffer import DmaBuf, get
+from dmabuf.core.buffer import DmaBuf
 from dmabuf.core.buffer_range import BufferRange
 from dmabuf.core.debug import signalling
 from dmabuf.core.device import Device
@@ -17,6 +17,7 @@ from dmabuf.core.fence import DmaFence, Timeline, private_stub, stub_fence
 from dmabuf.core.fence_array import DmaFenceArray
 from dmabuf.core.fence_chain import DmaFenceChain
 from dmabuf.core.fence_ops import FenceOps
+from dmabuf.core.handles import get
 from dmabuf.core.iosys_map import IosysMap
 from dmabuf.core.resv import DmaResv
 from dmabuf.core.scatterlist import SgTable

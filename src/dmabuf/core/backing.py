@@ -463,7 +463,8 @@ def make(
     ``prepare``: the memfd itself carries the memory (see ``residence``); called with the exporter's own description of it, borrowed until
     ``release``, before anybody can have the buffer. What it raises undoes everything.
     """
-    from dmabuf.core.buffer import checked_name, from_fd
+    from dmabuf.core.buffer import checked_name
+    from dmabuf.core.handles import from_fd
 
     raw = None if name is None else checked_name(name, f"{size} bytes")
     shm = domain.join()

@@ -23,23 +23,19 @@ import sys
 import weakref
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from dmabuf import _native
-from dmabuf.core import backing, debug, residence
+from dmabuf.core import backing, cpu_access, residence
 from dmabuf.core import poll as polling
 from dmabuf.core.access import Access
-from dmabuf.core.backing import LIVE, Exported, backing_of
-from dmabuf.core.fence import monotonic_deadline
-from dmabuf.core.identity import described, identify, is_kernel_home, take_lease
+from dmabuf.core.backing import LIVE, backing_of
+from dmabuf.core.identity import is_kernel_home
 from dmabuf.core.iosys_map import IosysMap
 from dmabuf.core.kernel import KernelBacking
-from dmabuf.core.owner import current
 from dmabuf.core.resv import DmaResv, resv_of
-from dmabuf.core.usage import Direction, Usage, checked_direction
 from dmabuf.domain.domain import Domain
-from dmabuf.domain.records import KIND_BUFFER, Departures, Record, adopt, confirmed
+from dmabuf.domain.records import KIND_BUFFER, Departures, Record
 from dmabuf.errors import ContractError, contract_warning, fail
 from dmabuf.uapi.call import OwnedFd
 
@@ -52,8 +48,6 @@ if TYPE_CHECKING:
 
 NAME_BYTES = 31  # DMA_BUF_NAME_LEN without its NUL
 PAGE = os.sysconf("SC_PAGE_SIZE")
-SYNC_READ, SYNC_WRITE, SYNC_RW, SYNC_START, SYNC_END = 1, 2, 3, 0, 4
-_SYNC_DIRECTION = {SYNC_READ: Direction.FROM_DEVICE, SYNC_WRITE: Direction.TO_DEVICE, SYNC_RW: Direction.BIDIRECTIONAL}
 MEMFD = b"memfd"
 
 
@@ -101,7 +95,7 @@ class DmaBuf:
         try:
             record.enter(name)
         except BaseException:
-            _close(fd)
+            close_fd(fd)
             raise
         buf = object.__new__(cls)
         if isinstance(fd, int):
@@ -494,24 +488,7 @@ class DmaBuf:
         ETIMEDOUT; EINTR if ``interruptible``; ``ContractWarning`` and EDEADLK with the lock held. Kernel: dma_buf_begin_cpu_access.
         """
         self._not_locked("begin_cpu_access")
-        way = checked_direction(direction, "begin_cpu_access", self)
-        until = monotonic_deadline(timeout, "begin_cpu_access", self)
-        usage = Usage.rw(way in (Direction.TO_DEVICE, Direction.BIDIRECTIONAL))
-        kernel = self._kernel()
-        if kernel is not None:
-            if until >= 0 and not kernel.settle(self, usage == Usage.READ, until):
-                what = "a fence of the kernel's is in the way"
-                raise fail(errno.ETIMEDOUT, "begin_cpu_access", self, "wait for the device that uses it", what=what)
-            kernel.begin(self, way, interruptible)
-        elif self._record.live is not None:
-            self._record.live.begin(self, way)
-        resv, shm = self.resv, self._record.shm
-        own = current(self.domain).word
-        mine = frozenset(h for h in resv.pending(usage) if (info := shm.fence_info(h)) is not None and info["owner"] == own)
-        if not resv.wait_until(usage, until, interruptible=interruptible, but=mine):
-            raise fail(errno.ETIMEDOUT, "begin_cpu_access", self, "`dmabuf ls` shows whose fence is in the way")
-        if debug.enabled:
-            backing_of(self._record).brackets += 1
+        cpu_access.begin(self, direction, timeout, interruptible)
 
     def end_cpu_access(self, direction: int) -> None:
         """End a CPU access: waits for nothing, and nothing counts begin against end (spec 2.16). Errors: as begin.
@@ -519,20 +496,13 @@ class DmaBuf:
         Kernel: dma_buf_end_cpu_access.
         """
         self._not_locked("end_cpu_access")
-        way = checked_direction(direction, "end_cpu_access", self)
-        if debug.enabled:
-            behind = backing_of(self._record)
-            behind.brackets = max(0, behind.brackets - 1)
-        if self._record.live is not None:
-            self._record.live.end(self, way)
+        cpu_access.end(self, direction)
 
     def sync(self, flags: int) -> None:
         """DMA_BUF_IOCTL_SYNC: READ 1, WRITE 2, both 3, with END 4 for the end (spec 5.3). Errors: EINVAL other flags, or neither."""
         self._check("sync")
-        if flags & ~7 or not flags & 3:
-            raise fail(errno.EINVAL, "sync", self, "READ 1, WRITE 2 or RW 3, and END 4 for the end")
-        way = _SYNC_DIRECTION[flags & 3]
-        if flags & SYNC_END:
+        way = cpu_access.sync_direction(flags, self)
+        if flags & cpu_access.SYNC_END:
             self.end_cpu_access(way)
         else:
             self.begin_cpu_access(way)
@@ -621,23 +591,11 @@ class DmaBuf:
 
         A name may be any bytes; they are decoded with ``os.fsdecode``. Errors: EBADF.
         """
-        from dmabuf.domain.holders import holders
+        from dmabuf.core import fdinfo
 
         fd = self._check("fdinfo")
         kernel = self._kernel()
-        if kernel is not None:
-            return kernel.fdinfo(self)
-        flags = fcntl.fcntl(fd, fcntl.F_GETFL) & ~0o100000 | (os.O_CLOEXEC if fcntl.fcntl(fd, fcntl.F_GETFD) & fcntl.FD_CLOEXEC else 0)
-        own = Path(f"/proc/self/fdinfo/{fd}").read_text()
-        mount = next((line.split()[1] for line in own.splitlines() if line.startswith("mnt_id")), "0")
-        key = (self._record.dev, self._record.ino)
-        count = sum(h.fds + h.maps for h in holders({key}).get(key, ()))
-        count -= isinstance(self._record.live, Exported)  # the exporter's own description is no reference
-        lines = {"pos": 0, "flags": f"0{flags:o}", "mnt_id": mount, "ino": self.ino, "size": self.size, "count": count}
-        lines["exp_name"] = self.exp_name
-        if self.name is not None:
-            lines["name"] = self.name
-        return "".join(f"{key}:\t{value}\n" for key, value in lines.items())
+        return fdinfo.text(self, fd) if kernel is None else kernel.fdinfo(self)
 
     def statistics(self) -> BufferStatistics:
         """A snapshot for programs."""
@@ -664,51 +622,9 @@ def checked_name(value: str | bytes, obj: object) -> bytes:
     return raw
 
 
-def get(fd: int, *, domain: Domain | None = None) -> DmaBuf:
-    """An own reference to the buffer behind an fd that came as a plain number; the caller keeps the fd (spec 2.3).
-
-    Errors: EBADF no open fd; EINVAL no dma-buf; EXDEV a buffer of another domain; ENODEV its exporter has released it; EMFILE.
-    Kernel: dma_buf_get.
-    """
-    domain = domain or Domain.default()
-    identify(fd, domain)
-    return from_fd(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0), domain)
-
-
-def received(fd: int, domain: Domain, dev: int, ino: int, nonce: bytes, name: bytes | None) -> DmaBuf:
-    """:func:`from_fd` of what a process of this user and domain says it is; the inode and the record must agree.
-
-    Then the link in /proc, which is the dearest of all looks at a fresh descriptor, need not be read.
-    """
-    try:
-        size = _native.lease_buffer(fd, dev, ino)
-        record = confirmed(domain, dev, ino, size, nonce) if size >= 0 else None
-    except BaseException:
-        os.close(fd)
-        raise
-    return from_fd(fd, domain, name=name) if record is None else DmaBuf._make(fd, record, name)
-
-
-def _close(fd: int | OwnedFd) -> None:
+def close_fd(fd: int | OwnedFd) -> None:
+    """Close a descriptor that is somebody's by number, or an object's."""
     if isinstance(fd, int):
         os.close(fd)
     else:
         fd.close()
-
-
-def from_fd(fd: int | OwnedFd, domain: Domain, *, exp_name: bytes = MEMFD, home: bytes = MEMFD, name: bytes | None = None) -> DmaBuf:
-    """A handle that takes over fd; on an error the fd is closed."""
-    try:
-        number = fd if isinstance(fd, int) else fd.number
-        taken = _native.take_buffer(number, domain.id)
-        if taken is None:  # a real dma-buf, or what the slow way says it isn't
-            found = identify(number, domain)
-            taken = found[:4]
-            take_lease(number)
-            if found.kernel:
-                exp_name, home, name = described(number)
-        record = adopt(domain, *taken, exp_name, home, name)
-    except BaseException:
-        _close(fd)
-        raise
-    return DmaBuf._make(fd, record, name)

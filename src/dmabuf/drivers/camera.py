@@ -22,8 +22,9 @@ from dataclasses import dataclass
 from typing import Self
 
 from dmabuf.core.access import Access
-from dmabuf.core.buffer import DmaBuf, from_fd
+from dmabuf.core.buffer import DmaBuf
 from dmabuf.core.fence import monotonic_deadline
+from dmabuf.core.handles import from_fd
 from dmabuf.domain.domain import Domain
 from dmabuf.errors import fail
 from dmabuf.uapi import call

@@ -13,7 +13,8 @@ import threading
 from glob import glob
 from typing import Self
 
-from dmabuf.core.buffer import DmaBuf, from_fd
+from dmabuf.core.buffer import DmaBuf
+from dmabuf.core.handles import from_fd
 from dmabuf.domain.domain import Domain
 from dmabuf.errors import fail
 from dmabuf.uapi import call

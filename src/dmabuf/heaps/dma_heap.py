@@ -14,7 +14,8 @@ import errno
 from pathlib import Path
 from typing import Final
 
-from dmabuf.core.buffer import PAGE, DmaBuf, checked_name, from_fd
+from dmabuf.core.buffer import PAGE, DmaBuf, checked_name
+from dmabuf.core.handles import from_fd
 from dmabuf.core.identity import HEAPS
 from dmabuf.domain.domain import Domain
 from dmabuf.errors import fail

@@ -11,7 +11,8 @@ import os
 
 from dmabuf import _native
 from dmabuf.core import kernel
-from dmabuf.core.buffer import DmaBuf, from_fd
+from dmabuf.core.buffer import DmaBuf
+from dmabuf.core.handles import from_fd
 from dmabuf.core.identity import identify
 from dmabuf.domain import lives
 from dmabuf.domain.domain import Domain

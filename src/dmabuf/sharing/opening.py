@@ -15,7 +15,8 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from dmabuf import _native
-from dmabuf.core.buffer import DmaBuf, checked_name, from_fd
+from dmabuf.core.buffer import DmaBuf, checked_name
+from dmabuf.core.handles import from_fd
 from dmabuf.core.identity import identify, is_kernel_home, memfd_name
 from dmabuf.domain import lives, records
 from dmabuf.domain.domain import Domain

@@ -37,10 +37,11 @@ from collections.abc import Iterable
 from typing import Any, Final, NamedTuple
 
 from dmabuf import _native
-from dmabuf.core.buffer import DmaBuf, from_fd, received
+from dmabuf.core.buffer import DmaBuf
 from dmabuf.core.buffer_range import BufferRange
 from dmabuf.core.fence import DmaFence, Timeline, wrap
 from dmabuf.core.fence_travel import pack, unpack
+from dmabuf.core.handles import from_fd, received
 from dmabuf.core.semaphore import TimelineSemaphore
 from dmabuf.core.sw_sync import SwSync
 from dmabuf.core.sync_file import SyncFile

@@ -19,12 +19,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from dmabuf.core.buffer import DmaBuf, from_fd
+from dmabuf.core.buffer import DmaBuf
 from dmabuf.core.fence import DmaFence, Timeline, wrap
 from dmabuf.core.fence_array import DmaFenceArray
 from dmabuf.core.fence_chain import DmaFenceChain
 from dmabuf.core.fence_ops import CustomFence
 from dmabuf.core.fence_travel import pack, unpack
+from dmabuf.core.handles import from_fd
 from dmabuf.core.semaphore import TimelineSemaphore
 from dmabuf.core.sw_sync import SwFence, SwSync
 from dmabuf.core.sync_file import SyncFile

@@ -23,7 +23,8 @@ from typing import Any
 
 from dmabuf import _native
 from dmabuf.core.backing import Exported
-from dmabuf.core.buffer import DmaBuf, from_fd
+from dmabuf.core.buffer import DmaBuf
+from dmabuf.core.handles import from_fd
 from dmabuf.core.usage import Direction
 from dmabuf.domain import dispatcher
 from dmabuf.domain.records import Record

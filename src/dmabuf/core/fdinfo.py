@@ -1,0 +1,31 @@
+"""What /proc/PID/fdinfo/FD would say of a buffer (spec 5.7)."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dmabuf.core.backing import Exported
+from dmabuf.domain.holders import holders
+
+if TYPE_CHECKING:
+    from dmabuf.core.buffer import DmaBuf
+
+_O_LARGEFILE = 0o100000  # the kernel's own, on x86-64; a dma-buf has not got it
+
+
+def text(buf: DmaBuf, fd: int) -> str:
+    """The lines. ``count``: what this user may see of descriptors and mappings."""
+    flags = fcntl.fcntl(fd, fcntl.F_GETFL) & ~_O_LARGEFILE | (os.O_CLOEXEC if fcntl.fcntl(fd, fcntl.F_GETFD) & fcntl.FD_CLOEXEC else 0)
+    own = Path(f"/proc/self/fdinfo/{fd}").read_text()
+    mount = next((line.split()[1] for line in own.splitlines() if line.startswith("mnt_id")), "0")
+    key = (buf._record.dev, buf._record.ino)
+    count = sum(h.fds + h.maps for h in holders({key}).get(key, ()))
+    count -= isinstance(buf._record.live, Exported)  # the exporter's own description is no reference
+    lines = {"pos": 0, "flags": f"0{flags:o}", "mnt_id": mount, "ino": buf.ino, "size": buf.size, "count": count}
+    lines["exp_name"] = buf.exp_name
+    if buf.name is not None:
+        lines["name"] = buf.name
+    return "".join(f"{key}:\t{value}\n" for key, value in lines.items())
