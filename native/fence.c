@@ -40,6 +40,11 @@ static int past_error(Shm *s, uint64_t handle) {
   }
   return 0;
 }
+static void ring_life(db_life *l, uint64_t handle) {
+  uint32_t b = atomic_load(&l->bell); /* [rings 10 | slot 22]: who was rung once since it looked need look at one slot only */
+  while (!atomic_compare_exchange_weak(&l->bell, &b, (b & ~(uint32_t)SLOT_MASK) + ((uint32_t)SLOT_MASK + 1) + H_SLOT(handle))) {}
+  word_wake(&l->bell, INT32_MAX);
+}
 static void ring_bells(Shm *s, uint64_t bells, uint64_t handle) {
   uint32_t me = my_life(s), high = atomic_load(&hdr(s)->life_high);
   if (high > DB_LIVES) high = DB_LIVES;
@@ -47,9 +52,7 @@ static void ring_bells(Shm *s, uint64_t bells, uint64_t handle) {
     db_life *l = (db_life *)(s->base + OFF_LIVES) + i;
     if (!(bells >> (i & 63) & 1) || atomic_load(&l->state) != LIFE_ALIVE || !atomic_load(&l->served)) continue;
     if (me && i == LIFE_INDEX(me)) continue; /* callbacks of this process run in the signaller, below */
-    uint32_t b = atomic_load(&l->bell); /* [rings 10 | slot 22]: who was rung once since it looked need look at one slot only */
-    while (!atomic_compare_exchange_weak(&l->bell, &b, (b & ~(uint32_t)SLOT_MASK) + ((uint32_t)SLOT_MASK + 1) + H_SLOT(handle))) {}
-    word_wake(&l->bell, INT32_MAX);
+    ring_life(l, handle);
   }
   if (me && (bells >> (LIFE_INDEX(me) & 63) & 1) && s->on_local) {
     PyObject *x = PyObject_CallFunction(s->on_local, "K", (unsigned long long)handle);
@@ -453,6 +456,9 @@ static PyObject *fence_mark(Shm *s, PyObject *args) { /* (handle, what, value): 
   } else if (!strcmp(what, "deadline")) {
     uint64_t old = atomic_load(&f->deadline);
     while ((!old || (uint64_t)v < old) && !atomic_compare_exchange_weak(&f->deadline, &old, (uint64_t)v)) {}
+    uint32_t owner = CT_LIFE(atomic_load(chunk_entry(s, H_SLOT(h) / FENCES_PER)));
+    if ((!old || (uint64_t)v < old) && (atomic_load(&f->flags) & FF_HASTY) && owner != my_life(s) && life_current(s, owner))
+      ring_life(life_slot(s, owner), h); /* a hint: lost with a signaller that dies here */
   } else { PyErr_SetString(PyExc_ValueError, "fence_mark: no such mark"); return NULL; }
   return PyBool_FromLong(pending);
 }

@@ -107,6 +107,7 @@ typedef struct { /* 128 bytes */
 #define FF_GRANTED 4u
 #define FF_SEQNO64 8u   /* its seqno counts in 64 bits; without it in 32, which wrap (spec 3.10) */
 #define FF_CONTAINER 16u /* an array or a chain: a reservation object is no place for it */
+#define FF_HASTY 64u     /* its owner wants to hear of deadlines that others set: they ring it */
 #define FF_ANYBODY 32u /* every process of the domain may end it, not its owner alone */
 
 typedef struct { /* 1024 bytes */

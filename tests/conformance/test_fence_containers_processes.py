@@ -5,6 +5,7 @@ import gc
 import math
 import multiprocessing
 import os
+import queue
 import threading
 from typing import Any
 
@@ -344,20 +345,49 @@ def waits_for_what_comes(parent: Parent, how: str) -> int:
     return int(fence.status)
 
 
-def test_a_deadline_of_another_process_shows_on_a_custom_fence(child: Spawn, buf: DmaBuf, tl: Timeline) -> None:
-    fence = tl.fence(ops=Watched())
-    attach(buf.resv, fence, Usage.WRITE)
-    other = child(hurries)
-    dmabuf.send(other.sock, buf)
-    assert other.result() == 5000
-    assert fence.deadline == 5000
+class Hurried(FenceOps):
+    """Writes down deadlines."""
+
+    def __init__(self) -> None:
+        self.heard: queue.SimpleQueue[int] = queue.SimpleQueue()
+
+    def set_deadline(self, fence: DmaFence, ns: int) -> None:
+        self.heard.put(ns)
+
+
+@pytest.mark.parametrize("how", ["resv", "array"])
+def test_deadlines_of_another_process_reach_a_custom_fence(child: Spawn, buf: DmaBuf, tl: Timeline, how: str) -> None:
+    ops = Hurried()
+    fence, plain = tl.fence(ops=ops), tl.fence()
+    other = child(hurries, how)
+    if how == "resv":
+        attach(buf.resv, fence, Usage.WRITE)
+        dmabuf.send(other.sock, buf)
+    else:
+        dmabuf.send(other.sock, DmaFenceArray([fence, plain]))
+    for given, heard in ((9000, 9000), (5000, 5000), (7000, None), (3000, 3000)):
+        other.send(given)
+        assert other.recv() == "set"
+        if heard is not None:
+            assert ops.heard.get() == heard
+    fence.set_deadline(2000)
+    fence.set_deadline(4000)
+    assert [ops.heard.get(), ops.heard.get()] == [2000, 4000]  # of this process's own it hears all
+    assert fence.deadline == 2000
+    other.send(None)
+    other.result()
+    assert ops.heard.empty()
     tl.close()
 
 
-def hurries(parent: Parent) -> int | None:
-    (buf,) = dmabuf.recv(parent.sock)
-    buf.resv.set_deadline(Usage.BOOKKEEP, 5000)
-    return the_fence(buf).deadline
+def hurries(parent: Parent, how: str) -> None:
+    (got,) = dmabuf.recv(parent.sock)
+    while (ns := parent.recv()) is not None:
+        if how == "resv":
+            got.resv.set_deadline(Usage.BOOKKEEP, ns)
+        else:
+            got.set_deadline(ns)
+        parent.send("set")
 
 
 # -- wait_any

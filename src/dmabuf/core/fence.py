@@ -413,13 +413,14 @@ class Timeline:
         if self.closed:
             raise fail(errno.EBADF, "fence", self, "make a new timeline", what="the timeline is closed")
         kind: Callable[[Shm, int, bool], DmaFence] = DmaFence
+        flags = 0
         if ops is not None:
             from dmabuf.core.fence_ops import custom
 
-            kind = custom(ops, self.domain)
+            kind, flags = custom(ops, self.domain)
         with self._lock:
             number = self._number(seqno)
-            handle = self._shm.fence_alloc(self._index + 1, self.context, number, self._flags, 0, 0)
+            handle = self._shm.fence_alloc(self._index + 1, self.context, number, self._flags | flags, 0, 0)
             self._seqno = number
             fence = kind(self._shm, handle, True)
             _register(fence, self.domain, self)

@@ -9,7 +9,8 @@
 ``signaled``          is it done, though nobody signalled it? Asked by ``is_signaled``, ``status`` and ``describe``; once True, always
                       True. It never enables anything, so a fence may report only after it was enabled
 ``wait``              a wait of its own instead of the futex
-``set_deadline``      a hint of this process that somebody wants it by then; any number of times
+``set_deadline``      a hint that somebody wants it by then; any number of times. Of other processes' hints it hears the earliest,
+                      in the dispatcher's thread, once the fence is known to them
 ``release``           the last reference is gone
 ====================  ========================================================================================================
 
@@ -23,12 +24,14 @@ from __future__ import annotations
 
 import math
 import threading
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from dmabuf import _native
 from dmabuf._native import Shm
 from dmabuf.core.fence import DmaFence, flagged, monotonic_deadline
-from dmabuf.domain.dispatcher import report
+from dmabuf.domain.dispatcher import dispatcher, report
 from dmabuf.domain.domain import Domain
 
 _twinning = threading.Lock()
@@ -191,9 +194,10 @@ class Container(LazyFence):
 class CustomFence(LazyFence):
     """A fence with :class:`FenceOps`; made by ``Timeline.fence(ops=…)``."""
 
-    __slots__ = ("ops",)
+    __slots__ = ("_told", "ops")
 
     ops: FenceOps
+    _told: int  # the earliest deadline that the operations know of; 0: none
 
     def _enable(self) -> bool:
         return self.ops.enable_signaling(self)
@@ -219,29 +223,48 @@ class CustomFence(LazyFence):
         """:meth:`DmaFence.set_deadline`, told to the fence's operations too while it is pending."""
         super().set_deadline(ns)
         if self.owned and not self.is_signaled():
+            self._told = min(self._told or ns, ns)
             self.ops.set_deadline(self, ns)
+
+    def publish(self) -> None:
+        """Known elsewhere, so signalling is enabled, and deadlines that other processes set are heard of from now on."""
+        super().publish()
+        if self.owned and self.flags & _native.FF_HASTY and not flagged(self):
+            me = weakref.ref(self)
+
+            def heard() -> None:
+                fence = me()
+                if fence is not None and not flagged(fence):
+                    earliest = fence.deadline
+                    if earliest is not None and (not fence._told or earliest < fence._told):
+                        fence._told = earliest
+                        fence.ops.set_deadline(fence, earliest)
+
+            dispatcher(self.domain).hurry(self.handle, heard)
 
     def __del__(self) -> None:
         super().__del__()
         if self.owned:
+            if self.flags & _native.FF_HASTY and (local := self.domain.local.get("dispatcher")) is not None:
+                local.hurry(self.handle, None)
             try:
                 self.ops.release(self)
             except Exception as e:  # a finaliser has nobody to raise to
                 report(e, self.ops.release)
 
 
-def custom(ops: Any, domain: Domain) -> Callable[[Shm, int, bool], CustomFence]:
-    """What makes fences with these operations. Errors: TypeError no :class:`FenceOps`."""
+def custom(ops: Any, domain: Domain) -> tuple[Callable[[Shm, int, bool], CustomFence], int]:
+    """(what makes fences with these operations, flags for their slot). Errors: TypeError no :class:`FenceOps`."""
     if not isinstance(ops, FenceOps):
         raise TypeError(f"fence: ops is a dmabuf.FenceOps, not {type(ops).__name__}")
 
     def make(shm: Shm, handle: int, owned: bool) -> CustomFence:
         fence = CustomFence(shm, handle, owned)
-        fence.ops, fence._enabled = ops, False
+        fence.ops, fence._enabled, fence._told = ops, False, 0
         domain.local["lazy"] = True
         return fence
 
-    return make
+    return make, 0 if type(ops).set_deadline is FenceOps.set_deadline else _native.FF_HASTY
 
 
 def ask(domain: Domain, handles: Iterable[int]) -> None:

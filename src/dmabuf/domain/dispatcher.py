@@ -37,6 +37,7 @@ class Dispatcher:
         self._watched: dict[int, dict[int, Callable[[int], object]]] = {}
         self._foreign: dict[int, int] = {}  # slot -> the handle watched there; a slot has one pending fence at a time
         self._past: list[int] = []
+        self._hasty: dict[int, Callable[[], None]] = {}  # slot -> what to call when another process has set a deadline
         self._thread: threading.Thread | None = None
         self._running = True
         self._bell = lives.slot_offset(lives.index_of(self.life)) + _native.LIFE_BELL
@@ -82,6 +83,16 @@ class Dispatcher:
                 del self._watched[handle]
                 self._forget(handle)
             return True
+
+    def hurry(self, handle: int, call: Callable[[], None] | None) -> None:
+        """Call ``call()`` whenever another process may have set a deadline for this fence of ours; None: no more."""
+        with self._lock:
+            if call is None:
+                self._hasty.pop(handle & _native.SLOT_MASK, None)
+                return
+            self._hasty[handle & _native.SLOT_MASK] = call
+            if self._thread is None and self._running:
+                self._start()
 
     def _forget(self, handle: int) -> None:
         """The lock is held: nobody watches it any more."""
@@ -132,10 +143,17 @@ class Dispatcher:
                     # Rung once: that slot, or none. A count that came round in between is caught at the next tick.
                     hinted = self._foreign.get(seen % one)
                     handles = [] if hinted is None else [hinted]
+                    hasty = [self._hasty[seen % one]] if seen % one in self._hasty else []
                 else:
                     handles, self._past = [*self._foreign.values(), *self._past], []
+                    hasty = list(self._hasty.values())
             for handle in shm.fences_done(handles):
                 self.run(handle)
+            for call in hasty:
+                try:
+                    call()
+                except BaseException as e:
+                    report(e, call)
             last, ticked = seen, False
             try:
                 if self._foreign:
