@@ -20,6 +20,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import dmabuf
 from dmabuf import DmaBuf
 from tests.support.children import Child, Parent, Spawn
+from tests.support.drivers import Mover
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -167,3 +168,75 @@ def memories(state: SimpleNamespace | None = None) -> int:
             links.append(os.readlink(f"/proc/self/fd/{name}"))
     maps = Path("/proc/self/maps").read_text().splitlines()
     return sum("memfd:" in line for line in links + maps)
+
+
+# -- devices there
+
+
+def attach(state: SimpleNamespace, dynamic: bool = False, peer2peer: bool = False, **limits: Any) -> None:
+    """A device "npu0" attached, as `state.att`; with an importer that writes down what it hears of."""
+    state.dev = dmabuf.Device("npu0", **limits)
+    state.mover = Mover(peer2peer) if dynamic else None
+    state.tables = []
+    state.att = state.buf.attach(state.dev, state.mover)
+
+
+def detach(state: SimpleNamespace) -> None:
+    state.att.detach()
+
+
+def mapped(state: SimpleNamespace, direction: int) -> list[tuple[int, int]]:
+    """Map; what the device sees: its addresses and lengths."""
+    state.tables.append((state.att.map_unlocked(direction), direction))
+    return [tuple(entry) for entry in state.tables[-1][0]]
+
+
+def unmapped(state: SimpleNamespace) -> None:
+    """Unmap what was mapped last."""
+    state.att.unmap_unlocked(*state.tables.pop())
+
+
+def pin(state: SimpleNamespace) -> None:
+    with state.buf.resv.locked():
+        state.att.pin()
+
+
+def unpin(state: SimpleNamespace) -> None:
+    with state.buf.resv.locked():
+        state.att.unpin()
+
+
+def device_read(state: SimpleNamespace, address: int, length: int) -> bytes:
+    found: bytes = state.dev.read(address, length)
+    return found
+
+
+def device_write(state: SimpleNamespace, address: int, data: bytes) -> None:
+    state.dev.write(address, data)
+
+
+def vmap(state: SimpleNamespace) -> int:
+    """One vmap more; how many there are here."""
+    state.__dict__.setdefault("maps", []).append(state.buf.vmap_unlocked())
+    return len(state.maps)
+
+
+def vunmap(state: SimpleNamespace) -> None:
+    state.buf.vunmap_unlocked(state.maps.pop())
+
+
+def heard(state: SimpleNamespace) -> tuple[int, bool]:
+    """How often the importer was told of a move, and whether the lock was held each time."""
+    return len(state.mover.moved), all(state.mover.locked)
+
+
+def standing(state: SimpleNamespace) -> Any:
+    """All that an operation there may change, and a failing one must not."""
+    dev = getattr(state, "dev", None)
+    stats = state.buf.statistics()
+    return (
+        (stats.attachments, stats.vmaps, stats.accesses),
+        (dev.statistics().mapped, dev.statistics().windows) if dev else None,
+        state.buf.resv.is_locked(),
+        memories(),
+    )

@@ -18,8 +18,9 @@ With the buffer's reservation lock held: ``map``, ``unmap``, ``pin``, ``unpin`` 
 ``detach``, ``map_unlocked``, ``unmap_unlocked``, ``mapped`` (else ``ContractWarning`` and EDEADLK). An attachment keeps its handle of the
 buffer from being collected, not from being closed; detach before closing, as the exporter's ``release`` comes with the last descriptor.
 
-Buffers exported by another process: ENODEV (see ``exporter``). Plain buffers can be attached by every process that has them; each has its
-own attachments, and listings show those of the process that prints them.
+Buffers exported by another process are attached like one's own: the exporter's ops are called there (sharing/live.py). When that process
+is gone, what needs it is ENODEV; ``unmap``, ``unpin`` and ``detach`` then do what is left to do here. Plain buffers can be attached by
+every process that has them; each has its own attachments, and listings show those of the process that prints them.
 """
 
 from __future__ import annotations
@@ -289,6 +290,15 @@ class DmaBufAttachment:
         return AttachmentStatistics(self.dev.name, self.is_dynamic, self.peer2peer, self._cached is not None, len(self._mapped))
 
 
+def make(buf: DmaBuf, dev: Device, importer: Importer | None, backing: Backing) -> DmaBufAttachment:
+    """An attachment that nobody knows of yet."""
+    att = object.__new__(DmaBufAttachment)
+    att.dev, att.dmabuf, att.importer, att.priv = dev, buf, importer, None
+    att.peer2peer = importer is not None and importer.allow_peer2peer
+    att._backing, att._resv, att._cached, att._mapped, att.attached = backing, buf.resv, None, {}, False
+    return att
+
+
 def attach(buf: DmaBuf, dev: object, importer: object, interruptible: bool) -> DmaBufAttachment:
     """What ``DmaBuf.attach`` does after the check of the lock (spec 2.8)."""
     if dev is None:
@@ -302,10 +312,7 @@ def attach(buf: DmaBuf, dev: object, importer: object, interruptible: bool) -> D
         raise fail(errno.EINVAL, "attach", buf, "an importer is a dmabuf.Importer with a move_notify")
     backing = backing_of(buf._record)
     backing.here("attach")
-    att = object.__new__(DmaBufAttachment)
-    att.dev, att.dmabuf, att.importer, att.priv = dev, buf, ops, None
-    att.peer2peer = ops is not None and ops.allow_peer2peer
-    att._backing, att._resv, att._cached, att._mapped, att.attached = backing, buf.resv, None, {}, False
+    att = make(buf, dev, ops, backing)
     exporter = backing.exporter
     if "attach" in backing.ops:
         exporter.attach(att)

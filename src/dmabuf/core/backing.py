@@ -135,8 +135,8 @@ class Backing:
 
     # ---- vmap, the lock is held ----
 
-    def vmap(self, buf: DmaBuf) -> IosysMap:
-        """Spec 2.18, from step 2 on."""
+    def vmap(self, buf: DmaBuf, *, tell: bool = True) -> IosysMap:
+        """Spec 2.18, from step 2 on. ``tell``: warn when the exporter fails."""
         self.here("vmap")
         if "vmap" not in self.ops:
             raise fail(errno.EINVAL, "vmap", buf, "use mmap(), or attach a device", what="its exporter offers no vmap")
@@ -151,7 +151,8 @@ class Backing:
                 if made.is_null():
                     raise fail(errno.ENOMEM, "vmap", buf, what="its exporter returned no map")
             except OSError as e:
-                contract_warning(f"vmap: {buf!r}: its exporter failed: {e}", 4)
+                if tell:
+                    contract_warning(f"vmap: {buf!r}: its exporter failed: {e}", 4)
                 raise
             if debug.enabled:
                 made = debug.CheckedMap.of(made, self.bracketed, debug.place(sys._getframe(1)))

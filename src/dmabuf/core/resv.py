@@ -35,11 +35,12 @@ _SHOWN = ("kernel", "write", "read")
 class _Hold:
     """What this process knows about the lock while one of its owners has it."""
 
-    __slots__ = ("ctx", "owner", "room", "word")
+    __slots__ = ("ctx", "lent", "owner", "room", "word")
 
-    def __init__(self, owner: Owner, ctx: WwAcquireContext | None) -> None:
+    def __init__(self, owner: Owner, ctx: WwAcquireContext | None, lent: int = 0) -> None:
         self.owner, self.ctx, self.room = owner, ctx, 0
-        self.word = ctx.word if ctx else owner.word
+        self.word = lent or (ctx.word if ctx else owner.word)
+        self.lent = lent != 0  # another process holds it meanwhile
         owner.locks += 1
 
 
@@ -65,6 +66,7 @@ class DmaResv:
         self.domain = self._record.domain
         self._record.shared["resv"] = weakref.ref(self)
         self._held: _Hold | None = None
+        self._lost: _Hold | None = None
 
     def __repr__(self) -> str:
         return f"<dmabuf.DmaResv {'of buffer ino ' + str(self._record.ino) if self._record.ino else 'of its own'}>"
@@ -183,8 +185,12 @@ class DmaResv:
 
     def unlock(self) -> None:
         """Give the lock back. Errors: ``ContractError`` when this owner doesn't hold it. Kernel: dma_resv_unlock."""
-        held = self._mine(current(self.domain))
+        owner = current(self.domain)
+        held = self._mine(owner)
         if held is None:
+            lost, self._lost = self._lost, None
+            if lost is not None and lost.owner is owner:
+                return
             raise ContractError(f"unlock: {self!r} is not held by this thread or task")
         self.release(held)
 
@@ -199,6 +205,33 @@ class DmaResv:
             self._record.shm.resv_unlock(self._record.index, held.word)
         if held.ctx is not None:
             held.ctx.acquired -= 1
+
+    @contextmanager
+    def lent(self, word: int) -> Iterator[None]:
+        """For the block the lock counts as the running thread's: ``word`` holds it, who waits meanwhile for what is done here.
+
+        For calls that are carried between processes (sharing/serving.py).
+        """
+        before, owner = self._held, current(self.domain)
+        held = self._held = _Hold(owner, None, word)
+        try:
+            yield
+        finally:
+            if self._held is held:
+                self._held = before
+            owner.locks -= 1
+
+    def holding(self) -> _Hold:
+        """What the running thread or task knows about the lock that it holds. Errors: ``ContractError`` it doesn't."""
+        return self._assert_held("call")
+
+    def lose(self, held: _Hold) -> None:
+        """The lock was given away for a carried call, and won't come back: it is no more this owner's, whose ``unlock`` does nothing."""
+        if self._held is held:
+            self._held, self._lost = None, held
+            held.owner.locks -= 1
+            if held.ctx is not None:
+                held.ctx.acquired -= 1
 
     @contextmanager
     def locked(self, ctx: WwAcquireContext | None = None) -> Iterator[DmaResv]:

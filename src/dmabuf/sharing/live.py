@@ -2,57 +2,83 @@
 
 It stands where the exporter's own side would (``record.live``), with an exporter whose ops are calls: so every rule of a buffer and of
 an attachment, its checks, its unwinding and its counts, is the same code in every process, and only the ops travel. Memory comes as
-descriptors and ranges, and is mapped here.
+descriptors and ranges and is mapped here, for the device that attached; DMA addresses that the exporter filled in by itself come as they
+are.
 
-A dead exporter is ENODEV for everything that needs it. In a forked child the inherited state is the parent's; the buffer is used as by
+*The lock.* An op that is called with the reservation lock held runs in the exporter's process with the lock held there: it goes to the
+thread that serves the call, and comes back with the answer (``Shm.resv_pass``, one compare-and-swap each). So whoever dies in the middle,
+memory is never touched without the lock. When the exporter dies, the lock is the caller's again, unless somebody who waited for it was
+quicker; when a signal handler's exception ends the call, the lock stays there until the op has ended. In both cases it is no longer held
+here, and leaving the block or ``unlock()`` does nothing.
+
+A dead exporter is ENODEV for everything that needs it. What only gives back (``unmap``, ``unpin``, ``detach``, ``vunmap``) succeeds, and
+does what is to be done in this process. In a forked child the attachments and vmaps are the parent's (ENODEV); the buffer is used as by
 any other process.
 """
 
 from __future__ import annotations
 
+import errno
 import os
+import weakref
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Final
 
 from dmabuf import _native
 from dmabuf.core import backing
+from dmabuf.core.attachment import DmaBufAttachment
 from dmabuf.core.backing import OPS, Backing
 from dmabuf.core.buffer import DmaBuf
 from dmabuf.core.exporter import Exporter
+from dmabuf.core.iosys_map import IosysMap
+from dmabuf.core.resv import resv_of
+from dmabuf.core.scatterlist import DmaEntry, SgEntry, SgTable
 from dmabuf.core.usage import Direction
+from dmabuf.domain import dispatcher
 from dmabuf.domain.records import Record
-from dmabuf.sharing.service import Body, Line, Progress, flag, line_to, number, serve
+from dmabuf.errors import DmaBufError, fail
+from dmabuf.sharing import memory
+from dmabuf.sharing.service import Answer, Body, Line, Progress, Session, flag, line_to, number, register, serve
+
+# What gives back works without the exporter, as far as this process is concerned.
+_GIVE_BACK: Final = frozenset({"unmap", "unmap_unlocked", "unpin", "detach", "vunmap"})
+_MOST: Final = (1 << 63) - 1
+_all: weakref.WeakSet[Elsewhere] = weakref.WeakSet()
 
 
 class Elsewhere(Backing):
     """The driver side, in this process, of a buffer that another one exports. ``peer``: that process's life; ``in_file``: as Backing."""
 
     def __init__(self, record: Record, peer: int, in_file: bool) -> None:
-        super().__init__(_Carried(self), frozenset(), record, False)
+        super().__init__(Carried(self), frozenset(), record, False)
         self.peer, self.in_file = peer, in_file
-        self.life = record.shm.life
+        self.life = record.shm.life  # 0: a forked child that has none yet
         self.line: Line | None = None
         self.asked = False
         self.held = 0  # mappings of this process's
+        _all.add(self)
 
     def here(self, operation: str) -> None:
-        """Errors: ENODEV the exporter's process is gone."""
-        if self.life != self.record.shm.life or not self.life:
-            self._anew()
+        """Errors: ENODEV the exporter's process is gone, or this is of before a fork."""
+        if not self.life:
+            self.record.ensure()
+            self.life = self.record.shm.life
+        if self.life != self.record.shm.life:
+            raise fail(errno.ENODEV, operation, self.about, "attach again", what="what a forked child inherits is the parent's")
+        if operation in _GIVE_BACK:
+            return
         if not self.asked:
             answer, _ = self.call("exporter", operation=operation)
             ops = answer.get("ops")
-            self.ops = frozenset(ops if isinstance(ops, list) else ()) & frozenset(OPS)
+            self.ops = frozenset(ops if isinstance(ops, list) else ()) & frozenset(OPS) | {"attach", "detach"}
             self.cache, self.dynamic = flag(answer, "cache"), "pin" in self.ops
             self.asked = True
         elif not self.record.shm.life_current(self.peer):
-            raise self._line().gone(operation, f"buffer ino {self.record.ino}")
+            raise self._line().gone(operation, self.about)
 
-    def _anew(self) -> None:
-        """In a forked child: attachments, vmaps and mappings are the parent's."""
-        self.record.ensure()
-        self.life = self.record.shm.life
-        self.line, self.held, self.attachments, self.vmaps, self.mapped, self.brackets = None, 0, [], 0, None, 0
+    @property
+    def about(self) -> str:
+        return f"buffer ino {self.record.ino}"
 
     def _line(self) -> Line:
         if self.line is None:
@@ -65,11 +91,40 @@ class Elsewhere(Backing):
         """Carry a call about this buffer."""
         named = {"dev": self.record.dev, "ino": self.record.ino, **(body or {})}
         fds: Iterable[int] = () if buf is None or buf._fd < 0 else (buf._fd,)
-        about = buf or f"buffer ino {self.record.ino}"
         try:
-            return self._line().call(kind, named, fds, operation=operation, obj=about, progress=progress)
+            return self._line().call(kind, named, fds, operation=operation or kind, obj=buf or self.about, progress=progress)
         finally:
             self.settle()
+
+    def call_locked(self, kind: str, buf: DmaBuf, body: Body | None = None) -> tuple[Body, list[int]]:
+        """Carry a call under the reservation lock, which the caller holds; see the module."""
+        resv = resv_of(self.record)
+        held, shm, index = resv.holding(), resv._record.shm, resv._record.index
+
+        def back(answer: Body) -> None:
+            if type(ctx := answer.get("ctx")) is int:
+                shm.resv_pass(index, ctx & ((1 << 64) - 1), held.word)
+
+        progress = Progress(then=back)
+        try:
+            return self.call(kind, buf, {**(body or {}), "holder": held.word}, progress=progress)
+        finally:
+            if progress.sent and not held.lent:
+                if not progress.answered and not progress.gone:
+                    shm.resv_unlock(index, held.word)  # given up before it was taken: there it is refused now
+                    resv.lose(held)
+                elif shm.resv_owner(index) != held.word and (progress.answered or shm.resv_lock(index, held.word, 0, False, True, -1) < 0):
+                    resv.lose(held)
+
+    def give_back(self, kind: str, buf: DmaBuf, body: Body, *, locked: bool) -> None:
+        """Carry what has no errors; nothing if nobody is there any more."""
+        try:
+            _close(self.call_locked(kind, buf, body)[1] if locked else self.call(kind, buf, body)[1])
+        except DmaBufError as e:
+            if e.errno != errno.ENODEV:
+                raise
+
+    # ---- the end ----
 
     def leaving(self) -> None:
         """Nothing to remember."""
@@ -81,13 +136,13 @@ class Elsewhere(Backing):
     def settle(self) -> None:
         """With nothing of the buffer left in this process, the exporter's process forgets us."""
         line = self.line
-        if line is not None and not (self.record.handles or self.held or self.attachments):
+        if line is not None and not (self.record.handles or self.held or self.attachments or self.vmaps):
             self.line = None
             line.leave(self)
 
-    def unmapped(self, life: int, mapping: int) -> None:
+    def unmapped(self, mapping: int) -> None:
         """A mapping of this process is closed, perhaps by the garbage collector."""
-        if life != self.life or life != self.record.shm.life:
+        if self.life != self.record.shm.life:
             return  # the parent's
         self.held -= 1
         if self.line is not None:
@@ -95,13 +150,81 @@ class Elsewhere(Backing):
         self.settle()
 
 
-class _Carried(Exporter):
+def _close(fds: list[int]) -> None:
+    while fds:
+        os.close(fds.pop())
+
+
+class Carried(Exporter):
     """An exporter whose ops are calls to the process of the real one."""
 
-    __slots__ = ("away",)
+    __slots__ = ("attached", "away", "tables")
 
     def __init__(self, away: Elsewhere) -> None:
         self.away = away
+        self.attached: dict[int, DmaBufAttachment] = {}  # by the number that the exporter's process gave
+        self.tables: dict[int, tuple[SgTable, int, _native.Mapping | None]] = {}  # by id()
+
+    # ---- attachments ----
+
+    def attach(self, attachment: DmaBufAttachment) -> None:
+        dev = attachment.dev
+        if attachment.importer is not None:
+            serve(attachment.dmabuf.domain)  # where it hears of moves
+        answer, _ = self.away.call(
+            "attach",
+            attachment.dmabuf,
+            {
+                "device": dev.name,
+                "dma_mask": dev.dma_mask,
+                "max_segment": dev.max_segment,
+                "dynamic": attachment.is_dynamic,
+                "peer2peer": attachment.peer2peer,
+            },
+        )
+        attachment.peer2peer = attachment.peer2peer and flag(answer, "peer2peer")
+        self.attached[number(answer, "attachment")] = attachment
+
+    def _number(self, attachment: DmaBufAttachment) -> int:
+        return next(n for n, one in self.attached.items() if one is attachment)
+
+    def detach(self, attachment: DmaBufAttachment) -> None:
+        n = self._number(attachment)
+        del self.attached[n]
+        self.away.give_back("detach", attachment.dmabuf, {"attachment": n}, locked=False)
+
+    def pin(self, attachment: DmaBufAttachment) -> None:
+        self.away.call_locked("pin", attachment.dmabuf, {"attachment": self._number(attachment)})
+
+    def unpin(self, attachment: DmaBufAttachment) -> None:
+        self.away.give_back("unpin", attachment.dmabuf, {"attachment": self._number(attachment)}, locked=True)
+
+    def map(self, attachment: DmaBufAttachment, direction: Direction) -> SgTable | None:
+        about = {"attachment": self._number(attachment), "direction": int(direction)}
+        answer, fds = self.away.call_locked("map", attachment.dmabuf, about)
+        if "table" not in answer:
+            return None
+        n = number(answer, "table")
+        try:
+            made, mapping = _table(answer, fds)
+            if mapping is not None:
+                attachment.dev.map_sgtable(made, direction)
+        except BaseException:
+            self.away.give_back("unmap", attachment.dmabuf, {"table": n}, locked=True)
+            raise
+        finally:
+            _close(fds)
+        self.tables[id(made)] = made, n, mapping
+        return made
+
+    def unmap(self, attachment: DmaBufAttachment, sgt: SgTable, direction: Direction) -> None:
+        _, n, mapping = self.tables[id(sgt)]
+        if mapping is not None:
+            attachment.dev.unmap_sgtable(sgt, direction)
+        del self.tables[id(sgt)]
+        self.away.give_back("unmap", attachment.dmabuf, {"table": n}, locked=True)
+
+    # ---- CPU access ----
 
     def begin_cpu_access(self, buf: DmaBuf, direction: Direction) -> None:
         self.away.call("begin", buf, {"direction": int(direction)}, operation="begin_cpu_access")
@@ -111,33 +234,93 @@ class _Carried(Exporter):
 
     def mmap(self, buf: DmaBuf, offset: int, length: int) -> _native.Mapping:
         away = self.away
-        answer, fds = away.call("mmap", buf, {"offset": offset, "length": length}, operation="mmap")
-        life, n = away.life, number(answer, "mapping")
+        answer, fds = away.call("mmap", buf, {"offset": offset, "length": length})
+        n = number(answer, "mapping")
+        away.held += 1
         try:
-            away.held += 1
             return _native.Mapping(
-                fds[0],
-                number(answer, "length", (1 << 63) - 1),
-                offset=number(answer, "offset", (1 << 63) - 1),
+                _first(fds),
+                number(answer, "length", _MOST),
+                offset=number(answer, "offset", _MOST),
                 writable=flag(answer, "writable"),
-                on_close=lambda: away.unmapped(life, n),
+                on_close=lambda: away.unmapped(n),
             )
         except BaseException:
-            away.unmapped(life, n)
+            away.unmapped(n)
             raise
         finally:
-            for fd in fds:
-                os.close(fd)
+            _close(fds)
 
-    def map(self, attachment: Any, direction: Direction) -> Any:
-        raise NotImplementedError
+    def vmap(self, buf: DmaBuf) -> IosysMap:
+        answer, fds = self.away.call_locked("vmap", buf)
+        try:
+            _, view = memory.shown(_first(fds), number(answer, "offset", _MOST), number(answer, "length", _MOST), flag(answer, "writable"))
+            return IosysMap.init_vaddr_iomem(view) if flag(answer, "iomem") else IosysMap.init_vaddr(view)
+        except BaseException:
+            self.away.give_back("vunmap", buf, {}, locked=True)
+            raise
+        finally:
+            _close(fds)
 
-    def unmap(self, attachment: Any, sgt: Any, direction: Direction) -> None:
-        raise NotImplementedError
+    def vunmap(self, buf: DmaBuf, map: IosysMap) -> None:
+        self.away.give_back("vunmap", buf, {}, locked=True)
 
     def release(self, buf: DmaBuf) -> None:
         """Happens in the exporter's process."""
 
 
+def _first(fds: list[int]) -> int:
+    if not fds:
+        raise fail(errno.EBADMSG, "request", "an answer", "both processes use the same version of dmabuf?", what="no memory came with it")
+    return fds[0]
+
+
+def _table(answer: Body, fds: list[int]) -> tuple[SgTable, _native.Mapping | None]:
+    """The table of an answer, its memory mapped here; no mapping: its DMA side came filled in, or it has none."""
+    cpu = [SgEntry(page, offset, length) for page, offset, length in _threes(answer, "cpu")]
+    dma = [DmaEntry(address, length) for address, length, _ in _threes(answer, "dma")]
+    if dma or not fds:
+        return SgTable(cpu, dma, None), None
+    mapping, view = memory.shown(fds[0], number(answer, "offset", _MOST), number(answer, "length", _MOST), flag(answer, "writable"))
+    return SgTable(cpu, (), view), mapping
+
+
+def _threes(answer: Body, name: str) -> Iterable[tuple[int, int, int]]:
+    """Flat numbers, three to an entry. Errors: EBADMSG."""
+    flat = answer.get(name, [])
+    if not isinstance(flat, list) or len(flat) % 3 or any(type(n) is not int or not 0 <= n < 1 << 64 for n in flat):
+        raise fail(errno.EBADMSG, "request", "an answer", "both processes use the same version of dmabuf?", what=f"{name!r} is no table")
+    walk = iter(flat)
+    return zip(walk, walk, walk, strict=True)
+
+
+def _moved(session: Session, body: Body, fds: list[int]) -> Answer:
+    """The exporter is about to move the memory, holds the lock, and waits until this importer has heard of it."""
+    key = (number(body, "dev"), number(body, "ino"))
+    record: Record | None = (session.domain.local.get("records") or {}).get(key)
+    away: Any = record.live if record is not None else None
+    if record is None or not isinstance(away, Elsewhere) or not isinstance(away.exporter, Carried):
+        return Answer()
+    attachment = away.exporter.attached.get(number(body, "attachment"))
+    resv, holder = resv_of(record), number(body, "holder")
+    if attachment is None or attachment.importer is None or resv._record.shm.resv_owner(resv._record.index) != holder:
+        return Answer()  # detached meanwhile
+    with resv.lent(holder):
+        try:
+            attachment.importer.move_notify(attachment)
+        except Exception as e:  # as of an importer here: told where it is
+            dispatcher.report(e, attachment.importer.move_notify)
+    return Answer()
+
+
+def _after_fork() -> None:
+    """The child is another process of its own; what its parent attached and mapped is its parent's."""
+    for away in list(_all):
+        if away.record.live is away:
+            away.record.live = Elsewhere(away.record, away.peer, away.in_file)
+
+
+register("moved", _moved)
 backing.elsewhere = Elsewhere
 backing.serve = serve
+os.register_at_fork(after_in_child=_after_fork)

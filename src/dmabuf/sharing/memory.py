@@ -44,6 +44,13 @@ def range_of(memory: ReadableBuffer, operation: str, obj: object) -> Range:
     return Range(found, mapping.offset + start, length, mapping.writable)
 
 
+def shown(fd: int, offset: int, length: int, writable: bool) -> tuple[_native.Mapping, memoryview]:
+    """The other side: a mapping of the range, and the range in it. The fd stays the caller's. Errors: those of ``Mapping``."""
+    lead = offset % PAGE
+    mapping = _native.Mapping(fd, length + lead, offset=offset - lead, writable=writable)
+    return mapping, memoryview(mapping)[lead:]
+
+
 def _hidden(operation: str, obj: object, why: str) -> DmaBufError:
     return fail(
         errno.EOPNOTSUPP,

@@ -73,12 +73,16 @@ class Answer:
 
 @dataclass
 class Progress:
-    """How far a call came, for a caller whose call ends with an exception. ``body``: of the answer, once ``answered``."""
+    """How far a call came, for a caller whose call ends with an exception. ``body``: of the answer, once ``answered``.
+
+    ``then``: called with that body as soon as it is there, whatever comes after; perhaps twice.
+    """
 
     sent: bool = False
     answered: bool = False
     gone: bool = False  # the other process ended, or hung up
     body: Body = field(default_factory=dict)
+    then: Callable[[Body], object] = lambda body: None
 
 
 # A handler may take descriptors out of the list; the rest is closed. What it raises goes to the caller.
@@ -553,6 +557,7 @@ class Line:
         except (ConnectionError, FileNotFoundError, EOFError):
             self._reap()
             raise self.gone(operation, obj) from None
+        done = False
         try:
             progress.sent = True
             _send(sock, {**body, "kind": kind}, fds)
@@ -564,12 +569,16 @@ class Line:
             if isinstance(answer.get("with"), dict):
                 progress.body = answer["with"]
             progress.answered = True
+            progress.then(progress.body)
+            done = True
         except (ConnectionError, EOFError):
             progress.gone = True
             self._reap()
             raise self.gone(operation, obj) from None
         finally:
-            if not progress.answered:
+            if not done:
+                if progress.answered:
+                    progress.then(progress.body)
                 self._abandon(sock)
         self._give(sock)
         if "text" in answer:

@@ -6,7 +6,9 @@ it is. A stake holds
 
 - the exporter's mappings, each as long as the other process keeps the one that it made of it;
 - the brackets of CPU access that were begun and not ended. Where the other process goes in the middle, its brackets are ended, the last
-  one first; an exporter sees as many ends as begins.
+  one first; an exporter sees as many ends as begins;
+- attachments, each with a stand-in of its device, which has the name and the limits and takes the exporter's tables as any device does;
+  the real device maps the same memory over there. Their tables, pins and vmaps.
 
 A process that dies, or closes its last handle, mapping and attachment of what this process exports, ends its session: all of that is
 given back then, in the thread that notices.
@@ -18,19 +20,27 @@ import contextlib
 import errno
 import itertools
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 from dmabuf import _native
+from dmabuf.core.attachment import DmaBufAttachment, make
 from dmabuf.core.backing import Exported
 from dmabuf.core.buffer import DmaBuf
+from dmabuf.core.device import Device
+from dmabuf.core.exporter import Importer
 from dmabuf.core.handles import from_fd
+from dmabuf.core.iosys_map import IosysMap
+from dmabuf.core.owner import current
+from dmabuf.core.scatterlist import SgTable
 from dmabuf.core.usage import Direction
 from dmabuf.domain import dispatcher
 from dmabuf.domain.records import Record
-from dmabuf.errors import fail
+from dmabuf.errors import DmaBufError, fail
 from dmabuf.sharing import memory
-from dmabuf.sharing.service import Answer, Body, Session, number, register
+from dmabuf.sharing.service import Answer, Body, Handler, Line, Session, flag, line_to, number, register, text
 
 Key = tuple[int, int]  # (st_dev, st_ino)
 
@@ -43,19 +53,84 @@ class Stake:
         self.users = 0  # calls that run
         self.mappings: dict[int, _native.Mapping] = {}
         self.brackets: list[Direction] = []
+        self.attachments: dict[int, DmaBufAttachment] = {}
+        self.pins: Counter[int] = Counter()  # by attachment
+        self.tables: dict[int, tuple[DmaBufAttachment, SgTable, Direction]] = {}
+        self.vmaps: list[IosysMap] = []
 
     @property
     def empty(self) -> bool:
-        return not (self.users or self.mappings or self.brackets)
+        return not (self.users or self.mappings or self.brackets or self.attachments or self.tables or self.vmaps)
+
+    def attachment(self, body: Body) -> DmaBufAttachment:
+        """Errors: EINVAL no such attachment."""
+        found = self.attachments.get(number(body, "attachment"))
+        if found is None:
+            raise fail(errno.EINVAL, "request", self.buf, "attach again", what="no such attachment")
+        return found
 
     def end(self) -> None:
-        """The other process is gone: give everything back."""
+        """The other process is gone: give everything back, in the order that it would have."""
+        exporter = self.live.exporter
+        if self.tables or self.pins or self.vmaps or self.attachments:
+            with self.buf.resv.locked():
+                for attachment, sgt, way in self.tables.values():
+                    _quietly(partial(exporter.unmap, attachment, sgt, way))
+                for n, count in self.pins.items():
+                    for _ in range(count):
+                        _quietly(partial(exporter.unpin, self.attachments[n]))
+                for map_ in self.vmaps:
+                    _quietly(partial(self.live.vunmap, self.buf, map_))
+                for attachment in self.attachments.values():
+                    _forget(self.live, attachment)
+        for attachment in self.attachments.values():
+            _quietly(partial(_detached, self.live, attachment))
         while self.brackets:
-            way = self.brackets.pop()
-            _quietly(lambda way=way: self.live.end(self.buf, way))  # type: ignore[misc]
+            _quietly(partial(self.live.end, self.buf, self.brackets.pop()))
         for mapping in self.mappings.values():
             mapping.close()
-        self.mappings.clear()
+        for kept in (self.tables, self.pins, self.vmaps, self.attachments, self.mappings):
+            kept.clear()
+
+
+def _forget(live: Exported, attachment: DmaBufAttachment) -> None:
+    """Take it off the list; the lock is held."""
+    attachment.attached = False
+    with contextlib.suppress(ValueError):
+        live.attachments.remove(attachment)
+
+
+def _detached(live: Exported, attachment: DmaBufAttachment) -> None:
+    """The last step of its end; the lock is not held."""
+    if isinstance(attachment.importer, ImporterElsewhere):
+        attachment.importer.close()
+    if "detach" in live.ops:
+        live.exporter.detach(attachment)
+    attachment.priv = None
+
+
+class ImporterElsewhere(Importer):
+    """An importer in the process that asked for the attachment; it is told there, and waited for."""
+
+    def __init__(self, session: Session, body: Body) -> None:
+        self.session, self.body = session, body
+        self.allow_peer2peer = flag(body, "peer2peer")
+        self.line: Line | None = None
+
+    def move_notify(self, attachment: DmaBufAttachment) -> None:
+        if self.line is None:
+            self.line = line_to(self.session.domain, self.session.life, self)
+        holder = attachment._resv.holding().word
+        try:
+            self.line.call("moved", {**self.body, "holder": holder}, operation="move_notify")
+        except DmaBufError as e:
+            if e.errno != errno.ENODEV:  # dead, or about to be: its attachment goes with its session
+                raise
+
+    def close(self) -> None:
+        line, self.line = self.line, None
+        if line is not None:
+            line.leave(self)
 
 
 def _quietly(call: Callable[[], object]) -> None:
@@ -186,6 +261,189 @@ def _mmap(session: Session, body: Body, fds: list[int]) -> Answer:
     return answer
 
 
+def under_lock(
+    session: Session,
+    body: Body,
+    fds: list[int],
+    act: Callable[[Stake], Answer],
+    undo: Callable[[Stake, Answer], object] | None = None,
+) -> Answer:
+    """Run ``act`` with the reservation lock, which goes from the caller to this thread and back with the answer (see sharing/live.py).
+
+    Errors: EPERM the caller doesn't hold it.
+    """
+    stakes, holder = stakes_of(session), number(body, "holder")
+    with stakes.using(body, fds) as stake:
+        resv = stake.buf.resv
+        (shm, index), me = resv._record.at(), current(session.domain).word
+        info = shm.ctx_info(holder)
+        ours = info is not None and info[0] == shm.life  # lent by a thread of this process, which waits for the caller
+        if not shm.resv_pass(index, holder, me):
+            raise fail(errno.EPERM, str(body.get("kind")), stake.buf, "hold its reservation lock", what="the caller doesn't hold the lock")
+
+        def back() -> None:
+            """The caller took it back, or it is gone: then nobody else would unlock it."""
+            if ours:
+                shm.resv_pass(index, me, holder)
+            else:
+                shm.resv_unlock(index, me)
+
+        _native.step("service_locked")
+        try:
+            with resv.lent(me):
+                answer = act(stake)
+        except Exception as e:
+            answer = Answer(error=e)
+        except BaseException:
+            back()
+            raise
+        answer.body["ctx"] = me
+        answer.lapse = back
+    if undo is not None and answer.error is None:
+
+        def undone() -> None:
+            with stakes.using(body, []) as stake:
+                if shm.resv_owner(index) == me:
+                    with resv.lent(me):
+                        undo(stake, answer)
+                else:
+                    with resv.locked():
+                        undo(stake, answer)
+
+        answer.undo = undone
+    return answer
+
+
+def _attach(session: Session, body: Body, fds: list[int]) -> Answer:
+    dev = Device(
+        text(body, "device", 1 << 12),
+        dma_mask=number(body, "dma_mask"),
+        max_segment=max(number(body, "max_segment"), memory.PAGE),
+    )
+    stakes = stakes_of(session)
+    with stakes.using(body, fds) as stake:
+        n, live = next(stakes.numbers), stake.live
+        about = {"dev": number(body, "dev"), "ino": number(body, "ino"), "attachment": n, "peer2peer": flag(body, "peer2peer")}
+        attachment = make(stake.buf, dev, ImporterElsewhere(session, about) if flag(body, "dynamic") else None, live)
+        if "attach" in live.ops:
+            live.exporter.attach(attachment)
+        with stake.buf.resv.locked():
+            live.attachments.insert(0, attachment)
+            attachment.attached = True
+            stake.attachments[n] = attachment
+    return Answer({"attachment": n, "peer2peer": attachment.peer2peer}, undo=lambda: _detach(session, {**body, "attachment": n}, []))
+
+
+def _detach(session: Session, body: Body, fds: list[int]) -> Answer:
+    with stakes_of(session).using(body, fds) as stake:
+        attachment = stake.attachment(body)
+        with stake.buf.resv.locked():
+            _forget(stake.live, attachment)
+        n = number(body, "attachment")
+        del stake.attachments[n]
+        stake.pins.pop(n, None)
+        _detached(stake.live, attachment)
+    return Answer()
+
+
+def _pin(session: Session, body: Body, fds: list[int]) -> Answer:
+    def act(stake: Stake) -> Answer:
+        stake.live.exporter.pin(stake.attachment(body))
+        stake.pins[number(body, "attachment")] += 1
+        return Answer()
+
+    return under_lock(session, body, fds, act, lambda stake, _: _unpinned(stake, body))
+
+
+def _unpin(session: Session, body: Body, fds: list[int]) -> Answer:
+    return under_lock(session, body, fds, lambda stake: _unpinned(stake, body))
+
+
+def _unpinned(stake: Stake, body: Body) -> Answer:
+    n = number(body, "attachment")
+    stake.pins[n] -= 1
+    if stake.pins[n] <= 0:
+        del stake.pins[n]
+    stake.live.exporter.unpin(stake.attachment(body))
+    return Answer()
+
+
+def _map(session: Session, body: Body, fds: list[int]) -> Answer:
+    way = direction_of(body)
+
+    def act(stake: Stake) -> Answer:
+        attachment, exporter = stake.attachment(body), stake.live.exporter
+        sgt = exporter.map(attachment, way)
+        if sgt is None:
+            return Answer()
+        if not isinstance(sgt, SgTable):
+            raise TypeError(f"map: the exporter returned {type(sgt).__name__}, not an SgTable")
+        try:
+            answer = _shown(attachment, sgt)
+        except BaseException:
+            exporter.unmap(attachment, sgt, way)
+            raise
+        answer.body["table"] = n = next(stakes_of(session).numbers)
+        stake.tables[n] = attachment, sgt, way
+        return answer
+
+    def undo(stake: Stake, answer: Answer) -> None:
+        if "table" in answer.body:
+            _untabled(stake, answer.body)
+
+    return under_lock(session, body, fds, act, undo)
+
+
+def _shown(attachment: DmaBufAttachment, sgt: SgTable) -> Answer:
+    """A table as it travels: the memory and the ranges that its device is to map, or the addresses that the exporter filled in."""
+    cpu = [n for entry in sgt._cpu for n in entry]
+    if sgt._mapped is None or sgt._mapped[0] is not attachment.dev:
+        return Answer({"cpu": cpu, "dma": [n for address, length in sgt for n in (address, length, 0)]})
+    assert sgt._memory is not None  # it is mapped
+    shown = memory.range_of(sgt._memory, "map", attachment)
+    return Answer({"cpu": cpu, "offset": shown.offset, "length": shown.length, "writable": shown.writable}, [shown.fd])
+
+
+def _unmap(session: Session, body: Body, fds: list[int]) -> Answer:
+    return under_lock(session, body, fds, lambda stake: _untabled(stake, body))
+
+
+def _untabled(stake: Stake, body: Body) -> Answer:
+    found = stake.tables.pop(number(body, "table"), None)
+    if found is None:
+        raise fail(errno.EINVAL, "unmap", stake.buf, "unmap each table once", what="no such table")
+    stake.live.exporter.unmap(*found)
+    return Answer()
+
+
+def _vmap(session: Session, body: Body, fds: list[int]) -> Answer:
+    def act(stake: Stake) -> Answer:
+        map_ = stake.live.vmap(stake.buf, tell=False)
+        try:
+            view = map_.vaddr if map_.vaddr is not None else map_.vaddr_iomem
+            assert view is not None  # a vmap that is NULL has failed
+            shown = memory.range_of(view, "vmap", stake.buf)
+        except BaseException:
+            stake.live.vunmap(stake.buf, map_)
+            raise
+        stake.vmaps.append(map_)
+        about = {"offset": shown.offset, "length": shown.length, "writable": shown.writable, "iomem": map_.is_iomem}
+        return Answer(about, [shown.fd])
+
+    return under_lock(session, body, fds, act, lambda stake, _: _vunmapped(stake))
+
+
+def _vunmap(session: Session, body: Body, fds: list[int]) -> Answer:
+    return under_lock(session, body, fds, _vunmapped)
+
+
+def _vunmapped(stake: Stake) -> Answer:
+    if not stake.vmaps:
+        raise fail(errno.EINVAL, "vunmap", stake.buf, "vunmap as often as vmap", what="it is not mapped")
+    stake.live.vunmap(stake.buf, stake.vmaps.pop())
+    return Answer()
+
+
 def _unmapped(session: Session, body: Body, fds: list[int]) -> Answer:
     with contextlib.suppress(OSError), stakes_of(session).using(body, fds) as stake:
         mapping = stake.mappings.pop(number(body, "mapping"), None)
@@ -194,5 +452,20 @@ def _unmapped(session: Session, body: Body, fds: list[int]) -> Answer:
     return Answer()
 
 
-for _kind, _handler in {"exporter": _exporter, "begin": _begin, "end": _end, "mmap": _mmap, "unmapped": _unmapped}.items():
+_REQUESTS: dict[str, Handler] = {
+    "exporter": _exporter,
+    "begin": _begin,
+    "end": _end,
+    "mmap": _mmap,
+    "unmapped": _unmapped,
+    "attach": _attach,
+    "detach": _detach,
+    "pin": _pin,
+    "unpin": _unpin,
+    "map": _map,
+    "unmap": _unmap,
+    "vmap": _vmap,
+    "vunmap": _vunmap,
+}
+for _kind, _handler in _REQUESTS.items():
     register(_kind, _handler)
