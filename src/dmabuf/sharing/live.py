@@ -35,6 +35,7 @@ from dmabuf.core.resv import resv_of
 from dmabuf.core.scatterlist import DmaEntry, SgEntry, SgTable
 from dmabuf.core.usage import Direction
 from dmabuf.domain import dispatcher
+from dmabuf.domain.domain import TICK_NS
 from dmabuf.domain.records import Record
 from dmabuf.errors import DmaBufError, fail
 from dmabuf.sharing import memory
@@ -113,8 +114,20 @@ class Elsewhere(Backing):
                 if not progress.answered and not progress.gone:
                     shm.resv_unlock(index, held.word)  # given up before it was taken: there it is refused now
                     resv.lose(held)
-                elif shm.resv_owner(index) != held.word and (progress.answered or shm.resv_lock(index, held.word, 0, False, True, -1) < 0):
+                elif shm.resv_owner(index) != held.word and (progress.answered or not self._regained(resv._record, held.word)):
                     resv.lose(held)
+
+    def _regained(self, record: Record, word: int) -> bool:
+        """The exporter's process ended, or hung up, with the lock: take it as soon as it is free, unless somebody else has it by then."""
+        shm, index = record.shm, record.index
+        while shm.resv_lock(index, word, 0, False, True, -1) < 0:
+            holder = shm.ctx_info(shm.resv_owner(index))
+            if holder is not None and holder[0] != self.peer:
+                return False
+            # Its sockets are closed already, its life's lock will be in a moment.
+            shm.wait(_native.OFF_ID, shm.load32(_native.OFF_ID), TICK_NS / 1e9)
+            record.domain.reap_dead()
+        return True
 
     def give_back(self, kind: str, buf: DmaBuf, body: Body, *, locked: bool) -> None:
         """Carry what has no errors; nothing if nobody is there any more."""
