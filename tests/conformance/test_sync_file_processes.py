@@ -4,6 +4,7 @@ import asyncio
 import errno
 import multiprocessing
 import os
+import random
 import select
 import signal
 import socket
@@ -481,3 +482,73 @@ def test_a_wait_elsewhere_is_interrupted(child: Spawn, tl: Timeline) -> None:
         os.kill(other.pid, signal.SIGUSR1)
         assert other.result() == "EINTR"
         fence.signal()
+
+
+# ---- many at once ----
+
+
+def signals_when_told(parent: Parent, rounds: int) -> None:
+    """A fence a round, sent; all of the others are signalled at the same moment."""
+    timeline = Timeline("one of many")
+    for _ in range(rounds):
+        fence = timeline.fence()
+        dmabuf.send(parent.sock, fence)
+        parent.sock.recv(1)
+        fence.signal()
+
+
+@pytest.mark.parametrize("rounds", [15, pytest.param(2000, marks=pytest.mark.long)])
+def test_whoever_is_the_last_of_many_rings(child: Spawn, rounds: int) -> None:
+    others = [child(signals_when_told, rounds) for _ in range(4)]
+    for _ in range(rounds):
+        fences = [dmabuf.recv(other.sock)[0] for other in others]
+        sf = SyncFile(DmaFenceArray(fences))
+        fd = sf.dup()
+        sf.close()  # nobody is left who has the SyncFile: only those who signal can ring
+        for other in others:
+            other.sock.send(b"g")
+        select.select([fd], [], [])
+        with SyncFile.from_fd(fd) as late:
+            assert late.info().status == 1
+        os.close(fd)
+        del fences, sf
+    for other in others:
+        other.result()
+    dmabuf.Domain.default().sweep()
+    assert not names()
+
+
+def makes_and_passes(parent: Parent, rounds: int, seed: int) -> None:
+    """Sync files of its own fence and the last ones it was sent, passed on as bare descriptors; killed at any moment."""
+    chance = random.Random(seed)
+    timeline = Timeline("killed")
+    kept: list[DmaFence] = []
+    for _ in range(rounds):
+        fence = timeline.fence()
+        kept.append(fence)
+        sf = SyncFile(DmaFenceArray(chance.sample(kept, min(len(kept), 3))))
+        socket.send_fds(parent.sock, [b"x"], [sf.fileno()])
+        if chance.random() < 0.7:
+            kept.pop(chance.randrange(len(kept))).signal()
+        if chance.random() < 0.5:
+            sf.close()
+    parent.recv()
+
+
+@pytest.mark.crash
+@pytest.mark.parametrize("kills", [6, pytest.param(300, marks=pytest.mark.long)])
+def test_after_random_kills_every_descriptor_is_rung_and_nothing_is_left(child: Spawn, kills: int) -> None:
+    chance = random.Random(7)
+    for seed in range(kills):
+        other = child(makes_and_passes, 10_000, seed)
+        fds = [bare(other) for _ in range(chance.randrange(1, 40))]
+        other.kill()
+        dmabuf.Domain.default().sweep()
+        assert [fd for fd in fds if not readable(fd)] == []
+        for fd in fds:
+            with SyncFile.from_fd(fd) as sf:
+                assert sf.status in (1, -errno.EOWNERDEAD)
+            os.close(fd)
+        other.sock.close()
+        dmabuf.Domain.default().sweep()
+        assert not names()
