@@ -31,6 +31,7 @@ AREAS = {
     "syncfile": "Sync files: SYNC_IOC_*, EXPORT_SYNC_FILE, IMPORT_SYNC_FILE",
     "swsync": "Software timelines: sw_sync",
     "limits": "Limits",
+    "debugfs": "Texts of debugfs",
 }
 
 
@@ -101,10 +102,9 @@ def page(answers: dict[str, Any]) -> str:
         *(f"| {short} | {about['release']} {about['version']}: {about['how']} |" for short, about in kernels().items()),
         "",
     ]
+    assert {name.partition("/")[0] for name in CASES} == set(AREAS)
     for area, title in AREAS.items():
         names = [name for name in CASES if name.startswith(area + "/")]
-        if not names:
-            continue
         lines += [f"## {title}", "", "| operation | ours | " + " | ".join(SERIES) + " | note |", "|---" * (len(SERIES) + 3) + "|"]
         for name in names:
             cells = [_cell(asked[name], series, answers[name]) for series in SERIES]

@@ -328,8 +328,8 @@ def test_sync_info_is_the_text_of_debugfs(sw: SwSync) -> None:
         other.inc(0x80000000)
         assert dmabuf.sync_info() == (
             "objs:\n--------------\n"
-            "other: -2147483648\n\n"
             "sw: 5\n  fence active: 6 / 5\n  fence active: 7 / 5\n  fence active: 9 / 5\n\n"
+            "other: -2147483648\n\n"
             "fences:\n--------------\n"
         )
         del files

@@ -373,11 +373,11 @@ class _Guard:
 
 
 def sync_info() -> str:
-    """The text of debugfs ``sync/info``: the software timelines that this process holds, the newest first, and their pending fences.
+    """The text of debugfs ``sync/info``: the software timelines that this process holds, the oldest first, and their pending fences.
 
     As in Linux 6.8, the list of sync files under it is always empty (spec 6.2).
     """
-    timelines = sorted((timeline for timeline in list(_LIVE) if not timeline.closed), key=lambda timeline: -timeline.context)
+    timelines = sorted((timeline for timeline in list(_LIVE) if not timeline.closed), key=lambda timeline: timeline.context)
     rule = "-" * 14 + "\n"
     return "objs:\n" + rule + "".join(timeline._info() for timeline in timelines) + "fences:\n" + rule
 

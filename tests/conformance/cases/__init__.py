@@ -13,7 +13,7 @@ from typing import Any
 from tests.conformance.cases.bench import CASES, Bench
 from tests.support.facts import all_facts
 
-for _area in ("sync", "name", "file", "mmap", "poll", "heap"):
+for _area in ("sync", "name", "file", "mmap", "poll", "heap", "syncfile", "swsync"):
     importlib.import_module(f"tests.conformance.cases.{_area}")
 
 EXPORTERS = ("heap:system", "heap:reserved", "heap:default_cma_region", "udmabuf", "vgem", "vkms", "vivid")
@@ -59,7 +59,7 @@ def normal(value: Any) -> Any:
         return [normal(one) for one in value]
     if isinstance(value, dict):
         return {
-            key: normal("TIMELINE" if one in ("python3", "unbound") else "DRIVER" if one in ("sw_sync", "vgem") else one)
+            key: normal("TIMELINE" if one in ("python3", "python", "unbound") else "DRIVER" if one in ("sw_sync", "vgem") else one)
             for key, one in value.items()
         }
     return value

@@ -9,8 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import dmabuf
-from dmabuf import DmaBuf, DmaFence, Timeline, Usage
-from tests.support.fences import attach
+from dmabuf import DmaBuf, SwSync, SyncFile, Usage
 
 SIZE = 16384  # of the buffers that the kernels were asked about (bytes)
 PAGE = 4096
@@ -70,15 +69,27 @@ class Bench:
         """A descriptor with that access mode of a new buffer of a page, for the caller to close; None where there is none."""
         return os.open(f"/proc/self/fd/{self.buffer(PAGE).fileno()}", mode | os.O_CLOEXEC)
 
+    def timeline(self) -> Any:
+        """A software timeline: `create_fence(value)`, `inc(n)`, `get_deadline(file)`, `close()`; closed at the end."""
+        made = SwSync("python3")
+        self.keep(made.close)
+        return made
+
+    def fence(self, timeline: Any, value: int) -> SyncFile:
+        """A fence of a timeline, closed at the end."""
+        made: SyncFile = timeline.create_fence(value)
+        self.keep(made.close)
+        return made
+
     def pending(self) -> "Pending":
         """A pending fence on a timeline of its own; signalled at the end, if it is not before."""
-        made = Pending(Timeline("python3", driver="sw_sync"))
-        self.keep(made.close)
+        made = Pending(self)
+        self.keep(made.signal)
         return made
 
     def add(self, buf: DmaBuf, pending: "Pending", usage: Usage) -> None:
         """Put the fence on a buffer."""
-        attach(buf.resv, pending.fence, usage)
+        buf.import_sync_file(pending.file, usage == Usage.WRITE)
 
     def busy(self, buf: DmaBuf, usage: Usage) -> Callable[[], object]:
         """Put a pending fence on a buffer; what signals it."""
@@ -88,21 +99,16 @@ class Bench:
 
 
 class Pending:
-    """A fence that somebody can end."""
+    """A fence that somebody can end. ``file``: its sync file."""
 
-    def __init__(self, timeline: Timeline) -> None:
-        self.timeline = timeline
-        self.fence: DmaFence = timeline.fence()
+    def __init__(self, bench: Bench) -> None:
+        self.timeline = bench.timeline()
+        self.file = bench.fence(self.timeline, 1)
 
     def signal(self) -> None:
         """End it; again: nothing."""
-        if not self.fence.is_signaled():
-            self.fence.signal()
-
-    def close(self) -> None:
-        """End it, and its timeline."""
-        self.signal()
-        self.timeline.close()
+        if not self.file.closed and not self.file.is_signaled():
+            self.timeline.inc(1)
 
 
 def flags_of(fd: int) -> str:

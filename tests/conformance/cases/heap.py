@@ -47,8 +47,8 @@ def _(bench: Bench) -> Any:
         return view == bytes(len(view))
 
 
-def _through(bench: Bench, mode: int, do: Callable[[DmaBuf], Any]) -> Any:
-    """A buffer through a descriptor of another access mode."""
+def through(bench: Bench, mode: int, do: Callable[[DmaBuf], Any]) -> Any:
+    """What `do` gives for a buffer through a descriptor of that access mode."""
     fd = bench.opened(mode)
     if fd is None:
         raise NotHere
@@ -71,8 +71,8 @@ def _rename(buf: DmaBuf) -> Any:
 
 
 for _mode, _flag in (("rdonly", os.O_RDONLY), ("wronly", os.O_WRONLY), ("rdwr", os.O_RDWR)):
-    add(f"heap/mmap-{_mode}-shared-r", lambda bench, mode=_flag: _through(bench, mode, lambda buf: _map(buf, False)))
-    add(f"heap/mmap-{_mode}-shared-rw", lambda bench, mode=_flag: _through(bench, mode, lambda buf: _map(buf, True)))
-    add(f"heap/sync-{_mode}-w", lambda bench, mode=_flag: _through(bench, mode, lambda buf: buf.sync(2) or 0))
-    add(f"heap/sync-{_mode}-r", lambda bench, mode=_flag: _through(bench, mode, lambda buf: buf.sync(1) or 0))
-    add(f"heap/setname-{_mode}", lambda bench, mode=_flag: _through(bench, mode, _rename))
+    add(f"heap/mmap-{_mode}-shared-r", lambda bench, mode=_flag: through(bench, mode, lambda buf: _map(buf, False)))
+    add(f"heap/mmap-{_mode}-shared-rw", lambda bench, mode=_flag: through(bench, mode, lambda buf: _map(buf, True)))
+    add(f"heap/sync-{_mode}-w", lambda bench, mode=_flag: through(bench, mode, lambda buf: buf.sync(2) or 0))
+    add(f"heap/sync-{_mode}-r", lambda bench, mode=_flag: through(bench, mode, lambda buf: buf.sync(1) or 0))
+    add(f"heap/setname-{_mode}", lambda bench, mode=_flag: through(bench, mode, _rename))

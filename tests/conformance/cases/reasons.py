@@ -65,9 +65,50 @@ DIFFERENCES = (
         "address space has, and for one above udmabuf's limit; ENOMEM for one that this machine or cgroup has not.",
     ),
     Difference(
-        ("heap/sync-wronly-?", "heap/setname-wronly"),
+        ("heap/sync-wronly-?", "heap/setname-wronly", "heap/export-wronly"),
         "A handle holds a lock on its descriptor, by which others know that it lives, and fcntl(2) gives none on a descriptor that can't "
         "be read: get() of a write-only one is EACCES. The kernel can't map it either.",
+    ),
+    Difference(
+        (
+            *(
+                "syncfile/empty-info",
+                "syncfile/info-n?",
+                "syncfile/done-info",
+                "syncfile/m-1-info",
+                "syncfile/m-2-info",
+                "syncfile/m-sig-info",
+            ),
+            *("syncfile/merge-name0", "syncfile/exp-all-done"),
+        ),
+        "From 6.18 on a fence that has ended no longer tells its names (detached-driver, signaled-timeline), and in 7.3 the stub's time is "
+        "that of its making. Ours tell their names to the end, as up to 6.12: who reads a log wants them.",
+        "6.18",
+    ),
+    Difference(
+        (
+            *(
+                "syncfile/empty-info",
+                "syncfile/info-n?",
+                "syncfile/done-info",
+                "syncfile/m-1-info",
+                "syncfile/m-2-info",
+                "syncfile/m-sig-info",
+            ),
+            *("syncfile/merge-name0", "syncfile/exp-all-done", "swsync/close-tl", "swsync/err-export", "swsync/err-merge-half"),
+            "swsync/err-merge-done",
+        ),
+        "As on 6.18.",
+        "7.3*",
+    ),
+    Difference(
+        ("syncfile/deadline", "syncfile/deadline-past"),
+        "Linux 6.1 has no deadlines; 6.12 has them.",
+        "6.1",
+    ),
+    Difference(
+        ("swsync/open", "debugfs/sync-info"),
+        "Debian's images are built without sw_sync. Ours is part of the library.",
     ),
 )
 
@@ -76,7 +117,9 @@ _NUMBER = "An ioctl number that is none: our calls are methods. Confirmed on eac
 _RAW = "A raw system call on the descriptor, which is a memfd: docs/homes.md says what it does there."
 _MAPPING = "What a raw system call does to a mapping, which is one of ordinary memory here (docs/homes.md)."
 _DRIVER = "An argument of a driver's own ioctl. Confirmed on each kernel that has the driver by `make test-kernel`."
-_SYNC_FILES = "Sync files: these cases come with them."
+_FIELD = "A field of the ioctl's structure that our method does not have. Confirmed on each kernel by `make test-kernel`."
+_FIFO = "A raw system call on the descriptor, which is a FIFO: poll(2) answers as the kernel's, the rest as a FIFO's."
+_CELL = "A raw system call on the descriptor, which is a memfd with the timeline's state."
 _MACHINE = "What the machine has: `dmabuf doctor` and `dmabuf.heaps()` tell it; no operation."
 
 # Question: reason.
@@ -93,7 +136,7 @@ NO_MEANING = {
     "heap/getfl-*": "allocate() has no flags: its descriptors are O_RDWR and close-on-exec.",
     "heap/heapflags-*": "allocate() has no flags: the kernel defines none for heaps.",
     "heap/order-heapflags-len0": "allocate() has no flags: the kernel defines none for heaps.",
-    "heap/fd-*": "A field of the ioctl's structure that must be 0 on the way in.",
+    "heap/fd-*": _FIELD,
     "heap/ptr-*": _POINTER,
     "heap/ioctl-*": _NUMBER,
     "heap/dev-*": "The device node of a heap of the kernel.",
@@ -165,16 +208,39 @@ NO_MEANING = {
     "poll/neg-fd": "poll(2) with an array of descriptors; ours are methods.",
     "poll/ppoll-nsec": "A time of two fields; ours is a float.",
     "poll/epollet-*": "Edge triggering on the descriptor itself. poll_fd() is one-shot: it becomes readable once.",
-    "swsync/open": _MACHINE,
-    "syncfile/*": _SYNC_FILES,
-    "swsync/*": _SYNC_FILES,
-    "poll/sf-*": _SYNC_FILES,
-    "heap/export-*": _SYNC_FILES,
-    "limits/emfile-export": _SYNC_FILES,
-    "limits/emfile-merge": _SYNC_FILES,
+    "syncfile/export-null": _POINTER,
+    "syncfile/export-bad": _POINTER,
+    "syncfile/export-ro*": _POINTER,
+    "syncfile/import-null": _POINTER,
+    "syncfile/import-badptr": _POINTER,
+    "syncfile/info-*ptr": _POINTER,
+    "syncfile/info-null": _POINTER,
+    "syncfile/merge-null": _POINTER,
+    "syncfile/deadline-null": _POINTER,
+    "swsync/*-null": _POINTER,
+    "syncfile/ioctl-*": _NUMBER,
+    "swsync/ioctl-bad": _NUMBER,
+    "syncfile/*-flags": _FIELD,
+    "syncfile/*-pad": _FIELD,
+    "syncfile/merge-order": _FIELD,
+    "swsync/deadline-pad": _FIELD,
+    "swsync/fence-name32": _FIELD,
+    "syncfile/empty-fl": _FIFO,
+    "syncfile/empty-link": _FIFO,
+    "syncfile/empty-fdinfo": _FIFO,
+    "syncfile/empty-fstat": _FIFO,
+    "syncfile/empty-lseek": _FIFO,
+    "syncfile/empty-read": _FIFO,
+    "syncfile/empty-write": _FIFO,
+    "syncfile/empty-mmap": _FIFO,
+    "syncfile/merge-fl": _FIFO,
+    "swsync/fence-fl": _FIFO,
+    "swsync/fl": _CELL,
+    "swsync/read": _CELL,
+    "swsync/poll": _CELL,
+    "swsync/sync-info": "A text about all that the questions had made before; debugfs/sync-info compares the same text.",
     "debugfs/bufinfo": "A text about all buffers of the machine; tests/observe/test_bufinfo.py compares ours with it line by line.",
     "debugfs/sysfs-*": "Files of the kernel; `dmabuf.buffers()` tells the same.",
-    "debugfs/sync-info": "A file of the kernel about its own timelines.",
     "debugfs/fdinfo-attached": "As file/*-fdinfo; the questions had other references open.",
 }
 
