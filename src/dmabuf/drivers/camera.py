@@ -23,6 +23,7 @@ from typing import Self
 
 from dmabuf.core.access import Access
 from dmabuf.core.buffer import DmaBuf
+from dmabuf.core.buffer_range import BufferRange
 from dmabuf.core.fence import monotonic_deadline
 from dmabuf.core.handles import from_fd
 from dmabuf.domain.domain import Domain
@@ -61,6 +62,11 @@ class Frame:
         self.timestamp_ns = told.tv_sec * 1_000_000_000 + told.tv_usec * 1000
         self.broken = bool(told.flags & uapi.FLAG_ERROR)
         self._held = True
+
+    @property
+    def picture(self) -> BufferRange:
+        """The part of the buffer that the driver filled."""
+        return self.buf.export_range(0, self.used or self.buf.size)
 
     def done(self, timeout: float | None = None) -> None:
         """Back to the driver, once its readers are done. Again: nothing. Errors: ETIMEDOUT they are not; the frame stays ours."""

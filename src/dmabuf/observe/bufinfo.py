@@ -4,7 +4,9 @@ The same lines, columns and order as the kernel's, so that what parses one parse
 
 - ``flags``: 00000002 (O_RDWR), as every buffer is made; a descriptor that was opened again may have others.
 - ``mode``: 00000007, read, write and seek. The kernel adds bits of its own (0x80000 is "opened"), which say nothing about a buffer.
-- ``count``: descriptors and mappings of the processes that we may look into, at least 1. The kernel counts those in flight too.
+- ``count``: descriptors and mappings of the processes that we may look into, at least 1. The kernel counts those in flight too; of a real
+  dma-buf that one of these processes has a descriptor of, the kernel's own count and name are shown. The kernel's fences on it are not:
+  they are seen in debugfs alone.
 - Attached devices are those of this process, the newest first as the kernel lists them.
 - No reservation lock is taken: each buffer's fences are a snapshot. A signalled fence is listed until its slot is used again.
 
@@ -13,9 +15,14 @@ Names are as their bytes are (``os.fsdecode``), a line feed in one included: for
 
 from __future__ import annotations
 
+import contextlib
+import os
+
 from dmabuf.core.backing import devices_of
+from dmabuf.core.identity import is_kernel_home
 from dmabuf.domain.domain import Domain
-from dmabuf.observe.records import FenceRecord, Look, look
+from dmabuf.observe.records import BufferRecord, FenceRecord, Look, look
+from dmabuf.uapi.dma_buf import FdInfo, fdinfo
 
 _HEADER = "\nDma-buf Objects:\nsize    \tflags   \tmode    \tcount   \texp_name\tino     \tname\n"
 _FLAGS = 0o2  # O_RDWR, include/uapi/asm-generic/fcntl.h
@@ -39,12 +46,29 @@ def bufinfo(*, domain: Domain | None = None) -> str:
 
 def _buffer(seen: Look, devices: list[str]) -> str:
     record = seen.record
-    count = max(1, sum(holder.fds + holder.maps for holder in record.holders))
-    name = "<none>" if record.name is None else record.name
+    count, named = max(1, sum(holder.fds + holder.maps for holder in record.holders)), record.name
+    info = _by_the_kernel(record)
+    if info is not None:
+        count, named = info.references, None if info.name is None else os.fsdecode(info.name)
+    name = "<none>" if named is None else named
     line = f"{record.size:08d}\t{_FLAGS:08x}\t{_MODE:08x}\t{count:08d}\t{record.exp_name}\t{record.ino:08d}\t{name}\n"
     fences = "".join(_fence(fence) for fence in seen.fences if fence.usage != "bookkeep")
     attached = "".join(f"\t{name}\n" for name in devices)
     return line + fences + f"\tAttached Devices:\n{attached}Total {len(devices)} devices attached\n\n"
+
+
+def _by_the_kernel(record: BufferRecord) -> FdInfo | None:
+    """What the kernel says of a real dma-buf, through a descriptor of one of its holders."""
+    if not is_kernel_home(os.fsencode(record.home)):
+        return None
+    for holder in record.holders:
+        with contextlib.suppress(OSError):  # gone meanwhile
+            for name in os.listdir(f"/proc/{holder.pid}/fd"):
+                with contextlib.suppress(OSError):  # closed meanwhile
+                    st = os.stat(f"/proc/{holder.pid}/fd/{name}")
+                    if (st.st_dev, st.st_ino) == (record.dev, record.ino):
+                        return fdinfo(int(name), process=str(holder.pid))
+    return None
 
 
 def _fence(fence: FenceRecord) -> str:

@@ -72,7 +72,10 @@ def perform(fd: int, ioctl: Ioctl[T], value: T, *, restart: bool = True, interru
 
 
 def perform_raw(fd: int, number: int, argument: Any = 0, *, restart: bool = True, interruptible: bool = False) -> Any:
-    """Call it with bytes (returned as the kernel left them), a number, or a buffer to be changed in place. Errors: as :func:`perform`."""
+    """Call it with bytes (returned as the kernel left them), a number, or a buffer to be changed in place. Errors: as :func:`perform`.
+
+    Over 1,024 bytes Python keeps its lock during the call: nothing that waits is that long.
+    """
     _descriptor(fd)
     tried = 0
     while True:

@@ -74,9 +74,9 @@ class FdInfo(NamedTuple):
     text: bytes
 
 
-def fdinfo(fd: int) -> FdInfo:
+def fdinfo(fd: int, *, process: str = "self") -> FdInfo:
     """Errors: those of reading /proc (ENOENT: closed); EINVAL it is no dma-buf's."""
-    with open(f"/proc/self/fdinfo/{fd}", "rb", buffering=0) as f:
+    with open(f"/proc/{process}/fdinfo/{fd}", "rb", buffering=0) as f:
         text = f.read()
     return parse_fdinfo(text)
 
