@@ -28,7 +28,7 @@ def _test(wanted: str, arguments: list[str], timeout: float) -> int:
         if shown % 25 == 0:
             print(f"\r  {shown} cases begun" if sys.stdout.isatty() else ".", end="", flush=True)
 
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "kernel", *arguments]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "kernel and not long", *arguments]
     if not any(one.startswith("tests") for one in arguments):
         command.append("tests/kernel")
     outcome = guest.run(kernel, command, timeout=timeout, progress=progress)
