@@ -143,3 +143,14 @@ def test_a_domain_that_the_garbage_collector_takes_leaves_in_order() -> None:
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(fd)
     assert ended == [1]
+
+
+def test_a_finaliser_or_signal_handler_may_end_a_fence_in_the_middle_of_the_dispatchers_own_work() -> None:
+    """Both run wherever the thread happens to be; so where it holds the dispatcher's lock."""
+    with private() as here:
+        seen: list[int] = []
+        handle = fence(here)
+        here.watch(handle, seen.append, foreign=False)
+        with here._lock:
+            here.shm.fence_signal(handle, 0, True)
+        assert seen == [handle]

@@ -15,11 +15,11 @@ fence run in the dispatcher's thread. A callback must not block.
 from __future__ import annotations
 
 import errno
+import itertools
 import math
 import operator
 import os
 import sys
-import threading
 import time
 import warnings
 import weakref
@@ -393,10 +393,10 @@ class Timeline:
         self._index, self.context = self.domain.timeline_open(os.fsencode(self.driver), os.fsencode(self.name), _context)
         self._life = self.domain.shm.life
         self._shm = self.domain.shm
-        self._seqno = 0
+        self._seqno = 0  # of the newest fence
+        self._numbers = itertools.count(1)  # the next one is taken in one step, whatever comes in between
         self._flags = _native.FF_SEQNO64 if seqno64 else 0
         self._pending: weakref.WeakValueDictionary[int, DmaFence] = weakref.WeakValueDictionary()
-        self._lock = threading.Lock()
         self.closed = False
 
     def __repr__(self) -> str:
@@ -418,26 +418,26 @@ class Timeline:
             from dmabuf.core.fence_ops import custom
 
             kind, flags = custom(ops, self.domain)
-        with self._lock:
-            number = self._number(seqno)
-            handle = self._shm.fence_alloc(self._index + 1, self.context, number, self._flags | flags, 0, 0)
-            self._seqno = number
-            fence = kind(self._shm, handle, True)
-            _register(fence, self.domain, self)
-            self._pending[handle] = fence
+        number = self._seqno = self._number(seqno)
+        handle = self._shm.fence_alloc(self._index + 1, self.context, number, self._flags | flags, 0, 0)
+        fence = kind(self._shm, handle, True)
+        _register(fence, self.domain, self)
+        self._pending[handle] = fence
         return fence
 
     def _number(self, given: int | None) -> int:
         top = 0xFFFFFFFFFFFFFFFF if self._flags else 0xFFFFFFFF
         if given is None:
-            return (self._seqno + 1) & top
+            return next(self._numbers) & top
         if not 0 <= operator.index(given) <= top:
             raise fail(errno.EINVAL, "fence", self, f"a seqno of this timeline is 0 to {top}")
+        self._numbers = itertools.count(given + 1)
         return operator.index(given)
 
     def pending(self) -> Sequence[DmaFence]:
         """The fences that are not signalled, lowest number first."""
-        return sorted((f for f in list(self._pending.values()) if not flagged(f)), key=lambda f: f.seqno)
+        known = (ref() for ref in self._pending.valuerefs())  # a list made in one step: other threads may add
+        return sorted((fence for fence in known if fence is not None and not flagged(fence)), key=lambda fence: fence.seqno)
 
     def close(self) -> None:
         """End what is pending with ``-ENOENT``. Again, or in a forked child: nothing."""

@@ -11,8 +11,8 @@ reach it after the members' own callbacks. Sent to another process it is made an
 
 from __future__ import annotations
 
+import contextlib
 import errno
-import threading
 from collections.abc import Iterable, Sequence
 from typing import Any, Self
 
@@ -23,8 +23,6 @@ from dmabuf.core.fence_ops import Container
 from dmabuf.domain.dispatcher import defer
 from dmabuf.domain.domain import Domain
 from dmabuf.errors import contract_warning, fail
-
-_counting = threading.Lock()  # of the members left of all arrays: held for one subtraction
 
 
 class DmaFenceArray(Container):
@@ -39,12 +37,13 @@ class DmaFenceArray(Container):
     Kernel: dma_fence_array (fences, num_fences as fences), dma_fence_array_create, dma_fence_array_for_each as fences.
     """
 
-    __slots__ = ("_first_error", "_left", "fences", "signal_on_any")
+    __slots__ = ("_errors", "_left", "fences", "signal_on_any")
 
     fences: tuple[DmaFence, ...]
     signal_on_any: bool
-    _left: int
-    _first_error: int
+    # Lists, because taking from one and adding to one are single steps: members end in any thread, in signal handlers and finalisers too.
+    _left: list[None]  # one for each end that is still missing
+    _errors: list[int]  # of the members that failed, in the order of their ends
 
     def __new__(cls, fences: Iterable[DmaFence], signal_on_any: bool = False) -> Self:
         members = tuple(fences)
@@ -61,8 +60,8 @@ class DmaFenceArray(Container):
         handle = shm.fence_alloc(nameless(domain, "dma_fence_array"), context, seqno, _native.FF_CONTAINER, 0, 0)
         self = super().__new__(cls, shm, handle, True)
         _register(self, domain, None)
-        self.fences, self.signal_on_any, self._enabled, self._twin = tuple(members), signal_on_any, False, None
-        self._left, self._first_error = 1 if signal_on_any else len(members), 0
+        self.fences, self.signal_on_any, self._unasked, self._twin = tuple(members), signal_on_any, True, None
+        self._left, self._errors = [None] * (1 if signal_on_any else len(members)), []
         return self
 
     def _copy(self) -> Self:
@@ -76,21 +75,21 @@ class DmaFenceArray(Container):
 
     def _count(self, member: DmaFence) -> bool:
         """A member has ended; is it the one that ends the array?"""
-        error = member.error
-        with _counting:
-            self._first_error = self._first_error or error
-            self._left -= 1
-            return self._left == 0
+        if error := member.error:
+            self._errors.append(error)
+        with contextlib.suppress(IndexError):  # with signal_on_any all but one come too late
+            self._left.pop()
+        return not self._left
 
     def _ended(self, member: DmaFence) -> None:
         if self._count(member):
             defer(self._finish)
 
     def _polled(self) -> bool:
-        return self._left <= 0
+        return not self._left
 
     def _error(self) -> int:
-        return self._first_error
+        return next(iter(self._errors), 0)
 
     def set_deadline(self, ns: int) -> None:
         """Forwarded to every member (spec 3.12)."""

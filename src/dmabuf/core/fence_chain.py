@@ -65,7 +65,7 @@ class DmaFenceChain(Container):
         handle = shm.fence_alloc(nameless(domain, "dma_fence_chain"), context, seqno, _FLAGS, 0, 0)
         self = super().__new__(cls, shm, handle, True)
         _register(self, domain, None)
-        self._prev, self.fence, self.prev_seqno, self._enabled, self._twin = prev, fence, prev_seqno, False, None
+        self._prev, self.fence, self.prev_seqno, self._unasked, self._twin = prev, fence, prev_seqno, True, None
         return self
 
     def _copy(self) -> Self:

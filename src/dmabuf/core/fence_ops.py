@@ -34,8 +34,7 @@ from dmabuf.core.fence import DmaFence, flagged, monotonic_deadline
 from dmabuf.domain.dispatcher import dispatcher, report
 from dmabuf.domain.domain import Domain
 
-_twinning = threading.Lock()
-_flip = threading.Lock()  # of the marks "enabled" of all fences: held for one store
+_twinning = threading.RLock()
 
 
 class FenceOps:
@@ -75,9 +74,11 @@ class FenceOps:
 class LazyFence(DmaFence):
     """A fence that has to be asked: what custom fences and containers are built on."""
 
-    __slots__ = ("_enabled",)
+    # Its presence says that nobody has asked yet; deleting it is one step, so one asker enables. No lock: a signal handler or a finaliser
+    # may come to the same fence in the middle of this.
+    __slots__ = ("_unasked",)
 
-    _enabled: bool
+    _unasked: bool
 
     def _enable(self) -> bool:
         """Begin to watch; False: done already."""
@@ -97,14 +98,16 @@ class LazyFence(DmaFence):
 
     def enable_signaling(self) -> None:
         """Ask that the fence will signal by itself: once, and without effect afterwards or in a forked child (spec 3.8)."""
-        with _flip:
-            if self._enabled or flagged(self) or not self.owned:
-                return
-            self._enabled = True
+        if self.enabled or not self.owned or flagged(self):
+            return
+        try:
+            del self._unasked
+        except AttributeError:
+            return
         try:
             going = self._enable()
         except BaseException:
-            self._enabled = False
+            self._unasked = True
             raise
         if not going:
             self._finish()
@@ -112,7 +115,7 @@ class LazyFence(DmaFence):
     @property
     def enabled(self) -> bool:
         """Was signalling asked for?"""
-        return self._enabled
+        return not hasattr(self, "_unasked")
 
     def is_signaled(self) -> bool:
         """True once the fence has ended, or says that it is done; then it is signalled here (spec 3.6). Never enables signalling."""
@@ -260,7 +263,7 @@ def custom(ops: Any, domain: Domain) -> tuple[Callable[[Shm, int, bool], CustomF
 
     def make(shm: Shm, handle: int, owned: bool) -> CustomFence:
         fence = CustomFence(shm, handle, owned)
-        fence.ops, fence._enabled, fence._told = ops, False, 0
+        fence.ops, fence._unasked, fence._told = ops, True, 0
         domain.local["lazy"] = True
         return fence
 

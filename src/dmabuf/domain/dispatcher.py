@@ -33,7 +33,8 @@ class Dispatcher:
         self.domain = domain
         self.shm = domain.join()
         self.life = self.shm.life
-        self._lock = threading.Lock()
+        # Re-entered by a signal handler, or by a fence that the garbage collector takes, in the middle of what it guards.
+        self._lock = threading.RLock()
         self._watched: dict[int, dict[int, Callable[[int], object]]] = {}
         self._foreign: dict[int, int] = {}  # slot -> the handle watched there; a slot has one pending fence at a time
         self._past: list[int] = []
