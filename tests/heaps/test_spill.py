@@ -15,8 +15,9 @@ import pytest
 
 import dmabuf
 from dmabuf import ContractError, Device, Direction, DmaBuf, DmaBufAttachment, Importer, SpillHeap, Timeline, Usage, _native
+from dmabuf.core import residence
 from dmabuf.core.attachment import moving
-from dmabuf.heaps import spill, spill_file
+from dmabuf.heaps import spill, spill_file, spill_moves
 from dmabuf.heaps.spill_file import SpillFile
 from tests.support.drivers import Mover
 from tests.support.errnos import raises_errno
@@ -603,6 +604,9 @@ def state(heap: SpillHeap, bufs: list[DmaBuf]) -> Any:
         (os, "pwrite", errno.ENOSPC, errno.ENOSPC),
         (os, "pwrite", errno.EIO, errno.EIO),
         (_native, "punch", errno.EPERM, errno.EPERM),
+        (spill_moves, "Mapping", errno.ENOMEM, errno.ENOMEM),
+        (residence, "take_out", errno.ENOLCK, errno.ENOLCK),
+        (spill_moves, "_duplicate", errno.EMFILE, errno.EMFILE),
         (spill.Residents, "_timeline", errno.ENOSPC, errno.ENOSPC),
     ],
 )
@@ -630,6 +634,8 @@ def test_a_move_out_that_fails_leaves_all_as_it_was(
         (os, "posix_fallocate", errno.ENOMEM, errno.ENOMEM),
         (os, "preadv", errno.EIO, errno.EIO),
         (spill_file.SpillFile, "read", errno.EIO, errno.EIO),
+        (spill_moves, "Mapping", errno.ENOMEM, errno.ENOMEM),
+        (residence, "put_back", errno.ENOLCK, errno.ENOLCK),
     ],
 )
 def test_a_move_in_that_fails_leaves_the_content_in_the_file(

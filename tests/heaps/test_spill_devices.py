@@ -10,7 +10,8 @@ import pytest
 import dmabuf
 from dmabuf import DmaBuf, SpillHeap
 from dmabuf.core.attachment import moving
-from tests.support.spilling import ROOM, SIZE, holds, pattern, resident
+from tests.support.children import Parent, Spawn
+from tests.support.spilling import ROOM, SIZE, give, given, holds, number_in, pattern, resident
 
 
 @pytest.mark.parametrize("news", [False, True], ids=["pinned while mapped", "told of moves"])
@@ -34,6 +35,41 @@ def test_an_engine_copies_among_more_than_fits_and_every_byte_arrives(heap: Spil
         assert [job.wait() for job in sums] == [zlib.crc32(pattern(what, SIZE)) for what in content[: ROOM // 2]]
         engine.close()
     assert all(holds(buf, what) for buf, what in zip(bufs, content, strict=True))
+    assert heap.statistics().pinned == 0
+
+
+def copies(parent: Parent, news: bool, rounds: int) -> int:
+    """Copy random buffers into others by an engine of this process, and look at some."""
+    bufs = given(parent)
+    rng = random.Random(11)
+    with moving(news), dmabuf.sim.Engine("dma1") as engine:
+        queue = engine.queue()
+        for _ in range(rounds):
+            queue.copy(*rng.sample(bufs, 2)).wait()
+            with rng.choice(bufs).read() as view:
+                assert number_in(view) < len(bufs)
+        engine.close()
+    return rounds
+
+
+@pytest.mark.parametrize("news", [False, True], ids=["pinned while mapped", "told of moves"])
+def test_engines_of_two_processes_copy_among_more_than_fits(heap: SpillHeap, bufs: list[DmaBuf], child: Spawn, news: bool) -> None:
+    """Whatever is copied where, every buffer is always full of one of the numbers."""
+    other = child(copies, news, 100)
+    give(other, bufs)
+    rng = random.Random(5)
+    with moving(news), dmabuf.sim.Engine("dma0") as engine:
+        queue = engine.queue()
+        for _ in range(100):
+            queue.copy(*rng.sample(bufs, 2)).wait()
+            with rng.choice(bufs).read() as view:
+                assert number_in(view) < len(bufs)
+            assert heap.statistics().resident <= heap.budget
+        assert other.result() == 100
+        engine.close()
+    for buf in bufs:
+        with buf.read() as view:
+            assert number_in(view) < len(bufs)
     assert heap.statistics().pinned == 0
 
 

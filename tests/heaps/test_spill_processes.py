@@ -1,5 +1,6 @@
 """The spill heap across processes: two that write ten times the budget, what another process's use keeps in memory, and its death."""
 
+import contextlib
 import errno
 import os
 import random
@@ -9,36 +10,18 @@ from typing import Any
 import pytest
 
 import dmabuf
-from dmabuf import Direction, DmaBuf, SpillHeap
+from dmabuf import Device, Direction, DmaBuf, DmaBufAttachment, SpillHeap
+from dmabuf.core.attachment import moving
 from tests.support.children import Parent, Spawn
+from tests.support.drivers import Mover
 from tests.support.errnos import raises_errno
-from tests.support.spilling import PAGE, ROOM, SIZE, fill, holds, is_here, pattern, resident, use
+from tests.support.spilling import PAGE, ROOM, SIZE, fill, give, given, holds, is_here, number_in, pattern, resident, use
 from tests.support.steps import fork, reap
 from tests.support.waiting import until, until_asleep
-
-
-def given(parent: Parent) -> list[DmaBuf]:
-    """The buffers that the test sends, four to a message."""
-    return [buf for _ in range(parent.recv()) for buf in dmabuf.recv(parent.sock)]
-
-
-def give(other: Any, bufs: list[DmaBuf]) -> None:
-    parts = [bufs[at : at + 4] for at in range(0, len(bufs), 4)]
-    other.send(len(parts))
-    for part in parts:
-        dmabuf.send(other.sock, *part)
-
 
 # -- two processes that write at random
 
 STEP = 1 << 20  # numbers that a buffer may go through
-
-
-def number_in(view: memoryview) -> int:
-    """The number that a buffer is full of; AssertionError if any byte of it is of another, or zero."""
-    found = (int.from_bytes(view[:8], "little") - 1) // 1_000_003
-    assert bytes(view) == pattern(found, len(view)), "bytes of two writes, or of none"
-    return found
 
 
 def counts_up(parent: Parent, seed: int, rounds: int) -> int:
@@ -120,12 +103,35 @@ def does(parent: Parent, how: str) -> Any:
             parent.send("in")
             parent.recv()
             shown = mapping[:] == pattern(0, SIZE)[PAGE : 2 * PAGE]
+    elif how == "vmap":
+        made = buf.vmap_unlocked()
+        parent.send("in")
+        parent.recv()
+        buf.begin_cpu_access(Direction.FROM_DEVICE)
+        shown = bytes(made.vaddr or b"") == pattern(0, SIZE)
+        buf.end_cpu_access(Direction.FROM_DEVICE)
+        buf.vunmap_unlocked(made)
+        del made
+    elif how in ("static device", "mapped importer", "pin"):
+        att = buf.attach(Device("npu0"), None if how == "static device" else Mover())
+        if how == "pin":
+            with buf.resv.locked():
+                att.pin()
+        with att.mapped(Direction.TO_DEVICE) if how != "pin" else contextlib.nullcontext():
+            parent.send("in")
+            parent.recv()
+            with att.mapped(Direction.TO_DEVICE) as sgt:
+                shown = b"".join(att.dev.read(*entry) for entry in sgt) == pattern(0, SIZE)
+        if how == "pin":
+            with buf.resv.locked():
+                att.unpin()
+        att.detach()
     parent.send("out")
     parent.recv()
     return shown
 
 
-WAYS = ["read", "bracket", "mmap", "part of it, read-only"]
+WAYS = ["read", "bracket", "mmap", "part of it, read-only", "vmap", "static device", "mapped importer", "pin"]
 
 
 @pytest.mark.parametrize("how", WAYS)
@@ -154,6 +160,49 @@ def test_a_user_that_is_killed_lets_the_memory_go(heap: SpillHeap, bufs: list[Dm
     use(bufs[1:])
     assert not is_here(bufs[0])
     assert holds(bufs[0], 0)
+
+
+def imports(parent: Parent) -> Any:
+    """A dynamic importer with news of moves, told to look at its table again and again."""
+    (buf,) = given(parent)
+    told: list[bool] = []
+
+    class Told(Mover):
+        def move_notify(self, attachment: DmaBufAttachment) -> None:
+            super().move_notify(attachment)
+            told.append(True)
+
+    with moving():
+        att = buf.attach(Device("npu0"), importer := Told())
+        sgt = att.map_unlocked(Direction.TO_DEVICE)
+        entry = next(iter(sgt))
+        looks = [att.dev.read(*entry) == pattern(0, SIZE)]
+        parent.send("in")
+        parent.recv()
+        try:
+            looks.append(att.dev.read(*entry) == pattern(0, SIZE))
+            late = 0
+        except OSError as e:
+            late = e.errno or -1
+        att.unmap_unlocked(sgt, Direction.TO_DEVICE)
+        with att.mapped(Direction.TO_DEVICE) as again:
+            looks.append(b"".join(att.dev.read(*entry) for entry in again) == pattern(0, SIZE))
+        parent.send((looks, late, len(told), importer.locked))
+        att.detach()
+    return att.dev.statistics().windows
+
+
+def test_an_importer_elsewhere_is_told_maps_again_and_its_old_table_is_no_memory(heap: SpillHeap, bufs: list[DmaBuf], child: Spawn) -> None:
+    other = child(imports)
+    give(other, bufs[:1])
+    assert other.recv() == "in"
+    use(bufs[1:])
+    assert not is_here(bufs[0])
+    other.send()
+    looks, late, told, locked = other.recv()
+    assert (looks, late, told, locked) == ([True, True], errno.EFAULT, 1, [True])
+    assert other.result() == 0
+    assert heap.statistics().pinned == 0
 
 
 def writes(parent: Parent) -> None:

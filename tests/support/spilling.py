@@ -2,7 +2,9 @@
 
 import os
 
+import dmabuf
 from dmabuf import DmaBuf
+from tests.support.children import Child, Parent
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 SIZE = 4 * PAGE
@@ -43,3 +45,22 @@ def use(bufs: list[DmaBuf]) -> None:
     for buf in bufs:
         with buf.read():
             pass
+
+
+def number_in(view: memoryview) -> int:
+    """The number that a buffer is full of; AssertionError if any byte of it is of another, or zero."""
+    found = (int.from_bytes(view[:8], "little") - 1) // 1_000_003
+    assert bytes(view) == pattern(found, len(view)), "bytes of two writes, or of none"
+    return found
+
+
+def given(parent: Parent) -> list[DmaBuf]:
+    """The buffers that the test sends, four to a message."""
+    return [buf for _ in range(parent.recv()) for buf in dmabuf.recv(parent.sock)]
+
+
+def give(other: Child, bufs: list[DmaBuf]) -> None:
+    parts = [bufs[at : at + 4] for at in range(0, len(bufs), 4)]
+    other.send(len(parts))
+    for part in parts:
+        dmabuf.send(other.sock, *part)

@@ -288,11 +288,12 @@ class Residents:
                 what=f"its content stays in the spill file: {os.strerror(e.errno or errno.EIO)}",
             ) from None
         finally:
-            if not here:
-                residence.take_out(fd)
-                _native.punch(fd, 0, b.size)
-            os.close(fd)
-            self._settle(b, Place.HERE if here else Place.AWAY, claimed=here)
+            try:
+                if not here:
+                    _native.punch(fd, 0, b.size)
+            finally:
+                os.close(fd)
+                self._settle(b, Place.HERE if here else Place.AWAY, claimed=here)
         _native.step("spill_here")
 
     def _claim(self, b: Spilled, owner: int) -> None:
@@ -322,11 +323,14 @@ class Residents:
         for b in self.order:
             if b.place is not Place.HERE or b.uses or b.pins or b in passed or not b.resv.test_signaled(Usage.BOOKKEEP):
                 continue
-            fd = _duplicate(b)
-            if residence.take_out(fd):
+            if residence.take_out(b.private):
+                try:
+                    fd = _duplicate(b)
+                except BaseException:
+                    residence.put_back(b.private)
+                    raise
                 b.place, b.mover = Place.LEAVING, threading.get_ident()
                 return b, fd
-            os.close(fd)
         return None
 
     def pinned(self, b: Spilled) -> bool:
@@ -388,11 +392,11 @@ class Residents:
                 self._copy(b, fd, out=True)
                 b.stored, b.dirty = True, False
             _native.step("spill_written")
-            away = True  # the file has it, whatever a signal handler raises from here on
+            away = True  # the file has it: nothing that is raised from here on may take zeros for the content
             try:
                 _native.punch(fd, 0, b.size)
             except OSError:
-                away = False
+                away = False  # it is all still there
                 raise
             _native.step("spill_punched")
             with self.lock:
@@ -404,14 +408,14 @@ class Residents:
             what = f"it stays in memory, so there is no room for another: {os.strerror(e.errno or errno.EIO)}"
             raise fail(e.errno or errno.EIO, "move out", b, f"look at the disk that holds {self.file.directory}", what=what) from None
         finally:
-            if away:
-                _native.punch(fd, 0, b.size)  # again, if a signal handler raised before it; else it costs nothing
-            else:
-                residence.put_back(fd)
-            os.close(fd)
-            self._settle(b, Place.AWAY if away else Place.HERE, claimed=not away)
-            if fence is not None:
-                fence.signal()
+            try:
+                if not away:
+                    residence.put_back(fd)
+            finally:
+                os.close(fd)
+                self._settle(b, Place.AWAY if away else Place.HERE, claimed=not away)
+                if fence is not None:
+                    fence.signal()
             _native.step("spill_left")
 
     def _revoke(self, b: Spilled) -> None:
