@@ -1,6 +1,7 @@
 """The spill heap in one process: what is in memory, what stays there, what is waited for, and what every failure leaves."""
 
 import errno
+import gc
 import os
 import random
 import subprocess
@@ -896,6 +897,21 @@ def test_a_closed_heap_is_ebadf_and_its_buffers_live_on(heap: SpillHeap, bufs: l
     for buf in bufs:
         buf.close()
     assert heap._file.fileno() == -1
+
+
+def test_a_heap_that_nobody_has_any_more_lives_as_long_as_its_buffers_and_leaves_nothing(tmp_path: Path) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    heap = SpillHeap(budget=2 * SIZE, directory=tmp_path)
+    bufs = [heap.allocate(SIZE) for _ in range(5)]
+    del heap
+    for i, buf in enumerate(bufs):
+        fill(buf, i)
+    assert all(holds(buf, i) for i, buf in enumerate(bufs))
+    for buf in bufs:
+        buf.close()
+    del buf, bufs
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_in_a_forked_child_the_heap_is_eperm(heap: SpillHeap) -> None:
