@@ -163,6 +163,9 @@ class Importer:
         """
         raise NotImplementedError
 
+    def _revoked(self, attachment: DmaBufAttachment) -> None:
+        """For what stands for an importer elsewhere: the memory has moved, and tables that were kept are no memory any more."""
+
 
 class OwnerReference(Protocol):
     """Who an exporter belongs to: kept from going while a buffer lives (the kernel's module reference)."""

@@ -420,11 +420,16 @@ class Residents:
 
     def _revoke(self, b: Spilled) -> None:
         """What importers were told of and have not unmapped: their devices must not see zeros for content."""
+        told: set[DmaBufAttachment] = set()
         with self.lock:
             while b.tables:
                 sgt, att, direction = next(iter(b.tables.values()))
                 att.dev.unmap_sgtable(sgt, direction)
                 del b.tables[id(sgt)]
+                told.add(att)
+        for att in told:  # the device may be in another process
+            if att.importer is not None:
+                att.importer._revoked(att)
 
     def _copy(self, b: Spilled, fd: int, *, out: bool) -> None:
         whole = memoryview(Mapping(fd, b.size))

@@ -20,12 +20,13 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 import weakref
 from collections.abc import Iterable
 from typing import Any, Final
 
 from dmabuf import _native
-from dmabuf.core import backing
+from dmabuf.core import backing, residence
 from dmabuf.core.attachment import DmaBufAttachment
 from dmabuf.core.backing import OPS, Backing
 from dmabuf.core.buffer import DmaBuf
@@ -45,6 +46,7 @@ from dmabuf.sharing.service import Answer, Body, Line, Progress, Session, flag, 
 _GIVE_BACK: Final = frozenset({"unmap", "unmap_unlocked", "unpin", "detach", "vunmap"})
 _MOST: Final = (1 << 63) - 1
 _all: weakref.WeakSet[Elsewhere] = weakref.WeakSet()
+_revoking = threading.Lock()  # a table is taken out of reach once, by its importer or by the exporter
 
 
 class Elsewhere(Backing):
@@ -233,9 +235,21 @@ class Carried(Exporter):
     def unmap(self, attachment: DmaBufAttachment, sgt: SgTable, direction: Direction) -> None:
         _, n, mapping = self.tables[id(sgt)]
         if mapping is not None:
-            attachment.dev.unmap_sgtable(sgt, direction)
+            self._out_of_reach(attachment, sgt, direction)
         del self.tables[id(sgt)]
         self.away.give_back("unmap", attachment.dmabuf, {"table": n}, locked=True)
+
+    def _out_of_reach(self, attachment: DmaBufAttachment, sgt: SgTable, direction: Direction) -> None:
+        """Unmap it for the device, unless the exporter has revoked it meanwhile."""
+        with _revoking:
+            if sgt._mapped is not None:
+                attachment.dev.unmap_sgtable(sgt, direction)
+
+    def revoke(self, attachment: DmaBufAttachment) -> None:
+        """The memory has moved: what the importer kept of it faults from now on. No lock is held: who holds it may wait for the move."""
+        for sgt, direction, _ in list(attachment._mapped.values()):
+            if (kept := self.tables.get(id(sgt))) is not None and kept[2] is not None:
+                self._out_of_reach(attachment, sgt, direction)
 
     # ---- CPU access ----
 
@@ -267,6 +281,9 @@ class Carried(Exporter):
     def vmap(self, buf: DmaBuf) -> IosysMap:
         answer, fds = self.away.call_locked("vmap", buf)
         try:
+            if self.away.in_file:  # a view that outlives the vmap keeps the memory where it is
+                fd = buf.fileno()
+                return IosysMap.init_vaddr(memoryview(residence.mapping(fd, "vmap", buf, 0, buf.size, residence.may_write(fd))))
             _, view = memory.shown(_first(fds), number(answer, "offset", _MOST), number(answer, "length", _MOST), flag(answer, "writable"))
             return IosysMap.init_vaddr_iomem(view) if flag(answer, "iomem") else IosysMap.init_vaddr(view)
         except BaseException:
@@ -307,16 +324,33 @@ def _threes(answer: Body, name: str) -> Iterable[tuple[int, int, int]]:
     return zip(walk, walk, walk, strict=True)
 
 
-def _moved(session: Session, body: Body, fds: list[int]) -> Answer:
-    """The exporter is about to move the memory, holds the lock, and waits until this importer has heard of it."""
+def _attached(session: Session, body: Body) -> tuple[Carried, DmaBufAttachment] | None:
+    """Whom a request of the exporter is about; None: detached meanwhile."""
     key = (number(body, "dev"), number(body, "ino"))
     record: Record | None = (session.domain.local.get("records") or {}).get(key)
     away: Any = record.live if record is not None else None
-    if record is None or not isinstance(away, Elsewhere) or not isinstance(away.exporter, Carried):
-        return Answer()
+    if not isinstance(away, Elsewhere) or not isinstance(away.exporter, Carried):
+        return None
     attachment = away.exporter.attached.get(number(body, "attachment"))
-    resv, holder = resv_of(record), number(body, "holder")
-    if attachment is None or attachment.importer is None or resv._record.shm.resv_owner(resv._record.index) != holder:
+    return None if attachment is None else (away.exporter, attachment)
+
+
+def _revoked(session: Session, body: Body, fds: list[int]) -> Answer:
+    """The exporter has moved the memory; it holds no lock."""
+    found = _attached(session, body)
+    if found is not None:
+        found[0].revoke(found[1])
+    return Answer()
+
+
+def _moved(session: Session, body: Body, fds: list[int]) -> Answer:
+    """The exporter is about to move the memory, holds the lock, and waits until this importer has heard of it."""
+    found, holder = _attached(session, body), number(body, "holder")
+    if found is None:
+        return Answer()
+    attachment = found[1]
+    resv = attachment._resv
+    if attachment.importer is None or resv._record.shm.resv_owner(resv._record.index) != holder:
         return Answer()  # detached meanwhile
     with resv.lent(holder):
         try:
@@ -334,6 +368,7 @@ def _after_fork() -> None:
 
 
 register("moved", _moved)
+register("revoked", _revoked)
 backing.elsewhere = Elsewhere
 backing.serve = serve
 os.register_at_fork(after_in_child=_after_fork)

@@ -127,6 +127,11 @@ class ImporterElsewhere(Importer):
             if e.errno != errno.ENODEV:  # dead, or about to be: its attachment goes with its session
                 raise
 
+    def _revoked(self, attachment: DmaBufAttachment) -> None:
+        if self.line is not None:  # it was told of the move
+            with contextlib.suppress(DmaBufError):  # dead: so is its device
+                self.line.call("revoked", self.body, operation="move")
+
     def close(self) -> None:
         line, self.line = self.line, None
         if line is not None:
