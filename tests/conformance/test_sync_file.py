@@ -732,6 +732,59 @@ def test_closing_leaves_nothing_registered() -> None:
         assert fence.statistics().callbacks == 0
 
 
+class Watched(dmabuf.FenceOps):
+    """A fence that does nothing until it is enabled."""
+
+    def __init__(self) -> None:
+        self.enabled = 0
+
+    def enable_signaling(self, fence: DmaFence) -> bool:
+        self.enabled += 1
+        return True
+
+
+def test_the_first_look_at_the_descriptor_enables_a_custom_fence_once(tl: Timeline) -> None:
+    ops = Watched()
+    fence = tl.fence(ops=ops)
+    with SyncFile(fence) as sf:
+        assert ops.enabled == 0
+        assert polled(sf) == polled(sf) == 0
+        assert ops.enabled == 1
+        fence.signal()
+        assert polled(sf) == select.POLLIN
+
+
+def test_trio_waits_for_it(sf: SyncFile, fence: DmaFence) -> None:
+    trio = pytest.importorskip("trio")
+    pytest.importorskip("trio.testing")
+    seen: list[int] = []
+
+    async def wait() -> None:
+        seen.append(await sf)
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(wait)
+            await trio.testing.wait_all_tasks_blocked()
+            fence.signal(-errno.EIO)
+        with trio.move_on_after(0.01) as scope:
+            await trio.lowlevel.wait_readable(sf)
+        assert not scope.cancelled_caught
+
+    trio.run(main)
+    assert seen == [-errno.EIO]
+
+
+@pytest.mark.parametrize("make", [dmabuf.SwSync, dmabuf.TimelineSemaphore], ids=["SwSync", "TimelineSemaphore"])
+def test_without_a_free_descriptor_no_timeline_is_made(make: Callable[[], Any], few_descriptors: Callable[[], Callable[[], None]]) -> None:
+    with make() as there:
+        free = few_descriptors()
+        for use in (make, there.dup, lambda: type(there).from_fd(there.fileno())):
+            with raises_errno(errno.EMFILE):
+                use()
+        free()
+
+
 # ---- buffers ----
 
 

@@ -38,6 +38,7 @@ class Fence:
     timeline: int
     value: int
     owner: int
+    handle: int = 0
     status: int = 0
 
 
@@ -102,9 +103,12 @@ class World:
         at, actor = self.chance.randrange(TIMELINES), self.who()
         value = max(0, self.values[at] + self.chance.randrange(-2, 12))
         real = self.tell(actor, ("create", at, value)) if actor else self.timelines[at].create_fence(value)
-        fence = next((f for f in self.fences if (f.timeline, f.value) == (at, value) and not f.status), None)
+        same = [f for f in self.fences if (f.timeline, f.value) == (at, value) and not f.status]
+        held = [f for f in same if any(f in file.leaves for file in self.files) or any(f in buf.pending(3) for buf in self.buffers)]
+        fence = next((f for f in same if f.handle == real.fence.handle), None)
+        assert fence is not None or not held  # what somebody still has is shared; what nobody has may be gone
         if fence is None:
-            fence = Fence(at, value, actor, int(value <= self.values[at]))
+            fence = Fence(at, value, actor, real.fence.handle, int(value <= self.values[at]))
             self.fences.append(fence)
         self.files.append(File(real, [fence]))
 
@@ -120,21 +124,29 @@ class World:
                 fence.status = 1
 
     def merge(self) -> None:
-        if len(self.files) < 2:
+        # As in Linux 6.8, what is not ordered by context, one of each (an export may not be) is merged without dropping every duplicate.
+        ordered = [file for file in self.files if self.contexts(file) == sorted(set(self.contexts(file)))]
+        if not ordered:
             return
-        one, two = self.chance.choice(self.files), self.chance.choice(self.files)
+        one, two = self.chance.choice(ordered), self.chance.choice(ordered)
         real = one.real.merge(two.real, "merged")
         latest: dict[int, Fence] = {}
         for fence in one.leaves + two.leaves:
             if not fence.status and (fence.timeline not in latest or fence.value > latest[fence.timeline].value):
                 latest[fence.timeline] = fence
-        self.files.append(File(real, list(latest.values())))
+        self.files.append(File(real, sorted(latest.values(), key=self.context)))
+
+    def context(self, fence: Fence) -> int:
+        return self.timelines[fence.timeline].context
+
+    def contexts(self, file: File) -> list[int]:
+        return [self.context(fence) for fence in file.leaves]
 
     def put(self) -> None:
         if self.files:
             buf, file, write = self.chance.choice(self.buffers), self.chance.choice(self.files), self.chance.random() < 0.5
             buf.real.import_sync_file(file.real, write)
-            for fence in sorted(file.leaves, key=lambda f: self.timelines[f.timeline].context):
+            for fence in file.leaves:
                 buf.add(fence, 1 if write else 2)
 
     def take(self) -> None:
@@ -175,7 +187,7 @@ class World:
     def check(self) -> None:
         for file in self.files:
             found = sorted(one.status for one in file.real.info().fences)
-            assert found == sorted(fence.status for fence in file.leaves or [Fence(0, 0, 0, 1)])
+            assert found == sorted(fence.status for fence in file.leaves or [Fence(0, 0, 0, 0, 1)])
             whole = all(fence.status for fence in file.leaves)
             assert file.real.is_signaled() is whole
             if file.asked:

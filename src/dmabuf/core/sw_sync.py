@@ -153,12 +153,15 @@ class SwSync:
 
     def close(self) -> None:
         """Close the descriptor; as its last holder, end what is pending with ``-ENOENT``. Again: nothing."""
+        self._close(guarded=True)
+
+    def _close(self, *, guarded: bool) -> None:
         if self.closed:
             return
         self.closed = True
         if self._cell.let_go():
             self._end_all()
-        elif self._own_pending():
+        elif guarded and self._own_pending():
             _Guard(self).watch()
             return
         self._cell.close()
@@ -271,8 +274,9 @@ class SwSync:
         return _fence(self.domain, handle, timeline, self._keep)
 
     def _forget_ended(self) -> None:
-        for handle in [handle for handle, fence in self._keep.items() if flagged(fence)]:
-            del self._keep[handle]
+        for handle in list(self._keep):  # a fence that is collected meanwhile may add itself
+            if flagged(self._keep[handle]):
+                del self._keep[handle]
 
     def inc(self, n: int = 1) -> None:
         """Move the count on by n; more than 2³¹-1 in steps, so that no fence is passed over (SW_SYNC_IOC_INC).
@@ -391,7 +395,7 @@ def _close_all() -> None:
     """At exit, as the kernel closes a timeline's descriptor with its process: before the domain is left."""
     for timeline in list(_LIVE):
         try:
-            timeline.close()
+            timeline._close(guarded=False)
         except OSError:
             pass  # its fences end with the process's life
 
