@@ -383,27 +383,62 @@ def test_a_timed_out_access_leaves_nothing_on_the_buffer(buf: dmabuf.DmaBuf, ker
         pass
 
 
-def test_a_task_waits_for_the_kernels_fence_without_holding_up_the_loop(buf: dmabuf.DmaBuf, kernel_timeline: SwSyncTimeline) -> None:
+FRAMEWORKS = ["asyncio", "trio"]
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+@pytest.mark.parametrize("write", [False, True])
+def test_a_task_waits_for_the_kernels_fence_without_holding_up_the_loop(
+    buf: dmabuf.DmaBuf, kernel_timeline: SwSyncTimeline, framework: str, write: bool
+) -> None:
+    anyio = pytest.importorskip("anyio")
+    pytest.importorskip(framework)
     fence = kernel_timeline.fence(1)
     add_fence(buf, fence.number, write=True)
     order: list[str] = []
 
-    async def reader() -> None:
-        async with buf.read():
-            order.append("read")
+    async def access() -> None:
+        async with buf.write() if write else buf.read():
+            order.append("in")
+
+    async def awaited() -> None:
+        await buf.readable()
+        await buf.writable()
+        order.append("ready")
 
     async def main() -> None:
-        tasks = [asyncio.create_task(reader()), asyncio.create_task(buf.readable()), asyncio.create_task(buf.writable())]
-        await asyncio.sleep(0)
-        with pytest.raises(TimeoutError):
-            async with buf.read(timeout=0.01):
-                pass
-        order.append("signal")
-        kernel_timeline.increment()
-        await asyncio.gather(*tasks)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(access)
+            tasks.start_soon(awaited)
+            await anyio.lowlevel.checkpoint()
+            with pytest.raises(TimeoutError):
+                async with buf.read(timeout=0.01):
+                    pass
+            order.append("signal")
+            kernel_timeline.increment()
 
-    asyncio.run(main())
-    assert order == ["signal", "read"]
+    anyio.run(main, backend=framework)
+    assert order[0] == "signal"
+    assert sorted(order[1:]) == ["in", "ready"]
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_a_cancelled_wait_for_the_kernel_leaves_nothing(buf: dmabuf.DmaBuf, kernel_timeline: SwSyncTimeline, framework: str) -> None:
+    anyio = pytest.importorskip("anyio")
+    pytest.importorskip(framework)
+    fence = kernel_timeline.fence(1)
+    add_fence(buf, fence.number, write=True)
+
+    async def main() -> None:
+        with anyio.move_on_after(0.02):
+            async with buf.write():
+                raise AssertionError("not to be reached")
+
+    anyio.run(main, backend=framework)
+    assert buf.resv.fences(Usage.BOOKKEEP) == []
+    kernel_timeline.increment()
+    with buf.read(timeout=0):
+        pass
 
 
 def test_begin_waits_for_both_with_a_timeout(buf: dmabuf.DmaBuf, kernel_timeline: SwSyncTimeline) -> None:

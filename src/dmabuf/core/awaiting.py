@@ -10,6 +10,7 @@ Neither framework is imported from here: one that isn't imported runs nothing.
 
 from __future__ import annotations
 
+import math
 import sys
 import weakref
 from abc import ABC, abstractmethod
@@ -191,6 +192,27 @@ async def checkpoint() -> None:
     """Let other tasks run."""
     framework = _framework()
     await (framework.sleep(0) if framework.__name__ == "asyncio" else framework.lowlevel.checkpoint())
+
+
+async def descriptor(fd: int, write: bool, timeout: float | None) -> bool:
+    """Sleep until a descriptor is readable (``write``: writable), at most this many seconds; False when the time was over first.
+
+    The number must be the caller's own: a loop knows who waits by it.
+    """
+    framework = _framework()
+    if framework.__name__ == "asyncio":
+        loop = framework._get_running_loop()
+        add, remove = (loop.add_writer, loop.remove_writer) if write else (loop.add_reader, loop.remove_reader)
+        stop = _AsyncioPause(loop)
+        add(fd, stop.end)
+        try:
+            return await stop.within(timeout)
+        finally:
+            remove(fd)
+    wait = framework.lowlevel.wait_writable if write else framework.lowlevel.wait_readable
+    with framework.move_on_after(math.inf if timeout is None else timeout) as scope:
+        await wait(fd)
+    return not scope.cancelled_caught
 
 
 async def in_thread(fn: Callable[..., object], *args: object) -> None:

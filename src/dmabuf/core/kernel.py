@@ -13,7 +13,6 @@ The kernel's name and the record's are set together; the kernel's is what ``name
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import fcntl
 import math
@@ -24,6 +23,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from dmabuf import _native
+from dmabuf.core import awaiting
 from dmabuf.core.backing import _MEMFD_OPS, Backing, _Memfd
 from dmabuf.core.identity import IMPORTED
 from dmabuf.core.usage import Direction
@@ -109,22 +109,14 @@ class KernelBacking(Backing):
 
     async def settle_async(self, buf: DmaBuf, write: bool, until: int) -> bool:
         """:meth:`settle` in a coroutine."""
-        if _poll(buf.fileno(), select.POLLOUT if write else select.POLLIN, 0):
+        event = select.POLLOUT if write else select.POLLIN
+        if _poll(buf.fileno(), event, 0):
             return True
-        loop = asyncio.get_running_loop()
-        # A description of one's own in the loop would do; a number of one's own must be: the loop knows callbacks by number.
         with _duplicate(buf) as own:
-            while not _poll(own.number, select.POLLOUT if write else select.POLLIN, 0):
-                woken: asyncio.Future[None] = loop.create_future()
-                add, remove = (loop.add_writer, loop.remove_writer) if write else (loop.add_reader, loop.remove_reader)
-                add(own.number, _set, woken)
-                try:
-                    async with asyncio.timeout(None if until < 0 else max(0.0, (until - time.monotonic_ns()) / 1e9)):
-                        await woken
-                except TimeoutError:
+            while not _poll(own.number, event, 0):
+                left = None if until < 0 else max(0.0, (until - time.monotonic_ns()) / 1e9)
+                if not await awaiting.descriptor(own.number, write, left):
                     return False
-                finally:
-                    remove(own.number)
         return True
 
     def export_sync_file(self, buf: DmaBuf, write: bool) -> OwnedFd:
@@ -178,11 +170,6 @@ def _duplicate(buf: DmaBuf) -> OwnedFd:
         return next(map(OwnedFd, map(fcntl.fcntl, (buf.fileno(),), (fcntl.F_DUPFD_CLOEXEC,), (0,))))
     except OSError as e:
         raise told(e, "wait", buf) from None
-
-
-def _set(woken: asyncio.Future[None]) -> None:
-    if not woken.done():
-        woken.set_result(None)
 
 
 def _poll(fd: int, events: int, until: int) -> int:
