@@ -53,6 +53,7 @@ class File:
 class Buffer:
     real: DmaBuf
     entries: list[tuple[Fence, int]] = field(default_factory=list)
+    slots: dict[int, Fence] = field(default_factory=dict)
 
     def add(self, fence: Fence, usage: int) -> None:
         """Spec 4.4."""
@@ -62,6 +63,19 @@ class Buffer:
                 self.entries[at] = fence, usage
                 return
         self.entries.append((fence, usage))
+
+    def poll(self) -> int:
+        """Spec 5.6: a direction that was found busy waits for the fence that it was found with."""
+        found = 0
+        for event, usage in ((select.POLLIN, 1), (select.POLLOUT, 2)):
+            if event in self.slots and not self.slots[event].status:
+                continue
+            for fence in self.pending(usage)[:1]:
+                self.slots[event] = fence
+                break
+            else:
+                found |= event
+        return found
 
     def pending(self, usage: int) -> list[Fence]:
         return list(dict.fromkeys(fence for fence, used in self.entries if used <= usage and not fence.status))
@@ -193,8 +207,7 @@ class World:
             if file.asked:
                 assert bool(select.select([file.real], [], [], 0)[0]) is whole
         for buf in self.buffers:
-            ready = (0 if buf.pending(1) else select.POLLIN) | (0 if buf.pending(2) else select.POLLOUT)
-            assert buf.real.poll(select.POLLIN | select.POLLOUT) == ready
+            assert buf.real.poll(select.POLLIN | select.POLLOUT) == buf.poll()
         for timeline, value in zip(self.timelines, self.values, strict=True):
             assert timeline.value == value
 

@@ -420,7 +420,7 @@ class _Notice:
 
     def __init__(self, semaphore: TimelineSemaphore, fd: int, point: int, available: bool) -> None:
         self.semaphore, self.fd, self.point, self.available = semaphore, fd, point, available
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()  # a signal handler may come in the middle
         self.waits: tuple[DmaFence, int] | None = None
 
     def next(self, _: int = 0) -> None:

@@ -338,7 +338,7 @@ class _Guard:
 
     def __init__(self, timeline: SwSync) -> None:
         self.timeline, self.domain = timeline, timeline.domain
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()  # a signal handler may come in the middle
         self.ending = False
 
     def watch(self) -> None:
