@@ -1,0 +1,63 @@
+"""A device on a buffer whose exporter is another process: its ops are called there, the bytes are the same."""
+
+import errno
+import zlib
+
+import dmabuf
+from dmabuf import sim
+from dmabuf.core.attachment import moving
+from tests.devices.test_sim import SIZE
+from tests.support.children import Parent, Spawn
+from tests.support.drivers import Dynamic
+from tests.support.errnos import raises_errno
+from tests.support.partners import give, take
+from tests.support.waiting import until
+
+
+def fills_and_sums(parent: Parent) -> tuple[int, int, int]:
+    with take(parent) as buf, sim.Engine("elsewhere") as engine, moving():
+        queue, attached = engine.queue(), engine.attach(buf)
+        assert queue.fill(attached, 7).wait() == SIZE
+        parent.send("filled")
+        parent.recv()
+        crc = queue.checksum(attached).wait()
+        found = attached.statistics()
+        engine.close()
+    return crc, found.moves, found.maps
+
+
+def test_a_device_of_another_process_works_on_an_exporters_memory_and_hears_of_moves(child: Spawn, dynamic: Dynamic) -> None:
+    with dmabuf.export(dynamic, SIZE) as buf, moving():
+        other = child(fills_and_sums)
+        give(other, buf)
+        assert other.recv() == "filled"
+        assert dynamic.whole[:] == b"\7" * SIZE
+        with buf.resv.locked():
+            buf.move_notify()
+            buf.resv.wait(dmabuf.Usage.BOOKKEEP)
+            dynamic.whole[:] = b"\1" * SIZE
+        until(lambda: dynamic.count("unmap"))
+        other.send("moved")
+        assert other.result() == (zlib.crc32(b"\1" * SIZE), 1, 2)
+    assert (dynamic.pins, dynamic.tables) == (0, [])
+
+
+def exports(parent: Parent) -> None:
+    exporter = Dynamic(SIZE)
+    buf = dmabuf.export(exporter, SIZE)
+    give(parent, buf)
+    parent.recv()
+
+
+def test_when_the_exporter_is_killed_the_device_goes_on_with_other_buffers(child: Spawn, engine: sim.Engine, buf: dmabuf.DmaBuf) -> None:
+    other = child(exports)
+    theirs, queue = take(other), engine.queue()
+    attached = engine.attach(theirs)
+    assert queue.fill(attached, 1).wait() == SIZE
+    other.kill()
+    assert queue.fill(buf, 3).wait() == SIZE
+    with raises_errno(errno.ENODEV):
+        engine.attach(theirs)
+    engine.close()
+    assert engine.statistics().attached == 0
+    theirs.close()
