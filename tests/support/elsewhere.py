@@ -20,7 +20,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import dmabuf
 from dmabuf import DmaBuf
 from tests.support.children import Child, Parent, Spawn
-from tests.support.drivers import Mover
+from tests.support.drivers import Bare, Mover
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -84,6 +84,18 @@ def obeys(parent: Parent) -> None:
     state.__dict__.pop("buf").close()
     state.__dict__.clear()
     gc.collect()
+
+
+def exports(parent: Parent, kind: type[Bare], size: int) -> None:
+    """The other way round: exports a buffer there, and calls functions of (state, …), with `state.exporter`, until it is told None."""
+    state = SimpleNamespace(parent=parent, exporter=kind())
+    buf = dmabuf.export(state.exporter, size)
+    dmabuf.send(parent.sock, buf)
+    while (order := parent.recv()) is not None:
+        function, *arguments = order
+        parent.send(function(state, *arguments))
+    buf.close()
+    state.exporter.close()
 
 
 def _portable(error: Exception) -> Exception:

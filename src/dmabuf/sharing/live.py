@@ -132,7 +132,14 @@ class Elsewhere(Backing):
         return True
 
     def give_back(self, kind: str, buf: DmaBuf, body: Body, *, locked: bool) -> None:
-        """Carry what has no errors; nothing if nobody is there any more."""
+        """Carry what has no errors; nothing if nobody is there any more.
+
+        ``locked``: under the lock; or, if a call that was given up has lost it, without a wait, and the lock is taken there.
+        """
+        if locked and not resv_of(self.record).held_here():
+            if self.line is not None:
+                self.line.note(kind, {"dev": self.record.dev, "ino": self.record.ino, **body, "holder": 0})
+            return
         try:
             _close(self.call_locked(kind, buf, body)[1] if locked else self.call(kind, buf, body)[1])
         except DmaBufError as e:

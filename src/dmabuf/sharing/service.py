@@ -264,7 +264,7 @@ def _after_fork() -> None:
 class Session:
     """One asking process, as the asked one sees it. ``life``: the other's life; ``state``: what handlers keep for it, by their name.
 
-    ``at_end``: called once, when the other process has gone or uses nothing here any more, and none of its calls runs.
+    ``at_end``: called once, when the other process has gone or uses nothing here any more, and its connections are closed.
     """
 
     def __init__(self, domain: Domain, life: int) -> None:
@@ -276,13 +276,13 @@ class Session:
         self._running, self._over = 0, False
 
     def begin(self) -> bool:
-        """A call of it starts; False when it is over."""
+        """A connection for its calls is there; False when it is over."""
         with self._lock:
             self._running += not self._over
             return not self._over
 
     def finish(self, over: bool = False) -> None:
-        """A call of it has ended; ``over``: instead, the other process has gone."""
+        """Such a connection has ended; ``over``: instead, the other process has gone."""
         with self._lock:
             if over:
                 self._over = True
@@ -365,23 +365,25 @@ class Service:
         found = self._sessions.get(text(hello, "session"))
         if found is None:
             raise fail(errno.ENODEV, "request", self._id, what="the session is over")
-        _send(conn, {})
+        if not found.begin():
+            raise fail(errno.ENODEV, "request", self._id, what="the session is over")
         last = Answer()
-        while (got := _next(conn)) is not None:
-            body, fds = got
-            try:
-                if body.get("abandoned") and last.undo is not None and found.begin():
-                    try:
-                        last.undo()
-                    finally:
-                        found.finish()
-                _lapse(last)
-                if body.get("abandoned"):
-                    return
-                last = self._answer(conn, found, body, fds)
-            finally:
-                _close(fds)
-        _lapse(last)
+        try:
+            _send(conn, {})
+            while (got := _next(conn)) is not None:
+                body, fds = got
+                try:
+                    if body.get("abandoned"):
+                        _undo(last)
+                        return
+                    _lapse(last)
+                    last = Answer()
+                    last = self._answer(conn, found, body, fds)
+                finally:
+                    _close(fds)
+        finally:
+            _lapse(last)  # first: the end of the session may need the lock
+            found.finish()
 
     def _notes(self, session: Session, body: Body, fds: list[int]) -> None:
         """What the other says without asking: nobody hears of errors."""
@@ -398,33 +400,37 @@ class Service:
             _close(fds)
 
     def _answer(self, conn: socket.socket, session: Session, body: Body, fds: list[int]) -> Answer:
-        if not session.begin():
-            raise fail(errno.ENODEV, "request", self._id, what="the session is over")
-        answer = Answer()
+        kind = str(body.get("kind"))
         try:
-            kind = str(body.get("kind"))
-            try:
-                handler = _handlers.get(kind)
-                if handler is None:
-                    raise fail(errno.ENOSYS, "request", f"kind {kind[:64]!r}", "update dmabuf in the process that is asked")
-                answer = handler(session, body, fds)
-            except Exception as e:
-                answer = Answer(error=e)
+            handler = _handlers.get(kind)
+            if handler is None:
+                raise fail(errno.ENOSYS, "request", f"kind {kind[:64]!r}", "update dmabuf in the process that is asked")
+            answer = handler(session, body, fds)
+        except Exception as e:
+            answer = Answer(error=e)
+        try:
             _close(fds)  # before the caller goes on: it may count
             told = {"with": answer.body} | (_told(answer.error, kind) if answer.error is not None else {})
             _native.step("service_answered")
-            try:
+            with contextlib.suppress(
+                BrokenPipeError, ConnectionResetError
+            ):  # what the caller said last tells whether it gave up or is gone
                 _send(conn, told, answer.fds)
-            except (BrokenPipeError, ConnectionResetError):
-                pass  # what the caller said last tells whether it gave up or is gone
-            finally:
-                _close(answer.fds)
         except BaseException:
-            _lapse(answer)  # the caller is gone: what it was given ends with its session
+            _lapse(answer)
             raise
         finally:
-            session.finish()
+            _close(answer.fds)
         return answer
+
+
+def _undo(answer: Answer) -> None:
+    """The caller gave up: it will never hear of what was made. The caller of this lapses it."""
+    if answer.undo is not None:
+        try:
+            answer.undo()
+        except Exception as e:
+            dispatcher.report(e, answer.undo)
 
 
 def _stop(sock: socket.socket, connections: set[socket.socket]) -> None:

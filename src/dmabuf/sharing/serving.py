@@ -275,11 +275,14 @@ def under_lock(
 ) -> Answer:
     """Run ``act`` with the reservation lock, which goes from the caller to this thread and back with the answer (see sharing/live.py).
 
-    Errors: EPERM the caller doesn't hold it.
+    ``holder`` 0: nobody holds it for this, and it is taken here. Errors: EPERM the caller doesn't hold it.
     """
     stakes, holder = stakes_of(session), number(body, "holder")
     with stakes.using(body, fds) as stake:
         resv = stake.buf.resv
+        if not holder:
+            with resv.locked():
+                return act(stake)
         (shm, index), me = resv._record.at(), current(session.domain).word
         info = shm.ctx_info(holder)
         ours = info is not None and info[0] == shm.life  # lent by a thread of this process, which waits for the caller
