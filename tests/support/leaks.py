@@ -9,12 +9,15 @@ import multiprocessing.forkserver
 import multiprocessing.resource_tracker
 import os
 import re
+import socket
 import threading
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
+
+from tests.support.waiting import until
 
 SHM = Path("/dev/shm")
 RUN_USER = Path(f"/run/user/{os.getuid()}")
@@ -55,6 +58,17 @@ def settle() -> None:
     sweep = getattr(domain, "sweep", None)
     if sweep is not None:
         sweep()
+    service = domain.local.get("service") if domain is not None else None
+    if service is not None:  # what served processes that have ended is about to notice
+        until(lambda: not any(map(_ended, list(service._connections))))
+
+
+def _ended(conn: socket.socket) -> bool:
+    """Is the other end of the connection gone, and ours still open?"""
+    try:
+        return conn.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+    except OSError:
+        return False
 
 
 @dataclass(frozen=True)

@@ -441,7 +441,7 @@ class DmaBuf:
 
         ``interruptible``: a signal ends the wait for KERNEL fences, where one is needed, with EINTR. Errors, with nothing attached: the
         exporter's (EBUSY: the memory is where the device can't reach it); ``ContractWarning`` and EINVAL no device, an importer without
-        ``move_notify``; ``ContractWarning`` and EDEADLK with the lock held; ENODEV the exporter is another process; EBADF.
+        ``move_notify``; ``ContractWarning`` and EDEADLK with the lock held; ENODEV the exporter's process is gone; EBADF.
         Kernel: dma_buf_attach, dma_buf_dynamic_attach.
         """
         from dmabuf.core import attachment

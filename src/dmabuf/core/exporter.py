@@ -21,9 +21,9 @@ memory that is ready; ``map`` makes a new table each time (the debug layer tells
 or freed only after all fences up to BOOKKEEP; the size never changes. A dynamic importer in turn waits for WRITE and KERNEL fences before
 its device touches the memory, and adds a fence for what it cannot stop at once.
 
-Behaviour lives in the exporting process. Another process that receives the buffer can name it, poll it, wait and add fences; what needs
-the exporter (attach, CPU access, mmap, vmap) is ENODEV there: calls are not carried between processes yet. The same goes for a forked
-child.
+Behaviour lives in the exporting process. From other processes, and forked children, the ops are called there, in a thread of the
+package's, with the same locks held; ``attachment.dev`` is then a stand-in with the device's name and limits (docs/exporters.md). Memory
+that others are to map is a mapping of a file that this process keeps open.
 """
 
 from __future__ import annotations

@@ -7,7 +7,8 @@ The same lines, columns and order as the kernel's, so that what parses one parse
 - ``count``: descriptors and mappings of the processes that we may look into, at least 1. The kernel counts those in flight too; of a real
   dma-buf that one of these processes has a descriptor of, the kernel's own count and name are shown. The kernel's fences on it are not:
   they are seen in debugfs alone.
-- Attached devices are those of this process, the newest first as the kernel lists them.
+- Attached devices are those of this process, and for buffers that it exports those of all processes, the newest first as the kernel lists
+  them: nobody is asked over a socket, so a listing never waits.
 - No reservation lock is taken: each buffer's fences are a snapshot. A signalled fence is listed until its slot is used again.
 
 Names are as their bytes are (``os.fsdecode``), a line feed in one included: for people, ``dmabuf ls`` shows them escaped.

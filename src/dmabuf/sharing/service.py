@@ -340,8 +340,8 @@ class Service:
             with contextlib.suppress(OSError):
                 _send(conn, _told(e, ""), flags=socket.MSG_DONTWAIT)
         finally:
-            self._connections.discard(conn)
             _shut(conn)
+            self._connections.discard(conn)
 
     def _greeted(self, conn: socket.socket, hello: Body) -> None:
         domain = self._domain()
