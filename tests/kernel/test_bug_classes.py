@@ -25,7 +25,7 @@ from dmabuf.drivers.sw_sync import SwSyncTimeline
 from dmabuf.uapi import call, dma_buf, heap
 from tests.support.errnos import raises_errno
 from tests.support.faults import Canaries, faults
-from tests.support.kernel_homes import HOMES, SIZE, add_fence, brackets, made, needs_sw_sync
+from tests.support.kernel_homes import SIZE, add_fence, brackets, made, needs_sw_sync
 
 PAGE = mmap.PAGESIZE
 
@@ -54,18 +54,6 @@ class Naive:
     def close(self) -> None:
         self.memory.close()
         os.close(self.fd)
-
-
-@pytest.fixture(params=HOMES)
-def home(request: pytest.FixtureRequest) -> str:
-    name: str = request.param
-    return name
-
-
-@pytest.fixture
-def buf(home: str) -> Iterator[dmabuf.DmaBuf]:
-    with made(home) as here:
-        yield here
 
 
 @pytest.fixture

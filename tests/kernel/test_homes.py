@@ -30,18 +30,6 @@ RW, R, W = dma_buf.RW, dma_buf.READ, dma_buf.WRITE
 PAGE = mmap.PAGESIZE
 
 
-@pytest.fixture(params=HOMES)
-def home(request: pytest.FixtureRequest) -> str:
-    name: str = request.param
-    return name
-
-
-@pytest.fixture
-def buf(home: str) -> Iterator[dmabuf.DmaBuf]:
-    with made(home) as here:
-        yield here
-
-
 @pytest.fixture
 def kernel_timeline() -> Iterator[SwSyncTimeline]:
     if not os.path.exists(sw_sync.PATH):

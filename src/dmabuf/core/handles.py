@@ -20,7 +20,8 @@ from dmabuf.uapi.call import OwnedFd
 def get(fd: int, *, domain: Domain | None = None) -> DmaBuf:
     """An own reference to the buffer behind an fd that came as a plain number; the caller keeps the fd (spec 2.3).
 
-    Errors: EBADF no open fd; EINVAL no dma-buf; EXDEV a buffer of another domain; ENODEV its exporter has released it; EMFILE.
+    A real dma-buf, whoever made it, is taken into the domain. Errors: EBADF no open fd; EINVAL no dma-buf; EXDEV a buffer of another
+    domain; ENODEV its exporter has released it; EACCES a real one that is open for writing only; EMFILE.
     Kernel: dma_buf_get.
     """
     domain = domain or Domain.default()

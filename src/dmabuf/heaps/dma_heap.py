@@ -14,12 +14,11 @@ import errno
 from pathlib import Path
 from typing import Final
 
-from dmabuf.core.buffer import PAGE, DmaBuf, checked_name
+from dmabuf.core.buffer import DmaBuf
 from dmabuf.core.handles import from_fd
 from dmabuf.core.identity import HEAPS
 from dmabuf.domain.domain import Domain
-from dmabuf.errors import fail
-from dmabuf.heaps import budget, devices
+from dmabuf.heaps import budget, devices, memfd
 from dmabuf.uapi import call, dma_buf
 from dmabuf.uapi import heap as uapi
 
@@ -50,12 +49,7 @@ def unavailable(name: str) -> str | None:
 
 def allocate(heap: str, size: int, *, name: str | bytes | None = None, domain: Domain | None = None) -> DmaBuf:
     """A new zeroed buffer of ``size`` bytes, rounded up to pages, from the heap of that name. See :func:`dmabuf.allocate`."""
-    domain = domain or Domain.default()
-    if not 0 < size <= (1 << 63) - PAGE:
-        raise fail(errno.EINVAL, "allocate", f"{size} bytes", "ask for at least one byte, and fewer than 2**63")
-    raw = None if name is None else checked_name(name, f"{size} bytes")
-    size = -(-size // PAGE) * PAGE
-    domain.join()
+    size, raw, domain = memfd.asked(size, name, domain)
     with call.open_node(str(DIRECTORY / heap), "allocate", {errno.ENOENT: REMEDY, errno.EACCES: node(heap).remedy}) as device:
         with budget.claim(size):
             fd = uapi.allocate(device.number, size)

@@ -36,15 +36,20 @@ def unavailable() -> str | None:
 
 def allocate(size: int, *, name: str | bytes | None = None, domain: Domain | None = None) -> DmaBuf:
     """A new zeroed buffer of ``size`` bytes, rounded up to pages. See :func:`dmabuf.allocate`."""
-    domain = domain or Domain.default()
-    if not 0 < size <= (1 << 63) - PAGE:
-        raise fail(errno.EINVAL, "allocate", f"{size} bytes", "ask for at least one byte, and fewer than 2**63")
-    raw = None if name is None else checked_name(name, f"{size} bytes")
-    size = -(-size // PAGE) * PAGE
-    domain.join()
+    size, raw, domain = asked(size, name, domain)
     with budget.claim(size):
         fd = promised(memfd_name(domain, secrets.token_bytes(16)), size)
     return from_fd(fd, domain, exp_name=MEMFD, name=raw)
+
+
+def asked(size: int, name: str | bytes | None, domain: Domain | None) -> tuple[int, bytes | None, Domain]:
+    """What every heap checks first: (whole pages, the name's bytes, the domain joined). Errors: EINVAL a size below 1 or a bad name."""
+    if not 0 < size <= (1 << 63) - PAGE:
+        raise fail(errno.EINVAL, "allocate", f"{size} bytes", "ask for at least one byte, and fewer than 2**63")
+    raw = None if name is None else checked_name(name, f"{size} bytes")
+    domain = domain or Domain.default()
+    domain.join()
+    return -(-size // PAGE) * PAGE, raw, domain
 
 
 def promised(name: str, size: int, *, filled: bool = False) -> OwnedFd:
@@ -61,8 +66,9 @@ def promised(name: str, size: int, *, filled: bool = False) -> OwnedFd:
         os.ftruncate(fd.number, size)
         for start in range(0, size, _SLICE):
             os.posix_fallocate(fd.number, start, min(_SLICE, size - start))
-        for start in range(0, size if filled else 0, len(_ZEROS)):
-            os.pwrite(fd.number, memoryview(_ZEROS)[: size - start], start)
+        done = 0 if filled else size
+        while done < size:
+            done += os.pwrite(fd.number, memoryview(_ZEROS)[: size - done], done)
         _native.step("memfd_reserved")
         fcntl.fcntl(fd.number, _F_ADD_SEALS, SEALS)
     except OSError as e:

@@ -13,7 +13,7 @@ import errno
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from dmabuf.core.buffer import PAGE, DmaBuf, checked_name
+from dmabuf.core.buffer import DmaBuf
 from dmabuf.core.handles import from_fd
 from dmabuf.domain.domain import Domain
 from dmabuf.errors import fail
@@ -61,18 +61,13 @@ def unavailable() -> str | None:
 
 def allocate(size: int, *, name: str | bytes | None = None, domain: Domain | None = None) -> DmaBuf:
     """A new zeroed buffer of ``size`` bytes, rounded up to pages. See :func:`dmabuf.allocate`."""
-    domain = domain or Domain.default()
-    if not 0 < size <= (1 << 63) - PAGE:
-        raise fail(errno.EINVAL, "allocate", f"{size} bytes", "ask for at least one byte, and fewer than 2**63")
-    raw = None if name is None else checked_name(name, f"{size} bytes")
-    size = -(-size // PAGE) * PAGE
+    size, raw, domain = memfd.asked(size, name, domain)
     most = limits(PARAMETERS).size
     if most is not None and size > most:
         raise fail(
             errno.EINVAL, "allocate", f"{size} bytes", f"as root: echo {-(-size // MIB)} > {PARAMETERS / 'size_limit_mb'}; or make several",
             what=f"udmabuf makes buffers of at most {most // MIB} MiB here",
         )  # fmt: skip
-    domain.join()
     with call.open_node(str(DEVICE), "allocate", {errno.ENOENT: REMEDY, errno.EACCES: node(DEVICE).remedy}) as device:
         with budget.claim(size), memfd.promised("dmabuf-udmabuf", size, filled=True) as memory:
             fd = uapi.create(device.number, memory.number, 0, size)
