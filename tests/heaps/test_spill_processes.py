@@ -205,6 +205,41 @@ def test_an_importer_elsewhere_is_told_maps_again_and_its_old_table_is_no_memory
     assert heap.statistics().pinned == 0
 
 
+def maps_in_its_callback(parent: Parent) -> Any:
+    """What an importer must not: map again before its callback has returned."""
+    (buf,) = given(parent)
+    answers = []
+
+    class Nosy(Mover):
+        def move_notify(self, attachment: DmaBufAttachment) -> None:
+            try:
+                attachment.map(Direction.TO_DEVICE)
+            except OSError as e:
+                answers.append(e.errno)
+
+    with moving():
+        att = buf.attach(Device("npu0"), Nosy())
+        with att.mapped(Direction.TO_DEVICE):
+            pass
+        parent.send("in")
+        parent.recv()
+        att.detach()
+    return answers
+
+
+def test_an_importer_elsewhere_that_maps_in_its_callback_gets_edeadlk_and_nobody_hangs(
+    heap: SpillHeap, bufs: list[DmaBuf], child: Spawn
+) -> None:
+    other = child(maps_in_its_callback)
+    give(other, bufs[:1])
+    assert other.recv() == "in"
+    use(bufs[1:])
+    assert not is_here(bufs[0])
+    other.send()
+    assert other.result() == [errno.EDEADLK]
+    assert holds(bufs[0], 0)
+
+
 def writes(parent: Parent) -> None:
     (buf,) = given(parent)
     fill(buf, 77)

@@ -89,6 +89,7 @@ class Spilled(Exporter):
         "size",
         "stored",
         "tables",
+        "telling",
         "uses",
         "vmapped",
     )
@@ -104,6 +105,7 @@ class Spilled(Exporter):
         self.stored = False  # the file has its content; without, it is zeros
         self.dirty = False  # memory may differ from that
         self.gone = False  # released
+        self.telling = False  # importers are being told of a move, with the lock held
         self.uses = self.pins = 0
         self.tables: dict[int, tuple[SgTable, DmaBufAttachment, Direction]] = {}
         self.vmapped: Mapping | None = None
@@ -126,13 +128,13 @@ class Spilled(Exporter):
         attachment.priv = attachment.dmabuf._any_window()
 
     def pin(self, attachment: DmaBufAttachment) -> None:
-        self.among.enter(self, write=False, pin=True)
+        self.among.enter(self, write=False, pin=True, locked=True)
 
     def unpin(self, attachment: DmaBufAttachment) -> None:
         self.among.leave(self, pin=True)
 
     def map(self, attachment: DmaBufAttachment, direction: Direction) -> SgTable:
-        self.among.enter(self, write=direction != Direction.TO_DEVICE)
+        self.among.enter(self, write=direction != Direction.TO_DEVICE, locked=True)
         try:
             memory: Mapping = attachment.priv
             sgt = SgTable.from_ranges([(0, self.size)], max_segment=attachment.dev.max_segment, memory=memory)
@@ -150,7 +152,7 @@ class Spilled(Exporter):
                 del self.tables[id(sgt)]
 
     def vmap(self, buf: DmaBuf) -> IosysMap:
-        self.among.enter(self, write=True)
+        self.among.enter(self, write=True, locked=True)
         try:
             self.vmapped = residence.mapping(buf.fileno(), "vmap", buf, 0, self.size, residence.may_write(buf.fileno()))
         finally:
@@ -191,8 +193,11 @@ class Residents:
 
     # ---- who is let in ----
 
-    def enter(self, b: Spilled, *, write: bool, pin: bool = False) -> None:
-        """Count a use, or a pin, and have the memory there. Errors: ENOMEM; those of the file; EDEADLK from inside of a move of it."""
+    def enter(self, b: Spilled, *, write: bool, pin: bool = False, locked: bool = False) -> None:
+        """Count a use, or a pin, and have the memory there. ``locked``: its reservation lock is held for this call.
+
+        Errors: ENOMEM; those of the file; EDEADLK from inside of a move of it.
+        """
         counted = entered = False
         try:
             with self.lock:
@@ -200,7 +205,7 @@ class Residents:
                 counted = True
             if b.place is not Place.HERE:
                 owner = current(b.resv.domain).word
-                aside(lambda: self._bring(b, owner))
+                aside(lambda: self._bring(b, owner, locked))
             with self.lock:
                 if b not in self.order:
                     raise _closed(b)
@@ -223,12 +228,12 @@ class Residents:
                 b.uses = max(0, b.uses - 1)
             self.changed.notify_all()
 
-    def _bring(self, b: Spilled, owner: int) -> None:
+    def _bring(self, b: Spilled, owner: int, locked: bool) -> None:
         """For the context ``owner``, whose own accesses are in its own way."""
-        while (fd := self._away(b)) is not None:
+        while (fd := self._away(b, locked)) is not None:
             self._move_in(b, fd, owner)
 
-    def _away(self, b: Spilled) -> int | None:
+    def _away(self, b: Spilled, locked: bool) -> int | None:
         """Wait until nobody moves it. None: it is here. Else it is the caller's to bring in, by this duplicate of its description."""
         with self.lock:
             while b.place is not Place.HERE:
@@ -238,7 +243,7 @@ class Residents:
                     fd = _duplicate(b)
                     b.place, b.mover = Place.COMING, threading.get_ident()
                     return fd
-                if b.mover == threading.get_ident():
+                if b.mover == threading.get_ident() or (locked and b.telling):  # the lock is the callback's
                     raise fail(errno.EDEADLK, "access", b, "do it after move_notify has returned", what="this thread is moving the buffer")
                 self.changed.wait()
             return None
@@ -375,7 +380,11 @@ class Residents:
                     return False
                 backing: Exported | None = b.resv._record.live
                 if backing is not None:
-                    attachment.move_notify(backing)
+                    b.telling = True
+                    try:
+                        attachment.move_notify(backing)
+                    finally:
+                        b.telling = False
                 others = b.resv.pending(Usage.BOOKKEEP)  # of importers that can't stop at once
                 b.resv.reserve(1)
                 fence = self._timeline(b.resv.domain).fence()
