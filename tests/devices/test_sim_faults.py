@@ -356,6 +356,7 @@ def test_a_close_that_a_signal_breaks_off_is_done_by_the_next(buf: DmaBuf) -> No
         me = threading.get_native_id()
 
         def knock() -> None:
+            until(lambda: engine.closed)
             until_asleep(os.getpid(), me)
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
 
