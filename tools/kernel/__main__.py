@@ -53,7 +53,7 @@ def main(arguments: list[str]) -> int:
         sub = commands.add_parser(name, help=text)
         sub.add_argument("-k", "--kernel", default="uml", help="uml, debian, full, or a name of `list`")
         if name != "prepare":
-            sub.add_argument("--timeout", type=float, default=900, help="seconds for the whole guest")
+            sub.add_argument("--timeout", type=float, default=2400, help="seconds for the whole guest")
             sub.add_argument("rest", nargs="*", help="after --: pytest's arguments, or the command")
     commands.add_parser("list", help="the kernels that are ready")
     given = parser.parse_args(arguments)

@@ -118,7 +118,7 @@ _RAW = "A raw system call on the descriptor, which is a memfd: docs/homes.md say
 _MAPPING = "What a raw system call does to a mapping, which is one of ordinary memory here (docs/homes.md)."
 _DRIVER = "An argument of a driver's own ioctl. Confirmed on each kernel that has the driver by `make test-kernel`."
 _FIELD = "A field of the ioctl's structure that our method does not have. Confirmed on each kernel by `make test-kernel`."
-_FIFO = "A raw system call on the descriptor, which is a FIFO: poll(2) answers as the kernel's, the rest as a FIFO's."
+_SOCKET = "A raw system call on the descriptor, which is a socket: poll(2) answers as the kernel's; for the rest docs/homes.md."
 _CELL = "A raw system call on the descriptor, which is a memfd with the timeline's state."
 _MACHINE = "What the machine has: `dmabuf doctor` and `dmabuf.heaps()` tell it; no operation."
 
@@ -225,16 +225,16 @@ NO_MEANING = {
     "syncfile/merge-order": _FIELD,
     "swsync/deadline-pad": _FIELD,
     "swsync/fence-name32": _FIELD,
-    "syncfile/empty-fl": _FIFO,
-    "syncfile/empty-link": _FIFO,
-    "syncfile/empty-fdinfo": _FIFO,
-    "syncfile/empty-fstat": _FIFO,
-    "syncfile/empty-lseek": _FIFO,
-    "syncfile/empty-read": _FIFO,
-    "syncfile/empty-write": _FIFO,
-    "syncfile/empty-mmap": _FIFO,
-    "syncfile/merge-fl": _FIFO,
-    "swsync/fence-fl": _FIFO,
+    "syncfile/empty-fl": _SOCKET,
+    "syncfile/empty-link": _SOCKET,
+    "syncfile/empty-fdinfo": _SOCKET,
+    "syncfile/empty-fstat": _SOCKET,
+    "syncfile/empty-lseek": _SOCKET,
+    "syncfile/empty-read": _SOCKET,
+    "syncfile/empty-write": _SOCKET,
+    "syncfile/empty-mmap": _SOCKET,
+    "syncfile/merge-fl": _SOCKET,
+    "swsync/fence-fl": _SOCKET,
     "swsync/fl": _CELL,
     "swsync/read": _CELL,
     "swsync/poll": _CELL,
