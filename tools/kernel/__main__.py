@@ -1,6 +1,7 @@
 """The commands of ``python -m tools.kernel``."""
 
 import argparse
+import signal
 import sys
 
 from tools.kernel import guest, make, needs
@@ -63,6 +64,9 @@ def main(arguments: list[str]) -> int:
     if reason := needs.check_machine():
         print(f"SKIPPED: {reason}")
         return 0
+    # A guest ends with us: what ends us unwinds.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
         if given.command == "prepare":
             print(make.kernel(given.kernel).path)

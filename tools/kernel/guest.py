@@ -6,6 +6,8 @@ memory and vanishes. debugfs is mounted; `/tmp`, `/run` and `/dev/shm` are its o
 A program in the guest tells the host what it is doing by a line ``@@NOW text`` on ``/dev/console``: the last one names what hung.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import os
 import shlex
@@ -135,8 +137,7 @@ def run(
     Errors: ``Trouble`` where QEMU or busybox is missing; a guest that dies has the status ``DIED``, and its console says why.
     """
     initrd = _initrd(kernel)
-    (cache() / "jobs").mkdir(parents=True, exist_ok=True)
-    job = Path(tempfile.mkdtemp(prefix="job-", dir=cache() / "jobs"))
+    job, lock = _job()
     try:
         (job / "run.sh").write_text(_script(kernel, command, environment or {}))
         (job / "modules").write_text(" ".join(MODULES) + "\n")
@@ -145,6 +146,26 @@ def run(
         return _watch(argv, job, timeout, progress)
     finally:
         shutil.rmtree(job, ignore_errors=True)
+        os.close(lock)
+
+
+def _job() -> tuple[Path, int]:
+    """A directory for what host and guest tell each other, locked. Those that nobody locks are of runs that were killed: removed."""
+    jobs = cache() / "jobs"
+    jobs.mkdir(parents=True, exist_ok=True)
+    for old in jobs.glob("job-*"):
+        with contextlib.suppress(OSError):
+            fd = os.open(old, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                if any(old.iterdir()):  # an empty one is being made
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(old, ignore_errors=True)
+            finally:
+                os.close(fd)
+    job = Path(tempfile.mkdtemp(prefix="job-", dir=jobs))
+    lock = os.open(job, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    return job, lock
 
 
 def _watch(argv: list[str], job: Path, timeout: float, progress: Callable[[str], None]) -> Outcome:
