@@ -1,7 +1,7 @@
 """A command under a real kernel: it sees this machine's files read-only under a throw-away overlay, and is root.
 
 The guest's `/` is the host's, through hostfs (user-mode Linux) or 9p (QEMU): the same paths, the same Python. What it writes goes to its
-memory and vanishes. debugfs is mounted; `/tmp`, `/run` and `/dev/shm` are its own and empty.
+memory and vanishes. debugfs is mounted; `/run` and `/dev/shm` are its own and empty, so the tree must not be there.
 
 A program in the guest tells the host what it is doing by a line ``@@NOW text`` on ``/dev/console``: the last one names what hung.
 """

@@ -23,11 +23,10 @@ R=/root
 $B mount -t proc proc $R/proc
 $B mount -t sysfs sys $R/sys
 $B mount -t devtmpfs dev $R/dev
-$B mkdir -p $R/dev/pts $R/dev/shm $R/tmp
+$B mkdir -p $R/dev/pts $R/dev/shm
 $B mount -t devpts devpts $R/dev/pts
 $B mount -t tmpfs shm $R/dev/shm
 $B mount -t tmpfs run $R/run
-$B mount -t tmpfs tmp $R/tmp
 $B mount -t debugfs debugfs $R/sys/kernel/debug
 $B mount -t configfs configfs $R/sys/kernel/config 2>/dev/null
 $B ip link set lo up 2>/dev/null
