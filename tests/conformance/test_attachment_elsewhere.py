@@ -40,6 +40,7 @@ def counts(exporter: Bare, buf: dmabuf.DmaBuf) -> Any:
         len(live.attachments),
         live.vmaps,
         buf.resv.is_locked(),
+        do.nodes(buf),
         do.memories(),
     )
 

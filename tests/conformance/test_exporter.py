@@ -589,9 +589,9 @@ def test_another_process_keeps_it_and_uses_its_exporter(static: Static, child: S
     assert static.count("release") == 0
     other.send("close")
     assert other.recv() == "closed"
+    fence.signal()  # until then a busy poll holds it
     until(lambda: static.count("release"))
     other.send("end")
-    fence.signal()
 
 
 def killed_holder(parent: Parent) -> None:

@@ -13,7 +13,8 @@ import pytest
 import dmabuf
 from dmabuf import Direction, Domain, _native
 from dmabuf.domain import place
-from dmabuf.sharing.service import LONGEST, VERSION, serve
+from dmabuf.sharing.messages import LONGEST, VERSION
+from dmabuf.sharing.service import serve
 from tests.support import elsewhere as do
 from tests.support.children import Parent, Spawn
 from tests.support.drivers import PAGE, Static

@@ -250,5 +250,12 @@ def standing(state: SimpleNamespace) -> Any:
         (stats.attachments, stats.vmaps, stats.accesses),
         (dev.statistics().mapped, dev.statistics().windows) if dev else None,
         state.buf.resv.is_locked(),
+        nodes(state.buf),
         memories(),
     )
+
+
+def nodes(buf: DmaBuf) -> tuple[int, int]:
+    """Entries of the reservation object, and callbacks registered with fences, in this process."""
+    watching: Any = buf.domain.local.get("dispatcher")
+    return buf.resv.statistics().fences, watching.watching if watching is not None else 0

@@ -17,7 +17,9 @@ from dmabuf.core.identity import identify
 from dmabuf.domain import lives
 from dmabuf.domain.domain import Domain
 from dmabuf.errors import fail
-from dmabuf.sharing.service import Answer, Body, Session, line_to, number, register, serve
+from dmabuf.sharing.line import line_to
+from dmabuf.sharing.messages import Body, number
+from dmabuf.sharing.service import Answer, Session, register, serve
 from dmabuf.uapi.call import OwnedFd
 
 _NOT_HERE = (errno.ENODEV, errno.ENOENT, errno.EPERM)

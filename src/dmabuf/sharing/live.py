@@ -40,7 +40,9 @@ from dmabuf.domain.domain import TICK_NS
 from dmabuf.domain.records import Record
 from dmabuf.errors import DmaBufError, fail
 from dmabuf.sharing import memory
-from dmabuf.sharing.service import Answer, Body, Line, Progress, Session, flag, line_to, number, register, serve
+from dmabuf.sharing.line import Line, Progress, line_to
+from dmabuf.sharing.messages import Body, close_all, flag, number
+from dmabuf.sharing.service import Answer, Session, register, serve
 
 # What gives back works without the exporter, as far as this process is concerned.
 _GIVE_BACK: Final = frozenset({"unmap", "unmap_unlocked", "unpin", "detach", "vunmap"})
@@ -141,7 +143,7 @@ class Elsewhere(Backing):
                 self.line.note(kind, {"dev": self.record.dev, "ino": self.record.ino, **body, "holder": 0})
             return
         try:
-            _close(self.call_locked(kind, buf, body)[1] if locked else self.call(kind, buf, body)[1])
+            close_all(self.call_locked(kind, buf, body)[1] if locked else self.call(kind, buf, body)[1])
         except DmaBufError as e:
             if e.errno != errno.ENODEV:
                 raise
@@ -170,11 +172,6 @@ class Elsewhere(Backing):
         if self.line is not None:
             self.line.note("unmapped", {"dev": self.record.dev, "ino": self.record.ino, "mapping": mapping})
         self.settle()
-
-
-def _close(fds: list[int]) -> None:
-    while fds:
-        os.close(fds.pop())
 
 
 class Carried(Exporter):
@@ -235,7 +232,7 @@ class Carried(Exporter):
             self.away.give_back("unmap", attachment.dmabuf, {"table": n}, locked=True)
             raise
         finally:
-            _close(fds)
+            close_all(fds)
         self.tables[id(made)] = made, n, mapping
         return made
 
@@ -283,7 +280,7 @@ class Carried(Exporter):
             away.unmapped(n)
             raise
         finally:
-            _close(fds)
+            close_all(fds)
 
     def vmap(self, buf: DmaBuf) -> IosysMap:
         answer, fds = self.away.call_locked("vmap", buf)
@@ -297,7 +294,7 @@ class Carried(Exporter):
             self.away.give_back("vunmap", buf, {}, locked=True)
             raise
         finally:
-            _close(fds)
+            close_all(fds)
 
     def vunmap(self, buf: DmaBuf, map: IosysMap) -> None:
         self.away.give_back("vunmap", buf, {}, locked=True)

@@ -40,7 +40,9 @@ from dmabuf.domain import dispatcher
 from dmabuf.domain.records import Record
 from dmabuf.errors import DmaBufError, fail
 from dmabuf.sharing import memory
-from dmabuf.sharing.service import Answer, Body, Handler, Line, Session, flag, line_to, number, register, text
+from dmabuf.sharing.line import Line, line_to
+from dmabuf.sharing.messages import Body, flag, number, text
+from dmabuf.sharing.service import Answer, Handler, Session, register
 
 Key = tuple[int, int]  # (st_dev, st_ino)
 

@@ -1,0 +1,205 @@
+"""What travels between processes that ask and answer: messages, errors, and the sockets that they travel on.
+
+*A message* is one SOCK_SEQPACKET datagram of JSON, with descriptors; what is longer than :data:`INLINE` bytes travels in a memfd. Nothing
+in it is trusted: lengths and counts are bounded, :func:`number`, :func:`text` and :func:`flag` check fields, and what makes no sense is
+EBADMSG. No pickles. An error travels as errno, text and the parts of the message; a ``ContractError`` as itself.
+
+*A socket* of ours is none of a forked child's: its copy would keep the other end from seeing this process die.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import socket
+import struct
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Final
+
+from dmabuf.domain import dispatcher, lives, place
+from dmabuf.domain.domain import Domain
+from dmabuf.errors import ContractError, ContractWarning, DmaBufError, fail, rebuilt
+
+VERSION: Final = 1
+INLINE: Final = 32 << 10  # bytes of JSON in the datagram itself; well below any SO_SNDBUF
+LONGEST: Final = 64 << 20  # bytes of JSON in a memfd
+MAX_FDS: Final = 8
+
+_FD: Final = struct.Struct("=i")
+_CONTROL: Final = socket.CMSG_SPACE(MAX_FDS * _FD.size)
+_UCRED: Final = struct.Struct("=3i")  # pid, uid, gid (unix(7))
+_LOST: Final = int(socket.MSG_TRUNC | socket.MSG_CTRUNC)
+
+Body = dict[str, Any]
+
+
+def number(body: Body, name: str, most: int = (1 << 64) - 1) -> int:
+    """A number of a message. Errors: EBADMSG missing, not an int, negative or more than ``most``."""
+    value = body.get(name)
+    if type(value) is not int or not 0 <= value <= most:
+        raise nonsense(f"{name!r} is no number up to {most}")
+    return value
+
+
+def text(body: Body, name: str, longest: int = 255) -> str:
+    """A text of a message. Errors: EBADMSG missing, not a str, longer than ``longest``."""
+    value = body.get(name)
+    if not isinstance(value, str) or len(value) > longest:
+        raise nonsense(f"{name!r} is no text of up to {longest} characters")
+    return value
+
+
+def flag(body: Body, name: str) -> bool:
+    """A yes or no of a message. Errors: EBADMSG missing or neither."""
+    value = body.get(name)
+    if not isinstance(value, bool):
+        raise nonsense(f"{name!r} is neither true nor false")
+    return value
+
+
+def nonsense(what: str) -> DmaBufError:
+    return fail(errno.EBADMSG, "request", "a message", "both processes use the same version of dmabuf?", what=what)
+
+
+def send(sock: socket.socket, body: Body, fds: Iterable[int] = (), flags: int = 0) -> None:
+    data, given, extra = json.dumps(body, separators=(",", ":")).encode(), list(fds), -1
+    try:
+        if len(data) > INLINE:
+            extra = os.memfd_create("dmabuf-message", os.MFD_CLOEXEC)
+            with open(extra, "wb", closefd=False) as f:
+                f.write(data)
+            data, given = json.dumps({"long": len(data)}).encode(), [extra, *given]
+        control = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"={len(given)}i", *given))] if given else []
+        sock.sendmsg([data], control, socket.MSG_NOSIGNAL | flags)
+    finally:
+        if extra >= 0:
+            os.close(extra)
+
+
+def receive(sock: socket.socket) -> tuple[Body, list[int]] | None:
+    """One message; None at the end. Errors: EBADMSG (the descriptors are closed); what recvmsg(2) says."""
+    data, control, flags, _ = sock.recvmsg(INLINE + 1, _CONTROL, socket.MSG_CMSG_CLOEXEC)
+    fds: list[int] = []
+    for level, kind, raw in control:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds += (n for (n,) in _FD.iter_unpack(raw[: len(raw) // _FD.size * _FD.size]))
+    try:
+        if not data and not fds:
+            return None
+        if flags & _LOST or len(data) > INLINE:
+            raise nonsense("it is cut, or no descriptors are left here")
+        body = json.loads(data)
+        if isinstance(body, dict) and "long" in body:
+            body = json.loads(_long(number(body, "long", LONGEST), fds))
+        if not isinstance(body, dict):
+            raise nonsense("it is no object")
+    except (ValueError, RecursionError) as e:
+        close_all(fds)
+        raise nonsense(f"it is no JSON: {e}") from None
+    except BaseException:
+        close_all(fds)
+        raise
+    return body, fds
+
+
+def receive_last(sock: socket.socket) -> tuple[Body, list[int]] | None:
+    """:func:`receive` for who answers: what was sent before the other end closed comes after its reset."""
+    for _ in range(2):
+        with contextlib.suppress(ConnectionResetError):
+            return receive(sock)
+    return None
+
+
+def _long(size: int, fds: list[int]) -> bytes:
+    if not fds:
+        raise nonsense("a long message without its memory")
+    fd = fds.pop(0)
+    try:
+        data = os.pread(fd, size, 0)
+    except OSError:
+        data = b""  # not a file
+    finally:
+        os.close(fd)
+    if len(data) != size:
+        raise nonsense("a long message that is shorter than it says")
+    return data
+
+
+def close_all(fds: list[int]) -> None:
+    while fds:
+        os.close(fds.pop())
+
+
+def told_of(error: BaseException, kind: str) -> Body:
+    """An exception as it travels."""
+    if isinstance(error, OSError):
+        number = error.errno if isinstance(error.errno, int) and 0 < error.errno < 4096 else errno.EIO
+        told: Body = {"errno": number, "text": error.strerror or str(error)}
+        if isinstance(error, DmaBufError):
+            told |= {"ours": True, "operation": error.operation, "remedy": error.remedy}
+        return told
+    for name, one in _OTHERS.items():
+        if type(error) is one:
+            return {"error": name, "text": str(error)}
+    dispatcher.report(error, kind)  # its author is in this process
+    return {"error": "ContractError", "text": f"{kind}: the exporter raised {type(error).__name__}: {error}"}
+
+
+_OTHERS: Final[dict[str, type[Exception]]] = {"ContractError": ContractError, "ContractWarning": ContractWarning, "TypeError": TypeError}
+
+
+def raised_of(told: Body) -> BaseException:
+    """What :func:`told_of` told."""
+    message = text(told, "text", 1 << 16)
+    if "error" in told:
+        return _OTHERS.get(text(told, "error"), ContractError)(message)
+    value = number(told, "errno", 4095) or errno.EIO
+    if not told.get("ours"):
+        return OSError(value, message)
+    parts = [part if isinstance(part, str) else None for part in (told.get("operation"), told.get("remedy"))]
+    return rebuilt(value, message, *parts)
+
+
+def check_user(sock: socket.socket) -> None:
+    _, uid, _ = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+    if uid != os.geteuid():
+        raise fail(errno.EPERM, "request", f"a process of uid {uid}", "use a domain of one user", what="the other end is another user's")
+
+
+_sockets: set[socket.socket] = set()  # every socket of ours: a child's copy would keep the other end from seeing us die
+
+
+def opened(make: Callable[[], socket.socket]) -> socket.socket:
+    with lives.FORK_GUARD:
+        sock = make()
+        _sockets.add(sock)
+        return sock
+
+
+def shut(sock: socket.socket) -> None:
+    _sockets.discard(sock)
+    sock.close()
+
+
+def _after_fork() -> None:
+    for sock in list(_sockets):
+        sock.close()
+    _sockets.clear()
+
+
+@contextlib.contextmanager
+def address_of(domain: Domain, life: int, *, make: bool = False) -> Iterator[str | bytes]:
+    """The address of a life's socket, good for the block."""
+    if domain.path is None:
+        yield b"\0dmabuf-" + domain.id.encode() + b"-%08x" % life
+        return
+    directory = place.open_directory(domain.path, make=make)
+    try:
+        yield f"/proc/self/fd/{directory}/{place.socket_name(life)}"  # a path of its own could be too long for a socket (unix(7))
+    finally:
+        os.close(directory)
+
+
+os.register_at_fork(after_in_child=_after_fork)
