@@ -64,11 +64,13 @@ def settle() -> None:
 
 
 def _ended(conn: socket.socket) -> bool:
-    """Is the other end of the connection gone, and ours still open?"""
+    """Is the other end of the connection gone, or ours being closed?"""
     try:
         return conn.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
-    except OSError:
+    except BlockingIOError:
         return False
+    except OSError:
+        return True
 
 
 @dataclass(frozen=True)
