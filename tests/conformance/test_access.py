@@ -489,6 +489,18 @@ def test_access_to_one_buffer_twice_is_einval(buf: DmaBuf, read: int, write: int
     assert keys(buf.resv) == []
 
 
+@pytest.mark.parametrize("which", ["read", "write"])
+def test_access_to_one_buffer_without_a_list_is_a_typeerror(buf: DmaBuf, which: str) -> None:
+    with pytest.raises(TypeError, match=rf"access: {which} is a list of buffers, as {which}=\[a, b\], not one DmaBuf"):
+        dmabuf.access(**{which: buf})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("made", [lambda buf: 5, lambda buf: None, lambda buf: buf.export_range(0, 1)], ids=["int", "None", "range"])
+def test_access_to_what_is_no_buffer_is_a_typeerror(buf: DmaBuf, made: Callable[[DmaBuf], Any]) -> None:
+    with pytest.raises(TypeError, match=r"access: read is a list of buffers, .* not of (int|NoneType|BufferRange: take range.buf)"):
+        dmabuf.access(read=[made(buf)])
+
+
 def test_access_while_inside_one_of_them_is_edeadlk(buf: DmaBuf, other_buf: DmaBuf) -> None:
     with buf.write(), raises_errno(errno.EDEADLK), dmabuf.access(read=[buf], write=[other_buf]):
         pass

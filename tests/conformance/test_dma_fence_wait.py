@@ -66,6 +66,13 @@ def test_wait_takes_numbers_only(tl: Timeline) -> None:
     tl.close()
 
 
+def test_wait_any_of_one_fence_without_a_list_is_a_typeerror(tl: Timeline) -> None:
+    fence: Any = tl.fence()
+    with pytest.raises(TypeError, match="wait_any: fences is a list of fences"):
+        dmabuf.wait_any(fence)
+    tl.close()
+
+
 @pytest.mark.parametrize("timeout", [None, 0, LONG])
 def test_wait_never_raises_the_error_of_the_fence(tl: Timeline, timeout: float | None) -> None:
     fence = tl.fence()

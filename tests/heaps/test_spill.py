@@ -858,6 +858,12 @@ def test_a_budget_below_a_page_is_einval(tmp_path: Path, budget: int) -> None:
         SpillHeap(budget=budget, directory=tmp_path)
 
 
+@pytest.mark.parametrize("budget", ["512M", 1e9])
+def test_a_budget_that_is_no_int_is_a_typeerror_that_says_so(tmp_path: Path, budget: Any) -> None:
+    with pytest.raises(TypeError, match=r"SpillHeap: budget is a number of bytes, an int, not (str|float)"):
+        SpillHeap(budget=budget, directory=tmp_path)
+
+
 @pytest.mark.parametrize("patience", [-1, -0.001, float("inf"), float("nan")])
 def test_a_patience_that_is_none_is_einval(tmp_path: Path, patience: float) -> None:
     with raises_errno(errno.EINVAL):
@@ -872,6 +878,12 @@ def test_a_directory_that_is_not_there_is_enoent(tmp_path: Path) -> None:
 @pytest.mark.parametrize("size", [0, -1])
 def test_a_size_below_one_is_einval(heap: SpillHeap, size: int) -> None:
     with raises_errno(errno.EINVAL):
+        heap.allocate(size)
+
+
+@pytest.mark.parametrize("size", ["4096", 1e6])
+def test_a_size_that_is_no_int_is_a_typeerror(heap: SpillHeap, size: Any) -> None:
+    with pytest.raises(TypeError, match="size is a number of bytes, an int"):
         heap.allocate(size)
 
 

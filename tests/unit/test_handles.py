@@ -2,6 +2,7 @@
 
 import errno
 import os
+from typing import Any
 
 import pytest
 
@@ -26,3 +27,9 @@ def test_a_reference_that_cannot_be_made_closes_its_descriptor(monkeypatch: pyte
         assert not buf.closed
         with buf.get_dma_buf() as again:
             assert again == buf
+
+
+@pytest.mark.parametrize("size", ["4096", 1e6, None])
+def test_a_size_that_is_no_int_is_a_typeerror_that_says_so(size: Any) -> None:
+    with pytest.raises(TypeError, match=r"allocate: size is a number of bytes, an int, not (str|float|NoneType)"):
+        dmabuf.allocate(size)

@@ -493,14 +493,30 @@ def _in_the_way(part: Access) -> str:
     return ""
 
 
+def _buffers(which: str, given: Any) -> tuple[DmaBuf, ...]:
+    """What a keyword of :func:`access` names. Errors: TypeError."""
+    from dmabuf.core.buffer import DmaBuf
+
+    found = (given,) if isinstance(given, DmaBuf) else tuple(given)
+    for buf in found:
+        if buf is given or not isinstance(buf, DmaBuf):
+            hint = ": take range.buf, and range.of(view) in the block" if hasattr(buf, "of") else ""
+            raise TypeError(
+                f"access: {which} is a list of buffers, as {which}=[a, b], not {'one' if buf is given else 'of'} {type(buf).__name__}{hint}"
+            )
+    return found
+
+
 def access(*, read: Sequence[DmaBuf] = (), write: Sequence[DmaBuf] = (), timeout: float | None = None) -> ManyAccesses:
     """Read and write several buffers at once, without a deadlock whatever others do.
 
     ``with dmabuf.access(read=[a, b], write=[c]) as views``: a view a buffer, the read ones first, in the order given. ``async with`` too.
 
     Errors: EINVAL a buffer named twice; EXDEV buffers of several domains; EBADF a closed one; ETIMEDOUT (also ``TimeoutError``), having
-    added nothing; EDEADLK one of them is accessed by this thread or task already; EOWNERDEAD, ECANCELED a torn buffer to be read.
+    added nothing; EDEADLK one of them is accessed by this thread or task already; EOWNERDEAD, ECANCELED a torn buffer to be read;
+    TypeError something else than lists of buffers (for ranges see :meth:`BufferRange.of`).
     """
+    read, write = _buffers("read", read), _buffers("write", write)
     parts = [Access(b, False, timeout) for b in read] + [Access(b, True, timeout) for b in write]
     if len({part.buf for part in parts}) != len(parts):
         raise fail(errno.EINVAL, "access", "a buffer named twice", "name each buffer once; write includes reading")

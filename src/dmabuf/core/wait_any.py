@@ -21,6 +21,8 @@ def wait_any(fences: Iterable[DmaFence], timeout: float | None = None, *, interr
     Errors: EINVAL no fences (with a ``ContractWarning``) or a negative timeout; EINTR a signal, if ``interruptible``; TypeError no fence;
     ENOSPC the domain is full. Kernel: dma_fence_wait_any_timeout.
     """
+    if isinstance(fences, DmaFence):
+        raise TypeError("wait_any: fences is a list of fences, as [a, b], not one DmaFence: that is fence.wait()")
     found = tuple(fences)
     if not found:
         contract_warning("wait_any: no fences", 2)

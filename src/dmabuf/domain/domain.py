@@ -370,6 +370,7 @@ class Domain:
         return index, context
 
     def timeline_close(self, index: int, life: int) -> None:
+        """Close a timeline of this process's life, whose slot is used again first; of another life it is nothing."""
         if life and self.shm.life == life:
             self.shm.timeline_close(index)
             self._free_timelines.insert(0, index)

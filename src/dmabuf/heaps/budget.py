@@ -46,7 +46,7 @@ from typing import Final, NamedTuple
 
 from dmabuf.errors import fail
 
-__all__ = ["Budget", "check", "claim", "left"]
+__all__ = ["Budget", "check", "claim", "left", "whole"]
 
 SMALL: Final = 1 << 20  #: bytes: the largest request that is taken from a grant
 GRANT_NS: Final = 50_000_000  #: how long a grant lasts
@@ -345,3 +345,11 @@ def left() -> int:
 def claim(size: int) -> contextlib.AbstractContextManager[None]:
     """:meth:`Budget.claim` of this machine."""
     return _default.claim(size)
+
+
+def whole(value: int, what: str) -> int:
+    """A number of bytes that a user gave, numpy's integers too. Errors: TypeError it is no integer; ``what`` is named in the message."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{what} is a number of bytes, an int, not {type(value).__name__}") from None

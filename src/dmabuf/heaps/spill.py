@@ -30,10 +30,12 @@ from dataclasses import dataclass
 from typing import Final
 
 from dmabuf.core.backing import checked_ops, make
-from dmabuf.core.buffer import PAGE, DmaBuf, checked_name
+from dmabuf.core.buffer import PAGE, DmaBuf
 from dmabuf.domain.domain import Domain
 from dmabuf.errors import fail
 from dmabuf.heaps import budget
+from dmabuf.heaps.budget import whole
+from dmabuf.heaps.memfd import asked
 from dmabuf.heaps.spill_file import SpillFile, default_directory
 from dmabuf.heaps.spill_moves import Place, Residents, Spilled
 
@@ -72,7 +74,7 @@ class SpillHeap:
     """
 
     def __init__(self, *, budget: int | None = None, directory: str | os.PathLike[str] | None = None, patience: float = PATIENCE) -> None:
-        given = default_budget() if budget is None else budget
+        given = default_budget() if budget is None else whole(budget, "SpillHeap: budget")
         if given < PAGE:
             raise fail(errno.EINVAL, "spill", f"a budget of {given} bytes", f"give it at least a page ({PAGE} bytes)")
         if not 0 <= patience < float("inf"):
@@ -110,10 +112,7 @@ class SpillHeap:
             )
         if self.closed:
             raise fail(errno.EBADF, "allocate", self, "make another heap", what="the heap is closed")
-        if size < 1:
-            raise fail(errno.EINVAL, "allocate", f"{size} bytes", "ask for at least one byte")
-        raw = None if name is None else checked_name(name, f"{size} bytes")
-        size = -(-size // PAGE) * PAGE
+        size, raw, domain = asked(size, name, domain)
         if size > self.budget:
             raise fail(
                 errno.ENOMEM,
@@ -122,7 +121,6 @@ class SpillHeap:
                 "give the heap a larger budget (DMABUF_SPILL_BUDGET), or ask for less",
                 what=f"a buffer is in memory whole when it is used, and the heap's budget is {self.budget} bytes",
             )
-        domain = domain or Domain.default()
         try:
             at = self._file.take(size)
         except OSError as e:
