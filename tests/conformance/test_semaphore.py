@@ -21,6 +21,7 @@ from tests.support.children import Parent, Spawn
 from tests.support.errnos import raises_errno
 from tests.support.steps import Held, fork, killed_at, reap, trace
 from tests.support.waiting import Background, until_asleep
+from tests.support.ways import WAYS, received, sent
 
 
 @pytest.fixture
@@ -552,31 +553,9 @@ def sharer_ends() -> Iterator[None]:
     resource_sharer.stop()
 
 
-def received(link: Any, way: str) -> TimelineSemaphore:
-    if way == "dmabuf.send":
-        (sem,) = dmabuf.recv(link.sock)
-    elif way == "multiprocessing":
-        sem = link.recv()
-    else:
-        _, (fd,), _, _ = socket.recv_fds(link.sock, 1, 1)
-        sem = TimelineSemaphore.from_fd(fd)
-        os.close(fd)
-    assert isinstance(sem, TimelineSemaphore)
-    return sem
-
-
-def sent(link: Any, sem: TimelineSemaphore, way: str) -> None:
-    if way == "dmabuf.send":
-        dmabuf.send(link.sock, sem)
-    elif way == "multiprocessing":
-        link.send(sem)
-    else:
-        socket.send_fds(link.sock, [b"x"], [sem.fileno()])
-
-
 def submits(parent: Parent, way: str) -> None:
     """Submits point 1, then signals it as told."""
-    with received(parent, way) as sem:
+    with received(parent, TimelineSemaphore, way) as sem:
         fence = Timeline("other").fence()
         parent.send("ready")
         parent.recv()
@@ -587,7 +566,7 @@ def submits(parent: Parent, way: str) -> None:
 
 
 @pytest.mark.usefixtures("sharer_ends")
-@pytest.mark.parametrize("way", ["dmabuf.send", "multiprocessing", "bare descriptor"])
+@WAYS
 def test_points_are_seen_by_every_holder(child: Spawn, sem: TimelineSemaphore, way: str) -> None:
     other = child(submits, way)
     sent(other, sem, way)

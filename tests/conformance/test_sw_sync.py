@@ -4,6 +4,7 @@ import errno
 import gc
 import os
 import select
+import socket
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -308,6 +309,11 @@ def test_from_fd_of_spoilt_content_is_euclean(sw: SwSync, content: bytes) -> Non
     os.pwrite(sw.fileno(), content, 0)
     with raises_errno(errno.EUCLEAN):
         SwSync.from_fd(sw.fileno())
+    here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with here, there:
+        dmabuf.send(here, sw)
+        with raises_errno(errno.EUCLEAN):
+            dmabuf.recv(there)
     os.pwrite(sw.fileno(), b"dmabufW\1" + bytes(56), 0)
 
 

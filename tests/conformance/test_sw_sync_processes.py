@@ -2,7 +2,6 @@
 
 import errno
 import multiprocessing
-import os
 import select
 import signal
 import socket
@@ -18,8 +17,7 @@ from tests.support.children import Parent, Spawn
 from tests.support.errnos import raises_errno
 from tests.support.steps import Held, fork, killed_at, reap, trace
 from tests.support.waiting import Background, until
-
-WAYS = pytest.mark.parametrize("way", ["dmabuf.send", "multiprocessing", "bare descriptor"])
+from tests.support.ways import WAYS, received, sent
 
 
 @pytest.fixture(autouse=True)
@@ -29,30 +27,8 @@ def sharer_ends() -> Iterator[None]:
     resource_sharer.stop()
 
 
-def received(link: Any, way: str) -> SwSync:
-    if way == "dmabuf.send":
-        (sw,) = dmabuf.recv(link.sock)
-    elif way == "multiprocessing":
-        sw = link.recv()
-    else:
-        _, (fd,), _, _ = socket.recv_fds(link.sock, 1, 1)
-        sw = SwSync.from_fd(fd)
-        os.close(fd)
-    assert isinstance(sw, SwSync)
-    return sw
-
-
-def sent(link: Any, sw: SwSync, way: str) -> None:
-    if way == "dmabuf.send":
-        dmabuf.send(link.sock, sw)
-    elif way == "multiprocessing":
-        link.send(sw)
-    else:
-        socket.send_fds(link.sock, [b"x"], [sw.fileno()])
-
-
 def increments(parent: Parent, way: str, n: int) -> tuple[str, int, int]:
-    with received(parent, way) as sw:
+    with received(parent, SwSync, way) as sw:
         sw.inc(n)
         return sw.name, sw.context, sw.value
 
@@ -119,7 +95,7 @@ def test_it_is_an_argument_of_a_process(method: str) -> None:
 
 def makes(parent: Parent, value: int) -> int:
     """Makes a fence, sends its sync file, and goes on as told."""
-    with received(parent, "dmabuf.send") as sw:
+    with received(parent, SwSync, "dmabuf.send") as sw:
         sf = sw.create_fence(value)
         dmabuf.send(parent.sock, sf)
         parent.recv()
@@ -193,7 +169,7 @@ def test_await_is_woken_by_the_inc_of_another_holder(child: Spawn) -> None:
 
 
 def holds(parent: Parent) -> None:
-    sw = received(parent, "dmabuf.send")
+    sw = received(parent, SwSync, "dmabuf.send")
     parent.send("holds")
     if parent.recv() == "close":
         sw.close()

@@ -18,41 +18,10 @@ import pytest
 
 import dmabuf
 from dmabuf import DmaFence, DmaFenceArray, SyncFile, Timeline
-from tests.support.children import Child, Parent, Spawn
+from tests.support.children import Parent, Spawn
 from tests.support.errnos import raises_errno
 from tests.support.steps import fork, reap
-
-WAYS = pytest.mark.parametrize("way", ["dmabuf.send", "multiprocessing", "bare descriptor"])
-
-
-def send(link: Parent | Child, sf: SyncFile, way: str) -> None:
-    match way:
-        case "dmabuf.send":
-            dmabuf.send(link.sock, sf)
-        case "multiprocessing":
-            link.send(sf)
-        case _:
-            socket.send_fds(link.sock, [b"x"], [sf.fileno()])
-
-
-def receive(link: Parent | Child, way: str) -> SyncFile:
-    match way:
-        case "dmabuf.send":
-            (sf,) = dmabuf.recv(link.sock)
-        case "multiprocessing":
-            sf = link.recv()
-        case _:
-            fd = bare(link)
-            sf = SyncFile.from_fd(fd)
-            os.close(fd)
-    assert isinstance(sf, SyncFile)
-    return sf
-
-
-def bare(link: Parent | Child) -> int:
-    """A descriptor that came as such."""
-    _, (fd,), _, _ = socket.recv_fds(link.sock, 1, 1)
-    return fd
+from tests.support.ways import WAYS, bare, received, sent
 
 
 def readable(fd: Any) -> bool:
@@ -81,7 +50,7 @@ def sharer_ends() -> Iterator[None]:
 
 
 def waits_in_every_way(parent: Parent, way: str) -> list[Any]:
-    sf = receive(parent, way)
+    sf = received(parent, SyncFile, way)
     seen: list[Any] = [sf.info(), readable(sf)]
     parent.send("has it")
     select.select([sf], [], [])
@@ -99,7 +68,7 @@ async def _awaited(sf: SyncFile) -> int:
 def test_who_receives_it_waits_for_the_same_fences(child: Spawn, way: str, error: int) -> None:
     sf, a, b = two_fences()
     other = child(waits_in_every_way, way)
-    send(other, sf, way)
+    sent(other, sf, way)
     before = sf.info()
     assert other.recv() == "has it"
     b.signal(error)
@@ -115,7 +84,7 @@ def test_what_has_ended_before_it_arrives_is_told_with_its_results(child: Spawn,
     a.signal(-errno.EIO)
     b.signal()
     other = child(waits_in_every_way, way)
-    send(other, sf, way)
+    sent(other, sf, way)
     assert other.recv() == "has it"
     assert other.result() == [sf.info(), True, True, -errno.EIO, sf.info()]
     sf.close()
@@ -239,7 +208,7 @@ def makes(parent: Parent, way: str) -> None:
     """A sync file of a fence that it receives, sent back; until killed."""
     (fence,) = dmabuf.recv(parent.sock)
     sf = SyncFile(fence, "made elsewhere")
-    send(parent, sf, way)
+    sent(parent, sf, way)
     parent.recv()
 
 
@@ -248,7 +217,7 @@ def test_it_works_after_its_maker_was_killed(child: Spawn, tl: Timeline, way: st
     fence = tl.fence()
     maker = child(makes, way)
     dmabuf.send(maker.sock, fence)
-    sf = receive(maker, way)
+    sf = received(maker, SyncFile, way)
     maker.kill()
     assert (readable(sf), sf.name) == (False, "made elsewhere")
     fence.signal()
@@ -272,7 +241,7 @@ def owns(parent: Parent, way: str) -> None:
     """A sync file of its own fence, sent; signals when told, or is killed."""
     fence = Timeline("owner").fence()
     sf = SyncFile(fence)
-    send(parent, sf, way)
+    sent(parent, sf, way)
     parent.recv()
     fence.signal(-errno.EIO)
     parent.recv()
@@ -281,7 +250,7 @@ def owns(parent: Parent, way: str) -> None:
 @WAYS
 def test_the_death_of_who_would_signal_makes_it_readable_for_who_has_it(child: Spawn, way: str) -> None:
     owner = child(owns, way)
-    sf = receive(owner, way)
+    sf = received(owner, SyncFile, way)
     sf.fileno()
     assert not readable(sf)
     owner.kill()
@@ -304,7 +273,7 @@ def test_a_bare_descriptor_is_rung_by_who_reaps_its_signaller(child: Spawn) -> N
 
 def test_a_merge_of_a_dead_and_a_living_ones_fences_waits_for_the_living(child: Spawn, tl: Timeline) -> None:
     owner = child(owns, "dmabuf.send")
-    theirs = receive(owner, "dmabuf.send")
+    theirs = received(owner, SyncFile, "dmabuf.send")
     fence = tl.fence()
     with SyncFile(fence) as ours, theirs.merge(ours) as merged:
         fd = merged.dup()

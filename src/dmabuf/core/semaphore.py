@@ -20,12 +20,13 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple, Self
+from typing import Final, NamedTuple
 
 from dmabuf import _native
 from dmabuf._native import Shm
 from dmabuf.core.fence import DmaFence, flagged, monotonic_deadline, nameless, private_stub, seconds_left, wrap
 from dmabuf.core.fence_array import DmaFenceArray
+from dmabuf.core.shared import Shared
 from dmabuf.core.sync_file import SyncFile
 from dmabuf.core.unwrap import unwrap
 from dmabuf.core.wait_any import wait_any
@@ -80,13 +81,15 @@ class SemaphoreStatistics:
     pending: int
 
 
-class TimelineSemaphore:
+class TimelineSemaphore(Shared):
     """A semaphore of points. ``signaled``: begin with an ended fence, for binary use.
 
     Errors: EMFILE; ENOSPC the domain is full.
     """
 
-    __slots__ = ("__weakref__", "_cell", "_watching", "closed", "domain")
+    __slots__ = ("_watching",)
+
+    KIND, NOUN = KIND, "semaphore"
 
     def __init__(self, *, signaled: bool = False, domain: Domain | None = None) -> None:
         self._set(Cell.make(KIND, domain or Domain.default(), _MAGIC.ljust(_EVENT, b"\0")))
@@ -94,50 +97,11 @@ class TimelineSemaphore:
             self.signal()
 
     def _set(self, cell: Cell) -> None:
-        self._cell, self.domain = cell, cell.domain
+        super()._set(cell)
         self._watching: set[_Notice] = set()
-        self.closed = False
-
-    @classmethod
-    def from_fd(cls, fd: int, *, domain: Domain | None = None) -> Self:
-        """The semaphore behind a descriptor that came as a plain number; the caller keeps the descriptor.
-
-        Errors: EBADF no open fd; EINVAL no semaphore; EXDEV one of another domain; EMFILE.
-        """
-        return cls._of(Cell.of_fd(fd, KIND, domain, "from_fd"))
-
-    @classmethod
-    def taken(cls, fd: int, domain: Domain | None = None) -> Self:
-        """:meth:`from_fd` that takes over the fd, unless it raises."""
-        return cls._of(Cell.taken(fd, KIND, domain, "from_fd"))
-
-    @classmethod
-    def _of(cls, cell: Cell) -> Self:
-        self = cls.__new__(cls)
-        self._set(cell)
-        return self
 
     def __repr__(self) -> str:
         return f"<dmabuf.TimelineSemaphore {'closed' if self.closed else f'at {self.query()} of {self.query(submitted=True)}'}>"
-
-    # ---- the descriptor ----
-
-    def _check(self, operation: str) -> None:
-        if self.closed:
-            raise fail(errno.EBADF, operation, self, "make or receive it again", what="the semaphore is closed")
-
-    def fileno(self) -> int:
-        """The descriptor, borrowed. It is for handing on, not for polling: see :meth:`eventfd`. Errors: EBADF."""
-        self._check("fileno")
-        return self._cell.fd
-
-    def dup(self) -> int:
-        """A new descriptor, owned by the caller. Errors: EBADF; EMFILE."""
-        self._check("dup")
-        try:
-            return os.dup(self._cell.fd)
-        except OSError as e:
-            raise fail(e.errno or errno.EIO, "dup", self, "raise RLIMIT_NOFILE or close descriptors") from None
 
     def close(self) -> None:
         """Close the descriptor, and take back what ``eventfd`` asked for; again: nothing. Fences in it go on by themselves."""
@@ -148,20 +112,10 @@ class TimelineSemaphore:
             notice.cancel()
         self._cell.close()
 
-    def __enter__(self) -> Self:
-        self._check("enter")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
         if not getattr(self, "closed", True) and not ending():
             self.closed = True
             self._cell.close()
-
-    def __reduce__(self) -> Any:
-        raise TypeError("a TimelineSemaphore can't be pickled to bytes: pass it through multiprocessing, or send it with dmabuf.send()")
 
     # ---- the state, under the lock ----
 

@@ -22,10 +22,11 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Final, Self
+from typing import Any, Final
 
 from dmabuf import _native
 from dmabuf.core.fence import DmaFence, Timeline, _register, flagged, wrap
+from dmabuf.core.shared import Shared
 from dmabuf.core.sync_file import SyncFile
 from dmabuf.domain.cells import Cell
 from dmabuf.domain.dispatcher import dispatcher
@@ -82,13 +83,15 @@ def _ahead(value: int, of: int) -> int:
     return (value - of + 0x80000000 & UINT_MAX) - 0x80000000
 
 
-class SwSync:
+class SwSync(Shared):
     """A software timeline. ``name``: at most 15 bytes, the process's own name if not given.
 
     Errors: EINVAL a name that is too long or has a NUL; EMFILE; ENOSPC the domain is full.
     """
 
-    __slots__ = ("__weakref__", "_cell", "_keep", "_timeline", "closed", "context", "domain", "name")
+    __slots__ = ("_keep", "_timeline", "context", "name")
+
+    KIND, NOUN = KIND, "timeline"
 
     def __init__(self, name: str | bytes | None = None, *, domain: Domain | None = None) -> None:
         domain = domain or Domain.default()
@@ -96,60 +99,21 @@ class SwSync:
         if len(raw) > 15 or b"\0" in raw:
             raise fail(errno.EINVAL, "SwSync", f"name {name!r}", "at most 15 bytes, without a NUL")
         context = domain.join().add64(_native.OFF_CONTEXT, 1)
-        self._set(Cell.make(KIND, domain, _HEAD.pack(_MAGIC, 0, 0, context, 0, raw)), context, raw)
+        self._set(Cell.make(KIND, domain, _HEAD.pack(_MAGIC, 0, 0, context, 0, raw)))
 
-    def _set(self, cell: Cell, context: int, name: bytes) -> None:
-        self._cell, self.domain, self.context, self.name = cell, cell.domain, context, os.fsdecode(name)
-        self._timeline: Timeline | None = None
-        self._keep: dict[int, SwFence] = {}
-        self.closed = False
-        _LIVE.add(self)
-
-    @classmethod
-    def from_fd(cls, fd: int, *, domain: Domain | None = None) -> Self:
-        """The timeline behind a descriptor that came as a plain number; the caller keeps the descriptor.
-
-        Errors: EBADF no open fd; EINVAL no timeline; EXDEV one of another domain; EMFILE.
-        """
-        return cls._of(Cell.of_fd(fd, KIND, domain, "from_fd"))
-
-    @classmethod
-    def taken(cls, fd: int, domain: Domain | None = None) -> Self:
-        """:meth:`from_fd` that takes over the fd, unless it raises."""
-        return cls._of(Cell.taken(fd, KIND, domain, "from_fd"))
-
-    @classmethod
-    def _of(cls, cell: Cell) -> Self:
+    def _set(self, cell: Cell) -> None:
         head = cell.read(0, _HEAD.size)
         if len(head) != _HEAD.size or not head.startswith(_MAGIC):
-            cell.close()
             raise fail(errno.EUCLEAN, "from_fd", "a SwSync", "somebody else wrote to its descriptor", what="it begins like none")
-        _, _, _, context, _, name = _HEAD.unpack(head)
-        self = cls.__new__(cls)
-        self._set(cell, context, name.rstrip(b"\0"))
-        return self
+        _, _, _, self.context, _, name = _HEAD.unpack(head)
+        self.name = os.fsdecode(name.rstrip(b"\0"))
+        super()._set(cell)
+        self._timeline: Timeline | None = None
+        self._keep: dict[int, SwFence] = {}
+        _LIVE.add(self)
 
     def __repr__(self) -> str:
         return f"<dmabuf.SwSync {self.name!r} {'closed' if self.closed else f'at {self.value}'}>"
-
-    # ---- the descriptor ----
-
-    def _check(self, operation: str) -> None:
-        if self.closed:
-            raise fail(errno.EBADF, operation, self, "open a new one", what="the timeline is closed")
-
-    def fileno(self) -> int:
-        """The descriptor, borrowed. Errors: EBADF."""
-        self._check("fileno")
-        return self._cell.fd
-
-    def dup(self) -> int:
-        """A new descriptor, owned by the caller. Errors: EBADF; EMFILE."""
-        self._check("dup")
-        try:
-            return os.dup(self._cell.fd)
-        except OSError as e:
-            raise fail(e.errno or errno.EIO, "dup", self, "raise RLIMIT_NOFILE or close descriptors") from None
 
     def close(self) -> None:
         """Close the descriptor; as its last holder, end what is pending with ``-ENOENT``. Again: nothing."""
@@ -183,19 +147,9 @@ class SwSync:
                 self.domain.join().fence_end_any(handle, -errno.ENOENT)
         self._keep.clear()
 
-    def __enter__(self) -> Self:
-        self._check("enter")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
         if not getattr(self, "closed", True) and not ending():
             self.close()
-
-    def __reduce__(self) -> Any:
-        raise TypeError("a SwSync can't be pickled to bytes: pass it through multiprocessing, or send it with dmabuf.send()")
 
     # ---- what is shared, under the lock ----
 
