@@ -5,6 +5,7 @@ import errno
 import os
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,6 +13,8 @@ import pytest
 
 import dmabuf
 from dmabuf import ContractWarning, Device, Direction, DmaBufAttachment, Exporter, SgTable, Timeline, Usage
+from dmabuf.core import attachment as attachments
+from dmabuf.core.backing import exports_of
 from tests.support import elsewhere as do
 from tests.support.children import Spawn
 from tests.support.drivers import PAGE, Bare, Dynamic, Mover, Static
@@ -665,3 +668,98 @@ def test_an_op_may_use_its_own_buffer(place: Place) -> None:
         assert exporter.calls == ["attach", ("begin", TO)]
         there.do(do.detach)
     exporter.close()
+
+
+# -- deaths in a move, and forks
+
+
+def dies_when_told(state: Any) -> None:
+    Mover.move_notify = lambda self, attachment: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
+
+
+@pytest.mark.crash
+def test_an_importer_that_dies_as_it_hears_of_a_move_is_passed_over(child: Spawn, dynamic: Dynamic) -> None:
+    with dmabuf.export(dynamic, SIZE) as buf:
+        mover = Mover()
+        att = buf.attach(Device("gpu0"), mover)
+        there = Away(child(obeys), buf)
+        there.do(do.attach, dynamic=True)
+        there.do(dies_when_told)
+        with buf.resv.locked():
+            buf.move_notify()
+            assert buf.resv.held_here()
+        assert len(mover.moved) == 1
+        assert there.other.wait() == -signal.SIGKILL
+        until(lambda: buf.statistics().attachments == 1)
+        att.detach()
+    assert dynamic.count("detach") == dynamic.count("attach") == 2
+
+
+def moves(state: Any) -> None:
+    (exported,) = exports_of(dmabuf.Domain.default()).live.values()
+    with exported.resv.locked():
+        attachments.move_notify(exported)
+
+
+@pytest.mark.crash
+def test_an_exporter_that_dies_in_a_move_leaves_importers_that_go_on(child: Spawn) -> None:
+    other = child(do.exports, Dynamic, SIZE)
+    (buf,) = dmabuf.recv(other.sock)
+    dev = Device("npu0")
+
+    class Kills(Mover):
+        def move_notify(self, attachment: DmaBufAttachment) -> None:
+            super().move_notify(attachment)
+            other.kill()
+
+    mover = Kills()
+    att = buf.attach(dev, mover)
+    sgt = att.map_unlocked(TO)
+    other.send((moves,))
+    until(lambda: mover.moved)
+    other.wait()
+    assert mover.locked == [True]
+    with buf.resv.locked():  # free, though its holder died with it
+        att.unmap(sgt, TO)
+        with raises_errno(errno.ENODEV):
+            att.map(TO)
+    att.detach()
+    assert dev.statistics().windows == 0
+    buf.close()
+
+
+def forks(state: Any) -> int:
+    """A child of the importer: its parent's attachment is not its own, and the buffer is."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12+: a fork with threads
+        pid = os.fork()
+    if not pid:
+        code = 1
+        try:
+            with raises_errno(errno.ENODEV):
+                state.att.map_unlocked(TO)
+            assert state.buf.statistics().attachments == 0
+            state.buf.begin_cpu_access(TO)
+            state.buf.end_cpu_access(TO)
+            dev = Device("fork0")
+            att = state.buf.attach(dev)
+            with att.mapped(TO) as sgt:
+                assert len(sgt) == 1
+            att.detach()
+            code = 0
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def test_a_forked_child_of_an_importer_begins_anew(child: Spawn, static: Static) -> None:
+    with dmabuf.export(static, SIZE) as buf, Place(child, False).of(buf) as there:
+        there.do(do.attach)
+        there.do(do.mapped, TO)
+        assert there.do(forks) == 0
+        until(lambda: static.count("detach") == 1)
+        assert static.calls == [
+            "attach", ("map", TO), ("begin", TO), ("end", TO), "attach", ("map", TO), ("unmap", TO), "detach",
+        ]  # fmt: skip
+        there.do(do.unmapped)
+        there.do(do.detach)
