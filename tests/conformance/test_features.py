@@ -44,7 +44,7 @@ IN, OUT = 1, 4  # select.POLLIN, POLLOUT
 SIZE = 4 * PAGE
 
 NOT_YET = {
-    "F47": "not yet: the statistics tree as files belongs to seeing (buffers() shows the same facts)",
+    "F47": "not yet: the statistics tree as files (buffers() shows the same facts)",
     "F50": "not yet: there is no statistics tree that could have entries of attachments",
 }
 

@@ -45,7 +45,7 @@ WRITE = pytest.mark.parametrize("write", [False, True], ids=["read", "write"])
 USAGES = pytest.mark.parametrize("usage", list(Usage), ids=lambda usage: usage.name)
 
 NOT_YET = {
-    "S20": "not yet: tracing belongs to seeing",
+    "S20": "not yet: tracing",
 }
 
 

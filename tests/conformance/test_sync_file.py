@@ -519,6 +519,16 @@ def test_it_is_not_pickled_to_bytes(sf: SyncFile, pickle: str) -> None:
 # ---- from a descriptor ----
 
 
+def test_from_fd_names_the_descriptor_that_it_was_given() -> None:
+    with open(os.devnull) as other, pytest.raises(OSError, match=rf"from_fd: fd {other.fileno()}: it is no sync file"):
+        SyncFile.from_fd(other.fileno())
+
+
+def test_import_of_a_fence_is_a_typeerror_that_says_how_to_make_a_sync_file(buf: DmaBuf, fence: Any) -> None:
+    with pytest.raises(TypeError, match=r"dmabuf\.SyncFile\(fence\) makes one"):
+        buf.import_sync_file(fence)
+
+
 def test_from_fd_gives_the_same_fence(sf: SyncFile, fence: DmaFence) -> None:
     with SyncFile.from_fd(sf.fileno()) as again:
         assert (again.fence, again.name, again.info()) == (fence, sf.name, sf.info())

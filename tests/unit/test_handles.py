@@ -33,3 +33,9 @@ def test_a_reference_that_cannot_be_made_closes_its_descriptor(monkeypatch: pyte
 def test_a_size_that_is_no_int_is_a_typeerror_that_says_so(size: Any) -> None:
     with pytest.raises(TypeError, match=r"allocate: size is a number of bytes, an int, not (str|float|NoneType)"):
         dmabuf.allocate(size)
+
+
+def test_a_domain_that_is_a_path_is_a_typeerror_that_says_so() -> None:
+    path: Any = "/run/user/1000/dmabuf"
+    with pytest.raises(TypeError, match=r"allocate: domain is a dmabuf.Domain, as Domain.open\(path\) gives, not str"):
+        dmabuf.allocate(4096, domain=path)

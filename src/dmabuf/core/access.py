@@ -173,7 +173,7 @@ class Access:
                 errno.EDEADLK,
                 self.operation,
                 self.buf,
-                "leave the first block before the second, or take write() for both",
+                "leave the first block before the second, or take write() for both; one whose array or slice is still in use is not left",
                 what="this thread or task is inside an access of the buffer already",
             )
         raise fail(error, self.operation, self.buf, "wait for fences, or drop some")

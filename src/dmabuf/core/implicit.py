@@ -14,7 +14,7 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING
 
-from dmabuf.core.fence import stub_fence
+from dmabuf.core.fence import DmaFence, stub_fence
 from dmabuf.core.fence_array import DmaFenceArray
 from dmabuf.core.sync_file import SyncFile
 from dmabuf.core.unwrap import unwrap
@@ -56,6 +56,8 @@ def export_sync_file(buf: DmaBuf, write: bool) -> SyncFile:
 
 def import_sync_file(buf: DmaBuf, sync_file: SyncFile | int, write: bool) -> None:
     """Add the fences of a sync file, for writing or for reading. Errors: EINVAL no sync file; EXDEV of another domain; ENOMEM, ENOSPC."""
+    if isinstance(sync_file, DmaFence):
+        raise TypeError("import_sync_file: a SyncFile or a descriptor of one is expected, not a fence: dmabuf.SyncFile(fence) makes one")
     if not isinstance(sync_file, SyncFile):
         try:
             sync_file = SyncFile.from_fd(sync_file, domain=buf.domain)

@@ -126,19 +126,20 @@ class SyncFile:
         """
         own = _duplicate(fd, "from_fd")
         try:
-            return cls.taken(own, domain)
+            return cls.taken(own, domain, named=fd)
         except BaseException:
             os.close(own)
             raise
 
     @classmethod
-    def taken(cls, fd: int, domain: Domain | None = None, facts: Facts | None = None) -> Self:
-        """:meth:`from_fd` that takes over the fd, unless it raises. ``facts``: if they came along."""
+    def taken(cls, fd: int, domain: Domain | None = None, facts: Facts | None = None, *, named: int | None = None) -> Self:
+        """:meth:`from_fd` that takes over the fd, unless it raises. ``facts``: if they came along. ``named``: what messages call the fd."""
+        said = f"fd {fd if named is None else named}"
         if kernel_sync.is_kernel_sync_file(fd):
             return cls._of_kernel(fd, domain or Domain.default())
         found = sync_files.stem_of(fd)
         if found is None:
-            raise fail(errno.EINVAL, "from_fd", f"fd {fd}", "pass the descriptor of a SyncFile", what="it is no sync file")
+            raise fail(errno.EINVAL, "from_fd", said, "pass the descriptor of a SyncFile", what="it is no sync file")
         stem, private = found
         identity = sync_files.identity_of(stem)
         domain = domain if domain is not None and domain.id == identity else known(identity) or Domain.default()
@@ -148,7 +149,7 @@ class SyncFile:
         if facts is None:
             if private:
                 remedy = "send the SyncFile with dmabuf.send() or through multiprocessing"
-                raise fail(errno.EXDEV, "from_fd", f"fd {fd}", remedy, what="a private domain has no place to look it up in")
+                raise fail(errno.EXDEV, "from_fd", said, remedy, what="a private domain has no place to look it up in")
             with domain.directory() as directory:
                 facts = sync_files.find(stem, directory or 0)
         self = cls.__new__(cls)

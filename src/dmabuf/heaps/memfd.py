@@ -45,13 +45,16 @@ def allocate(size: int, *, name: str | bytes | None = None, domain: Domain | Non
 def asked(size: int, name: str | bytes | None, domain: Domain | None) -> tuple[int, bytes | None, Domain]:
     """What every heap checks first: (whole pages, the name's bytes, the domain joined).
 
-    Errors: EINVAL a size below 1 or a bad name; TypeError a size that is no int.
+    Errors: EINVAL a size below 1 or a bad name; TypeError a size that is no int, or no domain.
     """
     size = budget.whole(size, "allocate: size")
     if not 0 < size <= (1 << 63) - PAGE:
         raise fail(errno.EINVAL, "allocate", f"{size} bytes", "ask for at least one byte, and fewer than 2**63")
     raw = None if name is None else checked_name(name, f"{size} bytes")
-    domain = domain or Domain.default()
+    if domain is None:
+        domain = Domain.default()
+    elif not isinstance(domain, Domain):
+        raise TypeError(f"allocate: domain is a dmabuf.Domain, as Domain.open(path) gives, not {type(domain).__name__}")
     domain.join()
     return -(-size // PAGE) * PAGE, raw, domain
 
