@@ -12,7 +12,9 @@ PAGE = Path(__file__).parents[2] / "docs" / "sharing.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
 
 
-@pytest.mark.parametrize(("code", "said"), zip(BLOCKS, ["b'hello'\n", "4096 other\n"], strict=True), ids=["socket", "multiprocessing"])
+@pytest.mark.parametrize(
+    ("code", "said"), list(zip(BLOCKS, ["b'hello'\n", "4096 other\n"], strict=True)), ids=["socket", "multiprocessing"]
+)
 def test_each_example_runs_by_itself(code: str, said: str, tmp_path: Path) -> None:
     script = tmp_path / "example.py"
     script.write_text(code, encoding="utf-8")
