@@ -1,4 +1,13 @@
-"""The Linux DMA-BUF framework as a Python library: buffers, fences and reservation objects that processes share."""
+"""The Linux DMA-BUF framework as a Python library: buffers, fences and reservation objects that processes share.
+
+Buffers: ``allocate``, ``get`` and ``open`` give a ``DmaBuf``; ``with buf.read() as view``, ``with buf.write() as view``, ``access`` for
+several. To other processes: ``send`` and ``recv``, or as arguments of multiprocessing. Fences: ``Timeline``, ``wait_any``, ``merge``,
+``SyncFile``. Drivers in Python: ``export`` with an ``Exporter``, ``DmaBuf.attach`` with a ``Device``; ready to use are ``sim.Engine`` and
+``DiskDevice``. Heaps: ``heaps``, ``SpillHeap``. What there is: ``buffers``, ``bufinfo``. Errors are OSErrors with their errno
+(``dmabuf.errors``); mistakes in the use of locks and fences are ``ContractError`` and ``ContractWarning``.
+
+``dmabuf.drivers`` (DRM, V4L2) is not imported by this package: ``from dmabuf.drivers import drm, camera``.
+"""
 
 import sys as _sys
 
