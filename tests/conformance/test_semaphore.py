@@ -404,6 +404,59 @@ def test_closing_takes_an_eventfd_back(sem: TimelineSemaphore, fences: list[DmaF
     assert not told(event)
 
 
+def test_an_eventfd_is_told_after_a_change_that_failed(sem: TimelineSemaphore, event: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    sem.eventfd(event, 1, available=True)
+
+    def no_memory(data: bytes) -> None:
+        raise OSError(errno.ENOMEM, "no memory")
+
+    with monkeypatch.context() as patched, raises_errno(errno.ENOMEM):
+        patched.setattr(sem._cell, "store", no_memory)
+        sem.signal(1)
+    assert not told(event)
+    sem.signal(1)
+    assert told(event)
+
+
+def test_an_eventfd_is_told_when_another_is_changed_in_the_middle(
+    sem: TimelineSemaphore, event: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = sem._cell.load
+    sem.eventfd(event, 1, available=True)
+    with TimelineSemaphore() as other:
+
+        def handler() -> bytes:
+            other.signal(1)
+            return load()
+
+        with monkeypatch.context() as patched:
+            patched.setattr(sem._cell, "load", handler)
+            sem.signal(1)
+    select.select([event], [], [])
+
+
+def test_an_eventfd_is_told_of_a_fence_that_ends_in_the_middle_of_a_call(
+    sem: TimelineSemaphore, fences: list[DmaFence], event: int
+) -> None:
+    sem.import_fence(fences[0], 1)
+    sem.eventfd(event, 1)
+    with sem._cell.locked():  # as a finaliser or a signal handler in there
+        fences[0].signal()
+    select.select([event], [], [])
+
+
+def test_the_last_holder_ends_the_fence_that_stands_for_a_submission(sem: TimelineSemaphore) -> None:
+    pending = sem.domain.shm.fence_pending
+    with raises_errno(errno.ETIME, TimeoutError):
+        sem.wait(0, 0, for_submit=True)
+    handle = sem._event()
+    with TimelineSemaphore.from_fd(sem.fileno()) as other:
+        sem.close()
+        assert pending(handle)
+        assert other._event() == handle
+    assert not pending(handle)
+
+
 # ---- bad arguments ----
 
 USES: dict[str, Callable[[TimelineSemaphore], object]] = {

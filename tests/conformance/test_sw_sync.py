@@ -1,6 +1,7 @@
 """Software timelines: what they count, and what ends when; expected values are the kernel's (spec 5.11)."""
 
 import errno
+import fcntl
 import gc
 import os
 import select
@@ -12,9 +13,12 @@ import pytest
 
 import dmabuf
 from dmabuf import DmaBuf, SwSync, SyncFile, Usage
+from dmabuf.domain import cells
+from dmabuf.domain.place import reopen
 from tests.support.errnos import raises_errno
 from tests.support.facts import FACTS
 from tests.support.fences import attach
+from tests.support.interrupts import Interrupt
 from tests.support.waiting import Background
 
 UINT_MAX = 0xFFFFFFFF
@@ -149,6 +153,37 @@ def test_what_has_ended_outlives_the_timeline(sw: SwSync) -> None:
     sw.inc()
     sw.close()
     assert statuses(sf) == FACTS["swsync/fence-outlives"].ret
+
+
+def test_another_handle_in_the_middle_of_a_call_is_edeadlk(sw: SwSync) -> None:
+    found: list[int | None] = []
+    fence = sw.create_fence(1).fence
+    with SwSync.from_fd(sw.fileno()) as other:
+
+        def ended(_: object) -> None:
+            with raises_errno(errno.EDEADLK):
+                other.inc()
+            found.append(fence.status)
+
+        fence.add_callback(ended)
+        sw.inc()
+        assert (found, other.value) == ([1], 1)
+
+
+def test_a_signal_handler_that_raises_at_the_lock_leaves_it_free(sw: SwSync, monkeypatch: pytest.MonkeyPatch) -> None:
+    def got_it(*args: int) -> bool:
+        patched.undo()
+        cells.ofd_lock(*args)
+        raise Interrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(cells, "ofd_lock", got_it)
+        with pytest.raises(Interrupt):
+            sw.inc()
+    other = reopen(sw.fileno())
+    assert cells.ofd_lock(other, fcntl.F_WRLCK, 0)
+    os.close(other)
+    assert sw.value == 0
 
 
 def test_the_timeline_goes_on_without_its_sync_files(sw: SwSync) -> None:

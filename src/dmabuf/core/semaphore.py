@@ -110,12 +110,23 @@ class TimelineSemaphore(Shared):
         self.closed = True
         for notice in list(self._watching):
             notice.cancel()
-        self._cell.close()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """The last holder ends the fence that stands for a submission: there will be none, and its slot is its maker's again."""
+        shm = self.domain.shm
+        try:
+            if self._cell.let_go() and shm.life:
+                shm.fence_end_any(self._event(), 0)
+        except OSError:  # no descriptor to look with: it ends with its maker
+            pass
+        finally:
+            self._cell.close()
 
     def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
         if not getattr(self, "closed", True) and not ending():
             self.closed = True
-            self._cell.close()
+            self._let_go()
 
     # ---- the state, under the lock ----
 
@@ -143,13 +154,15 @@ class TimelineSemaphore(Shared):
     def _change(self, operation: str, change: Callable[[_State], _State]) -> None:
         self._check(operation)
         shm = self.domain.join()
-        looks = _here.looks = []
+        before: list[_Notice] | None = getattr(_here, "looks", None)  # of a change that this one came in the middle of
+        looks: list[_Notice] = []
         try:
+            _here.looks = looks
             self._change_locked(shm, change)
         finally:
-            _here.looks = None
-        for notice in looks:
-            notice.next()
+            _here.looks = before
+            for notice in looks:
+                notice.next()
 
     def _change_locked(self, shm: Shm, change: Callable[[_State], _State]) -> None:
         with self._cell.locked():
@@ -196,7 +209,8 @@ class TimelineSemaphore(Shared):
         return found
 
     def _blocking(self, point: int, operation: str, *, for_submit: bool, available: bool) -> DmaFence | None:
-        """What to wait for next; None when there is nothing more. Errors: EINVAL the point has no fence."""
+        """What to wait for next; None when there is nothing more. Errors: EINVAL the point has no fence; EBADF closed meanwhile."""
+        self._check(operation)
         with self._cell.locked():
             leaves = self._leaves(self._load(), point, operation)
             if leaves is None and (for_submit or available):
@@ -395,8 +409,15 @@ class _Notice:
                     self.waits = (fence, token)
                     return
         except OSError as e:
+            if e.errno == errno.EDEADLK:  # a fence that is ended by a signal handler or a finaliser, in the middle of a call
+                self.semaphore.domain.later(self._again)
+                return
             self.end()
             report(e, self.semaphore.eventfd)
+
+    def _again(self) -> bool:
+        self.next()
+        return True
 
     def end(self) -> None:
         with self.lock:

@@ -34,6 +34,19 @@ _NAME = re.compile(r"/memfd:dmabuf-([a-z_]+):([0-9a-f]{16}):[0-9a-f]{16}(?: \(de
 _ALL: weakref.WeakSet[Cell] = weakref.WeakSet()
 
 
+class _Turn:
+    """Whose turn it is in this process, whichever of its handles of a cell is used: a second one would wait for the first for ever."""
+
+    __slots__ = ("__weakref__", "held", "mutex")
+
+    def __init__(self) -> None:
+        self.mutex = threading.RLock()
+        self.held = False
+
+
+_turns: weakref.WeakValueDictionary[tuple[int, int], _Turn] = weakref.WeakValueDictionary()  # by (st_dev, st_ino)
+
+
 class Cell:
     """One cell, as a process holds it. ``fd``: the descriptor that travels, -1 once closed."""
 
@@ -48,8 +61,7 @@ class Cell:
             os.close(self._own)
             raise
         self.fd = fd
-        self._mutex = threading.RLock()
-        self._held = False
+        self._turn = _turn_of(self._own)
         _ALL.add(self)
 
     @classmethod
@@ -99,23 +111,27 @@ class Cell:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the lock. Errors: EDEADLK this thread holds it: a signal handler came in the middle of a call."""
-        with self._mutex:
-            if self._held:
-                remedy = "don't call it from a signal handler, or from a garbage collector's callback"
+        turn = self._turn
+        with turn.mutex:
+            if turn.held:
+                remedy = "don't call it from a signal handler, a fence's callback, or a garbage collector's callback"
                 raise fail(errno.EDEADLK, "lock", "shared state", remedy, what="this thread is in the middle of a call")
             if self._own < 0:  # forked
                 self._own = reopen(self.fd)
             own = self._own
-            if not ofd_lock(own, fcntl.F_WRLCK, _LOCK):
-                _native.step("~cell")
-                ofd_lock(own, fcntl.F_WRLCK, _LOCK, wait=True)
-            self._held = True
             try:
+                turn.held = True
+                if not ofd_lock(own, fcntl.F_WRLCK, _LOCK):
+                    _native.step("~cell")
+                    ofd_lock(own, fcntl.F_WRLCK, _LOCK, wait=True)
                 yield
             finally:
-                self._held = False
-                if own == self._own:
-                    ofd_lock(own, fcntl.F_UNLCK, _LOCK)
+                # Also when a signal handler raised before we knew that we have it: to unlock what isn't locked does nothing.
+                try:
+                    if own == self._own:
+                        ofd_lock(own, fcntl.F_UNLCK, _LOCK)
+                finally:
+                    turn.held = False
 
     def read(self, offset: int, n: int) -> bytes:
         """Fewer bytes at the end of the file."""
@@ -188,12 +204,18 @@ def look(fd: int) -> tuple[str, str]:
     return (match[1], match[2]) if match else ("", "")
 
 
+def _turn_of(fd: int) -> _Turn:
+    about = os.fstat(fd)
+    return _turns.setdefault((about.st_dev, about.st_ino), _Turn())
+
+
 def _after_fork() -> None:
     """The child shares the parent's descriptions, and so its locks: it lets go of them at once."""
+    _turns.clear()
     for cell in list(_ALL):
         if cell._own >= 0:
             os.close(cell._own)
-        cell._own, cell._mutex, cell._held = -1, threading.RLock(), False
+        cell._own, cell._turn = -1, _turn_of(cell.fd) if cell.fd >= 0 else _Turn()
 
 
 os.register_at_fork(after_in_child=_after_fork)
