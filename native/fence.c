@@ -55,14 +55,17 @@ static void ring_bells(Shm *s, uint64_t bells, uint64_t handle) {
     ring_life(l, handle);
   }
   if (me && (bells >> (LIFE_INDEX(me) & 63) & 1) && s->on_local) {
-    PyObject *x = PyObject_CallFunction(s->on_local, "K", (unsigned long long)handle);
-    if (x) Py_DECREF(x);
-    else PyErr_WriteUnraisable(s->on_local);
+    for (int k = 0; k < 2; k++) { /* a signal handler may raise before a call has begun what it is for: once more, then it is there or done */
+      PyObject *x = PyObject_CallFunction(s->on_local, "K", (unsigned long long)handle);
+      if (x) { Py_DECREF(x); break; }
+      PyErr_WriteUnraisable(s->on_local);
+    }
   }
 }
 static void ring_syncs(Shm *s, uint64_t handle, db_fence *f) { /* the descriptors of sync files that wait for an ended fence */
-  PyObject *x = s->on_sync ? PyObject_CallFunction(s->on_sync, "K", (unsigned long long)handle) : NULL;
-  if (!x && s->on_sync) PyErr_WriteUnraisable(s->on_sync);
+  PyObject *x = NULL;
+  for (int k = 0; k < 2 && !x && s->on_sync; k++) /* again if a signal handler raised in the middle: ringing twice is ringing once */
+    if (!(x = PyObject_CallFunction(s->on_sync, "K", (unsigned long long)handle))) PyErr_WriteUnraisable(s->on_sync);
   if (x == Py_True) { /* the bit is the duty: while it is there, whoever reaps the slot rings again */
     uint32_t w = atomic_load(&f->word);
     while ((w & ~((1u << FW_SHIFT) - 1)) == WORD_OF(H_GEN(handle)) && (w & FW_SYNC) &&

@@ -2,6 +2,8 @@
 
 import gc
 import os
+import select
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +12,8 @@ import pytest
 
 import dmabuf
 from dmabuf import _native
-from dmabuf.domain.dispatcher import Dispatcher, defer, dispatcher
+from dmabuf.domain.dispatcher import Dispatcher, defer, dispatcher, in_callback
+from tests.support.interrupts import Interrupt
 
 
 @contextmanager
@@ -154,3 +157,77 @@ def test_a_finaliser_or_signal_handler_may_end_a_fence_in_the_middle_of_the_disp
         with here._lock:
             here.shm.fence_signal(handle, 0, True)
         assert seen == [handle]
+
+
+def test_what_a_signal_handler_raises_as_callbacks_begin_loses_none_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda what: told.append(what.exc_type))
+    with private() as here:
+        seen: list[int] = []
+        handle, run, tries = fence(here), here.shm.on_local, iter((True, False))
+
+        def interrupted(handle: int) -> None:
+            if next(tries):
+                raise Interrupt
+            run(handle)
+
+        here.shm.on_local = interrupted
+        here.watch(handle, seen.append, foreign=False)
+        here.shm.fence_signal(handle, 0, True)
+        here.shm.on_local = run
+        assert (seen, told) == ([handle], [Interrupt])
+
+
+def test_what_a_signal_handler_raises_between_two_callbacks_loses_none_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    def handler(*_: object) -> None:
+        raise Interrupt
+
+    monkeypatch.setattr("dmabuf.domain.dispatcher.report", handler)
+    with private() as here:
+        seen: list[int] = []
+        handle = fence(here)
+        here.watch(handle, lambda _: 1 // 0, foreign=False)
+        here.watch(handle, seen.append, foreign=False)
+        with pytest.raises(Interrupt):
+            here.run(handle)
+        assert seen == [handle]
+        assert not in_callback()
+
+
+def test_a_sync_file_is_rung_though_a_signal_handler_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda what: told.append(what.exc_type))
+    fence = dmabuf.Timeline("t").fence()
+    with dmabuf.SyncFile(fence) as sync:
+        ring, tries = fence.shm.on_sync, iter((True, False))
+
+        def interrupted(handle: int) -> bool:
+            if next(tries):
+                raise Interrupt
+            return bool(ring(handle))
+
+        fence.shm.on_sync = interrupted
+        asked = select.poll()
+        asked.register(sync.fileno(), select.POLLIN)
+        fence.signal()
+        fence.shm.on_sync = ring
+        assert (told, len(asked.poll(0))) == ([Interrupt], 1)
+
+
+def test_what_can_not_be_rung_yet_keeps_nobody_else_waiting() -> None:
+    domain = dmabuf.Domain.private()
+    domain.join()
+    one, two = threading.Event(), threading.Event()
+
+    def first() -> bool:
+        if two.is_set():
+            one.set()
+        return two.is_set()
+
+    def second() -> bool:
+        two.set()
+        return True
+
+    domain.later(first)
+    domain.later(second)
+    one.wait()

@@ -14,7 +14,7 @@ import sys
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -103,17 +103,26 @@ class Dispatcher:
     def run(self, handle: int) -> None:
         """The fence is signalled: run its callbacks in the order of registration."""
         with self._lock:
-            calls = self._watched.pop(handle, None)
             self._forget(handle)
-        before, _here.running = getattr(_here, "running", 0), 1
-        for call in (calls or {}).values():
+            left = iter(self._watched.pop(handle, {}).values())
+        before = getattr(_here, "running", 0)
+        try:
+            _here.running = 1
+            self._run(left, handle)
+        finally:  # whatever a signal handler raises between two of them, the others are called
+            try:
+                self._run(left, handle)
+                if not before:
+                    _work_off()
+            finally:
+                _here.running = before
+
+    def _run(self, calls: Iterator[Callable[[int], object]], handle: int) -> None:
+        for call in calls:
             try:
                 call(handle)
             except BaseException as e:
                 report(e, call)
-        if not before:
-            _work_off()
-        _here.running = before
 
     def watches(self, handle: int) -> int:
         """How many registrations there are for one fence."""
@@ -185,10 +194,12 @@ def defer(work: Callable[[], object]) -> None:
     if in_callback():
         _deferred().append(work)
         return
-    _here.running = 1
     _deferred().append(work)
-    _work_off()
-    _here.running = 0
+    try:
+        _here.running = 1
+        _work_off()
+    finally:
+        _here.running = 0
 
 
 def _deferred() -> deque[Callable[[], object]]:

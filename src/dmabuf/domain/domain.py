@@ -319,11 +319,13 @@ class Domain:
 
     def _ring_again(self) -> None:
         pause, life = threading.Event(), self.shm.life
-        while self._unrung and self.shm.life == life:
+        while self.shm.life == life:
             pause.wait(TICK_NS / 1e9)
-            if self._unrung[0]():
-                with self._lock:
-                    del self._unrung[0]
+            rung = [ring for ring in list(self._unrung) if ring()]
+            with self._lock:
+                self._unrung = [ring for ring in self._unrung if ring not in rung]
+                if not self._unrung:
+                    return  # decided under the lock: whoever comes after this starts another thread
 
     def _ring_all(self) -> None:
         """After a reaping: whatever the dead had begun to ring is rung, and what nobody holds is removed."""
