@@ -630,3 +630,25 @@ def test_nothing_of_an_engine_is_left_after_many_jobs(engine: sim.Engine, buf: D
     assert buf.statistics().attachments == 0
     assert entries(buf.resv)[1:] == []
     assert engine.device.statistics().windows == 0
+
+
+# ---- what can't be waited for ----
+
+
+class Unwilling(dmabuf.FenceOps):
+    """Operations with a mistake."""
+
+    def enable_signaling(self, fence: dmabuf.DmaFence) -> bool:
+        raise ValueError("a mistake")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_dependency_that_raises_fails_its_job_and_no_other(queue: sim.EngineQueue, buf: DmaBuf) -> None:
+    gate = Timeline("gate").fence(ops=Unwilling())
+    job = queue.fill(buf, 1, wait=[gate])
+    after = queue.fill(buf, 2)
+    with raises_errno(errno.EIO):
+        job.wait()
+    after.wait()
+    assert got(buf) == b"\2" * SIZE
+    gate.signal()

@@ -73,6 +73,7 @@ class Job:
         self._uses: list[tuple[Attached, object, bool]] = []
         self._tokens: list[tuple[DmaFence, int]] = []
         self._until = self._begun = 0
+        self._unready: BaseException | None = None  # what looking at its dependencies raised
         self._result: Any = None
         self._failure: OSError | None = None
 
@@ -189,16 +190,29 @@ class Job:
         self.dependencies = [fence for fence in self.dependencies if not fence.is_signaled()]
         return not self.dependencies
 
+    def looked(self) -> bool:
+        """:meth:`ready`, or what it waits for can't be waited for: then it fails, and the queue goes on."""
+        try:
+            return self.ready()
+        except BaseException as e:
+            self._unready = e
+            return True
+
     def run(self) -> None:
         """Do the work, and end the fence."""
-        for fence, token in self._tokens:
-            fence.remove_callback(token)
-        self._tokens = []
+        tokens, self._tokens = self._tokens, []
+        for fence, token in tokens:
+            try:
+                fence.remove_callback(token)
+            except Exception as e:
+                report(e, self._work)
         self.dependencies = []
         error = 0
         try:
             with debug.signalling() if debug.enabled else contextlib.nullcontext():
                 self.checkpoint()
+                if self._unready is not None:
+                    raise self._unready
                 self._begun = time.monotonic_ns()
                 if self.queue.timeout is not None:
                     self._until = self._begun + int(self.queue.timeout * 1e9)
@@ -343,7 +357,7 @@ class Queue:
 
     def _next(self) -> Job | None:
         for job in list(self._jobs):
-            if job.placed and (job.must_end() or job.ready()):
+            if job.placed and (job.must_end() or job.looked()):
                 return job
             if self.ordered:
                 break
