@@ -171,8 +171,8 @@ class TimelineSemaphore(Shared):
             # Who waits for something to be submitted is woken first, and then stands at the lock: if we die now, he looks and waits again.
             event = self._event()
             if event:
+                shm.fence_end_any(event, 0)  # first: a death in here leaves it to the next change
                 self._cell.write(_EVENT, _HANDLE.pack(0))
-                shm.fence_end_any(event, 0)
                 _native.step("sem_woken")
             self._cell.store(data)
 
