@@ -2,6 +2,7 @@
 
 import errno
 import multiprocessing
+import os
 import select
 import signal
 import socket
@@ -295,6 +296,30 @@ def test_wherever_an_inc_is_killed_the_count_and_the_fences_agree() -> None:
             assert [sf.status for sf in files] == [int(at <= value) for at in (1, 2, 4, 9)]
             sw.inc(9 - value)
             assert [sf.status for sf in files] == [1] * 4
+
+
+@pytest.mark.crash
+@pytest.mark.parametrize("step", ["sw_counted", "fence_signaled", "fence_rung", "sync_done", "sync_rung", "sw_ended"])
+def test_an_inc_that_is_killed_leaves_no_bare_descriptor_to_the_next_one(step: str) -> None:
+    with SwSync() as sw:
+        with sw.create_fence(1) as sf:
+            fd = sf.dup()
+        with Held(sw.inc, only=step) as other:
+            assert other.run_to(step)
+            other.kill()
+        sw.inc()
+        assert select.select([fd], [], [], 0)[0] == [fd]
+        os.close(fd)
+
+
+@pytest.mark.crash
+def test_an_inc_that_is_killed_before_it_rings_is_made_up_for_while_the_owner_polls() -> None:
+    with SwSync() as sw, sw.create_fence(1) as sf:
+        fd = sf.fileno()
+        with Held(sw.inc, only="fence_signaled") as other:
+            assert other.run_to("fence_signaled")
+            other.kill()
+        assert select.select([fd], [], [])[0] == [fd]
 
 
 @pytest.mark.crash

@@ -40,7 +40,7 @@ MAX_PENDING: Final = 1 << 20
 _HEAD: Final = struct.Struct("=8sIIQI16s20x")  # magic, count of the timeline, closed, context, entries, name; entries don't cross pages
 _ENTRY: Final = struct.Struct("=QQ")  # handle, value
 _MAGIC: Final = b"dmabufW\1"
-_VALUE, _CLOSED, _COUNT = 8, 12, 24  # offsets
+_VALUE, _CLOSED, _COUNT, _ENDING = 8, 12, 24, 44  # offsets
 _U32: Final = struct.Struct("=I")
 _LIVE: weakref.WeakSet[SwSync] = weakref.WeakSet()
 
@@ -158,6 +158,9 @@ class SwSync(Shared):
         self._check(operation)
         self.domain.join()
         with self._cell.locked():
+            # Who ended fences died before it had rung all that waits for them?
+            if self._cell.read(_ENDING, 4) == _U32.pack(1) and self.domain.ring_all():
+                self._cell.write(_ENDING, _U32.pack(0))
             yield
 
     def _value(self) -> int:
@@ -250,6 +253,8 @@ class SwSync(Shared):
         value, shm = self._value(), self.domain.shm
         target = value + n & UINT_MAX
         due = [(_ahead(at, value), at, handle) for handle, at in self._entries() if _ahead(at, target) <= 0]
+        if due:
+            self._cell.write(_ENDING, _U32.pack(1))
         for ahead, at, handle in sorted(due):
             if ahead > 0:
                 self._cell.write(_VALUE, _U32.pack(at))
@@ -257,6 +262,8 @@ class SwSync(Shared):
             shm.fence_end_any(handle, 0)
             _native.step("sw_ended")  # an inc by less
         self._cell.write(_VALUE, _U32.pack(target))
+        if due:
+            self._cell.write(_ENDING, _U32.pack(0))
 
     def get_deadline(self, sync_file: SyncFile) -> int:
         """The earliest deadline set on a fence of a software timeline, CLOCK_MONOTONIC ns (SW_SYNC_GET_DEADLINE).

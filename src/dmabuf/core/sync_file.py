@@ -29,6 +29,7 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any, Self
 
+from dmabuf import _native
 from dmabuf._native import Shm
 from dmabuf.core import kernel_sync
 from dmabuf.core.fence import DmaFence, flagged, private_stub, wrap
@@ -238,8 +239,8 @@ class SyncFile:
         self._look()
 
     def _look(self) -> None:
-        """Watch a pending fence of another process, so that somebody looks after its death; in a private domain, where who ends a fence
-        rings nothing, any pending fence. None: see that it was rung."""
+        """Watch a pending fence that another process ends, so that somebody looks after its death; in a private domain, where who ends a
+        fence rings nothing, any pending fence. None: see that it was rung."""
         with self._lock:
             self._watch = None
             if self.closed or self._fd < 0 or self._kernel:
@@ -253,7 +254,9 @@ class SyncFile:
 
             private = self._domain.path is None
             for leaf in self._leaves:
-                token = leaf.listen(ended) if private or not leaf.owned else None
+                # One that anybody ends is ours, and who ends it may die before it rings.
+                watched = private or not leaf.owned or leaf.flags & _native.FF_ANYBODY
+                token = leaf.listen(ended) if watched else None
                 if token is not None:
                     self._watch = (leaf, token)
                     return

@@ -245,7 +245,7 @@ class Domain:
             if kind == _native.TICK_CHECK:  # value: a life that is about to be yielded to
                 index = lives.index_of(value)
                 if value != self.shm.life and not lives.breathes(self.shm.fd, index) and lives.reap(self.shm, index, self._ended):
-                    self._ring_all()
+                    self.ring_all()
                 return
             self.sweep_if_due()
             if kind == _native.TICK_POLL:
@@ -268,7 +268,7 @@ class Domain:
         mine = lives.index_of(shm.life) if shm.life else -1
         count = sum(lives.reap(shm, i, self._ended) for i in lives.alive_slots(shm) if i != mine and not lives.breathes(shm.fd, i))
         if count:
-            self._ring_all()
+            self.ring_all()
         return count
 
     def sweep(self) -> None:
@@ -327,12 +327,19 @@ class Domain:
                 if not self._unrung:
                     return  # decided under the lock: whoever comes after this starts another thread
 
-    def _ring_all(self) -> None:
-        """After a reaping: whatever the dead had begun to ring is rung, and what nobody holds is removed."""
-        with contextlib.suppress(OSError), self.directory() as directory:
-            for name in [] if directory is None else sync_files.waiting(directory):
-                sync_files.go_on(self.shm, name, directory or 0)
+    def ring_all(self) -> bool:
+        """After a death: whatever the dead had begun to ring is rung, and what nobody holds is removed. False: not all of it could be."""
+        done = True
+        try:
+            with self.directory() as directory:
+                for name in [] if directory is None else sync_files.waiting(directory):
+                    sync_files.go_on(self.shm, name, directory or 0)
+        except FileNotFoundError:
+            pass  # the directory is gone, and every name in it
+        except OSError:
+            done = False
         self.tidy()
+        return done
 
     def tidy(self) -> None:
         """Remove the names of sync files whose descriptors are all closed."""
