@@ -1,7 +1,7 @@
 """Every test in this directory needs the guest that `make test-kernel` starts."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
