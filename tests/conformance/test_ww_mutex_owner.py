@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 
 import dmabuf
-from dmabuf import ContractError, DmaResv, WwAcquireContext
+from dmabuf import ContractError, ContractWarning, DmaResv, WwAcquireContext
 from tests.support.errnos import raises_errno
 from tests.support.holder import Holder
 from tests.support.waiting import Background, until_asleep
@@ -156,3 +156,20 @@ def test_lock_all_waits_for_one_that_is_held() -> None:
         assert not job.done
         resvs[1].unlock()
         assert job.result()
+
+
+def test_what_a_signal_handler_raises_between_lock_and_block_leaves_no_lock(resv: DmaResv, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lock(self: DmaResv, ctx: WwAcquireContext | None = None) -> None:
+        taken(self, ctx)
+        raise KeyboardInterrupt  # as a handler does that runs when the lock is just taken
+
+    taken = DmaResv.lock
+    monkeypatch.setattr(DmaResv, "lock", lock)
+    with pytest.raises(KeyboardInterrupt) as kept, resv.locked():
+        pass
+    assert kept.value is not None
+    assert not resv.is_locked()
+    monkeypatch.undo()
+    with resv.locked(), pytest.warns(ContractWarning), raises_errno(errno.EDEADLK), resv.locked():
+        pass
+    assert not resv.is_locked()

@@ -221,18 +221,18 @@ def test_S15_a_buffer_is_made_of_whole_pages_of_a_sealed_memfd(offset: int, size
     ],
     ids=["bad-flag", "bad-pad", "bad-handle"],
 )
-def test_S16_a_fence_is_refused(vgem: DrmNode, dumb: DumbBuffer, attach: Callable[[int], VgemAttach], found: int) -> None:
+def test_S16_bad_flag_bad_pad_and_bad_handle(vgem: DrmNode, dumb: DumbBuffer, attach: Callable[[int], VgemAttach], found: int) -> None:
     with raises_errno(found):
         call.perform(vgem.fileno(), table.VGEM_FENCE_ATTACH, attach(dumb.handle))
 
 
-def test_S16_a_bad_fence_is_enoent(vgem: DrmNode) -> None:
+def test_S16_bad_fence_is_enoent(vgem: DrmNode) -> None:
     with raises_errno(errno.ENOENT):
         call.perform(vgem.fileno(), table.VGEM_FENCE_SIGNAL, VgemSignal(0x1000))
 
 
 @pytest.mark.parametrize(("first", "second"), [(True, True), (True, False), (False, True)])
-def test_S16_a_fence_in_the_way_is_ebusy(dumb: DumbBuffer, first: bool, second: bool) -> None:
+def test_S16_busy_fence_is_ebusy(dumb: DumbBuffer, first: bool, second: bool) -> None:
     fence = dumb.add_fence(write=first)
     with raises_errno(errno.EBUSY):
         dumb.add_fence(write=second)
@@ -242,7 +242,7 @@ def test_S16_a_fence_in_the_way_is_ebusy(dumb: DumbBuffer, first: bool, second: 
 
 @pytest.mark.parametrize("before", [False, True], ids=["dmabuf-fence", "dmabuf-fence-before"])
 @pytest.mark.parametrize("write", [False, True], ids=["read", "write"])
-def test_S16_the_buffer_is_polled(dumb: DumbBuffer, write: bool, before: bool) -> None:
+def test_S16_dmabuf_fence_before_and_after_the_export(dumb: DumbBuffer, write: bool, before: bool) -> None:
     fence = dumb.add_fence(write=write) if before else None
     with dumb.export() as buf:
         fence = fence or dumb.add_fence(write=write)
@@ -254,7 +254,7 @@ def test_S16_the_buffer_is_polled(dumb: DumbBuffer, write: bool, before: bool) -
         assert buf.poll(IN | OUT) == IN | OUT
 
 
-def test_S16_what_is_written_through_the_buffer_is_seen_by_the_driver(vgem: DrmNode, dumb: DumbBuffer) -> None:
+def test_S16_dmabuf_mmap_is_seen_by_the_driver(vgem: DrmNode, dumb: DumbBuffer) -> None:
     with dumb.export() as buf, buf.mmap() as view:
         view[:4] = b"seen"
     offset = drm.map_dumb(vgem.fileno(), dumb.handle)
@@ -272,7 +272,7 @@ def test_S16_one_object_is_one_buffer(vgem: DrmNode, dumb: DumbBuffer) -> None:
         att.detach()
 
 
-def test_S16_a_fence_that_nobody_signals_ends_by_itself(dumb: DumbBuffer) -> None:
+def test_S16_nohang_a_fence_that_nobody_signals_ends(dumb: DumbBuffer) -> None:
     with dumb.export() as buf:
         fence = dumb.add_fence(write=True)
         assert buf.poll(IN, timeout=60) == IN
@@ -286,7 +286,7 @@ def still_open(buf: DmaBuf) -> bool:
         return bytes(view[:4]) == b"kept"
 
 
-def test_S16_the_memory_lives_while_the_buffer_does() -> None:
+def test_S16_unload_waits_for_the_buffer() -> None:
     with DrmNode.of("vgem") as node, node.create_dumb(64, 64) as dumb:
         buf = dumb.export()
         with buf.write() as view:

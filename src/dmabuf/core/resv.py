@@ -12,7 +12,7 @@ from __future__ import annotations
 import errno
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -51,6 +51,34 @@ class ResvStatistics:
     locked_by: int
     fences: int
     pending: int
+
+
+class _Locked:
+    """What :meth:`DmaResv.locked` returns. Not a generator: what a signal handler raises between the lock and the block finds it held."""
+
+    __slots__ = ("_ctx", "_held", "_resv")
+
+    def __init__(self, resv: DmaResv, ctx: WwAcquireContext | None) -> None:
+        self._resv, self._ctx = resv, ctx
+        self._held: _Hold | None = None
+
+    def __enter__(self) -> DmaResv:
+        resv = self._resv
+        before = resv._held
+        try:
+            resv.lock(self._ctx)
+            self._held = resv._held
+        except BaseException:
+            now = resv._mine(current(resv.domain))
+            if now is not None and now is not before:
+                resv.release(now)
+            raise
+        return resv
+
+    def __exit__(self, *_: object) -> None:
+        held, resv = self._held, self._resv
+        if held is not None and resv._held is held and held.owner.life == resv._record.shm.life:
+            resv.release(held)
 
 
 class DmaResv:
@@ -233,16 +261,9 @@ class DmaResv:
             if held.ctx is not None:
                 held.ctx.acquired -= 1
 
-    @contextmanager
-    def locked(self, ctx: WwAcquireContext | None = None) -> Iterator[DmaResv]:
+    def locked(self, ctx: WwAcquireContext | None = None) -> AbstractContextManager[DmaResv]:
         """Hold the lock for a ``with`` block. In a forked child the block's end does nothing."""
-        self.lock(ctx)
-        held = self._held
-        try:
-            yield self
-        finally:
-            if self._held is held and held is not None and held.owner.life == self._record.shm.life:
-                self.release(held)
+        return _Locked(self, ctx)
 
     def is_locked(self) -> bool:
         """Does anybody living hold the lock? Kernel: dma_resv_is_locked."""
