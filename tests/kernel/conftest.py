@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import dmabuf
+from dmabuf.drivers.sw_sync import SwSyncTimeline
 from tests.support.kernel_homes import HOMES, made
 
 _HERE = Path(__file__).parent
@@ -64,3 +65,11 @@ def home(request: pytest.FixtureRequest) -> str:
 def buf(home: str) -> Iterator[dmabuf.DmaBuf]:
     with made(home) as here:
         yield here
+
+
+@pytest.fixture
+def kernel_timeline() -> Iterator[SwSyncTimeline]:
+    if not os.path.exists(SW_SYNC):
+        pytest.skip("this kernel has no sw_sync: KERNEL=uml or full")
+    with SwSyncTimeline() as timeline:
+        yield timeline

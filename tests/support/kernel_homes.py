@@ -29,6 +29,10 @@ def add_fence(buf: dmabuf.DmaBuf, fence: int, *, write: bool) -> None:
     dma_buf.import_sync_file(buf.fileno(), dma_buf.WRITE if write else dma_buf.READ, fence)
 
 
+class Boom(Exception):
+    """Raised in a block."""
+
+
 class Brackets:
     """Every DMA_BUF_IOCTL_SYNC that succeeded. ``opened``: START without END so far, by flags; an END too many is an AssertionError."""
 
