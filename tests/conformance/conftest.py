@@ -1,11 +1,15 @@
 """Objects that most tests of the suite start from."""
 
+import os
 from collections.abc import Iterator
+from multiprocessing import resource_sharer
 
 import pytest
 
 import dmabuf
+from tests.support.children import Spawn
 from tests.support.drivers import Bare, Dynamic, Static
+from tests.support.elsewhere import Place
 
 # The facts of the kernel were asked with buffers of this size (bytes).
 SIZE = 16384
@@ -78,3 +82,52 @@ def dynamic() -> Iterator[Dynamic]:
 @pytest.fixture
 def dev() -> dmabuf.Device:
     return dmabuf.Device("npu0")
+
+
+@pytest.fixture(params=["here", "elsewhere"])
+def place(request: pytest.FixtureRequest, child: Spawn) -> Place:
+    """Where a buffer is used: in this process, and in another one."""
+    return Place(child, request.param == "here")
+
+
+@pytest.fixture
+def fence(tl: dmabuf.Timeline) -> dmabuf.DmaFence:
+    return tl.fence()
+
+
+@pytest.fixture
+def sf(fence: dmabuf.DmaFence) -> Iterator[dmabuf.SyncFile]:
+    with dmabuf.SyncFile(fence) as made:
+        yield made
+
+
+@pytest.fixture
+def merged(tl: dmabuf.Timeline, other_tl: dmabuf.Timeline) -> Iterator[tuple[dmabuf.SyncFile, dmabuf.DmaFence, dmabuf.DmaFence]]:
+    a, b = tl.fence(), other_tl.fence()
+    with dmabuf.SyncFile(a) as one, dmabuf.SyncFile(b) as two, one.merge(two, "both") as both:
+        yield both, a, b
+
+
+@pytest.fixture
+def sem() -> Iterator[dmabuf.TimelineSemaphore]:
+    with dmabuf.TimelineSemaphore() as made:
+        yield made
+
+
+@pytest.fixture
+def fences(tl: dmabuf.Timeline) -> list[dmabuf.DmaFence]:
+    return [tl.fence() for _ in range(5)]
+
+
+@pytest.fixture
+def event() -> Iterator[int]:
+    fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+    yield fd
+    os.close(fd)
+
+
+@pytest.fixture
+def sharer_ends() -> Iterator[None]:
+    """multiprocessing keeps a thread and a socket for descriptors on their way; end them with the test."""
+    yield
+    resource_sharer.stop()

@@ -18,11 +18,6 @@ BIDIR, TO, FROM = Direction.BIDIRECTIONAL, Direction.TO_DEVICE, Direction.FROM_D
 SIZE = 4 * PAGE
 
 
-@pytest.fixture(params=["here", "elsewhere"])
-def place(request: pytest.FixtureRequest, child: Spawn) -> Place:
-    return Place(child, request.param == "here")
-
-
 @pytest.mark.parametrize("direction", list(Direction), ids=lambda direction: direction.name)
 def test_begin_and_end_reach_the_exporter_with_their_direction(place: Place, static: Static, direction: Direction) -> None:
     with dmabuf.export(static, SIZE) as buf, place.of(buf) as there:

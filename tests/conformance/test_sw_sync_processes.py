@@ -6,8 +6,6 @@ import os
 import select
 import signal
 import socket
-from collections.abc import Iterator
-from multiprocessing import resource_sharer
 from typing import Any
 
 import pytest
@@ -20,12 +18,7 @@ from tests.support.steps import Held, fork, killed_at, reap, trace
 from tests.support.waiting import Background, until
 from tests.support.ways import WAYS, received, sent
 
-
-@pytest.fixture(autouse=True)
-def sharer_ends() -> Iterator[None]:
-    """multiprocessing keeps a thread and a socket for descriptors on their way; end them with the test."""
-    yield
-    resource_sharer.stop()
+pytestmark = pytest.mark.usefixtures("sharer_ends")
 
 
 def increments(parent: Parent, way: str, n: int) -> tuple[str, int, int]:

@@ -8,8 +8,6 @@ import random
 import select
 import signal
 import socket
-from collections.abc import Iterator
-from multiprocessing import resource_sharer
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -39,11 +37,7 @@ def two_fences(error: int = 0) -> tuple[SyncFile, DmaFence, DmaFence]:
     return SyncFile(DmaFenceArray([a, b]), "both"), a, b
 
 
-@pytest.fixture(autouse=True)
-def sharer_ends() -> Iterator[None]:
-    """multiprocessing keeps a thread and a socket for descriptors on their way; end them with the test."""
-    yield
-    resource_sharer.stop()
+pytestmark = pytest.mark.usefixtures("sharer_ends")
 
 
 # ---- passing on ----

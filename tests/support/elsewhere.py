@@ -259,3 +259,18 @@ def nodes(buf: DmaBuf) -> tuple[int, int]:
     """Entries of the reservation object, and callbacks registered with fences, in this process."""
     watching: Any = buf.domain.local.get("dispatcher")
     return buf.resv.statistics().fences, watching.watching if watching is not None else 0
+
+
+def counts(exporter: Bare, buf: DmaBuf) -> Any:
+    """The exporter's side of what a failing operation must not change."""
+    live: Any = buf._record.live
+    return (
+        len(exporter.tables),
+        exporter.count("pin") - exporter.count("unpin"),
+        exporter.count("vmap") - exporter.count("vunmap"),
+        len(live.attachments),
+        live.vmaps,
+        buf.resv.is_locked(),
+        nodes(buf),
+        memories(),
+    )

@@ -1,0 +1,161 @@
+"""Timeline semaphores across processes, deaths and threads (spec 5.14)."""
+
+import gc
+import math
+import select
+import socket
+import threading
+
+import pytest
+
+import dmabuf
+from dmabuf import Timeline, TimelineSemaphore
+from tests.support.children import Parent, Spawn
+from tests.support.semaphores import points, told
+from tests.support.steps import Held, fork, killed_at, reap, trace
+from tests.support.waiting import Background, until_asleep
+from tests.support.ways import WAYS, received, sent
+
+
+def submits(parent: Parent, way: str) -> None:
+    """Submits point 1, then signals it as told."""
+    with received(parent, TimelineSemaphore, way) as sem:
+        fence = Timeline("other").fence()
+        parent.send("ready")
+        parent.recv()
+        sem.import_fence(fence, 1)
+        parent.send("submitted")
+        parent.recv()
+        fence.signal()
+
+
+@pytest.mark.usefixtures("sharer_ends")
+@WAYS
+def test_points_are_seen_by_every_holder(child: Spawn, sem: TimelineSemaphore, way: str) -> None:
+    other = child(submits, way)
+    sent(other, sem, way)
+    assert other.recv() == "ready"
+    with Background(lambda: sem.wait(1, available=True)) as job:
+        job.until_blocked()
+        other.send("submit")
+        assert job.result() == math.inf
+    assert (other.recv(), points(sem)) == ("submitted", (0, 1))
+    with Background(lambda: sem.wait(1)) as job:
+        job.until_blocked()
+        other.send("signal")
+        assert job.result() == math.inf
+    assert points(sem) == (1, 1)
+    other.result()
+
+
+def test_the_death_of_who_submitted_ends_the_wait(child: Spawn, sem: TimelineSemaphore) -> None:
+    other = child(submits, "dmabuf.send")
+    sent(other, sem, "dmabuf.send")
+    assert other.recv() == "ready"
+    other.send("submit")
+    assert other.recv() == "submitted"
+    with Background(lambda: sem.wait(1)) as job:
+        job.until_blocked()
+        other.kill()
+        assert job.result() == math.inf
+
+
+def waits(parent: Parent) -> None:
+    (sem,) = dmabuf.recv(parent.sock)
+    parent.send("waiting")
+    sem.wait(1, for_submit=True)
+    sem.close()
+
+
+def test_the_death_of_who_waits_first_leaves_the_others_waiting(child: Spawn, sem: TimelineSemaphore) -> None:
+    first, second = child(waits), child(waits)
+    for other in (first, second):
+        dmabuf.send(other.sock, sem)
+        assert other.recv() == "waiting"
+        until_asleep(other.pid)
+    first.kill()
+    with Background(lambda: sem.wait(1, for_submit=True)) as job:
+        job.until_blocked()
+        sem.signal(1)
+        assert job.result() == math.inf
+    second.result()
+
+
+def test_a_forked_child_submits(sem: TimelineSemaphore) -> None:
+    assert reap(fork(lambda: sem.signal(3))) == 0
+    assert points(sem) == (3, 3)
+
+
+def test_an_eventfd_is_told_of_what_another_process_does(child: Spawn, sem: TimelineSemaphore, event: int) -> None:
+    sem.eventfd(event, 1)
+    other = child(submits, "dmabuf.send")
+    dmabuf.send(other.sock, sem)
+    assert other.recv() == "ready"
+    other.send("submit")
+    assert other.recv() == "submitted"
+    assert not told(event)
+    other.send("signal")
+    select.select([event], [], [])
+    other.result()
+
+
+@pytest.mark.crash
+@pytest.mark.timeout(600)
+def test_wherever_a_change_is_killed_it_is_done_or_not(sem: TimelineSemaphore) -> None:
+    steps = trace(lambda: sem.signal(7))
+    assert {"cell_written", "cell_switched"} <= set(steps)
+    for count in range(1, len(steps) + 2):
+        with TimelineSemaphore() as other:
+            other.signal(1)
+            with Background(lambda other=other: other.wait(9, for_submit=True)) as job:  # type: ignore[misc]
+                job.until_blocked()
+                killed_at(lambda other=other: other.signal(7), count)  # type: ignore[misc]
+                assert points(other) in ((1, 1), (7, 7))
+                other.signal(9)
+                assert job.result() == math.inf
+            assert points(other) == (9, 9)
+
+
+@pytest.mark.crash
+@pytest.mark.parametrize("step", ["sem_woken", "cell_written", "cell_switched"])
+def test_who_is_killed_with_the_lock_leaves_it_free(sem: TimelineSemaphore, step: str) -> None:
+    with Background(lambda: sem.wait(2, for_submit=True)) as waiting:
+        waiting.until_blocked()
+        with Held(lambda: sem.signal(1), only=step) as other:
+            assert other.run_to(step)
+            with Background(lambda: sem.signal(2)) as job:
+                job.until_blocked()
+                assert not job.done
+                other.kill()
+                job.result()
+        assert waiting.result() == math.inf
+    assert sem.query() == 2
+
+
+def test_a_private_domains_travels_with_its_domain() -> None:
+    domain = dmabuf.Domain.private()
+    here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with here, there, TimelineSemaphore(domain=domain) as sem:
+        dmabuf.send(here, domain, sem)
+        _, again = dmabuf.recv(there)
+        with again:
+            again.signal(5)
+        assert points(sem) == (5, 5)
+    gc.collect()
+
+
+def test_many_threads_submit_and_wait(sem: TimelineSemaphore) -> None:
+    """Each waits for the point before its own, and signals its own."""
+
+    def run(at: int) -> None:
+        for point in range(at, 41, 4):
+            if point > 1:
+                sem.wait(point - 1, for_submit=True)
+            sem.signal(point)
+
+    running = [threading.Thread(target=run, args=(at,)) for at in (1, 2, 3, 4)]
+    for thread in running:
+        thread.start()
+    for thread in running:
+        thread.join()
+    assert points(sem) == (40, 40)
