@@ -70,6 +70,7 @@ class Framework(RuleBasedStateMachine):
         self.waits: dict[tuple[int, int], Any] = {}
         self.calls: dict[tuple[int, int], Any] = {}
         self.numbers: dict[int, tuple[int, int]] = {}
+        self.polled: dict[tuple[int, int], set[Fence]] = {}  # what a direction may have found pending
 
     # ---- choices ----
 
@@ -466,8 +467,15 @@ class Framework(RuleBasedStateMachine):
                 found, idle = self.places[place]("resv", buf)
                 assert set(found) == wanted
                 assert idle == [not resv.pending(usage) for usage in range(4)]
-            ready = (0 if resv.pending(WRITE) else select.POLLIN) | (0 if resv.pending(READ) else select.POLLOUT)
-            assert self.places[0]("poll", buf) == ready
+            found = self.places[0]("poll", buf)
+            for event, usage in ((select.POLLIN, WRITE), (select.POLLOUT, READ)):
+                pending = {fence for fence, _ in resv.pending(usage)}
+                polled = self.polled.setdefault((buf, event), set())
+                # Once polled, a direction waits for the fence that it found, though that may be gone by now (spec 5.6).
+                if pending or all(fence.done for fence in polled):
+                    assert bool(found & event) == (not pending)
+                polled |= pending
+                polled -= {fence for fence in polled if fence.done}
         for fence in list(self.plain.values()):
             if fence.done and len(self.plain) > 40:
                 self._forget(fence)
