@@ -30,6 +30,7 @@ from dmabuf.core import backing, cpu_access, residence
 from dmabuf.core import poll as polling
 from dmabuf.core.access import Access
 from dmabuf.core.backing import LIVE, backing_of
+from dmabuf.core.closing import Closing
 from dmabuf.core.identity import is_kernel_home
 from dmabuf.core.iosys_map import IosysMap
 from dmabuf.core.kernel import KernelBacking
@@ -68,7 +69,7 @@ class BufferStatistics:
     attachments: int
 
 
-class DmaBuf:
+class DmaBuf(Closing):
     """A buffer, made by :func:`dmabuf.allocate`, :func:`dmabuf.export`, :func:`dmabuf.get`, :func:`dmabuf.open` and :func:`dmabuf.recv`.
 
     Kernel: dma_buf (file as fileno).
@@ -207,13 +208,6 @@ class DmaBuf:
             waiting.cancel()
         # Not unmapped here: an array that outlived its read() block still shows it.
         self._mapping = self._resv = self._polls = None
-
-    def __enter__(self) -> Self:
-        self._check("enter")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:  # bound: at the interpreter's end modules are empty
         if getattr(self, "_fd", -1) >= 0 and not ending():

@@ -6,12 +6,13 @@ import errno
 import os
 from typing import Any, ClassVar, Self
 
+from dmabuf.core.closing import Closing
 from dmabuf.domain.cells import Cell
 from dmabuf.domain.domain import Domain
 from dmabuf.errors import fail
 
 
-class Shared:
+class Shared(Closing):
     """An object whose state every holder of its descriptor shares. Closed: EBADF, except ``close()``, ``closed`` and ``repr``."""
 
     __slots__ = ("__weakref__", "_cell", "closed", "domain")
@@ -68,17 +69,6 @@ class Shared:
             return os.dup(self._cell.fd)
         except OSError as e:
             raise fail(e.errno or errno.EIO, "dup", self, "raise RLIMIT_NOFILE or close descriptors") from None
-
-    def close(self) -> None:
-        """Close the descriptor; again: nothing."""
-        raise NotImplementedError
-
-    def __enter__(self) -> Self:
-        self._check("enter")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def __reduce__(self) -> Any:
         name = type(self).__name__

@@ -32,6 +32,7 @@ from typing import Any, Self
 from dmabuf import _native
 from dmabuf._native import Shm
 from dmabuf.core import kernel_sync
+from dmabuf.core.closing import Closing
 from dmabuf.core.fence import DmaFence, flagged, private_stub, wrap
 from dmabuf.core.fence_array import DmaFenceArray, is_container
 from dmabuf.core.fence_chain import DmaFenceChain, contained
@@ -80,7 +81,7 @@ class SyncFileStatistics:
     kernel: bool
 
 
-class SyncFile:
+class SyncFile(Closing):
     """A fence as a descriptor. ``name``: shown by ``info()``, cut to 31 bytes; None or "" for ``driver-timeline<context>-<seqno>``.
 
     Errors: TypeError no fence; EINVAL a name with a NUL.
@@ -302,13 +303,6 @@ class SyncFile:
                     sync_files.remove(self._stem, directory)
         except OSError:
             pass  # whoever tidies the next time does it
-
-    def __enter__(self) -> Self:
-        self._check("enter")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
         # Nothing is taken back from the dispatcher, whose lock this thread may hold; what is registered there does nothing any more.

@@ -24,6 +24,7 @@ from typing import Self
 from dmabuf.core.access import Access
 from dmabuf.core.buffer import DmaBuf
 from dmabuf.core.buffer_range import BufferRange
+from dmabuf.core.closing import Closing
 from dmabuf.core.fence import monotonic_deadline
 from dmabuf.core.handles import from_fd
 from dmabuf.domain.domain import Domain
@@ -81,7 +82,7 @@ class Frame:
         self.done()
 
 
-class Camera:
+class Camera(Closing):
     """An open camera. ``card``, ``driver``: as the driver says. ``domain``: of its buffers."""
 
     def __init__(self, path: str = "/dev/video0", *, domain: Domain | None = None) -> None:
@@ -107,6 +108,9 @@ class Camera:
         if self._fd.number < 0:
             raise fail(errno.EBADF, "fileno", f"camera {self.path}", "open it again", what="the camera is closed")
         return self._fd.number
+
+    def _check(self, operation: str) -> int:
+        return self.fileno()
 
     @property
     def picture(self) -> Picture:
@@ -186,10 +190,3 @@ class Camera:
             self.stop()
         finally:
             self._fd.close()
-
-    def __enter__(self) -> Self:
-        self.fileno()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()

@@ -11,9 +11,9 @@ import errno
 import os
 import threading
 from glob import glob
-from typing import Self
 
 from dmabuf.core.buffer import DmaBuf
+from dmabuf.core.closing import Closing
 from dmabuf.core.handles import from_fd
 from dmabuf.domain.domain import Domain
 from dmabuf.errors import fail
@@ -23,7 +23,7 @@ from dmabuf.uapi import drm as uapi
 NODES = "/dev/dri/card*"
 
 
-class DrmNode:
+class DrmNode(Closing):
     """An open DRM node. ``path``: None for the first card; ``driver``: the name that the kernel gives, as ``"vgem"``."""
 
     def __init__(self, path: str | None = None) -> None:
@@ -64,16 +64,12 @@ class DrmNode:
             raise fail(errno.EBADF, "fileno", self, "open it again", what="the node is closed")
         return self._fd.number
 
+    def _check(self, operation: str) -> int:
+        return self.fileno()
+
     def close(self) -> None:
         """Close it; again: nothing."""
         self._fd.close()
-
-    def __enter__(self) -> Self:
-        self.fileno()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def create_dumb(self, width: int, height: int, bpp: int = 32) -> DumbBuffer:
         """A buffer that the CPU can fill. Errors: EINVAL a 0, or too large; ENOSYS, EOPNOTSUPP the driver has none; ENOMEM."""
@@ -105,7 +101,7 @@ class DrmNode:
                 uapi.gem_close(self._fd.number, handle)
 
 
-class GemObject:
+class GemObject(Closing):
     """A handle of a node. ``handle``: its number."""
 
     def __init__(self, node: DrmNode, handle: int) -> None:
@@ -134,13 +130,6 @@ class GemObject:
         if self._open:
             self._open = False
             self.node._close(self.handle)
-
-    def __enter__(self) -> Self:
-        self._check("enter")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def __del__(self) -> None:
         if getattr(self, "_open", False):

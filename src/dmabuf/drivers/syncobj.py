@@ -8,8 +8,8 @@ from __future__ import annotations
 import errno
 import math
 import time
-from typing import Self
 
+from dmabuf.core.closing import Closing
 from dmabuf.drivers.drm import DrmNode
 from dmabuf.errors import fail
 from dmabuf.uapi import syncobj as uapi
@@ -18,7 +18,7 @@ from dmabuf.uapi.call import OwnedFd
 _FOR_EVER = (1 << 63) - 1
 
 
-class Syncobj:
+class Syncobj(Closing):
     """A sync object. ``signaled``: it begins with a signalled fence instead of none."""
 
     def __init__(self, node: DrmNode, *, signaled: bool = False) -> None:
@@ -101,13 +101,6 @@ class Syncobj:
         handle, self.handle = self.handle, 0
         if handle and self.node._fd.number >= 0:
             uapi.destroy(self.node._fd.number, handle)
-
-    def __enter__(self) -> Self:
-        self._check("enter")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def __del__(self) -> None:
         if getattr(self, "handle", 0):
