@@ -18,6 +18,7 @@ from tests.conformance import cases
 from tests.conformance.cases.bench import CASES, Bench
 from tests.conformance.cases.reasons import DIFFERENCES, NO_MEANING, no_meaning
 from tests.support.facts import all_facts, kernels
+from tools.pages import up_to_date
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "conformance.md"
 SERIES = ("6.1", "6.12", "6.18", "7.3")
@@ -134,10 +135,7 @@ def main(arguments: list[str]) -> int:
         # A domain of its own: nobody else's buffers are in the way, and nothing stays.
         os.environ.setdefault("DMABUF_DOMAIN", directory)
         text = page(ours())
-    if "--check" in arguments:
-        return int(not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != text)
-    PAGE.write_text(text, encoding="utf-8")
-    return 0
+    return int(not up_to_date(PAGE, text, arguments))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from tools.pages import up_to_date
+
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = ROOT / "tests"
 PAGE = ROOT / "docs" / "features.md"
@@ -179,11 +181,7 @@ def _table(found: list[Row], source: str, title: str) -> list[str]:
 
 def main(arguments: list[str]) -> int:
     """Write the page, or check it."""
-    text = page(rows())
-    if "--check" in arguments:
-        return int(not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != text)
-    PAGE.write_text(text, encoding="utf-8")
-    return 0
+    return int(not up_to_date(PAGE, page(rows()), arguments))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tools.pages import up_to_date
+
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ROOT / "src"
 LIST = ROOT / "tools" / "kernel_names.toml"
@@ -222,11 +224,8 @@ def main(arguments: list[str]) -> int:
     names, places = read_list(), read_places()
     found = problems(names, places)
     text = page(names, places)
-    if "--check" in arguments:
-        if not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != text:
-            found.append("docs/kernel-names.md is not up to date: python -m tools.kernel_names")
-    else:
-        PAGE.write_text(text, encoding="utf-8")
+    if not up_to_date(PAGE, text, arguments):
+        found.append("docs/kernel-names.md is not up to date: python -m tools.kernel_names")
     print("\n".join(found), end="\n" if found else "")
     return int(bool(found))
 
