@@ -9,8 +9,7 @@ import dmabuf
 from tests.crash import test_steps as crash
 from tests.crash.test_steps import Scene
 from tests.support.kernel_homes import SIZE, made
-from tests.support.steps import Held, fork, reap
-from tests.support.waiting import until_asleep
+from tests.support.steps import Held
 
 
 def allocate_udmabuf(_: Scene) -> None:
@@ -38,17 +37,7 @@ def scene() -> Iterator[Scene]:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda one: one.__name__)
 def test_death_at_every_step_is_repaired_by_whoever_comes_next(scenario: Callable[[Scene], None], scene: Scene) -> None:
-    for nth in itertools.count(1):
-        with Held(lambda: scenario(scene)) as doomed:
-            step = doomed.run_to_nth(nth)
-            if step is None:
-                break  # the action ended before: every step had its death
-            waiter = fork(lambda: crash.wait_for_everything(scene))
-            until_asleep(waiter)
-            doomed.kill()
-        assert reap(waiter) == 0, f"the waiter failed after a death at step {nth} ({step})"
-        crash.settled(scene)
-    assert nth > 5, "a scenario without steps proves nothing"
+    assert crash.die_at_every_step(scenario, scene) >= 5, "a scenario without steps proves nothing"
 
 
 @pytest.mark.crash
