@@ -11,7 +11,7 @@ import pytest
 
 import dmabuf
 from dmabuf import DmaBuf, DmaFence, Timeline, Usage
-from tests.support.children import Parent, Spawn
+from tests.support.children import Child, Parent, Spawn
 from tests.support.drivers import Static
 from tests.support.errnos import raises_errno
 from tests.support.facts import FACTS
@@ -229,8 +229,8 @@ def polls(parent: Parent) -> bool:
     return True
 
 
-def test_what_another_process_polled_lives_on_there(child: Spawn, tl: Timeline) -> None:
-    fence = tl.fence()
+def polled_elsewhere(child: Spawn, fence: DmaFence) -> tuple[Child, int]:
+    """A process that polled a buffer busy with the fence, and the inode of the buffer, which nobody holds any more."""
     buf = dmabuf.allocate(SIZE)
     ino = buf.ino
     attach(buf.resv, fence, Usage.WRITE)
@@ -240,6 +240,12 @@ def test_what_another_process_polled_lives_on_there(child: Spawn, tl: Timeline) 
     buf.close()
     del buf
     gc.collect()
+    return other, ino
+
+
+def test_what_another_process_polled_lives_on_there(child: Spawn, tl: Timeline) -> None:
+    fence = tl.fence()
+    other, ino = polled_elsewhere(child, fence)
     assert alive(ino)
     fence.signal()
     until(lambda: not alive(ino))
@@ -249,15 +255,7 @@ def test_what_another_process_polled_lives_on_there(child: Spawn, tl: Timeline) 
 
 def test_the_death_of_who_polled_ends_the_reference(child: Spawn, tl: Timeline) -> None:
     fence = tl.fence()
-    buf = dmabuf.allocate(SIZE)
-    ino = buf.ino
-    attach(buf.resv, fence, Usage.WRITE)
-    other = child(polls)
-    dmabuf.send(other.sock, buf)
-    assert other.recv() == "polled"
-    buf.close()
-    del buf
-    gc.collect()
+    other, ino = polled_elsewhere(child, fence)
     other.kill()
     until(lambda: not alive(ino))
     fence.signal()
