@@ -65,6 +65,17 @@ class Bench:
         self.keep(made.close)
         return made
 
+    def written_by_a_child(self, what: bytes) -> tuple[int, bytes]:
+        """Of a forked child that writes into a mapping that it inherits: how it ended (waitpid(2)), and what is read here afterwards."""
+        mapping = self.buffer().mmap()
+        self.keep(mapping.close)
+        with memoryview(mapping) as view:
+            pid = os.fork()
+            if pid == 0:
+                view[: len(what)] = what
+                os._exit(0)
+            return os.waitpid(pid, 0)[1], bytes(view[: len(what)])
+
     def opened(self, mode: int) -> int | None:
         """A descriptor with that access mode of a new buffer of a page, for the caller to close; None where there is none."""
         return os.open(f"/proc/self/fd/{self.buffer(PAGE).fileno()}", mode | os.O_CLOEXEC)

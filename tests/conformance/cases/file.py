@@ -117,12 +117,4 @@ def _(bench: Bench) -> Any:
 
 @case("file/execve-inherit")
 def _(bench: Bench) -> Any:
-    mapping = bench.buffer().mmap()
-    bench.keep(mapping.close)
-    with memoryview(mapping) as view:
-        pid = os.fork()
-        if pid == 0:
-            view[:5] = b"child"
-            os._exit(0)
-        os.waitpid(pid, 0)
-        return bytes(view[:5]).decode()
+    return bench.written_by_a_child(b"child")[1].decode()
