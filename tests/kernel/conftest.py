@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import dmabuf
+from dmabuf.drivers.drm import DrmNode, DumbBuffer
 from dmabuf.drivers.sw_sync import SwSyncTimeline
 from tests.support.kernel_homes import HOMES, made
 
@@ -73,3 +74,17 @@ def kernel_timeline() -> Iterator[SwSyncTimeline]:
         pytest.skip("this kernel has no sw_sync: KERNEL=uml or full")
     with SwSyncTimeline() as timeline:
         yield timeline
+
+
+@pytest.fixture
+def node() -> Iterator[DrmNode]:
+    """A node of vgem's, which is a driver without a device."""
+    with DrmNode.of("vgem") as opened:
+        yield opened
+
+
+@pytest.fixture
+def dumb(node: DrmNode) -> Iterator[DumbBuffer]:
+    """16 KiB that vgem made."""
+    with node.create_dumb(64, 64) as opened:
+        yield opened

@@ -2,7 +2,6 @@
 
 import errno
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,12 +18,6 @@ from tests.support.kernel_homes import made, needs_sw_sync
 from tests.support.waiting import Background
 
 CAMERA = "/dev/video0"
-
-
-@pytest.fixture
-def node() -> Iterator[DrmNode]:
-    with DrmNode.of("vgem") as opened:
-        yield opened
 
 
 # ---- DRM ----

@@ -6,7 +6,7 @@ import mmap
 import os
 import select
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
@@ -24,18 +24,6 @@ IN, OUT = 1, 4  # select.POLLIN, POLLOUT
 PAGE, MIB = mmap.PAGESIZE, 1 << 20
 HEAP = "/dev/dma_heap/system"
 F_ADD_SEALS, F_SEAL_SHRINK = 1033, 2  # linux/fcntl.h
-
-
-@pytest.fixture
-def vgem() -> Iterator[DrmNode]:
-    with DrmNode.of("vgem") as node:
-        yield node
-
-
-@pytest.fixture
-def dumb(vgem: DrmNode) -> Iterator[DumbBuffer]:
-    with vgem.create_dumb(64, 64) as made_of_vgem:
-        yield made_of_vgem
 
 
 def in_the_kernel(buf: DmaBuf) -> int:
@@ -120,13 +108,13 @@ def test_S04_what_is_imported_goes_into_the_kernel_or_nowhere(home: str, as_numb
 # -- dma-heap: tools/testing/selftests/dmabuf-heaps
 
 
-def test_S14_alloc_and_import(vgem: DrmNode) -> None:
+def test_S14_alloc_and_import(node: DrmNode) -> None:
     with dmabuf.allocate(MIB, heap="dma_heap:system") as buf:
         with buf.mmap() as view:
             buf.sync(2)
             view[:] = b"\xaa" * MIB
             buf.sync(2 | 4)
-        with vgem.import_buffer(buf) as gem, gem.export() as same:
+        with node.import_buffer(buf) as gem, gem.export() as same:
             assert same == buf
             with same.read() as seen:
                 assert bytes(seen) == b"\xaa" * MIB
@@ -221,14 +209,14 @@ def test_S15_a_buffer_is_made_of_whole_pages_of_a_sealed_memfd(offset: int, size
     ],
     ids=["bad-flag", "bad-pad", "bad-handle"],
 )
-def test_S16_bad_flag_bad_pad_and_bad_handle(vgem: DrmNode, dumb: DumbBuffer, attach: Callable[[int], VgemAttach], found: int) -> None:
+def test_S16_bad_flag_bad_pad_and_bad_handle(node: DrmNode, dumb: DumbBuffer, attach: Callable[[int], VgemAttach], found: int) -> None:
     with raises_errno(found):
-        call.perform(vgem.fileno(), table.VGEM_FENCE_ATTACH, attach(dumb.handle))
+        call.perform(node.fileno(), table.VGEM_FENCE_ATTACH, attach(dumb.handle))
 
 
-def test_S16_bad_fence_is_enoent(vgem: DrmNode) -> None:
+def test_S16_bad_fence_is_enoent(node: DrmNode) -> None:
     with raises_errno(errno.ENOENT):
-        call.perform(vgem.fileno(), table.VGEM_FENCE_SIGNAL, VgemSignal(0x1000))
+        call.perform(node.fileno(), table.VGEM_FENCE_SIGNAL, VgemSignal(0x1000))
 
 
 @pytest.mark.parametrize(("first", "second"), [(True, True), (True, False), (False, True)])
@@ -254,16 +242,16 @@ def test_S16_dmabuf_fence_before_and_after_the_export(dumb: DumbBuffer, write: b
         assert buf.poll(IN | OUT) == IN | OUT
 
 
-def test_S16_dmabuf_mmap_is_seen_by_the_driver(vgem: DrmNode, dumb: DumbBuffer) -> None:
+def test_S16_dmabuf_mmap_is_seen_by_the_driver(node: DrmNode, dumb: DumbBuffer) -> None:
     with dumb.export() as buf, buf.mmap() as view:
         view[:4] = b"seen"
-    offset = drm.map_dumb(vgem.fileno(), dumb.handle)
-    with mmap.mmap(vgem.fileno(), dumb.size, offset=offset) as driver:
+    offset = drm.map_dumb(node.fileno(), dumb.handle)
+    with mmap.mmap(node.fileno(), dumb.size, offset=offset) as driver:
         assert driver[:4] == b"seen"
 
 
-def test_S16_one_object_is_one_buffer(vgem: DrmNode, dumb: DumbBuffer) -> None:
-    with dumb.export() as one, dumb.export() as two, vgem.import_buffer(one) as again:
+def test_S16_one_object_is_one_buffer(node: DrmNode, dumb: DumbBuffer) -> None:
+    with dumb.export() as one, dumb.export() as two, node.import_buffer(one) as again:
         assert one == two
         assert again.handle == dumb.handle
         att = one.attach(Device("npu0"))

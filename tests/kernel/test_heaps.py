@@ -146,18 +146,6 @@ def test_a_size_beyond_the_limit_is_einval_with_the_parameter() -> None:
 # ---- vgem and PRIME ----
 
 
-@pytest.fixture
-def node() -> Iterator[DrmNode]:
-    with DrmNode.of("vgem") as opened:
-        yield opened
-
-
-@pytest.fixture
-def dumb(node: DrmNode) -> Iterator[DumbBuffer]:
-    with node.create_dumb(1024, 4) as opened:
-        yield opened
-
-
 def test_an_export_is_a_snapshot(dumb: DumbBuffer) -> None:
     with dumb.export() as buf, buf.export_sync_file(write=True) as idle:
         fence = dumb.add_fence(write=True)
