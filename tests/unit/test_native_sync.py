@@ -124,7 +124,8 @@ def test_a_ring_that_raises_is_reported_and_leaves_the_mark(shm: _native.Shm, mo
     handle = fence(shm)
     shm.fence_mark(handle, "sync", 1)
     shm.fence_signal(handle, 0, False)
-    assert (told, shm.fence_pending(handle), marked(shm, handle)) == ([KeyError], False, True)
+    # Tried once more: what raised may have been a signal's handler.
+    assert (told, shm.fence_pending(handle), marked(shm, handle)) == ([KeyError, KeyError], False, True)
     rung(shm, True)
     shm.fence_signal(handle, 0, True)
 

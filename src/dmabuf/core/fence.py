@@ -418,8 +418,9 @@ class Timeline:
             from dmabuf.core.fence_ops import custom
 
             kind, flags = custom(ops, self.domain)
-        number = self._seqno = self._number(seqno)
+        number = self._number(seqno)
         handle = self._shm.fence_alloc(self._index + 1, self.context, number, self._flags | flags, 0, 0)
+        self._seqno = number
         fence = kind(self._shm, handle, True)
         _register(fence, self.domain, self)
         self._pending[handle] = fence
