@@ -73,7 +73,6 @@ def leaves_nothing(request: pytest.FixtureRequest) -> Iterator[None]:
             break
     if lost:
         pytest.fail("the test left something behind:\n  " + "\n  ".join(lost), pytrace=False)
-    gc.freeze()  # pytest's own records grow with every test
 
 
 @pytest.fixture

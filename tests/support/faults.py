@@ -198,7 +198,6 @@ def faults(scenario: Callable[[], None], check: Callable[[], None] = lambda: Non
     """A fault for each call of the scenario and each errno that it can have. ``check``: called after each."""
     scenario()  # what is made once and stays
     gc.collect()
-    gc.freeze()  # the collections around each fault need not look at it again
     watch = _Watch()
     with watch.standing():
         scenario()
