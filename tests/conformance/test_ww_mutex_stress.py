@@ -272,13 +272,14 @@ def cycle_worker(line: Line, resvs: list[DmaResv], own: int) -> bool:
         mine.lock(ctx)
         line.send("has one")
         line.recv()
-        backed_off = not lock_or_edeadlk(following, ctx)
-        if backed_off:
-            mine.unlock()
-            following.lock_slow(ctx)
-            mine.lock(ctx)
-        following.unlock()
-        mine.unlock()
+        # Once is not always enough: while this one waits for the next one's, an older neighbour may take what it gave back.
+        held, wanted, backed_off = mine, following, False
+        while not lock_or_edeadlk(wanted, ctx):
+            held.unlock()
+            wanted.lock_slow(ctx)
+            held, wanted, backed_off = wanted, held, True
+        wanted.unlock()
+        held.unlock()
     return backed_off
 
 
