@@ -20,12 +20,13 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Final, NamedTuple
+from typing import Final
 
 from dmabuf import _native
 from dmabuf._native import Shm
 from dmabuf.core.fence import DmaFence, flagged, monotonic_deadline, nameless, private_stub, seconds_left, wrap
 from dmabuf.core.fence_array import DmaFenceArray
+from dmabuf.core.semaphore_state import EMPTY, TIMELINE, Leaf, State, added, leaves_at, packed, settled, unpacked
 from dmabuf.core.shared import Shared
 from dmabuf.core.sync_file import SyncFile
 from dmabuf.core.unwrap import unwrap
@@ -40,36 +41,8 @@ MAX_POINT: Final = 0xFFFFFFFFFFFFFFFF
 _MAGIC: Final = b"dmabufT\1"
 _EVENT: Final = 8  # offset of the handle of the fence that ends when something is submitted
 _HANDLE: Final = struct.Struct("=Q")
-_HEAD: Final = struct.Struct("=IIQQ")  # kind of content, nodes, signalled before the first, submitted
-_NODE: Final = struct.Struct("=QI")  # point, leaves
-_LEAF: Final = struct.Struct("=QQQI")  # handle, context, seqno, timeline_index
-_EMPTY, _BINARY, _TIMELINE = range(3)
 _EVENTFD: Final = "anon_inode:[eventfd]"
 _here = threading.local()  # looks: the notices that are to look again when this thread has given back the lock
-
-
-class _Leaf(NamedTuple):
-    handle: int
-    context: int
-    seqno: int
-    timeline: int
-
-
-class _Node(NamedTuple):
-    point: int
-    leaves: list[_Leaf]
-
-
-class _State(NamedTuple):
-    """``nodes``: with something pending, oldest first; points of 0 are what stood there before the timeline began anew.
-
-    ``reached``: the point before the first node of the timeline; ``head``: the last that was submitted.
-    """
-
-    kind: int
-    reached: int
-    head: int
-    nodes: list[_Node]
 
 
 @dataclass(frozen=True)
@@ -130,28 +103,19 @@ class TimelineSemaphore(Shared):
 
     # ---- the state, under the lock ----
 
-    def _load(self) -> _State:
+    def _load(self) -> State:
         """What is there; what has ended is left out."""
         data = self._cell.load()
         if not data:
-            return _State(_EMPTY, 0, 0, [])
+            return State(EMPTY, 0, 0, [])
         try:
-            return self._settled(*_unpacked(data))
+            return settled(self.domain.shm.fence_pending, *unpacked(data))
         except (struct.error, IndexError):
             raise fail(
                 errno.EUCLEAN, "look up", "a semaphore", "somebody else wrote to its descriptor", what="its state is nonsense"
             ) from None
 
-    def _settled(self, kind: int, reached: int, head: int, nodes: list[_Node]) -> _State:
-        pending = self.domain.shm.fence_pending
-        left = [_Node(node.point, [leaf for leaf in node.leaves if pending(leaf.handle)]) for node in nodes]
-        while left and not left[0].leaves:
-            reached = max(reached, left.pop(0).point)
-        if kind == _TIMELINE and not left:
-            reached = head
-        return _State(kind, reached, head, left)
-
-    def _change(self, operation: str, change: Callable[[_State], _State]) -> None:
+    def _change(self, operation: str, change: Callable[[State], State]) -> None:
         self._check(operation)
         shm = self.domain.join()
         before: list[_Notice] | None = getattr(_here, "looks", None)  # of a change that this one came in the middle of
@@ -164,10 +128,10 @@ class TimelineSemaphore(Shared):
             for notice in looks:
                 notice.next()
 
-    def _change_locked(self, shm: Shm, change: Callable[[_State], _State]) -> None:
+    def _change_locked(self, shm: Shm, change: Callable[[State], State]) -> None:
         with self._cell.locked():
             state = change(self._load())
-            data = _packed(state)
+            data = packed(state)
             # Who waits for something to be submitted is woken first, and then stands at the lock: if we die now, he looks and waits again.
             event = self._event()
             if event:
@@ -195,24 +159,11 @@ class TimelineSemaphore(Shared):
             _native.step("sem_event")
         return wrap(domain, handle)
 
-    def _leaves(self, state: _State, point: int, operation: str) -> list[_Leaf] | None:
-        """The pending fences that a point stands for; None when it was not submitted yet (dma_fence_chain_find_seqno)."""
-        if state.kind == _EMPTY or point > (state.head if state.kind == _TIMELINE else 0):
-            return None
-        found: list[_Leaf] = []
-        if point and point <= state.reached and not any(node.point == 0 for node in state.nodes):
-            return found
-        for node in state.nodes:
-            found += node.leaves
-            if point and node.point >= point:
-                break
-        return found
-
     def _blocking(self, point: int, operation: str, *, for_submit: bool, available: bool) -> DmaFence | None:
         """What to wait for next; None when there is nothing more. Errors: EINVAL the point has no fence; EBADF closed meanwhile."""
         self._check(operation)
         with self._cell.locked():
-            leaves = self._leaves(self._load(), point, operation)
+            leaves = leaves_at(self._load(), point)
             if leaves is None and (for_submit or available):
                 return self._submission()
             if available or (leaves is not None and not leaves):
@@ -224,7 +175,7 @@ class TimelineSemaphore(Shared):
     def _missing(self, operation: str, point: int) -> OSError:
         return fail(errno.EINVAL, operation, self, "submit it first, or wait with for_submit=True", what=f"point {point} has no fence yet")
 
-    def _wrap(self, leaf: _Leaf) -> DmaFence:
+    def _wrap(self, leaf: Leaf) -> DmaFence:
         return wrap(self.domain, leaf.handle, (leaf.context, leaf.seqno, leaf.timeline))
 
     # ---- putting something there ----
@@ -235,7 +186,7 @@ class TimelineSemaphore(Shared):
         Errors: EBADF; EINVAL no point.
         """
         _checked(point, "signal")
-        self._change("signal", lambda state: _added(state, point, []))
+        self._change("signal", lambda state: added(state, point, []))
 
     def import_fence(self, fence: DmaFence, point: int = 0) -> None:
         """Put a fence there. Point 0 replaces all that was there.
@@ -252,8 +203,8 @@ class TimelineSemaphore(Shared):
         for leaf in unwrap(fence):
             leaf.publish()
             leaf.shm.fence_mark(leaf.handle, "shared", 1)
-            leaves.append(_Leaf(leaf.handle, leaf.context, leaf.seqno, leaf.timeline_index))
-        self._change("import_fence", lambda state: _added(state, point, leaves))
+            leaves.append(Leaf(leaf.handle, leaf.context, leaf.seqno, leaf.timeline_index))
+        self._change("import_fence", lambda state: added(state, point, leaves))
 
     def import_sync_file(self, sync_file: SyncFile | int, point: int = 0) -> None:
         """Put a sync file's fences there; ``sync_file``: or a descriptor of one.
@@ -279,7 +230,7 @@ class TimelineSemaphore(Shared):
 
     def reset(self) -> None:
         """Take everything out (SYNCOBJ_RESET). Errors: EBADF."""
-        self._change("reset", lambda _: _State(_EMPTY, 0, 0, []))
+        self._change("reset", lambda _: State(EMPTY, 0, 0, []))
 
     def transfer(self, source: TimelineSemaphore, source_point: int = 0, point: int = 0, *, for_submit: bool = False) -> None:
         """Put here what is at a point of another (SYNCOBJ_TRANSFER). ``for_submit``: wait until it is there.
@@ -306,7 +257,7 @@ class TimelineSemaphore(Shared):
         if for_submit:
             wait_semaphores([self], [point], available=True)
         with self._cell.locked():
-            leaves = self._leaves(self._load(), point, operation)
+            leaves = leaves_at(self._load(), point)
         if leaves is None:
             raise self._missing(operation, point)
         fences = list(dict.fromkeys(map(self._wrap, leaves)))
@@ -324,7 +275,7 @@ class TimelineSemaphore(Shared):
         self.domain.join()
         with self._cell.locked():
             state = self._load()
-        if state.kind != _TIMELINE:
+        if state.kind != TIMELINE:
             return 0
         if submitted:
             return state.head
@@ -498,39 +449,3 @@ def _held(semaphore: TimelineSemaphore, operation: str) -> TimelineSemaphore:
 def _checked(point: int, operation: str) -> None:
     if not 0 <= point <= MAX_POINT:
         raise fail(errno.EINVAL, operation, f"point {point}", f"a point is 0 to {MAX_POINT}")
-
-
-def _added(state: _State, point: int, leaves: list[_Leaf]) -> _State:
-    """drm_syncobj_replace_fence and drm_syncobj_add_point."""
-    if point == 0:
-        return _State(_BINARY, 0, 0, [_Node(0, leaves)])
-    if state.kind == _TIMELINE and point > state.head:
-        return _State(_TIMELINE, state.reached, point, [*state.nodes, _Node(point, leaves)])
-    # A new chain, after all that was there: a number that does not rise is raised.
-    before = [leaf for node in state.nodes for leaf in node.leaves]
-    number = max(point, state.head) if state.kind == _TIMELINE else point
-    return _State(_TIMELINE, 0, number, [*([_Node(0, before)] if before else []), _Node(number, leaves)])
-
-
-def _packed(state: _State) -> bytes:
-    parts = [_HEAD.pack(state.kind, len(state.nodes), state.reached, state.head)]
-    for node in state.nodes:
-        parts.append(_NODE.pack(node.point, len(node.leaves)))
-        parts += [_LEAF.pack(*leaf) for leaf in node.leaves]
-    return b"".join(parts)
-
-
-def _unpacked(data: bytes) -> tuple[int, int, int, list[_Node]]:
-    """Errors: struct.error, IndexError nonsense."""
-    kind, count, reached, head = _HEAD.unpack_from(data)
-    at, nodes = _HEAD.size, []
-    if kind not in (_EMPTY, _BINARY, _TIMELINE) or count > len(data):
-        raise IndexError(kind)
-    for _ in range(count):
-        point, leaves = _NODE.unpack_from(data, at)
-        at += _NODE.size
-        if at + leaves * _LEAF.size > len(data):
-            raise IndexError(leaves)
-        nodes.append(_Node(point, [_Leaf(*found) for found in _LEAF.iter_unpack(data[at : at + leaves * _LEAF.size])]))
-        at += leaves * _LEAF.size
-    return kind, reached, head, nodes
