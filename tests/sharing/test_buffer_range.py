@@ -13,7 +13,7 @@ import pytest
 
 import dmabuf
 from dmabuf import BufferRange
-from dmabuf.sharing import passing
+from dmabuf.sharing import items
 from tests.support.children import Parent, Spawn
 from tests.support.errnos import raises_errno
 
@@ -190,8 +190,8 @@ def _sent(parent: Parent) -> bytes:
 @pytest.mark.parametrize("body", [(SIZE, 1), (0, 0), (1, SIZE), ((1 << 64) - 1, 2)])
 def test_a_range_in_a_message_that_is_not_inside_of_its_buffer_is_ebadmsg(buf: dmabuf.DmaBuf, body: tuple[int, int]) -> None:
     left, right = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    data, fds, _, _ = passing._pack((buf.export_range(0, 1),))
-    data = data[: -passing._PART.size] + passing._PART.pack(*body)
+    data, fds, _, _ = items.pack_things((buf.export_range(0, 1),))
+    data = data[: -items._PART.size] + items._PART.pack(*body)
     with left, right:
         left.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("=i", *fds))])
         with raises_errno(errno.EBADMSG):
@@ -200,9 +200,9 @@ def test_a_range_in_a_message_that_is_not_inside_of_its_buffer_is_ebadmsg(buf: d
 
 def test_a_range_in_a_message_without_a_buffer_is_ebadmsg(buf: dmabuf.DmaBuf) -> None:
     left, right = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    data = passing._pack((buf.export_range(0, 1),))[0]
-    head = passing._HEADER.size
-    alone = passing._HEADER.pack(passing._MAGIC, 1, 0, 0) + data[head + passing._ITEM.size :]
+    data = items.pack_things((buf.export_range(0, 1),))[0]
+    head = items.HEADER.size
+    alone = items.HEADER.pack(items.MAGIC, 1, 0, 0) + data[head + items.ITEM.size :]
     with left, right:
         left.send(alone)
         with raises_errno(errno.EBADMSG):

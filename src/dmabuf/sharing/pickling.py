@@ -32,7 +32,7 @@ from dmabuf.core.sync_file import SyncFile
 from dmabuf.domain.domain import Domain, known
 from dmabuf.domain.sync_files import Facts
 from dmabuf.errors import fail
-from dmabuf.sharing.passing import check_fence, timeline_place
+from dmabuf.sharing.items import check_fence, timeline_place
 from dmabuf.sharing.remote import RemoteTimeline
 
 _MODULE = "multiprocessing.reduction"
