@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.children import Nursery, Spawn
 from tests.support.directory import RunDirectory
-from tests.support.leaks import Holdings, settle, warm_up
+from tests.support.leaks import LeakCheck, warm_up
 
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
@@ -18,8 +18,6 @@ os.environ["DMABUF_DEBUG"] = "1"
 
 _DIRECTORY = pytest.StashKey[RunDirectory]()
 _FAILED = pytest.StashKey[bool]()
-# What stays is left behind; what another thread holds while it ends the life of a dead process is gone at the next look.
-_LOOKS = 20
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -45,32 +43,25 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 
 
 @pytest.fixture(scope="session", autouse=True)
-def process_wide_services() -> Iterator[None]:
+def leak_check(request: pytest.FixtureRequest) -> Iterator[LeakCheck]:
     warm_up()
     # What is here now stays: the collections around each test need not look at it again (they took most of the suite's time).
     gc.collect()
     gc.freeze()
-    yield
+    yield LeakCheck(request.config.stash[_DIRECTORY].path)
     # Hypothesis, imported at the end of a run, asks the collector about objects that trio hands to it.
     gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
-def leaves_nothing(request: pytest.FixtureRequest) -> Iterator[None]:
+def leaves_nothing(request: pytest.FixtureRequest, leak_check: LeakCheck) -> Iterator[None]:
     """Fail a test that leaves a descriptor, mapping, process, thread or file behind."""
-    domain = request.config.stash[_DIRECTORY].path
-    settle()
-    before = Holdings.now(domain)
+    leak_check.begin()
     yield
     # The traceback of a failed test holds on to all its locals.
     if request.node.stash.get(_FAILED, False):
         return
-    lost: list[str] = []
-    for _ in range(_LOOKS):
-        settle()
-        lost = before.lost(Holdings.now(domain), domain)
-        if not lost:
-            break
+    lost = leak_check.end()
     if lost:
         pytest.fail("the test left something behind:\n  " + "\n  ".join(lost), pytrace=False)
 

@@ -1,7 +1,6 @@
 """The spill heap in one process: what is in memory, what bad arguments are told, and the heap of the process."""
 
 import errno
-import gc
 import os
 import random
 import subprocess
@@ -15,6 +14,7 @@ import dmabuf
 from dmabuf import Device, Direction, DmaBuf, SpillHeap
 from dmabuf.heaps import spill
 from tests.support.errnos import raises_errno
+from tests.support.leaks import descriptors
 from tests.support.spilling import PAGE, ROOM, SIZE, fill, holds, is_here, pattern, resident, use
 from tests.support.steps import fork, reap
 
@@ -227,7 +227,7 @@ def test_a_closed_heap_is_ebadf_and_its_buffers_live_on(heap: SpillHeap, bufs: l
 
 
 def test_a_heap_that_nobody_has_any_more_lives_as_long_as_its_buffers_and_leaves_nothing(tmp_path: Path) -> None:
-    before = len(os.listdir("/proc/self/fd"))
+    before = descriptors()
     heap = SpillHeap(budget=2 * SIZE, directory=tmp_path)
     bufs = [heap.allocate(SIZE) for _ in range(5)]
     del heap
@@ -237,8 +237,7 @@ def test_a_heap_that_nobody_has_any_more_lives_as_long_as_its_buffers_and_leaves
     for buf in bufs:
         buf.close()
     del buf, bufs
-    gc.collect()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert descriptors() == before
 
 
 def test_in_a_forked_child_the_heap_is_eperm(heap: SpillHeap) -> None:

@@ -167,10 +167,12 @@ class Child(_Link):
                 message = self._messages.recv()
                 if isinstance(message, _Returned | _Raised):
                     self._outcome = message
-        with contextlib.suppress(ProcessLookupError):
+        # What the child forked became ours when the child died (the test run is a subreaper). While one of them, or the child, is there to
+        # be waited for, the group's number is not given to anybody else.
+        with contextlib.suppress(ChildProcessError):
+            os.waitid(os.P_PGID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             os.killpg(self.pid, signal.SIGKILL)
         self.wait()
-        # What the child forked became ours when the child died (the test run is a subreaper).
         with contextlib.suppress(ChildProcessError):
             while True:
                 os.waitpid(-self.pid, 0)

@@ -1,9 +1,14 @@
 """What a process holds, before and after a test.
 
 A test leaves nothing behind: no descriptor, shared mapping, child process, thread, or file. `Holdings.now()` looks; `before.lost(after)`
-names the difference in words that lead to the line that forgot to close.
+names the difference in words that lead to the line that forgot to close. A `LeakCheck` does that around each test of a run.
+
+Threads that stay (the dispatcher, the service, the releaser) open descriptors for a moment: they look after the dead, and accept
+connections of processes that have gone. One such, seen after a test, is gone at a later look, which comes when they have come to rest.
+One seen before a test is gone after it; so only what has been there for a whole test is missed when it goes.
 """
 
+import contextlib
 import gc
 import multiprocessing.forkserver
 import multiprocessing.resource_tracker
@@ -17,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from tests.support.waiting import until
+from tests.support.waiting import until, until_others_sleep
 
 SHM = Path("/dev/shm")
 RUN_USER = Path(f"/run/user/{os.getuid()}")
@@ -26,6 +31,10 @@ DIRECTORY_PREFIX = "dmabuf-test-"
 # The directories are shared with every program of the machine: only what this library would leave counts. (What multiprocessing makes
 # there bears no owner, so another test run's would be blamed on this one.)
 _OURS_IN_SHARED = re.compile(r"dmabuf")
+# Looks after a test before what is there counts as left, each with all threads at rest.
+_LOOKS = 20
+# Looks at threads that never come to rest: somebody left one running.
+_PATIENCE = 20_000
 
 
 def _default_domain() -> Any:
@@ -73,6 +82,19 @@ def _ended(conn: socket.socket) -> bool:
         return True
 
 
+def rest() -> None:
+    """Until every other thread of this process sleeps, so that what one of them is in the middle of has come to its end."""
+    looks = iter(range(_PATIENCE))
+    until_others_sleep(over=lambda: next(looks, None) is None)
+
+
+def descriptors() -> int:
+    """How many descriptors this process has open, when the threads that stay are done with theirs."""
+    gc.collect()
+    rest()
+    return len(os.listdir("/proc/self/fd"))
+
+
 @dataclass(frozen=True)
 class Holdings:
     """What this process, and the directories it writes to, hold at one moment."""
@@ -93,14 +115,19 @@ class Holdings:
             children={pid: _command(pid) for pid in _children()},
             threads=frozenset(f"{t.name} ({t.ident})" for t in threading.enumerate() if not t.daemon),
             files=frozenset(_files(domain)),
-            domain_size=sum(path.stat().st_size for path in domain.iterdir() if path.is_file()),
+            domain_size=sum(map(_size, domain.iterdir())),
         )
 
-    def lost(self, after: Self, domain: Path) -> list[str]:
-        """What changed between this look and a later one, a line each; empty if nothing did."""
+    def lost(self, after: Self, domain: Path, standing: dict[int, str] | None = None) -> list[str]:
+        """What changed between this look and a later one, a line each; empty if nothing did.
+
+        ``standing``: the descriptors that are missed when they are gone; None: all that this look has seen.
+        """
         lines = []
         for fd in sorted(self.descriptors.keys() | after.descriptors.keys()):
             old, new = self.descriptors.get(fd), after.descriptors.get(fd)
+            if old != new and standing is not None and old != standing.get(fd):
+                old = None
             if old != new:
                 # A descriptor that was there before and is gone was closed by somebody who didn't own it.
                 lines.append(f"fd {fd}: left open: {new}" if old is None else f"fd {fd}: was {old}, is {new or 'closed'}")
@@ -114,6 +141,33 @@ class Holdings:
         return lines
 
 
+class LeakCheck:
+    """The looks around each test of a run. ``domain``: the directory of the run's domain."""
+
+    def __init__(self, domain: Path) -> None:
+        self._domain = domain
+        self._standing = dict(_descriptors())
+        self._before: Holdings
+
+    def begin(self) -> None:
+        """A test is about to start."""
+        settle()
+        self._before = Holdings.now(self._domain)
+
+    def end(self) -> list[str]:
+        """It is over: what it left, a line each."""
+        lost: list[str] = []
+        for _ in range(_LOOKS):
+            settle()
+            after = Holdings.now(self._domain)
+            lost = self._before.lost(after, self._domain, self._standing)
+            if not lost:
+                self._standing = after.descriptors
+                break
+            rest()
+        return lost
+
+
 def _descriptors() -> Iterator[tuple[int, str]]:
     for name in os.listdir("/proc/self/fd"):
         try:
@@ -121,6 +175,14 @@ def _descriptors() -> Iterator[tuple[int, str]]:
         except FileNotFoundError:
             # The descriptor of the listing itself.
             continue
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file; 0 of anything else, and of what was removed since its directory was read."""
+    try:
+        return path.lstat().st_size if path.is_file() else 0
+    except FileNotFoundError:
+        return 0
 
 
 def _shared_mappings() -> Iterator[str]:
@@ -135,17 +197,15 @@ def _shared_mappings() -> Iterator[str]:
 def _children() -> Iterator[int]:
     """Children of every thread, zombies too."""
     for path in Path("/proc/self/task").glob("*/children"):
-        try:
+        # The thread may have ended since the directory was read.
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             yield from map(int, path.read_text().split())
-        except FileNotFoundError:
-            # The thread has ended since the directory was read.
-            continue
 
 
 def _command(pid: int) -> str:
     try:
         words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").replace("\0", " ").strip()
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return "gone"
     return words or "zombie"
 

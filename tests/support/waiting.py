@@ -1,11 +1,15 @@
 """To know that somebody waits, without a sleep.
 
-A wait is shown by what the kernel says of the thread: it sleeps, and goes on sleeping. A thread may sleep for another reason for an
-instant, so this only makes a test sharp; what it asserts must be true wherever the other side happens to be.
+A wait is shown by what the kernel says of the thread: it sleeps, and goes on sleeping. One that waits for the interpreter's lock wakes at
+every switch interval, so it is not taken for asleep, however long the lock's holder is kept from running. A thread may sleep for another
+reason for a while (a page that is read in), so this only makes a test sharp; what it asserts must be true wherever the other side
+happens to be.
 """
 
+import contextlib
 import os
 import threading
+import time
 from collections.abc import Callable
 from typing import Generic, Self, TypeVar
 
@@ -13,6 +17,8 @@ T = TypeVar("T")
 
 # Equal looks in a row, with no switch between: more than a lock that is passed on takes.
 _LOOKS = 20
+# And so long, in ns: two of Python's switch intervals, within one tick of a wait of ours (40 ms).
+_CALM_NS = 12_000_000
 
 
 def _never() -> bool:
@@ -31,21 +37,36 @@ def _state(fd: int) -> tuple[bytes, bytes] | None:
 
 def until_asleep(pid: int, tid: int | None = None, over: Callable[[], bool] = _never) -> None:
     """Until thread `tid` of a process (its main thread) sleeps, has ended, or `over()` is true."""
+    _until_calm([f"/proc/{pid}/task/{pid if tid is None else tid}/status"], over)
+
+
+def until_others_sleep(over: Callable[[], bool] = _never) -> None:
+    """Until every other thread of this process sleeps, so that what one of them is in the middle of has come to its end."""
+    me = threading.get_native_id()
+    _until_calm([f"/proc/self/task/{tid}/status" for tid in os.listdir("/proc/self/task") if int(tid) != me], over)
+
+
+def _until_calm(paths: list[str], over: Callable[[], bool]) -> None:
+    fds = []
     try:
-        fd = os.open(f"/proc/{pid}/task/{pid if tid is None else tid}/status", os.O_RDONLY)
-    except FileNotFoundError:
-        return
-    try:
-        last, same = None, 0
-        while same < _LOOKS and not over():
-            now = _state(fd)
-            if now is None or now[0] in b"ZX":
-                return
-            same = same + 1 if now == last and now[0] == b"S" else 0
-            last = now
+        for path in paths:
+            with contextlib.suppress(FileNotFoundError):
+                fds.append(os.open(path, os.O_RDONLY))
+        last: list[tuple[bytes, bytes]] | None = None
+        same = since = 0
+        while not over():
+            before = time.monotonic_ns()
+            now = [state for fd in fds if (state := _state(fd)) is not None and state[0] not in b"ZX"]
+            if now == last and all(letter == b"S" for letter, _ in now):
+                same += 1
+                if not now or (same >= _LOOKS and before - since >= _CALM_NS):
+                    return
+            else:
+                last, same, since = now, 0, time.monotonic_ns()
             os.sched_yield()
     finally:
-        os.close(fd)
+        for fd in fds:
+            os.close(fd)
 
 
 def until(condition: Callable[[], object]) -> None:

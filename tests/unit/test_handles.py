@@ -1,7 +1,6 @@
 """A handle that can't be made loses nothing: the descriptor that it was to own is closed once."""
 
 import errno
-import os
 from typing import Any
 
 import pytest
@@ -9,6 +8,7 @@ import pytest
 import dmabuf
 from dmabuf.domain.records import Record
 from dmabuf.errors import fail
+from tests.support.leaks import descriptors
 
 
 def test_a_reference_that_cannot_be_made_closes_its_descriptor(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -16,14 +16,14 @@ def test_a_reference_that_cannot_be_made_closes_its_descriptor(monkeypatch: pyte
         raise fail(errno.ENOSPC, "hold", "a record")
 
     with dmabuf.allocate(4096) as buf:
-        before = sorted(os.listdir("/proc/self/fd"))
+        before = descriptors()
         with monkeypatch.context() as patch:
             patch.setattr(Record, "enter", full)
             for make in (buf.get_dma_buf, lambda: dmabuf.get(buf.fileno())):
                 with pytest.raises(OSError) as caught:
                     make()
                 assert caught.value.errno == errno.ENOSPC
-        assert sorted(os.listdir("/proc/self/fd")) == before
+        assert descriptors() == before
         assert not buf.closed
         with buf.get_dma_buf() as again:
             assert again == buf

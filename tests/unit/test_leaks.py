@@ -10,7 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.leaks import Holdings
+from tests.support.leaks import Holdings, LeakCheck, rest
+
+
+def looked(domain: Path) -> Holdings:
+    """A look while no other thread is in the middle of anything."""
+    rest()
+    return Holdings.now(domain)
 
 
 @contextmanager
@@ -66,18 +72,64 @@ def file_in_the_domain(domain: Path) -> Iterator[None]:
     ],
 )
 def test_what_is_left_is_named_until_it_is_gone(tmp_path: Path, hold: Callable[[Path], AbstractContextManager[None]], says: str) -> None:
-    before = Holdings.now(tmp_path)
+    before = looked(tmp_path)
     with hold(tmp_path):
-        lines = before.lost(Holdings.now(tmp_path), tmp_path)
+        lines = before.lost(looked(tmp_path), tmp_path)
     assert any(says in line for line in lines)
-    assert before.lost(Holdings.now(tmp_path), tmp_path) == []
+    assert before.lost(looked(tmp_path), tmp_path) == []
 
 
 def test_a_descriptor_closed_under_its_owner_is_named(tmp_path: Path) -> None:
     fd = os.open("/dev/null", os.O_RDONLY)
-    before = Holdings.now(tmp_path)
+    before = looked(tmp_path)
     os.close(fd)
-    assert before.lost(Holdings.now(tmp_path), tmp_path) == [f"fd {fd}: was /dev/null, is closed"]
+    assert before.lost(looked(tmp_path), tmp_path) == [f"fd {fd}: was /dev/null, is closed"]
+
+
+def test_what_a_thread_has_for_a_moment_is_not_left(tmp_path: Path) -> None:
+    """It is in the middle of something when the test ends, for longer than all the looks take that don't wait for it."""
+    check = LeakCheck(tmp_path)
+    check.begin()
+    fd = os.open("/dev/null", os.O_RDONLY)
+
+    def ends_late() -> None:
+        for _ in range(500):
+            os.sched_yield()
+        os.close(fd)
+
+    running = threading.Thread(target=ends_late, daemon=True)
+    running.start()
+    assert check.end() == []
+    running.join()
+
+
+def test_what_a_thread_had_for_a_moment_before_the_test_is_not_missed_after_it(tmp_path: Path) -> None:
+    check = LeakCheck(tmp_path)
+    fd = os.open("/dev/null", os.O_RDONLY)
+    check.begin()
+    os.close(fd)
+    assert check.end() == []
+
+
+def test_what_was_there_for_a_whole_test_is_missed_after_the_next(tmp_path: Path) -> None:
+    check = LeakCheck(tmp_path)
+    fd = os.open("/dev/null", os.O_RDONLY)
+    check.begin()
+    assert check.end() == []
+    check.begin()
+    os.close(fd)
+    assert check.end() == [f"fd {fd}: was /dev/null, is closed"]
+
+
+def test_what_took_the_number_of_a_momentary_descriptor_is_left(tmp_path: Path) -> None:
+    check = LeakCheck(tmp_path)
+    fd = os.open("/dev/null", os.O_RDONLY)
+    check.begin()
+    left = os.memfd_create("left")
+    os.dup2(left, fd)
+    os.close(left)
+    assert check.end() == [f"fd {fd}: left open: /memfd:left (deleted)"]
+    os.close(fd)
 
 
 def test_a_mapping_of_a_domain_that_grew_is_no_leak(tmp_path: Path) -> None:

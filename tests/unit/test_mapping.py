@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from dmabuf._native import Mapping, Window, buffer_address, window_view
+from tests.support.leaks import descriptors
 
 PAGE = mmap.PAGESIZE
 SIZE = 4 * PAGE
@@ -91,9 +92,9 @@ def test_a_length_may_end_inside_the_last_page_of_the_file(fd: int) -> None:
 def test_a_mapping_outlives_the_fd_and_holds_none() -> None:
     fd = os.memfd_create("test-mapping")
     os.truncate(fd, PAGE)
-    before = len(os.listdir("/proc/self/fd"))
+    before = descriptors()
     mapping = Mapping(fd, PAGE)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert descriptors() == before
     os.close(fd)
     mapping[0] = 1
     assert mapping[0] == 1

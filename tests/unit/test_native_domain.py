@@ -24,6 +24,7 @@ import dmabuf
 from dmabuf import DmaBufError, Usage, _native
 from dmabuf.domain import lives, records
 from tests.support.fences import attach
+from tests.support.leaks import descriptors
 
 MAPPED = _native.HEADER_BYTES + _native.MAX_CHUNKS * _native.CHUNK_BYTES
 EDGE = (1 << 64) - 8
@@ -492,12 +493,11 @@ def test_records_run_out_with_enospc_and_come_back(domain: dmabuf.Domain) -> Non
     first = dmabuf.allocate(4096, domain=domain)
     fill_chunks(domain)
     held: list[dmabuf.DmaBuf] = []
-    fds = len(os.listdir("/proc/self/fd"))
+    fds = descriptors()
     with refused("close buffers", errno.ENOSPC):
         held.extend(dmabuf.allocate(4096, domain=domain) for _ in range(1000))
     assert len(held) == _native.RECS_PER - 1
-    gc.collect()
-    assert len(os.listdir("/proc/self/fd")) == fds + len(held)  # what was refused is closed
+    assert descriptors() == fds + len(held)  # what was refused is closed
     for buf in held:
         buf.close()
     held.clear()

@@ -2,7 +2,6 @@
 
 import errno
 import fcntl
-import gc
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ from dmabuf.errors import DmaBufError
 from dmabuf.uapi import call, dma_buf, drm, heap, structures, sw_sync, sync_file, syncobj, table, v4l2
 from dmabuf.uapi.call import OwnedFd
 from tests.support.errnos import raises_errno
+from tests.support.leaks import descriptors
 
 
 class Script:
@@ -133,7 +133,7 @@ NS_GET_USERNS = 0xB701  # linux/nsfs.h: gives a descriptor as its result, to any
 @pytest.mark.usefixtures("stops")
 def test_a_signal_handler_that_raises_as_the_call_returns_loses_no_descriptor() -> None:
     namespace = os.open("/proc/self/ns/uts", os.O_RDONLY | os.O_CLOEXEC)
-    before, stopped = len(os.listdir("/proc/self/fd")), 0
+    before, stopped = descriptors(), 0
     alarm = signal.signal(signal.SIGALRM, signal.getsignal(signal.SIGUSR1))
 
     def some(seconds: float) -> None:
@@ -150,8 +150,7 @@ def test_a_signal_handler_that_raises_as_the_call_returns_loses_no_descriptor() 
         except Stop:
             stopped += 1
     signal.signal(signal.SIGALRM, alarm)
-    gc.collect()
-    left = len(os.listdir("/proc/self/fd")) - before
+    left = descriptors() - before
     os.close(namespace)
     assert not left
     assert stopped

@@ -66,17 +66,24 @@ class _Poller:
         own = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
         with self.lock:
             try:
+                self.calls[own] = call
                 if self.wake < 0:
                     self.wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-                    self.calls[own] = call
-                    threading.Thread(target=self.run, name="dmabuf-kernel-sync", daemon=True).start()
+                    self._start()
                 else:
-                    self.calls[own] = call
                     os.eventfd_write(self.wake, 1)
             except BaseException:
                 self.calls.pop(own, None)
                 os.close(own)
                 raise
+
+    def _start(self) -> None:
+        try:
+            threading.Thread(target=self.run, name="dmabuf-kernel-sync", daemon=True).start()
+        except RuntimeError:  # no thread can be started: the next descriptor tries again
+            os.close(self.wake)
+            self.wake = -1
+            raise
 
     def run(self) -> None:
         while True:
@@ -94,7 +101,9 @@ class _Poller:
                     os.eventfd_read(fd)
                     continue
                 with self.lock:
-                    call = self.calls.pop(fd)
+                    call = self.calls.pop(fd, None)
+                if call is None:
+                    continue  # taken back by whoever added it, in a signal handler's exception
                 try:
                     call(fd)
                 except BaseException as e:
