@@ -12,6 +12,7 @@ import errno
 import gc
 import multiprocessing
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -20,12 +21,14 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from typing import Any
 
 import pytest
 
 import dmabuf
 from dmabuf import Usage, _native
-from dmabuf.domain import lives, place
+from dmabuf.core import poll
+from dmabuf.domain import domain, lives, place
 from tests.support.fences import attach
 from tests.support.steps import reap
 from tests.support.waiting import Background
@@ -522,6 +525,58 @@ def test_forks_never_share_the_lock_of_a_life_that_is_being_made(scene: Scene) -
     ours.close()
     for pid in children:
         assert reap(pid) == 0
+
+
+@contextlib.contextmanager
+def another_thread_holds(lock: Any) -> Iterator[None]:
+    taken, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with lock:
+            taken.set()
+            done.wait()
+
+    with Background(hold):
+        taken.wait()
+        yield
+        done.set()
+
+
+def test_what_another_thread_locks_as_it_forks_is_free_in_the_child(scene: Scene) -> None:
+    """The dispatcher's thread, for one, closes handles and looks at sync files whenever a fence ends."""
+    sync = dmabuf.SyncFile(scene.fence)
+    sync.fileno()
+
+    def use() -> None:
+        with scene.buf.write() as view:
+            view[0] = 5
+        assert scene.other.poll(select.POLLIN) == select.POLLIN
+        dmabuf.get(scene.buf.fileno()).close()
+        dmabuf.Domain.open(scene.buf.domain.path or "")
+        sync.close()
+        scene.buf.close()
+
+    with contextlib.ExitStack() as held:
+        for lock in (scene.buf._record.lock, scene.buf.domain._lock, sync._lock, poll._lock, domain._lock):
+            held.enter_context(another_thread_holds(lock))
+        assert in_child(python_fork, use) == 0
+    with scene.buf.read() as view:
+        assert view[0] == 5
+    sync.close()
+
+
+def test_what_the_forking_thread_holds_it_releases_in_the_child_too(scene: Scene) -> None:
+    pid = -1
+    with scene.buf._record.lock:
+        pid = python_fork()
+    if not pid:
+        code = 1
+        try:
+            scene.buf.close()
+            code = 0
+        finally:
+            os._exit(code)
+    assert reap(pid) == 0
 
 
 def test_a_child_of_a_child_is_inert_too(scene: Scene) -> None:

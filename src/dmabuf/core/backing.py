@@ -36,6 +36,7 @@ from dmabuf.core.scatterlist import SgTable
 from dmabuf.core.usage import Direction
 from dmabuf.domain import dispatcher, place
 from dmabuf.domain.domain import TICK_NS, Domain
+from dmabuf.domain.forks import fork_lock
 from dmabuf.domain.records import KIND_RESV, Record
 from dmabuf.errors import ContractError, DmaBufError, contract_warning, fail
 
@@ -265,7 +266,7 @@ class Exported(Backing):
         self.life = record.shm.life
         self.released = False
         self.closing = 0  # handles of this process that are being closed: their close() releases, not the thread
-        self._once = threading.RLock()  # a handle's __del__ may run in the middle
+        self._once = fork_lock()  # a handle's __del__ may run in the middle
         self._mappings: weakref.WeakSet[_native.Mapping] = weakref.WeakSet()
 
     def here(self, operation: str) -> None:
@@ -359,7 +360,7 @@ class Exports:
     def __init__(self, domain: Domain) -> None:
         self.domain = weakref.ref(domain)
         self.live: dict[int, Exported] = {}  # by id()
-        self._lock = threading.Lock()
+        self._lock = fork_lock()
         self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()  # may be rung from __del__
         self._thread: threading.Thread | None = None
         _DOMAINS.add(domain)

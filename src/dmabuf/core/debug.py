@@ -23,7 +23,6 @@ from __future__ import annotations
 import contextvars
 import logging
 import os
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -31,6 +30,7 @@ from typing import TYPE_CHECKING
 
 from dmabuf.core.iosys_map import IosysMap
 from dmabuf.core.scatterlist import PAGE, SgTable
+from dmabuf.domain.forks import fork_lock
 from dmabuf.errors import contract_warning
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def _number(name: str) -> int:
 enabled = _number("DMABUF_DEBUG") > 0
 deadlock_every = _number("DMABUF_DEBUG_WW")  # 0: never
 sections = 0  # open in the process: while there is none, nobody has to ask for one's own
-_counting = threading.Lock()
+_counting = fork_lock()
 _sections: contextvars.ContextVar[int] = contextvars.ContextVar("dmabuf signalling", default=0)
 
 

@@ -23,7 +23,6 @@ before is another process's: its operations are not called.
 from __future__ import annotations
 
 import math
-import threading
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -33,8 +32,9 @@ from dmabuf._native import Shm
 from dmabuf.core.fence import DmaFence, flagged, monotonic_deadline
 from dmabuf.domain.dispatcher import dispatcher, report
 from dmabuf.domain.domain import Domain
+from dmabuf.domain.forks import fork_lock
 
-_twinning = threading.RLock()
+_twinning = fork_lock()
 
 
 class FenceOps:

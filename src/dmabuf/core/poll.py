@@ -15,7 +15,6 @@ from __future__ import annotations
 import errno
 import os
 import select
-import threading
 import time
 from typing import TYPE_CHECKING
 
@@ -23,13 +22,14 @@ from dmabuf.core import awaiting
 from dmabuf.core.fence import monotonic_deadline, wrap
 from dmabuf.core.usage import Usage
 from dmabuf.domain.dispatcher import dispatcher
+from dmabuf.domain.forks import fork_lock
 from dmabuf.errors import fail
 
 if TYPE_CHECKING:
     from dmabuf.core.buffer import DmaBuf
 
 _SLOTS = "poll"  # in Record.shared: {event: _Slot}
-_lock = threading.RLock()  # of every buffer's slots: held for a look and a store
+_lock = fork_lock()  # of every buffer's slots: held for a look and a store
 
 
 class _Slot:

@@ -23,7 +23,6 @@ import fcntl
 import os
 import select
 import sys
-import threading
 import weakref
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
@@ -39,6 +38,7 @@ from dmabuf.core.fence_chain import DmaFenceChain, contained
 from dmabuf.core.unwrap import merge, unwrap
 from dmabuf.domain import sync_files
 from dmabuf.domain.domain import Domain, known
+from dmabuf.domain.forks import fork_lock
 from dmabuf.domain.sync_files import Facts, Leaf
 from dmabuf.errors import fail
 from dmabuf.uapi import sync_file as uapi
@@ -116,7 +116,7 @@ class SyncFile(Closing):
         self._domain, self._fence, self._leaves, self._name = domain, fence, leaves, name
         self._fd, self._stem, self._kernel, self._life = fd, stem, False, domain.join().life
         self._watch: tuple[DmaFence, int] | None = None
-        self._lock = threading.RLock()
+        self._lock = fork_lock()
         self.closed = False
 
     @classmethod

@@ -22,11 +22,12 @@ from typing import Any, Final
 from dmabuf import _native
 from dmabuf._native import Shm
 from dmabuf.domain import lives, place, sync_files
+from dmabuf.domain.forks import fork_lock
 from dmabuf.errors import fail
 
 TICK_NS: Final = 40_000_000
 _ALL: weakref.WeakSet[Domain] = weakref.WeakSet()
-_lock = threading.RLock()
+_lock = fork_lock()
 _default: Domain | None = None
 
 
@@ -46,7 +47,7 @@ class Domain:
         self.id = identity
         self.shm = shm
         self._life: lives.Life | None = None
-        self._lock = threading.RLock()
+        self._lock = fork_lock()
         self.tick_hooks: list[Callable[[int, int], None]] = []
         self.sweep_hooks: list[Callable[[], None]] = []
         self.reset_hooks: list[Callable[[], None]] = []
@@ -418,8 +419,6 @@ def _leave_all() -> None:
 
 def _after_fork() -> None:
     lives.FORK_GUARD.release()
-    for domain in list(_ALL):
-        domain._lock = threading.RLock()
 
 
 atexit.register(_leave_all)

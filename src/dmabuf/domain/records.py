@@ -15,7 +15,6 @@ from __future__ import annotations
 import errno
 import os
 import struct
-import threading
 import time
 import weakref
 from collections import deque
@@ -25,6 +24,7 @@ from typing import Any, Final
 from dmabuf import _native
 from dmabuf._native import Shm
 from dmabuf.domain.domain import TICK_NS, Domain
+from dmabuf.domain.forks import fork_lock
 from dmabuf.errors import fail
 
 KIND_BUFFER: Final = 0
@@ -44,7 +44,7 @@ class Record:
         self.index = self.gen = 0
         # What the layers above share between all handles of the buffer in this process, by name.
         self.shared: dict[str, Any] = {}
-        self.lock = threading.RLock()  # a handle's __del__ may run in the middle of another handle's enter()
+        self.lock = fork_lock()  # a handle's __del__ may run in the middle of another handle's enter()
         self.handles = 0  # of this process that are open
         self.last: Callable[[int], bool] | None = None  # of a real dma-buf: is this fd the last reference anywhere?
         self.live: Any = None  # the exporter's side, where a buffer has an exporter (core/backing.py)

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import errno
 import os
-import threading
 import weakref
 from collections.abc import Iterable
 from typing import Any, Final
@@ -37,6 +36,7 @@ from dmabuf.core.scatterlist import DmaEntry, SgEntry, SgTable
 from dmabuf.core.usage import Direction
 from dmabuf.domain import dispatcher
 from dmabuf.domain.domain import TICK_NS
+from dmabuf.domain.forks import fork_lock
 from dmabuf.domain.records import Record
 from dmabuf.errors import DmaBufError, fail
 from dmabuf.sharing import memory
@@ -48,7 +48,7 @@ from dmabuf.sharing.service import Answer, Session, register, serve
 _GIVE_BACK: Final = frozenset({"unmap", "unmap_unlocked", "unpin", "detach", "vunmap"})
 _MOST: Final = (1 << 63) - 1
 _all: weakref.WeakSet[Elsewhere] = weakref.WeakSet()
-_revoking = threading.Lock()  # a table is taken out of reach once, by its importer or by the exporter
+_revoking = fork_lock()  # a table is taken out of reach once, by its importer or by the exporter
 
 
 class Elsewhere(Backing):
