@@ -1,12 +1,14 @@
 """Fences in one process: the kernel's own tests (spec 7.1, by their names) and the rules of spec 3.4-3.10."""
 
 import errno
+import os
 import threading
 import time
 from typing import Any
 
 import pytest
 
+import dmabuf
 from dmabuf import ContractWarning, DmaFence, Timeline
 from dmabuf.core.fence import wrap
 from tests.support.errnos import raises_errno
@@ -366,3 +368,24 @@ def test_a_failure_is_known_when_slot_and_timeline_were_used_again() -> None:
     for timeline in timelines:
         timeline.close()
     assert wrap(domain, *late).status == -errno.EIO
+
+
+def test_the_names_of_a_timeline_whose_slot_was_used_again_are_not_the_next_ones() -> None:
+    with Timeline("gone", driver="gone") as gone:
+        fence = gone.fence()
+        with dmabuf.SyncFile(fence) as sf:
+            fd = sf.dup()
+        fence.signal()
+        domain, late = gone.domain, (fence.handle, (fence.context, fence.seqno, fence.timeline_index))
+    del fence
+    timelines = [Timeline("another")]
+    while timelines[-1]._index != gone._index:
+        timelines.append(Timeline("another"))
+    found = wrap(domain, *late)
+    assert domain.shm.fence_info(found.handle) is not None  # its own slot was not
+    assert (found.driver_name, found.timeline_name) == ("", "")
+    with dmabuf.SyncFile.from_fd(fd) as again:  # whose facts remember them
+        assert [(one.driver_name, one.obj_name) for one in again.info().fences] == [("gone", "gone")]
+    os.close(fd)
+    for timeline in timelines:
+        timeline.close()

@@ -88,15 +88,15 @@ class DmaFence(_native.Fence):
 
     def _look_up(self) -> tuple[str, str, int]:
         if self._names is None:
-            info = self.shm.fence_info(self.handle)
-            found = self.shm.timeline_info(info["timeline"] - 1) if info and info["timeline"] else None
+            info, line = self.shm.fence_info(self.handle), self._timeline
             pid = self.domain.pid_of(info["life"]) if info else 0
-            self._names = (os.fsdecode(found[4]), os.fsdecode(found[5]), pid) if found else ("", "", pid)
+            driver, name = (line.driver, line.name) if line is not None else names_of(self.shm, info) if info else ("", "")
+            self._names = driver, name, pid
         return self._names
 
     @property
     def driver_name(self) -> str:
-        """Who made the timeline ("" when its slot was used again before anybody here looked).
+        """Who made the timeline ("" when its slot, or the fence's, was used again before anybody here looked).
 
         Kernel: dma_fence_ops.get_driver_name.
         """
@@ -301,6 +301,20 @@ def _make(domain: Domain, shm: Shm, handle: int, past: tuple[int, ...]) -> DmaFe
     fence = DmaFence(shm, handle, False, *past)
     _register(fence, domain, None)
     return fence
+
+
+def names_of(shm: Shm, info: dict[str, Any]) -> tuple[str, str]:
+    """The names of driver and timeline of what :meth:`Shm.fence_info` told; "" when the timeline's slot was used again since.
+
+    A timeline has the context of its fences. Accesses, containers and stubs have one each, or none, and share a timeline of their process.
+    """
+    found = shm.timeline_info(info["timeline"] - 1) if info["timeline"] else None
+    if found is None:
+        return "", ""
+    shares = not info["context"] or info["flags"] & (_native.FF_ACCESS | _native.FF_CONTAINER)
+    if found[2] != info["context"] and not (shares and found[3] == info["life"]):
+        return "", ""
+    return os.fsdecode(found[4]), os.fsdecode(found[5])
 
 
 def nameless(domain: Domain, kind: str) -> int:

@@ -500,8 +500,9 @@ def _cut(name: str | bytes | None) -> bytes:
 
 def _fence_of(domain: Domain, shm: Shm, leaf: Leaf) -> DmaFence:
     fence = wrap(domain, leaf.handle, (leaf.context, leaf.seqno, leaf.timeline, leaf.status, leaf.timestamp))
-    if shm.fence_info(leaf.handle) is None:  # its slot was used again: nobody else remembers its names
-        fence._names = (os.fsdecode(leaf.driver), os.fsdecode(leaf.name), 0)
+    driver, name, pid = fence._look_up()
+    if not driver and not name:  # its slot, or its timeline's, was used again: nobody else remembers its names
+        fence._names = os.fsdecode(leaf.driver), os.fsdecode(leaf.name), pid
     return fence
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 from dmabuf import _native
 from dmabuf._native import Shm
+from dmabuf.core.fence import names_of
 from dmabuf.domain import lives, records
 from dmabuf.domain.domain import Domain
 from dmabuf.domain.holders import Holder, holders
@@ -204,14 +205,11 @@ class _Names:
         if info is None:
             return None
         access = bool(info["flags"] & _native.FF_ACCESS)
-        timeline = self.shm.timeline_info(info["timeline"] - 1) if info["timeline"] else None
-        # A timeline's slot is used again too. Accesses have a context each and share the timeline of their process.
-        if timeline is not None and timeline[3 if access else 2] != info["life" if access else "context"]:
-            timeline = None
+        driver, timeline = names_of(self.shm, info)
         pid, comm = self.process(info["life"])
         return FenceRecord(
-            driver=os.fsdecode(timeline[4]) if timeline else "",
-            timeline=os.fsdecode(timeline[5]) if timeline else "",
+            driver=driver,
+            timeline=timeline,
             seqno=info["seqno"],
             pid=pid,
             since=info["created"],
