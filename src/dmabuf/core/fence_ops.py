@@ -224,9 +224,11 @@ class CustomFence(LazyFence):
 
     def set_deadline(self, ns: int) -> None:
         """:meth:`DmaFence.set_deadline`, told to the fence's operations too while it is pending."""
-        super().set_deadline(ns)
-        if self.owned and not self.is_signaled():
+        told = self.owned and ns >= 0 and not self.is_signaled()
+        if told:  # noted first: what others' deadlines make `heard` look at meanwhile is not this one once more
             self._told = min(self._told or ns, ns)
+        super().set_deadline(ns)
+        if told and not flagged(self):
             self.ops.set_deadline(self, ns)
 
     def publish(self) -> None:

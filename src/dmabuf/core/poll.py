@@ -182,8 +182,9 @@ class PollFd:
         while self.own >= 0:
             if self.buf.closed or ready(self.buf, self.events):
                 own, self.own = self.own, -1
-                os.eventfd_write(own, 1)
-                os.close(own)
+                if own >= 0:  # else the buffer was closed in another thread meanwhile
+                    os.eventfd_write(own, 1)
+                    os.close(own)
                 return
             self.handle = _blocking(self.buf, self.events)
             if self.handle:
