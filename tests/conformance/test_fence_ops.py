@@ -13,7 +13,7 @@ import dmabuf
 from dmabuf import ContractWarning, DmaFence, DmaResv, FenceOps, Timeline, Usage, wait_any
 from tests.support.errnos import raises_errno
 from tests.support.fences import attach, keys
-from tests.support.waiting import Background
+from tests.support.waiting import Background, until
 
 
 class Ops(FenceOps):
@@ -407,8 +407,9 @@ def test_wait_any_gives_the_lowest_index_of_what_has_signalled(tl: Timeline) -> 
 def test_wait_any_is_woken_by_any_and_leaves_nothing_registered(tl: Timeline) -> None:
     fences = [tl.fence() for _ in range(100)]
     with Background(lambda: wait_any(fences)) as job:
+        until(lambda: {fence.statistics().callbacks for fence in fences} == {1})
         job.until_blocked()
-        assert {fence.statistics().callbacks for fence in fences} == {1}
+        assert not job.done
         fences[77].signal()
         assert job.result() == (77, math.inf)
     assert {fence.statistics().callbacks for fence in fences} == {0}

@@ -12,6 +12,7 @@ import pytest
 import dmabuf
 from dmabuf import DmaBuf, SwSync, SyncFile
 from tests.support.children import Child, Parent, Spawn
+from tests.support.waiting import until
 
 TIMELINES, BUFFERS, FILES = 4, 2, 24
 DEAD = -errno.EOWNERDEAD
@@ -194,7 +195,17 @@ class World:
             for fence in self.fences:
                 if fence.owner == number and not fence.status:
                     fence.status = DEAD
+            self.mourn()
             self.hire()
+
+    def mourn(self) -> None:
+        """Another process, or the dispatcher here, may have begun to reap the dead one before our sweep: until that is done and rung."""
+        for file in self.files:
+            until(
+                lambda file=file: sum(one.status == DEAD for one in file.real.info().fences) == sum(f.status == DEAD for f in file.leaves)
+            )  # type: ignore[misc]
+            if file.asked and all(fence.status for fence in file.leaves):
+                select.select([file.real], [], [])
 
     # ---- what must be ----
 

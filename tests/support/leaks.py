@@ -67,7 +67,12 @@ def settle() -> None:
     sweep = getattr(domain, "sweep", None)
     if sweep is not None:
         sweep()
-    service = domain.local.get("service") if domain is not None else None
+    if domain is None:
+        return
+    watched = domain.local.get("dispatcher")
+    if watched is not None:  # that a fence of another process has ended is about to be told to who registered for it here
+        until(lambda: all(map(domain.shm.fence_pending, [*list(watched._foreign.values()), *watched._past])))
+    service = domain.local.get("service")
     if service is not None:  # what served processes that have ended is about to notice
         until(lambda: not any(map(_ended, list(service._connections))))
 

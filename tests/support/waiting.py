@@ -8,6 +8,7 @@ happens to be.
 
 import contextlib
 import os
+import select
 import threading
 import time
 from collections.abc import Callable
@@ -15,9 +16,8 @@ from typing import Generic, Self, TypeVar
 
 T = TypeVar("T")
 
-# Equal looks in a row, with no switch between: more than a lock that is passed on takes.
-_LOOKS = 20
-# And so long, in ns: two of Python's switch intervals, within one tick of a wait of ours (40 ms).
+# So long, in ns, between two looks with no switch in between: more than a lock that is passed on takes, and than two of Python's switch
+# intervals; and within one tick of a wait of ours (40 ms), after which there was a switch.
 _CALM_NS = 12_000_000
 
 
@@ -53,17 +53,20 @@ def _until_calm(paths: list[str], over: Callable[[], bool]) -> None:
             with contextlib.suppress(FileNotFoundError):
                 fds.append(os.open(path, os.O_RDONLY))
         last: list[tuple[bytes, bytes]] | None = None
-        same = since = 0
+        since = 0
         while not over():
             before = time.monotonic_ns()
             now = [state for fd in fds if (state := _state(fd)) is not None and state[0] not in b"ZX"]
-            if now == last and all(letter == b"S" for letter, _ in now):
-                same += 1
-                if not now or (same >= _LOOKS and before - since >= _CALM_NS):
-                    return
+            asleep = all(letter == b"S" for letter, _ in now)
+            if not now or (asleep and now == last and before - since >= _CALM_NS):
+                return
+            if now != last:
+                last, since = now, time.monotonic_ns()
+            if asleep:
+                # Not by giving way: on a loaded machine the turn comes back after the tick, each time anew.
+                select.select([], [], [], _CALM_NS / 1e9)
             else:
-                last, same, since = now, 0, time.monotonic_ns()
-            os.sched_yield()
+                os.sched_yield()
     finally:
         for fd in fds:
             os.close(fd)
