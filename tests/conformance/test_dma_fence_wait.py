@@ -19,7 +19,7 @@ from tests.support.signals import Stop, interrupt_when_asleep, on_signal, raise_
 from tests.support.waiting import Background
 
 # Long enough to be "not now"; nobody waits for it to pass (seconds).
-LONG = 60.0
+LONG = 3600.0
 
 
 # -- waiting (3.9)

@@ -22,7 +22,7 @@ from tests.support.waiting import Background, until_asleep
 
 IN, OUT = select.POLLIN, select.POLLOUT
 BOTH = IN | OUT
-LONG = 60.0
+LONG = 3600.0
 EVENTS = {
     "rw": BOTH,
     "in": IN,

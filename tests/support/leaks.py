@@ -75,6 +75,7 @@ def settle() -> None:
     service = domain.local.get("service")
     if service is not None:  # what served processes that have ended is about to notice
         until(lambda: not any(map(_ended, list(service._connections))))
+        until(lambda: sum(thread.name == "dmabuf-server" for thread in threading.enumerate()) <= len(service._connections))
 
 
 def _ended(conn: socket.socket) -> bool:
@@ -220,5 +221,15 @@ def _files(domain: Path) -> Iterator[str]:
     for directory in (SHM, RUN_USER):
         if directory.is_dir():
             yield from (
-                str(path) for path in directory.iterdir() if _OURS_IN_SHARED.match(path.name) and not path.name.startswith(DIRECTORY_PREFIX)
+                str(path)
+                for path in directory.iterdir()
+                if _OURS_IN_SHARED.match(path.name) and not path.name.startswith(DIRECTORY_PREFIX) and _is_ours(path)
             )
+
+
+def _is_ours(path: Path) -> bool:
+    """Is it this user's? A test run beside this one may have become another user for a moment."""
+    try:
+        return path.lstat().st_uid == os.geteuid()
+    except FileNotFoundError:
+        return False
