@@ -13,7 +13,6 @@ import gc
 import multiprocessing.forkserver
 import multiprocessing.resource_tracker
 import os
-import re
 import socket
 import threading
 from collections import Counter
@@ -28,9 +27,9 @@ SHM = Path("/dev/shm")
 RUN_USER = Path(f"/run/user/{os.getuid()}")
 # A test run's own directory; those of other runs on this machine come and go.
 DIRECTORY_PREFIX = "dmabuf-test-"
-# The directories are shared with every program of the machine: only what this library would leave counts. (What multiprocessing makes
-# there bears no owner, so another test run's would be blamed on this one.)
-_OURS_IN_SHARED = re.compile(r"dmabuf")
+# These directories are shared with every program of the machine, and what others make there bears no owner: only what this library would
+# leave in them counts, the default domain of a process that wasn't told the run's own.
+_DEFAULT_DOMAINS = (SHM / f"dmabuf-{os.geteuid()}", RUN_USER / "dmabuf")
 # Looks after a test before what is there counts as left, each with all threads at rest.
 _LOOKS = 20
 # Looks at threads that never come to rest: somebody left one running.
@@ -218,18 +217,4 @@ def _command(pid: int) -> str:
 
 def _files(domain: Path) -> Iterator[str]:
     yield from (str(path) for path in domain.rglob("*"))
-    for directory in (SHM, RUN_USER):
-        if directory.is_dir():
-            yield from (
-                str(path)
-                for path in directory.iterdir()
-                if _OURS_IN_SHARED.match(path.name) and not path.name.startswith(DIRECTORY_PREFIX) and _is_ours(path)
-            )
-
-
-def _is_ours(path: Path) -> bool:
-    """Is it this user's? A test run beside this one may have become another user for a moment."""
-    try:
-        return path.lstat().st_uid == os.geteuid()
-    except FileNotFoundError:
-        return False
+    yield from (str(path) for path in _DEFAULT_DOMAINS if path.exists())
