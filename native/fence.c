@@ -22,6 +22,7 @@ static int ring_error(Shm *s, uint32_t timeline, uint64_t context, uint64_t seqn
   db_timeline *t = timeline ? timeline_at(s, timeline - 1) : NULL;
   if (!t || atomic_load(&t->context) != context) return 0; /* closed and used again: unknown */
   uint64_t e = atomic_load(&t->ring[seqno & 63]);
+  if (atomic_load(&t->context) != context) return 0; /* meanwhile: the ring may be another timeline's */
   return (uint32_t)e == (uint32_t)seqno ? (int)(int32_t)(e >> 32) : 0;
 }
 static void past_keep(db_fence *f) { /* the slot is about to be used again: who has not looked yet must still find a failure */

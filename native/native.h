@@ -8,7 +8,12 @@
  *   - a number read from the file is bounded before it is used as an index (chunk_at, rec_at, ...);
  *   - a walk is capped by the size of the pool it walks;
  *   - a change that matters is one atomic store; what several stores make is ordered so that any prefix of them is a state
- *     that the next process understands. The states are named where the stores are.
+ *     that the next process understands. The states are named where the stores are;
+ *   - a word that changes while others may look is _Atomic, and every load and store of it is sequentially consistent: what is
+ *     ordered here in the text is ordered for every process, on arm64 too. The one exception is a hint, db_life.cpu;
+ *   - bytes (names, nonces) can't be atomic, and may only stand between words that tell of them:
+ *         who writes:  a word changes (state, generation, which half counts), bytes_follow(), the bytes, a word that lets others in
+ *         who reads:   the word, the bytes, bytes_read(), the word again: the same, or what was read counts for nothing.
  */
 #ifndef DMABUF_NATIVE_H
 #define DMABUF_NATIVE_H
@@ -27,6 +32,10 @@
 
 typedef _Atomic uint32_t a32;
 typedef _Atomic uint64_t a64;
+/* An atomic with a lock of the C library's would be atomic within one process only. */
+_Static_assert(ATOMIC_INT_LOCK_FREE == 2 && ATOMIC_LLONG_LOCK_FREE == 2, "atomics that processes share");
+static inline void bytes_follow(void) { atomic_thread_fence(memory_order_release); } /* no store below is seen before one above */
+static inline void bytes_read(void) { atomic_thread_fence(memory_order_acquire); }   /* no load below is done before one above */
 
 #define DB_MAGIC "DMABUFDM"
 #define DB_VERSION 1u

@@ -55,6 +55,7 @@ static PyObject *timeline_open(Shm *s, PyObject *args) { /* timeline_open(index,
   if (!t) { shm_corrupt(s, "a timeline outside of the file"); return NULL; }
   if (nd > 63 || nn > 63) { PyErr_SetString(PyExc_ValueError, "timeline_open: names are at most 63 bytes"); return NULL; }
   atomic_fetch_add(&t->gen, 1);
+  bytes_follow();
   memset(t->driver, 0, 128);
   memcpy(t->driver, driver, (size_t)nd);
   memcpy(t->name, name, (size_t)nn);
@@ -71,13 +72,29 @@ static PyObject *timeline_close(Shm *s, PyObject *arg) {
   if (t) atomic_store(&t->open, 0);
   Py_RETURN_NONE;
 }
-static PyObject *timeline_info(Shm *s, PyObject *arg) { /* (gen, open, context, life, driver, name) | None */
+static PyObject *timeline_info(Shm *s, PyObject *arg) { /* (gen, open, context, life, driver, name) of one use of the slot | None */
   unsigned long i = PyLong_AsUnsignedLong(arg);
   if (i == (unsigned long)-1 && PyErr_Occurred()) return NULL;
   db_timeline *t = timeline_at(s, (uint32_t)i);
   if (!t) Py_RETURN_NONE;
-  return Py_BuildValue("IIKIy#y#", atomic_load(&t->gen), atomic_load(&t->open), atomic_load(&t->context), atomic_load(&t->life), t->driver,
-                       (Py_ssize_t)strnlen(t->driver, 63), t->name, (Py_ssize_t)strnlen(t->name, 63));
+  char driver[64], name[64];
+  uint32_t gen, open, life;
+  uint64_t context;
+  for (int tries = 0;; tries++) {
+    gen = atomic_load(&t->gen);
+    open = atomic_load(&t->open);
+    context = atomic_load(&t->context);
+    life = atomic_load(&t->life);
+    memcpy(driver, t->driver, sizeof driver);
+    memcpy(name, t->name, sizeof name);
+    bytes_read();
+    if (atomic_load(&t->gen) == gen) break; /* else it was opened anew while we copied */
+    if (tries < 1000) continue;
+    *driver = *name = 0;
+    break;
+  }
+  return Py_BuildValue("IIKIy#y#", gen, open, (unsigned long long)context, life, driver, (Py_ssize_t)strnlen(driver, 63), name,
+                       (Py_ssize_t)strnlen(name, 63));
 }
 PyMethodDef pool_methods[] = {
 #define M(n, flags, doc) {#n, (PyCFunction)n, flags, doc}

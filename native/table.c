@@ -174,6 +174,7 @@ static void blocks_release(Shm *s, uint32_t rec, a32 *link) { /* table lock held
 static void clear_rec(Shm *s, uint32_t i, db_rec *r) { /* DYING -> FREE; table lock held, not in any chain */
   blocks_release(s, i, &r->r.block);
   uint32_t gen = atomic_load(&r->gen);
+  bytes_follow(); /* who reads them looks at the state and the generation afterwards */
   memset((char *)r + offsetof(db_rec, dev), 0, sizeof *r - offsetof(db_rec, dev));
   STEP(rec_cleared);
   atomic_store(&r->gen, gen + 1 ? gen + 1 : 1);
@@ -331,6 +332,7 @@ static PyObject *rec_create(Shm *s, PyObject *args) {
   if (!r) { table_unlock(s); shm_corrupt(s, "a record outside of the file"); return NULL; }
   i = v - 1;
   atomic_store(&hdr(s)->rec_free, atomic_load(&r->free_next));
+  bytes_follow();
   r->dev = dev; r->ino = ino; r->size = size; r->created = created;
   memcpy(r->nonce, nonce, 16);
   r->life = me; r->pid = pid; r->kind = kind;
@@ -358,7 +360,13 @@ static PyObject *rec_find(Shm *s, PyObject *args) { /* rec_find(dev, ino) -> (re
   uint32_t i;
   db_rec *r = find_rec(s, dev, ino, &i);
   if (!r) Py_RETURN_NONE;
-  return Py_BuildValue("IIy#", i, atomic_load(&r->gen), (const char *)r->nonce, (Py_ssize_t)16);
+  uint32_t gen = atomic_load(&r->gen);
+  char nonce[16];
+  memcpy(nonce, r->nonce, 16);
+  bytes_read();
+  /* the generation last: it only grows, so these are all of one use of the slot */
+  if (atomic_load(&r->state) != REC_LIVE || r->dev != dev || r->ino != ino || atomic_load(&r->gen) != gen) Py_RETURN_NONE;
+  return Py_BuildValue("IIy#", i, gen, nonce, (Py_ssize_t)16);
 }
 static PyObject *rec_hold(Shm *s, PyObject *args) { /* rec_hold(rec, gen) -> still that record */
   unsigned i, gen;
@@ -404,16 +412,20 @@ static PyObject *rec_free(Shm *s, PyObject *args) { /* rec_free(rec, gen) -> fre
   table_unlock(s);
   return PyBool_FromLong(done);
 }
-static PyObject *rec_info(Shm *s, PyObject *arg) {
+static int rec_there(Shm *s, uint32_t i, db_rec *r) {
+  uint32_t state = r ? atomic_load(&r->state) : REC_FREE;
+  if (state == REC_DYING) { /* rec_free looks who holds it, and gives up when it sees our bit */
+    a64 *held = my_life(s) ? held_word(s, LIFE_INDEX(my_life(s)), i) : NULL;
+    if (held && atomic_load(held) >> (i % RECS_PER) & 1) state = REC_LIVE;
+  }
+  return state == REC_LIVE;
+}
+static PyObject *rec_info(Shm *s, PyObject *arg) { /* what a record says, all of it of one buffer; None: free, or given to another meanwhile */
   unsigned long i = PyLong_AsUnsignedLong(arg);
   if (i == (unsigned long)-1 && PyErr_Occurred()) return NULL;
   db_rec *r = rec_at(s, (uint32_t)i);
-  uint32_t state = r ? atomic_load(&r->state) : REC_FREE;
-  if (state == REC_DYING) { /* rec_free looks who holds it, and gives up when it sees our bit */
-    a64 *held = my_life(s) ? held_word(s, LIFE_INDEX(my_life(s)), (uint32_t)i) : NULL;
-    if (held && atomic_load(held) >> (i % RECS_PER) & 1) state = REC_LIVE;
-  }
-  if (state != REC_LIVE) Py_RETURN_NONE;
+  uint32_t gen = r ? atomic_load(&r->gen) : 0;
+  if (!rec_there(s, (uint32_t)i, r)) Py_RETURN_NONE;
   char name[32];
   uint32_t v, len;
   int tries = 0;
@@ -421,17 +433,21 @@ static PyObject *rec_info(Shm *s, PyObject *arg) {
     v = atomic_load(&r->name_version);
     len = r->name_len[v & 1];
     memcpy(name, r->name[v & 1], 32);
-    atomic_thread_fence(memory_order_acquire);
+    bytes_read();
   } while (atomic_load(&r->name_version) != v && ++tries < 1000);
   if (len > 32) len = 32;
   PyObject *n = len ? PyBytes_FromStringAndSize(name, len - 1) : Py_NewRef(Py_None);
   if (!n) return NULL;
   uint8_t el = r->exp_len > 31 ? 31 : r->exp_len, hl = r->home_len > 31 ? 31 : r->home_len;
-  return Py_BuildValue("{sI,sK,sK,sK,sy#,sK,sI,sI,sI,si,sI,sI,sK,sI,sN,sy#,sy#}", "gen", atomic_load(&r->gen), "dev", r->dev,
+  PyObject *out = Py_BuildValue("{sI,sK,sK,sK,sy#,sK,sI,sI,sI,si,sI,sI,sK,sI,sN,sy#,sy#}", "gen", gen, "dev", r->dev,
                        "ino", r->ino, "size", r->size, "nonce", (const char *)r->nonce, (Py_ssize_t)16, "created", r->created, "life", r->life,
                        "pid", r->pid, "kind", r->kind, "torn", atomic_load(&r->torn), "torn_pid", r->torn_pid, "absent",
                        r->absent, "absent_ns", r->absent_ns, "resv", r->resv, "name", n, "exp_name", r->exp_name, (Py_ssize_t)el,
                        "home", r->home, (Py_ssize_t)hl);
+  bytes_read();
+  if (!out || (rec_there(s, (uint32_t)i, r) && atomic_load(&r->gen) == gen)) return out; /* in this order: see rec_find */
+  Py_DECREF(out);
+  Py_RETURN_NONE;
 }
 static PyObject *rec_name(Shm *s, PyObject *args) { /* rec_name(rec, bytes): rename */
   unsigned i;
@@ -443,6 +459,7 @@ static PyObject *rec_name(Shm *s, PyObject *args) { /* rec_name(rec, bytes): ren
   db_rec *r = rec_at(s, i);
   if (r && atomic_load(&r->state) == REC_LIVE) {
     uint32_t v = atomic_load(&r->name_version) + 1;
+    bytes_follow(); /* who still copies this half must see that the other one counts */
     memset(r->name[v & 1], 0, 32);
     memcpy(r->name[v & 1], name, (size_t)n);
     r->name_len[v & 1] = (uint8_t)(n + 1);

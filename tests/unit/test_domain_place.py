@@ -465,6 +465,22 @@ def test_an_opener_waits_for_nobody_but_who_is_at_the_door(where: Path) -> None:
 # ---- memory that can't be had ----
 
 
+def test_a_header_that_ends_in_the_middle_of_a_page_stays_when_the_rest_is_given_back(where: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As it does where pages are larger than the 4 KiB that the header is a multiple of (arm64: 16 or 64 KiB).
+    header, rest = _native.HEADER_BYTES + 512, 5 * _native.CHUNK_BYTES
+    monkeypatch.setattr(_native, "HEADER_BYTES", header)
+    where.mkdir(mode=0o700)
+    file = where / FILE
+    file.write_bytes(b"h" * header + b"c" * rest)
+    directory = place.open_directory(where)
+    try:
+        place._empty_file(directory)
+    finally:
+        os.close(directory)
+    assert file.read_bytes() == b"h" * header + bytes(rest)
+    assert file.stat().st_blocks * 512 < header + rest
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount")
 def test_a_full_file_system_is_enospc_with_a_remedy(where: Path) -> None:
     where.mkdir(mode=0o700)

@@ -13,7 +13,8 @@ from dmabuf.domain.holders import holders
 if TYPE_CHECKING:
     from dmabuf.core.buffer import DmaBuf
 
-_O_LARGEFILE = 0o100000  # the kernel's own, on x86-64; a dma-buf has not got it
+# The kernel's own, which a dma-buf has not got and C libraries of 64 bits call 0; arm64 has some flags in another order (asm/fcntl.h).
+_O_LARGEFILE = 0o400000 if os.uname().machine == "aarch64" else 0o100000
 
 
 def text(buf: DmaBuf, fd: int) -> str:

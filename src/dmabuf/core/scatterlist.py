@@ -2,9 +2,9 @@
 
 A table has two sides, kept apart. The *CPU side* is what the exporter built it from: ``orig_nents`` entries of (page, offset, length).
 There are no physical addresses in user space: a *page* is a number that counts the whole pages of the table's ``memory``, which for plain
-buffers is the memfd (page n begins at byte n × 4096 of the file), and for an exporter of its own whatever it passes. The *DMA side* is
-what a device uses: ``nents`` entries of (address, length), filled by :meth:`dmabuf.Device.map_sgtable` with addresses of that device, or by
-an exporter that knows better. Mapping may merge, so ``nents <= orig_nents``.
+buffers is the memfd (page n begins n pages into the file), and for an exporter of its own whatever it passes. The *DMA side* is what a
+device uses: ``nents`` entries of (address, length), filled by :meth:`dmabuf.Device.map_sgtable` with addresses of that device, or by an
+exporter that knows better. Mapping may merge, so ``nents <= orig_nents``.
 
 Neighbouring pages become one entry, up to ``max_segment`` bytes, rounded down to whole pages.
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import mmap
 import os
 import secrets
 import stat
@@ -210,8 +209,7 @@ def _empty_file(directory: int) -> None:
     try:
         size = os.fstat(fd).st_size - _native.HEADER_BYTES
         if size > 0:
-            with mmap.mmap(fd, size, offset=_native.HEADER_BYTES) as chunks:
-                chunks.madvise(mmap.MADV_REMOVE)
+            _native.punch(fd, _native.HEADER_BYTES, size)  # a page may lie across the two: not all machines have pages of 4 KiB
     finally:
         os.close(fd)
 
