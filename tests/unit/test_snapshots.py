@@ -9,7 +9,7 @@ from dmabuf import _native
 from dmabuf.domain.domain import Domain
 from tests.support.children import Child, Parent, Spawn
 
-ROUNDS = 20_000
+ROUNDS = 10_000
 
 
 def until_it_returns(other: Child) -> Iterator[None]:
