@@ -24,10 +24,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from dmabuf import _native
 from dmabuf._native import Shm
-from dmabuf.core import awaiting, debug
+from dmabuf.core import awaiting, debug, residence
 from dmabuf.core.fence import monotonic_deadline
 from dmabuf.core.fence_ops import ask
-from dmabuf.core.owner import Owner, current, publish
+from dmabuf.core.owner import Owner, acting, current, publish
 from dmabuf.core.usage import Direction, Usage
 from dmabuf.core.ww_mutex import lock_all
 from dmabuf.domain.dispatcher import dispatcher, report
@@ -197,7 +197,7 @@ class Access:
 
     def _show(self) -> memoryview:
         buf = self.buf
-        if buf._record.live is not None:
+        if buf._record.live is not None and self._live is None:
             self._bracket(buf._record.live)
         mapping = buf._mapping or buf._window_source(self.write)
         self._window, view = _native.window_view(mapping, self._released, not self.write)
@@ -209,6 +209,12 @@ class Access:
         """The exporter's op, granted and before the block: the fences were waited for already."""
         live.begin(self.buf, Direction.BIDIRECTIONAL if self.write else Direction.FROM_DEVICE)
         self._live = live
+
+    async def _bring(self, owner: Owner) -> None:
+        """Granted: memory that has been moved away comes back in a thread; it may take a disk's time, and that of others in the way."""
+        buf, live = self.buf, self.buf._record.live
+        if live is not None and live.in_file and residence.is_away(buf._check(self.operation)):
+            await awaiting.to_its_end(lambda: acting(owner, lambda: self._bracket(live)))
 
     def _unbracket(self) -> None:
         live, self._live = self._live, None
@@ -306,6 +312,7 @@ class Access:
             if pending is not None:
                 await _wait_async([self], owner, pending, until)
                 self._grant()
+            await self._bring(owner)
             return self._show()
         except BaseException:
             self._abandon()
@@ -338,6 +345,8 @@ class ManyAccesses:
         try:
             if owner is not None:
                 _wait(self._parts, owner, self._add(owner, until), until)
+                for part in self._parts:
+                    part._grant()
             return self._show()
         except BaseException:
             self._abandon()
@@ -360,6 +369,10 @@ class ManyAccesses:
             if owner is not None:
                 await _locks_free(self._parts, owner, until)
                 await _wait_async(self._parts, owner, self._add(owner, until), until)
+                for part in self._parts:
+                    part._grant()
+                for part in self._parts:
+                    await part._bring(owner)
             return self._show()
         except BaseException:
             self._abandon()
@@ -387,8 +400,6 @@ class ManyAccesses:
         return [handle for handle in pending if handle not in own]
 
     def _show(self) -> tuple[memoryview, ...]:
-        for part in self._parts:
-            part._grant()
         return tuple(part._show() for part in self._parts)
 
     def _abandon(self) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import sys
+import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections import deque
@@ -222,3 +223,43 @@ async def in_thread(fn: Callable[..., object], *args: object) -> None:
         await framework._get_running_loop().run_in_executor(None, fn, *args)
     else:
         await framework.to_thread.run_sync(fn, *args, abandon_on_cancel=True)
+
+
+async def to_its_end(fn: Callable[[], object]) -> None:
+    """Call a blocking function in a thread of its own, so that it waits for no other. Errors: the function's.
+
+    A cancelled task hears of it when the function is over: what it did can then be undone, and nothing goes on behind the task's back.
+    """
+    framework = _framework()
+    if framework.__name__ != "asyncio":
+        await framework.to_thread.run_sync(fn, limiter=framework.CapacityLimiter(1))
+        await framework.lowlevel.checkpoint_if_cancelled()
+        return
+    over = _AsyncioPause(framework._get_running_loop())
+    failed: list[BaseException] = []  # not in the future, which the error's traceback would keep
+
+    def run() -> None:
+        try:
+            fn()
+        except BaseException as e:
+            failed.append(e)
+        over.end()
+
+    try:
+        threading.Thread(target=run, name="dmabuf-awaited", daemon=True).start()
+    except RuntimeError:  # no thread to be had
+        fn()
+        return
+    cancelled: BaseException | None = None
+    while not over._future.done():
+        try:
+            await framework.wait([over._future])
+        except framework.CancelledError as e:
+            cancelled = e
+    error = cancelled or (failed[0] if failed else None)
+    failed.clear()
+    try:
+        if error is not None:
+            raise error
+    finally:
+        del error, cancelled

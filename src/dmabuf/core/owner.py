@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import threading
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 from dmabuf._native import OFF_STAMP, TICK_FENCE
@@ -82,6 +83,20 @@ def current(domain: Domain) -> Owner:
         pass
     mine = owners.threads.owner = Owner(domain, threading.current_thread().name)
     return mine
+
+
+def acting(owner: Owner, call: Callable[[], object]) -> None:
+    """Do it in this thread, in which no task runs, as the owner who waits for it. Errors: those of the call."""
+    threads = _owners(owner.domain).threads
+    before = getattr(threads, "owner", None)
+    threads.owner = owner
+    try:
+        call()
+    finally:
+        if before is None:
+            del threads.owner
+        else:
+            threads.owner = before
 
 
 def publish(owner: Owner, handle: int) -> None:

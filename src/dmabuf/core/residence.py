@@ -65,6 +65,11 @@ def mapping(fd: int, operation: str, obj: object, offset: int, length: int, writ
         os.close(own)  # from here on the mapping alone keeps the description, and with it the locks
 
 
+def is_away(fd: int) -> bool:
+    """Is the memory elsewhere, or on its way? A hint of the moment: who has a fence on the reservation object finds it come, not go."""
+    return place.ofd_locked(fd, BYTE, kind=fcntl.F_RDLCK)
+
+
 def take_out(private: int) -> bool:
     """The exporter's first step of moving memory away; False: somebody has it mapped. Errors: ENOLCK."""
     return place.ofd_lock(private, fcntl.F_WRLCK, BYTE)

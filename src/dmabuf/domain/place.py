@@ -49,9 +49,9 @@ def ofd_lock(fd: int, kind: int, start: int, length: int = 1, *, wait: bool = Fa
     return True
 
 
-def ofd_locked(fd: int, start: int, length: int = 1) -> bool:
-    """Does another open file description hold a lock on the bytes?"""
-    answer = fcntl.fcntl(fd, OFD_GETLK, struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, start, length, 0))
+def ofd_locked(fd: int, start: int, length: int = 1, *, kind: int = fcntl.F_WRLCK) -> bool:
+    """Does another open file description hold a lock on the bytes? ``kind``: F_RDLCK asks for write locks alone."""
+    answer = fcntl.fcntl(fd, OFD_GETLK, struct.pack(_FLOCK, kind, os.SEEK_SET, start, length, 0))
     return bool(struct.unpack(_FLOCK, answer)[0] != fcntl.F_UNLCK)
 
 
