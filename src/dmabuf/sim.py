@@ -53,7 +53,7 @@ class EngineQueue(Queue):
 
     Every job takes the options of ``JobOptions`` (``wait``, ``implicit``, ``delay``, ``hang``). Errors of every job, at once and with
     nothing added: EINVAL no target, an attachment of another device, a negative delay; EBADF the queue or a buffer is closed; ENODEV no
-    power; EPERM in a forked child; TypeError something that is no target or no fence; those of ``attach`` and ``map``;
+    power; EPERM in a forked child; TypeError something that is no target, no fence or no option; those of ``attach`` and ``map``;
     ``ContractWarning`` and EDEADLK the reservation lock of a buffer is held. Later, by its fence: see ``dmabuf.devices.queue``.
     """
 

@@ -379,6 +379,27 @@ def test_a_path_of_the_wrong_type_is_a_type_error(plain: DiskDevice, big: DmaBuf
         plain.submit_read(big, path)
 
 
+@pytest.mark.parametrize("wrong", [7, None, b"frame"])
+def test_a_target_of_the_wrong_type_is_a_type_error_in_a_coroutine_too(plain: DiskDevice, file: Path, wrong: Any) -> None:
+    with pytest.raises(TypeError, match="read_into: a DmaBuf"):
+        asyncio.run(plain.read_into(wrong, file))
+
+
+def test_an_option_that_there_is_not_is_a_type_error(plain: DiskDevice, big: DmaBuf, file: Path) -> None:
+    options: Any = {"truncat": True}
+    with pytest.raises(TypeError, match="truncat"):
+        plain.submit_write(big, file, **options)
+    assert entries(big.resv) == []
+
+
+def test_a_part_of_a_buffer_is_read_into_and_written_from(disk: DiskDevice, big: DmaBuf, file: Path, tmp_path: Path) -> None:
+    part = big.export_range(BLOCK + 3, 2 * BLOCK)
+    assert asyncio.run(disk.read_into(part, file, 10)) == 2 * BLOCK
+    assert got(big) == bytes(BLOCK + 3) + file.read_bytes()[10 : 10 + 2 * BLOCK] + bytes(SIZE - 3 * BLOCK - 3)
+    assert disk.submit_write(part, tmp_path / "out", at=1, length=20).wait() == 20
+    assert (tmp_path / "out").read_bytes() == file.read_bytes()[11:31]
+
+
 def test_an_offset_of_the_wrong_type_is_a_type_error(plain: DiskDevice, big: DmaBuf, file: Path) -> None:
     with pytest.raises(TypeError):
         plain.submit_read(big, file, 1.5)  # type: ignore[arg-type]

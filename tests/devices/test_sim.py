@@ -53,6 +53,15 @@ def test_a_copy_has_the_bytes_of_its_source_and_says_how_many(queue: sim.EngineQ
     assert got(other_buf) == data
 
 
+def test_a_part_of_a_buffer_is_a_target_as_it_is(engine: sim.Engine, queue: sim.EngineQueue, buf: DmaBuf, other_buf: DmaBuf) -> None:
+    data = random.Random(2).randbytes(SIZE)
+    put(buf, data)
+    assert queue.copy(buf.export_range(5, 100), other_buf.export_range(PAGE + 1, 100)).wait() == 100
+    assert got(other_buf) == bytes(PAGE + 1) + data[5:105] + bytes(SIZE - PAGE - 101)
+    assert queue.checksum([buf.export_range(7, 9), buf]).wait() == zlib.crc32(data, zlib.crc32(data[7:16]))
+    until(lambda: engine.statistics().attached == 0)
+
+
 def test_ranges_are_copied_in_their_order_whatever_their_lengths(
     engine: sim.Engine, queue: sim.EngineQueue, buf: DmaBuf, other_buf: DmaBuf
 ) -> None:
@@ -456,6 +465,7 @@ WRONG_TYPES = {
     "an offset": lambda q, b: q.fill(q.owner.attach(b).range(1.5)),
     "a buffer to attach": lambda q, b: q.owner.attach(b.fileno()),
     "a device": lambda q, b: sim.Engine(7),
+    "an option": lambda q, b: q.fill(b, implict=False),
 }
 
 

@@ -30,10 +30,11 @@ from typing import Final, Unpack
 from dmabuf._native import buffer_address
 from dmabuf.core import awaiting
 from dmabuf.core.buffer import DmaBuf
+from dmabuf.core.buffer_range import BufferRange
 from dmabuf.core.device import Device
 from dmabuf.core.scatterlist import DmaEntry
 from dmabuf.core.usage import Direction
-from dmabuf.devices.attached import Attached
+from dmabuf.devices.attached import Attached, Range
 from dmabuf.devices.importing import Importing, ImportingStatistics, Target
 from dmabuf.devices.queue import Job, JobOptions, Queue
 from dmabuf.domain.domain import Domain
@@ -153,8 +154,8 @@ class DiskDevice(Importing):
 
     def _free(self, target: Target, operation: str) -> None:
         """The submission waits for the lock in a thread, so that the loop goes on; it would wait for ever for this task's own."""
-        resv = target.resv if isinstance(target, (DmaBuf, Attached)) else target.attached.resv
-        if resv.held_here():
+        whole: object = target.attached if isinstance(target, Range) else target.buf if isinstance(target, BufferRange) else target
+        if isinstance(whole, (DmaBuf, Attached)) and whole.resv.held_here():  # anything else is refused by the submission
             contract_warning(f"{operation}: {target!r}: its reservation lock is held by this thread or task", 3)
             raise fail(errno.EDEADLK, operation, target, "unlock the reservation object first")
 

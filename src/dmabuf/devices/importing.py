@@ -1,7 +1,8 @@
 """``Importing``: what every device of ours is made of: attached buffers, queues of jobs, a janitor, power, and an end.
 
-A target of a job is a ``DmaBuf``, an ``Attached`` or a ``Range`` of one. A ``DmaBuf`` is attached for the one job and given back by the
-janitor when it has ended: attach it yourself if it is used often. Call the methods without a reservation lock of the buffers held.
+A target of a job is a ``DmaBuf``, a ``BufferRange`` of one, an ``Attached`` or a ``Range`` of one. A buffer is attached for the one job and
+given back by the janitor when it has ended: attach it yourself if it is used often. Call the methods without a reservation lock of the
+buffers held.
 
 *Power.* ``power_off()`` ends everything pending with -ENODEV, in its turn, and returns when nothing is left; what is submitted then is
 ENODEV until ``power_on()``. Mappings stay.
@@ -24,6 +25,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from dmabuf.core.buffer import DmaBuf
+from dmabuf.core.buffer_range import BufferRange
 from dmabuf.core.device import Device, DeviceStatistics
 from dmabuf.core.usage import Direction
 from dmabuf.devices.attached import Attached, Range
@@ -33,7 +35,7 @@ from dmabuf.domain.dispatcher import report
 from dmabuf.domain.domain import Domain
 from dmabuf.errors import contract_warning, fail
 
-Target = DmaBuf | Attached | Range
+Target = DmaBuf | BufferRange | Attached | Range
 
 
 @dataclass(frozen=True)
@@ -144,9 +146,12 @@ class Importing:
         ``within``: which bytes (offset, length) of each target. ``check`` may refuse the ranges.
 
         Errors, with nothing added: EBADF the queue or a buffer is closed; ENODEV no power; EPERM in a forked child; EINVAL an attachment
-        of another device, a negative delay; TypeError something that is no target, or no fence; those of :meth:`attach`, of ``map`` and of
-        ``dmabuf.devices.submission.submit``.
+        of another device, a negative delay; TypeError something that is no target, no fence, or no option; those of :meth:`attach`, of
+        ``map`` and of ``dmabuf.devices.submission.submit``.
         """
+        unknown = options.keys() - JobOptions.__annotations__
+        if unknown:
+            raise TypeError(f"{operation}: got an unexpected keyword argument {min(unknown)!r}")
         fences = checked_wait(options.get("wait", ()))
         queue.check(operation)
         job = Job(queue, operation, work, options.get("delay"), options.get("hang", False))
@@ -174,13 +179,14 @@ class Importing:
         return job
 
     def _range(self, job: Job, target: Target, direction: Direction) -> Range:
-        if isinstance(target, DmaBuf):
-            attached = self.attach(target, direction=direction)
+        if isinstance(target, (DmaBuf, BufferRange)):
+            buf, *within = (target,) if isinstance(target, DmaBuf) else (target.buf, target.offset, target.length)
+            attached = self.attach(buf, direction=direction)
             job.temporary.append(attached)
-            return attached.range()
+            return attached.range(*within)
         part = target.range() if isinstance(target, Attached) else target
         if not isinstance(part, Range):
-            raise TypeError(f"{job.operation}: a DmaBuf, an attached buffer or a range of one, not {type(target).__name__}")
+            raise TypeError(f"{job.operation}: a DmaBuf, an attached buffer, or a range of one, not {type(target).__name__}")
         if part.attached._owner is not self:
             raise fail(
                 errno.EINVAL, job.operation, part.attached, "attach the buffer to this device", what="it is attached to another device"
