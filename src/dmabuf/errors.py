@@ -47,9 +47,11 @@ Source: errno numbers and severities from spec 0.2; the builtin twins from PEP 3
 
 from __future__ import annotations
 
+import contextlib
 import errno as _errno
 import os
 import warnings
+from collections.abc import Iterator
 from typing import Final
 
 __all__ = [
@@ -87,6 +89,7 @@ __all__ = [
     "errno_name",
     "fail",
     "missing_extra",
+    "needing_descriptors",
     "rebuilt",
 ]
 
@@ -274,6 +277,19 @@ def rebuilt(errno_value: int, message: str, operation: str | None, remedy: str |
     error = _CLASSES.get(errno_value, DmaBufError)(errno_value, message)
     error.operation, error.remedy = operation, remedy
     return error
+
+
+@contextlib.contextmanager
+def needing_descriptors(operation: str, obj: object) -> Iterator[None]:
+    """In the block a system call may find no descriptor free; what it says then, EMFILE or ENFILE, is told as by :func:`fail`."""
+    try:
+        yield
+    except DmaBufError:
+        raise
+    except OSError as e:
+        if e.errno not in (_errno.EMFILE, _errno.ENFILE):
+            raise
+        raise fail(e.errno, operation, obj, "raise RLIMIT_NOFILE or close descriptors") from None
 
 
 class ContractError(RuntimeError):

@@ -350,6 +350,25 @@ def test_with_the_reservation_locked_it_is_edeadlk(buf: DmaBuf) -> None:
         buf.write().__enter__()
 
 
+@pytest.mark.parametrize("mode", ["read", "write"])
+def test_a_handle_that_is_closed_while_its_access_waits_is_ebadf(buf: DmaBuf, tl: Timeline, mode: str) -> None:
+    fence = tl.fence()
+    attach(buf.resv, fence, Usage.WRITE)
+    handle = buf.get_dma_buf()
+
+    def enter() -> None:
+        with raises_errno(errno.EBADF, dmabuf.DmaBufError), getattr(handle, mode)():
+            pass
+
+    with Background(enter):
+        until(lambda: len(keys(buf.resv)) == 2)
+        handle.close()
+        fence.signal()
+    assert buf.resv.test_signaled(Usage.BOOKKEEP)
+    with buf.read(), buf.read():
+        pass
+
+
 @pytest.mark.parametrize("call", ["close", "detach"])
 @MODES
 def test_closing_inside_an_access_is_ebusy(buf: DmaBuf, call: str, mode: str) -> None:

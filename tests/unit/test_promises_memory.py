@@ -7,7 +7,7 @@ import errno
 import gc
 import os
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -80,19 +80,50 @@ def test_too_few_descriptors_is_emfile_or_works_and_loses_nothing(buf: dmabuf.Dm
     dmabuf.allocate(4096).close()
 
 
-@pytest.mark.parametrize("call", ["dup", "get", "get_dma_buf", "poll_fd"])
+CALLS: dict[str, Callable[[dmabuf.DmaBuf], object]] = {
+    "dup": lambda buf: buf.dup(),
+    "get": lambda buf: dmabuf.get(buf.fileno()),
+    "get_dma_buf": lambda buf: buf.get_dma_buf(),
+    "poll_fd": lambda buf: buf.poll_fd(1),
+    "open by number": lambda buf: dmabuf.open(buf.ino),
+    "open by name": lambda buf: dmabuf.open("before"),
+    "buffers": lambda buf: dmabuf.buffers(),
+    "bufinfo": lambda buf: dmabuf.bufinfo(),
+    "fdinfo": lambda buf: buf.fdinfo(),
+    "a private domain": lambda buf: dmabuf.Domain.private(),
+    "a sync file": lambda buf: buf.export_sync_file().fileno(),
+    "SwSync": lambda buf: dmabuf.SwSync(),
+    "TimelineSemaphore": lambda buf: dmabuf.TimelineSemaphore(),
+    "SpillHeap": lambda buf: dmabuf.SpillHeap(budget=4096),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
 def test_a_call_without_a_descriptor_is_emfile_and_loses_nothing(buf: dmabuf.DmaBuf, call: str) -> None:
     timeline = dmabuf.Timeline("pending")
     fence = timeline.fence()
     attach(buf.resv, fence, Usage.WRITE)
     before = descriptors(), mappings(), records()
-    with no_more_descriptors(), pytest.raises(OSError) as caught:
-        {"dup": buf.dup, "get": lambda: dmabuf.get(buf.fileno()), "get_dma_buf": buf.get_dma_buf, "poll_fd": lambda: buf.poll_fd(1)}[call]()
+    with no_more_descriptors(), pytest.raises(DmaBufError) as caught:
+        CALLS[call](buf)
     assert caught.value.errno == errno.EMFILE
+    assert "RLIMIT_NOFILE" in str(caught.value)
     assert (descriptors(), mappings(), records()) == before
     assert [f.handle for f in buf.resv.fences(Usage.BOOKKEEP)] == [fence.handle]
     fence.signal()
     timeline.close()
+
+
+@pytest.mark.parametrize("room", [0, 1, 2, 3])
+def test_with_too_few_descriptors_no_buffer_is_taken_for_gone(buf: dmabuf.DmaBuf, room: int) -> None:
+    with no_more_descriptors(room):
+        try:
+            seen = [(record.ino, len(record.holders)) for record in dmabuf.buffers()]
+        except DmaBufError as e:
+            if e.errno != errno.EMFILE:
+                raise
+            seen = [(buf.ino, 1)]
+    assert (buf.ino, 1) in seen
 
 
 def test_an_access_needs_no_descriptor(buf: dmabuf.DmaBuf) -> None:

@@ -30,6 +30,7 @@ from dmabuf.core.fence_ops import ask
 from dmabuf.core.owner import Owner, acting, current, publish
 from dmabuf.core.usage import Direction, Usage
 from dmabuf.core.ww_mutex import lock_all
+from dmabuf.domain import place
 from dmabuf.domain.dispatcher import dispatcher, report
 from dmabuf.domain.domain import TICK_NS, Domain
 from dmabuf.errors import contract_warning, fail
@@ -47,9 +48,7 @@ def access_timeline(domain: Domain) -> int:
     domain.join()
     found: int | None = domain.local.get("access timeline")
     if found is None:
-        with open("/proc/self/comm", "rb") as f:
-            comm = f.read().strip()
-        index, _ = domain.timeline_open(b"dmabuf", comm[:15] + b"-%d" % os.getpid())
+        index, _ = domain.timeline_open(b"dmabuf", place.comm() + b"-%d" % os.getpid())
         found = domain.local["access timeline"] = index + 1
     return found
 

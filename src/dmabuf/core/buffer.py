@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 from dmabuf import _native
-from dmabuf.core import backing, cpu_access, residence
+from dmabuf.core import backing, cpu_access, fdinfo, implicit, residence
 from dmabuf.core import poll as polling
 from dmabuf.core.access import Access
 from dmabuf.core.backing import LIVE, backing_of
@@ -305,6 +305,7 @@ class DmaBuf(Closing):
         """The mapping that this handle's accesses look through; it stays, because fresh pages cost more than a copy."""
         mapping = self._mapping
         if mapping is None or (write and not mapping.writable):
+            self._check("write" if write else "read")
             live = self._record.live
             if live is not None and not live.in_file:  # asked for anew each time: the exporter's memory may have moved
                 operation = "write" if write else "read"
@@ -561,8 +562,6 @@ class DmaBuf(Closing):
 
         ``flags``: READ 1, WRITE 2 or both, in place of ``write``. Errors: EBADF; EINVAL other flags.
         """
-        from dmabuf.core import implicit
-
         self._usable("export_sync_file")
         return implicit.export_sync_file(self, implicit.writes(self, "export_sync_file", write, flags))
 
@@ -572,8 +571,6 @@ class DmaBuf(Closing):
         ``sync_file``: a SyncFile, or a descriptor of one; ``flags`` as in :meth:`export_sync_file`. Errors: EBADF this buffer is closed;
         EINVAL no sync file, or other flags; EXDEV of another domain; ENOMEM, ENOSPC; ``ContractWarning`` and EDEADLK with the lock held.
         """
-        from dmabuf.core import implicit
-
         self._not_locked("import_sync_file")
         self._usable("import_sync_file")
         implicit.import_sync_file(self, sync_file, implicit.writes(self, "import_sync_file", write, flags))
@@ -585,8 +582,6 @@ class DmaBuf(Closing):
 
         A name may be any bytes; they are decoded with ``os.fsdecode``. Errors: EBADF.
         """
-        from dmabuf.core import fdinfo
-
         fd = self._check("fdinfo")
         kernel = self._kernel()
         return fdinfo.text(self, fd) if kernel is None else kernel.fdinfo(self)

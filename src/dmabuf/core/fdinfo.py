@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from dmabuf.core.backing import Exported
 from dmabuf.domain.holders import holders
+from dmabuf.errors import needing_descriptors
 
 if TYPE_CHECKING:
     from dmabuf.core.buffer import DmaBuf
@@ -20,7 +21,8 @@ _O_LARGEFILE = 0o400000 if os.uname().machine == "aarch64" else 0o100000
 def text(buf: DmaBuf, fd: int) -> str:
     """The lines. ``count``: what this user may see of descriptors and mappings."""
     flags = fcntl.fcntl(fd, fcntl.F_GETFL) & ~_O_LARGEFILE | (os.O_CLOEXEC if fcntl.fcntl(fd, fcntl.F_GETFD) & fcntl.FD_CLOEXEC else 0)
-    own = Path(f"/proc/self/fdinfo/{fd}").read_text()
+    with needing_descriptors("fdinfo", buf):
+        own = Path(f"/proc/self/fdinfo/{fd}").read_text()
     mount = next((line.split()[1] for line in own.splitlines() if line.startswith("mnt_id")), "0")
     key = (buf._record.dev, buf._record.ino)
     count = sum(h.fds + h.maps for h in holders({key}).get(key, ()))

@@ -14,6 +14,7 @@ from dmabuf.core.buffer import MEMFD, DmaBuf, close_fd
 from dmabuf.core.identity import described, identify, take_lease
 from dmabuf.domain.domain import Domain
 from dmabuf.domain.records import adopt, confirmed
+from dmabuf.errors import needing_descriptors
 from dmabuf.uapi.call import OwnedFd
 
 
@@ -26,7 +27,9 @@ def get(fd: int, *, domain: Domain | None = None) -> DmaBuf:
     """
     domain = domain or Domain.default()
     identify(fd, domain)
-    return from_fd(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0), domain)
+    with needing_descriptors("get", f"fd {fd}"):
+        own = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0)
+    return from_fd(own, domain)
 
 
 def received(fd: int, domain: Domain, dev: int, ino: int, nonce: bytes, name: bytes | None) -> DmaBuf:

@@ -23,7 +23,7 @@ from dmabuf.core.fence import monotonic_deadline, wrap
 from dmabuf.core.usage import Usage
 from dmabuf.domain.dispatcher import dispatcher
 from dmabuf.domain.forks import fork_lock
-from dmabuf.errors import fail
+from dmabuf.errors import fail, needing_descriptors
 
 if TYPE_CHECKING:
     from dmabuf.core.buffer import DmaBuf
@@ -167,9 +167,11 @@ class PollFd:
 
     def open(self) -> int:
         """The caller's fd; ours is a duplicate, closed when it has rung or the buffer's handle is closed."""
-        fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        with needing_descriptors("poll_fd", self.buf):
+            fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         try:
-            self.own = os.dup(fd)
+            with needing_descriptors("poll_fd", self.buf):
+                self.own = os.dup(fd)
             self.next(0)
         except BaseException:
             os.close(fd)

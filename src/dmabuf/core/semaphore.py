@@ -34,7 +34,7 @@ from dmabuf.core.wait_any import wait_any
 from dmabuf.domain.cells import Cell
 from dmabuf.domain.dispatcher import report
 from dmabuf.domain.domain import Domain
-from dmabuf.errors import fail
+from dmabuf.errors import fail, needing_descriptors
 
 KIND: Final = "semaphore"
 MAX_POINT: Final = 0xFFFFFFFFFFFFFFFF
@@ -329,7 +329,9 @@ class TimelineSemaphore(Shared):
             raise fail(errno.EBADF, "eventfd", f"fd {fd}", "pass an open eventfd") from None
         if kind != _EVENTFD:
             raise fail(errno.EINVAL, "eventfd", f"fd {fd}", "pass what os.eventfd() gave", what="it is no eventfd")
-        notice = _Notice(self, os.dup(fd), point, available)
+        with needing_descriptors("eventfd", f"fd {fd}"):
+            own = os.dup(fd)
+        notice = _Notice(self, own, point, available)
         self._watching.add(notice)
         notice.next()
 

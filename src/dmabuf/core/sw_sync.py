@@ -28,6 +28,7 @@ from dmabuf import _native
 from dmabuf.core.fence import DmaFence, Timeline, _register, flagged, wrap
 from dmabuf.core.shared import Shared
 from dmabuf.core.sync_file import SyncFile
+from dmabuf.domain import place
 from dmabuf.domain.cells import Cell
 from dmabuf.domain.dispatcher import dispatcher
 from dmabuf.domain.domain import Domain
@@ -95,7 +96,7 @@ class SwSync(Shared):
 
     def __init__(self, name: str | bytes | None = None, *, domain: Domain | None = None) -> None:
         domain = domain or Domain.default()
-        raw = _comm() if name is None else os.fsencode(name)
+        raw = place.comm() if name is None else os.fsencode(name)
         if len(raw) > 15 or b"\0" in raw:
             raise fail(errno.EINVAL, "SwSync", f"name {name!r}", "at most 15 bytes, without a NUL")
         context = domain.join().add64(_native.OFF_CONTEXT, 1)
@@ -345,11 +346,6 @@ def sync_info() -> str:
     timelines = sorted((timeline for timeline in list(_LIVE) if not timeline.closed), key=lambda timeline: timeline.context)
     rule = "-" * 14 + "\n"
     return "objs:\n" + rule + "".join(timeline._info() for timeline in timelines) + "fences:\n" + rule
-
-
-def _comm() -> bytes:
-    with open("/proc/self/comm", "rb") as f:
-        return f.read().strip()[:15]
 
 
 def _close_all() -> None:

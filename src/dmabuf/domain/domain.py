@@ -23,7 +23,7 @@ from dmabuf import _native
 from dmabuf._native import Shm
 from dmabuf.domain import lives, place, sync_files
 from dmabuf.domain.forks import fork_lock
-from dmabuf.errors import fail
+from dmabuf.errors import fail, needing_descriptors
 
 TICK_NS: Final = 40_000_000
 _ALL: weakref.WeakSet[Domain] = weakref.WeakSet()
@@ -81,7 +81,7 @@ class Domain:
             for known in _ALL:
                 if known.path == where:
                     return known
-            with place.entered(where) as (fd, identity):
+            with needing_descriptors("open domain", where), place.entered(where) as (fd, identity):
                 shm = _shm_of(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3))
                 domain = cls(where, shm, identity.decode())
                 domain._join_here()
@@ -91,7 +91,8 @@ class Domain:
     def private(cls) -> Domain:
         """A domain without a name, gone with its last process."""
         identity = place.new_identity()
-        fd = os.memfd_create(f"dmabuf-domain:{identity.decode()}", os.MFD_CLOEXEC)
+        with needing_descriptors("make domain", "a private domain"):
+            fd = os.memfd_create(f"dmabuf-domain:{identity.decode()}", os.MFD_CLOEXEC)
         try:
             place.format_file(fd, identity)
         except BaseException:

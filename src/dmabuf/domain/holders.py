@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Collection
 from typing import NamedTuple
+
+from dmabuf.errors import needing_descriptors
 
 
 class Holder(NamedTuple):
@@ -17,29 +20,37 @@ class Holder(NamedTuple):
 
 
 def holders(wanted: Collection[tuple[int, int]]) -> dict[tuple[int, int], list[Holder]]:
-    """Holders by (st_dev, st_ino), for the inodes in ``wanted``; one walk over /proc, of the processes that we may look into."""
+    """Holders by (st_dev, st_ino), for the inodes in ``wanted``; one walk over /proc, of the processes that we may look into.
+
+    Errors: EMFILE.
+    """
     found: dict[tuple[int, int], list[Holder]] = {}
-    if not wanted:
-        return found
-    for entry in os.scandir("/proc"):
-        if not entry.name.isdigit():
-            continue
+    if wanted:
+        with needing_descriptors("look up", "holders of buffers in /proc"):
+            _walk(wanted, found)
+    return found
+
+
+def _walk(wanted: Collection[tuple[int, int]], found: dict[tuple[int, int], list[Holder]]) -> None:
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        process = f"/proc/{pid}"
         counts: dict[tuple[int, int], list[int]] = {}
         try:
-            for key in _fds(entry.path):
+            for key in _fds(process):
                 if key in wanted:
                     counts.setdefault(key, [0, 0])[0] += 1
-            for key in _maps(entry.path):
+            for key in _maps(process):
                 if key in wanted:
                     counts.setdefault(key, [0, 0])[1] += 1
             if counts:
-                with open(f"{entry.path}/comm", "rb") as f:
+                with open(f"{process}/comm", "rb") as f:
                     comm = os.fsdecode(f.read().strip())
                 for key, (fds, maps) in counts.items():
-                    found.setdefault(key, []).append(Holder(int(entry.name), comm, fds, maps))
-        except OSError:
-            continue  # not ours to look into, or gone meanwhile
-    return found
+                    found.setdefault(key, []).append(Holder(int(pid), comm, fds, maps))
+        except OSError as e:
+            if e.errno in (errno.EMFILE, errno.ENFILE):  # a buffer whose holders were not seen would be taken for one that is gone
+                raise
+            # else not ours to look into, or gone meanwhile
 
 
 def _fds(process: str) -> list[tuple[int, int]]:

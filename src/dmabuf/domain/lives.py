@@ -19,7 +19,7 @@ from collections.abc import Callable
 
 from dmabuf import _native
 from dmabuf._native import Shm
-from dmabuf.domain.place import LIFE_BYTE, ofd_lock, ofd_locked, reopen
+from dmabuf.domain.place import LIFE_BYTE, comm, ofd_lock, ofd_locked, reopen
 from dmabuf.errors import fail
 
 # A fork between "a description is open" and "it is closed" would give the child a share in the lock: forks wait for these moments.
@@ -96,10 +96,9 @@ class Life:
         shm.store32(at + _native.LIFE_UID, os.geteuid())
         shm.store64(at + _native.LIFE_START, start_time(os.getpid()))
         shm.store64(at + _native.LIFE_JOINED, time.time_ns())
-        with open("/proc/self/comm", "rb") as f:
-            comm = f.read().strip()[:15].ljust(16, b"\0")
+        name = comm().ljust(16, b"\0")
         for i in (0, 8):
-            shm.store64(at + _native.LIFE_COMM + i, int.from_bytes(comm[i : i + 8], "little"))
+            shm.store64(at + _native.LIFE_COMM + i, int.from_bytes(name[i : i + 8], "little"))
         for word in (_native.LIFE_CHUNK, _native.LIFE_BELL, _native.LIFE_SERVED):
             shm.store32(at + word, 0)
         shm.store32(at + _native.LIFE_STATE, _native.LIFE_ALIVE)

@@ -28,7 +28,7 @@ from pathlib import Path
 
 from dmabuf import _native
 from dmabuf.domain import sync_files
-from dmabuf.errors import fail
+from dmabuf.errors import DmaBufError, fail, needing_descriptors
 
 FILE = f"domain-{_native.VERSION}"
 SOCKET = "live-"  # and the life's id, 8 hexadecimal digits: where that process answers requests
@@ -53,6 +53,12 @@ def ofd_locked(fd: int, start: int, length: int = 1, *, kind: int = fcntl.F_WRLC
     """Does another open file description hold a lock on the bytes? ``kind``: F_RDLCK asks for write locks alone."""
     answer = fcntl.fcntl(fd, OFD_GETLK, struct.pack(_FLOCK, kind, os.SEEK_SET, start, length, 0))
     return bool(struct.unpack(_FLOCK, answer)[0] != fcntl.F_UNLCK)
+
+
+def comm() -> bytes:
+    """What this process is called, as the kernel has it: at most 15 bytes (proc_pid_comm(5))."""
+    with needing_descriptors("read", "/proc/self/comm"), open("/proc/self/comm", "rb") as f:
+        return f.read().strip()[:15]
 
 
 def reopen(fd: int) -> int:
@@ -115,7 +121,10 @@ def open_directory(path: Path, *, make: bool = True) -> int:
     except OSError as e:
         raise fail(e.errno or errno.EIO, "open domain", path, "name another directory in DMABUF_DOMAIN") from None
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        with needing_descriptors("open domain", path):
+            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except DmaBufError:
+        raise
     except OSError as e:
         raise fail(e.errno or errno.EIO, "open domain", path, "a domain is a directory of its own, not a link or a file") from None
     st = os.fstat(fd)

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Final
 
 from dmabuf import _native
-from dmabuf.errors import fail
+from dmabuf.errors import DmaBufError, fail, needing_descriptors
 
 SLICE: Final = 8 << 20  #: bytes of one read or write: between two of them signals are served
 RESERVE: Final = 64 << 20  #: bytes of one fallocate, which a signal makes start over
@@ -61,7 +61,10 @@ class SpillFile:
         self._end = 0
         self._fd = -1
         try:
-            self._fd = _unnamed(self.directory)
+            with needing_descriptors("spill", self.directory):
+                self._fd = _unnamed(self.directory)
+        except DmaBufError:
+            raise
         except OSError as e:
             raise fail(
                 e.errno or errno.EIO, "spill", self.directory, "name a directory on a disk that can be written to (DMABUF_SPILL_DIRECTORY)"
@@ -171,7 +174,9 @@ def in_memory(directory: str, mountinfo: str = "/proc/self/mountinfo") -> bool:
     """Is the directory's file system one that lives in memory (proc_pid_mountinfo(5))?"""
     device = os.stat(directory).st_dev
     wanted = f"{os.major(device)}:{os.minor(device)}".encode()
-    for line in Path(mountinfo).read_bytes().splitlines():
+    with needing_descriptors("spill", directory):
+        mounts = Path(mountinfo).read_bytes().splitlines()
+    for line in mounts:
         before, _, after = line.partition(b" - ")
         if before.split()[2:3] == [wanted]:
             return after.split()[:1] != [] and after.split()[0] in _IN_MEMORY

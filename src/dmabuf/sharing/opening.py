@@ -20,7 +20,7 @@ from dmabuf.core.handles import from_fd
 from dmabuf.core.identity import identify, is_kernel_home, memfd_name
 from dmabuf.domain import lives, records
 from dmabuf.domain.domain import Domain
-from dmabuf.errors import DmaBufError, fail
+from dmabuf.errors import DmaBufError, fail, needing_descriptors
 from dmabuf.sharing import handover
 from dmabuf.uapi.call import OwnedFd
 
@@ -49,17 +49,21 @@ def open(name_or_ino: str | bytes | int, *, domain: Domain | None = None) -> Dma
     if isinstance(name_or_ino, bool) or not isinstance(name_or_ino, str | bytes | int):
         raise TypeError(f"open: a name (str or bytes) or an inode number, not {type(name_or_ino).__name__}")
     domain = domain or Domain.default()
+    wanted: int | bytes
     if isinstance(name_or_ino, int):
+        wanted = name_or_ino
         asked = f"inode {name_or_ino}"
         if not 0 < name_or_ino < 1 << 64:
             raise fail(errno.EINVAL, "open", asked, "an inode number is positive: buf.ino, or the first column of `dmabuf ls`")
-        domain.join()
-        candidates = _by_ino(domain, name_or_ino)
     else:
         asked = f"name {os.fsdecode(name_or_ino)!r}"
-        raw = checked_name(name_or_ino, asked)
-        domain.join()
-        candidates = _by_name(domain, raw)
+        wanted = checked_name(name_or_ino, asked)
+    domain.join()
+    with needing_descriptors("open", asked):
+        return _open(domain, asked, _by_ino(domain, wanted) if isinstance(wanted, int) else _by_name(domain, wanted))
+
+
+def _open(domain: Domain, asked: str, candidates: list[_Found]) -> DmaBuf:
     if len(candidates) > 1:
         there = _present(domain)
         candidates = [found for found in candidates if found.record in there]
@@ -165,7 +169,9 @@ def _from_process(domain: Domain, wanted: _Found, pid: int, denied: list[int]) -
     except PermissionError:
         denied.append(pid)
         return None
-    except OSError:
+    except OSError as e:
+        if e.errno in (errno.EMFILE, errno.ENFILE):
+            raise
         return None  # ended meanwhile
     for name in names:
         path = f"/proc/{pid}/fd/{name}"
@@ -175,7 +181,7 @@ def _from_process(domain: Domain, wanted: _Found, pid: int, denied: list[int]) -
             fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         except OSError as e:
             if e.errno in (errno.EMFILE, errno.ENFILE):
-                raise fail(e.errno, "open", f"pid {pid}", "raise RLIMIT_NOFILE or close descriptors") from None
+                raise
             continue  # closed meanwhile
         try:
             same = identify(fd, domain, "open").nonce == wanted.nonce
@@ -202,7 +208,7 @@ def _duplicated(domain: Domain, wanted: _Found, pid: int, denied: list[int]) -> 
                         return from_fd(fd, domain)
                 except OSError as e:
                     if e.errno in (errno.EMFILE, errno.ENFILE):
-                        raise fail(e.errno, "open", f"pid {pid}", "raise RLIMIT_NOFILE or close descriptors") from None
+                        raise
                     if e.errno in (errno.EPERM, errno.ENOSYS):
                         denied.append(pid)
                         return None
