@@ -1,7 +1,18 @@
 /* module.c - dmabuf._native: the only place with raw memory. */
 #include "native.h"
 
-static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "dmabuf._native", "Mapping, atomics, futex and the shared lock of a domain.", -1, NULL, NULL, NULL, NULL, NULL};
+/* Python code can't call sys.unraisablehook: the default hook takes nothing but a structure that only the interpreter makes. */
+static PyObject *unraisable(PyObject *self, PyObject *args) {
+  PyObject *error, *where;
+  (void)self;
+  if (!PyArg_ParseTuple(args, "OO", &error, &where)) return NULL;
+  if (!PyExceptionInstance_Check(error)) return PyErr_Format(PyExc_TypeError, "unraisable: an exception is expected");
+  PyErr_SetObject((PyObject *)Py_TYPE(error), error);
+  PyErr_WriteUnraisable(where);
+  Py_RETURN_NONE;
+}
+static PyMethodDef methods[] = {{"unraisable", unraisable, METH_VARARGS, "Tell sys.unraisablehook of an exception, and where it was raised."}, {0}};
+static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "dmabuf._native", "Mapping, atomics, futex and the shared lock of a domain.", -1, methods, NULL, NULL, NULL, NULL};
 static int constants(PyObject *m) {
   static const struct { const char *name; long long value; } table[] = {
       {"VERSION", DB_VERSION}, {"HEADER_BYTES", DB_HEADER_BYTES}, {"CHUNK_BYTES", DB_CHUNK}, {"MAX_CHUNKS", DB_MAX_CHUNKS},

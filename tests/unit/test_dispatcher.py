@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 
@@ -240,3 +241,30 @@ def test_what_can_not_be_rung_yet_keeps_nobody_else_waiting() -> None:
     domain.later(first)
     domain.later(second)
     one.wait()
+
+
+def broken(_: object) -> None:
+    raise KeyError("in the hook")
+
+
+@pytest.mark.parametrize("hook", [sys.__unraisablehook__, broken], ids=["the interpreter's own", "one that raises"])
+def test_a_callback_that_raises_in_the_dispatchers_thread_is_told_and_the_thread_goes_on(
+    hook: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "unraisablehook", hook)
+    with private() as here:
+        for _ in range(2):
+            seen = threading.Event()
+            handle = fence(here)
+            here.watch(handle, lambda _: 1 // 0, foreign=True)
+            here.watch(handle, lambda _, seen=seen: seen.set(), foreign=True)
+            ended_without_a_ring(here, handle)
+            seen.wait()
+    said = capsys.readouterr().err
+    assert said.count("KeyError: " if hook is broken else "ZeroDivisionError: ") == 2
+
+
+def test_only_an_exception_is_told() -> None:
+    wrong: Any = "no exception"
+    with pytest.raises(TypeError):
+        _native.unraisable(wrong, None)

@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import atexit
 import itertools
-import sys
 import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 from dmabuf import _native
 from dmabuf.domain import lives
@@ -220,11 +218,8 @@ def _work_off() -> None:
 
 
 def report(error: BaseException, where: Any) -> None:
-    """An exception that nobody is there to catch, for sys.unraisablehook."""
-    told = SimpleNamespace(
-        exc_type=type(error), exc_value=error, exc_traceback=error.__traceback__, err_msg="dmabuf: in a callback", object=where
-    )
-    sys.unraisablehook(cast("sys.UnraisableHookArgs", told))
+    """An exception that nobody is there to catch, for sys.unraisablehook. Raises nothing, whatever the hook does."""
+    _native.unraisable(error, where)
 
 
 def _stop(ref: weakref.ref[Dispatcher]) -> None:
