@@ -465,6 +465,7 @@ WRONG_TYPES = {
     "an offset": lambda q, b: q.fill(q.owner.attach(b).range(1.5)),
     "a buffer to attach": lambda q, b: q.owner.attach(b.fileno()),
     "a device": lambda q, b: sim.Engine(7),
+    "a fence without a list": lambda q, b: q.fill(b, wait=dmabuf.stub_fence()),
     "an option": lambda q, b: q.fill(b, implict=False),
 }
 

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 
 
 def checked_wait(wait: Iterable[DmaFence]) -> list[DmaFence]:
-    """The explicit dependencies. Errors: TypeError something that is no fence."""
+    """The explicit dependencies. Errors: TypeError one fence, or something that is none."""
+    if isinstance(wait, DmaFence):
+        raise TypeError("submit: wait= takes a list of DmaFences, as wait=[fence], not one")
     found = list(wait)
     for fence in found:
         if not isinstance(fence, DmaFence):
