@@ -89,7 +89,9 @@ typedef struct { /* 64 bytes: who holds or wants reservation locks and accesses 
   a64 waits_on; /* handle of the fence being waited for, 0: none */
   a64 wait_stamp;
   a32 tid, real; /* real: a WwAcquireContext, not a lock without one */
-  a64 spare[3];
+  a64 heir;      /* ctx word of who lent it a lock and gets that back, whatever becomes of it; 0: none */
+  a32 heir_rec, spare32;
+  a64 spare;
 } db_ctx;
 
 #define FENCE_PAST 5u
@@ -284,6 +286,14 @@ int fence_register(PyObject *module);
 
 /* resv.c */
 extern PyMethodDef resv_methods[];
+db_resv *resv_of(Shm *s, uint32_t rec);
+db_ctx *ctx_alive(Shm *s, uint64_t word);
+int resv_give(db_resv *r, uint64_t me);
+int resv_hand(Shm *s, db_resv *r, uint64_t from, uint64_t to);
+
+/* lend.c */
+extern PyMethodDef lend_methods[];
+void resv_bequeath(Shm *s, db_ctx *c, uint64_t word);
 
 /* step.c */
 #define DB_STEPS(X) \
@@ -291,10 +301,10 @@ extern PyMethodDef resv_methods[];
   X(rec_dying) X(rec_unlinked) X(rec_cleared) X(rec_freed) \
   X(chunk_allocated) X(chunk_typed) X(chunk_published) X(chunk_owned) \
   X(fence_filled) X(fence_published) X(fence_error) X(fence_stamped) X(fence_signaled) X(fence_woken) X(fence_rung) \
-  X(resv_locked) X(resv_next) X(resv_waiting) X(resv_stolen) X(resv_passed) X(resv_unlocked) X(resv_added) X(resv_copied) X(resv_cut) \
+  X(resv_locked) X(resv_next) X(resv_waiting) X(resv_stolen) X(resv_passed) X(resv_heir) X(resv_borrowed) X(resv_returned) X(resv_unlocked) X(resv_added) X(resv_copied) X(resv_cut) \
   X(block_taken) X(block_linked) \
   X(access_fence) X(access_added) X(access_granted) X(access_torn) X(access_whole) X(access_ended) \
-  X(name_written) X(name_switched) X(reap_torn) X(reap_fence) X(reap_ctx) X(reap_chunk) X(table_stolen) X(table_rebuilt)
+  X(name_written) X(name_switched) X(reap_torn) X(reap_fence) X(reap_heir) X(reap_ctx) X(reap_chunk) X(table_stolen) X(table_rebuilt)
 enum {
 #define X(n) STEP_##n,
   DB_STEPS(X)

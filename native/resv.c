@@ -10,12 +10,12 @@
  * the lock can never miss a pending fence. */
 #include "native.h"
 
-static db_resv *resv_of(Shm *s, uint32_t rec) {
+db_resv *resv_of(Shm *s, uint32_t rec) {
   db_rec *r = rec_at(s, rec);
   if (!r) { shm_corrupt(s, "a record outside of the file"); return NULL; }
   return &r->r;
 }
-static db_ctx *ctx_alive(Shm *s, uint64_t word) {
+db_ctx *ctx_alive(Shm *s, uint64_t word) {
   db_ctx *c = ctx_at(s, CTX_INDEX(word));
   return c && atomic_load(&c->gen) == CTX_GEN(word) && atomic_load(&c->life) ? c : NULL;
 }
@@ -92,12 +92,24 @@ static int take(Shm *s, db_resv *r, uint64_t me, int acquired, int interruptible
   }
   return result;
 }
-static int give(db_resv *r, uint64_t me) { /* 1: it was ours */
+int resv_give(db_resv *r, uint64_t me) { /* 1: it was ours */
   uint64_t w = atomic_load(&r->lock);
   if ((w & ~CTX_WAITERS) != me) return 0;
   w = atomic_exchange(&r->lock, 0);
   STEP(resv_unlocked); /* free; who sleeps finds out at the next tick if we die now */
   if ((w & CTX_WAITERS) || atomic_load(&r->next)) word_wake(lock_futex(r), INT32_MAX);
+  return 1;
+}
+/* One compare-and-swap hands a held lock from one context to another, so at every instant it has a living owner, or one whose death frees
+ * it. Who sleeps looks again: the new owner may be older or younger than the last. */
+int resv_hand(Shm *s, db_resv *r, uint64_t from, uint64_t to) { /* 1: `from` held it, and now `to` does */
+  if (!from || !ctx_alive(s, to)) return 0;
+  uint64_t w = atomic_load(&r->lock);
+  do {
+    if ((w & ~CTX_WAITERS) != (from & ~CTX_WAITERS)) return 0;
+  } while (!atomic_compare_exchange_strong(&r->lock, &w, to | (w & CTX_WAITERS)));
+  STEP(resv_passed);
+  if (w & CTX_WAITERS) word_wake(lock_futex(r), INT32_MAX);
   return 1;
 }
 static PyObject *resv_lock(Shm *s, PyObject *args) {
@@ -118,24 +130,7 @@ static PyObject *resv_unlock(Shm *s, PyObject *args) { /* (rec, ctx) -> it was o
   if (!PyArg_ParseTuple(args, "IK", &rec, &me)) return NULL;
   db_resv *r = resv_of(s, rec);
   if (!r) return NULL;
-  return PyBool_FromLong(my_life(s) && give(r, me));
-}
-/* One compare-and-swap hands a held lock from one context to another, so at every instant it has a living owner, or one whose death frees
- * it. Who sleeps looks again: the new owner may be older or younger than the last. */
-static PyObject *resv_pass(Shm *s, PyObject *args) { /* (rec, holder, ctx) -> holder held it, and now ctx does */
-  unsigned rec;
-  unsigned long long from, to;
-  if (!PyArg_ParseTuple(args, "IKK", &rec, &from, &to)) return NULL;
-  db_resv *r = resv_of(s, rec);
-  if (!r) return NULL;
-  if (!from || !ctx_alive(s, to) || !my_life(s)) Py_RETURN_FALSE;
-  uint64_t w = atomic_load(&r->lock);
-  do {
-    if ((w & ~CTX_WAITERS) != (from & ~CTX_WAITERS)) Py_RETURN_FALSE;
-  } while (!atomic_compare_exchange_strong(&r->lock, &w, to | (w & CTX_WAITERS)));
-  STEP(resv_passed);
-  if (w & CTX_WAITERS) word_wake(lock_futex(r), INT32_MAX);
-  Py_RETURN_TRUE;
+  return PyBool_FromLong(my_life(s) && resv_give(r, me));
 }
 static PyObject *resv_owner(Shm *s, PyObject *arg) { /* the living owner's ctx word, 0: unlocked */
   unsigned long rec = PyLong_AsUnsignedLong(arg);
@@ -428,7 +423,7 @@ static PyObject *access_begin(Shm *s, PyObject *const *a, Py_ssize_t n) {
   PyObject *pending;
   int error;
   uint64_t h = access_put(s, r, target, rec, me, write, timeline, &pending, &error);
-  if (!locked) give(r, me);
+  if (!locked) resv_give(r, me);
   if (!h) return PyErr_Occurred() ? NULL : PyLong_FromLong(-error);
   PyObject *handle = PyLong_FromUnsignedLongLong(h);
   if (!handle || PyObject_SetAttr(a[7], name, handle)) {
@@ -495,7 +490,6 @@ static PyObject *resv_replace(Shm *s, PyObject *args) { /* (rec, context, handle
 PyMethodDef resv_methods[] = {
 #define M(n, flags, doc) {#n, (PyCFunction)n, flags, doc}
     M(resv_lock, METH_VARARGS, "Lock (rec, ctx, acquired, interruptible, try, until) -> 0, 1 from a dead owner, or -errno."),
-    M(resv_pass, METH_VARARGS, "Hand the lock of (rec) from (holder) to (ctx) -> it was the holder's."),
     M(resv_unlock, METH_VARARGS, "Unlock (rec, ctx) -> it was ours."), M(resv_owner, METH_O, "The living owner's context word, or 0."),
     M(resv_entries, METH_VARARGS, "Entries (rec, usage, pending_only) -> [(handle, usage)]."),
     M(resv_pending, METH_VARARGS, "Pending handles (rec, usage, but)."), M(resv_busy, METH_VARARGS, "A pending handle (rec, usage), or 0."),

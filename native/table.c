@@ -608,6 +608,7 @@ static PyObject *reap_life_chunk(Shm *s, PyObject *args) { /* (chunk, type): con
   for (uint32_t i = type == CH_LIFE ? CTX_FIRST_IN_LIFE : 0; i < CTX_PER; i++) {
     db_ctx *x = (db_ctx *)p + i;
     if (!atomic_load(&x->life)) continue;
+    resv_bequeath(s, x, (uint64_t)atomic_load(&x->gen) << 32 | (c * CTX_PER + i)); /* before anybody may take it */
     atomic_fetch_add(&x->gen, 1); /* every lock it named can be taken from now on */
     atomic_store(&x->waits_on, 0);
     atomic_store(&x->life, 0);

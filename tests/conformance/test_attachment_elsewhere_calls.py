@@ -40,23 +40,46 @@ def calls(state: Any) -> list[Any]:
 
 
 @contextlib.contextmanager
-def poked(when: Callable[[], bool]) -> Iterator[None]:
-    """In the block this thread is sent a signal, whose handler raises, once that is true."""
+def poked(when: Callable[[], bool], then: Callable[[], object] = lambda: None, times: int = 1) -> Iterator[list[int]]:
+    """In the block this thread is sent a signal, whose handler raises, once that is true; `then` when all handlers ran."""
+    ran: list[int] = []
 
     def handler(*_: object) -> None:
-        raise Interrupt
+        ran.append(len(ran))
+        raise Interrupt(len(ran))
 
     def poke() -> None:
         until(when)
-        until_asleep(os.getpid(), me)
-        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+        for count in range(1, times + 1):
+            until_asleep(os.getpid(), me)
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+            until(lambda count=count: len(ran) == count)
+        then()
 
     before, me = signal.signal(signal.SIGUSR1, handler), threading.get_native_id()
     try:
         with Background(poke):
-            yield
+            yield ran
     finally:
         signal.signal(signal.SIGUSR1, before)
+
+
+@contextlib.contextmanager
+def exported(child: Spawn) -> Iterator[tuple[Callable[..., Any], do.Here]]:
+    """A buffer of another process: a way to ask that for f(its state, …), and the buffer here."""
+    other = child(do.exports, Dynamic, SIZE)
+    (buf,) = dmabuf.recv(other.sock)
+    here = do.Here(buf)
+
+    def ask(function: Any, *more: Any) -> Any:
+        other.send((function, *more))
+        return other.recv()
+
+    yield ask, here
+    here.state.__dict__.clear()
+    buf.close()
+    other.send(None)
+    other.result()
 
 
 UNDONE = {
@@ -69,57 +92,98 @@ UNDONE = {
 }
 
 
-@pytest.mark.parametrize("op", list(UNDONE))
+@pytest.mark.parametrize("op", ["begin", "mmap", "attach"])
 def test_a_call_that_a_signal_ends_is_undone_in_the_exporters_process(child: Spawn, op: str) -> None:
     before, (call, *arguments), want = UNDONE[op]
-    other = child(do.exports, Dynamic, SIZE)
-    (buf,) = dmabuf.recv(other.sock)
-    here = do.Here(buf)
-    for function, *more in before:
-        here.do(function, *more)
-
-    def ask(function: Any, *more: Any) -> Any:
-        other.send((function, *more))
-        return other.recv()
-
-    ask(blocks, op)
-    with pytest.raises(Interrupt), poked(lambda: ask(calls)[-1:] == [op]):
-        here.do(call, *arguments)
-    assert not buf.resv.held_here()
-    ask(goes_on)
-    until(lambda: sorted(ask(calls)) == sorted(want))
-    until(lambda: not buf.resv.is_locked())
-    if hasattr(here.state, "att") and here.state.att.attached:
-        here.do(do.detach)
-    here.do(do.begin, FROM)
-    here.do(do.end, FROM)
-    here.state.__dict__.clear()
-    buf.close()
-    other.send(None)
-    other.result()
+    with exported(child) as (ask, here):
+        buf = here.state.buf
+        for function, *more in before:
+            here.do(function, *more)
+        ask(blocks, op)
+        with pytest.raises(Interrupt), poked(lambda: ask(calls)[-1:] == [op]):
+            here.do(call, *arguments)
+        assert not buf.resv.held_here()
+        ask(goes_on)
+        until(lambda: sorted(ask(calls)) == sorted(want))
+        until(lambda: not buf.resv.is_locked())
+        here.do(do.begin, FROM)
+        here.do(do.end, FROM)
 
 
-def test_unlocking_after_a_call_that_a_signal_ended_does_nothing(child: Spawn) -> None:
+@pytest.mark.parametrize("times", [1, 3])
+@pytest.mark.parametrize("op", ["pin", "map", "vmap"])
+def test_a_locked_call_is_seen_through_and_undone_before_what_the_handler_raised_comes(child: Spawn, op: str, times: int) -> None:
+    before, (call, *arguments), want = UNDONE[op]
+    with exported(child) as (ask, here):
+        buf = here.state.buf
+        for function, *more in before:
+            here.do(function, *more)
+        ask(blocks, op)
+        with poked(lambda: ask(calls)[-1:] == [op], lambda: ask(goes_on), times) as ran, pytest.raises(Interrupt) as caught:
+            here.do(call, *arguments)
+        assert (len(ran), caught.value.args) == (times, (times,))  # the last one's; each handler ran while the op did
+        assert sorted(ask(calls)) == sorted(want)
+        assert not buf.resv.is_locked()
+        if before:
+            here.do(do.detach)
+
+
+@pytest.mark.parametrize("op", ["unpin", "unmap", "vunmap"])
+def test_what_gives_back_is_seen_through_too(child: Spawn, op: str) -> None:
+    made: dict[str, list[Any]] = {
+        "unpin": [(do.attach, True), (do.pin,)],
+        "unmap": [(do.attach, True), (do.mapped, TO)],
+        "vunmap": [(do.vmap,)],
+    }
+    back = {"unpin": do.unpin, "unmap": do.unmapped, "vunmap": do.vunmap}[op]
+    with exported(child) as (ask, here):
+        for function, *more in made[op]:
+            here.do(function, *more)
+        ask(blocks, op)
+        with poked(lambda: ask(calls)[-1:] == [op], lambda: ask(goes_on)), pytest.raises(Interrupt):
+            here.do(back)
+        assert ask(calls).count(op) == 1
+        assert not here.state.buf.resv.is_locked()
+        if op != "vunmap":
+            here.state.att.detach()
+
+
+def test_the_lock_is_held_again_when_what_the_handler_raised_comes(child: Spawn) -> None:
+    with exported(child) as (ask, here):
+        buf = here.state.buf
+        att = buf.attach(Device("npu0"), Mover())
+        ask(blocks, "pin")
+        with buf.resv.locked():
+            with poked(lambda: ask(calls)[-1:] == ["pin"], lambda: ask(goes_on)), pytest.raises(Interrupt):
+                att.pin()
+            assert buf.resv.held_here()
+            assert buf.resv.statistics().locked_by == os.getpid()
+            att.pin()
+            att.unpin()
+        assert not buf.resv.is_locked()
+        assert ask(calls) == ["attach", "pin", "unpin", "pin", "unpin"]
+        att.detach()
+
+
+def test_a_locked_call_that_is_poked_ends_with_the_exporters_death(child: Spawn) -> None:
     other = child(do.exports, Dynamic, SIZE)
     (buf,) = dmabuf.recv(other.sock)
     att = buf.attach(Device("npu0"), Mover())
     other.send((blocks, "pin"))
     other.recv()
-    buf.resv.lock()
-    with pytest.raises(Interrupt), poked(lambda: (other.send((calls,)), other.recv())[1][-1:] == ["pin"]):
-        att.pin()
-    assert buf.resv.is_locked()  # by the exporter's process, until its op has ended
-    with pytest.raises(dmabuf.ContractError):
-        att.pin()
-    buf.resv.unlock()
-    other.send((goes_on,))
-    other.recv()
+
+    def asked() -> bool:
+        other.send((calls,))
+        return bool(other.recv()[-1:] == ["pin"])
+
     with buf.resv.locked():
-        pass
+        with poked(asked, other.kill), pytest.raises(Interrupt):
+            att.pin()
+        assert buf.resv.held_here()
+        assert buf.resv.statistics().locked_by == os.getpid()
+    assert not buf.resv.is_locked()
     att.detach()
     buf.close()
-    other.send(None)
-    other.result()
 
 
 # -- calls in calls

@@ -1,7 +1,8 @@
 """kill -9 of the exporter or of the caller in every carried call, at every step of it, with the other side going on.
 
-Steps: `service_asked` the caller has asked; `resv_passed` the lock has gone from one process to the other; `service_locked` the exporter
-is about to act under it; `service_answered` the op is done, the answer not yet sent. And "the op": in the middle of the exporter's op.
+Steps: `service_asked` the caller has asked; `resv_heir` the exporter has named the heir of the lock; `resv_passed` the lock has gone
+from one owner to the next; `resv_borrowed`, `service_locked` the exporter is about to act under it; `resv_returned` it has given the lock
+back; `service_answered` the op is done, the answer not yet sent. And "the op": in the middle of the exporter's op.
 """
 
 import contextlib
@@ -45,12 +46,19 @@ CALLS: dict[str, tuple[list[Any], Any, str, bool]] = {
     "vmap": ([], (do.vmap,), "vmap", True),
     "vunmap": ([(do.vmap,)], (do.vunmap,), "vunmap", True),
 }
+LENDING = {"pin", "unmap"}  # in which each step of the lending is a case
 GIVES_BACK = {"detach", "unpin", "unmap", "vunmap"}
 
 POINTS = [
     (name, point)
     for name, (_, _, _, locked) in CALLS.items()
-    for point in ["asked", "the op", "answered", *(["passed", "locked", "taken back"] if locked else [])]
+    for point in [
+        "asked",
+        "the op",
+        "answered",
+        *(["lent", "passed", "locked", "taken back"] if locked else []),
+        *(["heir", "borrowed", "returned"] if name in LENDING else []),
+    ]
 ]
 BY_CALL = pytest.mark.parametrize(("name", "point"), POINTS, ids=[f"{name}-{point}" for name, point in POINTS])
 
@@ -78,7 +86,12 @@ def exporter_dies(state: SimpleNamespace, op: str, step: str) -> None:
     [
         (name, step)
         for name, (_, _, _, locked) in CALLS.items()
-        for step in ["the op", "service_answered", *(["resv_passed", "service_locked"] if locked else [])]
+        for step in [
+            "the op",
+            "service_answered",
+            *(["resv_passed", "service_locked"] if locked else []),
+            *(["resv_heir", "resv_borrowed", "resv_returned"] if name in LENDING else []),
+        ]
     ],
 )
 def test_the_exporter_dies_in_the_call_and_the_caller_goes_on(child: Spawn, name: str, step: str) -> None:
@@ -119,6 +132,98 @@ def test_the_exporter_dies_in_the_call_and_the_caller_goes_on(child: Spawn, name
     buf.close()
 
 
+# -- the caller has its lock back before a third process, whoever looks first
+
+
+def stands_at(state: SimpleNamespace, step: str) -> None:
+    """The exporter stands still at the step, or in its op, and says so."""
+    sock = state.sock
+    if step == "the op":
+        state.exporter.during["pin"] = lambda _: (sock.send(b"the op\n"), sock.recv(1))
+    else:
+        _native.step_arm("hold", step, sock.fileno())
+
+
+def exporting_step_by_step(parent: Parent) -> None:
+    state = SimpleNamespace(exporter=Dynamic(), sock=parent.sock)
+    buf = dmabuf.export(state.exporter, SIZE)
+    dmabuf.send(parent.sock, buf)
+    while (order := parent.recv()) is not None:
+        function, *arguments = order
+        function(state, *arguments)
+        parent.send("done")
+
+
+def pins(state: SimpleNamespace) -> tuple[int, bool, int, bool]:
+    """(errno of a pin, whether the lock is held afterwards, by whom, and whether it is still held after the block)."""
+    number = 0
+    with state.buf.resv.locked():
+        try:
+            state.att.pin()
+        except OSError as e:
+            number = e.errno or 0
+        held, by = state.buf.resv.held_here(), state.buf.resv.statistics().locked_by
+    return number, held, by, state.buf.resv.held_here()
+
+
+STANDS = ["resv_heir", "resv_passed", "resv_borrowed", "service_locked", "the op", "resv_returned", "service_answered"]
+
+
+@pytest.mark.parametrize(
+    ("step", "reaper"), [*((step, "") for step in STANDS), ("the op", "reap_outside"), ("the op", "reap_heir"), ("the op", "reap_ctx")]
+)
+def test_the_caller_has_its_lock_back_before_a_third_process_that_is_quicker(child: Spawn, step: str, reaper: str) -> None:
+    other = child(exporting_step_by_step)
+    (buf,) = dmabuf.recv(other.sock)
+    caller = Away(child(obeys), buf)
+    caller.do(do.attach, True)
+    other.send((stands_at, step))
+    assert other.recv() == "done"
+    caller.start(pins)
+    assert other.sock.recv(100) == step.encode() + b"\n"
+    caller.other.stop()  # slower than everybody else
+    peer = buf._record.live.peer
+    other.kill()
+    domain = dmabuf.Domain.default()
+    if reaper:  # who reaps is killed in the middle, unless a tick of this process is quicker
+
+        def reaps() -> None:
+            domain.join()
+            _native.step_arm("kill", reaper, 1)
+            domain.reap_dead()
+
+        assert reap(fork(reaps)) in (-signal.SIGKILL, 0)
+    while domain.shm.life_current(peer):
+        domain.reap_dead()
+    assert not buf.resv.trylock()
+    assert buf.resv.statistics().locked_by == caller.other.pid
+    caller.other.resume()
+    assert caller.finish() == (errno.ENODEV, True, caller.other.pid, False)
+    with buf.resv.locked():
+        pass
+    caller.do(do.detach)
+    buf.close()
+    caller.other.send(None)
+    caller.other.result()
+
+
+def test_with_both_dead_the_lock_is_free(child: Spawn) -> None:
+    other = child(exporting_step_by_step)
+    (buf,) = dmabuf.recv(other.sock)
+    caller = Away(child(obeys), buf)
+    caller.do(do.attach, True)
+    other.send((stands_at, "the op"))
+    assert other.recv() == "done"
+    caller.start(pins)
+    assert other.sock.recv(100) == b"the op\n"
+    other.kill()
+    caller.other.kill()
+    with buf.resv.locked():
+        assert buf.resv.held_here()
+    assert not buf.resv.is_locked()
+    buf.close()
+
+
 @pytest.fixture
 def dynamic() -> Iterator[Dynamic]:
     made = Dynamic()
@@ -151,15 +256,24 @@ def test_the_caller_dies_in_the_call_and_the_exporter_goes_on(child: Spawn, dyna
         away = Away(other, buf)
         for function, *more in before:
             away.do(function, *more)
-        steps = {"passed": "resv_passed", "locked": "service_locked", "answered": "service_answered"}
+        steps = {
+            "heir": "resv_heir",
+            "passed": "resv_passed",
+            "borrowed": "resv_borrowed",
+            "locked": "service_locked",
+            "returned": "resv_returned",
+            "answered": "service_answered",
+        }
         with KilledAt(steps[point], other.pid) if point in steps else contextlib.nullcontext():
             match point:
                 case "the op":
                     dynamic.during[op] = lambda _: other.kill()
                 case "asked":
                     away.do(caller_dies, "service_asked", 1)
+                case "lent":
+                    away.do(caller_dies, "resv_passed", 1)  # in the caller's process
                 case "taken back":
-                    away.do(caller_dies, "resv_passed", 1)  # in the caller's process: with the answer
+                    away.do(caller_dies, "resv_passed", 2)
             away.start(call, *arguments)
             with pytest.raises(EOFError):
                 away.finish()

@@ -254,8 +254,8 @@ class DmaResv:
         return self._assert_held("call")
 
     def lose(self, held: _Hold) -> None:
-        """The lock was given away for a carried call, and won't come back: it is no more this owner's, whose ``unlock`` does nothing."""
-        if self._held is held:
+        """The lock was lent for a carried call, and won't come back: it is no more this owner's, whose ``unlock`` does nothing."""
+        if self._held is held and not held.lent:
             self._held, self._lost = None, held
             held.owner.locks -= 1
             if held.ctx is not None:

@@ -1,7 +1,7 @@
 """Asking another process of the domain: a :class:`Line` to it, and calls over it (sharing/service.py answers).
 
-*The caller's wait* is ended by signals, as every wait is, and by the other process's death: ENODEV. A call that a signal handler's
-exception ended goes on in the other process, but what it made is undone there.
+*The caller's wait* is ended by the other process's death: ENODEV. Signal handlers run in it. What one raises ends the call: it goes on in
+the other process, but what it made is undone there. A call that is *kept*, one under a lock, is waited for even then, until it is undone.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import select
 import socket
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 from typing import Final
 
 from dmabuf import _native
 from dmabuf.domain.domain import TICK_NS, Domain
 from dmabuf.errors import DmaBufError, fail
+from dmabuf.sharing.lending import see_through
 from dmabuf.sharing.messages import (
     VERSION,
     Body,
@@ -36,20 +36,6 @@ from dmabuf.sharing.messages import (
 )
 
 IDLE_CONNECTIONS: Final = 4  # kept by a line for the calls to come
-
-
-@dataclass
-class Progress:
-    """How far a call came, for a caller whose call ends with an exception. ``body``: of the answer, once ``answered``.
-
-    ``then``: called with that body as soon as it is there, whatever comes after; perhaps twice.
-    """
-
-    sent: bool = False
-    answered: bool = False
-    gone: bool = False  # the other process ended, or hung up
-    body: Body = field(default_factory=dict)
-    then: Callable[[Body], object] = lambda body: None
 
 
 class Line:
@@ -104,14 +90,16 @@ class Line:
         *,
         operation: str = "",
         obj: object = "a request",
-        progress: Progress | None = None,
+        kept: bool = False,
     ) -> tuple[Body, list[int]]:
         """Ask, and wait for the answer: its body, and descriptors, which are the caller's from now on.
+
+        ``kept``: never left alone; what a signal handler raises comes when the other process is out of the call.
 
         Errors: those of the handler over there, as they were raised; ENODEV the other process is gone, has left the domain, or serves
         nothing; EPERM it is another user's; EMFILE, EBADMSG; what a signal handler raises, and then the call is undone there.
         """
-        operation, progress = operation or kind, progress or Progress()
+        operation = operation or kind
         try:
             sock = self._take()
         except (ConnectionError, FileNotFoundError, EOFError):
@@ -119,32 +107,44 @@ class Line:
             raise self.gone(operation, obj) from None
         done = False
         try:
-            progress.sent = True
             send(sock, {**body, "kind": kind}, fds)
             _native.step("service_asked")
             got = self._wait(sock)
             if got is None:
                 raise EOFError
             answer, came = got
-            if isinstance(answer.get("with"), dict):
-                progress.body = answer["with"]
-            progress.answered = True
-            progress.then(progress.body)
             done = True
         except (ConnectionError, EOFError):
-            progress.gone = True
             self._reap()
             raise self.gone(operation, obj) from None
+        except BaseException:
+            if kept:
+                see_through(lambda: self._undone(sock, body))
+            raise
         finally:
             if not done:
-                if progress.answered:
-                    progress.then(progress.body)
                 self._abandon(sock)
         self._give(sock)
         if "text" in answer:
             close_all(came)
             raise raised_of(answer)
-        return progress.body, came
+        made = answer.get("with")
+        return made if isinstance(made, dict) else {}, came
+
+    def _undone(self, sock: socket.socket, body: Body) -> None:
+        """Until the other process has ended the call and undone it, or is gone. Begun again, it asks again, which does nothing more."""
+        try:
+            send(sock, {"abandoned": True, "holder": body.get("holder", 0)})
+            while (got := self._wait(sock)) is not None:
+                close_all(got[1])
+                if "undone" in got[0]:
+                    return
+        except (ConnectionError, EOFError):
+            pass
+        except DmaBufError as e:
+            if e.errno != errno.EBADMSG:  # of a signal handler
+                raise
+        self._reap()
 
     def note(self, kind: str, body: Body) -> None:
         """Tell the other process something and wait for nothing: may come from the garbage collector. Lost when it is gone."""

@@ -5,11 +5,10 @@ an attachment, its checks, its unwinding and its counts, is the same code in eve
 descriptors and ranges and is mapped here, for the device that attached; DMA addresses that the exporter filled in by itself come as they
 are.
 
-*The lock.* An op that is called with the reservation lock held runs in the exporter's process with the lock held there: it goes to the
-thread that serves the call, and comes back with the answer (``Shm.resv_pass``, one compare-and-swap each). So whoever dies in the middle,
-memory is never touched without the lock. When the exporter dies, the lock is the caller's again, unless somebody who waited for it was
-quicker; when a signal handler's exception ends the call, the lock stays there until the op has ended. In both cases it is no longer held
-here, and leaving the block or ``unlock()`` does nothing.
+*The lock.* An op that is called with the reservation lock held runs in the exporter's process with the lock held there: it is lent to the
+thread that serves the call, and comes back (sharing/lending.py). So whoever dies in the middle, memory is never touched without the lock,
+and when the exporter dies, the lock is the caller's again, before anybody else can have it. A call under the lock is waited for whatever
+signal handlers raise: they run, and what they raised comes when the lock is back and what the call made is undone.
 
 A dead exporter is ENODEV for everything that needs it. What only gives back (``unmap``, ``unpin``, ``detach``, ``vunmap``) succeeds, and
 does what is to be done in this process. In a forked child the attachments and vmaps are the parent's (ENODEV); the buffer is used as by
@@ -35,12 +34,12 @@ from dmabuf.core.resv import resv_of
 from dmabuf.core.scatterlist import DmaEntry, SgEntry, SgTable
 from dmabuf.core.usage import Direction
 from dmabuf.domain import dispatcher
-from dmabuf.domain.domain import TICK_NS
 from dmabuf.domain.forks import fork_lock
 from dmabuf.domain.records import Record
 from dmabuf.errors import DmaBufError, fail
 from dmabuf.sharing import memory
-from dmabuf.sharing.line import Line, Progress, line_to
+from dmabuf.sharing.lending import Lent
+from dmabuf.sharing.line import Line, line_to
 from dmabuf.sharing.messages import Body, close_all, flag, number
 from dmabuf.sharing.service import Answer, Session, register, serve
 
@@ -91,52 +90,25 @@ class Elsewhere(Backing):
         return self.line
 
     def call(
-        self, kind: str, buf: DmaBuf | None = None, body: Body | None = None, *, operation: str = "", progress: Progress | None = None
+        self, kind: str, buf: DmaBuf | None = None, body: Body | None = None, *, operation: str = "", kept: bool = False
     ) -> tuple[Body, list[int]]:
         """Carry a call about this buffer."""
         named = {"dev": self.record.dev, "ino": self.record.ino, **(body or {})}
         fds: Iterable[int] = () if buf is None or buf._fd < 0 else (buf._fd,)
         try:
-            return self._line().call(kind, named, fds, operation=operation or kind, obj=buf or self.about, progress=progress)
+            return self._line().call(kind, named, fds, operation=operation or kind, obj=buf or self.about, kept=kept)
         finally:
             self.settle()
 
     def call_locked(self, kind: str, buf: DmaBuf, body: Body | None = None) -> tuple[Body, list[int]]:
         """Carry a call under the reservation lock, which the caller holds; see the module."""
-        resv = resv_of(self.record)
-        held, shm, index = resv.holding(), resv._record.shm, resv._record.index
-
-        def back(answer: Body) -> None:
-            if type(ctx := answer.get("ctx")) is int:
-                shm.resv_pass(index, ctx & ((1 << 64) - 1), held.word)
-
-        progress = Progress(then=back)
-        try:
-            return self.call(kind, buf, {**(body or {}), "holder": held.word}, progress=progress)
-        finally:
-            if progress.sent and not held.lent:
-                if not progress.answered and not progress.gone:
-                    shm.resv_unlock(index, held.word)  # given up before it was taken: there it is refused now
-                    resv.lose(held)
-                elif shm.resv_owner(index) != held.word and (progress.answered or not self._regained(resv._record, held.word)):
-                    resv.lose(held)
-
-    def _regained(self, record: Record, word: int) -> bool:
-        """The exporter's process ended, or hung up, with the lock: take it as soon as it is free, unless somebody else has it by then."""
-        shm, index = record.shm, record.index
-        while shm.resv_lock(index, word, 0, False, True, -1) < 0:
-            holder = shm.ctx_info(shm.resv_owner(index))
-            if holder is not None and holder[0] != self.peer:
-                return False
-            # Its sockets are closed already, its life's lock will be in a moment.
-            shm.wait(_native.OFF_ID, shm.load32(_native.OFF_ID), TICK_NS / 1e9)
-            record.domain.reap_dead()
-        return True
+        with Lent(resv_of(self.record), self.peer) as loan:
+            return self.call(kind, buf, {**(body or {}), "holder": loan}, kept=True)
 
     def give_back(self, kind: str, buf: DmaBuf, body: Body, *, locked: bool) -> None:
         """Carry what has no errors; nothing if nobody is there any more.
 
-        ``locked``: under the lock; or, if a call that was given up has lost it, without a wait, and the lock is taken there.
+        ``locked``: under the lock; or, if a call before has lost it, without a wait, and the lock is taken there.
         """
         if locked and not resv_of(self.record).held_here():
             if self.line is not None:

@@ -22,7 +22,7 @@ from dmabuf.domain import dispatcher, lives, place
 from dmabuf.domain.domain import Domain
 from dmabuf.errors import ContractError, ContractWarning, DmaBufError, fail, rebuilt
 
-VERSION: Final = 1
+VERSION: Final = 2
 INLINE: Final = 32 << 10  # bytes of JSON in the datagram itself; well below any SO_SNDBUF
 LONGEST: Final = 64 << 20  # bytes of JSON in a memfd
 MAX_FDS: Final = 8

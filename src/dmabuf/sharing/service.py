@@ -54,17 +54,15 @@ MAX_CONNECTIONS: Final = 2048
 
 @dataclass
 class Answer:
-    """What a handler gives back. ``fds``: sent along, closed afterwards. ``error``: to be raised in the caller, beside the body.
+    """What a handler gives back. ``fds``: sent along, closed afterwards.
 
-    ``undo``: called when the caller gave up in the meantime, so that it will never hear of what was made. ``lapse``: called when the
-    caller has gone or gone on, whatever else happens; both in the handler's thread.
+    ``undo``: called, in the handler's thread, when the caller gave up in the meantime, so that it will never hear of what was made; with
+    the message that says so.
     """
 
     body: Body = field(default_factory=dict)
     fds: list[int] = field(default_factory=list)
-    error: Exception | None = None
-    undo: Callable[[], object] | None = None
-    lapse: Callable[[], object] | None = None
+    undo: Callable[[Body], object] | None = None
 
 
 # A handler may take descriptors out of the list; the rest is closed. What it raises goes to the caller.
@@ -191,15 +189,14 @@ class Service:
                 body, fds = got
                 try:
                     if body.get("abandoned"):
-                        _undo(last)
-                        return
-                    _lapse(last)
-                    last = Answer()
-                    last = self._answer(conn, found, body, fds)
+                        _undo(last, body)
+                        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # who isn't under a lock doesn't wait for it
+                            send(conn, {"undone": True})
+                    else:
+                        last = self._answer(conn, found, body, fds)
                 finally:
                     close_all(fds)
         finally:
-            _lapse(last)  # first: the end of the session may need the lock
             found.finish()
 
     def _notes(self, session: Session, body: Body, fds: list[int]) -> None:
@@ -223,31 +220,29 @@ class Service:
             if handler is None:
                 raise fail(errno.ENOSYS, "request", f"kind {kind[:64]!r}", "update dmabuf in the process that is asked")
             answer = handler(session, body, fds)
+            told: Body = {"with": answer.body}
         except Exception as e:
-            answer = Answer(error=e)
+            answer, told = Answer(), told_of(e, kind)
         try:
             close_all(fds)  # before the caller goes on: it may count
-            told = {"with": answer.body} | (told_of(answer.error, kind) if answer.error is not None else {})
             _native.step("service_answered")
             with contextlib.suppress(
                 BrokenPipeError, ConnectionResetError
             ):  # what the caller said last tells whether it gave up or is gone
                 send(conn, told, answer.fds)
-        except BaseException:
-            _lapse(answer)
-            raise
         finally:
             close_all(answer.fds)
         return answer
 
 
-def _undo(answer: Answer) -> None:
-    """The caller gave up: it will never hear of what was made. The caller of this lapses it."""
-    if answer.undo is not None:
+def _undo(answer: Answer, told: Body) -> None:
+    """The caller gave up: it will never hear of what was made. Once."""
+    call, answer.undo = answer.undo, None
+    if call is not None:
         try:
-            answer.undo()
+            call(told)
         except Exception as e:
-            dispatcher.report(e, answer.undo)
+            dispatcher.report(e, call)
 
 
 def _stop(sock: socket.socket, connections: set[socket.socket]) -> None:
@@ -278,12 +273,6 @@ def _accept(sock: socket.socket, me: weakref.ref[Service]) -> None:
             return
         service.take(conn)
         del service
-
-
-def _lapse(answer: Answer) -> None:
-    call, answer.lapse, answer.undo = answer.lapse, None, None
-    if call is not None:
-        call()
 
 
 def serve(domain: Domain) -> Service:

@@ -33,13 +33,13 @@ from dmabuf.core.device import Device
 from dmabuf.core.exporter import Importer
 from dmabuf.core.handles import from_fd
 from dmabuf.core.iosys_map import IosysMap
-from dmabuf.core.owner import current
 from dmabuf.core.scatterlist import SgTable
 from dmabuf.core.usage import Direction
 from dmabuf.domain import dispatcher
 from dmabuf.domain.records import Record
 from dmabuf.errors import DmaBufError, fail
 from dmabuf.sharing import memory
+from dmabuf.sharing.lending import borrowed, regain
 from dmabuf.sharing.line import Line, line_to
 from dmabuf.sharing.messages import Body, flag, number, text
 from dmabuf.sharing.service import Answer, Handler, Session, register
@@ -122,12 +122,15 @@ class ImporterElsewhere(Importer):
     def move_notify(self, attachment: DmaBufAttachment) -> None:
         if self.line is None:
             self.line = line_to(self.session.domain, self.session.life, self)
-        holder = attachment._resv.holding().word
+        resv = attachment._resv
+        held, life = resv.holding(), self.session.domain.shm.life
         try:
-            self.line.call("moved", {**self.body, "holder": holder}, operation="move_notify")
+            self.line.call("moved", {**self.body, "holder": held.word}, operation="move_notify", kept=True)
         except DmaBufError as e:
             if e.errno != errno.ENODEV:  # dead, or about to be: its attachment goes with its session
                 raise
+        finally:  # what it asked of this process in it ends first
+            regain(resv, held, held.word, life)
 
     def _revoked(self, attachment: DmaBufAttachment) -> None:
         if self.line is not None:  # it was told of the move
@@ -239,7 +242,7 @@ def _begin(session: Session, body: Body, fds: list[int]) -> Answer:
     with stakes.using(body, fds) as stake:
         stake.live.begin(stake.buf, way)
         stake.brackets.append(way)
-    return Answer(undo=lambda: _end(session, body, []))
+    return Answer(undo=lambda _: _end(session, body, []))
 
 
 def _end(session: Session, body: Body, fds: list[int]) -> Answer:
@@ -264,7 +267,7 @@ def _mmap(session: Session, body: Body, fds: list[int]) -> Answer:
         n = next(stakes.numbers)
         stake.mappings[n] = mapping
     answer = Answer({"mapping": n, "offset": shown.offset, "length": shown.length, "writable": shown.writable}, [shown.fd])
-    answer.undo = lambda: _unmapped(session, {**body, "mapping": n}, [])
+    answer.undo = lambda _: _unmapped(session, {**body, "mapping": n}, [])
     return answer
 
 
@@ -275,50 +278,19 @@ def under_lock(
     act: Callable[[Stake], Answer],
     undo: Callable[[Stake, Answer], object] | None = None,
 ) -> Answer:
-    """Run ``act`` with the reservation lock, which goes from the caller to this thread and back with the answer (see sharing/live.py).
+    """Run ``act`` with the reservation lock, which the caller lends for it (sharing/lending.py), and ``undo`` likewise.
 
-    ``holder`` 0: nobody holds it for this, and it is taken here. Errors: EPERM the caller doesn't hold it.
+    ``holder``: its loan; 0: nobody holds the lock for this, and it is taken here. Errors: EPERM the caller doesn't hold it.
     """
-    stakes, holder = stakes_of(session), number(body, "holder")
-    with stakes.using(body, fds) as stake:
-        resv = stake.buf.resv
-        if not holder:
-            with resv.locked():
-                return act(stake)
-        (shm, index), me = resv._record.at(), current(session.domain).word
-        info = shm.ctx_info(holder)
-        ours = info is not None and info[0] == shm.life  # lent by a thread of this process, which waits for the caller
-        if not shm.resv_pass(index, holder, me):
-            raise fail(errno.EPERM, str(body.get("kind")), stake.buf, "hold its reservation lock", what="the caller doesn't hold the lock")
+    kind, loan = text(body, "kind"), number(body, "holder")
+    with stakes_of(session).using(body, fds) as stake:
+        with borrowed(stake.buf.resv, loan, kind, stake.buf) if loan else stake.buf.resv.locked():
+            answer = act(stake)
+    if undo is not None:
 
-        def back() -> None:
-            """The caller took it back, or it is gone: then nobody else would unlock it."""
-            if ours:
-                shm.resv_pass(index, me, holder)
-            else:
-                shm.resv_unlock(index, me)
-
-        _native.step("service_locked")
-        try:
-            with resv.lent(me):
-                answer = act(stake)
-        except Exception as e:
-            answer = Answer(error=e)
-        except BaseException:
-            back()
-            raise
-        answer.body["ctx"] = me
-        answer.lapse = back
-    if undo is not None and answer.error is None:
-
-        def undone() -> None:
-            with stakes.using(body, []) as stake:
-                if shm.resv_owner(index) == me:
-                    with resv.lent(me):
-                        undo(stake, answer)
-                else:
-                    with resv.locked():
-                        undo(stake, answer)
+        def undone(told: Body) -> None:
+            with stakes_of(session).using(body, []) as stake, borrowed(stake.buf.resv, number(told, "holder"), kind, stake.buf):
+                undo(stake, answer)
 
         answer.undo = undone
     return answer
@@ -341,7 +313,7 @@ def _attach(session: Session, body: Body, fds: list[int]) -> Answer:
             live.attachments.insert(0, attachment)
             attachment.attached = True
             stake.attachments[n] = attachment
-    return Answer({"attachment": n, "peer2peer": attachment.peer2peer}, undo=lambda: _detach(session, {**body, "attachment": n}, []))
+    return Answer({"attachment": n, "peer2peer": attachment.peer2peer}, undo=lambda _: _detach(session, {**body, "attachment": n}, []))
 
 
 def _detach(session: Session, body: Body, fds: list[int]) -> Answer:
