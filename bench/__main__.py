@@ -1,5 +1,5 @@
 """`make bench`: every figure beside its C limit, in one run. `ARGS='--quick'` leaves the large domains out, `--fences` all
-but the rows of fences; `--json` for programs.
+but the rows of fences, `--calls` all but that of calls between processes; `--json` for programs.
 
 Whoever claims speed writes the row, with the machine and the command, into RESULTS.md.
 """
@@ -68,6 +68,7 @@ def rows(quick: bool) -> list[Row]:
         ratio("attach + map + unmap + detach, static", measures.attach_cycle, futex, 10.0, ping),
         ratio("map + unmap of 1 GiB", lambda: measures.map_cycle(GIB), lambda: measures.map_cycle(MIB), 1.2, "the same of 1 MiB"),
     ]
+    found += calls()
     for size, text in ((4 * KIB, "4 KiB"), (MIB, "1 MiB"), (256 * MIB, "256 MiB")):
         found.append(
             ratio(f"hand-over of {text}, one CPU", lambda s=size: measures.hand_over(s, False), scm(size, "same"), 2.0, "the same in C")
@@ -86,6 +87,15 @@ def rows(quick: bool) -> list[Row]:
     return found
 
 
+def calls() -> list[Row]:
+    """The row of calls that are carried to an exporter in another process."""
+
+    def limit() -> float:
+        return floor.run("seqpacket", "--pin", "same")
+
+    return [ratio("begin + end of another process's exporter, one CPU", measures.carried_access, limit, None, "a socket round trip in C")]
+
+
 def _in(where: str, futex: Callable[[], float], scm: Callable[[], float], ping: str) -> list[Row]:
     return [
         ratio(f"fence round trip, one CPU, among {where}", lambda: measures.fence_round_trip(False), futex, 1.5, ping),
@@ -98,10 +108,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="make bench")
     parser.add_argument("--quick", action="store_true", help="leave the domains with many buffers and fences out")
     parser.add_argument("--fences", action="store_true", help="only the rows of fences in event loops, merged and in chains")
+    parser.add_argument("--calls", action="store_true", help="only the row of calls to an exporter in another process")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     try:
-        table = awaits.rows(ratio) if given.fences else rows(given.quick) + awaits.rows(ratio)
+        if given.calls:
+            table = calls()
+        else:
+            table = awaits.rows(ratio) if given.fences else rows(given.quick) + awaits.rows(ratio)
         killed = measures.wake_after_kill()
     finally:
         floor.clean()

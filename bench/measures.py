@@ -112,6 +112,45 @@ def map_cycle(size: int) -> float:
             attachment.detach()
 
 
+class _Idle(dmabuf.Exporter):
+    """Its CPU access costs nothing; nobody maps it."""
+
+    def map(self, attachment: dmabuf.DmaBufAttachment, direction: Direction) -> None:
+        return None
+
+    def unmap(self, attachment: dmabuf.DmaBufAttachment, sgt: dmabuf.SgTable, direction: Direction) -> None:
+        pass
+
+    def begin_cpu_access(self, buf: dmabuf.DmaBuf, direction: Direction) -> None:
+        pass
+
+    def end_cpu_access(self, buf: dmabuf.DmaBuf, direction: Direction) -> None:
+        pass
+
+    def release(self, buf: dmabuf.DmaBuf) -> None:
+        pass
+
+
+def carried_access() -> float:
+    """begin_cpu_access and end_cpu_access with the exporter in another process: two calls. The C twin is `limits seqpacket`."""
+    here, there = cpus(False)
+
+    def body(sock: socket.socket) -> None:
+        with dmabuf.export(_Idle(), 4096) as buf:
+            dmabuf.send(sock, buf)
+            sock.recv(1)
+
+    with peer(body, there) as sock, pinned(here):
+        (buf,) = dmabuf.recv(sock)
+
+        def once() -> None:
+            buf.begin_cpu_access(Direction.FROM_DEVICE)
+            buf.end_cpu_access(Direction.FROM_DEVICE)
+
+        with buf:
+            return timed(once, 100)
+
+
 def hand_over(size: int, split: bool) -> float:
     """Send a buffer; the other receives, maps, touches both ends, unmaps, closes and acknowledges. The C twin is `limits scm`."""
     here, there = cpus(split)

@@ -18,7 +18,7 @@ from dmabuf.domain import lives
 from dmabuf.domain.domain import Domain
 from dmabuf.errors import fail
 from dmabuf.sharing.line import line_to
-from dmabuf.sharing.messages import Body, number
+from dmabuf.sharing.messages import THERE, Body, no_room, number
 from dmabuf.sharing.service import Answer, Session, register, serve
 from dmabuf.uapi.call import OwnedFd
 
@@ -29,7 +29,11 @@ def _hand_over(session: Session, body: Body, fds: list[int]) -> Answer:
     """One of this process's descriptors of the buffer. Errors: ENOENT it has none any more."""
     key = (number(body, "dev"), number(body, "ino"))
     record = (session.domain.local.get("records") or {}).get(key)
-    for name in os.listdir("/proc/self/fd") if record is not None and record.handles else ():
+    try:
+        names = os.listdir("/proc/self/fd") if record is not None and record.handles else ()
+    except OSError as e:
+        raise no_room("open", f"buffer ino {key[1]}", THERE, e.errno or errno.EMFILE) from None
+    for name in names:
         try:
             st = os.stat(f"/proc/self/fd/{name}")
             if (st.st_dev, st.st_ino) != key:
@@ -37,7 +41,7 @@ def _hand_over(session: Session, body: Body, fds: list[int]) -> Answer:
             duplicate = fcntl.fcntl(int(name), fcntl.F_DUPFD_CLOEXEC, 0)
         except OSError as e:
             if e.errno in (errno.EMFILE, errno.ENFILE):
-                raise fail(e.errno, "open", f"buffer ino {key[1]}", "raise RLIMIT_NOFILE of the process that holds it") from None
+                raise no_room("open", f"buffer ino {key[1]}", THERE, e.errno) from None
             continue  # closed meanwhile
         st = os.fstat(duplicate)
         if (st.st_dev, st.st_ino) == key:

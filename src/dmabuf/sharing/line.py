@@ -22,14 +22,17 @@ from dmabuf.domain.domain import TICK_NS, Domain
 from dmabuf.errors import DmaBufError, fail
 from dmabuf.sharing.lending import see_through
 from dmabuf.sharing.messages import (
+    LOST,
+    NO_ROOM,
     VERSION,
     Body,
     address_of,
     check_user,
     close_all,
+    no_room,
     opened,
     raised_of,
-    receive,
+    receive_last,
     send,
     shut,
     text,
@@ -91,10 +94,12 @@ class Line:
         operation: str = "",
         obj: object = "a request",
         kept: bool = False,
+        noted: bool = False,
     ) -> tuple[Body, list[int]]:
         """Ask, and wait for the answer: its body, and descriptors, which are the caller's from now on.
 
-        ``kept``: never left alone; what a signal handler raises comes when the other process is out of the call.
+        ``kept``: never left alone; what a signal handler raises comes when the other process is out of the call. ``noted``: where no
+        descriptor is left for a connection, here or there, it is told by :meth:`note`.
 
         Errors: those of the handler over there, as they were raised; ENODEV the other process is gone, has left the domain, or serves
         nothing; EPERM it is another user's; EMFILE, EBADMSG; what a signal handler raises, and then the call is undone there.
@@ -105,6 +110,15 @@ class Line:
         except (ConnectionError, FileNotFoundError, EOFError):
             self._reap()
             raise self.gone(operation, obj) from None
+        except OSError as e:
+            if e.errno not in NO_ROOM:
+                raise
+            if noted:
+                self.note(kind, {**body, "holder": 0})
+                return {}, []
+            if isinstance(e, DmaBufError):
+                raise
+            raise no_room(operation, obj, "this process", e.errno) from None
         done = False
         try:
             send(sock, {**body, "kind": kind}, fds)
@@ -113,6 +127,8 @@ class Line:
             if got is None:
                 raise EOFError
             answer, came = got
+            if answer[LOST]:
+                raise no_room(operation, obj, "this process")
             done = True
         except (ConnectionError, EOFError):
             self._reap()
@@ -192,7 +208,7 @@ class Line:
             self.domain.sweep_if_due()
             if not self.alive:
                 return None
-        return receive(sock)
+        return receive_last(sock)
 
     def _connect(self, hello: Body) -> tuple[socket.socket, Body]:
         if not self.alive:
@@ -202,7 +218,8 @@ class Line:
             with address_of(self.domain, self.peer) as address:
                 sock.connect(address)
             check_user(sock)
-            send(sock, {"version": VERSION, "domain": self.domain.id, "to": self.peer, "life": self.life, **hello})
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it is refused; the reason was sent before
+                send(sock, {"version": VERSION, "domain": self.domain.id, "to": self.peer, "life": self.life, **hello})
             got = self._wait(sock)
             if got is None:
                 raise EOFError

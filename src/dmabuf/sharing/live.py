@@ -90,20 +90,27 @@ class Elsewhere(Backing):
         return self.line
 
     def call(
-        self, kind: str, buf: DmaBuf | None = None, body: Body | None = None, *, operation: str = "", kept: bool = False
+        self,
+        kind: str,
+        buf: DmaBuf | None = None,
+        body: Body | None = None,
+        *,
+        operation: str = "",
+        kept: bool = False,
+        noted: bool = False,
     ) -> tuple[Body, list[int]]:
-        """Carry a call about this buffer."""
+        """Carry a call about this buffer; ``kept``, ``noted``: see :meth:`Line.call`."""
         named = {"dev": self.record.dev, "ino": self.record.ino, **(body or {})}
         fds: Iterable[int] = () if buf is None or buf._fd < 0 else (buf._fd,)
         try:
-            return self._line().call(kind, named, fds, operation=operation or kind, obj=buf or self.about, kept=kept)
+            return self._line().call(kind, named, fds, operation=operation or kind, obj=buf or self.about, kept=kept, noted=noted)
         finally:
             self.settle()
 
-    def call_locked(self, kind: str, buf: DmaBuf, body: Body | None = None) -> tuple[Body, list[int]]:
+    def call_locked(self, kind: str, buf: DmaBuf, body: Body | None = None, *, noted: bool = False) -> tuple[Body, list[int]]:
         """Carry a call under the reservation lock, which the caller holds; see the module."""
         with Lent(resv_of(self.record), self.peer) as loan:
-            return self.call(kind, buf, {**(body or {}), "holder": loan}, kept=True)
+            return self.call(kind, buf, {**(body or {}), "holder": loan}, kept=True, noted=noted)
 
     def give_back(self, kind: str, buf: DmaBuf, body: Body, *, locked: bool) -> None:
         """Carry what has no errors; nothing if nobody is there any more.
@@ -115,7 +122,8 @@ class Elsewhere(Backing):
                 self.line.note(kind, {"dev": self.record.dev, "ino": self.record.ino, **body, "holder": 0})
             return
         try:
-            close_all(self.call_locked(kind, buf, body)[1] if locked else self.call(kind, buf, body)[1])
+            _, came = self.call_locked(kind, buf, body, noted=True) if locked else self.call(kind, buf, body, noted=True)
+            close_all(came)
         except DmaBufError as e:
             if e.errno != errno.ENODEV:
                 raise

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from dmabuf import _native
 from dmabuf.errors import DmaBufError, fail
+from dmabuf.sharing.messages import THERE, no_room
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -84,7 +85,11 @@ def _descriptor(dev: int, ino: int, writable: bool) -> int:
     hint = _hints.get((dev, ino))
     if hint is not None and (found := _try(hint, dev, ino, writable)) >= 0:
         return found
-    for name in os.listdir("/proc/self/fd"):
+    try:
+        names = os.listdir("/proc/self/fd")
+    except OSError as e:
+        raise no_room("show memory", f"inode {ino}", THERE, e.errno or errno.EMFILE) from None
+    for name in names:
         try:
             st = os.stat(f"/proc/self/fd/{name}")
         except OSError:
@@ -103,7 +108,7 @@ def _try(number: int, dev: int, ino: int, writable: bool) -> int:
         fd = fcntl.fcntl(number, fcntl.F_DUPFD_CLOEXEC, 0)
     except OSError as e:
         if e.errno in (errno.EMFILE, errno.ENFILE):
-            raise fail(e.errno, "show memory", f"fd {number}", "raise RLIMIT_NOFILE or close descriptors") from None
+            raise no_room("show memory", f"inode {ino}", THERE, e.errno) from None
         return -1
     st, flags = os.fstat(fd), fcntl.fcntl(fd, fcntl.F_GETFL)
     if (st.st_dev, st.st_ino) == (dev, ino) and not flags & _O_PATH and (not writable or flags & os.O_ACCMODE == os.O_RDWR):

@@ -2,7 +2,8 @@
 
 *A message* is one SOCK_SEQPACKET datagram of JSON, with descriptors; what is longer than :data:`INLINE` bytes travels in a memfd. Nothing
 in it is trusted: lengths and counts are bounded, :func:`number`, :func:`text` and :func:`flag` check fields, and what makes no sense is
-EBADMSG. No pickles. An error travels as errno, text and the parts of the message; a ``ContractError`` as itself.
+EBADMSG. No pickles. An error travels as errno, text and the parts of the message; a ``ContractError`` as itself. Descriptors that found no
+room in the receiver are :data:`LOST`; where they are needed, that is EMFILE (:func:`no_room`).
 
 *A socket* of ours is none of a forked child's: its copy would keep the other end from seeing this process die.
 """
@@ -27,10 +28,13 @@ INLINE: Final = 32 << 10  # bytes of JSON in the datagram itself; well below any
 LONGEST: Final = 64 << 20  # bytes of JSON in a memfd
 MAX_FDS: Final = 8
 
+LOST: Final = "lost"  # in a message that was received: its descriptors are not there
+THERE: Final = "the process that was asked"  # where no room is left, as the caller reads it
+NO_ROOM: Final = (errno.EMFILE, errno.ENFILE, errno.ETOOMANYREFS)
+
 _FD: Final = struct.Struct("=i")
 _CONTROL: Final = socket.CMSG_SPACE(MAX_FDS * _FD.size)
 _UCRED: Final = struct.Struct("=3i")  # pid, uid, gid (unix(7))
-_LOST: Final = int(socket.MSG_TRUNC | socket.MSG_CTRUNC)
 
 Body = dict[str, Any]
 
@@ -63,6 +67,12 @@ def nonsense(what: str) -> DmaBufError:
     return fail(errno.EBADMSG, "request", "a message", "both processes use the same version of dmabuf?", what=what)
 
 
+def no_room(operation: str, obj: object, where: str, number: int = errno.EMFILE) -> DmaBufError:
+    """The error of a call for which no descriptor is left. ``number``: of :data:`NO_ROOM`; ENFILE stays, all else is EMFILE."""
+    value = errno.ENFILE if number == errno.ENFILE else errno.EMFILE
+    return fail(value, operation, obj, "raise RLIMIT_NOFILE there, or close descriptors", what=f"no descriptor is left in {where}")
+
+
 def send(sock: socket.socket, body: Body, fds: Iterable[int] = (), flags: int = 0) -> None:
     data, given, extra = json.dumps(body, separators=(",", ":")).encode(), list(fds), -1
     try:
@@ -79,22 +89,28 @@ def send(sock: socket.socket, body: Body, fds: Iterable[int] = (), flags: int = 
 
 
 def receive(sock: socket.socket) -> tuple[Body, list[int]] | None:
-    """One message; None at the end. Errors: EBADMSG (the descriptors are closed); what recvmsg(2) says."""
+    """One message; None at the end. Errors: EBADMSG (the descriptors are closed); EMFILE its text is lost; what recvmsg(2) says."""
     data, control, flags, _ = sock.recvmsg(INLINE + 1, _CONTROL, socket.MSG_CMSG_CLOEXEC)
     fds: list[int] = []
     for level, kind, raw in control:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             fds += (n for (n,) in _FD.iter_unpack(raw[: len(raw) // _FD.size * _FD.size]))
     try:
-        if not data and not fds:
+        lost = bool(flags & socket.MSG_CTRUNC)
+        if not data and not fds and not lost:
             return None
-        if flags & _LOST or len(data) > INLINE:
-            raise nonsense("it is cut, or no descriptors are left here")
+        if flags & socket.MSG_TRUNC or len(data) > INLINE:
+            raise nonsense("it is cut")
+        if lost:
+            close_all(fds)
         body = json.loads(data)
         if isinstance(body, dict) and "long" in body:
+            if lost:
+                raise no_room("request", "a message", "the process that it was sent to")
             body = json.loads(_long(number(body, "long", LONGEST), fds))
         if not isinstance(body, dict):
             raise nonsense("it is no object")
+        body[LOST] = lost
     except (ValueError, RecursionError) as e:
         close_all(fds)
         raise nonsense(f"it is no JSON: {e}") from None
@@ -105,7 +121,7 @@ def receive(sock: socket.socket) -> tuple[Body, list[int]] | None:
 
 
 def receive_last(sock: socket.socket) -> tuple[Body, list[int]] | None:
-    """:func:`receive` for who answers: what was sent before the other end closed comes after its reset."""
+    """:func:`receive`: what was sent before the other end closed comes after its reset."""
     for _ in range(2):
         with contextlib.suppress(ConnectionResetError):
             return receive(sock)

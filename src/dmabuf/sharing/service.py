@@ -31,14 +31,17 @@ from typing import Any, Final
 from dmabuf import _native
 from dmabuf.domain import dispatcher
 from dmabuf.domain.domain import TICK_NS, Domain
-from dmabuf.errors import fail
+from dmabuf.errors import DmaBufError, fail
 from dmabuf.sharing.messages import (
     INLINE,
+    NO_ROOM,
+    THERE,
     VERSION,
     Body,
     address_of,
     check_user,
     close_all,
+    no_room,
     number,
     opened,
     receive,
@@ -185,7 +188,7 @@ class Service:
         last = Answer()
         try:
             send(conn, {})
-            while (got := receive_last(conn)) is not None:
+            while (got := self._request(conn)) is not None:
                 body, fds = got
                 try:
                     if body.get("abandoned"):
@@ -198,6 +201,16 @@ class Service:
                     close_all(fds)
         finally:
             found.finish()
+
+    def _request(self, conn: socket.socket) -> tuple[Body, list[int]] | None:
+        """The next one. For what found no room the caller is told so, and the connection stays."""
+        while True:
+            try:
+                return receive_last(conn)
+            except DmaBufError as e:
+                if e.errno != errno.EMFILE:
+                    raise
+                send(conn, told_of(e, ""))
 
     def _notes(self, session: Session, body: Body, fds: list[int]) -> None:
         """What the other says without asking: nobody hears of errors."""
@@ -226,10 +239,15 @@ class Service:
         try:
             close_all(fds)  # before the caller goes on: it may count
             _native.step("service_answered")
-            with contextlib.suppress(
-                BrokenPipeError, ConnectionResetError
-            ):  # what the caller said last tells whether it gave up or is gone
+            try:
                 send(conn, told, answer.fds)
+            except (BrokenPipeError, ConnectionResetError):
+                pass  # what the caller said last tells whether it gave up or is gone
+            except OSError as e:
+                if e.errno not in NO_ROOM:
+                    raise
+                _undo(answer, body)
+                send(conn, told_of(no_room(kind, "the answer", THERE, e.errno), kind))
         finally:
             close_all(answer.fds)
         return answer
@@ -254,18 +272,53 @@ def _stop(sock: socket.socket, connections: set[socket.socket]) -> None:
 
 
 def _accept(sock: socket.socket, me: weakref.ref[Service]) -> None:
+    with contextlib.closing(_Spare()) as spare:
+        _accepting(sock, me, spare)
+
+
+class _Spare:
+    """A descriptor kept back: with none left, it makes room for a connection whose caller hears of that."""
+
+    def __init__(self) -> None:
+        self.sock: socket.socket | None = None
+
+    def fill(self) -> None:
+        if self.sock is None:
+            with contextlib.suppress(OSError):
+                self.sock = opened(lambda: socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC))
+
+    def close(self) -> None:
+        sock, self.sock = self.sock, None
+        if sock is not None:
+            shut(sock)
+
+    def refuse(self, sock: socket.socket, number: int) -> bool:
+        """Accept in its room, say why the connection can't stay, and close it. False: there was no room even so."""
+        self.close()
+        try:
+            conn = opened(lambda: sock.accept()[0])
+        except OSError:
+            return False
+        with contextlib.suppress(OSError):
+            send(conn, told_of(no_room("request", "a connection", THERE, number), ""), flags=socket.MSG_DONTWAIT)
+        shut(conn)
+        return True
+
+
+def _accepting(sock: socket.socket, me: weakref.ref[Service], spare: _Spare) -> None:
     poller = select.poll()
     with contextlib.suppress(ValueError):  # stopped already
         poller.register(sock, select.POLLIN)
     while sock.fileno() >= 0:
+        spare.fill()
         poller.poll()
         try:
             conn = opened(lambda: sock.accept()[0])
         except BlockingIOError:
             continue
-        except OSError:  # stopped; or no descriptor is left: somebody may close one
-            if sock.fileno() >= 0:
-                select.select([], [], [], TICK_NS / 1e9)
+        except OSError as e:  # stopped; or no descriptor is left
+            if not (e.errno in NO_ROOM and spare.refuse(sock, e.errno)) and sock.fileno() >= 0:
+                select.select([], [], [], TICK_NS / 1e9)  # somebody may close one
             continue
         service = me()
         if service is None:

@@ -41,7 +41,7 @@ from dmabuf.errors import DmaBufError, fail
 from dmabuf.sharing import memory
 from dmabuf.sharing.lending import borrowed, regain
 from dmabuf.sharing.line import Line, line_to
-from dmabuf.sharing.messages import Body, flag, number, text
+from dmabuf.sharing.messages import LOST, THERE, Body, flag, no_room, number, text
 from dmabuf.sharing.service import Answer, Handler, Session, register
 
 Key = tuple[int, int]  # (st_dev, st_ino)
@@ -165,7 +165,7 @@ class Stakes:
     def using(self, body: Body, fds: list[int]) -> Iterator[Stake]:
         """The stake that a request is about; it is there for the block, and afterwards if there is something in it.
 
-        Errors: ENODEV no such buffer of this process; EBADMSG; those of ``get()``.
+        Errors: ENODEV no such buffer of this process; EMFILE its descriptor found no room; EBADMSG; those of ``get()``.
         """
         key = (number(body, "dev"), number(body, "ino"))
         with self._lock:
@@ -173,7 +173,7 @@ class Stakes:
             if stake is not None:
                 stake.users += 1
         if stake is None:
-            stake = self._staked(key, fds)
+            stake = self._staked(key, body, fds)
         try:
             yield stake
         finally:
@@ -185,7 +185,9 @@ class Stakes:
             if last:
                 stake.buf.close()
 
-    def _staked(self, key: Key, fds: list[int]) -> Stake:
+    def _staked(self, key: Key, body: Body, fds: list[int]) -> Stake:
+        if body.get(LOST):
+            raise no_room(text(body, "kind"), f"buffer ino {key[1]}", THERE)
         if not fds:
             raise _unknown(key)
         buf = from_fd(fds.pop(0), self.domain)

@@ -1,0 +1,225 @@
+"""Carried calls when one of the two processes has no descriptor left: EMFILE that says where, nothing half-done, and the line stays."""
+
+import contextlib
+import errno
+import os
+import resource
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import dmabuf
+from dmabuf import Direction, DmaBufAttachment, SgTable
+from tests.support import elsewhere as do
+from tests.support.children import Spawn
+from tests.support.drivers import PAGE, Dynamic
+from tests.support.errnos import raises_errno
+from tests.support.waiting import until
+
+TO = int(Direction.TO_DEVICE)
+SIZE = 4 * PAGE
+ENTRIES = 4000  # more than a message holds by itself
+THERE = "the process that was asked"
+Ask = Callable[..., Any]
+
+
+class Scattered(Dynamic):
+    """Its tables are DMA addresses of its own, many of them."""
+
+    def map(self, attachment: DmaBufAttachment, direction: Direction) -> SgTable | None:
+        self.said("map", attachment, direction)
+        sgt = SgTable.from_dma([(0x1000 * (2 * i + 1), 0x1000) for i in range(ENTRIES)])
+        self.tables.append(sgt)
+        return sgt
+
+    def unmap(self, attachment: DmaBufAttachment, sgt: SgTable, direction: Direction) -> None:
+        self.said("unmap", attachment, direction)
+        self.tables.remove(sgt)
+
+
+def hoards(state: SimpleNamespace) -> None:
+    """No descriptor is left, until `gives_way`."""
+    state.limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    fd = os.open(os.devnull, os.O_RDONLY)
+    state.hoard = [fd]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 1, state.limits[1]))
+    with contextlib.suppress(OSError):
+        while True:
+            state.hoard.append(os.dup(fd))
+
+
+def gives_way(state: SimpleNamespace) -> None:
+    resource.setrlimit(resource.RLIMIT_NOFILE, state.limits)
+    for fd in state.__dict__.pop("hoard"):
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def no_room(where: str) -> Iterator[None]:
+    with raises_errno(errno.EMFILE) as caught:
+        yield
+    assert f"no descriptor is left in {where} (EMFILE); raise RLIMIT_NOFILE there" in str(caught.value)
+
+
+def calls(state: Any) -> list[Any]:
+    return [call if isinstance(call, str) else call[0] for call in state.exporter.calls]
+
+
+@contextlib.contextmanager
+def exported(child: Spawn, kind: type[Dynamic] = Dynamic) -> Iterator[tuple[Ask, do.Here]]:
+    """A buffer of another process: a way to ask that for f(its state, …), and the buffer here."""
+    other = child(do.exports, kind, SIZE)
+    (buf,) = dmabuf.recv(other.sock)
+    here = do.Here(buf)
+
+    def ask(function: Any, *more: Any) -> Any:
+        other.send((function, *more))
+        return other.recv()
+
+    yield ask, here
+    here.state.__dict__.clear()
+    buf.close()
+    other.send(None)
+    other.result()
+
+
+NEEDS_ONE: dict[str, tuple[list[Any], Any, list[str]]] = {
+    "attach": ([], (do.attach, True), []),
+    "mmap": ([(do.attach, True)], (do.map_bytes,), ["mmap"]),
+    "map": ([(do.attach, True)], (do.mapped, TO), ["pin", "map", "unmap", "unpin"]),
+    "vmap": ([(do.attach, True)], (do.vmap,), ["vmap", "vunmap"]),
+}
+
+
+@pytest.mark.filterwarnings("ignore::dmabuf.ContractWarning")  # a vmap that fails, as of every exporter
+@pytest.mark.parametrize("op", list(NEEDS_ONE))
+def test_what_the_exporter_has_no_descriptor_for_is_emfile_and_undone(child: Spawn, op: str) -> None:
+    before, (call, *arguments), seen = NEEDS_ONE[op]
+    with exported(child) as (ask, here):
+        here.do(do.begin, TO)  # there is a connection
+        here.do(do.end, TO)
+        for function, *more in before:
+            here.do(function, *more)
+        had = len(ask(calls))
+        ask(hoards)
+        with no_room(THERE):
+            here.do(call, *arguments)
+        assert ask(calls)[had:] == seen
+        assert not here.state.buf.resv.is_locked()
+        ask(gives_way)
+        here.do(call, *arguments)
+        here.state.__dict__.pop("mapping", None)
+        if op == "vmap":
+            here.do(do.vunmap)
+        if op == "map":
+            here.do(do.unmapped)
+        here.do(do.detach)
+
+
+def test_what_needs_no_descriptor_goes_on(child: Spawn) -> None:
+    with exported(child) as (ask, here):
+        here.do(do.attach, True)
+        here.do(do.mapped, TO)
+        here.do(do.vmap)
+        here.do(do.begin, TO)
+        here.do(do.map_bytes)
+        had = len(ask(calls))
+        ask(hoards)
+        here.do(do.pin)
+        here.do(do.begin, TO)
+        here.do(do.end, TO)
+        here.do(do.end, TO)
+        here.do(do.unpin)
+        here.do(do.unmapped)
+        here.do(do.vunmap)
+        here.do(do.detach)
+        here.state.__dict__.pop("mapping")
+        assert ask(calls)[had:] == ["pin", "begin", "end", "end", "unpin", "unmap", "unpin", "vunmap", "detach"]
+        ask(gives_way)
+
+
+def test_a_caller_that_connects_to_a_process_without_descriptors_gets_emfile(child: Spawn) -> None:
+    with exported(child) as (ask, here):
+        ask(hoards)
+        for _ in range(3):  # what makes room for a refusal is there again each time
+            with no_room(THERE):
+                here.do(do.begin, TO)
+        ask(gives_way)
+        here.do(do.begin, TO)
+        here.do(do.end, TO)
+        assert ask(calls) == ["begin", "end"]
+
+
+def test_an_answer_too_long_to_be_sent_without_a_descriptor_is_emfile_and_undone(child: Spawn) -> None:
+    with exported(child, Scattered) as (ask, here):
+        here.do(do.attach, True)
+        ask(hoards)
+        with no_room(THERE):
+            here.do(do.mapped, TO)
+        assert ask(calls) == ["attach", "pin", "map", "unmap", "unpin"]
+        assert not here.state.buf.resv.is_locked()
+        ask(gives_way)
+        assert len(here.do(do.mapped, TO)) == ENTRIES
+        here.do(do.unmapped)
+        here.do(do.detach)
+
+
+@pytest.mark.parametrize("full", ["here", "there"])
+def test_what_gives_back_needs_no_connection(child: Spawn, full: str) -> None:
+    with exported(child) as (ask, here):
+        here.do(do.attach, True)
+        here.do(do.mapped, TO)
+        here.do(do.vmap)
+        line = here.state.buf._record.live.line
+        while line._idle:  # as if other calls were using them
+            line._idle.pop().close()
+        mine = SimpleNamespace()
+        hoards(mine) if full == "here" else ask(hoards)
+        try:
+            here.do(do.unmapped)
+            here.do(do.vunmap)
+            here.do(do.detach)
+        finally:
+            gives_way(mine) if full == "here" else ask(gives_way)
+        until(lambda: sorted(ask(calls)[-4:]) == ["detach", "unmap", "unpin", "vunmap"])
+        until(lambda: not here.state.buf.resv.is_locked())
+
+
+@pytest.mark.filterwarnings("ignore::dmabuf.ContractWarning")
+@pytest.mark.parametrize("op", ["mmap", "map", "vmap"])
+def test_what_the_caller_has_no_descriptor_for_is_emfile_and_undone(child: Spawn, op: str) -> None:
+    _, (call, *arguments), seen = NEEDS_ONE[op]
+    with exported(child) as (ask, here):
+        here.do(do.attach, True)
+        mine = SimpleNamespace()
+        hoards(mine)
+        try:
+            with no_room("this process"):
+                here.do(call, *arguments)
+        finally:
+            gives_way(mine)
+        until(lambda: sorted(ask(calls)) == sorted(["attach", *seen]))
+        assert not here.state.buf.resv.is_locked()
+        here.do(call, *arguments)
+        here.state.__dict__.pop("mapping", None)
+        if op == "vmap":
+            here.do(do.vunmap)
+        if op == "map":
+            here.do(do.unmapped)
+        here.do(do.detach)
+
+
+def test_a_caller_without_descriptors_cant_connect(child: Spawn) -> None:
+    with exported(child) as (ask, here):
+        mine = SimpleNamespace()
+        hoards(mine)
+        try:
+            with no_room("this process"):
+                here.do(do.begin, TO)
+        finally:
+            gives_way(mine)
+        here.do(do.begin, TO)
+        here.do(do.end, TO)
+        assert ask(calls) == ["begin", "end"]
