@@ -1,12 +1,16 @@
 """tools/kernel: which kernel is meant, what a machine lacks, and a guest that hangs or dies is told from one that fails."""
 
 import os
+import subprocess
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tools.kernel import guest, make, needs, place
 
+HOUR = 3600
 PORTIONS = ["#!/bin/sh", 'echo "@@NOW tests/kernel/test_x.py::test_the_first"', 'echo "@@NOW tests/kernel/test_x.py::test_the_second"']
 
 
@@ -18,9 +22,24 @@ def fake(tmp_path: Path, *lines: str) -> list[str]:
     return [str(program)]
 
 
-def test_a_guest_that_hangs_is_ended_and_what_it_was_doing_is_named(tmp_path: Path) -> None:
+def test_a_guest_that_hangs_is_ended_and_what_it_was_doing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     heard: list[str] = []
-    outcome = guest._watch(fake(tmp_path, "read forever < /dev/zero"), tmp_path, 3, heard.append)
+    both, real = threading.Event(), subprocess.Popen.wait
+
+    def progress(now: str) -> None:
+        heard.append(now)
+        if len(heard) == 2:
+            both.set()
+
+    def wait(self: Any, timeout: float | None = None) -> int:
+        """Its time is over when it has said both, however slow this machine is."""
+        if timeout is None:
+            return real(self)
+        both.wait()
+        raise subprocess.TimeoutExpired(self.args, timeout)
+
+    monkeypatch.setattr(subprocess.Popen, "wait", wait)
+    outcome = guest._watch(fake(tmp_path, "read forever < /dev/zero"), tmp_path, 3, progress)
     assert outcome.status == guest.TIMED_OUT
     assert outcome.now == "tests/kernel/test_x.py::test_the_second"
     assert len(heard) == 2
@@ -28,14 +47,14 @@ def test_a_guest_that_hangs_is_ended_and_what_it_was_doing_is_named(tmp_path: Pa
 
 
 def test_a_guest_that_dies_shows_its_console(tmp_path: Path) -> None:
-    outcome = guest._watch(fake(tmp_path, "echo 'Kernel panic - not syncing'"), tmp_path, 60, lambda _: None)
+    outcome = guest._watch(fake(tmp_path, "echo 'Kernel panic - not syncing'"), tmp_path, HOUR, lambda _: None)
     assert outcome.status == guest.DIED
     assert "Kernel panic" in guest.explain(outcome)
 
 
 def test_the_commands_own_status_and_output_come_back(tmp_path: Path) -> None:
     lines = ["cd $(dirname $0)", "printf out > stdout", "printf err > stderr", "echo 3 > rc"]
-    outcome = guest._watch(fake(tmp_path, *lines), tmp_path, 60, lambda _: None)
+    outcome = guest._watch(fake(tmp_path, *lines), tmp_path, HOUR, lambda _: None)
     assert (outcome.status, outcome.stdout, outcome.stderr, guest.explain(outcome)) == (3, b"out", b"err", "")
 
 
