@@ -6,6 +6,9 @@ names the difference in words that lead to the line that forgot to close. A `Lea
 Threads that stay (the dispatcher, the service, the releaser) open descriptors for a moment: they look after the dead, and accept
 connections of processes that have gone. One such, seen after a test, is gone at a later look, which comes when they have come to rest.
 One seen before a test is gone after it; so only what has been there for a whole test is missed when it goes.
+
+Of files only those in the run's own domain count. What is in `/dev/shm` and `/run/user` says nothing of who made it: another run, a bench
+or a user's program puts a domain there at any time. So that no test does, it must leave `DMABUF_DOMAIN` as it was.
 """
 
 import contextlib
@@ -24,12 +27,8 @@ from typing import Any, Self
 from tests.support.waiting import until, until_others_sleep
 
 SHM = Path("/dev/shm")
-RUN_USER = Path(f"/run/user/{os.getuid()}")
 # A test run's own directory; those of other runs on this machine come and go.
 DIRECTORY_PREFIX = "dmabuf-test-"
-# These directories are shared with every program of the machine, and what others make there bears no owner: only what this library would
-# leave in them counts, the default domain of a process that wasn't told the run's own.
-_DEFAULT_DOMAINS = (SHM / f"dmabuf-{os.geteuid()}", RUN_USER / "dmabuf")
 # Looks after a test before what is there counts as left, each with all threads at rest.
 _LOOKS = 20
 # Looks at threads that never come to rest: somebody left one running.
@@ -110,6 +109,7 @@ class Holdings:
     threads: frozenset[str]
     files: frozenset[str]
     domain_size: int
+    named: str | None  # the domain that the environment names
 
     @classmethod
     def now(cls, domain: Path) -> Self:
@@ -119,8 +119,9 @@ class Holdings:
             mappings=Counter(_shared_mappings()),
             children={pid: _command(pid) for pid in _children()},
             threads=frozenset(f"{t.name} ({t.ident})" for t in threading.enumerate() if not t.daemon),
-            files=frozenset(_files(domain)),
+            files=frozenset(map(str, domain.rglob("*"))),
             domain_size=sum(map(_size, domain.iterdir())),
+            named=os.environ.get("DMABUF_DOMAIN"),
         )
 
     def lost(self, after: Self, domain: Path, standing: dict[int, str] | None = None) -> list[str]:
@@ -143,6 +144,8 @@ class Holdings:
         lines += [f"child left: {pid}: {after.children[pid]}" for pid in sorted(after.children.keys() - self.children.keys())]
         lines += [f"thread left: {name}" for name in sorted(after.threads - self.threads)]
         lines += [f"file left: {name}" for name in sorted(after.files - self.files)]
+        if after.named != self.named:
+            lines.append(f"DMABUF_DOMAIN: was {self.named}, is {after.named}")
         return lines
 
 
@@ -213,8 +216,3 @@ def _command(pid: int) -> str:
     except (FileNotFoundError, ProcessLookupError):
         return "gone"
     return words or "zombie"
-
-
-def _files(domain: Path) -> Iterator[str]:
-    yield from (str(path) for path in domain.rglob("*"))
-    yield from (str(path) for path in _DEFAULT_DOMAINS if path.exists())

@@ -61,6 +61,13 @@ def file_in_the_domain(domain: Path) -> Iterator[None]:
     (domain / "left").unlink()
 
 
+@contextmanager
+def another_domain_named(_: Path) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("DMABUF_DOMAIN")
+        yield
+
+
 @pytest.mark.parametrize(
     ("hold", "says"),
     [
@@ -69,6 +76,7 @@ def file_in_the_domain(domain: Path) -> Iterator[None]:
         (zombie, "child left"),
         (thread, "thread left"),
         (file_in_the_domain, "file left"),
+        (another_domain_named, "DMABUF_DOMAIN: was /"),
     ],
 )
 def test_what_is_left_is_named_until_it_is_gone(tmp_path: Path, hold: Callable[[Path], AbstractContextManager[None]], says: str) -> None:
