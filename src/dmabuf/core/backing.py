@@ -381,10 +381,14 @@ class Exports:
 
     def add(self, exported: Exported) -> None:
         with self._lock:
-            self.live[id(exported)] = exported
             if self._thread is None:
                 self._thread = threading.Thread(target=self._serve, name="dmabuf-releaser", daemon=True)
-                self._thread.start()
+                try:
+                    self._thread.start()  # it looks when the lock is free
+                except RuntimeError:  # none can be started: the next export tries again
+                    self._thread = None
+                    raise
+            self.live[id(exported)] = exported
 
     def forget(self, exported: Exported) -> None:
         with self._lock:

@@ -64,7 +64,11 @@ class Dispatcher:
                     self._past.append(before)
                     self._foreign[handle & _native.SLOT_MASK] = handle
                 if self._thread is None and self._running:
-                    self._start()
+                    try:
+                        self._start()
+                    except RuntimeError:
+                        self.unwatch(handle, token)
+                        raise
         if self.shm.fence_mark(handle, "bell", 1):
             if idle:
                 self._ring()  # watching nothing, it sleeps without a bound; while it watches anything it looks at every tick
@@ -135,7 +139,11 @@ class Dispatcher:
     def _start(self) -> None:
         self.shm.store32(self._served, 1)
         self._thread = threading.Thread(target=self._serve, name="dmabuf-dispatcher", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError:  # none can be started: whoever watches next tries again
+            self._thread = None
+            raise
 
     def _ring(self) -> None:
         self.shm.add32(self._bell, _native.SLOT_MASK + 1)

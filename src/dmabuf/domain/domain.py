@@ -55,6 +55,7 @@ class Domain:
         self._free_ctx: list[int] = []
         self._free_timelines: list[int] = []
         self._unrung: list[Callable[[], bool]] = []  # what rings sync files that could not be rung yet
+        self._ringing = False  # in a thread of theirs
         # What the layers above keep for this domain in this process, by the name of the layer; thrown away after a fork.
         self.local: dict[str, Any] = {}
         self._wire(shm)
@@ -188,7 +189,7 @@ class Domain:
     def _forget(self) -> None:
         """After a fork: what the parent owned is the parent's."""
         self._life = None
-        self._free_ctx, self._free_timelines, self._unrung = [], [], []
+        self._free_ctx, self._free_timelines, self._unrung, self._ringing = [], [], [], False
         for hook in self.reset_hooks:
             hook()
         self.local.clear()
@@ -206,7 +207,7 @@ class Domain:
                 return
             with place.door(self.shm.fd):
                 if self.leave_hooks:
-                    self._ended(life.id)
+                    self.forget_socket(life.id)
                 self.tidy()
                 life.leave()
                 if not place.inhabited(self.shm.fd):
@@ -222,7 +223,7 @@ class Domain:
                     finally:
                         os.close(directory)
 
-    def _ended(self, life: int) -> None:
+    def forget_socket(self, life: int) -> None:
         """Remove the socket of a life that is over, if it had one."""
         if self.path is None:
             return  # its name went with its process
@@ -246,12 +247,15 @@ class Domain:
         with contextlib.suppress(OSError):  # the wait is not to blame; the next tick, or another process, tries again
             if kind == _native.TICK_CHECK:  # value: a life that is about to be yielded to
                 index = lives.index_of(value)
-                if value != self.shm.life and not lives.breathes(self.shm.fd, index) and lives.reap(self.shm, index, self._ended):
+                if value != self.shm.life and not lives.breathes(self.shm.fd, index) and lives.reap(self.shm, index, self.forget_socket):
                     self.ring_all()
                 return
             self.sweep_if_due()
             if kind == _native.TICK_POLL:
                 return
+        if self._unrung and not self._ringing:
+            with self._lock:
+                self._ring_aside()
         for hook in list(self.tick_hooks):  # a hook may take itself off
             hook(kind, value)
 
@@ -268,7 +272,7 @@ class Domain:
         """Reap every life whose process is gone; returns how many."""
         shm = self.shm
         mine = lives.index_of(shm.life) if shm.life else -1
-        count = sum(lives.reap(shm, i, self._ended) for i in lives.alive_slots(shm) if i != mine and not lives.breathes(shm.fd, i))
+        count = sum(lives.reap(shm, i, self.forget_socket) for i in lives.alive_slots(shm) if i != mine and not lives.breathes(shm.fd, i))
         if count:
             self.ring_all()
         return count
@@ -316,8 +320,16 @@ class Domain:
         """Ring again until it succeeds, a tick apart, in a thread: whoever waits for the descriptor is not to wait for ever."""
         with self._lock:
             self._unrung.append(ring)
-            if len(self._unrung) == 1:
+            self._ring_aside()
+
+    def _ring_aside(self) -> None:
+        """Have a thread for what is to be rung again. The lock is held."""
+        if self._unrung and not self._ringing:
+            self._ringing = True
+            try:
                 threading.Thread(target=self._ring_again, name="dmabuf-ring", daemon=True).start()
+            except RuntimeError:  # none can be started: the next tick tries again
+                self._ringing = False
 
     def _ring_again(self) -> None:
         pause, life = threading.Event(), self.shm.life
@@ -327,7 +339,12 @@ class Domain:
             with self._lock:
                 self._unrung = [ring for ring in self._unrung if ring not in rung]
                 if not self._unrung:
+                    self._ringing = False
                     return  # decided under the lock: whoever comes after this starts another thread
+        with self._lock:  # this process has left the domain, and perhaps come again
+            self._ringing = False
+            if self.shm.life:
+                self._ring_aside()
 
     def ring_all(self) -> bool:
         """After a death: whatever the dead had begun to ring is rung, and what nobody holds is removed. False: not all of it could be."""

@@ -195,8 +195,8 @@ def opened(make: Callable[[], socket.socket]) -> socket.socket:
 
 
 def shut(sock: socket.socket) -> None:
-    _sockets.discard(sock)
     sock.close()
+    _sockets.discard(sock)  # afterwards: a fork in between closes it once more, instead of keeping its copy
 
 
 def _after_fork() -> None:

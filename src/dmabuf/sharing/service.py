@@ -130,21 +130,27 @@ class Service:
             _native.step("service_bound")  # a file of a life: whoever reaps it unlinks it
             sock.listen(128)
             sock.setblocking(False)  # what is accepted blocks all the same
+            try:
+                threading.Thread(target=_accept, args=(sock, weakref.ref(self)), name="dmabuf-service", daemon=True).start()
+            except RuntimeError:  # none can be started: the next to serve tries again, at the same address
+                domain.forget_socket(self.life)
+                raise
         except BaseException:
             shut(sock)
             raise
         domain.leave_hooks.append(partial(_stop, sock, self._connections))
-        threading.Thread(target=_accept, args=(sock, weakref.ref(self)), name="dmabuf-service", daemon=True).start()
 
     def take(self, conn: socket.socket) -> None:
         """Serve a connection in a thread of its own."""
-        if len(self._connections) >= MAX_CONNECTIONS:
-            with contextlib.suppress(OSError):
-                send(conn, told_of(fail(errno.EAGAIN, "request", "a process", "make fewer calls at once"), ""), flags=socket.MSG_DONTWAIT)
-            shut(conn)
-            return
-        self._connections.add(conn)
-        threading.Thread(target=self._serve, args=(conn,), name="dmabuf-server", daemon=True).start()
+        if len(self._connections) < MAX_CONNECTIONS:
+            self._connections.add(conn)
+            with contextlib.suppress(RuntimeError):  # no thread can be started: the caller is told, and others are served later
+                threading.Thread(target=self._serve, args=(conn,), name="dmabuf-server", daemon=True).start()
+                return
+            self._connections.discard(conn)
+        with contextlib.suppress(OSError):
+            send(conn, told_of(fail(errno.EAGAIN, "request", "a process", "make fewer calls at once"), ""), flags=socket.MSG_DONTWAIT)
+        shut(conn)
 
     def _serve(self, conn: socket.socket) -> None:
         try:
