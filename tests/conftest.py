@@ -4,6 +4,7 @@ import ctypes
 import gc
 import os
 from collections.abc import Generator, Iterator
+from typing import Any
 
 import pytest
 
@@ -18,6 +19,8 @@ os.environ["DMABUF_DEBUG"] = "1"
 
 _DIRECTORY = pytest.StashKey[RunDirectory]()
 _FAILED = pytest.StashKey[bool]()
+_NOTHING: dict[str, Any] = {}
+_NONE: list[tuple[str, Any]] = []
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -32,6 +35,22 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_unconfigure(config: pytest.Config) -> None:
     config.stash[_DIRECTORY].close()
     del os.environ["DMABUF_DOMAIN"]
+
+
+# Every collection looks at all that a run has made, and there are two for each test: of what piles up with thousands of tests, nobody asks
+# for the watchdog's timer of a test that is over, nor for more than the result of a report of success.
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    try:
+        return (yield)
+    finally:
+        vars(item).pop("cancel_timeout", None)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.passed:
+        report.keywords, report.sections, report.user_properties = _NOTHING, _NONE, _NONE
 
 
 @pytest.hookimpl(wrapper=True)

@@ -14,7 +14,7 @@ from dmabuf.drivers.sw_sync import SwSyncTimeline
 from tests.support.children import Parent, Spawn
 from tests.support.errnos import raises_errno
 from tests.support.kernel_homes import Boom, add_fence, made
-from tests.support.waiting import until_asleep
+from tests.support.waiting import until, until_asleep
 
 # ---- other processes ----
 
@@ -78,8 +78,7 @@ def test_accesses_of_two_processes_exclude_each_other(child: Spawn, buf: dmabuf.
     with buf.read():
         other = child(_blocked, buf.ino)
         assert other.recv() == "there"
-        until_asleep(other.pid)
-        assert [len(record.blocking_readers) for record in dmabuf.buffers()] == [1]
+        until(lambda: [len(record.blocking_readers) for record in dmabuf.buffers()] == [1])
     assert other.result() == "written"
 
 
