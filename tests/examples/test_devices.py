@@ -1,21 +1,12 @@
 """What docs/devices.md shows works as shown."""
 
-import os
 import random
-import re
-import subprocess
-import sys
 import zlib
 from pathlib import Path
 
-BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[2] / "docs" / "devices.md").read_text(encoding="utf-8"), re.DOTALL)
+from tests.support.programs import blocks, run
 
-
-def run(code: str, tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    script = tmp_path / "example.py"
-    script.write_text(code, encoding="utf-8")
-    environment = {**os.environ, "PYTHONWARNINGS": "error"}
-    return subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, env=environment, check=False)
+BLOCKS = blocks("docs/devices.md")
 
 
 def test_the_first_example_takes_a_file_through_two_devices_to_a_file(tmp_path: Path) -> None:

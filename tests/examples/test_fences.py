@@ -1,17 +1,12 @@
 """What docs/fences.md shows works as shown."""
 
-import os
-import re
-import subprocess
-import sys
 from pathlib import Path
 
-BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[2] / "docs" / "fences.md").read_text(encoding="utf-8"), re.DOTALL)
+from tests.support.programs import blocks, run
+
+BLOCKS = blocks("docs/fences.md")
 
 
 def test_the_examples_of_fences_run_one_after_the_other(tmp_path: Path) -> None:
-    script = tmp_path / "example.py"
-    script.write_text("\n".join([*BLOCKS, "camera.close()", "encoder.close()", "print(fence.status)"]), encoding="utf-8")
-    environment = {**os.environ, "PYTHONWARNINGS": "error"}
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment, check=False)
+    done = run("\n".join([*BLOCKS, "camera.close()", "encoder.close()", "print(fence.status)"]), tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (0, "1\n", "")

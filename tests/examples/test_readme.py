@@ -1,23 +1,13 @@
 """What README shows works as shown."""
 
 import ast
-import os
-import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-README = Path(__file__).parents[2] / "README.md"
-BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+from tests.support.programs import blocks, run
 
-
-def run(code: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:
-    script = tmp_path / "example.py"
-    script.write_text(code, encoding="utf-8")
-    environment = {**os.environ, "PYTHONWARNINGS": "error"}
-    return subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment, check=False)
+BLOCKS = blocks("README.md")
 
 
 def test_the_first_example_shares_a_frame_between_two_processes(tmp_path: Path) -> None:
