@@ -68,7 +68,8 @@ def settle() -> None:
     if domain is None:
         return
     watched = domain.local.get("dispatcher")
-    if watched is not None:  # that a fence of another process has ended is about to be told to who registered for it here
+    if watched is not None and watched.life == domain.shm.life:
+        # That a fence of another process has ended is about to be told to who registered for it here.
         until(lambda: all(map(domain.shm.fence_pending, [*list(watched._foreign.values()), *watched._past])))
     service = domain.local.get("service")
     if service is not None:  # what served processes that have ended is about to notice
