@@ -12,6 +12,7 @@ import pytest
 
 import dmabuf
 from dmabuf import ContractError, ContractWarning, Device, Direction, DmaBuf, DmaResv, Domain, Exporter, IosysMap, Timeline, Usage
+from dmabuf.core import backing
 from dmabuf.core.exporter import Module
 from tests.support.children import Parent, Spawn
 from tests.support.drivers import PAGE, Bare, Dynamic, Mover, Static
@@ -638,6 +639,27 @@ def test_release_never_runs_in_the_garbage_collector(static: Static) -> None:
     del buf
     gc.collect()
     assert where.get() != threading.get_ident()
+
+
+def test_who_closes_the_last_handle_releases_and_not_the_thread_that_looks_just_then(
+    static: Static, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free, looks = backing.outside, list[Background[None]]()
+
+    def outside() -> bool:
+        if not looks:  # called as the handle is closed, before the release
+            looks.append(Background(backing.exports_of(Domain.default()).look))
+            looks[0].__enter__()
+            looks[0].until_blocked()
+        return free()
+
+    where: list[int] = []
+    static.during["release"] = lambda last: where.append(threading.get_ident())
+    buf = dmabuf.export(static, SIZE)
+    monkeypatch.setattr(backing, "outside", outside)
+    buf.close()
+    assert where == [threading.get_ident()]
+    looks[0].__exit__(None)
 
 
 def test_a_release_that_raises_is_told_and_the_rest_is_done(static: Static, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -292,28 +292,32 @@ class Exported(Backing):
         """A handle of this process was closed; ``quiet``: by the garbage collector. Errors: those of the release."""
         if self.life != self.record.shm.life:
             return
-        with self._once:
+        with self._once:  # in one step: in between the thread would find that nobody closes it any more
             self.closing -= 1
-        if self.record.handles:
-            return
-        exports = exports_of(self.record.domain)
-        if quiet or not outside():
-            exports.wake()
-        elif not self.try_release():
-            exports.wake()
+            if self.record.handles:
+                return
+            mine = not quiet and outside() and self._claimed()
+        if mine:
+            self._release()
+        else:
+            exports_of(self.record.domain).wake()
 
     def try_release(self) -> bool:
         """Release the buffer if nobody holds it; True when it is released. Errors: ``ContractError``, ``ContractWarning``."""
         with self._once:
             if self.released or self.life != self.record.shm.life:
                 return True
-            if self.record.handles or any(not mapping.closed for mapping in list(self._mappings)):
+            if not self._claimed():
                 return False
-            if not place.ofd_lock(self.private, fcntl.F_WRLCK, 0):
-                return False
-            self.released = True
         self._release()
         return True
+
+    def _claimed(self) -> bool:
+        """Nobody holds it, and the caller is the one to release it. The lock is held."""
+        if self.released or self.record.handles or any(not mapping.closed for mapping in list(self._mappings)):
+            return False
+        self.released = place.ofd_lock(self.private, fcntl.F_WRLCK, 0)
+        return self.released
 
     def _release(self) -> None:
         """Spec 2.6. No newcomer can come: their read lock is refused."""
