@@ -1,6 +1,7 @@
 """Devices in another process: calls to the exporter that a signal ends, and calls in calls."""
 
 import contextlib
+import errno
 import os
 import signal
 import threading
@@ -40,13 +41,15 @@ def calls(state: Any) -> list[Any]:
 
 
 @contextlib.contextmanager
-def poked(when: Callable[[], bool], then: Callable[[], object] = lambda: None, times: int = 1) -> Iterator[list[int]]:
+def poked(
+    when: Callable[[], bool], then: Callable[[], object] = lambda: None, times: int = 1, kind: type[BaseException] = Interrupt
+) -> Iterator[list[int]]:
     """In the block this thread is sent a signal, whose handler raises, once that is true; `then` when all handlers ran."""
     ran: list[int] = []
 
     def handler(*_: object) -> None:
         ran.append(len(ran))
-        raise Interrupt(len(ran))
+        raise kind(len(ran))
 
     def poke() -> None:
         until(when)
@@ -148,13 +151,14 @@ def test_what_gives_back_is_seen_through_too(child: Spawn, op: str) -> None:
             here.state.att.detach()
 
 
-def test_the_lock_is_held_again_when_what_the_handler_raised_comes(child: Spawn) -> None:
+@pytest.mark.parametrize("kind", [Interrupt, TimeoutError, KeyboardInterrupt])
+def test_the_lock_is_held_again_when_what_the_handler_raised_comes(child: Spawn, kind: type[BaseException]) -> None:
     with exported(child) as (ask, here):
         buf = here.state.buf
         att = buf.attach(Device("npu0"), Mover())
         ask(blocks, "pin")
         with buf.resv.locked():
-            with poked(lambda: ask(calls)[-1:] == ["pin"], lambda: ask(goes_on)), pytest.raises(Interrupt):
+            with poked(lambda: ask(calls)[-1:] == ["pin"], lambda: ask(goes_on), kind=kind), pytest.raises(kind):
                 att.pin()
             assert buf.resv.held_here()
             assert buf.resv.statistics().locked_by == os.getpid()
@@ -162,6 +166,26 @@ def test_the_lock_is_held_again_when_what_the_handler_raised_comes(child: Spawn)
             att.unpin()
         assert not buf.resv.is_locked()
         assert ask(calls) == ["attach", "pin", "unpin", "pin", "unpin"]
+        att.detach()
+
+
+def test_a_full_domain_keeps_nobody_from_a_locked_call(child: Spawn, monkeypatch: pytest.MonkeyPatch) -> None:
+    with exported(child) as (ask, here):
+        buf = here.state.buf
+        att = buf.attach(Device("npu0"), Mover())
+
+        def full(*_: object) -> int:
+            raise OSError(errno.ENOSPC, "full")
+
+        with buf.resv.locked():
+            monkeypatch.setattr(buf.domain, "ctx_open", full)
+            att.pin()
+            att.unpin()
+            assert buf.resv.held_here()
+            assert buf.resv.statistics().locked_by == os.getpid()
+            monkeypatch.undo()
+        assert not buf.resv.is_locked()
+        assert ask(calls) == ["attach", "pin", "unpin"]
         att.detach()
 
 

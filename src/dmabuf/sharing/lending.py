@@ -94,7 +94,9 @@ class Lent:
             return held.word
         try:
             self._loan = _Loan(resv.domain, held.word)
-        except OSError:
+        except OSError as e:
+            if e.errno != errno.ENOSPC:
+                raise
             return held.word  # the domain is full: without a loan, what gives back works still
         try:
             resv._record.shm.resv_pass(resv._record.index, held.word, self._loan.word)

@@ -158,6 +158,8 @@ class Line:
         except (ConnectionError, EOFError):
             pass
         except DmaBufError as e:
+            if e.errno == errno.EMFILE:  # a long answer that found no room here: nobody wants it
+                return self._undone(sock, body)
             if e.errno != errno.EBADMSG:  # of a signal handler
                 raise
         self._reap()
