@@ -25,9 +25,14 @@ def interrupted(call: Callable[[], object], *, raising: bool) -> BaseException |
     over = threading.Event()
 
     def poke() -> None:
-        until_asleep(os.getpid(), me, over=over.is_set)
-        if not over.is_set():
+        while True:
+            until_asleep(os.getpid(), me, over=over.is_set)
+            if over.is_set():
+                return
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+            if raising:
+                return
+            # It may have slept on its way to the wait; what came there ended nothing, so it is sent again.
 
     try:
         with Background(poke):
