@@ -10,7 +10,8 @@ import fcntl
 import os
 
 from dmabuf import _native
-from dmabuf.core.buffer import MEMFD, DmaBuf, close_fd
+from dmabuf.core.buffer import DmaBuf
+from dmabuf.core.buffer_handle import MEMFD, close_fd
 from dmabuf.core.identity import described, identify, take_lease
 from dmabuf.domain.domain import Domain
 from dmabuf.domain.records import adopt, confirmed

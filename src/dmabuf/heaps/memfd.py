@@ -15,7 +15,8 @@ import os
 import secrets
 
 from dmabuf import _native
-from dmabuf.core.buffer import MEMFD, PAGE, DmaBuf, checked_name
+from dmabuf.core.buffer import PAGE, DmaBuf, checked_name
+from dmabuf.core.buffer_handle import MEMFD
 from dmabuf.core.handles import from_fd
 from dmabuf.core.identity import SEALS, memfd_name
 from dmabuf.domain.domain import Domain
