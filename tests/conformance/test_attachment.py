@@ -10,13 +10,12 @@ import pytest
 import dmabuf
 from dmabuf import ContractError, ContractWarning, Device, Direction, DmaBuf, DmaBufAttachment, Importer, SgTable, Timeline, Usage
 from dmabuf.core import attachment as attachments
-from tests.support.drivers import PAGE, Bare, Dynamic, Mover, Static
+from tests.support.drivers import BIDIR, FROM, PAGE, TO, Bare, Dynamic, Mover, Static
 from tests.support.errnos import raises_errno
 from tests.support.fences import attach as add
 from tests.support.interrupts import Interrupt, interrupted
 from tests.support.waiting import Background
 
-BIDIR, TO, FROM = Direction.BIDIRECTIONAL, Direction.TO_DEVICE, Direction.FROM_DEVICE
 SIZE = 4 * PAGE
 
 

@@ -9,13 +9,12 @@ import dmabuf
 from dmabuf import ContractWarning, Direction, DmaBufAttachment, SgTable, Timeline, Usage
 from tests.support import elsewhere as do
 from tests.support.children import Spawn
-from tests.support.drivers import PAGE, Bare, Dynamic, Static
+from tests.support.drivers import BIDIR, FROM, PAGE, TO, Bare, Dynamic, Static
 from tests.support.elsewhere import Away, Place, There
 from tests.support.errnos import raises_errno
 from tests.support.fences import attach as add
 from tests.support.waiting import until, until_asleep
 
-BIDIR, TO, FROM = Direction.BIDIRECTIONAL, Direction.TO_DEVICE, Direction.FROM_DEVICE
 SIZE = 4 * PAGE
 
 

@@ -12,12 +12,11 @@ import pytest
 import dmabuf
 from dmabuf import ContractError, ContractWarning, Device, Direction, DmaBufAttachment, SgTable
 from dmabuf.core.attachment import moving
-from tests.support.drivers import PAGE, Dynamic, Mover, Static
+from tests.support.drivers import BIDIR, FROM, PAGE, TO, Dynamic, Mover, Static
 
 T = TypeVar("T")
 SEEDS, STEPS = 60, 60
 SIZE = 2 * PAGE
-BIDIR, TO, FROM = Direction.BIDIRECTIONAL, Direction.TO_DEVICE, Direction.FROM_DEVICE
 FAILURES = [errno.EBUSY, errno.ENOMEM, errno.EINTR, errno.EIO]
 
 

@@ -13,7 +13,7 @@ from dmabuf import ContractWarning, Direction, DmaBuf, Timeline, Usage
 from tests.support.children import Parent, Spawn
 from tests.support.errnos import raises_errno
 from tests.support.facts import FACTS, Fact, fact_id, facts
-from tests.support.fences import attach
+from tests.support.fences import USAGES, attach
 from tests.support.waiting import Background, until_asleep
 
 # include/uapi/linux/dma-buf.h
@@ -21,7 +21,6 @@ READ, WRITE, END = 1, 2, 4
 FLAGS = {"r": READ, "w": WRITE, "rw": READ | WRITE, "READ": READ, "WRITE": WRITE, "RW": READ | WRITE}
 
 DIRECTIONS = pytest.mark.parametrize("direction", list(Direction), ids=lambda direction: direction.name)
-USAGES = pytest.mark.parametrize("usage", list(Usage), ids=lambda usage: usage.name)
 WRITES = {Direction.TO_DEVICE, Direction.BIDIRECTIONAL}
 
 

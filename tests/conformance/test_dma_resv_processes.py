@@ -10,10 +10,8 @@ import dmabuf
 from dmabuf import Timeline, Usage
 from tests.support.children import Parent, Spawn
 from tests.support.errnos import raises_errno
-from tests.support.fences import attach, entries, key, keys, the_fence
+from tests.support.fences import USAGES, attach, entries, key, keys, the_fence
 from tests.support.waiting import Background, until_asleep
-
-USAGES = pytest.mark.parametrize("usage", list(Usage), ids=lambda usage: usage.name)
 
 
 def adds(parent: Parent, usages: list[Usage]) -> None:

@@ -9,12 +9,11 @@ import dmabuf
 from dmabuf import Direction, DmaBuf, Usage
 from tests.support import elsewhere as do
 from tests.support.children import Parent, Spawn
-from tests.support.drivers import PAGE, Bare, Static
+from tests.support.drivers import BIDIR, FROM, PAGE, TO, Bare, Static
 from tests.support.elsewhere import Away, Place, obeys
 from tests.support.errnos import raises_errno
 from tests.support.waiting import until
 
-BIDIR, TO, FROM = Direction.BIDIRECTIONAL, Direction.TO_DEVICE, Direction.FROM_DEVICE
 SIZE = 4 * PAGE
 
 

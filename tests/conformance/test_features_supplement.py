@@ -31,6 +31,7 @@ from dmabuf import (
 from dmabuf.uapi import table
 from tests.support.drivers import Static
 from tests.support.errnos import raises_errno
+from tests.support.fences import USAGES
 from tests.support.fences import attach as add
 from tests.support.holder import Holder
 from tests.support.interrupts import interrupted
@@ -42,7 +43,6 @@ IN, OUT = 1, 4  # select.POLLIN, POLLOUT
 SYNC_READ, SYNC_WRITE, SYNC_RW, SYNC_END = 1, 2, 3, 4  # include/uapi/linux/dma-buf.h
 SIZE = 16384
 WRITE = pytest.mark.parametrize("write", [False, True], ids=["read", "write"])
-USAGES = pytest.mark.parametrize("usage", list(Usage), ids=lambda usage: usage.name)
 
 NOT_YET = {
     "S20": "not yet: tracing",

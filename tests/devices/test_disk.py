@@ -5,68 +5,29 @@ import errno
 import os
 import random
 import resource
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import dmabuf
-from dmabuf import ContractWarning, DiskDevice, DmaBuf, Domain, SgTable, Timeline, Usage, sim
+from dmabuf import DiskDevice, DmaBuf, Domain, SgTable, Timeline
 from dmabuf.devices import disk as disks
 from dmabuf.devices.disk import BLOCK, CHUNK
-from tests.devices.test_sim import got, put
+from tests.devices.conftest import BIG
 from tests.support.children import Parent, Spawn
-from tests.support.drivers import PAGE, Bare, Dynamic
+from tests.support.drivers import PAGE, Bare
+from tests.support.engines import got, put
 from tests.support.errnos import raises_errno
-from tests.support.fences import attach as add
-from tests.support.fences import entries, key, the_fence
-from tests.support.partners import give, take
-from tests.support.waiting import until, until_asleep
-
-SIZE = 16 * BLOCK
-
-
-@pytest.fixture
-def big() -> Iterator[DmaBuf]:
-    with dmabuf.allocate(SIZE) as made:
-        yield made
-
-
-@pytest.fixture(params=[True, False], ids=["direct", "buffered"])
-def disk(request: pytest.FixtureRequest, big: DmaBuf) -> Iterator[DiskDevice]:
-    made = DiskDevice("disk0", direct=request.param)
-    yield made
-    made.close(cancel=True)
-
-
-@pytest.fixture
-def plain(big: DmaBuf) -> Iterator[DiskDevice]:
-    made = DiskDevice("disk0")
-    yield made
-    made.close(cancel=True)
-
-
-@pytest.fixture
-def file(tmp_path: Path) -> Path:
-    made = tmp_path / "frames"
-    made.write_bytes(random.Random(1).randbytes(SIZE + 1000))
-    return made
-
-
-def until_it_waits(disk: DiskDevice) -> None:
-    until(lambda: disk._io._thread is not None and disk._io._thread.native_id is not None)
-    assert disk._io._thread is not None
-    until_asleep(os.getpid(), disk._io._thread.native_id)
-
+from tests.support.fences import entries
 
 # ---- the same bytes, whichever way they go ----
 
 # (offset in the file, at in the buffer, length)
 RANGES = [
-    (0, 0, SIZE), (0, 0, BLOCK), (BLOCK, BLOCK, 3 * BLOCK), (0, BLOCK, BLOCK), (100, 100, SIZE - 100), (100, 100, SIZE - 200), (1, 0, SIZE),
-    (0, 1, SIZE - 1), (5, 5, 10), (BLOCK - 1, BLOCK - 1, 2), (3, BLOCK + 3, BLOCK), (7, 0, 5), (1000, 0, SIZE), (BLOCK + 512, 512, 5000),
+    (0, 0, BIG), (0, 0, BLOCK), (BLOCK, BLOCK, 3 * BLOCK), (0, BLOCK, BLOCK), (100, 100, BIG - 100), (100, 100, BIG - 200), (1, 0, BIG),
+    (0, 1, BIG - 1), (5, 5, 10), (BLOCK - 1, BLOCK - 1, 2), (3, BLOCK + 3, BLOCK), (7, 0, 5), (1000, 0, BIG), (BLOCK + 512, 512, 5000),
 ]  # fmt: skip
 
 
@@ -74,9 +35,9 @@ RANGES = [
 def test_what_is_read_is_what_the_file_has_there_and_nothing_else_is_touched(
     disk: DiskDevice, big: DmaBuf, file: Path, offset: int, at: int, length: int
 ) -> None:
-    put(big, b"\xee" * SIZE)
+    put(big, b"\xee" * BIG)
     assert disk.submit_read(big, file, offset, at=at, length=length).wait() == length
-    expected = bytearray(b"\xee" * SIZE)
+    expected = bytearray(b"\xee" * BIG)
     expected[at : at + length] = file.read_bytes()[offset : offset + length]
     assert got(big) == bytes(expected)
 
@@ -85,7 +46,7 @@ def test_what_is_read_is_what_the_file_has_there_and_nothing_else_is_touched(
 def test_what_is_written_is_what_the_buffer_has_there_and_nothing_else_is_touched(
     disk: DiskDevice, big: DmaBuf, file: Path, offset: int, at: int, length: int
 ) -> None:
-    data, before = random.Random(2).randbytes(SIZE), file.read_bytes()
+    data, before = random.Random(2).randbytes(BIG), file.read_bytes()
     put(big, data)
     assert disk.submit_write(big, file, offset, at=at, length=length).wait() == length
     expected = bytearray(before)
@@ -135,14 +96,14 @@ def test_memory_in_pieces_is_filled_in_the_order_of_its_table(disk: DiskDevice, 
 
 
 def test_whole_blocks_bypass_the_page_cache_where_the_file_system_takes_that(plain: DiskDevice, big: DmaBuf, file: Path) -> None:
-    job = plain.submit_read(big, file, 100, at=100, length=SIZE - 200)
+    job = plain.submit_read(big, file, 100, at=100, length=BIG - 200)
     job.wait()
     stats = plain.statistics()
     if job.note is not None:
         assert job.note.startswith("its file system takes no O_DIRECT: ")
-        assert (stats.direct, stats.buffered) == (0, SIZE - 200)
+        assert (stats.direct, stats.buffered) == (0, BIG - 200)
     else:
-        assert (stats.direct, stats.buffered) == (SIZE - 2 * BLOCK, 2 * BLOCK - 200)
+        assert (stats.direct, stats.buffered) == (BIG - 2 * BLOCK, 2 * BLOCK - 200)
         file.write_bytes(b"x" * (3 * BLOCK + 100))
         plain.submit_read(big, file).wait()
         after = plain.statistics()
@@ -182,13 +143,13 @@ def test_a_file_system_without_o_direct_is_read_and_written_all_the_same(
         is_direct = lambda fd, *_: bool(disks.fcntl.fcntl(fd, disks.fcntl.F_GETFL) & os.O_DIRECT)  # noqa: E731
         name = "pwritev" if write else "preadv"
         monkeypatch.setattr(disks.os, name, refuse(getattr(os, name), is_direct))
-    put(big, b"\1" * SIZE)
+    put(big, b"\1" * BIG)
     job = plain.submit_write(big, file) if write else plain.submit_read(big, file)
-    assert job.wait() == SIZE
+    assert job.wait() == BIG
     assert refused == [where]
     assert job.note == "its file system takes no O_DIRECT: Invalid argument"
-    assert (plain.statistics().direct, plain.statistics().buffered) == (0, SIZE)
-    assert file.read_bytes()[:SIZE] == got(big)
+    assert (plain.statistics().direct, plain.statistics().buffered) == (0, BIG)
+    assert file.read_bytes()[:BIG] == got(big)
 
 
 def test_switched_off_o_direct_is_said(big: DmaBuf, file: Path) -> None:
@@ -201,29 +162,29 @@ def test_switched_off_o_direct_is_said(big: DmaBuf, file: Path) -> None:
 # ---- results ----
 
 
-@pytest.mark.parametrize("have", [0, 1, 100, BLOCK, BLOCK + 1, SIZE - 1])
+@pytest.mark.parametrize("have", [0, 1, 100, BLOCK, BLOCK + 1, BIG - 1])
 def test_a_read_that_meets_the_end_says_how_much_and_leaves_the_rest(disk: DiskDevice, big: DmaBuf, tmp_path: Path, have: int) -> None:
     data = random.Random(4).randbytes(have)
     (tmp_path / "short").write_bytes(data)
-    put(big, b"\xee" * SIZE)
+    put(big, b"\xee" * BIG)
     job = disk.submit_read(big, tmp_path / "short")
     assert (job.wait(), job.fence.status) == (have, 1)
-    assert got(big) == data + b"\xee" * (SIZE - have)
+    assert got(big) == data + b"\xee" * (BIG - have)
 
 
 def test_a_read_behind_the_end_is_of_no_byte(disk: DiskDevice, big: DmaBuf, file: Path) -> None:
-    assert disk.submit_read(big, file, SIZE + 1000).wait() == 0
+    assert disk.submit_read(big, file, BIG + 1000).wait() == 0
     assert disk.submit_read(big, file, 1 << 40).wait() == 0
 
 
 def test_a_write_makes_the_file_and_a_hole_before_its_offset(disk: DiskDevice, big: DmaBuf, tmp_path: Path) -> None:
-    put(big, b"\1" * SIZE)
+    put(big, b"\1" * BIG)
     assert disk.submit_write(big, tmp_path / "new", BLOCK, length=10).wait() == 10
     assert (tmp_path / "new").read_bytes() == b"\0" * BLOCK + b"\1" * 10
 
 
 def test_a_truncating_write_ends_the_file_with_its_data(disk: DiskDevice, big: DmaBuf, file: Path) -> None:
-    put(big, b"\1" * SIZE)
+    put(big, b"\1" * BIG)
     assert disk.submit_write(big, file, 5, length=10, truncate=True, sync=True).wait() == 10
     assert file.stat().st_size == 15
 
@@ -236,7 +197,7 @@ def test_a_relative_path_is_of_the_directory_at_submission(
     jobs = [plain.submit_read(big, name, wait=[gate]) for name in ("frames", b"frames", Path("frames"))]
     monkeypatch.chdir("/")
     gate.signal()
-    assert [job.wait() for job in jobs] == [SIZE] * 3
+    assert [job.wait() for job in jobs] == [BIG] * 3
 
 
 # ---- what fails, by the fence ----
@@ -287,11 +248,11 @@ def test_what_is_wrong_with_a_file_is_said_with_its_name(
     assert (job.fence.status, job.moved) == (-number, 0)
     assert caught.value.filename == os.fspath(path)
     assert str(path) in str(caught.value)
-    assert disk.submit_read(big, "/dev/zero").wait() == SIZE  # the disk goes on
+    assert disk.submit_read(big, "/dev/zero").wait() == BIG  # the disk goes on
 
 
 def limited(parent: Parent, path: str, limit: int) -> tuple[int, int, str]:
-    with dmabuf.allocate(SIZE) as buf, DiskDevice() as disk, Timeline("limit") as line:
+    with dmabuf.allocate(BIG) as buf, DiskDevice() as disk, Timeline("limit") as line:
         gate = line.fence()
         job = disk.submit_write(buf, path, wait=[gate])
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))  # from now on the domain can't grow either
@@ -345,7 +306,7 @@ def test_a_buffer_unplugged_under_a_read_faults(plain: DiskDevice, big: DmaBuf, 
     gate.signal()
     with raises_errno(errno.EFAULT):
         job.wait()
-    assert got(big) == b"\0" * SIZE
+    assert got(big) == b"\0" * BIG
 
 
 # ---- what is refused at once ----
@@ -354,9 +315,9 @@ REFUSED: dict[str, tuple[int, Callable[[DiskDevice, DmaBuf, Path], Any]]] = {
     "a negative offset": (errno.EINVAL, lambda d, b, p: d.submit_read(b, p, -1)),
     "an offset beyond all files": (errno.EINVAL, lambda d, b, p: d.submit_write(b, p, 1 << 63)),
     "an empty range": (errno.EINVAL, lambda d, b, p: d.submit_read(b, p, length=0)),
-    "a range outside": (errno.EINVAL, lambda d, b, p: d.submit_read(b, p, length=SIZE + 1)),
+    "a range outside": (errno.EINVAL, lambda d, b, p: d.submit_read(b, p, length=BIG + 1)),
     "a negative length": (errno.EINVAL, lambda d, b, p: d.submit_read(b, p, length=-1)),
-    "a place outside": (errno.EINVAL, lambda d, b, p: d.submit_write(b, p, at=SIZE)),
+    "a place outside": (errno.EINVAL, lambda d, b, p: d.submit_write(b, p, at=BIG)),
     "a negative place": (errno.EINVAL, lambda d, b, p: d.submit_write(b, p, at=-1)),
     "a place outside of a range": (errno.EINVAL, lambda d, b, p: d.submit_read(d.attach(b).range(0, 10), p, at=10)),
     "a path with a NUL": (errno.EINVAL, lambda d, b, p: d.submit_read(b, "a\0b")),
@@ -395,7 +356,7 @@ def test_an_option_that_there_is_not_is_a_type_error(plain: DiskDevice, big: Dma
 def test_a_part_of_a_buffer_is_read_into_and_written_from(disk: DiskDevice, big: DmaBuf, file: Path, tmp_path: Path) -> None:
     part = big.export_range(BLOCK + 3, 2 * BLOCK)
     assert asyncio.run(disk.read_into(part, file, 10)) == 2 * BLOCK
-    assert got(big) == bytes(BLOCK + 3) + file.read_bytes()[10 : 10 + 2 * BLOCK] + bytes(SIZE - 3 * BLOCK - 3)
+    assert got(big) == bytes(BLOCK + 3) + file.read_bytes()[10 : 10 + 2 * BLOCK] + bytes(BIG - 3 * BLOCK - 3)
     assert disk.submit_write(part, tmp_path / "out", at=1, length=20).wait() == 20
     assert (tmp_path / "out").read_bytes() == file.read_bytes()[11:31]
 
@@ -406,7 +367,7 @@ def test_an_offset_of_the_wrong_type_is_a_type_error(plain: DiskDevice, big: Dma
 
 
 def test_a_buffer_of_another_domain_is_refused(plain: DiskDevice, file: Path) -> None:
-    with dmabuf.allocate(SIZE, domain=Domain.private()) as foreign, raises_errno(errno.EXDEV):
+    with dmabuf.allocate(BIG, domain=Domain.private()) as foreign, raises_errno(errno.EXDEV):
         plain.submit_read(foreign, file)
 
 
@@ -414,208 +375,3 @@ def test_a_closed_disk_is_refused(plain: DiskDevice, big: DmaBuf, file: Path) ->
     plain.close()
     with raises_errno(errno.EBADF):
         plain.submit_read(big, file)
-
-
-# ---- fences ----
-
-
-def test_a_read_writes_the_buffer_and_a_write_reads_it(plain: DiskDevice, big: DmaBuf, file: Path, tl: Timeline) -> None:
-    gate = tl.fence()
-    first = plain.submit_read(big, file, wait=[gate])
-    second = plain.submit_write(big, file, wait=[gate])
-    assert entries(big.resv) == [(key(first.fence), Usage.WRITE), (key(second.fence), Usage.READ)]
-    assert first.fence.driver_name == "dmabuf-disk"
-    gate.signal()
-    second.wait()
-
-
-def test_cpu_readers_wait_for_the_file_and_the_file_for_cpu_writers(plain: DiskDevice, big: DmaBuf, file: Path) -> None:
-    job = plain.submit_read(big, file, delay=0.01)
-    with big.read() as view:
-        assert bytes(view) == file.read_bytes()[:SIZE]
-    assert job.done
-    with big.write() as view:
-        job = plain.submit_write(big, file)
-        until_it_waits(plain)
-        assert not job.done
-        view[:] = b"\1" * SIZE
-    job.wait()
-    assert file.read_bytes()[:SIZE] == b"\1" * SIZE
-
-
-def test_opting_out_skips_readers_and_writers_but_not_kernel_fences(plain: DiskDevice, big: DmaBuf, file: Path, tl: Timeline) -> None:
-    write, kernel = tl.fence(), Timeline("kernel").fence()
-    add(big.resv, write, Usage.WRITE)
-    assert plain.submit_read(big, file, implicit=False).wait() == SIZE
-    attached = plain.attach(big, dynamic=True)
-    add(big.resv, kernel, Usage.KERNEL)
-    job = plain.submit_read(attached, file, implicit=False)
-    until_it_waits(plain)
-    assert not job.done
-    assert (key(job.fence), Usage.BOOKKEEP) in entries(big.resv)
-    kernel.signal()
-    job.wait()
-    write.signal()
-
-
-def test_a_transfer_that_waits_holds_up_no_other(plain: DiskDevice, big: DmaBuf, file: Path, tl: Timeline) -> None:
-    gate = tl.fence()
-    waits = plain.submit_read(big, file, wait=[gate])
-    with dmabuf.allocate(BLOCK) as other:
-        assert plain.submit_read(other, file).wait() == BLOCK
-        assert not waits.done
-        gate.signal()
-        assert waits.wait() == SIZE
-        plain.close()
-
-
-def test_a_file_goes_through_a_device_to_a_file_by_fences_alone(big: DmaBuf, file: Path, tmp_path: Path) -> None:
-    with dmabuf.allocate(SIZE) as copy, DiskDevice() as disk, sim.Engine() as engine:
-        disk.submit_read(big, file, delay=0.005)
-        engine.queue().copy(big, copy, delay=0.005)
-        disk.submit_write(copy, tmp_path / "copy").wait()
-        engine.close()
-        disk.close()
-    assert (tmp_path / "copy").read_bytes() == file.read_bytes()[:SIZE]
-
-
-def test_a_dynamic_exporter_is_read_into(plain: DiskDevice, file: Path) -> None:
-    exporter = Dynamic(SIZE)
-    with dmabuf.export(exporter, SIZE) as buf:
-        assert plain.submit_read(buf, file).wait() == SIZE
-        assert exporter.whole[:] == file.read_bytes()[:SIZE]
-        plain.close()
-    assert (exporter.tables, exporter.pins) == ([], 0)
-    exporter.close()
-
-
-def reads(parent: Parent, path: str) -> int:
-    with take(parent) as buf, DiskDevice() as disk:
-        job = disk.submit_read(buf, path, delay=0.02)
-        parent.send("submitted")
-        count: int = job.wait()
-        disk.close()
-    return count
-
-
-def test_another_process_waits_for_the_file_to_be_there(child: Spawn, big: DmaBuf, file: Path) -> None:
-    other = child(reads, str(file))
-    give(other, big)
-    other.recv()
-    with big.read() as view:
-        assert zlib.crc32(view) == zlib.crc32(file.read_bytes()[:SIZE])
-    assert other.result() == SIZE
-
-
-def never_reads(parent: Parent, path: str) -> None:
-    with take(parent) as buf, DiskDevice() as disk:
-        disk.submit_read(buf, path, hang=True)
-        parent.send("submitted")
-        parent.recv()
-
-
-def test_a_process_killed_while_reading_holds_up_nobody(child: Spawn, big: DmaBuf, file: Path) -> None:
-    other = child(never_reads, str(file))
-    give(other, big)
-    other.recv()
-    fence = the_fence(big)
-    other.kill()
-    with big.read():
-        assert fence.status == -errno.EOWNERDEAD
-
-
-# ---- coroutines ----
-
-
-def test_files_are_read_and_written_in_coroutines(plain: DiskDevice, big: DmaBuf, file: Path, tmp_path: Path) -> None:
-    async def main() -> tuple[int, int]:
-        return await plain.read_into(big, file), await plain.write_from(big, tmp_path / "out", truncate=True)
-
-    assert asyncio.run(main()) == (SIZE, SIZE)
-    assert (tmp_path / "out").read_bytes() == file.read_bytes()[:SIZE]
-
-
-def test_files_are_read_and_written_under_trio(plain: DiskDevice, big: DmaBuf, file: Path, tmp_path: Path, tl: Timeline) -> None:
-    trio = pytest.importorskip("trio")
-    gate = tl.fence()
-
-    async def main() -> tuple[int, int]:
-        async def cancelled() -> None:
-            await plain.read_into(big, file, wait=[gate])
-
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(cancelled)
-            while not big.resv.fences(Usage.WRITE):  # submitted: else its thread, left alone, may outlive the test
-                await trio.sleep(0)
-            nursery.cancel_scope.cancel()
-        gate.signal()
-        return await plain.read_into(big, file), await plain.write_from(big, tmp_path / "out")
-
-    assert trio.run(main) == (SIZE, SIZE)
-    assert (tmp_path / "out").read_bytes() == file.read_bytes()[:SIZE]
-
-
-def test_an_error_reaches_the_coroutine(plain: DiskDevice, big: DmaBuf, tmp_path: Path) -> None:
-    with raises_errno(errno.ENOENT, FileNotFoundError):
-        asyncio.run(plain.read_into(big, tmp_path / "none"))
-
-
-def test_a_loop_goes_on_while_another_holds_the_lock(plain: DiskDevice, big: DmaBuf, file: Path) -> None:
-    async def main() -> int:
-        async def holder() -> None:
-            with big.resv.locked():
-                await asyncio.sleep(0)  # the other task runs, and its submission waits
-                await asyncio.sleep(0.01)
-
-        held = asyncio.create_task(holder())
-        await asyncio.sleep(0)
-        count = await plain.read_into(big, file)
-        await held
-        return count
-
-    assert asyncio.run(main()) == SIZE
-
-
-@pytest.mark.parametrize("kind", ["buffer", "attached", "range"])
-def test_a_coroutine_that_holds_the_lock_is_refused(plain: DiskDevice, big: DmaBuf, file: Path, kind: str) -> None:
-    attached = plain.attach(big)
-    target = {"buffer": big, "attached": attached, "range": attached.range()}[kind]
-
-    async def main() -> None:
-        with big.resv.locked(), pytest.warns(ContractWarning), raises_errno(errno.EDEADLK):
-            await plain.read_into(target, file)
-
-    asyncio.run(main())
-    assert entries(big.resv) == []
-
-
-def test_awaiting_inside_of_an_access_that_is_in_the_way_is_a_deadlock(plain: DiskDevice, big: DmaBuf, file: Path) -> None:
-    async def main() -> None:
-        async with big.write():
-            with raises_errno(errno.EDEADLK):
-                await plain.read_into(big, file)
-
-    asyncio.run(main())
-    assert big.resv.wait(Usage.BOOKKEEP)
-    assert got(big) == file.read_bytes()[:SIZE]
-
-
-def test_a_cancelled_await_leaves_nothing_registered_and_its_fence_ends(plain: DiskDevice, big: DmaBuf, file: Path, tl: Timeline) -> None:
-    gate = tl.fence()
-
-    async def main() -> None:
-        task = asyncio.create_task(plain.read_into(big, file, wait=[gate]))
-        while not big.resv.fences(Usage.WRITE):
-            await asyncio.sleep(0)
-        for _ in range(20):
-            await asyncio.sleep(0)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-
-    asyncio.run(main())
-    fence = the_fence(big)
-    assert fence.statistics().callbacks == 0
-    gate.signal()
-    fence.wait()
-    assert (fence.status, got(big)) == (1, file.read_bytes()[:SIZE])

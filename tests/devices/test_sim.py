@@ -13,32 +13,13 @@ import dmabuf
 from dmabuf import ContractWarning, Device, Direction, DmaBuf, Domain, SgTable, Timeline, Usage, sim
 from dmabuf.core.debug import inject_deadlocks
 from tests.support.drivers import PAGE, Bare
+from tests.support.engines import SIZE, got, put, until_it_waits
 from tests.support.errnos import raises_errno
 from tests.support.fences import attach as add
 from tests.support.fences import entries, key
-from tests.support.waiting import Background, until, until_asleep
+from tests.support.waiting import Background, until
 
-SIZE = 4 * PAGE
 KERNEL, WRITE, READ, BOOKKEEP = Usage.KERNEL, Usage.WRITE, Usage.READ, Usage.BOOKKEEP
-
-
-def put(buf: DmaBuf, data: bytes) -> None:
-    """Store bytes without any synchronisation."""
-    with buf.mmap() as mapping:
-        mapping[: len(data)] = data
-
-
-def got(buf: DmaBuf) -> bytes:
-    """The bytes without any synchronisation."""
-    with buf.mmap(writable=False) as mapping:
-        return mapping[:]
-
-
-def until_it_waits(queue: sim.EngineQueue) -> None:
-    """Until the queue's thread has looked at its jobs, and sleeps."""
-    until(lambda: queue._thread is not None and queue._thread.native_id is not None)
-    assert queue._thread is not None
-    until_asleep(os.getpid(), queue._thread.native_id)
 
 
 # ---- the work ----

@@ -6,9 +6,9 @@ import zlib
 import dmabuf
 from dmabuf import sim
 from dmabuf.core.attachment import moving
-from tests.devices.test_sim import SIZE
 from tests.support.children import Parent, Spawn
 from tests.support.drivers import Dynamic
+from tests.support.engines import SIZE
 from tests.support.errnos import raises_errno
 from tests.support.partners import give, take
 from tests.support.waiting import until

@@ -10,7 +10,7 @@ import dmabuf
 from dmabuf import sim
 from dmabuf.core import kernel_sync
 from dmabuf.drivers.sw_sync import SwSyncTimeline
-from tests.devices.test_sim import until_it_waits
+from tests.support.engines import until_it_waits
 from tests.support.kernel_homes import HOMES, SIZE, add_fence, brackets, made
 from tests.support.waiting import until
 

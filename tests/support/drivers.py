@@ -10,6 +10,7 @@ from dmabuf.core.backing import exports_of
 from tests.support.waiting import until
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
+BIDIR, TO, FROM = Direction.BIDIRECTIONAL, Direction.TO_DEVICE, Direction.FROM_DEVICE
 
 
 class Bare(Exporter):

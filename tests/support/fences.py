@@ -1,6 +1,10 @@
 """Fences in reservations, the way most tests want them."""
 
-from dmabuf import DmaBuf, DmaFence, DmaResv, Usage
+import pytest
+
+from dmabuf import DmaBuf, DmaFence, DmaResv, Timeline, Usage
+
+USAGES = pytest.mark.parametrize("usage", list(Usage), ids=lambda usage: usage.name)
 
 
 def attach(resv: DmaResv, fence: DmaFence, usage: Usage) -> None:
@@ -30,3 +34,9 @@ def the_fence(buf: DmaBuf, usage: Usage = Usage.BOOKKEEP) -> DmaFence:
     """The only pending fence of a buffer."""
     (fence,) = buf.resv.fences(usage)
     return fence
+
+
+def three() -> tuple[list[Timeline], list[DmaFence]]:
+    """Three timelines with a fence each."""
+    lines = [Timeline(name) for name in "abc"]
+    return lines, [line.fence() for line in lines]

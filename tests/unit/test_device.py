@@ -9,10 +9,10 @@ import pytest
 
 from dmabuf import ContractError, ContractWarning, Device, Direction, SgTable
 from dmabuf.core.scatterlist import PAGE
+from tests.support.drivers import BIDIR, FROM, TO
 from tests.support.errnos import raises_errno
 from tests.support.waiting import Background, until
 
-BIDIR, TO, FROM = Direction.BIDIRECTIONAL, Direction.TO_DEVICE, Direction.FROM_DEVICE
 IOMMU = pytest.mark.parametrize("iommu", [True, False], ids=["iommu", "direct"])
 
 

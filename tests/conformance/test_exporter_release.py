@@ -1,0 +1,286 @@
+"""The one release of an exporter's buffer, and what keeps it away; owners and reservation objects (spec 2.1-2.6)."""
+
+import errno
+import gc
+import os
+import queue
+import socket
+import threading
+
+import pytest
+
+import dmabuf
+from dmabuf import ContractError, ContractWarning, Device, DmaResv, Domain, Timeline, Usage
+from dmabuf.core import backing
+from dmabuf.core.exporter import Module
+from tests.support.children import Parent, Spawn
+from tests.support.drivers import FROM, PAGE, Dynamic, Mover, Static
+from tests.support.errnos import raises_errno
+from tests.support.fences import attach as add
+from tests.support.waiting import Background, until
+
+SIZE = 4 * PAGE
+
+
+# -- the release
+
+
+def test_it_is_released_once_when_the_last_handle_closes(static: Static) -> None:
+    buf = dmabuf.export(static, SIZE)
+    other, third = dmabuf.get(buf.fileno()), buf.get_dma_buf()
+    for handle in (buf, other):
+        handle.close()
+        assert static.calls == []
+    third.close()
+    assert static.calls == ["release"]
+    domain = Domain.default()
+    domain.sweep()
+    assert static.calls == ["release"]
+
+
+def test_release_tells_who_it_was(static: Static) -> None:
+    seen: list[object] = []
+    buf = dmabuf.export(static, SIZE, name="cam")
+    static.during["release"] = lambda last: seen.append((last.ino, last.name, last.size, last.exp_name))
+    expected = (buf.ino, "cam", SIZE, "drivers")
+    buf.close()
+    assert seen == [expected]
+
+
+@pytest.mark.parametrize("how", ["dup", "detach"])
+def test_a_bare_descriptor_keeps_it(static: Static, how: str) -> None:
+    buf = dmabuf.export(static, SIZE)
+    fd = buf.dup() if how == "dup" else buf.detach()
+    buf.close()
+    assert static.calls == []
+    with dmabuf.get(fd) as again:
+        assert again.home == "live"
+        assert again.begin_cpu_access(FROM) is None
+    assert static.count("release") == 0
+    os.close(fd)
+    Domain.default().sweep()
+    until(lambda: static.count("release"))
+
+
+def test_a_mapping_keeps_it(static: Static) -> None:
+    buf = dmabuf.export(static, SIZE)
+    mapping = buf.mmap()
+    buf.close()
+    Domain.default().sweep()
+    assert static.count("release") == 0
+    mapping.close()
+    Domain.default().sweep()
+    until(lambda: static.count("release"))
+
+
+def test_a_descriptor_in_flight_keeps_it(static: Static) -> None:
+    one, two = socket.socketpair()
+    with one, two:
+        buf = dmabuf.export(static, SIZE)
+        dmabuf.send(one, buf)
+        buf.close()
+        Domain.default().sweep()
+        assert static.count("release") == 0
+        (again,) = dmabuf.recv(two)
+        with again.read() as view:
+            assert len(view) == SIZE
+        again.close()
+    assert static.count("release") == 1
+
+
+def hold(parent: Parent) -> None:
+    (buf,) = dmabuf.recv(parent.sock)
+    parent.send((buf.ino, buf.name, buf.exp_name, buf.home, buf.size))
+    with buf.mmap() as mapping:
+        mapping[0] = 7
+    parent.send((len(buf.resv.fences(Usage.BOOKKEEP)), buf.poll(1)))
+    parent.recv()
+    buf.close()
+    parent.send("closed")
+    parent.recv()
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["its own reservation object", "a given one"])
+def test_another_process_keeps_it_and_uses_its_exporter(static: Static, child: Spawn, tl: Timeline, own: bool) -> None:
+    buf = dmabuf.export(static, SIZE, name="cam", resv=None if own else DmaResv())
+    fence = tl.fence()
+    add(buf.resv, fence, Usage.WRITE)
+    other = child(hold)
+    dmabuf.send(other.sock, buf)
+    assert other.recv() == (buf.ino, "cam", "drivers", "live", SIZE)
+    assert other.recv() == (1, 0)
+    assert static.whole[0] == 7
+    buf.close()
+    Domain.default().sweep()
+    assert static.count("release") == 0
+    other.send("close")
+    assert other.recv() == "closed"
+    fence.signal()  # until then a busy poll holds it
+    until(lambda: static.count("release"))
+    other.send("end")
+
+
+def killed_holder(parent: Parent) -> None:
+    kept = dmabuf.recv(parent.sock)
+    parent.send(len(kept))
+    parent.recv()
+
+
+def test_the_death_of_the_last_holder_releases_it(static: Static, child: Spawn) -> None:
+    buf = dmabuf.export(static, SIZE)
+    other = child(killed_holder)
+    dmabuf.send(other.sock, buf)
+    assert other.recv() == 1
+    buf.close()
+    assert static.count("release") == 0
+    other.kill()
+    until(lambda: static.count("release"))
+
+
+def test_release_is_put_off_while_the_caller_holds_a_reservation_lock(static: Static) -> None:
+    buf, resv = dmabuf.export(static, SIZE), DmaResv()
+    where: queue.SimpleQueue[int] = queue.SimpleQueue()
+    static.during["release"] = lambda last: where.put(threading.get_ident())
+    with resv.locked():
+        buf.close()
+        assert where.get() != threading.get_ident()
+
+
+def test_release_is_put_off_out_of_a_callback(static: Static, tl: Timeline) -> None:
+    buf = dmabuf.export(static, SIZE)
+    where: queue.SimpleQueue[int] = queue.SimpleQueue()
+    static.during["release"] = lambda last: where.put(threading.get_ident())
+    fence = tl.fence()
+    fence.add_callback(lambda _: buf.close())
+    fence.signal()
+    assert buf.closed
+    assert where.get() != threading.get_ident()
+
+
+def test_release_never_runs_in_the_garbage_collector(static: Static) -> None:
+    buf = dmabuf.export(static, SIZE)
+    where: queue.SimpleQueue[int] = queue.SimpleQueue()
+    static.during["release"] = lambda last: where.put(threading.get_ident())
+    del buf
+    gc.collect()
+    assert where.get() != threading.get_ident()
+
+
+def test_who_closes_the_last_handle_releases_and_not_the_thread_that_looks_just_then(
+    static: Static, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free, looks = backing.outside, list[Background[None]]()
+
+    def outside() -> bool:
+        if not looks:  # called as the handle is closed, before the release
+            looks.append(Background(backing.exports_of(Domain.default()).look))
+            looks[0].__enter__()
+            looks[0].until_blocked()
+        return free()
+
+    where: list[int] = []
+    static.during["release"] = lambda last: where.append(threading.get_ident())
+    buf = dmabuf.export(static, SIZE)
+    monkeypatch.setattr(backing, "outside", outside)
+    buf.close()
+    assert where == [threading.get_ident()]
+    looks[0].__exit__(None)
+
+
+def test_a_release_that_raises_is_told_and_the_rest_is_done(static: Static, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[object] = []
+    monkeypatch.setattr("sys.unraisablehook", lambda info: told.append(info.exc_type))
+    module = Module("vram")
+    static.fails["release"] = errno.EIO
+    dmabuf.export(static, SIZE, owner=module).close()
+    assert told == [OSError]
+    assert module.references == 0
+
+
+def test_release_with_a_live_vmap_is_a_contract_error(static: Static) -> None:
+    module = Module("vram")
+    buf = dmabuf.export(static, SIZE, owner=module)
+    map_ = buf.vmap_unlocked()
+    with pytest.raises(ContractError, match="vmap"):
+        buf.close()
+    assert buf.closed
+    assert static.calls == ["vmap"]
+    map_.clear()
+
+
+def test_release_with_attachments_warns(static: Static, dev: Device) -> None:
+    buf = dmabuf.export(static, SIZE)
+    buf.attach(dev)
+    with pytest.warns(ContractWarning, match="npu0"):
+        buf.close()
+    assert static.calls == ["attach", "release"]
+
+
+# -- reservation objects, owners
+
+
+def test_a_given_reservation_object_is_the_buffers_and_outlives_it(static: Static, tl: Timeline) -> None:
+    resv = DmaResv()
+    with dmabuf.export(static, SIZE, resv=resv) as buf, dmabuf.export(static, SIZE, resv=resv) as other:
+        assert buf.resv is resv is other.resv
+        fence = tl.fence()
+        add(resv, fence, Usage.WRITE)
+        assert not buf.poll(1)
+        assert not other.poll(1)
+        fence.signal()
+        with dmabuf.access(read=[buf, other]) as views:
+            assert len(views) == 2
+    assert resv.test_signaled(Usage.BOOKKEEP)
+
+
+def test_the_owner_cannot_go_while_a_buffer_or_a_mapping_lives(static: Static) -> None:
+    module = Module("vram")
+    buf = dmabuf.export(static, SIZE, owner=module)
+    mapping = buf.mmap()
+    for step in (buf.close, mapping.close):
+        with raises_errno(errno.EBUSY):
+            module.unload()
+        step()
+    Domain.default().sweep()
+    until(lambda: not module.references)
+    module.unload()
+    with raises_errno(errno.ENOENT):
+        dmabuf.export(static, SIZE, owner=module)
+
+
+def forked(parent: Parent) -> None:
+    exporter = Static()
+    buf = dmabuf.export(exporter, SIZE)
+    pid = os.fork()
+    if not pid:
+        try:
+            buf.begin_cpu_access(FROM)
+            buf.end_cpu_access(FROM)
+        except OSError as e:
+            os._exit(e.errno or 255)
+        os._exit(0)
+    _, status = os.waitpid(pid, 0)
+    buf.close()
+    until(lambda: exporter.count("release"))
+    parent.send((os.waitstatus_to_exitcode(status), exporter.calls))
+    exporter.close()
+
+
+def test_a_forked_child_asks_its_parent_as_any_process_does(child: Spawn) -> None:
+    assert child(forked).recv() == (0, [("begin", FROM), ("end", FROM), "release"])
+
+
+def test_a_dynamic_exporter_is_known_by_pin(static: Static, dynamic: Dynamic) -> None:
+    with dmabuf.export(static, SIZE) as one, dmabuf.export(dynamic, SIZE) as two:
+        assert (one.is_dynamic, two.is_dynamic) == (False, True)
+
+
+def test_bufinfo_lists_attached_devices_by_name(static: Static) -> None:
+    with dmabuf.export(static, SIZE, exp_name="vram") as buf:
+        atts = [buf.attach(Device("gpu0")), buf.attach(Device("npu0"), Mover())]
+        text = dmabuf.bufinfo()
+        assert "\tvram\t" in text
+        assert "\tAttached Devices:\n\tnpu0\n\tgpu0\nTotal 2 devices attached\n\n" in text
+        for att in atts:
+            att.detach()
+        assert "Total 0 devices attached" in dmabuf.bufinfo()
