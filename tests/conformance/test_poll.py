@@ -1,4 +1,7 @@
-"""Polling a buffer (spec 5.6): what is ready, waiting for it, and the pollable fd and awaitables made from it."""
+"""Polling a buffer (spec 5.6): what is ready, waiting for it, and the pollable fd and awaitables made from it.
+
+What the kernels were asked is in tests/conformance/cases.
+"""
 
 import asyncio
 import errno
@@ -16,91 +19,23 @@ import dmabuf
 from dmabuf import ContractWarning, DmaBuf, Timeline, Usage
 from tests.support.children import Parent, Spawn
 from tests.support.errnos import raises_errno
-from tests.support.facts import FACTS, Fact, fact_id, facts
-from tests.support.fences import attach
+from tests.support.fences import USAGES, attach
 from tests.support.waiting import Background, until_asleep
 
 IN, OUT = select.POLLIN, select.POLLOUT
 BOTH = IN | OUT
 LONG = 3600.0
-EVENTS = {
-    "rw": BOTH,
-    "in": IN,
-    "out": OUT,
-    "0": 0,
-    "pri": select.POLLPRI,
-    "rdnorm": select.POLLRDNORM,
-    "wrnorm": select.POLLWRNORM,
-    "all": 0x7FFF,
-}
-# What IMPORT_SYNC_FILE adds for its flags (spec 5.5).
-USAGE = {"write": Usage.WRITE, "read": Usage.READ, "rw": Usage.WRITE}
 
 
-def events_of(fact: Fact) -> int:
-    """`POLLIN|POLLOUT` as a number."""
-    return sum(getattr(select, name) for name in fact.ret.split("|") if name != "0")
+# -- fences that ended
 
 
-# -- the kernel's answers
-
-
-@pytest.mark.parametrize("fact", facts("poll/none-"), ids=fact_id)
-def test_an_idle_buffer_answers_as_the_kernel(buf: DmaBuf, fact: Fact) -> None:
-    assert buf.poll(EVENTS[fact.id.removeprefix("poll/none-")]) == events_of(fact)
-
-
-@pytest.mark.parametrize(
-    "fact",
-    [FACTS[f"poll/{kind}-{events}"] for kind in USAGE for events in ("rw", "in", "out", "0")],
-    ids=fact_id,
-)
-def test_a_busy_buffer_answers_as_the_kernel(buf: DmaBuf, tl: Timeline, fact: Fact) -> None:
-    kind, events = fact.id.removeprefix("poll/").split("-")
-    fence = tl.fence()
-    attach(buf.resv, fence, USAGE[kind])
-    assert buf.poll(EVENTS[events]) == events_of(fact)
-    fence.signal()
-
-
-@pytest.mark.parametrize("kind", list(USAGE))
-def test_a_poll_times_out_is_woken_and_finds_the_buffer_idle_as_in_the_kernel(buf: DmaBuf, tl: Timeline, kind: str) -> None:
-    fence = tl.fence()
-    attach(buf.resv, fence, USAGE[kind])
-    assert buf.poll(OUT, timeout=0.002) == events_of(FACTS[f"poll/{kind}-timeout"])
-    with Background(lambda: buf.poll(OUT, timeout=None)) as job:
-        job.until_blocked()
-        assert not job.done
-        fence.signal()
-        assert job.result() == events_of(FACTS[f"poll/{kind}-wake"])
-    assert buf.poll(BOTH) == events_of(FACTS[f"poll/{kind}-after"])
-
-
-def test_two_fences_answer_as_in_the_kernel(buf: DmaBuf, tl: Timeline, other_tl: Timeline) -> None:
-    for first in ("read", "write"):
-        read, write = tl.fence(), other_tl.fence()
-        attach(buf.resv, read, Usage.READ)
-        attach(buf.resv, write, Usage.WRITE)
-        assert buf.poll(BOTH) == events_of(FACTS["poll/two-0"])
-        (read if first == "read" else write).signal()
-        assert buf.poll(BOTH) == events_of(FACTS["poll/two-1" if first == "read" else "poll/two-3"])
-        (write if first == "read" else read).signal()
-        assert buf.poll(BOTH) == events_of(FACTS["poll/two-2"])
-
-
-def test_a_signalled_fence_counts_for_nothing(buf: DmaBuf, tl: Timeline) -> None:
-    fence = tl.fence()
-    fence.signal()
-    attach(buf.resv, fence, Usage.WRITE)
-    assert buf.poll(BOTH) == events_of(FACTS["poll/import-signalled"])
-
-
-@pytest.mark.parametrize("usage", list(Usage), ids=lambda usage: usage.name)
+@USAGES
 def test_a_failed_fence_counts_as_done(buf: DmaBuf, tl: Timeline, usage: Usage) -> None:
     fence = tl.fence()
     attach(buf.resv, fence, usage)
     fence.signal(error=-errno.ENOENT)
-    assert buf.poll(BOTH) == events_of(FACTS["swsync/err-dmabuf-poll"])
+    assert buf.poll(BOTH) == BOTH
 
 
 def test_the_fences_of_a_closed_timeline_count_as_done(buf: DmaBuf, tl: Timeline) -> None:
