@@ -9,6 +9,7 @@ import pytest
 import dmabuf
 from dmabuf.cli.demo_pipeline.ring import PeerEnded, Port, find, get_header, put_header
 from tests.support.children import Parent, Spawn
+from tests.support.partners import handed
 from tests.support.waiting import Background
 
 FRAMES = 300
@@ -176,8 +177,7 @@ def a_writer(parent: Parent) -> None:
 
 @pytest.mark.crash
 def test_a_writer_killed_inside_a_frame_ends_its_reader_after_the_whole_frames(child: Spawn, slots):
-    other = child(a_writer)
-    dmabuf.send(other.sock, *slots)
+    other = handed(child(a_writer), *slots)
     other.recv()
     reader = Port(slots, "reader", ("writer",), writes=False)
     reader.look()
@@ -210,8 +210,7 @@ def a_reader(parent: Parent) -> None:
 
 @pytest.mark.crash
 def test_a_reader_killed_inside_a_frame_ends_its_writer(child: Spawn, slots):
-    other = child(a_reader)
-    dmabuf.send(other.sock, *slots)
+    other = handed(child(a_reader), *slots)
     other.recv()
     writer = Port(slots, "writer", ("reader",), writes=True)
     writer.look()

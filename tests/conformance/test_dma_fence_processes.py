@@ -15,6 +15,7 @@ from dmabuf import DmaBuf, Timeline, Usage
 from tests.support.children import Parent, Spawn
 from tests.support.errnos import raises_errno
 from tests.support.fences import attach, the_fence
+from tests.support.partners import handed
 from tests.support.waiting import Background, until_asleep
 
 ERRORS = pytest.mark.parametrize("error", [0, -errno.EIO, -4095])
@@ -133,9 +134,7 @@ def lets_a_fork_signal(parent: Parent) -> tuple[int, int, int]:
 def test_a_signal_wakes_another_process_which_sees_status_and_timestamp(child: Spawn, buf: DmaBuf, tl: Timeline, error: int) -> None:
     fence = tl.fence()
     attach(buf.resv, fence, Usage.BOOKKEEP)
-    other = child(waits)
-    dmabuf.send(other.sock, buf)
-    assert other.recv() == "waiting"
+    other = handed(child(waits), buf, says="waiting")
     until_asleep(other.pid)
     fence.signal(error=error)
     assert other.result() == (0, math.inf, error or 1, fence.timestamp)
@@ -157,9 +156,7 @@ def test_many_processes_wait_for_one_fence(child: Spawn, buf: DmaBuf, tl: Timeli
 def test_another_process_awaits_the_status(child: Spawn, buf: DmaBuf, tl: Timeline, error: int) -> None:
     fence = tl.fence()
     attach(buf.resv, fence, Usage.BOOKKEEP)
-    other = child(awaits)
-    dmabuf.send(other.sock, buf)
-    assert other.recv() == "waiting"
+    other = handed(child(awaits), buf, says="waiting")
     until_asleep(other.pid)
     fence.signal(error=error)
     assert other.result() == (error or 1)
@@ -169,9 +166,7 @@ def test_another_process_awaits_the_status(child: Spawn, buf: DmaBuf, tl: Timeli
 def test_callbacks_of_another_process_run_there_in_order(child: Spawn, buf: DmaBuf, tl: Timeline, error: int) -> None:
     fence = tl.fence()
     attach(buf.resv, fence, Usage.BOOKKEEP)
-    other = child(adds_callbacks)
-    dmabuf.send(other.sock, buf)
-    assert other.recv() == "added"
+    other = handed(child(adds_callbacks), buf, says="added")
     fence.signal(error=error)
     assert other.result() == ["first", error or 1]
 
@@ -179,9 +174,7 @@ def test_callbacks_of_another_process_run_there_in_order(child: Spawn, buf: DmaB
 def test_a_late_callback_of_another_process_is_enoent_and_never_called(child: Spawn, buf: DmaBuf, tl: Timeline) -> None:
     fence = tl.fence()
     attach(buf.resv, fence, Usage.BOOKKEEP)
-    other = child(adds_a_late_callback)
-    dmabuf.send(other.sock, buf)
-    assert other.recv() == "found"
+    other = handed(child(adds_a_late_callback), buf, says="found")
     fence.signal()
     other.send("signalled")
     assert other.result() == []
@@ -191,8 +184,7 @@ def test_a_late_callback_of_another_process_is_enoent_and_never_called(child: Sp
 def test_only_the_process_of_the_timeline_may_signal(child: Spawn, buf: DmaBuf, tl: Timeline, what: str) -> None:
     fence = tl.fence()
     attach(buf.resv, fence, Usage.BOOKKEEP)
-    other = child(meddles, what)
-    dmabuf.send(other.sock, buf)
+    other = handed(child(meddles, what), buf)
     assert other.result() == (errno.EPERM, 0)
     fence.signal()
     assert fence.status == 1
@@ -207,9 +199,7 @@ def test_a_process_that_looks_late_still_sees_the_error(child: Spawn, buf: DmaBu
     """Also when the owner has let go of the fence, and made others since."""
     fence = tl.fence()
     attach(buf.resv, fence, Usage.BOOKKEEP)
-    other = child(looks_later)
-    dmabuf.send(other.sock, buf)
-    assert other.recv() == "found"
+    other = handed(child(looks_later), buf, says="found")
     fence.signal(error=-errno.EIO)
     del fence
     gc.collect()
@@ -224,9 +214,7 @@ def test_a_process_that_looks_late_still_sees_the_error(child: Spawn, buf: DmaBu
 def test_closing_the_timeline_ends_the_wait_of_another_process_with_enoent(child: Spawn, buf: DmaBuf, tl: Timeline) -> None:
     fence = tl.fence()
     attach(buf.resv, fence, Usage.BOOKKEEP)
-    other = child(waits)
-    dmabuf.send(other.sock, buf)
-    assert other.recv() == "waiting"
+    other = handed(child(waits), buf, says="waiting")
     until_asleep(other.pid)
     tl.close()
     assert other.result()[:3] == (0, math.inf, -errno.ENOENT)
@@ -235,9 +223,7 @@ def test_closing_the_timeline_ends_the_wait_of_another_process_with_enoent(child
 def test_dropping_a_fence_ends_the_wait_of_another_process_with_edeadlk(child: Spawn, buf: DmaBuf, tl: Timeline) -> None:
     fence = tl.fence()
     attach(buf.resv, fence, Usage.BOOKKEEP)
-    other = child(waits)
-    dmabuf.send(other.sock, buf)
-    assert other.recv() == "waiting"
+    other = handed(child(waits), buf, says="waiting")
     until_asleep(other.pid)
     with pytest.warns(ResourceWarning):
         del fence
@@ -248,8 +234,7 @@ def test_a_deadline_of_another_process_reaches_the_owner(child: Spawn, buf: DmaB
     fence = tl.fence()
     attach(buf.resv, fence, Usage.BOOKKEEP)
     for deadline, earliest in ((9000, 9000), (5000, 5000), (7000, 5000)):
-        other = child(sets_a_deadline, deadline)
-        dmabuf.send(other.sock, buf)
+        other = handed(child(sets_a_deadline, deadline), buf)
         assert other.result() == earliest
         assert fence.deadline == earliest
     fence.signal()
@@ -263,9 +248,7 @@ def test_contexts_are_not_shared_between_processes(child: Spawn, tl: Timeline) -
 def test_race_signal_callback(child: Spawn, buf: DmaBuf, tl: Timeline) -> None:
     """Another process adds callbacks while the fence is being signalled: each that was added is called."""
     order = random.Random(1)
-    other = child(races)
-    dmabuf.send(other.sock, buf)
-    assert other.recv() == "ready"
+    other = handed(child(races), buf, says="ready")
     for _ in range(300):
         fence = tl.fence()
         attach(buf.resv, fence, Usage.BOOKKEEP)
@@ -282,9 +265,7 @@ def test_race_signal_callback(child: Spawn, buf: DmaBuf, tl: Timeline) -> None:
 def test_a_callback_that_is_added_when_nothing_was_watched_hears_of_a_death(child: Spawn, buf: DmaBuf) -> None:
     """Watching nothing, the dispatcher sleeps without ticks; a death is found at a tick."""
     for dies in (False, True):
-        other = child(signals_on_demand)
-        dmabuf.send(other.sock, buf)
-        assert other.recv() == "added"
+        other = handed(child(signals_on_demand), buf, says="added")
         fence, called = the_fence(buf), threading.Event()
         fence.add_callback(lambda *_, called=called: called.set())
         if dies:
@@ -299,9 +280,7 @@ def test_a_callback_that_is_added_when_nothing_was_watched_hears_of_a_death(chil
 def test_signals_in_both_directions(child: Spawn, buf: DmaBuf, tl: Timeline) -> None:
     """Each side waits for the other's next fence, many times over: a signal is never lost."""
     rounds = 500
-    other = child(answers, rounds)
-    dmabuf.send(other.sock, buf)
-    assert other.recv() == "ready"
+    other = handed(child(answers, rounds), buf, says="ready")
     fence = tl.fence()
     attach(buf.resv, fence, Usage.WRITE)
     for _ in range(rounds):
@@ -334,9 +313,7 @@ def answers(parent: Parent, rounds: int) -> int:
 
 
 def test_waiting_in_a_thread_for_another_process(child: Spawn, buf: DmaBuf) -> None:
-    other = child(signals_on_demand)
-    dmabuf.send(other.sock, buf)
-    assert other.recv() == "added"
+    other = handed(child(signals_on_demand), buf, says="added")
     fence = the_fence(buf)
     with Background(fence.wait) as job:
         job.until_blocked()

@@ -17,6 +17,7 @@ from tests.support.children import Parent, Spawn
 from tests.support.drivers import FROM, PAGE, Dynamic, Mover, Static
 from tests.support.errnos import raises_errno
 from tests.support.fences import attach as add
+from tests.support.partners import handed
 from tests.support.waiting import Background, until
 
 SIZE = 4 * PAGE
@@ -105,8 +106,7 @@ def test_another_process_keeps_it_and_uses_its_exporter(static: Static, child: S
     buf = dmabuf.export(static, SIZE, name="cam", resv=None if own else DmaResv())
     fence = tl.fence()
     add(buf.resv, fence, Usage.WRITE)
-    other = child(hold)
-    dmabuf.send(other.sock, buf)
+    other = handed(child(hold), buf)
     assert other.recv() == (buf.ino, "cam", "drivers", "live", SIZE)
     assert other.recv() == (1, 0)
     assert static.whole[0] == 7
@@ -128,8 +128,7 @@ def killed_holder(parent: Parent) -> None:
 
 def test_the_death_of_the_last_holder_releases_it(static: Static, child: Spawn) -> None:
     buf = dmabuf.export(static, SIZE)
-    other = child(killed_holder)
-    dmabuf.send(other.sock, buf)
+    other = handed(child(killed_holder), buf)
     assert other.recv() == 1
     buf.close()
     assert static.count("release") == 0

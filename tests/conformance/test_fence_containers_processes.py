@@ -31,6 +31,7 @@ from tests.support.children import Parent, Spawn
 from tests.support.errnos import raises_errno
 from tests.support.fences import attach, key, the_fence
 from tests.support.lines import There
+from tests.support.partners import handed
 from tests.support.waiting import until_asleep
 
 
@@ -91,9 +92,7 @@ def test_a_container_arrives_as_what_it_is_made_of_and_ends_with_its_members(chi
     fences = [tl.fence() for _ in range(3)]
     made = container(kind, fences)
     expected = shape(made)
-    other = child(waits)
-    dmabuf.send(other.sock, made)
-    assert other.recv() == "waiting"
+    other = handed(child(waits), made, says="waiting")
     until_asleep(other.pid)
     for fence in fences:
         fence.signal()
@@ -102,9 +101,7 @@ def test_a_container_arrives_as_what_it_is_made_of_and_ends_with_its_members(chi
 
 def test_the_error_of_an_array_reaches_its_twin(child: Spawn, tl: Timeline) -> None:
     fences = [tl.fence() for _ in range(2)]
-    other = child(waits)
-    dmabuf.send(other.sock, DmaFenceArray(fences))
-    assert other.recv() == "waiting"
+    other = handed(child(waits), DmaFenceArray(fences), says="waiting")
     fences[0].signal(error=-errno.EIO)
     fences[1].signal()
     assert other.result()[2:] == (-errno.EIO, -errno.EIO)
@@ -113,8 +110,7 @@ def test_the_error_of_an_array_reaches_its_twin(child: Spawn, tl: Timeline) -> N
 @KINDS
 def test_a_container_outlives_the_process_that_made_it(child: Spawn, tl: Timeline, kind: str) -> None:
     fences = [tl.fence() for _ in range(2)]
-    maker = child(makes, kind)
-    dmabuf.send(maker.sock, *fences)
+    maker = handed(child(makes, kind), *fences)
     (made,) = dmabuf.recv(maker.sock)
     assert maker.recv() == "made"
     made.enable_signaling()
@@ -177,8 +173,7 @@ def test_a_chain_of_10_000_points_travels(child: Spawn, tl: Timeline) -> None:
     for i in range(10_000):
         tail = DmaFenceChain(tail, fence, i + 1)
     assert tail is not None
-    other = child(counts)
-    dmabuf.send(other.sock, tail)
+    other = handed(child(counts), tail)
     assert other.recv() == 10_000
     fence.signal()
     assert other.result() == 1
@@ -282,9 +277,7 @@ def test_a_container_that_is_added_all_the_same_is_enabled_and_waited_for(child:
     with pytest.warns(ContractWarning):
         attach(buf.resv, made, Usage.WRITE)
     assert made.enabled
-    other = child(waits_for_the_buffer)
-    dmabuf.send(other.sock, buf)
-    assert other.recv() == "waiting"
+    other = handed(child(waits_for_the_buffer), buf, says="waiting")
     until_asleep(other.pid)
     for fence in fences:
         fence.signal()

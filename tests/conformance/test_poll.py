@@ -20,6 +20,7 @@ from dmabuf import ContractWarning, DmaBuf, Timeline, Usage
 from tests.support.children import Parent, Spawn
 from tests.support.errnos import raises_errno
 from tests.support.fences import USAGES, attach
+from tests.support.partners import handed
 from tests.support.waiting import Background, until_asleep
 
 IN, OUT = select.POLLIN, select.POLLOUT
@@ -327,9 +328,7 @@ def awaits(parent: Parent, name: str) -> str:
 @pytest.mark.parametrize("killed", [False, True], ids=["signals", "killed"])
 @pytest.mark.parametrize("how", ["poll", "poll_fd"])
 def test_waiting_for_another_process(child: Spawn, buf: DmaBuf, how: str, killed: bool) -> None:
-    other = child(signals_on_demand, Usage.WRITE)
-    dmabuf.send(other.sock, buf)
-    assert other.recv() == "added"
+    other = handed(child(signals_on_demand, Usage.WRITE), buf, says="added")
     fd = buf.poll_fd(IN)
     assert not by_poll(fd, 0)
     with Background(lambda: bool(buf.poll(IN, timeout=None)) if how == "poll" else by_poll(fd, None)) as job:
@@ -348,9 +347,7 @@ def test_waiting_for_another_process(child: Spawn, buf: DmaBuf, how: str, killed
 def test_awaiting_in_another_process(child: Spawn, buf: DmaBuf, tl: Timeline, name: str) -> None:
     fence = tl.fence()
     attach(buf.resv, fence, Usage.WRITE)
-    other = child(awaits, name)
-    dmabuf.send(other.sock, buf)
-    assert other.recv() == "waiting"
+    other = handed(child(awaits, name), buf, says="waiting")
     until_asleep(other.pid)
     fence.signal()
     assert other.result() == "ready"

@@ -16,6 +16,7 @@ from tests.support.drivers import Static
 from tests.support.errnos import raises_errno
 from tests.support.facts import FACTS
 from tests.support.fences import attach
+from tests.support.partners import handed
 from tests.support.steps import fork, reap
 from tests.support.waiting import Background, until
 
@@ -234,9 +235,7 @@ def polled_elsewhere(child: Spawn, fence: DmaFence) -> tuple[Child, int]:
     buf = dmabuf.allocate(SIZE)
     ino = buf.ino
     attach(buf.resv, fence, Usage.WRITE)
-    other = child(polls)
-    dmabuf.send(other.sock, buf)
-    assert other.recv() == "polled"
+    other = handed(child(polls), buf, says="polled")
     buf.close()
     del buf
     gc.collect()
@@ -273,9 +272,7 @@ def owns(parent: Parent) -> None:
 def test_the_death_of_the_fences_owner_ends_the_reference(child: Spawn) -> None:
     buf = dmabuf.allocate(SIZE)
     ino = buf.ino
-    other = child(owns)
-    dmabuf.send(other.sock, buf)
-    assert other.recv() == "has it"
+    other = handed(child(owns), buf, says="has it")
     assert buf.poll(IN) == 0
     buf.close()
     del buf

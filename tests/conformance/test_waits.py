@@ -20,6 +20,7 @@ from dmabuf.domain.dispatcher import dispatcher
 from tests.support.children import Child, Parent, Spawn
 from tests.support.errnos import raises_errno
 from tests.support.fences import attach, the_fence
+from tests.support.partners import handed
 from tests.support.signals import Stop, interrupt_when_asleep, on_signal, raise_stop
 from tests.support.waiting import Background, until, until_asleep
 
@@ -115,9 +116,7 @@ def in_the_way(parent: Parent, how: str) -> None:
 
 
 def world(child: Spawn, buf: DmaBuf, how: str) -> tuple[World, Child]:
-    other = child(in_the_way, how)
-    dmabuf.send(other.sock, buf)
-    assert other.recv() == "there"
+    other = handed(child(in_the_way, how), buf, says="there")
     return World(buf, the_fence(buf) if how == "fence" else None), other
 
 
@@ -272,9 +271,7 @@ def test_an_async_access_times_out(child: Spawn, buf: DmaBuf, name: str) -> None
 def test_a_child_that_waits_is_asleep(child: Spawn, buf: DmaBuf) -> None:
     """No wait spins: what blocks is asleep as the kernel sees it."""
     made, other = world(child, buf, "fence")
-    waiter = child(waits_for_all)
-    dmabuf.send(waiter.sock, buf)
-    assert waiter.recv() == "waiting"
+    waiter = handed(child(waits_for_all), buf, says="waiting")
     until_asleep(waiter.pid)
     other.send("go")
     other.result()

@@ -8,6 +8,7 @@ import dmabuf
 from dmabuf import ContractError, WwAcquireContext
 from tests.support.children import Parent, Spawn
 from tests.support.errnos import raises_errno
+from tests.support.partners import handed
 from tests.support.waiting import Background, until_asleep
 
 
@@ -37,9 +38,7 @@ PLAIN_OR_CONTEXT = pytest.mark.parametrize("with_context", [False, True], ids=["
 
 @PLAIN_OR_CONTEXT
 def test_the_lock_of_another_process_is_seen_and_excludes(child: Spawn, buf: dmabuf.DmaBuf, with_context: bool) -> None:
-    holder = child(holds, with_context)
-    dmabuf.send(holder.sock, buf)
-    assert holder.recv() == "locked"
+    holder = handed(child(holds, with_context), buf, says="locked")
     assert buf.resv.is_locked()
     assert buf.resv.locking_ctx() is None
     assert buf.resv.trylock() is False
@@ -53,9 +52,7 @@ def test_the_lock_of_another_process_is_seen_and_excludes(child: Spawn, buf: dma
 
 
 def test_wait_die_goes_by_age_across_processes(child: Spawn, buf: dmabuf.DmaBuf, other_buf: dmabuf.DmaBuf) -> None:
-    holder = child(holds, True)
-    dmabuf.send(holder.sock, buf)
-    assert holder.recv() == "locked"
+    holder = handed(child(holds, True), buf, says="locked")
     younger = WwAcquireContext()
     other_buf.resv.lock(younger)
     with raises_errno(errno.EDEADLK):
@@ -69,9 +66,7 @@ def test_wait_die_goes_by_age_across_processes(child: Spawn, buf: dmabuf.DmaBuf,
 
 @PLAIN_OR_CONTEXT
 def test_the_lock_of_a_killed_process_is_free(child: Spawn, buf: dmabuf.DmaBuf, with_context: bool) -> None:
-    holder = child(holds, with_context)
-    dmabuf.send(holder.sock, buf)
-    assert holder.recv() == "locked"
+    holder = handed(child(holds, with_context), buf, says="locked")
     holder.kill()
     buf.resv.lock()
     buf.resv.reserve(1)
@@ -92,9 +87,7 @@ def test_who_waits_for_a_killed_process_gets_the_lock(child: Spawn, buf: dmabuf.
 
 @PLAIN_OR_CONTEXT
 def test_all_locks_of_a_killed_process_are_free(child: Spawn, buf: dmabuf.DmaBuf, other_buf: dmabuf.DmaBuf, with_context: bool) -> None:
-    holder = child(holds, with_context)
-    dmabuf.send(holder.sock, buf, other_buf)
-    assert holder.recv() == "locked"
+    holder = handed(child(holds, with_context), buf, other_buf, says="locked")
     with Background(lambda: takes_all(buf, other_buf)) as job:
         job.until_blocked()
         assert not job.done
@@ -114,9 +107,7 @@ def test_a_killed_waiter_is_passed_over(child: Spawn, buf: dmabuf.DmaBuf) -> Non
     buf.resv.lock()
     waiters = []
     for _ in range(2):
-        waiter = child(takes)
-        dmabuf.send(waiter.sock, buf)
-        assert waiter.recv() == "ready"
+        waiter = handed(child(takes), buf, says="ready")
         until_asleep(waiter.pid)
         waiters.append(waiter)
     waiters[0].kill()
@@ -127,9 +118,7 @@ def test_a_killed_waiter_is_passed_over(child: Spawn, buf: dmabuf.DmaBuf) -> Non
 
 
 def test_a_stopped_holder_keeps_the_lock(child: Spawn, buf: dmabuf.DmaBuf) -> None:
-    holder = child(holds, False)
-    dmabuf.send(holder.sock, buf)
-    assert holder.recv() == "locked"
+    holder = handed(child(holds, False), buf, says="locked")
     holder.stop()
     assert buf.resv.trylock() is False
     assert buf.resv.is_locked()
@@ -142,9 +131,7 @@ def test_a_stopped_holder_keeps_the_lock(child: Spawn, buf: dmabuf.DmaBuf) -> No
 
 def test_a_dead_process_is_no_older_context(child: Spawn, buf: dmabuf.DmaBuf, other_buf: dmabuf.DmaBuf) -> None:
     """A context with locks waits for, and takes, what a killed older one held: no EDEADLK from the dead."""
-    holder = child(holds, True)
-    dmabuf.send(holder.sock, buf)
-    assert holder.recv() == "locked"
+    holder = handed(child(holds, True), buf, says="locked")
     younger = WwAcquireContext()
     other_buf.resv.lock(younger)
     holder.kill()

@@ -1,9 +1,11 @@
 """Children that do one thing to a buffer and stand still in it until told to go on, for tests of what others see.
 
-Buffers travel as bare descriptors here, so that a test of seeing doesn't lean on the code that sends.
+Buffers travel as bare descriptors here, so that a test of seeing doesn't lean on the code that sends; :func:`handed` is for the tests that
+may lean on it.
 """
 
 import socket
+from typing import Any
 
 import dmabuf
 from dmabuf import Timeline, Usage
@@ -14,6 +16,14 @@ from tests.support.fences import attach
 def give(other: Child, *bufs: dmabuf.DmaBuf) -> None:
     """Send buffers to a child, which takes them."""
     socket.send_fds(other.sock, [b"x"], [buf.fileno() for buf in bufs])
+
+
+def handed(other: Child, *things: Any, says: object = None) -> Child:
+    """The child, once it was sent things by ``dmabuf.send``; ``says``: and has said that it has got so far."""
+    dmabuf.send(other.sock, *things)
+    if says is not None:
+        assert other.recv() == says
+    return other
 
 
 def take(parent: Parent) -> dmabuf.DmaBuf:
