@@ -8,6 +8,28 @@
 
 #include <stdbool.h>
 
+/* For mapping.c and mapping_items.c; window.c knows the functions below only. */
+typedef struct {
+    PyObject_HEAD
+    char *base; /* NULL: closed */
+    Py_ssize_t length;
+    Py_ssize_t exports;
+    Py_ssize_t windows;
+    bool writable;
+    Py_ssize_t lead; /* mapped in front of base, and not shown */
+    unsigned long long dev, ino; /* of the file, as fstat(2) said */
+    long long offset;
+    PyObject *on_close; /* owned; NULL: none, or already called */
+    PyObject *weakrefs;
+} Mapping;
+
+/* False with ValueError set when it is closed. */
+bool mapping_is_open(const Mapping *self);
+
+/* Items and slices: mapping_items.c. */
+PyObject *mapping_subscript(PyObject *mapping, PyObject *key);
+int mapping_ass_subscript(PyObject *mapping, PyObject *key, PyObject *value);
+
 /* Adds Mapping, Window, window_view and buffer_address to the module.
  * 0, or -1 with an exception set. */
 int mapping_register(PyObject *module);

@@ -272,6 +272,9 @@ db_ctx *ctx_at(Shm *s, uint32_t index);
 db_timeline *timeline_at(Shm *s, uint32_t index);
 int blocks_add(Shm *s, uint32_t rec, a32 *link, uint32_t count); /* 0 or -1 with an exception */
 
+/* records.c */
+extern PyMethodDef record_methods[];
+
 /* pools.c */
 extern PyMethodDef pool_methods[];
 

@@ -444,7 +444,7 @@ int shm_register(PyObject *module) {
   }
   size_t n = 0;
   static PyMethodDef all[96];
-  PyMethodDef *sets[] = {shm_methods, table_methods, pool_methods, fence_methods, resv_methods, lend_methods};
+  PyMethodDef *sets[] = {shm_methods, table_methods, record_methods, pool_methods, fence_methods, resv_methods, lend_methods};
   for (size_t k = 0; k < sizeof sets / sizeof *sets; k++)
     for (PyMethodDef *d = sets[k]; d->ml_name; d++) all[n++] = *d;
   PyType_Slot slots[] = {
