@@ -1,8 +1,14 @@
-/* fence.c - fences: slots owned by one life, signalled by it alone, waited for and rung across processes.
+/* fence.c - fences: slots owned by one life, signalled by it (or by anybody, if it says so), waited for and rung across processes.
  *
- * Signalling is: error and timestamp into the slot (and the error into the timeline's ring), then one fetch-or that makes it
- * signalled, then the sleepers are woken, then the dispatchers are rung. A death before the fetch-or leaves a pending fence
- * that the reaper ends with -EOWNERDEAD; a death after it leaves sleepers and dispatchers that look again at their next tick.
+ * Signalling is: how it ends into the slot (an error into the timeline's ring too), then the time, then one compare-and-swap that
+ * makes it signalled, then the sleepers are woken, then the dispatchers are rung. A death before it is signalled leaves a pending
+ * fence that the reaper ends with -EOWNERDEAD; a death after it leaves sleepers and dispatchers that look again at their next tick.
+ *
+ * A fence of FF_ANYBODY can be ended by several processes at once, and under the hands of a slow one the owner may die and the slot be
+ * another's. So each of its words is changed by a compare-and-swap from a value that no other generation has, and changes once: who
+ * comes later finds how it ends decided, and only helps to make it known. What is decided stays so, whoever dies: the reaper ends such
+ * a fence as it was decided, else with -EOWNERDEAD. Whatever else a stranger writes to a slot (fence_mark) names the generation too, or
+ * does nobody harm in another one.
  */
 #include "native.h"
 #include <math.h>
@@ -14,30 +20,29 @@ int fence_pending(Shm *s, uint64_t handle, db_fence **out) {
   if (out) *out = NULL;
   if (!f) return 0;
   uint32_t w = atomic_load(&f->word);
-  if ((w & ~((1u << FW_SHIFT) - 1)) != WORD_OF(H_GEN(handle)) || atomic_load(&f->gen) != H_GEN(handle)) return 0;
+  if ((w & ~((1u << FW_SHIFT) - 1)) != WORD_OF(H_GEN(handle)) || END_GEN(atomic_load(&f->end)) != H_GEN(handle)) return 0;
   if (out) *out = f;
   return !(w & FW_SIGNALED);
 }
-static int ring_error(Shm *s, uint32_t timeline, uint64_t context, uint64_t seqno) { /* error of a past fence, 0 when it is not in the ring */
+#define RING_TAG(h) (((uint64_t)H_SLOT(h) << 30 | (H_GEN(h) & 0x3fffffff)) << 12)
+static int ring_error(Shm *s, uint32_t timeline, uint64_t seqno, uint64_t handle) { /* error of a past fence, 0 when it is not in the ring */
   db_timeline *t = timeline ? timeline_at(s, timeline - 1) : NULL;
-  if (!t || atomic_load(&t->context) != context) return 0; /* closed and used again: unknown */
-  uint64_t e = atomic_load(&t->ring[seqno & 63]);
-  if (atomic_load(&t->context) != context) return 0; /* meanwhile: the ring may be another timeline's */
-  return (uint32_t)e == (uint32_t)seqno ? (int)(int32_t)(e >> 32) : 0;
+  uint64_t e = t ? atomic_load(&t->ring[seqno & 63]) : 0;
+  return (e & ~0xfffull) == RING_TAG(handle) ? END_ERROR(e) : 0;
 }
 static void past_keep(db_fence *f) { /* the slot is about to be used again: who has not looked yet must still find a failure */
-  int e = atomic_load(&f->error);
-  if (e >= 0 || e < -4095) return;
+  uint64_t end = atomic_load(&f->end);
+  if (!END_ERROR(end)) return;
   a64 *oldest = &f->past[0];
   for (uint32_t i = 1; i < FENCE_PAST; i++)
     if (atomic_load(&f->past[i]) < atomic_load(oldest)) oldest = &f->past[i];
-  atomic_store(oldest, atomic_load(&f->gen) << 12 | (uint64_t)-e); /* dying now leaves it for a generation that still is the present one */
+  atomic_store(oldest, END_GEN(end) << 12 | (end & 0xfff)); /* dying now leaves it for a generation that still is the present one */
 }
 static int past_error(Shm *s, uint64_t handle) {
   db_fence *f = fence_at(s, H_SLOT(handle));
   for (uint32_t i = 0; f && i < FENCE_PAST; i++) {
     uint64_t e = atomic_load(&f->past[i]);
-    if (e >> 12 == H_GEN(handle)) return -(int)(e & 0xfff);
+    if (e >> 12 == H_GEN(handle)) return END_ERROR(e);
   }
   return 0;
 }
@@ -74,21 +79,38 @@ static void ring_syncs(Shm *s, uint64_t handle, db_fence *f) { /* the descriptor
   }
   Py_XDECREF(x);
 }
-int fence_finish(Shm *s, uint64_t handle, db_fence *f, int error, uint64_t stamp) {
+int fence_flag(uint64_t handle, db_fence *f, uint32_t bit) {
+  uint32_t w = atomic_load(&f->word);
+  while ((w & ~((1u << FW_SHIFT) - 1)) == WORD_OF(H_GEN(handle)) && !(w & FW_DROPPED))
+    if ((w & bit) || atomic_compare_exchange_weak(&f->word, &w, w | bit)) return 1;
+  return 0;
+}
+/* End a fence: 0; 1: it has ended already, or otherwise. anybody: others may be ending it at this moment, and it may be theirs to finish */
+static int fence_finish(Shm *s, uint64_t handle, db_fence *f, int error, uint64_t stamp, int anybody) {
   if (atomic_load(&f->word) & FW_SIGNALED) return 1;
-  int e = error ? error : atomic_load(&f->error);
-  if (e) {
+  if (anybody) STEP(fence_ending); /* nothing has been done */
+  int e = error ? error : atomic_load(&f->error), decided = 1; /* if that was another generation's, the next step is in vain */
+  uint64_t open = END_OPEN(H_GEN(handle)), none = STAMP_NONE(H_GEN(handle));
+  uint64_t end = open | END_DECIDED | (e < 0 && e >= -4095 ? (uint32_t)-e : 0);
+  if (!anybody) atomic_store(&f->end, end); /* a reaper overrides what the dead owner had not made known */
+  else if (!atomic_compare_exchange_strong(&f->end, &open, end)) {
+    if (END_GEN(open) != H_GEN(handle)) return 1;
+    end = open; /* somebody was quicker, and may be dead: it ends as that one said */
+    decided = 0;
+  }
+  if (END_ERROR(end)) {
     db_timeline *t = atomic_load(&f->timeline) ? timeline_at(s, atomic_load(&f->timeline) - 1) : NULL;
     uint64_t q = atomic_load(&f->seqno);
-    if (t) atomic_store(&t->ring[q & 63], (uint64_t)(uint32_t)e << 32 | (uint32_t)q);
-    atomic_store(&f->error, e);
+    if (t && atomic_load(&f->end) == end) atomic_store(&t->ring[q & 63], RING_TAG(handle) | (end & 0xfff)); /* says whose it is, wherever it comes to lie */
     STEP(fence_error); /* pending, with an error that shows once it is signalled */
   }
-  atomic_store(&f->timestamp, stamp ? stamp : (uint64_t)now_ns());
-  STEP(fence_stamped);
+  if (!stamp) stamp = (uint64_t)now_ns();
+  if (!anybody) atomic_store(&f->timestamp, stamp);
+  else atomic_compare_exchange_strong(&f->timestamp, &none, stamp);
+  STEP(fence_stamped); /* pending, with an end and a time that show once it is signalled */
   uint32_t w = atomic_load(&f->word);
-  do { /* not a plain or: the slot of a fence that anybody may end can be used again under our hands */
-    if ((w & FW_SIGNALED) || (w & ~((1u << FW_SHIFT) - 1)) != WORD_OF(H_GEN(handle))) return 1;
+  do {
+    if ((w & FW_SIGNALED) || (w & ~((1u << FW_SHIFT) - 1)) != WORD_OF(H_GEN(handle))) return !decided; /* somebody made it known for us, and rings */
   } while (!atomic_compare_exchange_weak(&f->word, &w, w | FW_SIGNALED));
   STEP(fence_signaled); /* done; sleepers find out at their tick if we die now */
   if (w & FW_WAITERS) word_wake(&f->word, INT32_MAX);
@@ -97,8 +119,9 @@ int fence_finish(Shm *s, uint64_t handle, db_fence *f, int error, uint64_t stamp
   if (bells) ring_bells(s, bells, handle);
   STEP(fence_rung);
   if (w & FW_SYNC) ring_syncs(s, handle, f);
-  return 0;
+  return !decided;
 }
+static int for_anybody(db_fence *f) { return (atomic_load(&f->flags) & FF_ANYBODY) != 0; } /* its owner asks, or the reaper: nobody uses the slot again meanwhile */
 static inline void leave_cpu(Shm *s) { atomic_store_explicit(&life_slot(s, my_life(s))->cpu, (uint32_t)sched_getcpu() + 1, memory_order_relaxed); }
 
 /* ---- allocation: the owner's first-in first-out list ---- */
@@ -136,18 +159,18 @@ uint64_t fence_make(Shm *s, uint32_t timeline, uint64_t context, uint64_t seqno,
     f = fence_at(s, slot);
     if (!f) { shm_corrupt(s, "a fence outside of the file"); return 0; }
   } while (!(atomic_load(&f->word) & FW_SIGNALED)); /* never hand out a slot that is still pending */
-  uint64_t gen = (atomic_load(&f->gen) + 1) & GEN_MASK;
+  uint64_t gen = (END_GEN(atomic_load(&f->end)) + 1) & GEN_MASK;
   if (!gen) gen = 1;
   db_rec *r = rec ? rec_at(s, rec - 1) : NULL;
   past_keep(f);
-  atomic_store(&f->gen, gen); /* from here the old handle is past: signalled, whatever the fields say */
+  atomic_store(&f->end, END_OPEN(gen)); /* from here the old handle is past: signalled, whatever the fields say */
   atomic_store(&f->context, context);
   atomic_store(&f->seqno, seqno);
-  atomic_store(&f->timestamp, 0);
+  atomic_store(&f->timestamp, STAMP_NONE(gen));
   atomic_store(&f->error, 0);
   atomic_store(&f->timeline, timeline);
   atomic_store(&f->bells, 0);
-  atomic_store(&f->deadline, 0);
+  atomic_store(&f->deadline, STAMP_NONE(gen));
   atomic_store(&f->owner, owner);
   atomic_store(&f->rec, rec);
   atomic_store(&f->rec_gen, r ? atomic_load(&r->gen) : 0);
@@ -209,6 +232,10 @@ typedef struct {
 } Fence;
 static PyTypeObject *Fence_Type;
 
+static uint64_t stamp_of(db_fence *f, uint64_t handle) { /* 0 while pending */
+  uint64_t t = atomic_load(&f->timestamp);
+  return t == STAMP_NONE(H_GEN(handle)) ? 0 : t;
+}
 static int fence_look(Fence *x) { /* 1 once signalled; remembers */
   if (x->status) return 1;
   db_fence *f;
@@ -217,15 +244,15 @@ static int fence_look(Fence *x) { /* 1 once signalled; remembers */
     int error = 0;
     uint64_t stamp = 0;
     if (f) {
-      error = atomic_load(&f->error);
-      stamp = atomic_load(&f->timestamp);
+      error = END_ERROR(atomic_load(&f->end));
+      stamp = stamp_of(f, x->handle);
       db_fence *again;
       fence_pending(x->s, x->handle, &again);
       if (!again) continue; /* the slot was used again while we read it */
-    } else if (!(error = past_error(x->s, x->handle))) error = ring_error(x->s, x->timeline, x->context, x->seqno);
-    x->error = error < 0 && error >= -4095 ? error : 0;
+    } else if (!(error = past_error(x->s, x->handle))) error = ring_error(x->s, x->timeline, x->seqno, x->handle);
+    x->error = error;
     x->timestamp = stamp;
-    x->status = x->error ? x->error : 1;
+    x->status = error ? error : 1;
     return 1;
   }
 }
@@ -297,7 +324,7 @@ static PyObject *f_signal(Fence *x, PyObject *const *args, Py_ssize_t n, PyObjec
   }
   db_fence *f;
   leave_cpu(x->s);
-  int past = !fence_pending(x->s, x->handle, &f) || fence_finish(x->s, x->handle, f, (int)error, 0);
+  int past = !fence_pending(x->s, x->handle, &f) || fence_finish(x->s, x->handle, f, (int)error, 0, for_anybody(f));
   if (PyErr_Occurred()) return NULL;
   if (past) {
     shm_fail(x->s, EINVAL, "signal", "a signalled fence", "a fence is signalled once");
@@ -388,7 +415,7 @@ static int own_end(Shm *s, uint64_t h, int error, int drop, uint64_t stamp) { /*
   int pending = fence_pending(s, h, &f);
   if (!f || CT_LIFE(atomic_load(chunk_entry(s, H_SLOT(h) / FENCES_PER))) != my_life(s)) return 0;
   leave_cpu(s);
-  if (pending) pending = !fence_finish(s, h, f, error, stamp);
+  if (pending) pending = !fence_finish(s, h, f, error, stamp, for_anybody(f));
   return drop && fifo_push(s, H_SLOT(h)) ? -1 : pending;
 }
 void fence_end(Shm *s, uint64_t handle, int error) {
@@ -410,7 +437,7 @@ static PyObject *fence_end_any(Shm *s, PyObject *args) { /* (handle, error) -> w
   int pending = fence_pending(s, h, &f);
   if (!pending || !f || !(atomic_load(&f->flags) & FF_ANYBODY)) Py_RETURN_FALSE;
   leave_cpu(s);
-  return PyBool_FromLong(!fence_finish(s, h, f, error, 0));
+  return PyBool_FromLong(!fence_finish(s, h, f, error, 0, 1));
 }
 static PyObject *fence_wait(Shm *s, PyObject *args) { /* (handle, until_ns or -1, interruptible) -> 1, 0, -4 */
   unsigned long long h;
@@ -431,11 +458,12 @@ static PyObject *fence_info(Shm *s, PyObject *arg) { /* None for a past generati
   db_fence *f;
   int pending = fence_pending(s, h, &f);
   if (!f) Py_RETURN_NONE;
+  uint64_t deadline = atomic_load(&f->deadline);
   PyObject *r = Py_BuildValue("{sN,sN,sK,sK,si,sI,sK,sI,sI,sI,sK,sK,sK,sI}", "pending", PyBool_FromLong(pending), "sync", PyBool_FromLong(atomic_load(&f->word) & FW_SYNC), "context", atomic_load(&f->context),
-                              "seqno", atomic_load(&f->seqno), "error", atomic_load(&f->error), "flags", atomic_load(&f->flags), "owner",
+                              "seqno", atomic_load(&f->seqno), "error", END_ERROR(atomic_load(&f->end)), "flags", atomic_load(&f->flags), "owner",
                               atomic_load(&f->owner), "rec", atomic_load(&f->rec), "rec_gen", atomic_load(&f->rec_gen), "timeline",
-                              atomic_load(&f->timeline), "created", atomic_load(&f->created), "deadline", atomic_load(&f->deadline), "timestamp",
-                              atomic_load(&f->timestamp), "life", CT_LIFE(atomic_load(chunk_entry(s, H_SLOT(h) / FENCES_PER))));
+                              atomic_load(&f->timeline), "created", atomic_load(&f->created), "deadline", deadline >> 63 ? 0 : deadline, "timestamp",
+                              stamp_of(f, h), "life", CT_LIFE(atomic_load(chunk_entry(s, H_SLOT(h) / FENCES_PER))));
   fence_pending(s, h, &f);
   if (!f) { Py_XDECREF(r); Py_RETURN_NONE; }
   return r;
@@ -448,31 +476,48 @@ static PyObject *fence_mark(Shm *s, PyObject *args) { /* (handle, what, value): 
   db_fence *f;
   int pending = fence_pending(s, h, &f);
   if (!f) Py_RETURN_FALSE;
+  STEP(fence_marking); /* from here on the slot of another process's fence may be used again: a mark is for this generation, or does no harm */
+  uint32_t owner = CT_LIFE(atomic_load(chunk_entry(s, H_SLOT(h) / FENCES_PER)));
   if (!strcmp(what, "granted")) atomic_fetch_or(&f->flags, FF_GRANTED);
   else if (!strcmp(what, "error")) atomic_store(&f->error, (int32_t)v);
-  else if (!strcmp(what, "shared")) atomic_fetch_or(&f->word, FW_SHARED);
+  else if (!strcmp(what, "shared")) pending = fence_flag(h, f, FW_SHARED) && pending;
   else if (!strcmp(what, "sync")) {
-    atomic_fetch_or(&f->word, FW_SYNC); /* the same word: who ends the fence sees the bit, or we see the end */
+    fence_flag(h, f, FW_SYNC); /* the same word: who ends the fence sees the bit, or we see the end */
     pending = fence_pending(s, h, NULL);
   } else if (!strcmp(what, "bell")) {
-    atomic_fetch_or(&f->bells, 1ull << (LIFE_INDEX(my_life(s)) & 63));
+    if (owner != my_life(s)) fence_flag(h, f, FW_SHARED);
+    atomic_fetch_or(&f->bells, 1ull << (LIFE_INDEX(my_life(s)) & 63)); /* in a slot that was used again, we are rung once for nothing */
     pending = fence_pending(s, h, NULL); /* after the bit: the signaller sees it, or we see the signal */
   } else if (!strcmp(what, "deadline")) {
+    /* The first one is of this generation alone; a later one could hit another's only if that had the same deadline, to the nanosecond. */
     uint64_t old = atomic_load(&f->deadline);
-    while ((!old || (uint64_t)v < old) && !atomic_compare_exchange_weak(&f->deadline, &old, (uint64_t)v)) {}
-    uint32_t owner = CT_LIFE(atomic_load(chunk_entry(s, H_SLOT(h) / FENCES_PER)));
-    if ((!old || (uint64_t)v < old) && (atomic_load(&f->flags) & FF_HASTY) && owner != my_life(s) && life_current(s, owner))
+    int earlier;
+    while ((earlier = fence_pending(s, h, NULL) && (old == STAMP_NONE(H_GEN(h)) || (!(old >> 63) && (uint64_t)v < old))) &&
+           !atomic_compare_exchange_weak(&f->deadline, &old, (uint64_t)v)) {}
+    if (earlier && (atomic_load(&f->flags) & FF_HASTY) && owner != my_life(s) && life_current(s, owner))
       ring_life(life_slot(s, owner), h); /* a hint: lost with a signaller that dies here */
   } else { PyErr_SetString(PyExc_ValueError, "fence_mark: no such mark"); return NULL; }
   return PyBool_FromLong(pending);
 }
-static PyObject *fence_shared(Shm *s, PyObject *arg) { /* somebody but the owner may know it: in a reservation, slept on, to be rung elsewhere */
+static PyObject *fence_shared(Shm *s, PyObject *arg) { /* somebody but the owner may know it: listed, sent, slept on, listened to elsewhere */
   unsigned long long h = PyLong_AsUnsignedLongLong(arg);
   if (h == (unsigned long long)-1 && PyErr_Occurred()) return NULL;
   db_fence *f;
   fence_pending(s, h, &f);
-  uint64_t own = 1ull << (LIFE_INDEX(my_life(s)) & 63); /* what is registered here, the dispatcher knows */
-  return PyBool_FromLong(f && ((atomic_load(&f->word) & (FW_SHARED | FW_WAITERS)) || (atomic_load(&f->bells) & ~own)));
+  return PyBool_FromLong(f && (atomic_load(&f->word) & (FW_SHARED | FW_WAITERS)));
+}
+static PyObject *fence_drop(Shm *s, PyObject *args) { /* (handle, error) -> True: an own pending fence that nobody waits for has ended */
+  unsigned long long h;
+  int error;
+  if (!PyArg_ParseTuple(args, "Ki", &h, &error)) return NULL;
+  db_fence *f;
+  if (!my_life(s) || !fence_pending(s, h, &f) || CT_LIFE(atomic_load(chunk_entry(s, H_SLOT(h) / FENCES_PER))) != my_life(s)) Py_RETURN_FALSE;
+  uint32_t w = atomic_load(&f->word);
+  do {
+    if (w & (FW_SIGNALED | FW_SHARED | FW_WAITERS | FW_SYNC)) Py_RETURN_FALSE;
+  } while (!atomic_compare_exchange_weak(&f->word, &w, w | FW_DROPPED)); /* the same word: who shares it sees this, or we see that it is shared */
+  STEP(fence_dropped); /* pending, but nobody takes it any more: ends with us */
+  return PyBool_FromLong(own_end(s, h, error, 0, 0));
 }
 static PyObject *reap_fences(Shm *s, PyObject *args) { /* (chunk, error): end what is pending in a dead life's chunk -> count */
   unsigned c;
@@ -485,7 +530,7 @@ static PyObject *reap_fences(Shm *s, PyObject *args) { /* (chunk, error): end wh
     if (!f) { shm_corrupt(s, "a chunk outside of the file"); return NULL; }
     uint32_t word = atomic_load(&f->word);
     if (word & FW_SIGNALED) {
-      if (word & FW_SYNC) ring_syncs(s, H_MAKE(slot, atomic_load(&f->gen)), f); /* the owner died between ending and ringing */
+      if (word & FW_SYNC) ring_syncs(s, H_MAKE(slot, END_GEN(atomic_load(&f->end))), f); /* the owner died between ending and ringing */
       continue;
     }
     uint32_t flags = atomic_load(&f->flags), rec = atomic_load(&f->rec);
@@ -498,7 +543,7 @@ static PyObject *reap_fences(Shm *s, PyObject *args) { /* (chunk, error): end wh
       }
       STEP(reap_torn); /* the mark is there before the fence ends */
     }
-    fence_finish(s, H_MAKE(slot, atomic_load(&f->gen)), f, error, 0);
+    fence_finish(s, H_MAKE(slot, END_GEN(atomic_load(&f->end))), f, error, 0, for_anybody(f));
     STEP(reap_fence);
     n++;
   }
@@ -522,7 +567,8 @@ PyMethodDef fence_methods[] = {
     M(fence_wait, METH_VARARGS, "Wait (handle, until, interruptible) -> 1, 0, -4."),
     {"fence_pending", (PyCFunction)py_fence_pending, METH_O, "Is the handle's fence pending?"},
     M(fence_info, METH_O, "What a fence's slot says, or None."), M(fence_mark, METH_VARARGS, "Mark (handle, what, value) -> pending."),
-    M(fence_shared, METH_O, "May anybody but the owner know this fence?"), M(reap_fences, METH_VARARGS, "End a dead life's fences."),
+    M(fence_shared, METH_O, "May anybody but the owner know this fence?"), M(fence_drop, METH_VARARGS, "End (handle, error) an own fence that nobody waits for -> done."),
+    M(reap_fences, METH_VARARGS, "End a dead life's fences."),
     M(fences_done, METH_O, "Those of the handles that are signalled."),
     {0}};
 

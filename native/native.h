@@ -38,7 +38,7 @@ static inline void bytes_follow(void) { atomic_thread_fence(memory_order_release
 static inline void bytes_read(void) { atomic_thread_fence(memory_order_acquire); }   /* no load below is done before one above */
 
 #define DB_MAGIC "DMABUFDM"
-#define DB_VERSION 1u
+#define DB_VERSION 2u
 #define DB_PAGE 4096u
 #define DB_CHUNK 32768u
 #define DB_MAX_CHUNKS 16384u /* 512 MiB of chunks */
@@ -98,11 +98,13 @@ typedef struct { /* 64 bytes: who holds or wants reservation locks and accesses 
 typedef struct { /* 128 bytes */
   a32 word; /* [generation 26 | flags 6], the futex */
   a32 flags;
-  a64 gen, context, seqno, timestamp;
-  _Atomic int32_t error;
+  a64 end;  /* [generation 40 | 11 unused | decided 1 | -error 12]: how it ends is decided once, for this generation */
+  a64 context, seqno;
+  a64 timestamp;         /* STAMP_NONE of the generation until it is stamped */
+  _Atomic int32_t error; /* what its owner has set for its end, before it */
   a32 timeline; /* + 1, 0: none */
   a64 bells;    /* bit (life index % 64): that process wants to be rung */
-  a64 deadline;
+  a64 deadline; /* STAMP_NONE of the generation: none */
   a64 owner;    /* ctx word of the access's owner, 0: not an access */
   a32 rec, rec_gen;
   a64 created;
@@ -112,7 +114,13 @@ typedef struct { /* 128 bytes */
 #define FW_WAITERS 2u
 #define FW_SHARED 4u
 #define FW_SYNC 8u /* a sync file's descriptor waits for it: who ends it rings, and then clears the bit */
+#define FW_DROPPED 16u /* its owner lets go of it, known to nobody: too late to share it */
 #define FW_SHIFT 6
+#define END_OPEN(gen) ((uint64_t)(gen) << 24)
+#define END_DECIDED 0x1000u
+#define END_GEN(e) ((e) >> 24)
+#define END_ERROR(e) (-(int)((e) & 0xfff))
+#define STAMP_NONE(gen) (1ull << 63 | (gen)) /* no time has it, and no other generation: so a compare-and-swap from it is for this one alone */
 #define FF_ACCESS 1u
 #define FF_WRITE 2u
 #define FF_GRANTED 4u
@@ -127,7 +135,7 @@ typedef struct { /* 1024 bytes */
   a32 life, spare;
   char driver[64], name[64];
   char pad[1024 - 32 - 128 - 512];
-  a64 ring[64]; /* [error 32 | low half of seqno 32] of the last failed fences */
+  a64 ring[64]; /* [slot 22 | low part of generation 30 | -error 12] of the last failed fences, at seqno % 64 */
 } db_timeline;
 
 #define INLINE_ENTRIES 16u
@@ -281,7 +289,7 @@ extern PyMethodDef pool_methods[];
 /* fence.c */
 db_fence *fence_at(Shm *s, uint32_t slot);
 int fence_pending(Shm *s, uint64_t handle, db_fence **out); /* 1 pending, 0 signalled or gone; out may be NULL slot */
-int fence_finish(Shm *s, uint64_t handle, db_fence *f, int error, uint64_t stamp); /* 0; 1: it had been signalled already; stamp 0: now */
+int fence_flag(uint64_t handle, db_fence *f, uint32_t bit); /* set in the word of this generation alone; 0: it is past, or being dropped */
 uint64_t fence_make(Shm *s, uint32_t timeline, uint64_t context, uint64_t seqno, uint32_t flags, uint64_t owner, uint32_t rec); /* 0: exception */
 void fence_end(Shm *s, uint64_t handle, int error); /* signal and drop an own fence */
 extern PyMethodDef fence_methods[];
@@ -303,7 +311,7 @@ void resv_bequeath(Shm *s, db_ctx *c, uint64_t word);
   X(rec_locked) X(rec_filled) X(rec_held) X(rec_live) X(rec_linked) \
   X(rec_dying) X(rec_unlinked) X(rec_cleared) X(rec_freed) \
   X(chunk_allocated) X(chunk_typed) X(chunk_published) X(chunk_owned) \
-  X(fence_filled) X(fence_published) X(fence_error) X(fence_stamped) X(fence_signaled) X(fence_woken) X(fence_rung) \
+  X(fence_filled) X(fence_published) X(fence_dropped) X(fence_marking) X(fence_ending) X(fence_error) X(fence_stamped) X(fence_signaled) X(fence_woken) X(fence_rung) \
   X(resv_locked) X(resv_next) X(resv_waiting) X(resv_stolen) X(resv_passed) X(resv_heir) X(resv_borrowed) X(resv_returned) X(resv_unlocked) X(resv_added) X(resv_copied) X(resv_cut) \
   X(block_taken) X(block_linked) \
   X(access_fence) X(access_added) X(access_granted) X(access_torn) X(access_whole) X(access_ended) \

@@ -279,7 +279,7 @@ static int put(Shm *s, db_resv *r, uint32_t rec, uint64_t handle, uint32_t usage
     uint64_t e = atomic_load(p);
     if (!e) {
       if (!room) return -1;
-      if (f) atomic_fetch_or(&f->word, FW_SHARED);
+      if (f) fence_flag(handle, f, FW_SHARED);
       atomic_store(p, E_MAKE(handle, usage));
       STEP(resv_added);
       return 1;
@@ -288,7 +288,7 @@ static int put(Shm *s, db_resv *r, uint32_t rec, uint64_t handle, uint32_t usage
     int pending = fence_pending(s, E_HANDLE(e), &o);
     if (!pending || (f && o && atomic_load(&o->context) == context && E_USAGE(e) >= usage &&
                      (E_HANDLE(e) == handle || later(f, seqno, o)))) {
-      if (f) atomic_fetch_or(&f->word, FW_SHARED);
+      if (f) fence_flag(handle, f, FW_SHARED);
       atomic_store(p, E_MAKE(handle, usage));
       STEP(resv_added);
       return 0;
@@ -481,7 +481,7 @@ static PyObject *resv_replace(Shm *s, PyObject *args) { /* (rec, context, handle
     db_fence *o;
     fence_pending(s, E_HANDLE(e), &o);
     if (!o || atomic_load(&o->context) != context) continue;
-    if (f) atomic_fetch_or(&f->word, FW_SHARED);
+    if (f) fence_flag(handle, f, FW_SHARED);
     atomic_store(p, E_MAKE(handle, usage & 3));
     n++;
   }

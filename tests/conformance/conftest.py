@@ -10,6 +10,7 @@ import dmabuf
 from tests.support.children import Spawn
 from tests.support.drivers import Bare, Dynamic, Static
 from tests.support.elsewhere import Place
+from tests.support.lines import Here, There
 
 # The facts of the kernel were asked with buffers of this size (bytes).
 SIZE = 16384
@@ -39,6 +40,14 @@ def other_tl() -> Iterator[dmabuf.Timeline]:
     made = dmabuf.Timeline("other")
     yield made
     made.close()
+
+
+@pytest.fixture(params=["here", "there"])
+def line(request: pytest.FixtureRequest, child: Spawn) -> Iterator[Here]:
+    """Where fences come from: this process, or another."""
+    made = Here() if request.param == "here" else There(child)
+    yield made
+    made.end()
 
 
 @pytest.fixture(params=["alone", "of a buffer"])

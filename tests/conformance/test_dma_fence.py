@@ -1,4 +1,4 @@
-"""Fences in one process: the kernel's own tests (spec 7.1, by their names) and the rules of spec 3.4-3.10."""
+"""Fences: the kernel's own tests (spec 7.1, by their names), on fences of this process and of another; and the rules of spec 3.4-3.10."""
 
 import errno
 import os
@@ -12,6 +12,7 @@ import dmabuf
 from dmabuf import ContractWarning, DmaFence, Timeline
 from dmabuf.core.fence import wrap
 from tests.support.errnos import raises_errno
+from tests.support.lines import Here
 from tests.support.waiting import Background
 
 # Long enough to be "not now"; nobody waits for it to pass (seconds).
@@ -21,91 +22,90 @@ LONG = 3600.0
 # -- spec 7.1, by name
 
 
-def test_sanitycheck(tl: Timeline) -> None:
-    fence = tl.fence()
+def test_sanitycheck(line: Here) -> None:
+    (fence,) = line.make(1)
     fence.enable_signaling()
-    fence.signal()
+    line.signal(0)
     del fence
 
 
-def test_signaling(tl: Timeline) -> None:
-    fence = tl.fence()
+def test_signaling(line: Here) -> None:
+    (fence,) = line.make(1)
     assert not fence.is_signaled()
-    fence.signal()
+    line.signal(0)
     assert fence.is_signaled()
     with raises_errno(errno.EINVAL):
-        fence.signal()
+        line.signal(0)
     assert fence.is_signaled()
 
 
-def test_add_callback(tl: Timeline) -> None:
-    fence, seen = tl.fence(), threading.Event()
+def test_add_callback(line: Here) -> None:
+    (fence,), seen = line.make(1), threading.Event()
     fence.add_callback(lambda *_: seen.set())
     assert not seen.is_set()
-    fence.signal()
+    line.signal(0)
     seen.wait()
 
 
-def test_late_add_callback(tl: Timeline) -> None:
-    fence = tl.fence()
+def test_late_add_callback(line: Here) -> None:
+    (fence,) = line.make(1)
     called: list[object] = []
-    fence.signal()
+    line.signal(0)
     with raises_errno(errno.ENOENT, FileNotFoundError):
         fence.add_callback(called.append)
     with raises_errno(errno.EINVAL):
-        fence.signal()
+        line.signal(0)
     assert called == []
 
 
-def test_rm_callback(tl: Timeline) -> None:
-    fence, later = tl.fence(), threading.Event()
+def test_rm_callback(line: Here) -> None:
+    (fence,), later = line.make(1), threading.Event()
     called: list[object] = []
     handle = fence.add_callback(called.append)
     fence.add_callback(lambda *_: later.set())
     assert fence.remove_callback(handle) is True
-    fence.signal()
+    line.signal(0)
     later.wait()
     assert called == []
 
 
-def test_late_rm_callback(tl: Timeline) -> None:
-    fence, seen = tl.fence(), threading.Event()
+def test_late_rm_callback(line: Here) -> None:
+    (fence,), seen = line.make(1), threading.Event()
     handle = fence.add_callback(lambda *_: seen.set())
-    fence.signal()
+    line.signal(0)
     seen.wait()
     assert fence.remove_callback(handle) is False
 
 
-def test_status(tl: Timeline) -> None:
-    fence = tl.fence()
+def test_status(line: Here) -> None:
+    (fence,) = line.make(1)
     assert fence.status == 0
-    fence.signal()
+    line.signal(0)
     assert fence.status == 1
 
 
-def test_error(tl: Timeline) -> None:
-    fence = tl.fence()
-    fence.set_error(-errno.EIO)
-    assert fence.status == 0
-    fence.signal()
-    assert fence.status == -errno.EIO
-    assert fence.error == -errno.EIO
+def test_error(line: Here) -> None:
+    (fence,) = line.make(1)
+    line.set_error(0, -errno.EIO)
+    assert (fence.status, fence.error) == (0, 0)
+    line.signal(0)
+    assert (fence.status, fence.error) == (-errno.EIO, -errno.EIO)
 
 
-def test_wait(tl: Timeline) -> None:
-    fence = tl.fence()
+def test_wait(line: Here) -> None:
+    (fence,) = line.make(1)
     assert fence.wait(0) == 0.0
-    fence.signal()
+    line.signal(0)
     assert fence.wait(0) > 0
 
 
-def test_wait_timeout(tl: Timeline) -> None:
-    fence = tl.fence()
+def test_wait_timeout(line: Here) -> None:
+    (fence,) = line.make(1)
     assert fence.wait(0.004) == 0.0
     with Background(lambda: fence.wait(LONG)) as job:
         job.until_blocked()
         assert not job.done
-        fence.signal()
+        line.signal(0)
         assert 0 < job.result() <= LONG
 
 

@@ -5,14 +5,12 @@ import errno
 import gc
 import math
 import random
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 import dmabuf
 from dmabuf import ContractWarning, DmaFenceArray, DmaFenceChain, Timeline
-from tests.support.children import Spawn
 from tests.support.errnos import raises_errno
 from tests.support.lines import Here, There
 from tests.support.waiting import Background
@@ -30,14 +28,6 @@ class Chain:
         for i, fence in enumerate(self.fences):
             self.points.append(DmaFenceChain(self.points[-1] if i else None, fence, step * (i + 1)))
         self.tail = self.points[-1]
-
-
-@pytest.fixture(params=["here", "there"])
-def line(request: pytest.FixtureRequest, child: Spawn) -> Iterator[Here]:
-    """Where the fences of a chain come from: this process, or another."""
-    made = Here() if request.param == "here" else There(child)
-    yield made
-    made.end()
 
 
 # -- spec 7.2, by name

@@ -2,13 +2,14 @@
 
 import errno
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 import dmabuf
 from dmabuf import Timeline, Usage
-from tests.support.children import Parent, Spawn
+from tests.support.children import Child, Parent, Spawn
 from tests.support.errnos import raises_errno
 from tests.support.fences import USAGES, attach, entries, key, keys, the_fence
 from tests.support.waiting import Background, until_asleep
@@ -58,6 +59,115 @@ def adds_what_it_found(parent: Parent, usage: Usage) -> None:
     attach(target.resv, the_fence(buf), usage)
     parent.send("added")
     parent.recv()
+
+
+# -- spec 7.4, by name: the fences are another process's, which adds them
+
+
+def adds_one_by_one(parent: Parent) -> None:
+    """For each usage that it is told, a fence on the buffer, which ends when it is told again; None ends it all."""
+    (buf,) = dmabuf.recv(parent.sock)
+    while (usage := parent.recv()) is not None:
+        line = Timeline(f"child {usage.name}")
+        fence = line.fence()
+        attach(buf.resv, fence, usage)
+        parent.send(key(fence))
+        parent.recv()
+        fence.signal()
+        parent.send("signalled")
+        line.close()
+
+
+class Adder:
+    """That process, seen from the test."""
+
+    def __init__(self, other: Child, buf: dmabuf.DmaBuf) -> None:
+        self.other = other
+        dmabuf.send(other.sock, buf)
+
+    def add(self, usage: Usage) -> tuple[int, int]:
+        self.other.send(usage)
+        name: tuple[int, int] = self.other.recv()
+        return name
+
+    def signal(self) -> None:
+        self.other.send("signal")
+        assert self.other.recv() == "signalled"
+
+
+@pytest.fixture
+def adder(child: Spawn, buf: dmabuf.DmaBuf) -> Iterator[Adder]:
+    made = Adder(child(adds_one_by_one), buf)
+    yield made
+    made.other.send(None)
+    made.other.result()
+
+
+def locks(parent: Parent) -> None:
+    (buf,) = dmabuf.recv(parent.sock)
+    with buf.resv.locked():
+        parent.send("locked")
+        parent.recv()
+    parent.send("unlocked")
+
+
+def test_sanitycheck(child: Spawn, buf: dmabuf.DmaBuf) -> None:
+    other = child(locks)
+    dmabuf.send(other.sock, buf)
+    assert other.recv() == "locked"
+    assert not buf.resv.trylock()
+    other.send("unlock")
+    assert other.recv() == "unlocked"
+    assert buf.resv.trylock()
+    buf.resv.unlock()
+    assert [buf.resv.fences(usage) for usage in Usage] == [[]] * 4
+
+
+def test_signaling(buf: dmabuf.DmaBuf, adder: Adder) -> None:
+    for usage in Usage:
+        adder.add(usage)
+        assert not buf.resv.test_signaled(usage)
+        adder.signal()
+        assert buf.resv.test_signaled(usage)
+
+
+def test_for_each(buf: dmabuf.DmaBuf, adder: Adder) -> None:
+    for usage in Usage:
+        name = adder.add(usage)
+        with buf.resv.locked():
+            pending = [(key(fence), used) for fence, used in buf.resv.iterate(usage) if not fence.is_signaled()]
+        assert pending == [(name, usage)]
+        adder.signal()
+
+
+def test_for_each_unlocked(buf: dmabuf.DmaBuf, adder: Adder, tl: Timeline) -> None:
+    """The table grows between two steps: who starts anew at each restart ends with each fence once."""
+    for usage in Usage:
+        mine = tl.fence()
+        names = [adder.add(usage), key(mine)]
+        attach(buf.resv, mine, usage)
+        seen: list[tuple[tuple[int, int], Usage]] = []
+        for number, (fence, used, restarted) in enumerate(buf.resv.iterate_unlocked(usage)):
+            if number == 0:
+                assert restarted
+                with buf.resv.locked():
+                    buf.resv.reserve(300 * (usage + 1))
+            if restarted:
+                seen.clear()
+            seen.append((key(fence), used))
+        assert sorted(seen) == sorted((name, usage) for name in names)
+        mine.signal()
+        adder.signal()
+
+
+def test_get_fences(buf: dmabuf.DmaBuf, adder: Adder) -> None:
+    for usage in Usage:
+        name = adder.add(usage)
+        assert keys(buf.resv, usage) == [name]
+        adder.signal()
+
+
+# -- and more
 
 
 @USAGES

@@ -12,12 +12,11 @@ from typing import Any
 import pytest
 
 import dmabuf
-from dmabuf import DmaBuf, SwSync, SyncFile, Usage
+from dmabuf import DmaBuf, SwSync, SyncFile, _native
 from dmabuf.domain import cells
 from dmabuf.domain.place import reopen
 from tests.support.errnos import raises_errno
 from tests.support.facts import FACTS
-from tests.support.fences import attach
 from tests.support.interrupts import Interrupt
 from tests.support.waiting import Background
 
@@ -384,94 +383,15 @@ def test_statistics(sw: SwSync) -> None:
     sf.close()
 
 
-# ---- buffers (IGT dmabuf_sync_file) ----
-
-READ, WRITE, RW = 1, 2, 3
-EVENT = {READ: select.POLLIN, WRITE: select.POLLOUT, RW: select.POLLIN | select.POLLOUT}
-
-
-def busy(buf: DmaBuf, flags: int) -> bool:
-    """By poll and by an exported sync file, which must agree."""
-    polled = buf.poll(EVENT[flags]) != EVENT[flags]
-    with buf.export_sync_file(flags=flags) as sf:
-        assert bool(select.select([sf], [], [], 0)[0]) is not polled
-        assert (sf.status == 0) is polled
-    return polled
-
-
-def state(buf: DmaBuf) -> list[bool]:
-    return [busy(buf, READ), busy(buf, WRITE), busy(buf, RW)]
-
-
-@pytest.mark.parametrize(("write", "expected"), [(False, [False, True, True]), (True, [True, True, True])], ids=["read", "write"])
-def test_export_basic(buf: DmaBuf, sw: SwSync, write: bool, expected: list[bool]) -> None:
-    sf = sw.create_fence(1)
-    attach(buf.resv, sf.fence, Usage.WRITE if write else Usage.READ)
-    assert state(buf) == expected
-    sw.inc()
-    assert state(buf) == [False] * 3
-
-
-def test_export_before_signal(buf: DmaBuf, sw: SwSync) -> None:
-    sf = sw.create_fence(1)
-    attach(buf.resv, sf.fence, Usage.WRITE)
-    out = [buf.export_sync_file(flags=flags) for flags in (READ, WRITE, RW)]
-    assert select.select(out, [], [], 0)[0] == []
-    sw.inc()
-    assert select.select(out, [], [], 0)[0] == out
-    for each in out:
-        each.close()
-
-
-def test_export_multiwait(buf: DmaBuf) -> None:
-    timelines = [SwSync(f"t{i}") for i in range(3)]
-    files = [timeline.create_fence(1) for timeline in timelines]
-    for sf in files[:2]:
-        attach(buf.resv, sf.fence, Usage.READ)
-    with buf.export_sync_file(write=True) as out:
-        attach(buf.resv, files[2].fence, Usage.READ)
-        for timeline, expected in zip(timelines[:2], (0, 1), strict=True):
-            timeline.inc()
-            assert (out.status, len(select.select([out], [], [], 0)[0])) == (expected, expected)
-        assert busy(buf, WRITE)
-    timelines[2].inc()
-    assert not busy(buf, WRITE)
-
-
-def test_export_wait_after_attach(buf: DmaBuf, sw: SwSync) -> None:
-    with buf.export_sync_file(write=True) as before:
-        sf = sw.create_fence(1)
-        attach(buf.resv, sf.fence, Usage.WRITE)
-        with buf.export_sync_file(write=True) as after:
-            assert statuses(before, after) == [1, 0]
-            sw.inc()
-            assert statuses(before, after) == [1, 1]
-
-
-@pytest.mark.parametrize(
-    ("flags", "expected"), [(READ, [False, True, True]), (WRITE, [True] * 3), (RW, [True] * 3)], ids=["READ", "WRITE", "RW"]
-)
-def test_import_basic(buf: DmaBuf, sw: SwSync, flags: int, expected: list[bool]) -> None:
-    with sw.create_fence(1) as sf:
-        buf.import_sync_file(sf, flags=flags)
-        assert state(buf) == expected
-        sw.inc()
-        assert state(buf) == [False] * 3
-
-
-@pytest.mark.parametrize("write", [False, True], ids=["read_only", "read_write"])
-def test_import_multiple(buf: DmaBuf, write: bool) -> None:
-    timelines = [SwSync(f"t{i}") for i in range(32)]
-    for timeline in timelines:
-        with timeline.create_fence(1) as sf:
-            buf.import_sync_file(sf, flags=READ)
-    with SwSync("writer") as writer:
-        if write:
-            with writer.create_fence(1) as sf:
-                buf.import_sync_file(sf, flags=WRITE)
-        for timeline in timelines:
-            assert state(buf) == [write, True, True]
-            timeline.inc()
-        assert state(buf) == [write] * 3
-        writer.inc()
-        assert state(buf) == [False] * 3
+def test_a_fence_that_ended_well_is_not_taken_for_a_failed_one_of_the_same_value() -> None:
+    domain = dmabuf.Domain.private()
+    shm = domain.join()
+    with SwSync(domain=domain) as timeline:
+        timeline.create_fence(5).close()  # nobody has it: it ends with -ENOENT
+        with timeline.create_fence(5) as second:
+            (old,) = second.facts().leaves
+            timeline.inc(5)
+        with dmabuf.Timeline("others", domain=domain) as others:
+            while shm.fence_info(old.handle) is not None:  # until its slot is used again
+                others.fence().signal()
+        assert _native.Fence(shm, old.handle, False, old.context, old.seqno, old.timeline).status == 1

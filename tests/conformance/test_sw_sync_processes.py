@@ -1,6 +1,7 @@
 """One software timeline in several processes: every holder moves it on, and holders die in every state."""
 
 import errno
+import math
 import multiprocessing
 import os
 import select
@@ -15,7 +16,7 @@ from dmabuf import SwSync
 from tests.support.children import Parent, Spawn
 from tests.support.errnos import raises_errno
 from tests.support.steps import Held, fork, killed_at, reap, trace
-from tests.support.waiting import Background, until
+from tests.support.waiting import Background, until, until_asleep
 from tests.support.ways import WAYS, received, sent
 
 pytestmark = pytest.mark.usefixtures("sharer_ends")
@@ -40,6 +41,46 @@ def test_sync_busy_fork_unixsocket(child: Spawn, way: str) -> None:
         sent(other, sw, way)
         assert other.result() == ("shared", sw.context, 3)
         assert (sf.status, select.select([fd], [], [], 0)[0]) == (1, [fd])
+
+
+def waits_for(parent: Parent) -> tuple[float, int, bool]:
+    (sf,) = dmabuf.recv(parent.sock)
+    with sf:
+        fd = sf.fileno()
+        parent.send("waiting")
+        left = sf.wait()
+        return left, sf.info().status, select.select([fd], [], [])[0] == [fd]  # rung after the sleepers were woken
+
+
+def test_timeline_closed(child: Spawn) -> None:
+    """IGT sw_sync, the wait being another process's: it returns, and the status says why."""
+    with SwSync() as sw, sw.create_fence(1) as sf:
+        other = child(waits_for)
+        dmabuf.send(other.sock, sf)
+        assert other.recv() == "waiting"
+        until_asleep(other.pid)
+        sw.close()
+        assert other.result() == (math.inf, -errno.ENOENT, True)
+
+
+def merges_with_nonsense(parent: Parent) -> list[int | None]:
+    (sf,) = dmabuf.recv(parent.sock)
+    found: list[int | None] = []
+    with sf, open("/dev/null") as device, open(__file__) as plain:
+        for other in (-1, device.fileno(), plain.fileno()):
+            try:
+                sf.merge(other)
+            except OSError as e:
+                found.append(e.errno)
+    return found
+
+
+def test_sync_merge_invalid(child: Spawn) -> None:
+    """IGT sw_sync, by who received the sync file."""
+    with SwSync() as sw, sw.create_fence(1) as sf:
+        other = child(merges_with_nonsense)
+        dmabuf.send(other.sock, sf)
+        assert other.result() == [errno.ENOENT] * 3
 
 
 def test_a_forked_child_moves_it_on() -> None:

@@ -281,9 +281,9 @@ def test_merge_stress_random_merge_whole() -> None:
     random_merges(32768)
 
 
-def test_sync_expired_merge() -> None:
+def test_sync_expired_merge(mover: Any) -> None:
     """IGT sw_sync: a merge of what has ended has ended."""
     with SwSync() as timeline, timeline.create_fence(1) as a, timeline.create_fence(2) as b:
-        timeline.inc(2)
+        mover(timeline)(0, 2)
         with a.merge(b) as merged:
             assert (merged.status, ready(merged)) == (1, True)

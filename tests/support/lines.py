@@ -21,8 +21,12 @@ class Here:
         return self.fences
 
     def signal(self, *order: int) -> None:
+        """Errors: EINVAL one that has ended."""
         for i in order:
             self.fences[i].signal()
+
+    def set_error(self, i: int, error: int) -> None:
+        self.fences[i].set_error(error)
 
     def end(self) -> None:
         self.timeline.close()
@@ -42,9 +46,16 @@ class There(Here):
         return self.fences
 
     def signal(self, *order: int) -> None:
-        self.other.send(order)
-        if self.other.recv() != "signalled":
-            raise AssertionError
+        self._tell("signal", order)
+
+    def set_error(self, i: int, error: int) -> None:
+        self._tell("set_error", (i,), error)
+
+    def _tell(self, what: str, order: Sequence[int], *arguments: int) -> None:
+        self.other.send((what, order, *arguments))
+        number = self.other.recv()
+        if number:
+            raise OSError(number, f"{what} there")
 
     def end(self) -> None:
         self.other.send(None)
@@ -57,9 +68,12 @@ def makes_and_signals(parent: Parent, count: int) -> None:
     fences = [line.fence() for _ in range(count)]
     for i in range(0, count, _A_MESSAGE):
         dmabuf.send(parent.sock, *fences[i : i + _A_MESSAGE])
-    order: Sequence[int] | None
-    while (order := parent.recv()) is not None:
-        for i in order:
-            fences[i].signal()
-        parent.send("signalled")
+    while (told := parent.recv()) is not None:
+        what, order, *arguments = told
+        try:
+            for i in order:
+                getattr(fences[i], what)(*arguments)
+            parent.send(0)
+        except OSError as e:
+            parent.send(e.errno)
     line.close()

@@ -65,11 +65,8 @@ class SwFence(DmaFence):
 
     def __del__(self) -> None:
         if self.owned and not flagged(self):
-            info = self.shm.fence_info(self.handle)
-            if info is not None and (info["sync"] or self.shm.fence_shared(self.handle)):
-                self._keep[self.handle] = _fence(self.domain, self.handle, self._timeline, self._keep)
-            else:
-                self.shm.fence_signal(self.handle, -errno.ENOENT, False)  # nobody has it any more
+            if not self.shm.fence_drop(self.handle, -errno.ENOENT) and not flagged(self):
+                self._keep[self.handle] = _fence(self.domain, self.handle, self._timeline, self._keep)  # somebody else has it
 
 
 def _fence(domain: Domain, handle: int, timeline: Timeline | None, keep: dict[int, SwFence]) -> SwFence:
@@ -214,8 +211,7 @@ class SwSync(Shared):
                 self.domain.shm.fence_end_any(fence.handle, 0)
                 return SyncFile(fence)
             for handle, at in self._entries():
-                if at == value:
-                    self.domain.shm.fence_mark(handle, "shared", 1)
+                if at == value and self.domain.shm.fence_mark(handle, "shared", 1):  # else it is just being dropped
                     found = wrap(self.domain, handle, (self.context, value, 0))
                     if not flagged(found):
                         return SyncFile(found)
