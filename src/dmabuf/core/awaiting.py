@@ -49,12 +49,16 @@ class _Waker:
     def post(self, loop: Any, future: Any, error: BaseException | None) -> None:
         self._due.append((future, error))
         if not self._posted:  # else a drain is to come: it clears the mark before it looks
-            self._posted = True
             try:
+                self._posted = True
                 loop.call_soon_threadsafe(self.drain)
             except RuntimeError:  # the loop was closed: nobody awaits anything any more
                 self._posted = False
                 self._due.clear()
+            except BaseException:  # a signal handler's: the drain may not be to come, and once more does no harm
+                self._posted = False
+                loop.call_soon_threadsafe(self.drain)
+                raise
 
     def drain(self) -> None:
         self._posted = False

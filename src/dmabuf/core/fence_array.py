@@ -11,7 +11,6 @@ reach it after the members' own callbacks. Sent to another process it is made an
 
 from __future__ import annotations
 
-import contextlib
 import errno
 from collections.abc import Iterable, Sequence
 from typing import Any, Self
@@ -41,8 +40,8 @@ class DmaFenceArray(Container):
 
     fences: tuple[DmaFence, ...]
     signal_on_any: bool
-    # Lists, because taking from one and adding to one are single steps: members end in any thread, in signal handlers and finalisers too.
-    _left: list[None]  # one for each end that is still missing
+    # Taking from these and adding to them are single steps: members end in any thread, in signal handlers and finalisers too.
+    _left: dict[int, None]  # the members, by their places, whose ends are missing: each counts once, however often it is told
     _errors: list[int]  # of the members that failed, in the order of their ends
 
     def __new__(cls, fences: Iterable[DmaFence], signal_on_any: bool = False) -> Self:
@@ -61,32 +60,34 @@ class DmaFenceArray(Container):
         self = super().__new__(cls, shm, handle, True)
         _register(self, domain, None)
         self.fences, self.signal_on_any, self._unasked, self._twin = tuple(members), signal_on_any, True, None
-        self._left, self._errors = [None] * (1 if signal_on_any else len(members)), []
+        self._left, self._errors = dict.fromkeys(range(len(members))), []
         return self
 
     def _copy(self) -> Self:
         return self._made(self.fences, self.signal_on_any, self.context, self.seqno)
 
     def _enable(self) -> bool:
-        for member in self.fences:
-            if member.listen(lambda _, member=member: self._ended(member)) is None and self._count(member):  # type: ignore[misc]
+        for at, member in enumerate(self.fences):
+            if member.listen(lambda _, at=at: self._ended(at)) is None and self._count(at):  # type: ignore[misc]
                 return False
         return True
 
-    def _count(self, member: DmaFence) -> bool:
-        """A member has ended; is it the one that ends the array?"""
-        if error := member.error:
+    def _count(self, at: int) -> bool:
+        """A member has ended; does that end the array?"""
+        if at in self._left and (error := self.fences[at].error):
             self._errors.append(error)
-        with contextlib.suppress(IndexError):  # with signal_on_any all but one come too late
-            self._left.pop()
-        return not self._left
+        self._left.pop(at, None)
+        return self._over()
 
-    def _ended(self, member: DmaFence) -> None:
-        if self._count(member):
+    def _over(self) -> bool:
+        return len(self._left) < (len(self.fences) if self.signal_on_any else 1)
+
+    def _ended(self, at: int) -> None:
+        if self._count(at):
             defer(self._finish)
 
     def _polled(self) -> bool:
-        return not self._left
+        return self._over()
 
     def _error(self) -> int:
         return next(iter(self._errors), 0)

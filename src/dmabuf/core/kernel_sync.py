@@ -58,7 +58,7 @@ class _Poller:
     """The thread, and the descriptors that it waits for. Each is a duplicate, closed once it was readable."""
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()  # a signal handler or a finaliser may come in the middle
         self.calls: dict[int, Callable[[int], None]] = {}
         self.wake = -1
 
@@ -94,7 +94,7 @@ class _Poller:
                     return
                 waiting = select.poll()
                 waiting.register(self.wake, select.POLLIN)
-                for fd in self.calls:
+                for fd in list(self.calls):
                     waiting.register(fd, select.POLLIN)
             for fd, _ in waiting.poll():
                 if fd == self.wake:

@@ -11,6 +11,7 @@ changed under its lock, in one step that a death leaves done or not done.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import math
 import os
@@ -28,8 +29,7 @@ from dmabuf.core.fence import DmaFence, flagged, monotonic_deadline, nameless, p
 from dmabuf.core.fence_array import DmaFenceArray
 from dmabuf.core.semaphore_state import EMPTY, TIMELINE, Leaf, State, added, leaves_at, packed, settled, unpacked
 from dmabuf.core.shared import Shared
-from dmabuf.core.sync_file import SyncFile
-from dmabuf.core.unwrap import unwrap
+from dmabuf.core.sync_file import SyncFile, leaves_of
 from dmabuf.core.wait_any import wait_any
 from dmabuf.domain.cells import Cell
 from dmabuf.domain.dispatcher import report
@@ -148,9 +148,11 @@ class TimelineSemaphore(Shared):
         """A fence that ends at the next change; of whoever first waited for one. Any holder ends it."""
         shm, domain = self.domain.shm, self.domain
         mine: set[int] = domain.local.setdefault("semaphore events", set())
-        for handle in [handle for handle in mine if not shm.fence_pending(handle)]:
-            mine.discard(handle)
-            shm.fence_signal(handle, 0, True)
+        for handle in list(mine):  # those of other semaphores too, whose locks other threads hold
+            if not shm.fence_pending(handle):
+                with contextlib.suppress(KeyError):
+                    mine.remove(handle)
+                    shm.fence_signal(handle, 0, True)
         handle = self._event()
         if not handle or not shm.fence_pending(handle):
             handle = shm.fence_alloc(nameless(domain, KIND), shm.add64(_native.OFF_CONTEXT, 1), 1, _native.FF_ANYBODY, 0, 0)
@@ -200,7 +202,7 @@ class TimelineSemaphore(Shared):
         if fence.domain is not self.domain:
             raise fail(errno.EXDEV, "import_fence", fence, "make both in one domain (domain=)", what="the fence belongs to another domain")
         leaves = []
-        for leaf in unwrap(fence):
+        for leaf in leaves_of(fence):
             leaf.publish()
             leaf.shm.fence_mark(leaf.handle, "shared", 1)
             leaves.append(Leaf(leaf.handle, leaf.context, leaf.seqno, leaf.timeline_index))
@@ -354,19 +356,25 @@ class _Notice:
             while self.fd >= 0:
                 fence = self.semaphore._blocking(self.point, "eventfd", for_submit=True, available=self.available)
                 if fence is None:
-                    os.eventfd_write(self.fd, 1)
+                    with self.lock:  # cancelled meanwhile, the number would be somebody else's
+                        if self.fd >= 0:
+                            os.eventfd_write(self.fd, 1)
                     self.end()
                     return
                 token = fence.listen(self.next)
                 if token is not None:
                     self.waits = (fence, token)
+                    if self.fd < 0:  # cancelled before it could see that
+                        fence.remove_callback(token)
                     return
         except OSError as e:
             if e.errno == errno.EDEADLK:  # a fence that is ended by a signal handler or a finaliser, in the middle of a call
                 self.semaphore.domain.later(self._again)
                 return
+            cancelled = self.fd < 0
             self.end()
-            report(e, self.semaphore.eventfd)
+            if not cancelled:
+                report(e, self.semaphore.eventfd)
 
     def _again(self) -> bool:
         self.next()

@@ -122,7 +122,13 @@ class SwSync(Shared):
             return
         self.closed = True
         if self._cell.let_go():
-            self._end_all()
+            try:
+                self._end_all()
+            except OSError as e:
+                if e.errno != errno.EDEADLK:
+                    raise
+                self.domain.later(self._end_later)  # called by a signal handler in the middle of a call: when that is over
+                return
         elif guarded and self._own_pending():
             _Guard(self).watch()
             return
@@ -144,6 +150,13 @@ class SwSync(Shared):
             for handle, _ in sorted(self._entries(), key=lambda entry: _ahead(entry[1], value)):
                 self.domain.join().fence_end_any(handle, -errno.ENOENT)
         self._keep.clear()
+
+    def _end_later(self) -> bool:
+        try:
+            self._end_all()
+        finally:
+            self._cell.close()
+        return True
 
     def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
         if not getattr(self, "closed", True) and not ending():

@@ -110,7 +110,7 @@ class SyncFile(Closing):
     def __init__(self, fence: DmaFence, name: str | bytes | None = None) -> None:
         if not isinstance(fence, DmaFence):
             raise TypeError(f"SyncFile: a DmaFence is expected, not {type(fence).__name__}")
-        self._set(fence.domain, fence, _leaves_of(fence), _cut(name) or _generated(fence))
+        self._set(fence.domain, fence, leaves_of(fence), _cut(name) or _generated(fence))
 
     def _set(self, domain: Domain, fence: DmaFence | None, leaves: tuple[DmaFence, ...], name: bytes, fd: int = -1, stem: str = "") -> None:
         self._domain, self._fence, self._leaves, self._name = domain, fence, leaves, name
@@ -163,7 +163,11 @@ class SyncFile(Closing):
         leaves = tuple(_fence_of(domain, shm, leaf) for leaf in facts.leaves)
         fence = leaves[0] if len(leaves) == 1 else DmaFenceArray(leaves)
         self._set(domain, fence, leaves, facts.name, fd, stem)
-        self._look()
+        try:
+            self._look()
+        except BaseException:
+            self._fd, self.closed = -1, True  # the descriptor is the caller's again
+            raise
         return self
 
     @classmethod
@@ -189,6 +193,7 @@ class SyncFile(Closing):
         self._check("fileno")
         if self._fd < 0:
             with self._lock:
+                self._check("fileno")  # another thread may have closed it
                 if self._fd < 0:
                     self._open()
         return self._fd
@@ -196,7 +201,8 @@ class SyncFile(Closing):
     def dup(self) -> int:
         """A new descriptor of the same sync file, owned by the caller, not inherited by exec. Errors: EBADF, EMFILE."""
         self.share("dup")
-        return _duplicate(self.fileno(), "dup")
+        with self._lock:  # closed meanwhile, the number would be somebody else's
+            return _duplicate(self.fileno(), "dup")
 
     def share(self, operation: str) -> None:
         """Somebody else is about to wait: to drop a pending fence from now on hurts.
@@ -248,7 +254,7 @@ class SyncFile(Closing):
                 return
             me = weakref.ref(self)
 
-            def ended(_: int) -> None:
+            def again(_: int) -> None:
                 this = me()
                 if this is not None:
                     this._look()
@@ -257,15 +263,17 @@ class SyncFile(Closing):
             for leaf in self._leaves:
                 # One that anybody ends is ours, and who ends it may die before it rings.
                 watched = private or not leaf.owned or leaf.flags & _native.FF_ANYBODY
-                token = leaf.listen(ended) if watched else None
+                token = leaf.listen(again) if watched else None
                 if token is not None:
                     self._watch = (leaf, token)
                     return
-            if any(not flagged(leaf) for leaf in self._leaves) or _readable(self._fd):
+            ended = [flagged(leaf) for leaf in self._leaves]
+            if not any(ended) or _readable(self._fd):
                 return
-            domain, stem = self._domain, self._stem
-            if not _rung(domain, stem):
-                domain.later(lambda: _rung(domain, stem))
+            # Of what is pending every fence is ours; who ended the one before may have died before it handed on the duty to ring.
+            domain, stem, over = self._domain, self._stem, all(ended)
+            if not _rung(domain, stem, over):
+                domain.later(lambda: _rung(domain, stem, over))
 
     def kernel_fileno(self) -> int:
         """The borrowed descriptor of a sync_file of the kernel's, to be given to a driver.
@@ -458,13 +466,14 @@ def _duplicate(fd: int, operation: str) -> int:
         raise fail(number, operation, f"fd {fd}", remedy) from None
 
 
-def _rung(domain: Domain, stem: str) -> bool:
-    """Ring a sync file whose fences have all ended; False when no descriptor is free for that."""
+def _rung(domain: Domain, stem: str, over: bool) -> bool:
+    """See to it that a sync file is rung, now if all its fences have ended (``over``); False when no descriptor is free for that."""
     try:
         with domain.directory() as directory:
             for name in [] if directory is None else sync_files.waiting(directory, stem):
                 sync_files.go_on(domain.shm, name, directory or 0)
-            sync_files.ring(stem, directory)
+            if over:
+                sync_files.ring(stem, directory)
     except FileNotFoundError:
         pass  # the directory is gone, and with it the socket's name
     except OSError:
@@ -478,7 +487,7 @@ def _readable(fd: int) -> bool:
     return bool(asked.poll(0))
 
 
-def _leaves_of(fence: DmaFence) -> tuple[DmaFence, ...]:
+def leaves_of(fence: DmaFence) -> tuple[DmaFence, ...]:
     """The fences that all must end: the plain ones in it, or a container whose own end can come before theirs."""
     points = fence if isinstance(fence, DmaFenceChain) else (fence,)
     if any(isinstance(inside, DmaFenceArray) and inside.signal_on_any for inside in map(contained, points)):

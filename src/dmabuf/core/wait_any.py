@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from dmabuf._native import OFF_CONTEXT
 from dmabuf.core.fence import DmaFence, flagged, monotonic_deadline, nameless, seconds_left
-from dmabuf.domain.dispatcher import dispatcher
+from dmabuf.core.fence_ops import Container
 from dmabuf.domain.domain import Domain
 from dmabuf.errors import contract_warning, fail
 
@@ -49,11 +49,16 @@ def wait_any(fences: Iterable[DmaFence], timeout: float | None = None, *, interr
         answer = shm.fence_wait(bell, until, interruptible)
     finally:
         for fence, token in watched:
-            dispatcher(fence.domain).unwatch(fence.handle, token)
+            fence.remove_callback(token)
         shm.fence_signal(bell, 0, True)
-    index = next((i for i, fence in enumerate(found) if flagged(fence)), None)
+    index = next((i for i, fence in enumerate(found) if _over(fence)), None)
     if index is not None and answer:
         return index, seconds_left(until)
     if answer < 0:
         raise fail(errno.EINTR, "wait_any", f"{len(found)} fences", "a signal arrived; wait again")
     return None, 0.0
+
+
+def _over(fence: DmaFence) -> bool:
+    """Has what was listened to ended? Of a container that a fork inherited that is not its own slot."""
+    return fence.is_signaled() if isinstance(fence, Container) else flagged(fence)
