@@ -273,6 +273,36 @@ def test_frames_of_a_camera_go_into_a_driver_and_another_process_without_a_copy(
 
 
 @needs_camera
+def test_a_stopped_camera_takes_another_picture_and_what_was_sent_lives_on() -> None:
+    with Camera(CAMERA) as camera:
+        camera.configure(160, 90, "RGB3")
+        for wide, code in ((320, "RGB3"), (160, "Y16 -BE")):
+            kept = dmabuf.get(camera.start(3)[0].fileno())
+            with raises_errno(errno.EBUSY):
+                camera.configure(320, 180, "YUYV")
+            frame = camera.frame(timeout=60)
+            camera.stop()
+            frame.done()  # of an earlier start: nothing
+            with kept, kept.read() as view:
+                assert len(view) == kept.size
+            picture = camera.configure(wide, 90, code)
+            assert (picture.pixelformat, picture.width) == (code, wide)
+        camera.start(2)
+        frame.done()
+        with camera.frame(timeout=60) as later:
+            assert later.used == camera.picture.size
+
+
+@needs_camera
+@pytest.mark.parametrize("count", [-1, 1 << 32])
+def test_a_number_of_buffers_that_is_none_is_einval_and_nothing_is_kept(count: int) -> None:
+    with Camera(CAMERA) as camera:
+        with raises_errno(errno.EINVAL):
+            camera.start(count)
+        camera.start(2)
+
+
+@needs_camera
 def test_a_frame_that_is_being_read_does_not_go_back_to_the_driver() -> None:
     with Camera(CAMERA) as camera:
         camera.configure(160, 90, "RGB3")

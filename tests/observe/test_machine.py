@@ -1,5 +1,6 @@
 """What `dmabuf doctor` looks at."""
 
+import grp
 import os
 from pathlib import Path
 
@@ -77,7 +78,7 @@ def test_a_device_that_is_not_there_is_missing_but_not_required(tmp_path: Path, 
     assert check.remedy
 
 
-@pytest.mark.parametrize("name", ["udmabuf", "dma_heap/system", "dri/renderD128", "video0"])
+@pytest.mark.parametrize("name", ["udmabuf", "dma_heap/system", "dri/card0", "dri/renderD128", "video0"])
 def test_a_device_that_may_be_opened_is_ok(tmp_path: Path, name: str) -> None:
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).touch()
@@ -96,12 +97,22 @@ def test_a_device_that_may_not_be_opened_names_who_may(tmp_path: Path, monkeypat
     assert ("usermod -aG" if mode == 0o660 and os.getgid() else "chgrp video") in check.remedy
 
 
-@pytest.mark.parametrize(("name", "group"), [("udmabuf", "kvm"), ("dma_heap/system", "video"), ("dri/renderD128", "render")])
-def test_a_device_of_root_alone_names_the_usual_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, group: str) -> None:
+@pytest.mark.parametrize("member", [True, False])
+@pytest.mark.parametrize(
+    ("name", "group"), [("udmabuf", "kvm"), ("dma_heap/system", "video"), ("dri/card0", "video"), ("dri/renderD128", "render")]
+)
+def test_a_device_of_root_alone_names_the_usual_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, group: str, member: bool
+) -> None:
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).touch(mode=0o600)
     monkeypatch.setattr(os, "access", lambda *_, **__: False)
-    assert f"chgrp {group} " in named(checks(dev=tmp_path), name).remedy
+    usual = grp.struct_group((group, "x", 4711, []))
+    monkeypatch.setattr(grp, "getgrnam", {group: usual}.__getitem__)
+    monkeypatch.setattr(os, "getgroups", lambda: [4711] if member else [])
+    remedy = named(checks(dev=tmp_path), name).remedy
+    assert f"chgrp {group} " in remedy
+    assert (f"usermod -aG {group} " in remedy) == (not member)
 
 
 @pytest.mark.parametrize(
@@ -109,9 +120,10 @@ def test_a_device_of_root_alone_names_the_usual_group(tmp_path: Path, monkeypatc
     [
         ("64", "1024", "up to 64.0 MiB a buffer of at most 1024 ranges"),
         ("2147483647", "-1", "of at most 4294967295 ranges"),
+        ("-1", "1024", "memfds"),
         (None, None, "memfds"),
     ],
-    ids=["default", "lifted", "not loaded"],
+    ids=["default", "lifted", "size lifted", "not loaded"],
 )
 def test_the_limits_of_udmabuf_are_told(tmp_path: Path, size_limit: str | None, list_limit: str | None, says: str) -> None:
     (tmp_path / "udmabuf").touch()

@@ -84,7 +84,7 @@ PLACES = (
     Place(_native, "Mapping", _always(errno.ENOMEM, errno.EAGAIN)),
     Place(_native, "fd_of", _always(errno.EMFILE)),
     Place(dma_buf, "fdinfo", _always(errno.EMFILE, errno.ENOMEM)),
-    Place(kernel, "_poll", _always(errno.ENOMEM)),
+    Place(kernel, "poll_until", _always(errno.ENOMEM)),
 )
 
 

@@ -1,17 +1,21 @@
 """Buffers that are the kernel's own, over a kernel that is made up: the logic runs where no kernel has dma-bufs; see tests/kernel too."""
 
 import errno
+import os
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 
 import pytest
 
 import dmabuf
+from dmabuf.heaps import dma_heap, udmabuf
 from tests.support.errnos import raises_errno
 from tests.support.fake_kernel import FakeKernel
 from tests.support.faults import faults
 from tests.support.home_scenarios import SCENARIOS, SIZE, whole_after
 
+REAL_LIMITS = udmabuf.limits
 HEAPS = {"udmabuf": "udmabuf", "dma_heap:system": "system"}
 
 
@@ -56,10 +60,6 @@ def test_a_size_that_a_heap_does_not_make_is_einval(kernel: FakeKernel, size: in
 
 @pytest.mark.parametrize("heap", ["udmabuf", "dma_heap:system", "dma_heap:nowhere", "dma_heap:../null"])
 def test_a_heap_that_is_not_here_is_enodev_with_what_would_help(monkeypatch: pytest.MonkeyPatch, heap: str) -> None:
-    from pathlib import Path
-
-    from dmabuf.heaps import dma_heap, udmabuf
-
     monkeypatch.setattr(udmabuf, "DEVICE", Path("/nowhere/udmabuf"))
     monkeypatch.setattr(dma_heap, "DIRECTORY", Path("/nowhere/dma_heap"))
     monkeypatch.setattr(dma_heap, "names", list)
@@ -68,6 +68,32 @@ def test_a_heap_that_is_not_here_is_enodev_with_what_would_help(monkeypatch: pyt
     assert {"udmabuf": "modprobe udmabuf", "dma_heap:system": "CONFIG_DMABUF_HEAPS_SYSTEM"}.get(heap, "heaps of this machine") in str(
         caught.value
     )
+
+
+@pytest.mark.parametrize("heap", ["udmabuf", "dma_heap:system"])
+def test_a_heap_whose_device_is_not_for_this_user_is_eacces_with_the_group_that_helps(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, heap: str
+) -> None:
+    device = tmp_path / heap.removeprefix("dma_heap:")
+    device.touch(mode=0o600)
+    monkeypatch.setattr(udmabuf, "DEVICE", device)
+    monkeypatch.setattr(dma_heap, "DIRECTORY", tmp_path)
+    monkeypatch.setattr(os, "access", lambda *_, **__: False)
+    with raises_errno(errno.EACCES, PermissionError) as caught:
+        dmabuf.allocate(SIZE, heap=heap)
+    assert f"chgrp {'kvm' if heap == 'udmabuf' else 'video'} {device}" in str(caught.value)
+    (told,) = (one.unavailable for one in dmabuf.heaps() if one.name == heap)
+    assert told is not None
+    assert told in str(caught.value)
+
+
+@pytest.mark.usefixtures("kernel")
+def test_a_limit_below_zero_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "size_limit_mb").write_text("-1\n")
+    monkeypatch.setattr(udmabuf, "limits", REAL_LIMITS)
+    monkeypatch.setattr(udmabuf, "PARAMETERS", tmp_path)
+    with dmabuf.allocate(65 << 20, heap="udmabuf") as buf:
+        assert buf.size == 65 << 20
 
 
 @pytest.mark.parametrize(("heap", "name"), [*(("udmabuf", name) for name in SCENARIOS), ("dma_heap:system", "named")])

@@ -26,7 +26,7 @@ from tools.kernel.place import Kernel, Trouble, cache
 _INIT = Path(__file__).parent / "init.sh"
 # What the guest needs to see the host's files; then what is worth loading where it is a module.
 _BASE_MODULES = ("virtio_pci", "netfs", "9pnet", "9pnet_virtio", "9p", "overlay", "virtio_console")
-MODULES = ("udmabuf", "vgem", "vkms", "vivid")
+MODULES = ("udmabuf", "vgem", "vkms", "vivid", "virtio_gpu")
 _KEPT = (
     "PATH",
     "HOME",
@@ -112,6 +112,8 @@ def _emulated(kernel: Kernel, initrd: Path, job: Path) -> list[str]:
     return [
         *("qemu-system-x86_64", "-M", "q35", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "1", "-m", f"{_MEMORY_MIB}M"),
         *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-serial", "stdio"),
+        # A GPU for its sync objects, which vgem and vkms have not.
+        *("-device", "virtio-gpu-pci"),
         *("-kernel", str(kernel.image), "-initrd", str(initrd)),
         *("-append", "console=ttyS0 quiet loglevel=4 panic=-1 rdinit=/init mitigations=off nokaslr tsc=reliable no_timer_check"),
         *("-virtfs", host, "-virtfs", f"local,path={job},mount_tag=job,security_model=none"),

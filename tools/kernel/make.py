@@ -64,13 +64,13 @@ def _build(wanted: str) -> Kernel:
     arch = "um" if wanted == "uml" else "x86_64"
     build = cache() / "src" / f"build-{SERIES}-{arch}"
     build.mkdir(exist_ok=True)
-    parts = ["dmabuf.config", *(["um.config", "lean.config"] if wanted == "uml" else [])]
+    parts = ["dmabuf.config", "lean.config", *(["um.config"] if wanted == "uml" else [])]
     make = ["make", "-s", f"ARCH={arch}"]
     _run([*make, "-C", str(source), f"O={build}", "allnoconfig"], build)
     _run([str(source / "scripts/kconfig/merge_config.sh"), "-m", ".config", *(str(_HERE / part) for part in parts)], build)
     _run([*make, "-C", str(source), f"O={build}", "olddefconfig"], build)
     version = _run([*make, "-C", str(source), "kernelversion"], build).strip()
-    targets = ["linux"] if wanted == "uml" else ["bzImage", "vmlinux"]
+    targets = ["linux"] if wanted == "uml" else ["vmlinux"]  # QEMU starts vmlinux itself (PVH)
     print(f"building Linux {version} ({wanted}): minutes, once", flush=True)
     # Without -s, make says a line for each file: our progress.
     _run_watched(["make", f"-j{os.cpu_count() or 1}", f"ARCH={arch}", *targets, "modules"], build)

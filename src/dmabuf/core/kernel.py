@@ -97,23 +97,20 @@ class KernelBacking(Backing):
 
     def ready(self, buf: DmaBuf, events: int) -> int:
         """Those of POLLIN and POLLOUT in ``events`` that no fence of the kernel's is in the way of."""
-        return _poll(buf.fileno(), events, 0)
+        return poll_until(buf.fileno(), events, 0, buf) & events
 
     def settle(self, buf: DmaBuf, write: bool, until: int) -> bool:
         """Wait for the kernel's fences in the way of a reader or writer. ``until``: CLOCK_MONOTONIC ns, -1 for ever; False: timed out."""
         event = select.POLLOUT if write else select.POLLIN
-        while not _poll(buf.fileno(), event, until):
-            if until >= 0 and time.monotonic_ns() >= until:
-                return False
-        return True
+        return bool(poll_until(buf.fileno(), event, until, buf))
 
     async def settle_async(self, buf: DmaBuf, write: bool, until: int) -> bool:
         """:meth:`settle` in a coroutine."""
         event = select.POLLOUT if write else select.POLLIN
-        if _poll(buf.fileno(), event, 0):
+        if poll_until(buf.fileno(), event, 0, buf):
             return True
         with _duplicate(buf) as own:
-            while not _poll(own.number, event, 0):
+            while not poll_until(own.number, event, 0, buf):
                 left = None if until < 0 else max(0.0, (until - time.monotonic_ns()) / 1e9)
                 if not await awaiting.descriptor(own.number, write, left):
                     return False
@@ -172,13 +169,21 @@ def _duplicate(buf: DmaBuf) -> OwnedFd:
         raise told(e, "wait", buf) from None
 
 
-def _poll(fd: int, events: int, until: int) -> int:
-    """poll(2) until a CLOCK_MONOTONIC time; 0 asks only, -1 waits for ever. The events that are ready."""
+def poll_until(fd: int, events: int, until: int, of: object) -> int:
+    """poll(2) until a CLOCK_MONOTONIC time; 0 asks only, -1 waits for ever. What is ready, or wrong (POLLERR); 0 when the time is over.
+
+    Errors: EBADF somebody closed the descriptor behind the back of its owner ``of``.
+    """
     waiting = select.poll()
     waiting.register(fd, events)
-    left: int | None = 0
-    if until < 0:
-        left = None
-    elif until:
-        left = min((1 << 31) - 1, math.ceil(max(0, until - time.monotonic_ns()) / 1e6))
-    return next((found & events for _, found in waiting.poll(left)), 0)
+    while True:
+        left: int | None = 0
+        if until < 0:
+            left = None
+        elif until:
+            left = min((1 << 31) - 1, math.ceil(max(0, until - time.monotonic_ns()) / 1e6))
+        found = next((one for _, one in waiting.poll(left)), 0)
+        if found & select.POLLNVAL:
+            raise fail(errno.EBADF, "wait", of, "leave the closing of its descriptor to it", what=f"fd {fd} was closed by somebody else")
+        if found or (until >= 0 and time.monotonic_ns() >= until):
+            return found

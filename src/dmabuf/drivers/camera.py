@@ -14,10 +14,10 @@ One thread uses a camera at a time.
 
 from __future__ import annotations
 
+import contextlib
 import errno
-import math
+import os
 import select
-import time
 from dataclasses import dataclass
 from typing import Self
 
@@ -27,18 +27,28 @@ from dmabuf.core.buffer_range import BufferRange
 from dmabuf.core.closing import Closing
 from dmabuf.core.fence import monotonic_deadline
 from dmabuf.core.handles import from_fd
+from dmabuf.core.kernel import poll_until
 from dmabuf.domain.domain import Domain
 from dmabuf.errors import fail
 from dmabuf.uapi import call
 from dmabuf.uapi import v4l2 as uapi
 from dmabuf.uapi.structures import V4l2Buffer
 
+_BIG_ENDIAN = 1 << 31  # v4l2_fourcc_be, include/uapi/linux/videodev2.h
+
 
 def fourcc(code: str) -> int:
-    """The number of a pixel format. Errors: EINVAL not four letters."""
-    if len(code) != 4 or not code.isascii():
-        raise fail(errno.EINVAL, "format", repr(code), "four letters, such as 'YUYV' or 'RGB3'")
-    return int.from_bytes(code.encode(), "little")
+    """The number of a pixel format; ``-BE`` behind it: the big-endian one of two. Errors: EINVAL not four letters."""
+    four = code.removesuffix("-BE")
+    if len(four) != 4 or not four.isascii():
+        raise fail(errno.EINVAL, "format", repr(code), "four letters, such as 'YUYV' or 'RGB3', and -BE behind them for big-endian")
+    return int.from_bytes(four.encode(), "little") | (_BIG_ENDIAN if four != code else 0)
+
+
+def letters(number: int) -> str:
+    """The letters of a pixel format's number, as :func:`fourcc` takes them."""
+    raw = (number & ~_BIG_ENDIAN).to_bytes(4, "little")
+    return raw.decode("ascii", "backslashreplace") + ("-BE" if number & _BIG_ENDIAN else "")
 
 
 @dataclass(frozen=True)
@@ -71,7 +81,7 @@ class Frame:
 
     def done(self, timeout: float | None = None) -> None:
         """Back to the driver, once its readers are done. Again: nothing. Errors: ETIMEDOUT they are not; the frame stays ours."""
-        if self._held and self.camera._streaming:
+        if self._held and self.camera._streaming and not self.buf.closed:  # closed: it is of an earlier start
             self.camera._queue(self.index, timeout)
         self._held = False
 
@@ -91,7 +101,7 @@ class Camera(Closing):
             errno.ENOENT: "load its driver, or: modprobe vivid",
             errno.EACCES: "join the group of the node: `dmabuf doctor` names it",
         }
-        self.path, self.domain = path, domain or Domain.default()
+        self.path, self.domain, self._pid = path, domain or Domain.default(), os.getpid()
         self._fd = call.open_node(path, "open", remedies)
         told = uapi.query_capability(self._fd.number)
         self.driver, self.card = (raw.partition(b"\0")[0].decode(errors="replace") for raw in (told.driver, told.card))
@@ -101,7 +111,7 @@ class Camera(Closing):
             raise fail(errno.ENODEV, "open", path, "open the node that captures", what="it does not capture video by streaming")
         self.buffers: list[DmaBuf] = []
         self._accesses: dict[int, Access] = {}
-        self._streaming = False
+        self._streaming = self._requested = False
 
     def fileno(self) -> int:
         """The descriptor, borrowed; readable when a frame is there. Errors: EBADF closed."""
@@ -116,7 +126,7 @@ class Camera(Closing):
     def picture(self) -> Picture:
         """What it captures now."""
         told = uapi.get_format(self.fileno())
-        return Picture(told.width, told.height, told.pixelformat.to_bytes(4, "little").decode(), told.bytesperline, told.sizeimage)
+        return Picture(told.width, told.height, letters(told.pixelformat), told.bytesperline, told.sizeimage)
 
     def configure(self, width: int, height: int, pixelformat: str) -> Picture:
         """Ask for a picture; what the driver can do that comes next to it. Errors: EBUSY it was started; EINVAL."""
@@ -136,6 +146,7 @@ class Camera(Closing):
         if self.buffers:
             raise fail(errno.EBUSY, "start", f"camera {self.path}", "stop it first", what="it was started")
         try:
+            self._requested = True
             for index in range(uapi.request_buffers(fd, count)):
                 buf = from_fd(uapi.export_buffer(fd, index), self.domain)
                 self.buffers.append(buf)
@@ -165,24 +176,32 @@ class Camera(Closing):
         fd, until = self.fileno(), monotonic_deadline(timeout, "frame", f"camera {self.path}")
         if not self._streaming:
             raise fail(errno.EINVAL, "frame", f"camera {self.path}", "start it first", what="it was not started")
-        waiting = select.poll()
-        waiting.register(fd, select.POLLIN)
-        left = None if until < 0 else math.ceil(max(0, until - time.monotonic_ns()) / 1e6)
-        if not waiting.poll(left):
+        if not poll_until(fd, select.POLLIN, until, f"camera {self.path}"):
             raise fail(errno.ETIMEDOUT, "frame", f"camera {self.path}", "give frames back: the driver has none to fill, or no signal")
         told = uapi.dequeue(fd)
         self._accesses.pop(told.which).__exit__(None, None, None)
         return Frame(self, told, self.buffers[told.which])
 
     def stop(self) -> None:
-        """Take the buffers back and close them; again: nothing."""
-        if self._streaming and self._fd.number >= 0:
-            uapi.stream(self._fd.number, False)
-        self._streaming = False
-        while self._accesses:
-            self._accesses.popitem()[1].__exit__(None, None, None)
-        while self.buffers:
-            self.buffers.pop().close()
+        """Take the buffers back and close them, and have the driver let go of them; again: nothing.
+
+        Who has one of them, in this process or another, keeps its memory. In a forked child nothing is stopped: the camera is its parent's.
+        """
+        fd = self._fd.number if os.getpid() == self._pid else -1
+        streaming, self._streaming = self._streaming, False
+        requested, self._requested = self._requested, False
+        try:
+            if streaming and fd >= 0:
+                uapi.stream(fd, False)
+        finally:
+            while self._accesses:
+                self._accesses.popitem()[1].__exit__(None, None, None)
+            while self.buffers:
+                self.buffers.pop().close()
+        if requested and fd >= 0:
+            # Else the driver would refuse another picture. One that can't (before v4.20, memory in use) says so when it is asked for one.
+            with contextlib.suppress(OSError):
+                uapi.request_buffers(fd, 0)
 
     def close(self) -> None:
         """Stop, and close; again: nothing."""

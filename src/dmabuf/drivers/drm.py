@@ -2,7 +2,7 @@
 
 A GEM handle is a number of one open node. Importing the same buffer twice gives the same number, and the kernel does not count: one close
 ends it for all. So the node counts, and closes a handle with the last :class:`GemObject` that has it. Closing the node ends all its handles
-and signals its vgem fences.
+and signals its vgem fences. A forked child shares the open node, and so its handles: what ends there ends nothing of the parent's.
 """
 
 from __future__ import annotations
@@ -10,7 +10,10 @@ from __future__ import annotations
 import errno
 import os
 import threading
+from collections import deque
+from collections.abc import Callable
 from glob import glob
+from typing import TypeVar
 
 from dmabuf.core.buffer import DmaBuf
 from dmabuf.core.closing import Closing
@@ -21,6 +24,8 @@ from dmabuf.uapi import call
 from dmabuf.uapi import drm as uapi
 
 NODES = "/dev/dri/card*"
+
+_G = TypeVar("_G", bound="GemObject")
 
 
 class DrmNode(Closing):
@@ -35,8 +40,10 @@ class DrmNode(Closing):
         remedies = {errno.EACCES: "join the group of the node: `dmabuf doctor` names it", errno.ENOENT: "load its driver"}
         self._fd = call.open_node(path, "open", remedies)
         self.path, self.driver = path, uapi.driver(self._fd.number)
-        self._lock = threading.Lock()
+        # A finaliser that closes an object may run between any two lines of the thread that has the lock: it leaves the handle to it.
+        self._lock, self._busy = threading.RLock(), False
         self._users: dict[int, int] = {}
+        self._ended: deque[int] = deque()  # handles that an object has let go of, to be counted down
 
     @classmethod
     def of(cls, driver: str) -> DrmNode:
@@ -73,8 +80,12 @@ class DrmNode(Closing):
 
     def create_dumb(self, width: int, height: int, bpp: int = 32) -> DumbBuffer:
         """A buffer that the CPU can fill. Errors: EINVAL a 0, or too large; ENOSYS, EOPNOTSUPP the driver has none; ENOMEM."""
-        made = uapi.create_dumb(self.fileno(), width, height, bpp, of=self)
-        return DumbBuffer(self, made.handle, width, height, bpp, made.pitch, made.size)
+
+        def make() -> DumbBuffer:
+            made = uapi.create_dumb(self.fileno(), width, height, bpp, of=self)
+            return DumbBuffer(self, made.handle, width, height, bpp, made.pitch, made.size)
+
+        return self._object(make)
 
     def import_buffer(self, buf: DmaBuf) -> GemObject:
         """Attach and map a buffer in this device, without a copy.
@@ -85,28 +96,49 @@ class DrmNode(Closing):
         if buf._kernel() is None:
             what = f"its home is {buf.home!r}, which is no memory of the kernel's dma-bufs"
             raise fail(errno.EINVAL, "import", buf, "allocate it with heap='udmabuf', or on a dma-heap", what=what)
-        return GemObject(self, uapi.fd_to_handle(self.fileno(), buf.fileno(), of=buf))
+        return self._object(lambda: GemObject(self, uapi.fd_to_handle(self.fileno(), buf.fileno(), of=buf)))
 
-    def _open(self, handle: int) -> None:
-        with self._lock:
-            self._users[handle] = self._users.get(handle, 0) + 1
+    def _object(self, make: Callable[[], _G]) -> _G:
+        """An object whose handle is counted before anybody else's close can end it: the kernel may give one that is about to be closed."""
+        try:
+            with self._lock:
+                self._busy = True
+                try:
+                    return make()
+                finally:
+                    self._busy = False
+        finally:
+            self._settle()
 
     def _close(self, handle: int) -> None:
+        self._ended.append(handle)
+        self._settle()
+
+    def _settle(self) -> None:
+        """Count down what was let go of."""
         with self._lock:
-            self._users[handle] -= 1
-            if self._users[handle]:
+            if self._busy:
                 return
-            del self._users[handle]
-            if self._fd.number >= 0:
-                uapi.gem_close(self._fd.number, handle)
+            self._busy = True
+            try:
+                while self._ended:
+                    handle = self._ended.popleft()
+                    self._users[handle] -= 1
+                    if not self._users[handle]:
+                        del self._users[handle]
+                        if self._fd.number >= 0:
+                            uapi.gem_close(self._fd.number, handle)
+            finally:
+                self._busy = False
 
 
 class GemObject(Closing):
     """A handle of a node. ``handle``: its number."""
 
     def __init__(self, node: DrmNode, handle: int) -> None:
-        self.node, self.handle, self._open = node, handle, True
-        node._open(handle)
+        self.node, self.handle, self._pid = node, handle, os.getpid()
+        node._users[handle] = node._users.get(handle, 0) + 1  # under the node's lock
+        self._open = True
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.handle} of {self.node.path}{'' if self._open else ' closed'}>"
@@ -129,7 +161,8 @@ class GemObject(Closing):
         """Let go of the handle; the memory lives on while buffers have it. Again: nothing."""
         if self._open:
             self._open = False
-            self.node._close(self.handle)
+            if os.getpid() == self._pid:
+                self.node._close(self.handle)
 
     def __del__(self) -> None:
         if getattr(self, "_open", False):

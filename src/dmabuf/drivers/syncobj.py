@@ -1,15 +1,16 @@
 """``Syncobj``: a container of the kernel's fences on a DRM node, binary or a timeline of points (spec 5.14).
 
-Point 0 is the binary use. A sync_file goes in and out as a descriptor.
+Point 0 is the binary use. A sync_file goes in and out as a descriptor. A handle belongs to the node's descriptor, which a fork shares: in a
+forked child, closing and garbage collection leave it to the parent.
 """
 
 from __future__ import annotations
 
 import errno
-import math
-import time
+import os
 
 from dmabuf.core.closing import Closing
+from dmabuf.core.fence import monotonic_deadline, seconds_left
 from dmabuf.drivers.drm import DrmNode
 from dmabuf.errors import fail
 from dmabuf.uapi import syncobj as uapi
@@ -23,13 +24,15 @@ class Syncobj(Closing):
 
     def __init__(self, node: DrmNode, *, signaled: bool = False) -> None:
         """Errors: EOPNOTSUPP the node's driver has none; ENOMEM."""
-        self.node, self.handle = node, uapi.create(node.fileno(), signaled=signaled)
+        self.node, self._pid = node, os.getpid()
+        self.handle = uapi.create(node.fileno(), signaled=signaled)
 
     @classmethod
     def from_fd(cls, node: DrmNode, fd: int) -> Syncobj:
         """The object behind a descriptor of :meth:`export`; the descriptor stays the caller's. Errors: EINVAL no syncobj."""
         made = object.__new__(cls)
-        made.node, made.handle = node, uapi.fd_to_handle(node.fileno(), fd)
+        made.node, made._pid = node, os.getpid()
+        made.handle = uapi.fd_to_handle(node.fileno(), fd)
         return made
 
     def __repr__(self) -> str:
@@ -58,19 +61,18 @@ class Syncobj(Closing):
         ``submit``: wait for a fence to be put in, too. Errors: EBADF; EINVAL no fence is in it (without ``submit``), a negative timeout.
         """
         handle, flags = self._check("wait"), uapi.WAIT_FOR_SUBMIT if submit else 0
-        if timeout is not None and not timeout >= 0:
-            raise fail(errno.EINVAL, "wait", self, "a timeout is a number of seconds, not negative")
-        until = _FOR_EVER if timeout is None else min(_FOR_EVER, time.monotonic_ns() + round(timeout * 1e9))
+        until = monotonic_deadline(timeout, "wait", self)
+        at = 0 if timeout == 0 else _FOR_EVER if until < 0 else until
         try:
             if point:
-                uapi.timeline_wait(self.node.fileno(), [handle], [point], until if timeout != 0 else 0, flags)
+                uapi.timeline_wait(self.node.fileno(), [handle], [point], at, flags)
             else:
-                uapi.wait(self.node.fileno(), [handle], until if timeout != 0 else 0, flags)
+                uapi.wait(self.node.fileno(), [handle], at, flags)
         except OSError as e:
             if e.errno == errno.ETIME:
                 return 0.0
             raise
-        return math.inf if timeout is None else max(1e-9, (until - time.monotonic_ns()) / 1e9)
+        return seconds_left(until)
 
     def point(self, *, submitted: bool = False) -> int:
         """The last signalled point, or the last that has a fence. Errors: EBADF."""
@@ -99,7 +101,7 @@ class Syncobj(Closing):
     def close(self) -> None:
         """Let go of it; again: nothing."""
         handle, self.handle = self.handle, 0
-        if handle and self.node._fd.number >= 0:
+        if handle and self.node._fd.number >= 0 and os.getpid() == self._pid:
             uapi.destroy(self.node._fd.number, handle)
 
     def __del__(self) -> None:

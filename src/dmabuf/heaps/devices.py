@@ -9,16 +9,18 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
-_USUAL = {"udmabuf": "kvm", "dri": "render"}  # which groups distributions give such nodes to; "video" for the rest
-
 
 @dataclass(frozen=True)
 class Node:
-    """A device node. ``usable``: it is there, and this user may read and write it. ``detail``, ``remedy``: in words; "" none is needed."""
+    """A device node. ``usable``: it is there, and this user may read and write it. ``detail``, ``remedy``: in words; "" none is needed.
+
+    ``denied``: it is there, and this user may not.
+    """
 
     usable: bool
     detail: str
     remedy: str = ""
+    denied: bool = False
 
 
 def look(node: Path, gives: str, remedy: str) -> Node:
@@ -32,15 +34,27 @@ def look(node: Path, gives: str, remedy: str) -> Node:
     owner = f"{stat.filemode(st.st_mode)} {user(st.st_uid)}:{group(st.st_gid)}"
     if os.access(node, os.R_OK | os.W_OK, effective_ids=True):
         return Node(True, f"{node} {owner}: {gives}")
-    return Node(False, f"{node} {owner}: no permission", _permission(st, node))
+    return Node(False, f"{node} {owner}: no permission", _permission(st, node), denied=True)
 
 
 def _permission(st: os.stat_result, node: Path) -> str:
-    """The group that would help, if there is one that is not root's."""
+    """The group that would help: the node's, or the one that distributions give such nodes to."""
     if st.st_gid and st.st_mode & 0o060 == 0o060:
-        return f"usermod -aG {group(st.st_gid)} {user(os.geteuid())}, then log in again"
-    helpful = next((found for part, found in _USUAL.items() if part in node.parts), "video")
-    return f"as root: chgrp {helpful} {node} && chmod 660 {node} (a udev rule keeps it)"
+        return _join(group(st.st_gid))
+    helpful = "kvm" if node.name == "udmabuf" else "render" if node.name.startswith("renderD") else "video"
+    give = f"as root: chgrp {helpful} {node} && chmod 660 {node} (a udev rule keeps it)"
+    return give if _member(helpful) else f"{give}; {_join(helpful)}"
+
+
+def _join(group: str) -> str:
+    return f"usermod -aG {group} {user(os.geteuid())}, then log in again"
+
+
+def _member(group: str) -> bool:
+    try:
+        return grp.getgrnam(group).gr_gid in (os.getegid(), *os.getgroups())
+    except KeyError:
+        return False
 
 
 def user(uid: int) -> str:

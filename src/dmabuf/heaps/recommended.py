@@ -16,7 +16,7 @@ from typing import NamedTuple
 from dmabuf.core.buffer import DmaBuf
 from dmabuf.domain.domain import Domain
 from dmabuf.errors import fail
-from dmabuf.heaps import dma_heap, memfd, spill, udmabuf
+from dmabuf.heaps import devices, dma_heap, memfd, spill, udmabuf
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class _Known(NamedTuple):
     allocate: Callable[..., DmaBuf]
     unavailable: Callable[[], str | None]
     about: str
+    node: Callable[[], devices.Node] | None = None  # the device, of a heap that has one
 
 
 def _known() -> dict[str, _Known]:
@@ -43,11 +44,13 @@ def _known() -> dict[str, _Known]:
         spill.NAME: _Known(
             spill.allocate, spill.unavailable, "memory with a budget: what doesn't fit waits in a file (DMABUF_SPILL_BUDGET)"
         ),
-        udmabuf.NAME: _Known(udmabuf.allocate, udmabuf.unavailable, _udmabuf_about()),
+        udmabuf.NAME: _Known(udmabuf.allocate, udmabuf.unavailable, _udmabuf_about(), lambda: udmabuf.node(udmabuf.DEVICE)),
     }
     for name in dma_heap.names() or ["system"]:
         about = "kernel dma-bufs of pages" if name == "system" else "kernel dma-bufs of contiguous memory, or what its driver gives"
-        found[dma_heap.PREFIX + name] = _Known(partial(dma_heap.allocate, name), partial(dma_heap.unavailable, name), about)
+        found[dma_heap.PREFIX + name] = _Known(
+            partial(dma_heap.allocate, name), partial(dma_heap.unavailable, name), about, partial(dma_heap.node, name)
+        )
     return found
 
 
@@ -67,7 +70,7 @@ def allocate(size: int, *, heap: str | None = None, name: str | bytes | None = N
     ``heap``: one of :func:`dmabuf.heaps`, None for the recommended one. ``name``: at most 31 bytes. ``domain``: None for this user's.
 
     Errors: EINVAL a size below 1 or a bad name; ENOMEM the limits of this machine or cgroup don't allow it; ENOSPC the domain is full;
-    ENODEV no such heap, or it can't be used here; EMFILE no descriptor left.
+    ENODEV no such heap, or it can't be used here; EACCES its device is not for this user; EMFILE no descriptor left.
     """
     if heap is None or heap == memfd.NAME:  # always usable: where it is not, nothing of this package is
         return memfd.allocate(size, name=name, domain=domain)
@@ -76,5 +79,6 @@ def allocate(size: int, *, heap: str | None = None, name: str | bytes | None = N
     if found is None:
         raise fail(errno.ENODEV, "allocate", f"heap {heap!r}", f"heaps of this machine: {', '.join(known)}")
     if why := found.unavailable():
-        raise fail(errno.ENODEV, "allocate", f"heap {heap!r}", why, what="it can't be used here")
+        number = errno.EACCES if found.node is not None and found.node().denied else errno.ENODEV
+        raise fail(number, "allocate", f"heap {heap!r}", why, what="it can't be used here")
     return found.allocate(size, name=name, domain=domain)

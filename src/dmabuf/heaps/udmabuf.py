@@ -30,7 +30,7 @@ MIB: Final = 1 << 20
 
 
 class Limits(NamedTuple):
-    """What the module allows. ``size``: bytes a buffer; ``ranges``: of memfds that one is made of. None: it doesn't say."""
+    """What the module allows. ``size``: bytes a buffer; ``ranges``: of memfds that one is made of. None: it doesn't say, or none."""
 
     size: int | None
     ranges: int | None
@@ -39,7 +39,7 @@ class Limits(NamedTuple):
 def limits(parameters: Path = PARAMETERS) -> Limits:
     """The module's limits now."""
     size, ranges = _number(parameters / "size_limit_mb"), _number(parameters / "list_limit")
-    return Limits(None if size is None else size * MIB, ranges)
+    return Limits(None if size is None or size < 0 else size * MIB, ranges)  # below 0 lifts it: multiplied as unsigned
 
 
 def _number(path: Path) -> int | None:

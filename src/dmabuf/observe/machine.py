@@ -53,7 +53,7 @@ def checks(
     found += [_descriptors(), _namespace(proc), _cpus()]
     found.append(_udmabuf(dev / "udmabuf", parameters))
     found.extend(_devices(dev, "dma_heap", "dma_heap/*", "dma-buf heaps", "a kernel with CONFIG_DMABUF_HEAPS_SYSTEM"))
-    found.extend(_devices(dev, "dri", "dri/renderD*", "GPU buffers", "a GPU's driver, or: modprobe vgem"))
+    found.extend(_devices(dev, "dri", "dri/card*", "GPU buffers", "a GPU's driver, or: modprobe vgem", "dri/renderD*"))
     found.extend(_devices(dev, "video", "video*", "cameras", "a camera's driver, or: modprobe vivid"))
     found.append(_extra("demo", ("av", "numpy"), "`dmabuf demo`"))
     return found
@@ -259,8 +259,8 @@ def _wake_ns(here: int, there: int) -> int:
 # ---- devices: fast paths, none required ----
 
 
-def _devices(dev: Path, name: str, pattern: str, gives: str, remedy: str) -> list[Check]:
-    nodes = sorted(dev.glob(pattern))
+def _devices(dev: Path, name: str, pattern: str, gives: str, remedy: str, *more: str) -> list[Check]:
+    nodes = [node for one in (pattern, *more) for node in sorted(dev.glob(one))]
     if nodes:
         return [_device(node, str(node.relative_to(dev)), gives, remedy) for node in nodes]
     return [Check(name, MISSING, False, f"no {dev}/{pattern}: no {gives}", remedy)]
