@@ -8,8 +8,14 @@ from tools.kernel import guest, make, needs
 from tools.kernel.place import Trouble, kernels
 
 
-def _run(wanted: str, command: list[str], timeout: float) -> int:
-    outcome = guest.run(make.kernel(wanted), command, timeout=timeout)
+# Seconds for a whole guest. Emulated ones are several times slower; so is each of their tests, whose watchdogs are set accordingly.
+_USER_MODE, _EMULATED = 2400, 7200
+_WATCHDOGS = ("-o", "timeout=600", "-o", "faulthandler_timeout=1200")
+
+
+def _run(wanted: str, command: list[str], timeout: float | None) -> int:
+    kernel = make.kernel(wanted)
+    outcome = guest.run(kernel, command, timeout=timeout or (_USER_MODE if kernel.user_mode else _EMULATED))
     sys.stdout.buffer.write(outcome.stdout)
     sys.stdout.flush()
     sys.stderr.buffer.write(outcome.stderr)
@@ -17,7 +23,7 @@ def _run(wanted: str, command: list[str], timeout: float) -> int:
     return outcome.status
 
 
-def _test(wanted: str, arguments: list[str], timeout: float) -> int:
+def _test(wanted: str, arguments: list[str], timeout: float | None) -> int:
     """The tests of tests/kernel, in a guest; a dot for each that begins."""
     kernel = make.kernel(wanted)
     print(f"tests/kernel on Linux {kernel.name}", flush=True)
@@ -29,10 +35,11 @@ def _test(wanted: str, arguments: list[str], timeout: float) -> int:
         if shown % 25 == 0:
             print(f"\r  {shown} cases begun" if sys.stdout.isatty() else ".", end="", flush=True)
 
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "kernel and not long", *arguments]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "kernel and not long"]
+    command += [*(() if kernel.user_mode else _WATCHDOGS), *arguments]
     if not any(one.startswith("tests") for one in arguments):
         command.append("tests/kernel")
-    outcome = guest.run(kernel, command, timeout=timeout, progress=progress)
+    outcome = guest.run(kernel, command, timeout=timeout or (_USER_MODE if kernel.user_mode else _EMULATED), progress=progress)
     print(flush=True)
     sys.stdout.buffer.write(outcome.stdout)
     sys.stdout.flush()
@@ -54,7 +61,7 @@ def main(arguments: list[str]) -> int:
         sub = commands.add_parser(name, help=text)
         sub.add_argument("-k", "--kernel", default="uml", help="uml, debian, full, or a name of `list`")
         if name != "prepare":
-            sub.add_argument("--timeout", type=float, default=2400, help="seconds for the whole guest")
+            sub.add_argument("--timeout", type=float, help=f"seconds for the whole guest ({_USER_MODE}; under emulation {_EMULATED})")
             sub.add_argument("rest", nargs="*", help="after --: pytest's arguments, or the command")
     commands.add_parser("list", help="the kernels that are ready")
     given = parser.parse_args(arguments)
