@@ -1,8 +1,12 @@
 """Drivers from Python against real ones: vgem's buffers, PRIME and fences, the kernel's software timeline, sync objects, a camera."""
 
 import errno
+import itertools
 import os
+import select
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,7 +15,8 @@ from dmabuf.drivers.camera import Camera, fourcc
 from dmabuf.drivers.drm import DrmNode, GemObject
 from dmabuf.drivers.sw_sync import SwSyncTimeline
 from dmabuf.drivers.syncobj import Syncobj
-from dmabuf.uapi import dma_buf, drm, sync_file
+from dmabuf.uapi import call, dma_buf, drm, sync_file, table
+from dmabuf.uapi.layout import Ioctl
 from tests.support.children import Parent, Spawn
 from tests.support.errnos import raises_errno
 from tests.support.kernel_homes import made, needs_sw_sync
@@ -157,6 +162,48 @@ def test_what_vgem_does_not_have_says_so(node: DrmNode) -> None:
         assert "driver" in str(caught.value)
 
 
+# ---- vkms, where the kernel has it ----
+
+
+@pytest.fixture
+def vkms() -> Iterator[DrmNode]:
+    if not Path("/sys/devices/platform/vkms").exists():
+        pytest.skip("this kernel has no vkms: KERNEL=full")
+    with DrmNode.of("vkms") as opened:
+        yield opened
+
+
+def test_a_buffer_of_vkms_is_written_here_and_imported_by_vgem(vkms: DrmNode, node: DrmNode) -> None:
+    with vkms.create_dumb(64, 64) as dumb, dumb.export() as buf:
+        assert (buf.home, buf.exp_name, buf.size) == ("imported", "drm", 64 * 64 * 4)
+        with buf.write() as view:
+            view[:5] = b"pixel"
+        with node.import_buffer(buf) as imported, imported.export() as again:
+            assert again == buf
+            with again.read() as view:
+                assert bytes(view[:5]) == b"pixel"
+
+
+@pytest.mark.parametrize("home", ["udmabuf", "dma_heap:system", "imported"])
+def test_vkms_imports_a_buffer_without_a_copy(vkms: DrmNode, home: str) -> None:
+    with made(home) as buf:
+        first, second = vkms.import_buffer(buf), vkms.import_buffer(buf)
+        assert first.handle == second.handle
+        first.close()
+        with second, second.export() as again:
+            assert again == buf
+
+
+def test_the_fence_of_another_driver_keeps_who_waits_for_what_vkms_imported(vkms: DrmNode, node: DrmNode) -> None:
+    with vkms.create_dumb(64, 64) as dumb, dumb.export() as buf, node.import_buffer(buf) as imported:
+        fence = imported.add_fence(write=True)
+        assert not buf.poll(select.POLLIN)
+        fence.signal()
+        assert buf.poll(select.POLLIN)
+        with raises_errno(errno.ENOTTY):
+            dumb.add_fence()
+
+
 # ---- sw_sync ----
 
 
@@ -300,6 +347,48 @@ def test_a_number_of_buffers_that_is_none_is_einval_and_nothing_is_kept(count: i
         with raises_errno(errno.EINVAL):
             camera.start(count)
         camera.start(2)
+
+
+def _failing(monkeypatch: pytest.MonkeyPatch, ioctl: Ioctl[Any], at: int) -> None:
+    """The call of this ioctl with that number, counted from 1, fails."""
+    system, calls = call.system, itertools.count(1)
+
+    def fails(fd: int, number: int, argument: Any) -> Any:
+        if number == ioctl.number and next(calls) == at:
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+        return system(fd, number, argument)
+
+    monkeypatch.setattr(call, "system", fails)
+
+
+@needs_camera
+@pytest.mark.parametrize(
+    ("ioctl", "at"),
+    [(table.VIDIOC_REQBUFS, 1), (table.VIDIOC_EXPBUF, 1), (table.VIDIOC_EXPBUF, 2), (table.VIDIOC_QBUF, 2), (table.VIDIOC_STREAMON, 1)],
+)
+def test_a_start_that_fails_leaves_a_camera_that_can_be_started(monkeypatch: pytest.MonkeyPatch, ioctl: Ioctl[Any], at: int) -> None:
+    with Camera(CAMERA) as camera:
+        with monkeypatch.context() as patch:
+            _failing(patch, ioctl, at)
+            with raises_errno(errno.ENOMEM):
+                camera.start(3)
+        assert camera.buffers == []
+        camera.configure(160, 90, "RGB3")
+        camera.start(2)
+        with camera.frame(timeout=60):
+            pass
+
+
+@needs_camera
+def test_a_camera_that_does_not_stop_keeps_no_buffer_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Camera(CAMERA) as camera:
+        (first, *_) = list(camera.start(2))
+        with monkeypatch.context() as patch:
+            _failing(patch, table.VIDIOC_STREAMOFF, 1)
+            with raises_errno(errno.ENOMEM):
+                camera.stop()
+        assert first.closed
+        camera.stop()
 
 
 @needs_camera

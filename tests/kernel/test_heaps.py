@@ -14,8 +14,10 @@ import pytest
 
 import dmabuf
 from dmabuf.drivers.drm import DrmNode, DumbBuffer
+from dmabuf.heaps import dma_heap
 from dmabuf.uapi import call, drm, heap, table
 from dmabuf.uapi.structures import HeapAllocation
+from tests.kernel.conftest import GUEST
 from tests.support.errnos import raises_errno
 
 PAGE = mmap.PAGESIZE
@@ -52,6 +54,17 @@ def test_what_the_heap_does_not_take_is_einval(device: int, wrong: HeapAllocatio
 def test_another_number_is_einval_on_a_heap(device: int, number: int) -> None:
     with raises_errno(errno.EINVAL):
         call.perform_raw(device, number, bytes(24))
+
+
+@pytest.mark.parametrize("name", dma_heap.names() if GUEST else ["system"])
+def test_every_heap_of_this_kernel_makes_zeroed_buffers(name: str) -> None:
+    with dmabuf.allocate(3 * PAGE, heap=f"dma_heap:{name}", name="mine") as buf:
+        assert (buf.home, buf.size, buf.name) == (f"dma_heap:{buf.exp_name}", 3 * PAGE, "mine")
+        with buf.write() as view:
+            assert not any(view)
+            view[-4:] = b"last"
+        with dmabuf.get(buf.fileno()) as same, same.read() as view:
+            assert bytes(view[-4:]) == b"last"
 
 
 # ---- udmabuf ----

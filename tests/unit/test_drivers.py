@@ -122,6 +122,12 @@ def test_a_handle_is_let_go_of_when_making_another_fails(kernel: Kernel, node: D
     assert kernel.closed == [7]
 
 
+def test_a_fence_of_vgems_is_asked_for_of_no_other_driver(kernel: Kernel, node: DrmNode) -> None:
+    with node.import_buffer(BUF) as imported, raises_errno(errno.ENOTTY) as caught:
+        imported.add_fence()  # the kernel that is made up fails at a number that it does not know
+    assert "a node of soft" in str(caught.value)
+
+
 MAKE: dict[str, Callable[[DrmNode], Any]] = {
     "imported": lambda node: node.import_buffer(BUF),
     "dumb": lambda node: node.create_dumb(64, 16),

@@ -7,7 +7,6 @@ import sys
 from tools.kernel import guest, make, needs
 from tools.kernel.place import Trouble, kernels
 
-
 # Seconds for a whole guest. Emulated ones are several times slower; so is each of their tests, whose watchdogs are set accordingly.
 _USER_MODE, _EMULATED = 2400, 7200
 _WATCHDOGS = ("-o", "timeout=600", "-o", "faulthandler_timeout=1200")

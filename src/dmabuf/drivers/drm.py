@@ -24,6 +24,7 @@ from dmabuf.uapi import call
 from dmabuf.uapi import drm as uapi
 
 NODES = "/dev/dri/card*"
+_VGEM = "vgem"
 
 _G = TypeVar("_G", bound="GemObject")
 
@@ -155,7 +156,11 @@ class GemObject(Closing):
 
     def add_fence(self, *, write: bool = False) -> VgemFence:
         """A fence of vgem's as a reader's or writer's; ends by itself after 10 s. Errors: EBUSY fences are in the way; ENOTTY not vgem."""
-        return VgemFence(self.node, uapi.vgem_attach(self.node.fileno(), self._check("fence"), write=write, of=self))
+        handle = self._check("fence")
+        if self.node.driver != _VGEM:  # the number is another driver's own there, and does something else
+            what = f"{self.node.path} is a node of {self.node.driver}"
+            raise fail(errno.ENOTTY, "fence", self, "import the buffer into DrmNode.of('vgem')", what=what)
+        return VgemFence(self.node, uapi.vgem_attach(self.node.fileno(), handle, write=write, of=self))
 
     def close(self) -> None:
         """Let go of the handle; the memory lives on while buffers have it. Again: nothing."""
