@@ -162,7 +162,7 @@ def _signals(parent: Parent) -> float:
 def test_an_object_is_shared_with_another_process(child: Spawn, timeline: Syncobj) -> None:
     other = child(_signals)
     with timeline.export() as out:
-        socket.send_fds(other.sock, b"x", [out.number])
+        socket.send_fds(other.sock, [b"x"], [out.number])
     timeline.signal(1)
     assert timeline.wait(2, submit=True) == math.inf
     assert other.result() == math.inf
