@@ -56,6 +56,7 @@ def histogram(buf: dmabuf.DmaBuf, pixels: int) -> dict[int, int]:
 
 def counts(sock: socket.socket, pixels: int) -> None:
     """The second process: for each buffer, says whether the GPU is still at work, waits for it, and says inode and histogram."""
+    print("ready", flush=True)
     while True:
         try:
             buf, done = dmabuf.recv(sock)
@@ -78,8 +79,10 @@ def show(frames: int) -> None:
         with theirs:
             command = [sys.executable, __file__, "--counts", str(theirs.fileno()), str(pixels)]
             other = ending.enter_context(subprocess.Popen(command, pass_fds=[theirs.fileno()], stdout=subprocess.PIPE, text=True))
+        ending.callback(camera.stop)  # if the other process waits for a frame that is being filled
         ending.enter_context(ours)  # closed first: the other process ends
         assert other.stdout is not None
+        other.stdout.readline()  # it is there: a fence of vgem's lasts for 10 s only
         print(
             f"{camera.card} gives {picture.width}x{picture.height} {picture.pixelformat}; imported by {', '.join(n.driver for n in nodes)}"
         )
