@@ -323,7 +323,7 @@ def test_frames_of_a_camera_go_into_a_driver_and_another_process_without_a_copy(
 def test_a_stopped_camera_takes_another_picture_and_what_was_sent_lives_on() -> None:
     with Camera(CAMERA) as camera:
         camera.configure(160, 90, "RGB3")
-        for wide, code in ((320, "RGB3"), (160, "Y16 -BE")):
+        for wide, code in ((320, "RGB3"), (640, "Y16 -BE")):
             kept = dmabuf.get(camera.start(3)[0].fileno())
             with raises_errno(errno.EBUSY):
                 camera.configure(320, 180, "YUYV")
@@ -332,7 +332,7 @@ def test_a_stopped_camera_takes_another_picture_and_what_was_sent_lives_on() -> 
             frame.done()  # of an earlier start: nothing
             with kept, kept.read() as view:
                 assert len(view) == kept.size
-            picture = camera.configure(wide, 90, code)
+            picture = camera.configure(wide, wide * 9 // 16, code)
             assert (picture.pixelformat, picture.width) == (code, wide)
         camera.start(2)
         frame.done()
