@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from dmabuf.core import kernel_sync
 from dmabuf.core.kernel import poll_until
 from dmabuf.drivers.camera import Camera, fourcc, letters
 from dmabuf.drivers.drm import DrmNode
@@ -217,20 +216,4 @@ def test_a_wait_that_is_over_before_it_begins_asks_once() -> None:
     assert [poll_until(fd, select.POLLIN, end, "an eventfd") for end in (0, 1)] == [0, 0]
     os.eventfd_write(fd, 1)
     assert [poll_until(fd, select.POLLIN, end, "an eventfd") for end in (-1, 0, 1)] == [select.POLLIN] * 3
-    os.close(fd)
-
-
-def test_a_watch_for_which_there_is_no_thread_does_not_spoil_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
-    fd, seen = os.eventfd(1), threading.Event()
-
-    def refused(_: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", refused)
-        with pytest.raises(RuntimeError):
-            kernel_sync.watch(fd, lambda _: None)
-    kernel_sync.watch(fd, lambda _: seen.set())
-    seen.wait()
-    until(lambda: kernel_sync._poller.wake < 0)
     os.close(fd)
