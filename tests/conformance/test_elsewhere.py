@@ -61,16 +61,27 @@ def test_the_error_says_the_same(child: Spawn, static: Static) -> None:
     assert seen[0] == seen[1]
 
 
+@pytest.mark.parametrize("error", [KeyError("bug"), SystemExit(3)], ids=["KeyError", "SystemExit"])
 def test_an_exception_that_is_no_oserror_is_a_contract_error_elsewhere_and_told_here(
-    child: Spawn, static: Static, monkeypatch: pytest.MonkeyPatch
+    child: Spawn, static: Static, monkeypatch: pytest.MonkeyPatch, error: Any
 ) -> None:
     told: list[object] = []
     monkeypatch.setattr("sys.unraisablehook", lambda info: told.append(info.exc_type))
-    static.fails["begin"] = KeyError("bug")
+    static.fails["begin"] = error
     with dmabuf.export(static, SIZE) as buf, Place(child, False).of(buf) as there:
-        with pytest.raises(dmabuf.ContractError, match="KeyError"):
+        with pytest.raises(dmabuf.ContractError, match=type(error).__name__):
             there.do(do.begin, TO)
-        assert told == [KeyError]
+        assert told == [type(error)]
+        static.fails.clear()
+        there.do(do.begin, TO)
+        there.do(do.end, TO)
+
+
+def test_an_error_with_a_long_text_has_its_errno_elsewhere_too(place: Place, static: Static) -> None:
+    static.fails["begin"] = OSError(errno.EBUSY, "why " * 50_000)
+    with dmabuf.export(static, SIZE) as buf, place.of(buf) as there, raises_errno(errno.EBUSY) as caught:
+        there.do(do.begin, TO)
+    assert "why why" in str(caught.value)
 
 
 def test_without_the_ops_begin_and_end_only_wait_and_there_is_no_mapping(place: Place, bare: Bare) -> None:

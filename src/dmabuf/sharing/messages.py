@@ -26,6 +26,7 @@ from dmabuf.errors import ContractError, ContractWarning, DmaBufError, fail, reb
 VERSION: Final = 2
 INLINE: Final = 32 << 10  # bytes of JSON in the datagram itself; well below any SO_SNDBUF
 LONGEST: Final = 64 << 20  # bytes of JSON in a memfd
+_TEXT: Final = 1 << 16  # characters of an error's text; what is longer is cut
 MAX_FDS: Final = 8
 
 LOST: Final = "lost"  # in a message that was received: its descriptors are not there
@@ -152,15 +153,15 @@ def told_of(error: BaseException, kind: str) -> Body:
     """An exception as it travels."""
     if isinstance(error, OSError):
         number = error.errno if isinstance(error.errno, int) and 0 < error.errno < 4096 else errno.EIO
-        told: Body = {"errno": number, "text": error.strerror or str(error)}
+        told: Body = {"errno": number, "text": (error.strerror or str(error))[:_TEXT]}
         if isinstance(error, DmaBufError):
             told |= {"ours": True, "operation": error.operation, "remedy": error.remedy}
         return told
     for name, one in _OTHERS.items():
         if type(error) is one:
-            return {"error": name, "text": str(error)}
+            return {"error": name, "text": str(error)[:_TEXT]}
     dispatcher.report(error, kind)  # its author is in this process
-    return {"error": "ContractError", "text": f"{kind}: the exporter raised {type(error).__name__}: {error}"}
+    return {"error": "ContractError", "text": f"{kind}: the exporter raised {type(error).__name__}: {error}"[:_TEXT]}
 
 
 _OTHERS: Final[dict[str, type[Exception]]] = {"ContractError": ContractError, "ContractWarning": ContractWarning, "TypeError": TypeError}
@@ -168,7 +169,7 @@ _OTHERS: Final[dict[str, type[Exception]]] = {"ContractError": ContractError, "C
 
 def raised_of(told: Body) -> BaseException:
     """What :func:`told_of` told."""
-    message = text(told, "text", 1 << 16)
+    message = text(told, "text", _TEXT)
     if "error" in told:
         return _OTHERS.get(text(told, "error"), ContractError)(message)
     value = number(told, "errno", 4095) or errno.EIO

@@ -240,7 +240,7 @@ class Service:
                 raise fail(errno.ENOSYS, "request", f"kind {kind[:64]!r}", "update dmabuf in the process that is asked")
             answer = handler(session, body, fds)
             told: Body = {"with": answer.body}
-        except Exception as e:
+        except BaseException as e:  # a SystemExit of an op's too: the caller waits, and the thread is ours
             answer, told = Answer(), told_of(e, kind)
         try:
             close_all(fds)  # before the caller goes on: it may count
