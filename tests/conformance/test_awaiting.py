@@ -1,5 +1,6 @@
 """Awaiting under asyncio and trio, both as anyio runs them: the same results, nothing left, the loop never stands still."""
 
+import asyncio
 import errno
 import threading
 from collections.abc import Awaitable, Callable, Iterator
@@ -377,3 +378,44 @@ def test_an_await_outside_of_a_loop_says_what_it_needs(tl: Timeline) -> None:
         fence.__await__().send(None)
     assert fence.statistics().callbacks == 0
     fence.signal()
+
+
+async def in_the_frameworks_pool() -> None:
+    """Have one of the threads that the framework keeps for everybody."""
+    try:
+        loop = asyncio.get_running_loop()
+    except RuntimeError:
+        import trio
+
+        await trio.to_thread.run_sync(int)
+    else:
+        await loop.run_in_executor(None, int)
+
+
+def test_tasks_that_wait_for_a_lock_leave_the_frameworks_threads_to_its_holder(run: Run, buf: DmaBuf) -> None:
+    many = 50  # more than either framework's pool has
+    begun: list[int] = []
+    entered: list[int] = []
+
+    async def reads(held: Any) -> None:
+        await held.wait()
+        begun.append(1)
+        async with buf.read():
+            entered.append(1)
+
+    async def main() -> None:
+        held = anyio.Event()
+        async with anyio.create_task_group() as tasks:
+            for _ in range(many):
+                tasks.start_soon(reads, held)
+            with buf.resv.locked():
+                held.set()
+                while len(begun) < many:
+                    await anyio.sleep(0)
+                for _ in range(many):
+                    await anyio.sleep(0)
+                await in_the_frameworks_pool()
+                assert not entered
+
+    run(main)
+    assert len(entered) == many

@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import threading
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -27,17 +26,17 @@ from dmabuf._native import Shm
 from dmabuf.core import awaiting, debug, residence
 from dmabuf.core.fence import monotonic_deadline
 from dmabuf.core.fence_ops import ask
+from dmabuf.core.lock_waits import until_free
 from dmabuf.core.owner import Owner, acting, current, publish
 from dmabuf.core.usage import Direction, Usage
 from dmabuf.core.ww_mutex import lock_all
 from dmabuf.domain import place
 from dmabuf.domain.dispatcher import dispatcher, report
-from dmabuf.domain.domain import TICK_NS, Domain
+from dmabuf.domain.domain import Domain
 from dmabuf.errors import contract_warning, fail
 
 if TYPE_CHECKING:
     from dmabuf.core.buffer import DmaBuf
-    from dmabuf.core.resv import DmaResv
 
 _READ, _WRITE = int(Usage.READ), int(Usage.WRITE)
 _pid = os.getpid
@@ -428,15 +427,11 @@ def _wait(parts: Sequence[Access], owner: Owner, pending: Sequence[int], until: 
 
 async def _locks_free(parts: Sequence[Access], owner: Owner, until: int) -> None:
     """A reservation lock is held for microseconds; a loop must all the same not stand still while somebody's is held for longer."""
-    resvs = [part.buf.resv for part in parts]
-    while any(resv.is_locked() and resv._mine(owner) is None for resv in resvs):
-        gone = threading.Event()
-        try:
-            await awaiting.in_thread(_until_free, resvs, until, gone)
-        except TimeoutError:
-            raise parts[0]._timed_out() from None
-        finally:
-            gone.set()
+    for resv in [part.buf.resv for part in parts]:
+        while resv.is_locked() and resv._mine(owner) is None:
+            left = None if until < 0 else max(0.0, (until - time.monotonic_ns()) / 1e9)
+            if not await until_free(resv, left):
+                raise parts[0]._timed_out()
 
 
 async def _wait_async(parts: Sequence[Access], owner: Owner, pending: Sequence[int], until: int) -> None:
@@ -470,22 +465,6 @@ async def _wait_async(parts: Sequence[Access], owner: Owner, pending: Sequence[i
         kernel = part.buf._kernel()
         if kernel is not None and not await kernel.settle_async(part.buf, part.write, until):
             raise part._timed_out(": in the way is a fence of the kernel's")
-
-
-def _until_free(resvs: Sequence[DmaResv], until: int, gone: threading.Event) -> None:
-    """In a thread: wait until none of the locks is held, by taking and giving back each; a tick longer at most than anybody cares."""
-    for resv in resvs:
-        owner = current(resv.domain)
-        shm, index = resv._record.at()
-        answer = -errno.ETIMEDOUT
-        while answer == -errno.ETIMEDOUT and not gone.is_set():
-            now = time.monotonic_ns()
-            if 0 <= until <= now:
-                raise TimeoutError
-            tick = now + TICK_NS
-            answer = shm.resv_lock(index, owner.word, 0, False, False, tick if until < 0 else min(until, tick))
-        if answer >= 0:
-            shm.resv_unlock(index, owner.word)
 
 
 def _locked_here(part: Access) -> NoReturn:

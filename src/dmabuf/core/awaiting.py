@@ -220,13 +220,41 @@ async def descriptor(fd: int, write: bool, timeout: float | None) -> bool:
     return not scope.cancelled_caught
 
 
-async def in_thread(fn: Callable[..., object], *args: object) -> None:
-    """Call a blocking function in a thread of the framework's. A cancelled task goes on at once; the thread when the function is over."""
+async def in_thread(fn: Callable[[], object]) -> None:
+    """Call a blocking function in a thread of its own. A cancelled task goes on at once; the thread when the function is over.
+
+    Not in a pool: what it waits for may be a task that waits for a thread of the pool. Errors: the function's.
+    """
     framework = _framework()
-    if framework.__name__ == "asyncio":
-        await framework._get_running_loop().run_in_executor(None, fn, *args)
-    else:
-        await framework.to_thread.run_sync(fn, *args, abandon_on_cancel=True)
+    if framework.__name__ != "asyncio":
+        await framework.to_thread.run_sync(fn, limiter=framework.CapacityLimiter(1), abandon_on_cancel=True)
+        return
+    over, failed = _begun(fn)
+    await over
+    if failed:
+        raise failed.pop()
+
+
+def _begun(fn: Callable[[], object]) -> tuple[_AsyncioPause, list[BaseException]]:
+    """Start a thread that calls it: what ends with it, and what it raised (not in the future, which the error's traceback would keep).
+
+    Where no thread is to be had it is called here.
+    """
+    over = _AsyncioPause(_framework()._get_running_loop())
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            fn()
+        except BaseException as e:
+            failed.append(e)
+        over.end()
+
+    try:
+        threading.Thread(target=run, name="dmabuf-awaited", daemon=True).start()
+    except RuntimeError:
+        run()
+    return over, failed
 
 
 async def to_its_end(fn: Callable[[], object]) -> None:
@@ -239,21 +267,7 @@ async def to_its_end(fn: Callable[[], object]) -> None:
         await framework.to_thread.run_sync(fn, limiter=framework.CapacityLimiter(1))
         await framework.lowlevel.checkpoint_if_cancelled()
         return
-    over = _AsyncioPause(framework._get_running_loop())
-    failed: list[BaseException] = []  # not in the future, which the error's traceback would keep
-
-    def run() -> None:
-        try:
-            fn()
-        except BaseException as e:
-            failed.append(e)
-        over.end()
-
-    try:
-        threading.Thread(target=run, name="dmabuf-awaited", daemon=True).start()
-    except RuntimeError:  # no thread to be had
-        fn()
-        return
+    over, failed = _begun(fn)
     cancelled: BaseException | None = None
     while not over._future.done():
         try:
