@@ -210,6 +210,39 @@ def test_a_locked_call_that_is_poked_ends_with_the_exporters_death(child: Spawn)
     buf.close()
 
 
+def holds_up(state: Any) -> None:
+    """The importer takes its time."""
+    state.go, state.told, inner = threading.Event(), [], Mover.move_notify
+
+    def wait(self: Mover, attachment: DmaBufAttachment) -> None:
+        state.told.append(1)
+        state.go.wait()
+        inner(self, attachment)
+
+    Mover.move_notify = wait  # type: ignore[method-assign]
+
+
+def told(state: Any) -> bool:
+    return bool(state.told)
+
+
+def holds_up_no_more(state: Any) -> None:
+    state.go.set()
+
+
+def test_an_exporter_that_moves_waits_for_importers_elsewhere_before_what_the_handler_raised_comes(child: Spawn, dynamic: Dynamic) -> None:
+    with dmabuf.export(dynamic, SIZE) as buf, Place(child, False).of(buf) as there:
+        there.do(do.attach, dynamic=True)
+        there.do(holds_up)
+        with buf.resv.locked():
+            stop = KeyboardInterrupt  # an Exception would be taken for the importer's, and reported
+            with poked(lambda: there.do(told), lambda: there.do(holds_up_no_more), kind=stop), pytest.raises(stop):
+                buf.move_notify()
+            assert there.do(do.heard) == (1, True)
+            assert buf.resv.held_here()
+        there.do(do.detach)
+
+
 # -- calls in calls
 
 

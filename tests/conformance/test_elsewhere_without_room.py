@@ -16,7 +16,7 @@ from tests.support import elsewhere as do
 from tests.support.children import Spawn
 from tests.support.drivers import PAGE, Dynamic
 from tests.support.errnos import raises_errno
-from tests.support.waiting import until
+from tests.support.waiting import until, until_others_sleep
 
 TO = int(Direction.TO_DEVICE)
 SIZE = 4 * PAGE
@@ -39,8 +39,15 @@ class Scattered(Dynamic):
         self.tables.remove(sgt)
 
 
+def has_none(state: SimpleNamespace) -> None:
+    """No descriptor can be made, whatever others close, until `gives_way`. What waits for a few may go on: poll(2) obeys the limit too."""
+    state.limits, state.hoard = resource.getrlimit(resource.RLIMIT_NOFILE), []
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, state.limits[1]))
+
+
 def hoards(state: SimpleNamespace) -> None:
-    """No descriptor is left, until `gives_way`."""
+    """No descriptor is left but for what this process closes from now on, until `gives_way`."""
+    until_others_sleep()
     state.limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     fd = os.open(os.devnull, os.O_RDONLY)
     state.hoard = [fd]
@@ -103,7 +110,7 @@ def test_what_the_exporter_has_no_descriptor_for_is_emfile_and_undone(child: Spa
         for function, *more in before:
             here.do(function, *more)
         had = len(ask(calls))
-        ask(hoards)
+        ask(has_none)
         with no_room(THERE):
             here.do(call, *arguments)
         assert ask(calls)[had:] == seen
@@ -126,7 +133,7 @@ def test_what_needs_no_descriptor_goes_on(child: Spawn) -> None:
         here.do(do.begin, TO)
         here.do(do.map_bytes)
         had = len(ask(calls))
-        ask(hoards)
+        ask(has_none)
         here.do(do.pin)
         here.do(do.begin, TO)
         here.do(do.end, TO)
@@ -155,7 +162,7 @@ def test_a_caller_that_connects_to_a_process_without_descriptors_gets_emfile(chi
 def test_an_answer_too_long_to_be_sent_without_a_descriptor_is_emfile_and_undone(child: Spawn) -> None:
     with exported(child, Scattered) as (ask, here):
         here.do(do.attach, True)
-        ask(hoards)
+        ask(has_none)
         with no_room(THERE):
             here.do(do.mapped, TO)
         assert ask(calls) == ["attach", "pin", "map", "unmap", "unpin"]
@@ -176,7 +183,7 @@ def test_what_gives_back_needs_no_connection(child: Spawn, full: str) -> None:
         while line._idle:  # as if other calls were using them
             line._idle.pop().close()
         mine = SimpleNamespace()
-        hoards(mine) if full == "here" else ask(hoards)
+        has_none(mine) if full == "here" else ask(hoards)
         try:
             here.do(do.unmapped)
             here.do(do.vunmap)
@@ -194,7 +201,7 @@ def test_what_the_caller_has_no_descriptor_for_is_emfile_and_undone(child: Spawn
     with exported(child) as (ask, here):
         here.do(do.attach, True)
         mine = SimpleNamespace()
-        hoards(mine)
+        has_none(mine)
         try:
             with no_room("this process"):
                 here.do(call, *arguments)
@@ -214,7 +221,7 @@ def test_what_the_caller_has_no_descriptor_for_is_emfile_and_undone(child: Spawn
 def test_a_caller_without_descriptors_cant_connect(child: Spawn) -> None:
     with exported(child) as (ask, here):
         mine = SimpleNamespace()
-        hoards(mine)
+        has_none(mine)
         try:
             with no_room("this process"):
                 here.do(do.begin, TO)
