@@ -69,51 +69,56 @@ def cast(child: Spawn, count: int, *bufs: DmaBuf) -> list[Child]:
     return actors
 
 
+def enters(one: Child, mode: str, number: int = 0, first: int = 0) -> None:
+    """Let an actor enter at once, and see that first byte."""
+    one.send((mode, number))
+    assert one.recv() == ("in", first)
+
+
+def leaves(one: Child, last: int) -> None:
+    """Let an actor leave; the last it saw."""
+    one.send("leave")
+    assert one.recv() == ("out", last)
+
+
 # -- exclusion and order
 
 
 def test_a_writer_excludes_readers(child: Spawn, buf: DmaBuf) -> None:
     writer, reader = cast(child, 2, buf)
-    writer.send(("write", 0))
-    assert writer.recv() == ("in", 0)
+    enters(writer, "write")
     reader.send(("read", 0))
     arrived(buf, 2)
     until_asleep(reader.pid)
-    writer.send("leave")
-    assert writer.recv() == ("out", 2)
+    leaves(writer, last=2)
     # 1 would have been beside the writer.
     assert reader.recv() == ("in", 2)
 
 
 def test_a_writer_excludes_writers(child: Spawn, buf: DmaBuf) -> None:
     one, two = cast(child, 2, buf)
-    one.send(("write", 0))
-    assert one.recv() == ("in", 0)
+    enters(one, "write")
     two.send(("write", 0))
     arrived(buf, 2)
     until_asleep(two.pid)
-    one.send("leave")
-    assert one.recv() == ("out", 2)
+    leaves(one, last=2)
     assert two.recv() == ("in", 2)
 
 
 def test_a_reader_excludes_writers(child: Spawn, buf: DmaBuf) -> None:
     reader, writer = cast(child, 2, buf)
-    reader.send(("read", 0))
-    assert reader.recv() == ("in", 0)
+    enters(reader, "read")
     writer.send(("write", 0))
     arrived(buf, 2)
     until_asleep(writer.pid)
-    reader.send("leave")
-    assert reader.recv() == ("out", 0)
+    leaves(reader, last=0)
     assert writer.recv() == ("in", 0)
 
 
 def test_readers_overlap(child: Spawn, buf: DmaBuf) -> None:
     actors = cast(child, 3, buf)
     for reader in actors:
-        reader.send(("read", 0))
-        assert reader.recv() == ("in", 0)
+        enters(reader, "read")
     with buf.read():
         assert len(buf.resv.fences(Usage.READ)) == 4
 
@@ -122,20 +127,17 @@ def test_arrival_order_three_overlapping_readers_do_not_starve_a_writer(child: S
     """Each reader asks again before the next one leaves: there is always one inside, and the writer still gets in."""
     *readers, writer = cast(child, 4, buf)
     for reader in readers:
-        reader.send(("read", 0))
-        assert reader.recv() == ("in", 0)
+        enters(reader, "read")
     writer.send(("write", 0))
     arrived(buf, 4)
     until_asleep(writer.pid)
     for reader in readers:
-        reader.send("leave")
-        assert reader.recv() == ("out", 0)
+        leaves(reader, last=0)
         reader.send(("read", 0))
         # Those still inside, the writer, and those who asked again.
         arrived(buf, 4)
     assert writer.recv() == ("in", 0)
-    writer.send("leave")
-    assert writer.recv() == ("out", 2)
+    leaves(writer, last=2)
     # All of them came after the writer.
     assert [reader.recv() for reader in readers] == [("in", 2)] * 3
 
@@ -148,8 +150,7 @@ def test_writers_are_let_in_one_by_one_in_the_order_of_arrival(child: Spawn, buf
             arrived(buf, number + 2)
     for number, writer in enumerate(actors):
         assert writer.recv() == ("in", 2 * number)
-        writer.send("leave")
-        assert writer.recv() == ("out", 2 * number + 2)
+        leaves(writer, last=2 * number + 2)
 
 
 # -- torn content
@@ -157,8 +158,7 @@ def test_writers_are_let_in_one_by_one_in_the_order_of_arrival(child: Spawn, buf
 
 def test_content_torn_by_an_exception_is_torn_everywhere_until_written(child: Spawn, buf: DmaBuf) -> None:
     writer, reader = cast(child, 2, buf)
-    writer.send(("write", 0))
-    assert writer.recv() == ("in", 0)
+    enters(writer, "write")
     writer.send("raise")
     assert writer.recv() == "raised"
     with raises_errno(errno.ECANCELED), buf.read():
@@ -167,26 +167,22 @@ def test_content_torn_by_an_exception_is_torn_everywhere_until_written(child: Sp
     assert reader.recv()[0] == errno.ECANCELED
     with buf.write() as view:
         view[0] = 9
-    reader.send(("read", 0))
-    assert reader.recv() == ("in", 9)
+    enters(reader, "read", first=9)
 
 
 def test_content_torn_by_death_is_torn_everywhere_until_written(child: Spawn, buf: DmaBuf) -> None:
     writer, reader, healer = cast(child, 3, buf)
-    writer.send(("write", 0))
-    assert writer.recv() == ("in", 0)
+    enters(writer, "write")
     writer.kill()
     for _ in range(2):
         with raises_errno(errno.EOWNERDEAD), buf.read():
             pass
     reader.send(("read", 0))
     assert reader.recv()[0] == errno.EOWNERDEAD
-    healer.send(("write", 0))
-    assert healer.recv() == ("in", 1)
+    enters(healer, "write", first=1)
     reader.send(("read", 0))
     arrived(buf, 2)
-    healer.send("leave")
-    assert healer.recv() == ("out", 3)
+    leaves(healer, last=3)
     assert reader.recv() == ("in", 3)
     with buf.read() as view:
         assert view[0] == 3
@@ -207,8 +203,7 @@ def test_the_last_way_of_tearing_is_told(child: Spawn, buf: DmaBuf) -> None:
 
 def test_who_waits_for_a_writer_that_is_killed_is_told(child: Spawn, buf: DmaBuf) -> None:
     writer, reader = cast(child, 2, buf)
-    writer.send(("write", 0))
-    assert writer.recv() == ("in", 0)
+    enters(writer, "write")
     reader.send(("read", 0))
     arrived(buf, 2)
     until_asleep(reader.pid)
@@ -219,8 +214,7 @@ def test_who_waits_for_a_writer_that_is_killed_is_told(child: Spawn, buf: DmaBuf
 
 def test_a_writer_that_waits_for_a_killed_writer_gets_in(child: Spawn, buf: DmaBuf) -> None:
     one, two = cast(child, 2, buf)
-    one.send(("write", 0))
-    assert one.recv() == ("in", 0)
+    enters(one, "write")
     two.send(("write", 0))
     arrived(buf, 2)
     until_asleep(two.pid)
@@ -230,8 +224,7 @@ def test_a_writer_that_waits_for_a_killed_writer_gets_in(child: Spawn, buf: DmaB
 
 def test_a_writer_killed_while_it_waits_has_torn_nothing(child: Spawn, buf: DmaBuf) -> None:
     reader, writer, late = cast(child, 3, buf)
-    reader.send(("read", 0))
-    assert reader.recv() == ("in", 0)
+    enters(reader, "read")
     writer.send(("write", 0))
     arrived(buf, 2)
     until_asleep(writer.pid)
@@ -244,8 +237,7 @@ def test_a_writer_killed_while_it_waits_has_torn_nothing(child: Spawn, buf: DmaB
     with buf.read() as view:
         assert view[0] == 0
     for each in (reader, late):
-        each.send("leave")
-        assert each.recv() == ("out", 0)
+        leaves(each, last=0)
     with buf.write(timeout=0):
         pass
 
@@ -254,24 +246,20 @@ def test_a_writer_killed_while_it_waits_has_torn_nothing(child: Spawn, buf: DmaB
 def test_a_killed_reader_tears_nothing_and_is_in_nobodys_way(child: Spawn, buf: DmaBuf, waiting: bool) -> None:
     reader, writer = cast(child, 2, buf)
     if waiting:
-        writer.send(("write", 0))
-        assert writer.recv() == ("in", 0)
+        enters(writer, "write")
         reader.send(("read", 0))
         arrived(buf, 2)
         until_asleep(reader.pid)
         reader.kill()
-        writer.send("leave")
-        assert writer.recv() == ("out", 2)
+        leaves(writer, last=2)
     else:
-        reader.send(("read", 0))
-        assert reader.recv() == ("in", 0)
+        enters(reader, "read")
         writer.send(("write", 0))
         arrived(buf, 2)
         until_asleep(writer.pid)
         reader.kill()
         assert writer.recv() == ("in", 0)
-        writer.send("leave")
-        assert writer.recv() == ("out", 2)
+        leaves(writer, last=2)
     with buf.write() as view:
         assert view[0] == 2
     with buf.read() as view:
@@ -285,16 +273,14 @@ def test_a_killed_reader_tears_nothing_and_is_in_nobodys_way(child: Spawn, buf: 
 @pytest.mark.parametrize("timeout", [0, 0.005])
 def test_a_timeout_adds_nothing_and_leaves_the_other_alone(child: Spawn, buf: DmaBuf, mode: str, timeout: float) -> None:
     (writer,) = cast(child, 1, buf)
-    writer.send(("write", 0))
-    assert writer.recv() == ("in", 0)
+    enters(writer, "write")
     before = keys(buf.resv)
     assert len(before) == 1
     with raises_errno(errno.ETIMEDOUT, TimeoutError) as caught, getattr(buf, mode)(timeout=timeout):
         pass
     assert str(writer.pid) in str(caught.value)
     assert keys(buf.resv) == before
-    writer.send("leave")
-    assert writer.recv() == ("out", 2)
+    leaves(writer, last=2)
     with buf.read(timeout=60) as view:
         assert view[0] == 2
 

@@ -67,24 +67,6 @@ def poked(
         signal.signal(signal.SIGUSR1, before)
 
 
-@contextlib.contextmanager
-def exported(child: Spawn) -> Iterator[tuple[Callable[..., Any], do.Here]]:
-    """A buffer of another process: a way to ask that for f(its state, …), and the buffer here."""
-    other = child(do.exports, Dynamic, SIZE)
-    (buf,) = dmabuf.recv(other.sock)
-    here = do.Here(buf)
-
-    def ask(function: Any, *more: Any) -> Any:
-        other.send((function, *more))
-        return other.recv()
-
-    yield ask, here
-    here.state.__dict__.clear()
-    buf.close()
-    other.send(None)
-    other.result()
-
-
 UNDONE = {
     "begin": ([], (do.begin, TO), ["begin", "end"]),
     "mmap": ([], (do.map_bytes,), ["mmap"]),
@@ -98,7 +80,7 @@ UNDONE = {
 @pytest.mark.parametrize("op", ["begin", "mmap", "attach"])
 def test_a_call_that_a_signal_ends_is_undone_in_the_exporters_process(child: Spawn, op: str) -> None:
     before, (call, *arguments), want = UNDONE[op]
-    with exported(child) as (ask, here):
+    with do.exported(child) as (ask, here):
         buf = here.state.buf
         for function, *more in before:
             here.do(function, *more)
@@ -117,7 +99,7 @@ def test_a_call_that_a_signal_ends_is_undone_in_the_exporters_process(child: Spa
 @pytest.mark.parametrize("op", ["pin", "map", "vmap"])
 def test_a_locked_call_is_seen_through_and_undone_before_what_the_handler_raised_comes(child: Spawn, op: str, times: int) -> None:
     before, (call, *arguments), want = UNDONE[op]
-    with exported(child) as (ask, here):
+    with do.exported(child) as (ask, here):
         buf = here.state.buf
         for function, *more in before:
             here.do(function, *more)
@@ -139,7 +121,7 @@ def test_what_gives_back_is_seen_through_too(child: Spawn, op: str) -> None:
         "vunmap": [(do.vmap,)],
     }
     back = {"unpin": do.unpin, "unmap": do.unmapped, "vunmap": do.vunmap}[op]
-    with exported(child) as (ask, here):
+    with do.exported(child) as (ask, here):
         for function, *more in made[op]:
             here.do(function, *more)
         ask(blocks, op)
@@ -153,7 +135,7 @@ def test_what_gives_back_is_seen_through_too(child: Spawn, op: str) -> None:
 
 @pytest.mark.parametrize("kind", [Interrupt, TimeoutError, KeyboardInterrupt])
 def test_the_lock_is_held_again_when_what_the_handler_raised_comes(child: Spawn, kind: type[BaseException]) -> None:
-    with exported(child) as (ask, here):
+    with do.exported(child) as (ask, here):
         buf = here.state.buf
         att = buf.attach(Device("npu0"), Mover())
         ask(blocks, "pin")
@@ -170,7 +152,7 @@ def test_the_lock_is_held_again_when_what_the_handler_raised_comes(child: Spawn,
 
 
 def test_a_full_domain_keeps_nobody_from_a_locked_call(child: Spawn, monkeypatch: pytest.MonkeyPatch) -> None:
-    with exported(child) as (ask, here):
+    with do.exported(child) as (ask, here):
         buf = here.state.buf
         att = buf.attach(Device("npu0"), Mover())
 

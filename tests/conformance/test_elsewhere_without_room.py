@@ -4,13 +4,12 @@ import contextlib
 import errno
 import os
 import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-import dmabuf
 from dmabuf import Direction, DmaBufAttachment, SgTable
 from tests.support import elsewhere as do
 from tests.support.children import Spawn
@@ -22,7 +21,6 @@ TO = int(Direction.TO_DEVICE)
 SIZE = 4 * PAGE
 ENTRIES = 4000  # more than a message holds by itself
 THERE = "the process that was asked"
-Ask = Callable[..., Any]
 
 
 class Scattered(Dynamic):
@@ -74,24 +72,6 @@ def calls(state: Any) -> list[Any]:
     return [call if isinstance(call, str) else call[0] for call in state.exporter.calls]
 
 
-@contextlib.contextmanager
-def exported(child: Spawn, kind: type[Dynamic] = Dynamic) -> Iterator[tuple[Ask, do.Here]]:
-    """A buffer of another process: a way to ask that for f(its state, …), and the buffer here."""
-    other = child(do.exports, kind, SIZE)
-    (buf,) = dmabuf.recv(other.sock)
-    here = do.Here(buf)
-
-    def ask(function: Any, *more: Any) -> Any:
-        other.send((function, *more))
-        return other.recv()
-
-    yield ask, here
-    here.state.__dict__.clear()
-    buf.close()
-    other.send(None)
-    other.result()
-
-
 NEEDS_ONE: dict[str, tuple[list[Any], Any, list[str]]] = {
     "attach": ([], (do.attach, True), []),
     "mmap": ([(do.attach, True)], (do.map_bytes,), ["mmap"]),
@@ -104,7 +84,7 @@ NEEDS_ONE: dict[str, tuple[list[Any], Any, list[str]]] = {
 @pytest.mark.parametrize("op", list(NEEDS_ONE))
 def test_what_the_exporter_has_no_descriptor_for_is_emfile_and_undone(child: Spawn, op: str) -> None:
     before, (call, *arguments), seen = NEEDS_ONE[op]
-    with exported(child) as (ask, here):
+    with do.exported(child) as (ask, here):
         here.do(do.begin, TO)  # there is a connection
         here.do(do.end, TO)
         for function, *more in before:
@@ -126,7 +106,7 @@ def test_what_the_exporter_has_no_descriptor_for_is_emfile_and_undone(child: Spa
 
 
 def test_what_needs_no_descriptor_goes_on(child: Spawn) -> None:
-    with exported(child) as (ask, here):
+    with do.exported(child) as (ask, here):
         here.do(do.attach, True)
         here.do(do.mapped, TO)
         here.do(do.vmap)
@@ -148,7 +128,7 @@ def test_what_needs_no_descriptor_goes_on(child: Spawn) -> None:
 
 
 def test_a_caller_that_connects_to_a_process_without_descriptors_gets_emfile(child: Spawn) -> None:
-    with exported(child) as (ask, here):
+    with do.exported(child) as (ask, here):
         ask(hoards)
         for _ in range(3):  # what makes room for a refusal is there again each time
             with no_room(THERE):
@@ -160,7 +140,7 @@ def test_a_caller_that_connects_to_a_process_without_descriptors_gets_emfile(chi
 
 
 def test_an_answer_too_long_to_be_sent_without_a_descriptor_is_emfile_and_undone(child: Spawn) -> None:
-    with exported(child, Scattered) as (ask, here):
+    with do.exported(child, Scattered) as (ask, here):
         here.do(do.attach, True)
         ask(has_none)
         with no_room(THERE):
@@ -175,7 +155,7 @@ def test_an_answer_too_long_to_be_sent_without_a_descriptor_is_emfile_and_undone
 
 @pytest.mark.parametrize("full", ["here", "there"])
 def test_what_gives_back_needs_no_connection(child: Spawn, full: str) -> None:
-    with exported(child) as (ask, here):
+    with do.exported(child) as (ask, here):
         here.do(do.attach, True)
         here.do(do.mapped, TO)
         here.do(do.vmap)
@@ -198,7 +178,7 @@ def test_what_gives_back_needs_no_connection(child: Spawn, full: str) -> None:
 @pytest.mark.parametrize("op", ["mmap", "map", "vmap"])
 def test_what_the_caller_has_no_descriptor_for_is_emfile_and_undone(child: Spawn, op: str) -> None:
     _, (call, *arguments), seen = NEEDS_ONE[op]
-    with exported(child) as (ask, here):
+    with do.exported(child) as (ask, here):
         here.do(do.attach, True)
         mine = SimpleNamespace()
         has_none(mine)
@@ -219,7 +199,7 @@ def test_what_the_caller_has_no_descriptor_for_is_emfile_and_undone(child: Spawn
 
 
 def test_a_caller_without_descriptors_cant_connect(child: Spawn) -> None:
-    with exported(child) as (ask, here):
+    with do.exported(child) as (ask, here):
         mine = SimpleNamespace()
         has_none(mine)
         try:

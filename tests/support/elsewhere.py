@@ -20,10 +20,11 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import dmabuf
 from dmabuf import DmaBuf
 from tests.support.children import Child, Parent, Spawn
-from tests.support.drivers import Bare, Mover
+from tests.support.drivers import PAGE, Bare, Dynamic, Mover
 
 P = ParamSpec("P")
 T = TypeVar("T")
+Ask = Callable[..., Any]
 
 
 class There:
@@ -96,6 +97,24 @@ def exports(parent: Parent, kind: type[Bare], size: int) -> None:
         parent.send(function(state, *arguments))
     buf.close()
     state.exporter.close()
+
+
+@contextlib.contextmanager
+def exported(child: Spawn, kind: type[Dynamic] = Dynamic) -> Iterator[tuple[Ask, Here]]:
+    """A buffer of another process: a way to ask that for f(its state, …), and the buffer here."""
+    other = child(exports, kind, 4 * PAGE)
+    (buf,) = dmabuf.recv(other.sock)
+    here = Here(buf)
+
+    def ask(function: Any, *more: Any) -> Any:
+        other.send((function, *more))
+        return other.recv()
+
+    yield ask, here
+    here.state.__dict__.clear()
+    buf.close()
+    other.send(None)
+    other.result()
 
 
 def _portable(error: Exception) -> Exception:
