@@ -18,6 +18,7 @@ import multiprocessing.resource_tracker
 import os
 import socket
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,8 +32,8 @@ SHM = Path("/dev/shm")
 DIRECTORY_PREFIX = "dmabuf-test-"
 # Looks after a test before what is there counts as left, each with all threads at rest.
 _LOOKS = 20
-# Looks at threads that never come to rest: somebody left one running.
-_PATIENCE = 20_000
+# For a thread that never comes to rest, in ns: somebody left it running. All the looks are over before the watchdog bites.
+_PATIENCE_NS = 3_000_000_000
 
 
 def _default_domain() -> Any:
@@ -89,8 +90,8 @@ def _ended(conn: socket.socket) -> bool:
 
 def rest() -> None:
     """Until every other thread of this process sleeps, so that what one of them is in the middle of has come to its end."""
-    looks = iter(range(_PATIENCE))
-    until_others_sleep(over=lambda: next(looks, None) is None)
+    end = time.monotonic_ns() + _PATIENCE_NS
+    until_others_sleep(over=lambda: time.monotonic_ns() > end)
 
 
 def descriptors() -> int:

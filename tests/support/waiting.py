@@ -19,6 +19,8 @@ T = TypeVar("T")
 # So long, in ns, between two looks with no switch in between: more than a lock that is passed on takes, and than two of Python's switch
 # intervals; and within one tick of a wait of ours (40 ms), after which there was a switch.
 _CALM_NS = 12_000_000
+# On a machine so loaded that each look comes after a tick: asleep in so many of them, with so much time between, is asleep.
+_LOOKS = 20
 
 
 def _never() -> bool:
@@ -46,23 +48,45 @@ def until_others_sleep(over: Callable[[], bool] = _never) -> None:
     _until_calm([f"/proc/self/task/{tid}/status" for tid in os.listdir("/proc/self/task") if int(tid) != me], over)
 
 
+class _Seen:
+    """What the looks at one thread have shown so far."""
+
+    def __init__(self) -> None:
+        self.state: tuple[bytes, bytes] | None = None
+        self.since = self.asleep_since = self.looks = 0  # ns: the same state, and asleep in every look; how many those were
+
+    def again(self, now: tuple[bytes, bytes], before: int) -> bool:
+        """One more look, begun at ``before``: is it at rest?"""
+        if now[0] != b"S":
+            self.state, self.looks = now, 0
+            return False
+        if not self.looks:
+            self.asleep_since = time.monotonic_ns()
+        self.looks += 1
+        if now != self.state:
+            self.state, self.since = now, time.monotonic_ns()
+        elif before - self.since >= _CALM_NS:
+            return True
+        return self.looks > _LOOKS and before - self.asleep_since > _LOOKS * _CALM_NS
+
+
 def _until_calm(paths: list[str], over: Callable[[], bool]) -> None:
     fds = []
     try:
         for path in paths:
             with contextlib.suppress(FileNotFoundError):
                 fds.append(os.open(path, os.O_RDONLY))
-        last: list[tuple[bytes, bytes]] | None = None
-        since = 0
-        while not over():
-            before = time.monotonic_ns()
-            now = [state for fd in fds if (state := _state(fd)) is not None and state[0] not in b"ZX"]
-            asleep = all(letter == b"S" for letter, _ in now)
-            if not now or (asleep and now == last and before - since >= _CALM_NS):
-                return
-            if now != last:
-                last, since = now, time.monotonic_ns()
-            if asleep:
+        # Each by itself: several that tick don't rest at once.
+        waited = {fd: _Seen() for fd in fds}
+        while waited and not over():
+            asleep = True
+            for fd, seen in list(waited.items()):
+                before, now = time.monotonic_ns(), _state(fd)
+                if now is None or now[0] in b"ZX" or seen.again(now, before):
+                    del waited[fd]
+                else:
+                    asleep = asleep and now[0] == b"S"
+            if waited and asleep:
                 # Not by giving way: on a loaded machine the turn comes back after the tick, each time anew.
                 select.select([], [], [], _CALM_NS / 1e9)
             else:
