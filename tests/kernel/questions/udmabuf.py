@@ -238,7 +238,8 @@ def ask():
     fact("exp_name", "fdinfo", lambda: fdinfo(b3))
     # huge pages
     try:
-        open("/proc/sys/vm/nr_hugepages", "w").write("4")
+        for knob, value in (("drop_caches", "3"), ("compact_memory", "1"), ("nr_hugepages", "4")):  # free ones must be found first
+            open(f"/proc/sys/vm/{knob}", "w").write(value)
         H = 2 << 20
         hm = memfd(2 * H, F_SEAL_SHRINK, MFD_ALLOW_SEALING | MFD_CLOEXEC | MFD_HUGETLB)
         fact("hugetlb", "CREATE 2 MiB of a hugetlb memfd", lambda: mk(m=hm, size=H), fd=True)
