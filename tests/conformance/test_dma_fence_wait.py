@@ -15,7 +15,7 @@ from dmabuf import ContractWarning, DmaResv, Timeline, Usage
 from tests.support.errnos import raises_errno
 from tests.support.facts import FACTS
 from tests.support.fences import attach, entries, key
-from tests.support.signals import Stop, interrupt_when_asleep, on_signal, raise_stop
+from tests.support.signals import Stop, interrupt_until, interrupt_when_asleep, on_signal, raise_stop
 from tests.support.waiting import Background
 
 # Long enough to be "not now"; nobody waits for it to pass (seconds).
@@ -109,9 +109,13 @@ def test_a_wait_goes_on_when_the_signal_handler_returns(tl: Timeline) -> None:
 def test_an_interruptible_wait_is_eintr_when_the_signal_handler_returns(tl: Timeline) -> None:
     fence = tl.fence()
     handled: list[int] = []
-    with on_signal(lambda number, _: handled.append(number)), Background(lambda: interrupt_when_asleep(1)):
+    over: list[bool] = []
+    with on_signal(lambda number, _: handled.append(number)), Background(lambda: interrupt_until(lambda: over)):
         with raises_errno(errno.EINTR, InterruptedError):
-            fence.wait(interruptible=True)
+            try:
+                fence.wait(interruptible=True)
+            finally:
+                over.append(True)
     assert handled
     fence.signal()
 

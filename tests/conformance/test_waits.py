@@ -21,7 +21,7 @@ from tests.support.children import Child, Parent, Spawn
 from tests.support.errnos import raises_errno
 from tests.support.fences import attach, the_fence
 from tests.support.partners import handed
-from tests.support.signals import Stop, interrupt_when_asleep, on_signal, raise_stop
+from tests.support.signals import Stop, interrupt_until, interrupt_when_asleep, on_signal, raise_stop
 from tests.support.waiting import Background, until, until_asleep
 
 SHORT = 0.002  # seconds: over soon
@@ -179,8 +179,12 @@ def test_a_wait_goes_on_when_a_signal_handler_returns(child: Spawn, buf: DmaBuf,
 def test_an_interruptible_wait_is_eintr_when_a_signal_handler_returns(child: Spawn, buf: DmaBuf, name: str) -> None:
     row = ROWS[name]
     made, other = world(child, buf, row.blocked_by)
-    with on_signal(lambda *_: None), Background(lambda: interrupt_when_asleep(1)), raises_errno(errno.EINTR, InterruptedError):
-        row.call(made, interruptible=True)
+    over: list[bool] = []
+    with on_signal(lambda *_: None), Background(lambda: interrupt_until(lambda: over)), raises_errno(errno.EINTR, InterruptedError):
+        try:
+            row.call(made, interruptible=True)
+        finally:
+            over.append(True)
     other.send("go")
     other.result()
     left_nothing(made, 0)
