@@ -99,6 +99,13 @@ static int sleeper_enter(a32 *word) { /* GIL held; -1: no room or no thread, the
   return -1;
 }
 
+static int signal_pending(const sigset_t *blocked) { /* is there one that waits only because this thread blocks more than these? */
+  sigset_t found;
+  sigpending(&found);
+  for (int i = 1; i < NSIG; i++)
+    if (sigismember(&found, i) == 1 && !sigismember(blocked, i)) return 1;
+  return 0;
+}
 int shm_sleep(Shm *s, a32 *word, uint32_t expected, int64_t until, int kind, uint64_t value) {
   int64_t limit = -1;
   if (until >= 0) {
@@ -110,14 +117,25 @@ int shm_sleep(Shm *s, a32 *word, uint32_t expected, int64_t until, int kind, uin
   if (slot < 0 && (limit < 0 || limit > DB_TICK_NS)) { limit = DB_TICK_NS; alone = 1; }
   struct timespec t = {limit / 1000000000, limit % 1000000000};
   long r;
-  int err;
+  int err, tick, signalled;
+  sigset_t all, old;
   Py_BEGIN_ALLOW_THREADS
   r = futex(word, FUTEX_WAIT, expected, limit < 0 ? NULL : &t);
   err = errno;
+  signalled = r < 0 && err == EINTR;
+  tick = atomic_load(&ticks) != before || (alone && r < 0 && err == ETIMEDOUT);
+  if (tick && !signalled) { /* the GIL may be long in coming: a signal in that time ends the sleep as one before it does */
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &old);
+  }
   Py_END_ALLOW_THREADS
   if (slot >= 0) atomic_store(&sleepers[slot], NULL);
-  if (r < 0 && err == EINTR) return PyErr_CheckSignals() ? -1 : -2;
-  if (atomic_load(&ticks) != before || (alone && r < 0 && err == ETIMEDOUT)) {
+  if (tick && !signalled) {
+    signalled = signal_pending(&old);
+    pthread_sigmask(SIG_SETMASK, &old, NULL);
+  }
+  if (signalled) return PyErr_CheckSignals() ? -1 : -2;
+  if (tick) {
     if (PyErr_CheckSignals()) return -1; /* a signal that came just before the sleep did not end it */
     return shm_tick(s, kind, value) ? -1 : 1;
   }

@@ -1,10 +1,15 @@
 """Waiting for fences in one process, deadlines, and the end of fences that nobody signals (spec 3.2, 3.9, 3.12)."""
 
 import asyncio
+import ctypes
 import errno
 import gc
 import math
+import os
+import signal
+import sys
 import threading
+import time
 import warnings
 from typing import Any
 
@@ -15,8 +20,9 @@ from dmabuf import ContractWarning, DmaResv, Timeline, Usage
 from tests.support.errnos import raises_errno
 from tests.support.facts import FACTS
 from tests.support.fences import attach, entries, key
-from tests.support.signals import Stop, interrupt_until, interrupt_when_asleep, on_signal, raise_stop
-from tests.support.waiting import Background
+from tests.support.interrupts import ended_by_a_signal
+from tests.support.signals import Stop, interrupt_when_asleep, on_signal, raise_stop
+from tests.support.waiting import Background, until_asleep
 
 # Long enough to be "not now"; nobody waits for it to pass (seconds).
 LONG = 3600.0
@@ -108,15 +114,41 @@ def test_a_wait_goes_on_when_the_signal_handler_returns(tl: Timeline) -> None:
 
 def test_an_interruptible_wait_is_eintr_when_the_signal_handler_returns(tl: Timeline) -> None:
     fence = tl.fence()
-    handled: list[int] = []
-    over: list[bool] = []
-    with on_signal(lambda number, _: handled.append(number)), Background(lambda: interrupt_until(lambda: over)):
-        with raises_errno(errno.EINTR, InterruptedError):
-            try:
+    ended_by_a_signal(lambda: fence.wait(interruptible=True))
+    fence.signal()
+
+
+def test_a_signal_that_comes_while_the_interpreters_lock_is_waited_for_is_eintr(tl: Timeline) -> None:
+    fence, main = tl.fence(), threading.main_thread()
+    # Functions of libc that keep the interpreter's lock.
+    pread = ctypes.PyDLL(None).pread
+    text = ctypes.create_string_buffer(8192)
+    status = os.open(f"/proc/self/task/{main.native_id}/status", os.O_RDONLY)
+
+    def sleeps_and_switches() -> tuple[bool, bytes]:
+        size = pread(status, text, len(text), 0)
+        got = text.raw[:size]
+        return b"\nState:\tS" in got, got.rpartition(b"\nvoluntary_ctxt_switches:")[2].split()[0]
+
+    def hold_the_lock_and_poke() -> None:
+        until_asleep(os.getpid(), main.native_id)
+        _, before = sleeps_and_switches()
+        # The tick wakes it, and all it can do is to sleep again, for the lock; unless it does so already.
+        asleep, switches, enough = False, before, time.monotonic() + 0.5
+        while (not asleep or switches == before) and time.monotonic() < enough:
+            asleep, switches = sleeps_and_switches()
+        signal.pthread_kill(main.ident or 0, signal.SIGUSR1)
+
+    interval = sys.getswitchinterval()
+    try:
+        with on_signal(lambda *_: None), Background(hold_the_lock_and_poke) as job:
+            sys.setswitchinterval(600)
+            with raises_errno(errno.EINTR, InterruptedError):
                 fence.wait(interruptible=True)
-            finally:
-                over.append(True)
-    assert handled
+            job.result()
+    finally:
+        sys.setswitchinterval(interval)
+        os.close(status)
     fence.signal()
 
 

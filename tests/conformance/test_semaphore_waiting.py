@@ -5,15 +5,14 @@ import errno
 import math
 import os
 import select
-import signal
-import threading
 
 import pytest
 
 from dmabuf import DmaFence, TimelineSemaphore, wait_semaphores
 from tests.support.errnos import raises_errno
+from tests.support.interrupts import ended_by_a_signal
 from tests.support.semaphores import reached, told
-from tests.support.waiting import Background, until_asleep
+from tests.support.waiting import Background
 
 # ---- waiting ----
 
@@ -108,18 +107,7 @@ def test_a_deadline_is_told_to_the_fences(sem: TimelineSemaphore, fences: list[D
 def test_a_wait_is_interrupted_by_a_signal_if_asked(sem: TimelineSemaphore, fences: list[DmaFence], submitted: bool) -> None:
     if submitted:
         sem.import_fence(fences[0], 1)
-    before = signal.signal(signal.SIGUSR1, lambda *_: None)
-    here = threading.get_ident()
-
-    def interrupt() -> None:
-        until_asleep(os.getpid())
-        signal.pthread_kill(here, signal.SIGUSR1)
-
-    try:
-        with Background(interrupt), raises_errno(errno.EINTR):
-            sem.wait(1, for_submit=True, interruptible=True)
-    finally:
-        signal.signal(signal.SIGUSR1, before)
+    ended_by_a_signal(lambda: sem.wait(1, for_submit=True, interruptible=True))
 
 
 def test_await(sem: TimelineSemaphore, fences: list[DmaFence]) -> None:

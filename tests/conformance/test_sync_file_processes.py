@@ -441,8 +441,10 @@ def test_a_wait_elsewhere_is_interrupted(child: Spawn, tl: Timeline) -> None:
         other = child(waits_interruptibly)
         dmabuf.send(other.sock, sf)
         assert other.recv() == "waiting"
-        until_asleep(other.pid)
-        os.kill(other.pid, signal.SIGUSR1)
+        # Again while it is on its way to the wait: what comes there ends nothing.
+        while not other.has_sent():
+            until_asleep(other.pid, over=other.has_sent)
+            os.kill(other.pid, signal.SIGUSR1)
         assert other.result() == "EINTR"
         fence.signal()
 

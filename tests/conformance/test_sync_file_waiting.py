@@ -5,8 +5,6 @@ import errno
 import math
 import os
 import select
-import signal
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,6 +14,7 @@ import dmabuf
 from dmabuf import DmaFence, DmaFenceArray, DmaFenceChain, SyncFile, Timeline
 from tests.support.errnos import raises_errno
 from tests.support.facts import FACTS
+from tests.support.interrupts import ended_by_a_signal
 from tests.support.sync_files import names_in_domain, polled
 from tests.support.waiting import Background
 
@@ -256,19 +255,7 @@ def test_wait_for_a_merge_ends_with_its_last_fence(merged: tuple[SyncFile, DmaFe
 
 
 def test_wait_is_interrupted_by_a_signal_if_asked(sf: SyncFile) -> None:
-    before = signal.signal(signal.SIGUSR1, lambda *_: None)
-    try:
-        here, pid = threading.get_ident(), os.getpid()
-        from tests.support.waiting import until_asleep
-
-        def interrupt() -> None:
-            until_asleep(pid)
-            signal.pthread_kill(here, signal.SIGUSR1)
-
-        with Background(interrupt), raises_errno(errno.EINTR):
-            sf.wait(interruptible=True)
-    finally:
-        signal.signal(signal.SIGUSR1, before)
+    ended_by_a_signal(lambda: sf.wait(interruptible=True))
 
 
 def test_await_gives_the_status(sf: SyncFile, fence: DmaFence) -> None:

@@ -20,8 +20,9 @@ from dmabuf.domain.dispatcher import dispatcher
 from tests.support.children import Child, Parent, Spawn
 from tests.support.errnos import raises_errno
 from tests.support.fences import attach, the_fence
+from tests.support.interrupts import ended_by_a_signal
 from tests.support.partners import handed
-from tests.support.signals import Stop, interrupt_until, interrupt_when_asleep, on_signal, raise_stop
+from tests.support.signals import Stop, interrupt_when_asleep, on_signal, raise_stop
 from tests.support.waiting import Background, until, until_asleep
 
 SHORT = 0.002  # seconds: over soon
@@ -170,7 +171,8 @@ def test_a_wait_goes_on_when_a_signal_handler_returns(child: Spawn, buf: DmaBuf,
     with on_signal(lambda number, _: handled.append(number)):
         with Background(lambda: interrupt_when_asleep(2, after=lambda: other.send("go"))):
             row.call(made)
-    assert len(handled) == 2
+    # Two that come in the instant before it sleeps are handled as one.
+    assert 1 <= len(handled) <= 2
     other.result()
     left_nothing(made, 0)
 
@@ -179,12 +181,7 @@ def test_a_wait_goes_on_when_a_signal_handler_returns(child: Spawn, buf: DmaBuf,
 def test_an_interruptible_wait_is_eintr_when_a_signal_handler_returns(child: Spawn, buf: DmaBuf, name: str) -> None:
     row = ROWS[name]
     made, other = world(child, buf, row.blocked_by)
-    over: list[bool] = []
-    with on_signal(lambda *_: None), Background(lambda: interrupt_until(lambda: over)), raises_errno(errno.EINTR, InterruptedError):
-        try:
-            row.call(made, interruptible=True)
-        finally:
-            over.append(True)
+    ended_by_a_signal(lambda: row.call(made, interruptible=True))
     other.send("go")
     other.result()
     left_nothing(made, 0)

@@ -13,6 +13,7 @@ import dmabuf
 from dmabuf import ContractError, ContractWarning, DmaResv, WwAcquireContext
 from tests.support.errnos import raises_errno
 from tests.support.holder import Holder
+from tests.support.interrupts import ended_by_a_signal
 from tests.support.waiting import Background, until_asleep
 
 # -- signals
@@ -28,33 +29,23 @@ def poke_main_when_asleep(after: Callable[[], object] = lambda: None) -> None:
 
 
 def test_lock_interruptible_is_eintr_on_a_signal(resv: DmaResv) -> None:
-    old = signal.signal(signal.SIGUSR1, lambda *_: None)
-    try:
-        with Holder(resv), Background(poke_main_when_asleep):
-            with raises_errno(errno.EINTR, InterruptedError):
-                resv.lock_interruptible()
-            assert resv.trylock() is False
-    finally:
-        signal.signal(signal.SIGUSR1, old)
+    with Holder(resv):
+        ended_by_a_signal(resv.lock_interruptible)
+        assert resv.trylock() is False
 
 
 def test_lock_slow_is_eintr_on_a_signal_when_asked_and_its_lock_comes_first_still() -> None:
     wanted, own = DmaResv(), DmaResv()
-    old = signal.signal(signal.SIGUSR1, lambda *_: None)
-    try:
-        with Holder(wanted, with_context=True) as holder, WwAcquireContext() as younger:
-            own.lock(younger)
-            with raises_errno(errno.EDEADLK):
-                wanted.lock(younger)
-            own.unlock()
-            with Background(poke_main_when_asleep), raises_errno(errno.EINTR, InterruptedError):
-                wanted.lock_slow(younger, interruptible=True)
-            assert (younger.contended, younger.acquired) == (wanted, 0)
-            holder.let_go()
-            wanted.lock_slow(younger, interruptible=True)
-            wanted.unlock()
-    finally:
-        signal.signal(signal.SIGUSR1, old)
+    with Holder(wanted, with_context=True) as holder, WwAcquireContext() as younger:
+        own.lock(younger)
+        with raises_errno(errno.EDEADLK):
+            wanted.lock(younger)
+        own.unlock()
+        ended_by_a_signal(lambda: wanted.lock_slow(younger, interruptible=True))
+        assert (younger.contended, younger.acquired) == (wanted, 0)
+        holder.let_go()
+        wanted.lock_slow(younger, interruptible=True)
+        wanted.unlock()
 
 
 def test_lock_goes_on_after_a_signal(resv: DmaResv) -> None:

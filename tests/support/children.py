@@ -69,6 +69,10 @@ class _Link:
             # Killed with messages of ours unread: for whoever waits, the same as a plain end.
             raise EOFError from None
 
+    def has_sent(self) -> bool:
+        """Is there something to receive, or is the other side gone?"""
+        return self._messages.poll()
+
     def close(self) -> None:
         """Close this end; idempotent."""
         self._messages.close()

@@ -1,5 +1,6 @@
 """A signal that arrives while the main thread waits."""
 
+import errno
 import os
 import signal
 import threading
@@ -45,3 +46,10 @@ def interrupted(call: Callable[[], object], *, raising: bool) -> BaseException |
     finally:
         signal.signal(signal.SIGUSR1, before)
     return found
+
+
+def ended_by_a_signal(call: Callable[[], object]) -> None:
+    """Assert that a signal whose handler returns ends the call with EINTR."""
+    error = interrupted(call, raising=False)
+    assert isinstance(error, InterruptedError), error
+    assert error.errno == errno.EINTR

@@ -39,17 +39,3 @@ def interrupt_when_asleep(times: int, after: Callable[[], None] = lambda: None) 
         signal.pthread_kill(main.ident, signal.SIGUSR1)
     until_asleep(os.getpid(), main.native_id)
     after()
-
-
-def interrupt_until(over: Callable[[], object]) -> None:
-    """Send SIGUSR1 to the main thread each time it sleeps, until its wait is over.
-
-    Again, because a wait does not end by a signal that it meets together with a tick: the sleep was over by the tick, and the handler ran.
-    On a loaded machine a woken thread is late, and that is not rare.
-    """
-    main = threading.main_thread()
-    assert main.ident is not None
-    while not over():
-        until_asleep(os.getpid(), main.native_id, over=lambda: bool(over()))
-        if not over():
-            signal.pthread_kill(main.ident, signal.SIGUSR1)
