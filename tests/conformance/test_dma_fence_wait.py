@@ -133,21 +133,29 @@ def test_a_signal_that_comes_while_the_interpreters_lock_is_waited_for_is_eintr(
     def hold_the_lock_and_poke() -> None:
         until_asleep(os.getpid(), main.native_id)
         _, before = sleeps_and_switches()
-        # The tick wakes it, and all it can do is to sleep again, for the lock; unless it does so already.
+        # The tick wakes it, and all it can do is to sleep again, for the lock. It may do so already: then nothing changes any more.
         asleep, switches, enough = False, before, time.monotonic() + 0.5
         while (not asleep or switches == before) and time.monotonic() < enough:
             asleep, switches = sleeps_and_switches()
+        sure = asleep and switches != before
         signal.pthread_kill(main.ident or 0, signal.SIGUSR1)
+        while not sure and not over:
+            until_asleep(os.getpid(), main.native_id, over=lambda: bool(over))
+            signal.pthread_kill(main.ident or 0, signal.SIGUSR1)
 
+    over: list[bool] = []
     interval = sys.getswitchinterval()
     try:
         with on_signal(lambda *_: None), Background(hold_the_lock_and_poke) as job:
             sys.setswitchinterval(600)
-            with raises_errno(errno.EINTR, InterruptedError):
-                fence.wait(interruptible=True)
+            try:
+                with raises_errno(errno.EINTR, InterruptedError):
+                    fence.wait(interruptible=True)
+            finally:
+                over.append(True)
+                sys.setswitchinterval(interval)
             job.result()
     finally:
-        sys.setswitchinterval(interval)
         os.close(status)
     fence.signal()
 
