@@ -61,17 +61,17 @@ def test_the_error_says_the_same(child: Spawn, static: Static) -> None:
     assert seen[0] == seen[1]
 
 
-@pytest.mark.parametrize("error", [KeyError("bug"), SystemExit(3)], ids=["KeyError", "SystemExit"])
+@pytest.mark.parametrize("kind", [KeyError, SystemExit])
 def test_an_exception_that_is_no_oserror_is_a_contract_error_elsewhere_and_told_here(
-    child: Spawn, static: Static, monkeypatch: pytest.MonkeyPatch, error: Any
+    child: Spawn, static: Static, monkeypatch: pytest.MonkeyPatch, kind: type[BaseException]
 ) -> None:
     told: list[object] = []
     monkeypatch.setattr("sys.unraisablehook", lambda info: told.append(info.exc_type))
-    static.fails["begin"] = error
+    static.fails["begin"] = kind("bug")  # one of this test alone: its traceback holds the buffer
     with dmabuf.export(static, SIZE) as buf, Place(child, False).of(buf) as there:
-        with pytest.raises(dmabuf.ContractError, match=type(error).__name__):
+        with pytest.raises(dmabuf.ContractError, match=kind.__name__):
             there.do(do.begin, TO)
-        assert told == [type(error)]
+        assert told == [kind]
         static.fails.clear()
         there.do(do.begin, TO)
         there.do(do.end, TO)
