@@ -7,6 +7,8 @@ $B mount -t sysfs sys /sys
 $B mount -t devtmpfs dev /dev 2>/dev/null
 exec </dev/console >/dev/console 2>&1
 echo "@@INIT"
+# For the questions about huge pages, while memory is in one piece still.
+[ -w /proc/sys/vm/nr_hugepages ] && echo 4 > /proc/sys/vm/nr_hugepages
 for m in $($B cat /mods/order 2>/dev/null); do $B insmod /mods/$m || echo "insmod $m failed"; done
 for a in $($B cat /proc/cmdline); do case $a in job.uml=*) uml=${a#job.uml=};; esac; done
 O=trans=virtio,version=9p2000.L,msize=512000
