@@ -101,9 +101,10 @@ static int sleeper_enter(a32 *word) { /* GIL held; -1: no room or no thread, the
 
 static int signal_pending(const sigset_t *blocked) { /* is there one that waits only because this thread blocks more than these? */
   sigset_t found;
+  struct sigaction act;
   sigpending(&found);
-  for (int i = 1; i < NSIG; i++)
-    if (sigismember(&found, i) == 1 && !sigismember(blocked, i)) return 1;
+  for (int i = 1; i < NSIG; i++) /* one without a handler ends the process or nothing */
+    if (sigismember(&found, i) == 1 && !sigismember(blocked, i) && !sigaction(i, NULL, &act) && act.sa_handler != SIG_DFL && act.sa_handler != SIG_IGN) return 1;
   return 0;
 }
 int shm_sleep(Shm *s, a32 *word, uint32_t expected, int64_t until, int kind, uint64_t value) {

@@ -17,7 +17,6 @@ import contextlib
 import errno
 import fcntl
 import os
-import queue
 import secrets
 import sys
 import threading
@@ -35,6 +34,7 @@ from dmabuf.core.resv import DmaResv, resv_of
 from dmabuf.core.scatterlist import SgTable
 from dmabuf.core.usage import Direction
 from dmabuf.domain import dispatcher, place
+from dmabuf.domain.bell import Bell
 from dmabuf.domain.domain import TICK_NS, Domain
 from dmabuf.domain.forks import fork_lock
 from dmabuf.domain.records import KIND_RESV, Record
@@ -365,7 +365,7 @@ class Exports:
         self.domain = weakref.ref(domain)
         self.live: dict[int, Exported] = {}  # by id()
         self._lock = fork_lock()
-        self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()  # may be rung from __del__
+        self._bell = Bell()  # may be rung from __del__
         self._thread: threading.Thread | None = None
         _DOMAINS.add(domain)
         me = weakref.ref(self)
@@ -397,10 +397,10 @@ class Exports:
     def forget(self, exported: Exported) -> None:
         with self._lock:
             self.live.pop(id(exported), None)
-        self._bell.put(None)
+        self._bell.ring()
 
     def wake(self) -> None:
-        self._bell.put(None)
+        self._bell.ring()
 
     def orphans(self) -> list[Exported]:
         """Those that this process has closed and others may hold."""
@@ -425,8 +425,7 @@ class Exports:
                 if not self.live:
                     self._thread = None
                     return
-            with contextlib.suppress(queue.Empty):
-                self._bell.get(timeout=TICK_NS / 1e9 if self.orphans() else None)
+            self._bell.wait(TICK_NS / 1e9 if self.orphans() else None)
             self.look()
 
     def forked(self) -> None:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import errno
-import queue as _queue
 import threading
 import time
 from collections import deque
@@ -28,6 +27,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 from dmabuf.core import debug
 from dmabuf.core.fence import DmaFence, Timeline
 from dmabuf.core.owner import current
+from dmabuf.domain.bell import Bell
 from dmabuf.domain.dispatcher import report
 from dmabuf.errors import fail
 
@@ -284,7 +284,7 @@ class Queue:
         self._life = owner.domain.shm.life
         self._jobs: deque[Job] = deque()
         self._order = threading.Lock()  # fences are numbered as jobs are queued
-        self._bell: _queue.SimpleQueue[None] = _queue.SimpleQueue()  # may be rung by the garbage collector
+        self._bell = Bell()  # may be rung by the garbage collector
         self._thread: threading.Thread | None = None
         self._served = threading.Event()  # the thread has ended its last job
         self.closed = self.canceling = False
@@ -338,12 +338,11 @@ class Queue:
 
     def ring(self, _: object = None) -> None:
         """Something changed: look again."""
-        self._bell.put(None)
+        self._bell.ring()
 
     def sleep(self, seconds: float | None) -> None:
         """Until the bell rings, or so long."""
-        with contextlib.suppress(_queue.Empty):
-            self._bell.get(timeout=seconds)
+        self._bell.wait(seconds)
 
     def in_the_way(self, job: Job) -> list[DmaFence]:
         """What a job waits for, and in an ordered queue those before it."""
