@@ -465,7 +465,10 @@ int shm_register(PyObject *module) {
   static PyMethodDef all[96];
   PyMethodDef *sets[] = {shm_methods, table_methods, record_methods, pool_methods, fence_methods, resv_methods, lend_methods};
   for (size_t k = 0; k < sizeof sets / sizeof *sets; k++)
-    for (PyMethodDef *d = sets[k]; d->ml_name; d++) all[n++] = *d;
+    for (PyMethodDef *d = sets[k]; d->ml_name; d++) {
+      if (n + 1 >= sizeof all / sizeof *all) { PyErr_SetString(PyExc_SystemError, "more methods of Shm than there is room for"); return -1; }
+      all[n++] = *d;
+    }
   PyType_Slot slots[] = {
       {Py_tp_doc, "A domain's file, mapped: bounded atomics, pools, fences and reservation locks."},
       {Py_tp_new, shm_new},           {Py_tp_dealloc, shm_dealloc}, {Py_tp_traverse, shm_traverse},

@@ -80,6 +80,18 @@ NEEDS_ONE: dict[str, tuple[list[Any], Any, list[str]]] = {
 }
 
 
+def works(here: do.Here, op: str) -> None:
+    """With room for it the same call does, and is taken back."""
+    _, (call, *arguments), _ = NEEDS_ONE[op]
+    here.do(call, *arguments)
+    here.state.__dict__.pop("mapping", None)
+    if op == "vmap":
+        here.do(do.vunmap)
+    if op == "map":
+        here.do(do.unmapped)
+    here.do(do.detach)
+
+
 @pytest.mark.filterwarnings("ignore::dmabuf.ContractWarning")  # a vmap that fails, as of every exporter
 @pytest.mark.parametrize("op", list(NEEDS_ONE))
 def test_what_the_exporter_has_no_descriptor_for_is_emfile_and_undone(child: Spawn, op: str) -> None:
@@ -96,13 +108,7 @@ def test_what_the_exporter_has_no_descriptor_for_is_emfile_and_undone(child: Spa
         assert ask(calls)[had:] == seen
         assert not here.state.buf.resv.is_locked()
         ask(gives_way)
-        here.do(call, *arguments)
-        here.state.__dict__.pop("mapping", None)
-        if op == "vmap":
-            here.do(do.vunmap)
-        if op == "map":
-            here.do(do.unmapped)
-        here.do(do.detach)
+        works(here, op)
 
 
 def test_what_needs_no_descriptor_goes_on(child: Spawn) -> None:
@@ -189,13 +195,7 @@ def test_what_the_caller_has_no_descriptor_for_is_emfile_and_undone(child: Spawn
             gives_way(mine)
         until(lambda: sorted(ask(calls)) == sorted(["attach", *seen]))
         assert not here.state.buf.resv.is_locked()
-        here.do(call, *arguments)
-        here.state.__dict__.pop("mapping", None)
-        if op == "vmap":
-            here.do(do.vunmap)
-        if op == "map":
-            here.do(do.unmapped)
-        here.do(do.detach)
+        works(here, op)
 
 
 def test_a_caller_without_descriptors_cant_connect(child: Spawn) -> None:

@@ -7,77 +7,29 @@ lock, fences and life are what they were. A raw fork system call knows nothing o
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import gc
 import multiprocessing
 import os
-import select
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import Any
 
 import pytest
 
 import dmabuf
-from dmabuf import Usage, _native
-from dmabuf.core import poll
-from dmabuf.domain import domain, lives, place
+from dmabuf import Usage
+from dmabuf.domain import lives
 from tests.support.fences import attach
+from tests.support.forks import FORKS, Scene, in_child, python_fork
 from tests.support.steps import reap
 from tests.support.waiting import Background
 
 pytestmark = [pytest.mark.crash, pytest.mark.timeout(300)]
-
-_libc = ctypes.PyDLL(None, use_errno=True)
-_SYS_CLONE = {"x86_64": 56, "aarch64": 220}.get(os.uname().machine)
-
-
-def python_fork() -> int:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12+: a fork with threads
-        return os.fork()
-
-
-def raw_fork() -> int:
-    """clone(2) with nothing but SIGCHLD: a fork that runs no hook of Python's or of the C library's."""
-    pid = _libc.syscall(_SYS_CLONE, signal.SIGCHLD, None, None, None, None)
-    assert pid >= 0
-    return int(pid)
-
-
-FORKS = [python_fork] + ([raw_fork] if _SYS_CLONE else [])
-
-
-class Scene:
-    """A buffer, another one, and a timeline with a pending fence."""
-
-    def __init__(self) -> None:
-        self.buf, self.other = dmabuf.allocate(4096, name="buf"), dmabuf.allocate(4096, name="other")
-        self.timeline = dmabuf.Timeline("parent")
-        self.fence = self.timeline.fence()
-        attach(self.other.resv, self.fence, Usage.BOOKKEEP)
-
-    def close(self) -> None:
-        if not self.fence.is_signaled():
-            self.fence.signal()
-        self.timeline.close()
-        self.buf.close()
-        self.other.close()
-
-
-@pytest.fixture
-def scene(request: pytest.FixtureRequest) -> Iterator[Scene]:
-    made = Scene()
-    yield made
-    made.close()
-    request.node.funcargs.pop("scene", None)
 
 
 @contextlib.contextmanager
@@ -151,24 +103,6 @@ def state(scene: Scene) -> dict[str, object]:
     found["fence"] = scene.fence.status
     found["alive"] = lives.alive_slots(shm)
     return found
-
-
-def in_child(fork: Callable[[], int], action: Callable[[], object], end: Callable[[], object] = lambda: os._exit(0)) -> int:
-    """The exit code of a child that does something and ends."""
-    pid = fork()
-    if pid:
-        return reap(pid)
-    try:
-        action()
-        end()
-    except SystemExit as e:
-        os._exit(int(e.code or 0))
-    except BaseException:
-        import traceback
-
-        traceback.print_exc()
-    finally:
-        os._exit(1)
 
 
 def collect() -> None:
@@ -495,90 +429,6 @@ def test_a_thread_goes_on_waiting_in_the_parent_after_many_forks(scene: Scene) -
             assert in_child(python_fork, collect) == 0
 
 
-def test_forks_never_share_the_lock_of_a_life_that_is_being_made(scene: Scene) -> None:
-    """A thread joins and leaves a domain over and over while another forks; a child that lives on keeps no life alive."""
-    domain = dmabuf.Domain.private()
-    stop = threading.Event()
-
-    def come_and_go() -> int:
-        rounds = 0
-        while not stop.is_set():
-            domain.join()
-            domain.leave()
-            rounds += 1
-        return rounds
-
-    children = []
-    ours, theirs = socket.socketpair()
-    with Background(come_and_go) as job:
-        for _ in range(30):
-            pid = python_fork()
-            if not pid:
-                ours.close()
-                theirs.recv(1)  # lives until the end
-                os._exit(0)
-            children.append(pid)
-        stop.set()
-        assert job.result() > 0
-    theirs.close()
-    assert not any(lives.breathes(domain.fileno(), index) for index in range(64))
-    ours.close()
-    for pid in children:
-        assert reap(pid) == 0
-
-
-@contextlib.contextmanager
-def another_thread_holds(lock: Any) -> Iterator[None]:
-    taken, done = threading.Event(), threading.Event()
-
-    def hold() -> None:
-        with lock:
-            taken.set()
-            done.wait()
-
-    with Background(hold):
-        taken.wait()
-        yield
-        done.set()
-
-
-def test_what_another_thread_locks_as_it_forks_is_free_in_the_child(scene: Scene) -> None:
-    """The dispatcher's thread, for one, closes handles and looks at sync files whenever a fence ends."""
-    sync = dmabuf.SyncFile(scene.fence)
-    sync.fileno()
-
-    def use() -> None:
-        with scene.buf.write() as view:
-            view[0] = 5
-        assert scene.other.poll(select.POLLIN) == select.POLLIN
-        dmabuf.get(scene.buf.fileno()).close()
-        dmabuf.Domain.open(scene.buf.domain.path or "")
-        sync.close()
-        scene.buf.close()
-
-    with contextlib.ExitStack() as held:
-        for lock in (scene.buf._record.lock, scene.buf.domain._lock, sync._lock, poll._lock, domain._lock):
-            held.enter_context(another_thread_holds(lock))
-        assert in_child(python_fork, use) == 0
-    with scene.buf.read() as view:
-        assert view[0] == 5
-    sync.close()
-
-
-def test_what_the_forking_thread_holds_it_releases_in_the_child_too(scene: Scene) -> None:
-    pid = -1
-    with scene.buf._record.lock:
-        pid = python_fork()
-    if not pid:
-        code = 1
-        try:
-            scene.buf.close()
-            code = 0
-        finally:
-            os._exit(code)
-    assert reap(pid) == 0
-
-
 def test_a_child_of_a_child_is_inert_too(scene: Scene) -> None:
     with scene.buf.write():
         before = state(scene)
@@ -597,38 +447,3 @@ def test_a_child_that_joined_dies_alone(scene: Scene) -> None:
     scene.buf.resv.wait(Usage.BOOKKEEP)
     scene.buf.domain.sweep()
     assert state(scene) == before
-
-
-def test_a_raw_fork_in_the_middle_keeps_neither_a_reapers_lock_nor_the_door(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A child that lives on has a share in every description that was open for a moment: the locks on them end all the same."""
-    domain = dmabuf.Domain.private()
-    ours, theirs = socket.socketpair()
-    children = []
-
-    def fork_here(name: str) -> None:
-        if name in ("reap_clean", "reap_locked"):
-            pid = FORKS[-1]()
-            if not pid:
-                ours.close()
-                theirs.recv(1)  # lives until the end
-                os._exit(0)
-            children.append(pid)
-
-    def die_inside() -> None:
-        domain.join()
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    assert in_child(python_fork, die_inside) == -signal.SIGKILL
-    (dead,) = lives.alive_slots(domain.shm)
-    monkeypatch.setattr(_native, "step", fork_here)
-    domain.join()  # reaps the dead one, at the door
-    monkeypatch.undo()
-    theirs.close()
-    assert len(children) == 2
-    assert not place.ofd_locked(domain.fileno(), place.DOOR_BYTE)
-    assert lives.index_of(domain.shm.life) == dead  # its slot could be used again at once
-    domain.leave()
-    assert not lives.breathes(domain.fileno(), dead)
-    ours.close()
-    for pid in children:
-        assert reap(pid) == 0

@@ -17,7 +17,7 @@ from tests.support.errnos import raises_errno
 from tests.support.fences import attach as add
 from tests.support.spilling import PAGE, ROOM, SIZE, holds, is_here, pattern, resident, use
 from tests.support.steps import fork, reap
-from tests.support.waiting import Background
+from tests.support.waiting import Background, held_by_another_thread
 
 FROM, TO = Direction.FROM_DEVICE, Direction.TO_DEVICE
 
@@ -95,18 +95,9 @@ def a_pin(buf: DmaBuf) -> Iterator[None]:
 
 @contextmanager
 def its_lock(buf: DmaBuf) -> Iterator[None]:
-    taken, done = threading.Event(), threading.Event()
     use([buf])
-
-    def hold() -> None:
-        with buf.resv.locked():
-            taken.set()
-            done.wait()
-
-    with Background(hold):
-        taken.wait()
+    with held_by_another_thread(buf.resv.locked()):
         yield
-        done.set()
 
 
 @contextmanager

@@ -29,6 +29,7 @@ class Bare(Exporter):
         """What a driver frees when it goes: after its buffers."""
         live = exports_of(Domain.default()).live
         until(lambda: all(exported.exporter is not self for exported in list(live.values())))
+        self.fails.clear()  # the traceback of an exception holds the buffer of whoever it was raised to
         del self.whole  # maps and views of a failed test's traceback may still show it
         self.memory.close()
 

@@ -11,7 +11,8 @@ import os
 import select
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Generic, Self, TypeVar
 
 T = TypeVar("T")
@@ -100,6 +101,24 @@ def until(condition: Callable[[], object]) -> None:
     """Until the condition is true; for what another process does, and only the shared state tells."""
     while not condition():
         os.sched_yield()
+
+
+@contextlib.contextmanager
+def held_by_another_thread(lock: AbstractContextManager[object]) -> Iterator[None]:
+    """For the block another thread has entered it."""
+    taken, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with lock:
+            taken.set()
+            done.wait()
+
+    with Background(hold):
+        taken.wait()
+        try:
+            yield
+        finally:
+            done.set()
 
 
 class Background(Generic[T]):
