@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -402,6 +402,29 @@ def test_a_domain_keeps_its_identity_when_it_is_emptied(where: Path) -> None:
         with open(where / FILE, "rb") as f:
             seen.add(place.read_header(f.fileno()))
     assert len(seen) == 1
+
+
+def test_read_header_accepts_a_file_that_grows_before_each_of_its_reads(where: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_process(lambda: visit(where))
+    with open(where / FILE, "r+b") as f:
+        fd, chunks = f.fileno(), itertools.count(1)
+        real = {"pread": os.pread, "fstat": os.fstat}
+
+        def grown(name: str) -> Callable[..., object]:
+            def call(*arguments: object) -> object:
+                count = next(chunks)  # as growth does: the memory first, the count after it
+                os.ftruncate(fd, _native.HEADER_BYTES + count * _native.CHUNK_BYTES)
+                os.pwrite(fd, struct.pack("<I", count), _native.OFF_NCHUNKS)
+                return real[name](*arguments)
+
+            return call
+
+        for name in real:
+            monkeypatch.setattr(place.os, name, grown(name))
+        identity, wrong = place.read_header(fd)
+        monkeypatch.undo()
+        assert next(chunks) > 3
+    assert (len(identity), wrong) == (16, "")
 
 
 def come_and_go(path: Path) -> None:

@@ -162,6 +162,8 @@ def geometry() -> tuple[int, int, int, int]:
 def read_header(fd: int) -> tuple[bytes, str]:
     """(identity, what is wrong); identity is 16 hexadecimal digits, and empty when something is wrong."""
     head = os.pread(fd, 64, 0)
+    count = os.pread(fd, 4, _native.OFF_NCHUNKS)
+    # Read the size after the count: whoever grows the file makes it longer first and counts the chunk then.
     size = os.fstat(fd).st_size
     if len(head) < 64 or size < _native.HEADER_BYTES:
         return b"", f"it has {size} bytes, an empty domain has {_native.HEADER_BYTES}"
@@ -173,7 +175,7 @@ def read_header(fd: int) -> tuple[bytes, str]:
     identity = identity.rstrip(b"\0")
     if len(identity) != 16 or identity.strip(b"0123456789abcdef"):
         return b"", "its identity is no identity"
-    chunks = struct.unpack("<I", os.pread(fd, 4, _native.OFF_NCHUNKS))[0]
+    chunks = struct.unpack("<I", count)[0]
     if chunks > _native.MAX_CHUNKS or size < _native.HEADER_BYTES + chunks * _native.CHUNK_BYTES:
         return b"", f"it counts {chunks} chunks and has {size} bytes"
     return identity, ""
