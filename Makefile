@@ -18,7 +18,7 @@ KERNEL ?= uml
 # Hundreds of tests start fresh interpreters: without cached bytecode each would compile all it imports again.
 unexport PYTHONDONTWRITEBYTECODE
 
-NATIVE := $(wildcard native/*.c native/*.h)
+NATIVE := $(wildcard native/*.[ch] native/*/*.[ch])
 ASAN   := .build-asan
 SANITIZED = $(wildcard tests/unit/test_native*.py tests/unit/test_mapping*.py)
 

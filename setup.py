@@ -31,8 +31,8 @@ setup(
     ext_modules=[
         Extension(
             "dmabuf._native",
-            sources=sorted(glob("native/*.c")),
-            depends=[*sorted(glob("native/*.h")), "setup.py"],
+            sources=sorted(glob("native/**/*.c", recursive=True)),
+            depends=[*sorted(glob("native/**/*.h", recursive=True)), "setup.py"],
             include_dirs=["native"],
             extra_compile_args=COMPILE,
             extra_link_args=LINK,

@@ -10,7 +10,7 @@
  * its mapping open.  A window collected while still open never calls it: whoever
  * opened the access ends it by retire().
  */
-#include "mapping.h"
+#include "memory/mapping.h"
 
 #include <errno.h>
 #include <structmember.h>

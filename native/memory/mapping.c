@@ -15,7 +15,7 @@
  * Everything here runs under the GIL; it is let go only around the system calls
  * that take long, when the object already (or still) shows its final state.
  */
-#include "mapping.h"
+#include "memory/mapping.h"
 
 #include <errno.h>
 #include <stdarg.h>

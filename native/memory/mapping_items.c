@@ -4,7 +4,7 @@
  * An index or a value is any Python object, and asking it may close the mapping:
  * after each call into Python the mapping is looked at again before it is touched.
  */
-#include "mapping.h"
+#include "memory/mapping.h"
 
 #include <string.h>
 
