@@ -15,28 +15,28 @@ if not _sys.platform.startswith("linux"):
     raise ImportError("dmabuf works on Linux only: it is built on memfd, futexes and open-file-description locks")
 
 from dmabuf import sim
-from dmabuf.core.access import access
-from dmabuf.core.attachment import DmaBufAttachment
-from dmabuf.core.buffer import DmaBuf
-from dmabuf.core.buffer_range import BufferRange
-from dmabuf.core.debug import signalling
-from dmabuf.core.device import Device
-from dmabuf.core.exporter import Exporter, Importer, export
-from dmabuf.core.fence import DmaFence, Timeline, private_stub, stub_fence
-from dmabuf.core.fence_array import DmaFenceArray
-from dmabuf.core.fence_chain import DmaFenceChain
-from dmabuf.core.fence_ops import FenceOps
-from dmabuf.core.handles import get
-from dmabuf.core.iosys_map import IosysMap
-from dmabuf.core.resv import DmaResv
-from dmabuf.core.scatterlist import SgTable
-from dmabuf.core.semaphore import TimelineSemaphore, wait_semaphores
-from dmabuf.core.sw_sync import SwSync, sync_info
-from dmabuf.core.sync_file import SyncFile, get_sync_file
-from dmabuf.core.unwrap import merge, unwrap
-from dmabuf.core.usage import Direction, Usage
-from dmabuf.core.wait_any import wait_any
-from dmabuf.core.ww_mutex import WwAcquireContext, lock_all
+from dmabuf.core.access.access import access
+from dmabuf.core.access.range import BufferRange
+from dmabuf.core.attach.attachment import DmaBufAttachment
+from dmabuf.core.base.debug import signalling
+from dmabuf.core.base.usage import Direction, Usage
+from dmabuf.core.contract import Exporter, Importer, export
+from dmabuf.core.dma_buf import DmaBuf
+from dmabuf.core.fence.array import DmaFenceArray
+from dmabuf.core.fence.chain import DmaFenceChain
+from dmabuf.core.fence.fence import DmaFence, Timeline, private_stub, stub_fence
+from dmabuf.core.fence.lazy import FenceOps
+from dmabuf.core.fence.unwrap import merge, unwrap
+from dmabuf.core.fence.wait_any import wait_any
+from dmabuf.core.get import get
+from dmabuf.core.memory.device import Device
+from dmabuf.core.memory.iosys_map import IosysMap
+from dmabuf.core.memory.scatterlist import SgTable
+from dmabuf.core.resv.resv import DmaResv
+from dmabuf.core.resv.ww_mutex import WwAcquireContext, lock_all
+from dmabuf.core.sync.semaphore import TimelineSemaphore, wait_semaphores
+from dmabuf.core.sync.sw_sync import SwSync, sync_info
+from dmabuf.core.sync.sync_file import SyncFile, get_sync_file
 from dmabuf.devices.disk import DiskDevice
 from dmabuf.domain.domain import Domain
 from dmabuf.errors import ContractError, ContractWarning, DmaBufError

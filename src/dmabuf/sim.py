@@ -25,8 +25,8 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Unpack
 
-from dmabuf.core.device import Device
-from dmabuf.core.scatterlist import DmaEntry
+from dmabuf.core.memory.device import Device
+from dmabuf.core.memory.scatterlist import DmaEntry
 from dmabuf.devices.attached import Attached, AttachedStatistics, Range
 from dmabuf.devices.importing import Importing, ImportingStatistics, Target
 from dmabuf.devices.queue import Job, JobOptions, Queue, QueueStatistics

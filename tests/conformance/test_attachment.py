@@ -9,7 +9,7 @@ import pytest
 
 import dmabuf
 from dmabuf import ContractError, ContractWarning, Device, Direction, DmaBuf, DmaBufAttachment, Importer, SgTable, Timeline, Usage
-from dmabuf.core import attachment as attachments
+from dmabuf.core.attach import attachment as attachments
 from tests.support.drivers import BIDIR, FROM, PAGE, TO, Bare, Dynamic, Mover, Static
 from tests.support.errnos import raises_errno
 from tests.support.fences import attach as add

@@ -10,8 +10,8 @@ import pytest
 
 import dmabuf
 from dmabuf import Device, Direction, DmaBufAttachment, Exporter
-from dmabuf.core import attachment as attachments
-from dmabuf.core.backing import exports_of
+from dmabuf.core.attach import attachment as attachments
+from dmabuf.core.buffer.backing import exports_of
 from tests.support import elsewhere as do
 from tests.support.children import Spawn
 from tests.support.drivers import PAGE, Dynamic, Mover, Static

@@ -11,7 +11,7 @@ import pytest
 
 import dmabuf
 from dmabuf import Device, Direction, DmaBuf, DmaBufAttachment, Exporter, Importer, SgTable, Usage
-from dmabuf.core.attachment import moving
+from dmabuf.core.attach.attachment import moving
 from tests.support.drivers import PAGE, Mover
 
 ROUNDS, ROUNDS_MAPPED = 100_000, 20_000

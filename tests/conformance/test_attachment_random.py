@@ -11,7 +11,7 @@ import pytest
 
 import dmabuf
 from dmabuf import ContractError, ContractWarning, Device, Direction, DmaBufAttachment, SgTable
-from dmabuf.core.attachment import moving
+from dmabuf.core.attach.attachment import moving
 from tests.support.drivers import BIDIR, FROM, PAGE, TO, Dynamic, Mover, Static
 
 T = TypeVar("T")

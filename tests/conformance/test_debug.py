@@ -8,7 +8,7 @@ import pytest
 
 import dmabuf
 from dmabuf import ContractError, ContractWarning, Device, Direction, DmaBuf, DmaBufAttachment, DmaResv, SgTable, Usage, WwAcquireContext
-from dmabuf.core import debug
+from dmabuf.core.base import debug
 from tests.support.drivers import PAGE, Static
 from tests.support.errnos import raises_errno
 from tests.support.waiting import Background

@@ -10,7 +10,7 @@ import pytest
 
 import dmabuf
 from dmabuf import ContractWarning, DmaFence, Timeline
-from dmabuf.core.fence import wrap
+from dmabuf.core.fence.fence import wrap
 from tests.support.errnos import raises_errno
 from tests.support.lines import Here
 from tests.support.waiting import Background

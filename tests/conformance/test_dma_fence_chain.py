@@ -264,7 +264,7 @@ def test_what_is_unlinked_is_let_go(tl: Timeline) -> None:
 
 
 def test_find_seqno_of_another_fence_is_einval_but_for_0(tl: Timeline) -> None:
-    from dmabuf.core.fence_chain import find_seqno
+    from dmabuf.core.fence.chain import find_seqno
 
     fence = tl.fence()
     assert find_seqno(fence, 0) is fence

@@ -346,7 +346,7 @@ def test_match_context(tl: Timeline, other_tl: Timeline) -> None:
 
 
 def test_first_and_next_of_an_array(tl: Timeline) -> None:
-    from dmabuf.core.fence_array import array_first, array_next
+    from dmabuf.core.fence.array import array_first, array_next
 
     f1, f2 = tl.fence(), tl.fence()
     array = DmaFenceArray([f1, f2])

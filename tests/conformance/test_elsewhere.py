@@ -186,7 +186,7 @@ def test_a_failing_end_of_a_write_leaves_the_content_torn(place: Place, static: 
 
 
 def live_mappings(exporter: Static) -> int:
-    (exported,) = (e for e in dmabuf.core.backing.exports_of(dmabuf.Domain.default()).live.values() if e.exporter is exporter)
+    (exported,) = (e for e in dmabuf.core.buffer.backing.exports_of(dmabuf.Domain.default()).live.values() if e.exporter is exporter)
     return sum(not mapping.closed for mapping in list(exported._mappings))
 
 

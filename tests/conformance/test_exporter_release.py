@@ -11,8 +11,8 @@ import pytest
 
 import dmabuf
 from dmabuf import ContractError, ContractWarning, Device, DmaResv, Domain, Timeline, Usage
-from dmabuf.core import backing
-from dmabuf.core.exporter import Module
+from dmabuf.core.buffer import backing
+from dmabuf.core.contract import Module
 from tests.support.children import Parent, Spawn
 from tests.support.drivers import FROM, PAGE, Dynamic, Mover, Static
 from tests.support.errnos import raises_errno

@@ -26,7 +26,7 @@ from dmabuf import (
     unwrap,
     wait_any,
 )
-from dmabuf.core.fence_travel import pack, unpack
+from dmabuf.core.fence.travel import pack, unpack
 from tests.support.children import Parent, Spawn
 from tests.support.errnos import raises_errno
 from tests.support.fences import attach, key, the_fence

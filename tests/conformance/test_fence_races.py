@@ -13,7 +13,8 @@ import pytest
 
 import dmabuf
 from dmabuf import DmaFence, DmaFenceArray, FenceOps, SwSync, SyncFile, Timeline, TimelineSemaphore, Usage, merge, wait_any
-from dmabuf.core import awaiting, kernel_sync
+from dmabuf.core.sync import kernel_fences as kernel_sync
+from dmabuf.core.task import waiting as awaiting
 from tests.support.children import Parent, Spawn
 from tests.support.errnos import raises_errno
 from tests.support.fences import attach, the_fence

@@ -132,7 +132,7 @@ def test_a_fence_that_failed_counts_as_reached(sem: TimelineSemaphore, fences: l
 def test_a_container_is_taken_apart(sem: TimelineSemaphore, tl: Timeline, other_tl: Timeline) -> None:
     a, b = tl.fence(), other_tl.fence()
     sem.import_fence(DmaFenceArray([a, b]), 1)
-    assert sem.statistics() == dmabuf.core.semaphore.SemaphoreStatistics(0, 1, 2)
+    assert sem.statistics() == dmabuf.core.sync.semaphore.SemaphoreStatistics(0, 1, 2)
     a.signal()
     assert sem.export_fence(1) is b
     b.signal()

@@ -378,7 +378,7 @@ def test_sync_info_is_the_text_of_debugfs(sw: SwSync) -> None:
 def test_statistics(sw: SwSync) -> None:
     sf = sw.create_fence(2)
     sw.inc()
-    assert sw.statistics() == dmabuf.core.sw_sync.SwSyncStatistics("sw", sw.context, 1, 1)
+    assert sw.statistics() == dmabuf.core.sync.sw_sync.SwSyncStatistics("sw", sw.context, 1, 1)
     assert repr(sw) == "<dmabuf.SwSync 'sw' at 1>"
     sf.close()
 

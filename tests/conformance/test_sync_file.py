@@ -112,7 +112,7 @@ def test_info_goes_on_after_the_names_slot_was_used_again(tl: Timeline) -> None:
 def test_statistics(merged: tuple[SyncFile, DmaFence, DmaFence]) -> None:
     both, a, _ = merged
     a.signal()
-    assert both.statistics() == dmabuf.core.sync_file.SyncFileStatistics("both", 0, 2, 1, False, False)
+    assert both.statistics() == dmabuf.core.sync.sync_file.SyncFileStatistics("both", 0, 2, 1, False, False)
     both.fileno()
     assert both.statistics().descriptor
 

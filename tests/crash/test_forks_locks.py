@@ -13,7 +13,7 @@ import pytest
 
 import dmabuf
 from dmabuf import _native
-from dmabuf.core import poll
+from dmabuf.core.access import poll
 from dmabuf.domain import domain, lives, place
 from tests.support.forks import FORKS, Scene, in_child, python_fork
 from tests.support.steps import reap

@@ -15,7 +15,7 @@ import pytest
 
 import dmabuf
 from dmabuf import Direction, DmaBuf, Timeline, Usage, sim
-from dmabuf.core.attachment import moving
+from dmabuf.core.attach.attachment import moving
 from dmabuf.errors import NoDeviceError
 from dmabuf.heaps.spill import SpillHeap
 from tests.support.drivers import Bare, Dynamic, Static

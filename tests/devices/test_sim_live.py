@@ -5,7 +5,7 @@ import zlib
 
 import dmabuf
 from dmabuf import sim
-from dmabuf.core.attachment import moving
+from dmabuf.core.attach.attachment import moving
 from tests.support.children import Parent, Spawn
 from tests.support.drivers import Dynamic
 from tests.support.engines import SIZE

@@ -103,7 +103,7 @@ def test_a_buffer_that_is_here_is_entered_without_a_thread(
     heap: SpillHeap, bufs: list[DmaBuf], framework: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use(bufs[:1])
-    monkeypatch.setattr(dmabuf.core.awaiting, "to_its_end", None)
+    monkeypatch.setattr(dmabuf.core.task.waiting, "to_its_end", None)
 
     async def main() -> None:
         async with bufs[0].read() as view:

@@ -9,7 +9,7 @@ import pytest
 
 import dmabuf
 from dmabuf import DmaBuf, SpillHeap
-from dmabuf.core.attachment import moving
+from dmabuf.core.attach.attachment import moving
 from tests.support.children import Parent, Spawn
 from tests.support.spilling import ROOM, SIZE, give, given, holds, number_in, pattern, resident
 

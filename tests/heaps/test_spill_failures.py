@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dmabuf import Device, Direction, DmaBuf, DmaBufAttachment, Importer, SpillHeap, Usage, _native
-from dmabuf.core import residence
+from dmabuf.core.buffer import residence
 from dmabuf.heaps import spill, spill_file, spill_moves
 from dmabuf.heaps.spill_file import SpillFile
 from tests.support.errnos import raises_errno

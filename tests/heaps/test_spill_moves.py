@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dmabuf import ContractError, Device, Direction, DmaBuf, DmaBufAttachment, Importer, SpillHeap, Timeline, Usage, _native
-from dmabuf.core.attachment import moving
+from dmabuf.core.attach.attachment import moving
 from dmabuf.heaps.spill_file import SpillFile
 from tests.support.drivers import Mover
 from tests.support.spilling import ROOM, SIZE, fill, holds, is_here, pattern, resident, use

@@ -11,7 +11,7 @@ import pytest
 
 import dmabuf
 from dmabuf import Device, Direction, DmaBuf, DmaBufAttachment, SpillHeap
-from dmabuf.core.attachment import moving
+from dmabuf.core.attach.attachment import moving
 from tests.support.children import Parent, Spawn
 from tests.support.drivers import Mover
 from tests.support.errnos import raises_errno

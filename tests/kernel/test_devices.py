@@ -8,7 +8,7 @@ import pytest
 
 import dmabuf
 from dmabuf import sim
-from dmabuf.core import kernel_sync
+from dmabuf.core.sync import kernel_fences as kernel_sync
 from dmabuf.drivers.sw_sync import SwSyncTimeline
 from tests.support.engines import until_it_waits
 from tests.support.kernel_homes import HOMES, SIZE, add_fence, brackets, made

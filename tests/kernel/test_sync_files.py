@@ -13,7 +13,7 @@ import pytest
 
 import dmabuf
 from dmabuf import SyncFile, Timeline, TimelineSemaphore
-from dmabuf.core import kernel_sync
+from dmabuf.core.sync import kernel_fences as kernel_sync
 from dmabuf.drivers.sw_sync import SwSyncTimeline
 from dmabuf.uapi import dma_buf
 from dmabuf.uapi import sync_file as uapi

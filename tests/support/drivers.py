@@ -6,7 +6,7 @@ from typing import Any
 
 import dmabuf
 from dmabuf import Direction, DmaBuf, DmaBufAttachment, Domain, Exporter, Importer, IosysMap, SgTable
-from dmabuf.core.backing import exports_of
+from dmabuf.core.buffer.backing import exports_of
 from tests.support.waiting import until
 
 PAGE = os.sysconf("SC_PAGE_SIZE")

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from dmabuf import _native
-from dmabuf.core import identity
+from dmabuf.core.buffer import identity
 from dmabuf.heaps import devices, dma_heap, udmabuf
 from dmabuf.uapi import call, dma_buf, table
 

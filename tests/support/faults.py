@@ -30,7 +30,7 @@ import pytest
 
 import dmabuf
 from dmabuf import _native
-from dmabuf.core import kernel
+from dmabuf.core.buffer import backing_kernel as kernel
 from dmabuf.domain import place
 from dmabuf.uapi import call, dma_buf, table
 from tests.support.leaks import rest

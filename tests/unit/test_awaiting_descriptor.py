@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from dmabuf.core import awaiting
+from dmabuf.core.task import waiting as awaiting
 
 anyio = pytest.importorskip("anyio")
 pytest.importorskip("trio")

@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from dmabuf import ContractError, ContractWarning, Device, Direction, SgTable
-from dmabuf.core.scatterlist import PAGE
+from dmabuf.core.memory.scatterlist import PAGE
 from tests.support.drivers import BIDIR, FROM, TO
 from tests.support.errnos import raises_errno
 from tests.support.waiting import Background, until

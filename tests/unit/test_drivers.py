@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from dmabuf.core.kernel import poll_until
+from dmabuf.core.buffer.backing_kernel import poll_until
 from dmabuf.drivers.camera import Camera, fourcc, letters
 from dmabuf.drivers.drm import DrmNode
 from dmabuf.drivers.syncobj import Syncobj

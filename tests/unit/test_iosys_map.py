@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from dmabuf._native import buffer_address
-from dmabuf.core.iosys_map import IosysMap
+from dmabuf.core.memory.iosys_map import IosysMap
 from dmabuf.errors import DmaBufError
 
 SIZE = 64

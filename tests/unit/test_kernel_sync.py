@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from dmabuf.core.kernel_sync import _Poller
+from dmabuf.core.sync.kernel_fences import _Poller
 from tests.support.waiting import until
 
 

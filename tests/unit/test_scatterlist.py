@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from dmabuf import ContractError, ContractWarning, Device, Direction, SgTable
-from dmabuf.core.scatterlist import MAX_SEGMENT, PAGE, DmaEntry, SgEntry
+from dmabuf.core.memory.scatterlist import MAX_SEGMENT, PAGE, DmaEntry, SgEntry
 from tests.support.errnos import raises_errno
 
 TO = Direction.TO_DEVICE

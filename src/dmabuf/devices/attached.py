@@ -22,16 +22,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from dmabuf.core.backing import backing_of
-from dmabuf.core.exporter import Importer
-from dmabuf.core.fence import DmaFence
-from dmabuf.core.kernel_sync import fence_of
-from dmabuf.core.scatterlist import DmaEntry, SgTable
-from dmabuf.core.usage import Direction, checked_direction
+from dmabuf.core.base.usage import Direction, checked_direction
+from dmabuf.core.buffer.backing import backing_of
+from dmabuf.core.contract import Importer
+from dmabuf.core.fence.fence import DmaFence
+from dmabuf.core.memory.scatterlist import DmaEntry, SgTable
+from dmabuf.core.sync.kernel_fences import fence_of
 from dmabuf.errors import fail
 
 if TYPE_CHECKING:
-    from dmabuf.core.buffer import DmaBuf
+    from dmabuf.core.dma_buf import DmaBuf
     from dmabuf.devices.importing import Importing
     from dmabuf.devices.queue import Job
 

@@ -28,12 +28,12 @@ from dataclasses import dataclass
 from typing import Final, Unpack
 
 from dmabuf._native import buffer_address
-from dmabuf.core import awaiting
-from dmabuf.core.buffer import DmaBuf
-from dmabuf.core.buffer_range import BufferRange
-from dmabuf.core.device import Device
-from dmabuf.core.scatterlist import DmaEntry
-from dmabuf.core.usage import Direction
+from dmabuf.core.access.range import BufferRange
+from dmabuf.core.base.usage import Direction
+from dmabuf.core.dma_buf import DmaBuf
+from dmabuf.core.memory.device import Device
+from dmabuf.core.memory.scatterlist import DmaEntry
+from dmabuf.core.task import waiting as awaiting
 from dmabuf.devices.attached import Attached, Range
 from dmabuf.devices.importing import Importing, ImportingStatistics, Target
 from dmabuf.devices.queue import Job, JobOptions, Queue

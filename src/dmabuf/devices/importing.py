@@ -24,10 +24,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
-from dmabuf.core.buffer import DmaBuf
-from dmabuf.core.buffer_range import BufferRange
-from dmabuf.core.device import Device, DeviceStatistics
-from dmabuf.core.usage import Direction
+from dmabuf.core.access.range import BufferRange
+from dmabuf.core.base.usage import Direction
+from dmabuf.core.dma_buf import DmaBuf
+from dmabuf.core.memory.device import Device, DeviceStatistics
 from dmabuf.devices.attached import Attached, Range
 from dmabuf.devices.queue import Job, JobOptions, Queue, QueueStatistics
 from dmabuf.devices.submission import checked_wait, submit

@@ -24,15 +24,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from dmabuf.core import debug
-from dmabuf.core.fence import DmaFence, Timeline
-from dmabuf.core.owner import current
+from dmabuf.core.base import debug
+from dmabuf.core.fence.fence import DmaFence, Timeline
+from dmabuf.core.task.owner import current
 from dmabuf.domain.bell import Bell
 from dmabuf.domain.dispatcher import report
 from dmabuf.errors import fail
 
 if TYPE_CHECKING:
-    from dmabuf.core.scatterlist import DmaEntry
+    from dmabuf.core.memory.scatterlist import DmaEntry
     from dmabuf.devices.attached import Attached, Range
     from dmabuf.devices.importing import Importing
 

@@ -16,12 +16,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from dmabuf.core.fence import DmaFence
-from dmabuf.core.usage import Usage
-from dmabuf.core.ww_mutex import lock_all
+from dmabuf.core.base.usage import Usage
+from dmabuf.core.fence.fence import DmaFence
+from dmabuf.core.resv.ww_mutex import lock_all
 
 if TYPE_CHECKING:
-    from dmabuf.core.resv import DmaResv
+    from dmabuf.core.resv.resv import DmaResv
     from dmabuf.devices.queue import Job, Queue
 
 

@@ -47,7 +47,7 @@ class Record:
         self.lock = fork_lock()  # a handle's __del__ may run in the middle of another handle's enter()
         self.handles = 0  # of this process that are open
         self.last: Callable[[int], bool] | None = None  # of a real dma-buf: is this fd the last reference anywhere?
-        self.live: Any = None  # the exporter's side, where a buffer has an exporter (core/backing.py)
+        self.live: Any = None  # the exporter's side, where a buffer has an exporter (core/buffer/backing.py)
         self.resv = 0  # of a buffer with a reservation object of its exporter's: that one's record + 1
 
     def hold(self, name: bytes | None = None) -> None:

@@ -21,13 +21,13 @@ import select
 from dataclasses import dataclass
 from typing import Self
 
-from dmabuf.core.access import Access
-from dmabuf.core.buffer import DmaBuf
-from dmabuf.core.buffer_range import BufferRange
-from dmabuf.core.closing import Closing
-from dmabuf.core.fence import monotonic_deadline
-from dmabuf.core.handles import from_fd
-from dmabuf.core.kernel import poll_until
+from dmabuf.core.access.access import Access
+from dmabuf.core.access.range import BufferRange
+from dmabuf.core.base.closing import Closing
+from dmabuf.core.buffer.backing_kernel import poll_until
+from dmabuf.core.dma_buf import DmaBuf
+from dmabuf.core.fence.fence import monotonic_deadline
+from dmabuf.core.get import from_fd
 from dmabuf.domain.domain import Domain
 from dmabuf.errors import fail
 from dmabuf.uapi import call

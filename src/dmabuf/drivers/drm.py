@@ -15,9 +15,9 @@ from collections.abc import Callable
 from glob import glob
 from typing import TypeVar
 
-from dmabuf.core.buffer import DmaBuf
-from dmabuf.core.closing import Closing
-from dmabuf.core.handles import from_fd
+from dmabuf.core.base.closing import Closing
+from dmabuf.core.dma_buf import DmaBuf
+from dmabuf.core.get import from_fd
 from dmabuf.domain.domain import Domain
 from dmabuf.errors import fail
 from dmabuf.uapi import call

@@ -14,9 +14,9 @@ import errno
 from pathlib import Path
 from typing import Final
 
-from dmabuf.core.buffer import DmaBuf
-from dmabuf.core.handles import from_fd
-from dmabuf.core.identity import HEAPS
+from dmabuf.core.buffer.identity import HEAPS
+from dmabuf.core.dma_buf import DmaBuf
+from dmabuf.core.get import from_fd
 from dmabuf.domain.domain import Domain
 from dmabuf.heaps import budget, devices, memfd
 from dmabuf.uapi import call, dma_buf

@@ -15,10 +15,10 @@ import os
 import secrets
 
 from dmabuf import _native
-from dmabuf.core.buffer import PAGE, DmaBuf, checked_name
-from dmabuf.core.buffer_handle import MEMFD
-from dmabuf.core.handles import from_fd
-from dmabuf.core.identity import SEALS, memfd_name
+from dmabuf.core.buffer.handle import MEMFD
+from dmabuf.core.buffer.identity import SEALS, memfd_name
+from dmabuf.core.dma_buf import PAGE, DmaBuf, checked_name
+from dmabuf.core.get import from_fd
 from dmabuf.domain.domain import Domain
 from dmabuf.errors import fail
 from dmabuf.heaps import budget

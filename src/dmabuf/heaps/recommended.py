@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
-from dmabuf.core.buffer import DmaBuf
+from dmabuf.core.dma_buf import DmaBuf
 from dmabuf.domain.domain import Domain
 from dmabuf.errors import fail
 from dmabuf.heaps import devices, dma_heap, memfd, spill, udmabuf

@@ -2,7 +2,7 @@
 
 A spill heap has a *budget*: at no moment more of its buffers' bytes than that are in memory. The others are in a file (`spill_file`). A
 buffer is brought back when it is used, by whoever uses it, and another, the one that was used longest ago, goes in its place; its fd, inode
-and size stay. To its users it is a buffer like any other; to the framework a dynamic exporter (`core.exporter`), whose memory is the
+and size stay. To its users it is a buffer like any other; to the framework a dynamic exporter (`core.contract`), whose memory is the
 buffer's own memfd (`core.residence`).
 
 *What stays.* In memory, and not chosen: a buffer inside of an access (``read``, ``write``, ``begin_cpu_access`` until ``end_cpu_access``);
@@ -29,8 +29,8 @@ import weakref
 from dataclasses import dataclass
 from typing import Final
 
-from dmabuf.core.backing import checked_ops, make
-from dmabuf.core.buffer import PAGE, DmaBuf
+from dmabuf.core.buffer.backing import checked_ops, make
+from dmabuf.core.dma_buf import PAGE, DmaBuf
 from dmabuf.domain.domain import Domain
 from dmabuf.errors import fail
 from dmabuf.heaps import budget

@@ -21,7 +21,7 @@ persistence, and a death of the machine takes all with it.
 
 A move is made in a thread where no signal handler raises (`aside`); who waits for it may be interrupted, and the move is completed.
 
-*Who may call what.* Any thread; the ops of an exporter come with the buffer's reservation lock or without it, as `core.exporter` says. The
+*Who may call what.* Any thread; the ops of an exporter come with the buffer's reservation lock or without it, as `core.contract` says. The
 lock in here is short, is never held while a reservation lock is waited for, a file is copied or a callback runs, and may be taken inside of
 one.
 """
@@ -40,14 +40,15 @@ from typing import TYPE_CHECKING, Final
 
 from dmabuf import _native
 from dmabuf._native import Mapping
-from dmabuf.core import attachment, residence
-from dmabuf.core.buffer import DmaBuf
-from dmabuf.core.exporter import Exporter
-from dmabuf.core.fence import Timeline
-from dmabuf.core.iosys_map import IosysMap
-from dmabuf.core.owner import current
-from dmabuf.core.scatterlist import SgTable
-from dmabuf.core.usage import Direction, Usage
+from dmabuf.core.attach import attachment
+from dmabuf.core.base.usage import Direction, Usage
+from dmabuf.core.buffer import residence
+from dmabuf.core.contract import Exporter
+from dmabuf.core.dma_buf import DmaBuf
+from dmabuf.core.fence.fence import Timeline
+from dmabuf.core.memory.iosys_map import IosysMap
+from dmabuf.core.memory.scatterlist import SgTable
+from dmabuf.core.task.owner import current
 from dmabuf.domain.domain import TICK_NS, Domain
 from dmabuf.errors import DmaBufError, fail
 from dmabuf.heaps import budget
@@ -55,9 +56,9 @@ from dmabuf.heaps.aside import aside
 from dmabuf.heaps.spill_file import SpillFile, reserve, slices
 
 if TYPE_CHECKING:
-    from dmabuf.core.attachment import DmaBufAttachment
-    from dmabuf.core.backing import Exported
-    from dmabuf.core.resv import DmaResv
+    from dmabuf.core.attach.attachment import DmaBufAttachment
+    from dmabuf.core.buffer.backing import Exported
+    from dmabuf.core.resv.resv import DmaResv
 
 _CPU_READS: Final = (Direction.FROM_DEVICE, Direction.NONE)
 

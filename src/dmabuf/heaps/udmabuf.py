@@ -13,8 +13,8 @@ import errno
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from dmabuf.core.buffer import DmaBuf
-from dmabuf.core.handles import from_fd
+from dmabuf.core.dma_buf import DmaBuf
+from dmabuf.core.get import from_fd
 from dmabuf.domain.domain import Domain
 from dmabuf.errors import fail
 from dmabuf.heaps import budget, devices, memfd

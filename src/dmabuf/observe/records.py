@@ -19,7 +19,7 @@ from typing import Any
 
 from dmabuf import _native
 from dmabuf._native import Shm
-from dmabuf.core.fence import names_of
+from dmabuf.core.fence.fence import names_of
 from dmabuf.domain import lives, records
 from dmabuf.domain.domain import Domain
 from dmabuf.domain.holders import Holder, holders

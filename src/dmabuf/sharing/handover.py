@@ -10,10 +10,10 @@ import fcntl
 import os
 
 from dmabuf import _native
-from dmabuf.core import kernel
-from dmabuf.core.buffer import DmaBuf
-from dmabuf.core.handles import from_fd
-from dmabuf.core.identity import identify
+from dmabuf.core.buffer import backing_kernel as kernel
+from dmabuf.core.buffer.identity import identify
+from dmabuf.core.dma_buf import DmaBuf
+from dmabuf.core.get import from_fd
 from dmabuf.domain import lives
 from dmabuf.domain.domain import Domain
 from dmabuf.errors import fail

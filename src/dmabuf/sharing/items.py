@@ -14,14 +14,14 @@ import struct
 import weakref
 from typing import Any, Final
 
-from dmabuf.core.buffer import DmaBuf
-from dmabuf.core.buffer_range import BufferRange
-from dmabuf.core.fence import DmaFence, Timeline, wrap
-from dmabuf.core.fence_travel import pack, unpack
-from dmabuf.core.handles import received
-from dmabuf.core.semaphore import TimelineSemaphore
-from dmabuf.core.sw_sync import SwSync
-from dmabuf.core.sync_file import SyncFile
+from dmabuf.core.access.range import BufferRange
+from dmabuf.core.dma_buf import DmaBuf
+from dmabuf.core.fence.fence import DmaFence, Timeline, wrap
+from dmabuf.core.fence.travel import pack, unpack
+from dmabuf.core.get import received
+from dmabuf.core.sync.semaphore import TimelineSemaphore
+from dmabuf.core.sync.sw_sync import SwSync
+from dmabuf.core.sync.sync_file import SyncFile
 from dmabuf.domain.domain import Domain, known
 from dmabuf.domain.records import Record
 from dmabuf.domain.sync_files import Facts

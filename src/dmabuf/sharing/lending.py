@@ -28,8 +28,8 @@ from contextlib import contextmanager
 from typing import Final, TypeVar
 
 from dmabuf import _native
-from dmabuf.core.owner import current
-from dmabuf.core.resv import DmaResv, _Hold
+from dmabuf.core.resv.resv import DmaResv, _Hold
+from dmabuf.core.task.owner import current
 from dmabuf.domain.domain import TICK_NS, Domain
 from dmabuf.errors import fail
 

@@ -24,15 +24,15 @@ from collections.abc import Iterable
 from typing import Any, Final
 
 from dmabuf import _native
-from dmabuf.core import backing, residence
-from dmabuf.core.attachment import DmaBufAttachment
-from dmabuf.core.backing import OPS, Backing
-from dmabuf.core.buffer import DmaBuf
-from dmabuf.core.exporter import Exporter
-from dmabuf.core.iosys_map import IosysMap
-from dmabuf.core.resv import resv_of
-from dmabuf.core.scatterlist import DmaEntry, SgEntry, SgTable
-from dmabuf.core.usage import Direction
+from dmabuf.core.attach.attachment import DmaBufAttachment
+from dmabuf.core.base.usage import Direction
+from dmabuf.core.buffer import backing, residence
+from dmabuf.core.buffer.backing import OPS, Backing
+from dmabuf.core.contract import Exporter
+from dmabuf.core.dma_buf import DmaBuf
+from dmabuf.core.memory.iosys_map import IosysMap
+from dmabuf.core.memory.scatterlist import DmaEntry, SgEntry, SgTable
+from dmabuf.core.resv.resv import resv_of
 from dmabuf.domain import dispatcher
 from dmabuf.domain.forks import fork_lock
 from dmabuf.domain.records import Record

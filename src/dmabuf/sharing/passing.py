@@ -37,13 +37,13 @@ from collections.abc import Iterable
 from typing import Any, Final, NamedTuple
 
 from dmabuf import _native
-from dmabuf.core.buffer import DmaBuf
-from dmabuf.core.buffer_range import BufferRange
-from dmabuf.core.fence import DmaFence, Timeline
-from dmabuf.core.handles import from_fd
-from dmabuf.core.semaphore import TimelineSemaphore
-from dmabuf.core.sw_sync import SwSync
-from dmabuf.core.sync_file import SyncFile
+from dmabuf.core.access.range import BufferRange
+from dmabuf.core.dma_buf import DmaBuf
+from dmabuf.core.fence.fence import DmaFence, Timeline
+from dmabuf.core.get import from_fd
+from dmabuf.core.sync.semaphore import TimelineSemaphore
+from dmabuf.core.sync.sw_sync import SwSync
+from dmabuf.core.sync.sync_file import SyncFile
 from dmabuf.domain.domain import Domain
 from dmabuf.domain.records import confirmed
 from dmabuf.errors import DmaBufError, fail

@@ -19,16 +19,16 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from dmabuf.core.buffer import DmaBuf
-from dmabuf.core.fence import DmaFence, Timeline, wrap
-from dmabuf.core.fence_array import DmaFenceArray
-from dmabuf.core.fence_chain import DmaFenceChain
-from dmabuf.core.fence_ops import CustomFence
-from dmabuf.core.fence_travel import pack, unpack
-from dmabuf.core.handles import from_fd
-from dmabuf.core.semaphore import TimelineSemaphore
-from dmabuf.core.sw_sync import SwFence, SwSync
-from dmabuf.core.sync_file import SyncFile
+from dmabuf.core.dma_buf import DmaBuf
+from dmabuf.core.fence.array import DmaFenceArray
+from dmabuf.core.fence.chain import DmaFenceChain
+from dmabuf.core.fence.fence import DmaFence, Timeline, wrap
+from dmabuf.core.fence.lazy import CustomFence
+from dmabuf.core.fence.travel import pack, unpack
+from dmabuf.core.get import from_fd
+from dmabuf.core.sync.semaphore import TimelineSemaphore
+from dmabuf.core.sync.sw_sync import SwFence, SwSync
+from dmabuf.core.sync.sync_file import SyncFile
 from dmabuf.domain.domain import Domain, known
 from dmabuf.domain.sync_files import Facts
 from dmabuf.errors import fail

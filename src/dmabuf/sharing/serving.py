@@ -26,15 +26,15 @@ from functools import partial
 from typing import Any
 
 from dmabuf import _native
-from dmabuf.core.attachment import DmaBufAttachment, make
-from dmabuf.core.backing import Exported
-from dmabuf.core.buffer import DmaBuf
-from dmabuf.core.device import Device
-from dmabuf.core.exporter import Importer
-from dmabuf.core.handles import from_fd
-from dmabuf.core.iosys_map import IosysMap
-from dmabuf.core.scatterlist import SgTable
-from dmabuf.core.usage import Direction
+from dmabuf.core.attach.attachment import DmaBufAttachment, make
+from dmabuf.core.base.usage import Direction
+from dmabuf.core.buffer.backing import Exported
+from dmabuf.core.contract import Importer
+from dmabuf.core.dma_buf import DmaBuf
+from dmabuf.core.get import from_fd
+from dmabuf.core.memory.device import Device
+from dmabuf.core.memory.iosys_map import IosysMap
+from dmabuf.core.memory.scatterlist import SgTable
 from dmabuf.domain import dispatcher
 from dmabuf.domain.records import Record
 from dmabuf.errors import DmaBufError, fail

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Final, Literal, get_args
 
-from dmabuf.core.buffer import DmaBuf
+from dmabuf.core.dma_buf import DmaBuf
 
 BLOCK_BYTES: Final = 1024
 State = Literal["starting", "running", "done", "gave up", "failed"]

@@ -42,9 +42,9 @@ import time
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
-from dmabuf.core.buffer import PAGE, DmaBuf
-from dmabuf.core.fence import DmaFence, Timeline
-from dmabuf.core.usage import Usage
+from dmabuf.core.base.usage import Usage
+from dmabuf.core.dma_buf import PAGE, DmaBuf
+from dmabuf.core.fence.fence import DmaFence, Timeline
 
 SLOTS: Final = 4  # one being written, one being read, and one in reserve on either side
 HEADER_BYTES: Final = PAGE  # pixels begin on a page of their own

@@ -25,8 +25,8 @@ from dmabuf.cli.demo_pipeline.counters import BLOCK_BYTES, Counters, State
 from dmabuf.cli.demo_pipeline.ring import DRIVER, HEADER_BYTES, SLOTS, announce, find
 from dmabuf.cli.demo_pipeline.stage import PARENT
 from dmabuf.cli.demo_pipeline.video import Clip
-from dmabuf.core.buffer import DmaBuf
-from dmabuf.core.fence import Timeline
+from dmabuf.core.dma_buf import DmaBuf
+from dmabuf.core.fence.fence import Timeline
 from dmabuf.domain.domain import Domain
 from dmabuf.heaps.recommended import allocate
 from dmabuf.observe.records import buffers

@@ -1,0 +1,1 @@
+"""Reading and writing a buffer: accesses, polling and the fences behind them."""

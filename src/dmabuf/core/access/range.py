@@ -1,0 +1,138 @@
+"""``BufferRange``: a part of a buffer as one value, (buffer, offset, length), so that nobody forgets the offset.
+
+A pool gives out parts of one buffer, a picture has its planes at offsets, a driver fills only so much of a frame. Whoever gets the part
+gets its bytes and no others, from ``read()``, ``write()`` and ``mmap()``, in this process and in another one: a range travels as a buffer
+does.
+
+Fences are the buffer's: accesses to two ranges of one buffer exclude each other like accesses to all of it. A range borrows the handle that
+it was made of, and closes nothing; of a range that was received, close ``.buf``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+from typing import TYPE_CHECKING, Any, Self
+
+from dmabuf import _native
+from dmabuf.core.access.access import Access
+from dmabuf.errors import fail
+
+if TYPE_CHECKING:
+    from dmabuf.core.dma_buf import DmaBuf
+
+
+class BufferRange:
+    """``buf``; ``offset``, ``length``: bytes, which need no alignment. Made by :meth:`DmaBuf.export_range` and by slicing another range."""
+
+    __slots__ = ("buf", "length", "offset")
+
+    def __init__(self, buf: DmaBuf, offset: int = 0, length: int | None = None) -> None:
+        """``length``: None for the rest. Errors: EINVAL empty, or not inside of the buffer; EBADF."""
+        size = buf.size
+        length = size - offset if length is None else length
+        if not (offset >= 0 and length > 0 and offset + length <= size):
+            what = f"bytes {offset} to {offset + length} are not inside of its {size}"
+            raise fail(errno.EINVAL, "range", buf, f"0 <= offset < offset + length <= {size}", what=what)
+        self.buf, self.offset, self.length = buf, offset, length
+
+    def __repr__(self) -> str:
+        return f"<dmabuf.BufferRange {self.length} bytes at {self.offset} of {self.buf!r}>"
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, BufferRange) and (self.buf, self.offset, self.length) == (other.buf, other.offset, other.length)
+
+    def __hash__(self) -> int:
+        return hash((self.buf, self.offset, self.length))
+
+    def __reduce__(self) -> Any:
+        return BufferRange, (self.buf, self.offset, self.length)
+
+    def __getitem__(self, part: slice) -> BufferRange:
+        """A part of the part, by offsets from its start. Errors: EINVAL empty, or with a step; TypeError not a slice."""
+        if not isinstance(part, slice):
+            raise TypeError(f"a range is sliced, as r[16:32], not indexed by {type(part).__name__}: read its bytes in a read() block")
+        start, stop, step = part.indices(self.length)
+        if step != 1 or stop <= start:
+            raise fail(errno.EINVAL, "range", self, "take a slice with at least one byte, and without a step")
+        return BufferRange(self.buf, self.offset + start, stop - start)
+
+    def of(self, view: memoryview) -> memoryview:
+        """The range of a view of the whole buffer, such as :func:`dmabuf.access` gives. Errors: EINVAL it is no view of the whole."""
+        if view.nbytes != self.buf.size or view.ndim != 1 or view.itemsize != 1:
+            raise fail(
+                errno.EINVAL, "range", self, "pass the view that the block gave", what=f"a view of {view.nbytes} bytes is not its buffer's"
+            )
+        return view[self.offset : self.offset + self.length]
+
+    def read(self, timeout: float | None = None) -> RangeAccess:
+        """:meth:`DmaBuf.read`, whose view is the range."""
+        return RangeAccess(self, self.buf.read(timeout))
+
+    def write(self, timeout: float | None = None) -> RangeAccess:
+        """:meth:`DmaBuf.write`, whose view is the range. An exception leaves the whole buffer torn."""
+        return RangeAccess(self, self.buf.write(timeout))
+
+    def mmap(self, writable: bool = True) -> RangeMapping:
+        """:meth:`DmaBuf.mmap` of the pages that the range lies in; ``view`` is the range. Errors: as DmaBuf.mmap."""
+        return RangeMapping(self, writable)
+
+
+class RangeAccess:
+    """A ``read()`` or ``write()`` block of a range, sync or async."""
+
+    __slots__ = ("_access", "_part", "_range")
+
+    def __init__(self, part: BufferRange, access: Access) -> None:
+        self._range, self._access = part, access
+        self._part = memoryview(b"")
+
+    def _show(self, view: memoryview) -> memoryview:
+        self._part = self._range.of(view)
+        return self._part
+
+    def _release(self) -> None:
+        with contextlib.suppress(BufferError):  # in use: the access says what that means
+            self._part.release()
+
+    def __enter__(self) -> memoryview:
+        return self._show(self._access.__enter__())
+
+    def __exit__(self, *why: Any) -> None:
+        self._release()
+        self._access.__exit__(*why)
+
+    async def __aenter__(self) -> memoryview:
+        return self._show(await self._access.__aenter__())
+
+    async def __aexit__(self, *why: Any) -> None:
+        self._release()
+        await self._access.__aexit__(*why)
+
+
+class RangeMapping:
+    """A mapping of the pages of a range. ``view``: the range; ``mapping``: the pages, from ``page_offset`` of the buffer on."""
+
+    def __init__(self, part: BufferRange, writable: bool) -> None:
+        from dmabuf.core.dma_buf import PAGE
+
+        self.page_offset = part.offset // PAGE * PAGE
+        lead = part.offset - self.page_offset
+        whole = part.buf.size // PAGE * PAGE
+        end = min(-(-(part.offset + part.length) // PAGE) * PAGE, max(whole, part.offset + part.length))
+        self.mapping: _native.Mapping = part.buf.mmap(self.page_offset, end - self.page_offset, writable)
+        self.view = memoryview(self.mapping)[lead : lead + part.length]
+
+    def close(self) -> None:
+        """Unmap; again: nothing. Errors: ``BufferError`` the view, or what was made of it, is in use."""
+        self.view.release()
+        self.mapping.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,1 @@
+"""One buffer in this process: its handles, its memory and who it is."""

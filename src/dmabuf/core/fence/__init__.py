@@ -1,0 +1,1 @@
+"""Fences: one object each, and what is made of several."""

@@ -1,0 +1,500 @@
+"""``DmaFence`` and ``Timeline``: a fence says when somebody is done (spec 3).
+
+A fence is pending until it is signalled, once, with or without an error; it never goes back. It belongs to a timeline (a fence
+context), and a timeline to the process that made it: only that process signals, everybody waits. A fence always ends: when its owner
+dies with ``-EOWNERDEAD``, when its timeline is closed with ``-ENOENT``, when the owner drops it while somebody still holds it with
+``-EDEADLK`` (and a ``ResourceWarning``).
+
+Any thread may call anything here, with or without a reservation lock. Waits release the GIL, end early only by an exception that a
+signal handler raises, and never raise the fence's own error: that is what ``status`` says.
+
+Callbacks of a fence of this process run in the thread that signals it, in the order they were added; callbacks of another process's
+fence run in the dispatcher's thread. A callback must not block.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import math
+import operator
+import os
+import sys
+import time
+import warnings
+import weakref
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Self
+
+from dmabuf import _native
+from dmabuf._native import Shm
+from dmabuf.core.task import waiting as awaiting
+from dmabuf.domain.dispatcher import dispatcher
+from dmabuf.domain.domain import Domain
+from dmabuf.errors import contract_warning, fail
+
+if TYPE_CHECKING:
+    from dmabuf.core.fence.lazy import FenceOps
+
+NAME_BYTES = 63
+MAX_ERRNO = 4095  # include/linux/err.h
+
+flagged = _native.Fence.is_signaled  # the flag alone; a fence with operations of its own may know more when it is asked (spec 3.6)
+
+
+@dataclass(frozen=True)
+class FenceStatistics:
+    """What a fence says of itself. ``since``: CLOCK_MONOTONIC ns of its making, 0 when its slot was used again."""
+
+    driver: str
+    timeline: str
+    context: int
+    seqno: int
+    status: int
+    pid: int
+    since: int
+    callbacks: int
+
+
+class DmaFence(_native.Fence):
+    """A fence. Made by :meth:`Timeline.fence`, or found on a reservation object; not constructed by hand.
+
+    ``context``, ``seqno``: which timeline, which number on it. ``status``: 0 pending, 1 signalled, or the negative errno it ended with;
+    ``error``: that errno or 0. ``timestamp``: CLOCK_MONOTONIC ns of signalling, 0 while pending (and for a fence of another process whose
+    slot was used again before anybody here looked). Equal and hashed by identity in the domain. Spec 3.
+
+    Kernel: dma_fence (context, seqno, error, timestamp), dma_fence_signal as signal, dma_fence_is_signaled as is_signaled,
+    dma_fence_get_status as status, dma_fence_timestamp as timestamp, dma_fence_wait as wait, dma_fence_wait_timeout as wait,
+    dma_fence_default_wait as wait.
+    """
+
+    __slots__ = ("__weakref__", "_names", "_timeline", "domain")
+
+    domain: Domain
+    _timeline: Timeline | None
+    _names: tuple[str, str, int] | None
+
+    def __repr__(self) -> str:
+        state = {0: "pending", 1: "signalled"}.get(self.status, str(self.status))
+        kind = "DmaFence" if type(self).__name__ == "CustomFence" else type(self).__name__
+        return f"<dmabuf.{kind} {self.driver_name} {self.timeline_name} {self.context}:{self.seqno} {state}>"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, DmaFence) and (self.shm, self.handle) == (other.shm, other.handle)
+
+    def __hash__(self) -> int:
+        return hash((id(self.shm), self.handle))
+
+    def _look_up(self) -> tuple[str, str, int]:
+        if self._names is None:
+            info, line = self.shm.fence_info(self.handle), self._timeline
+            pid = self.domain.pid_of(info["life"]) if info else 0
+            driver, name = (line.driver, line.name) if line is not None else names_of(self.shm, info) if info else ("", "")
+            self._names = driver, name, pid
+        return self._names
+
+    @property
+    def driver_name(self) -> str:
+        """Who made the timeline ("" when its slot, or the fence's, was used again before anybody here looked).
+
+        Kernel: dma_fence_ops.get_driver_name.
+        """
+        return self._look_up()[0]
+
+    @property
+    def timeline_name(self) -> str:
+        """The timeline's name. Kernel: dma_fence_ops.get_timeline_name."""
+        return self._look_up()[1]
+
+    @property
+    def pid(self) -> int:
+        """The process that owns it, 0 when that is gone."""
+        return self._look_up()[2]
+
+    # ---- ending it ----
+
+    def set_error(self, error: int) -> None:
+        """The negative errno that the fence will end with, to be set before it is signalled (spec 3.5).
+
+        Errors: EPERM from another process. ``ContractWarning`` when signalled already, or when ``error`` is not in -4095…-1; the kernel
+        stores it regardless, and so do we while the fence is pending. Kernel: dma_fence_set_error.
+        """
+        error = operator.index(error)
+        if not self.owned:
+            raise fail(errno.EPERM, "set_error", self, "only the process that owns the timeline ends its fences")
+        if flagged(self):
+            contract_warning(f"set_error: {self!r} is signalled already: set the error before signalling", 2)
+            return
+        if not -MAX_ERRNO <= error < 0:
+            contract_warning(f"set_error: {error} is no negative errno", 2)
+        self.shm.fence_mark(self.handle, "error", error)
+
+    def signal_timestamp(self, timestamp: int, error: int = 0) -> None:
+        """:meth:`signal` with the time at which it happened, CLOCK_MONOTONIC ns (spec 3.4). Kernel: dma_fence_signal_timestamp.
+
+        Errors: EINVAL signalled already, a time that is not positive, or an error that is no negative errno; EPERM from another process.
+        """
+        if not self.owned:
+            raise fail(errno.EPERM, "signal_timestamp", self, "only the process that owns the timeline signals its fences")
+        if timestamp <= 0 or not -MAX_ERRNO <= error <= 0:
+            raise fail(errno.EINVAL, "signal_timestamp", self, "a time is > 0 ns, an error a negative errno or 0")
+        if not self.shm.fence_signal(self.handle, error, False, timestamp):
+            raise fail(errno.EINVAL, "signal_timestamp", self, "a fence is signalled once")
+
+    # ---- callbacks ----
+
+    def add_callback(self, fn: Callable[[DmaFence], object]) -> int:
+        """Call ``fn(fence)`` once when the fence is signalled; returns a handle for :meth:`remove_callback` (spec 3.7).
+
+        Errors: ENOENT when it is signalled already (``fn`` is not called). TypeError when ``fn`` can't be called.
+
+        Kernel: dma_fence_add_callback, dma_fence_func_t as fn, dma_fence_cb.func as fn.
+        """
+        if not callable(fn):
+            raise TypeError("add_callback: fn is a function of one argument, the fence")
+        me, domain = weakref.ref(self), self.domain
+
+        def call(handle: int) -> None:
+            # A queued callback must not keep a fence alive that its owner drops.
+            fn(me() or wrap(domain, handle))
+
+        token = self.listen(call)
+        if token is None:
+            raise fail(errno.ENOENT, "add_callback", self, "it is signalled: look at its status", what="already signalled")
+        return token
+
+    def listen(self, call: Callable[[int], object]) -> int | None:
+        """:meth:`add_callback` for the package's own use: the call gets the handle; None when the fence is signalled already."""
+        if flagged(self):
+            return None
+        self.enable_signaling()
+        foreign = not self.owned or bool(self.flags & _native.FF_ANYBODY)  # ended elsewhere, it is our dispatcher that is rung
+        return dispatcher(self.domain).watch(self.handle, call, foreign=foreign)
+
+    def remove_callback(self, handle: int) -> bool:
+        """Take a callback back; False when it ran already (spec 3.7). Kernel: dma_fence_remove_callback."""
+        return dispatcher(self.domain).unwatch(self.handle, handle)
+
+    def enable_signaling(self) -> None:
+        """Ask that the fence will signal by itself. One without operations of its own always does (spec 3.8).
+
+        Kernel: dma_fence_enable_sw_signaling.
+        """
+
+    def publish(self) -> None:
+        """The fence is about to be known elsewhere: on a reservation object, in a message.
+
+        Others wait for its slot and can't call its operations, so signalling is enabled now.
+        """
+        self.enable_signaling()
+
+    # ---- numbers (spec 3.10) ----
+
+    def is_later(self, other: DmaFence) -> bool:
+        """Does this fence come after the other on their timeline? Numbers of 32 bits wrap; equal ones are not later.
+
+        ``ContractWarning`` and False when they are of different contexts. Kernel: dma_fence_is_later.
+        """
+        if self.context != other.context:
+            contract_warning(f"is_later: {self!r} and {other!r} are of different contexts, which have no order", 2)
+            return False
+        if self.flags & _native.FF_SEQNO64:
+            return self.seqno > other.seqno
+        return 0 < (self.seqno - other.seqno) & 0xFFFFFFFF < 0x80000000
+
+    def is_later_or_same(self, other: DmaFence) -> bool:
+        """The same fence, or :meth:`is_later`. Two fences with equal numbers are neither.
+
+        Kernel: dma_fence_is_later_or_same.
+        """
+        return self == other or self.is_later(other)
+
+    def later(self, other: DmaFence) -> DmaFence | None:
+        """The later of the two (``other`` on a tie), None when that one is signalled: a context's fences complete in order.
+
+        ``ContractWarning`` and None when they are of different contexts. Kernel: dma_fence_later.
+        """
+        if self.context != other.context:
+            contract_warning(f"later: {self!r} and {other!r} are of different contexts, which have no order", 2)
+            return None
+        found = self if self.is_later(other) else other
+        return None if found.is_signaled() else found
+
+    def match_context(self, context: int) -> bool:
+        """Is the fence, or every member of the array, of this context? (Spec 3.15.) Kernel: dma_fence_match_context."""
+        return self.context == context
+
+    # ---- hints ----
+
+    def set_deadline(self, ns: int) -> None:
+        """Hint that somebody wants the fence by this CLOCK_MONOTONIC time, in ns; the earliest of all hints counts (spec 3.12).
+
+        Errors: EINVAL for a negative time. Kernel: dma_fence_set_deadline.
+        """
+        if ns < 0:
+            raise fail(errno.EINVAL, "set_deadline", self, "a deadline is CLOCK_MONOTONIC nanoseconds")
+        if not self.is_signaled():
+            self.shm.fence_mark(self.handle, "deadline", max(ns, 1))
+
+    @property
+    def deadline(self) -> int | None:
+        """The earliest deadline anybody set, CLOCK_MONOTONIC ns, or None."""
+        info = self.shm.fence_info(self.handle)
+        return info["deadline"] or None if info else None
+
+    def __await__(self) -> Generator[Any, None, int]:
+        """Wait in a coroutine, of asyncio or trio; the result is ``status``. Cancelling leaves nothing registered."""
+        if not self.is_signaled():
+            pause = awaiting.pause()
+            token = self.listen(lambda _: pause.end())
+            if token is not None:
+                try:
+                    yield from pause.__await__()
+                finally:
+                    self.remove_callback(token)
+        return self.status
+
+    def describe(self) -> str:
+        """One line of text as the kernel's debugfs prints a fence (spec 3.14). Kernel: dma_fence_describe."""
+        state = "signalled" if self.is_signaled() else "unsignalled"
+        return f"{self.driver_name} {self.timeline_name} seq {self.seqno} {state}\n"
+
+    def statistics(self) -> FenceStatistics:
+        """A snapshot for programs."""
+        info = self.shm.fence_info(self.handle)
+        local = self.domain.local.get("dispatcher")
+        count = local.watches(self.handle) if local else 0
+        return FenceStatistics(*self._look_up()[:2], self.context, self.seqno, self.status, self.pid, info["created"] if info else 0, count)
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a DmaFence is not pickled: send it with dmabuf.send(), or add it to a buffer's reservation object")
+
+    def __del__(self) -> None:
+        if self.owned and not flagged(self):
+            local = self.domain.local.get("dispatcher")
+            shared = self.shm.fence_shared(self.handle) or (local is not None and local.watches(self.handle))
+            if shared:
+                warnings.warn(
+                    f"{self!r} was dropped unsignalled while others wait for it: it ends with -EDEADLK",
+                    ResourceWarning,
+                    stacklevel=2,
+                    source=self,
+                )
+            # A failure is remembered for those who look late: there is nobody to remember one of a fence that nobody knew.
+            self.shm.fence_signal(self.handle, -errno.EDEADLK if shared else 0, False)
+
+
+def _known(domain: Domain) -> weakref.WeakValueDictionary[int, DmaFence]:
+    found: weakref.WeakValueDictionary[int, DmaFence] | None = domain.local.get("fences")
+    if found is None:
+        found = domain.local.setdefault("fences", weakref.WeakValueDictionary())
+    return found
+
+
+def _register(fence: DmaFence, domain: Domain, timeline: Timeline | None) -> None:
+    fence.domain, fence._timeline, fence._names = domain, timeline, None
+    _known(domain)[fence.handle] = fence
+
+
+def _make(domain: Domain, shm: Shm, handle: int, past: tuple[int, ...]) -> DmaFence:
+    fence = DmaFence(shm, handle, False, *past)
+    _register(fence, domain, None)
+    return fence
+
+
+def names_of(shm: Shm, info: dict[str, Any]) -> tuple[str, str]:
+    """The names of driver and timeline of what :meth:`Shm.fence_info` told; "" when the timeline's slot was used again since.
+
+    A timeline has the context of its fences. Accesses, containers and stubs have one each, or none, and share a timeline of their process.
+    """
+    found = shm.timeline_info(info["timeline"] - 1) if info["timeline"] else None
+    if found is None:
+        return "", ""
+    shares = not info["context"] or info["flags"] & (_native.FF_ACCESS | _native.FF_CONTAINER)
+    if found[2] != info["context"] and not (shares and found[3] == info["life"]):
+        return "", ""
+    return os.fsdecode(found[4]), os.fsdecode(found[5])
+
+
+def nameless(domain: Domain, kind: str) -> int:
+    """The slot number + 1 of this process's timeline for fences that belong to none: containers and stubs."""
+    domain.join()
+    key = f"timeline of {kind}"
+    found: int | None = domain.local.get(key)
+    if found is None:
+        name = b"stub" if kind == "stub" else b"unbound"
+        found = domain.local[key] = domain.timeline_open(kind.encode(), name)[0] + 1
+    return found
+
+
+def wrap(domain: Domain, handle: int, past: tuple[int, ...] = (0, 0, 0)) -> DmaFence:
+    """The fence with this handle; the object that is already known in this process, if there is one.
+
+    ``past``: its context, seqno and timeline_index, for the case that its slot was used again; where they are known, its status and
+    timestamp too.
+    """
+    fence = _known(domain).get(handle)
+    if fence is None:
+        fence = _make(domain, domain.shm, handle, past)
+        if not fence.is_signaled():
+            fence._look_up()  # its names are gone once its slot is used again
+    return fence
+
+
+def stub_fence(*, domain: Domain | None = None) -> DmaFence:
+    """The fence that was always signalled: context 0, seqno 0, names "stub"; one a process. Kernel: dma_fence_get_stub."""
+    domain = domain or Domain.default()
+    domain.join()
+    found: DmaFence | None = domain.local.get("stub")
+    if found is None:
+        found = domain.local.setdefault("stub", private_stub(0, domain=domain))
+    return found
+
+
+def private_stub(timestamp: int, *, error: int = 0, domain: Domain | None = None) -> DmaFence:
+    """A new signalled fence with this time of signalling, CLOCK_MONOTONIC ns, 0 for now.
+
+    ``error``: the negative errno that it ended with. Errors: EINVAL a negative time; ENOSPC the domain is full.
+    Kernel: dma_fence_allocate_private_stub.
+    """
+    if timestamp < 0:
+        raise fail(errno.EINVAL, "private_stub", f"timestamp {timestamp}", "a timestamp is CLOCK_MONOTONIC nanoseconds")
+    domain = domain or Domain.default()
+    shm = domain.join()
+    handle = shm.fence_alloc(nameless(domain, "stub"), 0, 0, 0, 0, 0)
+    shm.fence_signal(handle, error, False, timestamp)
+    fence = DmaFence(shm, handle, True)
+    _register(fence, domain, None)
+    return fence
+
+
+@dataclass(frozen=True)
+class TimelineStatistics:
+    """What a timeline says of itself. ``seqno``: of the newest fence; ``pending``: how many are not signalled."""
+
+    driver: str
+    name: str
+    context: int
+    seqno: int
+    pending: int
+    closed: bool
+
+
+class Timeline:
+    """A fence context of this process: makes fences with rising numbers, and ends them (spec 3.2, 3.10).
+
+    ``name``, ``driver``: at most 63 bytes, shown by ``describe`` and ``dmabuf ls``. ``close()`` (or leaving the ``with`` block) ends what
+    is pending with ``-ENOENT``. Fences keep their timeline. In a forked child it is inert. ``seqno64=False``: its numbers have 32 bits and
+    wrap, as those of most drivers and of sw_sync (spec 3.10).
+
+    Errors: EINVAL a name that is too long or has a NUL; ENOSPC the domain is full.
+
+    Kernel: dma_fence_context_alloc, dma_fence_ops.use_64bit_seqno as seqno64.
+    """
+
+    def __init__(
+        self,
+        name: str | bytes = "",
+        *,
+        driver: str | bytes = "dmabuf",
+        seqno64: bool = True,
+        domain: Domain | None = None,
+        _context: int = 0,
+    ) -> None:
+        self.domain = domain or Domain.default()
+        self.driver, self.name = _checked(driver, "driver"), _checked(name, "name")
+        self._index, self.context = self.domain.timeline_open(os.fsencode(self.driver), os.fsencode(self.name), _context)
+        self._life = self.domain.shm.life
+        self._shm = self.domain.shm
+        self._seqno = 0  # of the newest fence
+        self._numbers = itertools.count(1)  # the next one is taken in one step, whatever comes in between
+        self._flags = _native.FF_SEQNO64 if seqno64 else 0
+        self._pending: weakref.WeakValueDictionary[int, DmaFence] = weakref.WeakValueDictionary()
+        self.closed = False
+
+    def __repr__(self) -> str:
+        return f"<dmabuf.Timeline {self.name!r} context {self.context} seqno {self._seqno}{' closed' if self.closed else ''}>"
+
+    def fence(self, *, seqno: int | None = None, ops: FenceOps | None = None) -> DmaFence:
+        """The next fence. ``seqno``: its number, instead of one more than the newest; ``ops``: its behaviour (:class:`FenceOps`).
+
+        Errors: EPERM in a forked child; EBADF when closed; EINVAL a number that the timeline has no room for; ENOSPC when every fence of
+        the domain is in use. Kernel: dma_fence_init, dma_fence.ops as ops.
+        """
+        if self._shm.life != self._life:
+            raise fail(errno.EPERM, "fence", self, "what a fork inherits is inert in the child: make a timeline in this process")
+        if self.closed:
+            raise fail(errno.EBADF, "fence", self, "make a new timeline", what="the timeline is closed")
+        kind: Callable[[Shm, int, bool], DmaFence] = DmaFence
+        flags = 0
+        if ops is not None:
+            from dmabuf.core.fence.lazy import custom
+
+            kind, flags = custom(ops, self.domain)
+        number = self._number(seqno)
+        handle = self._shm.fence_alloc(self._index + 1, self.context, number, self._flags | flags, 0, 0)
+        self._seqno = number
+        fence = kind(self._shm, handle, True)
+        _register(fence, self.domain, self)
+        self._pending[handle] = fence
+        return fence
+
+    def _number(self, given: int | None) -> int:
+        top = 0xFFFFFFFFFFFFFFFF if self._flags else 0xFFFFFFFF
+        if given is None:
+            return next(self._numbers) & top
+        if not 0 <= operator.index(given) <= top:
+            raise fail(errno.EINVAL, "fence", self, f"a seqno of this timeline is 0 to {top}")
+        self._numbers = itertools.count(given + 1)
+        return operator.index(given)
+
+    def pending(self) -> Sequence[DmaFence]:
+        """The fences that are not signalled, lowest number first."""
+        known = (ref() for ref in self._pending.valuerefs())  # a list made in one step: other threads may add
+        return sorted((fence for fence in known if fence is not None and not flagged(fence)), key=lambda fence: fence.seqno)
+
+    def close(self) -> None:
+        """End what is pending with ``-ENOENT``. Again, or in a forked child: nothing."""
+        if self.closed or self._shm.life != self._life:
+            return
+        self.closed = True
+        for fence in self.pending():
+            self._shm.fence_signal(fence.handle, -errno.ENOENT, False)
+        self.domain.timeline_close(self._index, self._life)
+
+    def statistics(self) -> TimelineStatistics:
+        """A snapshot for programs."""
+        return TimelineStatistics(self.driver, self.name, self.context, self._seqno, len(self.pending()), self.closed)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        # Fences keep their timeline, so nothing is pending here; what is left is to give the slot back.
+        if hasattr(self, "closed") and not sys.is_finalizing():
+            self.close()
+
+
+def _checked(name: str | bytes, what: str) -> str:
+    raw = os.fsencode(name)
+    if len(raw) > NAME_BYTES or b"\0" in raw:
+        raise fail(errno.EINVAL, "timeline", f"{what} {name!r}", f"at most {NAME_BYTES} bytes, without a NUL")
+    return os.fsdecode(raw)
+
+
+def monotonic_deadline(timeout: float | None, operation: str, obj: object) -> int:
+    """The CLOCK_MONOTONIC ns at which a timeout ends, -1 for never. Errors: EINVAL a negative timeout or a NaN."""
+    if timeout is None:
+        return -1
+    if not timeout >= 0:
+        raise fail(errno.EINVAL, operation, obj, "a timeout is seconds >= 0, or None for ever")
+    return time.monotonic_ns() + int(min(timeout, 4e9) * 1e9)
+
+
+def seconds_left(until: int) -> float:
+    """What a wait with this end, CLOCK_MONOTONIC ns or -1 for never, has left: always > 0."""
+    return math.inf if until < 0 else max((until - time.monotonic_ns()) / 1e9, 1e-9)

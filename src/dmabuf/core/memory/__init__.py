@@ -1,0 +1,1 @@
+"""Memory as devices and drivers see it."""

@@ -1,0 +1,1 @@
+"""Reservation objects and their lock."""

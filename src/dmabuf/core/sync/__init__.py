@@ -1,0 +1,1 @@
+"""Fences that travel as descriptors."""

@@ -1,0 +1,1 @@
+"""Who waits, and how each framework of tasks does it."""

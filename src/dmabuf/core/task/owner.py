@@ -1,0 +1,155 @@
+"""Who holds a lock or an access: a thread, or the task of asyncio or trio that runs in it.
+
+An owner has one context in the domain, which names it in lock words and access fences, and in which it publishes the fence that it
+waits for. So any process can follow "waits for" edges from owner to owner, and a cycle is found by whoever looks at a tick.
+"""
+
+from __future__ import annotations
+
+import errno
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from dmabuf._native import OFF_STAMP, TICK_FENCE
+from dmabuf.core.task import waiting as awaiting
+from dmabuf.domain.domain import Domain
+from dmabuf.errors import fail
+
+_CYCLE_LIMIT = 256
+
+
+class Owner:
+    """One thread or task in one domain; ``word`` names its context."""
+
+    __slots__ = ("__weakref__", "awaiting", "domain", "life", "locks", "name", "wait_stamp", "word")
+
+    def __init__(self, domain: Domain, name: str) -> None:
+        self.domain = domain
+        self.name = name
+        self.word = domain.ctx_open(threading.get_native_id(), False)
+        self.life = domain.shm.life
+        self.wait_stamp = 0
+        self.locks = 0  # reservation locks that it holds
+        self.awaiting: awaiting.Pause | None = None  # where its task waits for an access
+
+    def __del__(self) -> None:
+        if hasattr(self, "life"):
+            self.domain.ctx_close(self.word, self.life)
+
+
+class _Owners:
+    """The owners of this process in one domain."""
+
+    def __init__(self) -> None:
+        self.threads = threading.local()
+        self.tasks: weakref.WeakKeyDictionary[Any, Owner] = weakref.WeakKeyDictionary()
+        self.waiting: dict[Owner, None] = {}
+
+
+def _owners(domain: Domain) -> _Owners:
+    found: _Owners | None = domain.local.get("owners")
+    if found is None:
+        found = domain.local.setdefault("owners", _Owners())
+        if not domain.tick_hooks:  # once a domain: what is local to a process begins anew after a fork, the hook stays
+            me = weakref.ref(domain)
+
+            def look_for_cycles(kind: int, value: int) -> None:
+                here = me()
+                if here is not None:
+                    _look(here, kind)
+
+            domain.tick_hooks.append(look_for_cycles)
+    return found
+
+
+def current(domain: Domain) -> Owner:
+    """The owner that runs now."""
+    life = domain.shm.life or domain.life
+    owners: _Owners = domain.local.get("owners") or _owners(domain)
+    found = awaiting.running()
+    if found is not None:
+        task = found[1]
+        owner = owners.tasks.get(task)
+        if owner is None or owner.life != life:
+            owner = owners.tasks[task] = Owner(domain, awaiting.name_of(task))
+        return owner
+    try:
+        mine: Owner = owners.threads.owner
+        if mine.life == life:
+            return mine
+    except AttributeError:
+        pass
+    mine = owners.threads.owner = Owner(domain, threading.current_thread().name)
+    return mine
+
+
+def acting(owner: Owner, call: Callable[[], object]) -> None:
+    """Do it in this thread, in which no task runs, as the owner who waits for it. Errors: those of the call."""
+    threads = _owners(owner.domain).threads
+    before = getattr(threads, "owner", None)
+    threads.owner = owner
+    try:
+        call()
+    finally:
+        if before is None:
+            del threads.owner
+        else:
+            threads.owner = before
+
+
+def publish(owner: Owner, handle: int) -> None:
+    """Say which fence the owner is about to wait for; 0: none any more."""
+    shm = owner.domain.shm
+    owners = _owners(owner.domain)
+    if handle:
+        if not owner.wait_stamp:
+            owner.wait_stamp = owner.domain.shm.add64(OFF_STAMP, 1)
+        owners.waiting[owner] = None
+    else:
+        owner.wait_stamp = 0
+        owners.waiting.pop(owner, None)
+    shm.ctx_waits(owner.word, handle, owner.wait_stamp)
+
+
+def youngest_in_cycle(owner: Owner) -> bool:
+    """Is the owner in a cycle of waits through access fences, and began its wait last of all in it?"""
+    shm = owner.domain.shm
+    word, youngest = owner.word, owner.wait_stamp
+    for _ in range(_CYCLE_LIMIT):
+        context = shm.ctx_info(word)
+        if context is None or not context[4]:
+            return False
+        fence = shm.fence_info(context[4])
+        if fence is None or not fence["pending"] or not fence["owner"]:
+            return False
+        word = fence["owner"]
+        youngest = max(youngest, context[5])
+        if word == owner.word:
+            return youngest == owner.wait_stamp
+    return False
+
+
+def deadlock(operation: str, obj: object) -> OSError:
+    """The error of an owner that waits for itself, directly or around a cycle."""
+    return fail(
+        errno.EDEADLK,
+        operation,
+        obj,
+        "take all buffers at once with dmabuf.access(read=[…], write=[…])",
+        what="waiting would never end: accesses wait for each other in a circle",
+    )
+
+
+def _look(domain: Domain, kind: int) -> None:
+    """At a tick: the thread that ticks may be in a cycle itself; so may tasks, which don't tick."""
+    owners = _owners(domain)
+    mine = getattr(owners.threads, "owner", None)
+    for owner in list(owners.waiting):
+        if owner.life != domain.shm.life or not youngest_in_cycle(owner):
+            continue
+        if owner.awaiting is not None:
+            owner.awaiting.end(deadlock("access", "a buffer"))
+        elif owner is mine and kind == TICK_FENCE:
+            raise deadlock("access", "a buffer")
