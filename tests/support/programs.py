@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
 
-_ROOT = Path(__file__).parents[2]
-
-
-def blocks(page: str) -> list[str]:
-    """The Python examples on a page, by its path in the repository."""
-    return re.findall(r"```python\n(.*?)```", (_ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
-
 
 def run(code: str, where: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a program whose warnings are errors, and wait for what it started too; ``where``: a directory for its file."""
+    """Run a program in the directory ``where``, with warnings as errors, and wait for the processes that it started too."""
     script = where / "example.py"
     script.write_text(code, encoding="utf-8")
     program = subprocess.Popen(
@@ -25,6 +17,7 @@ def run(code: str, where: Path, *arguments: str, **environment: str) -> subproce
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        cwd=where,
         env={**os.environ, "PYTHONWARNINGS": "error", **environment},
         process_group=0,
     )
