@@ -1,6 +1,6 @@
 """Checks that imports inside `dmabuf` go down only.
 
-    cli → stream, interop, drivers, observe, sim → heaps, devices → sharing → core → domain → uapi → _native
+    cli → stream, interop, drivers, observe, sim → heap, devices → sharing → core → domain → uapi → _native
 
 `dmabuf.errors` may be imported from everywhere and imports nothing of ours. `dmabuf/__init__.py` is the public face: it stands above
 all layers but `cli`, and nothing below may import it. Layers on one line don't import each other.
@@ -22,7 +22,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
     ("cli",),
     ("stream", "interop", "drivers", "observe", "sim"),
-    ("heaps", "devices"),
+    ("heap", "devices"),
     ("sharing",),
     ("core",),
     ("domain",),

@@ -40,8 +40,8 @@ from dmabuf.core.sync.sync_file import SyncFile, get_sync_file
 from dmabuf.devices.disk import DiskDevice
 from dmabuf.domain.domain import Domain
 from dmabuf.errors import ContractError, ContractWarning, DmaBufError
-from dmabuf.heaps.recommended import allocate, heaps
-from dmabuf.heaps.spill import SpillHeap
+from dmabuf.heap.recommended import allocate, heaps
+from dmabuf.heap.spill import SpillHeap
 from dmabuf.observe.bufinfo import bufinfo
 from dmabuf.observe.records import buffers
 from dmabuf.sharing import live as _live  # noqa: F401  (buffers of other processes' exporters)

@@ -17,7 +17,7 @@ import dmabuf
 from dmabuf import Direction, DmaBuf, Timeline, Usage, sim
 from dmabuf.core.attach.attachment import moving
 from dmabuf.errors import NoDeviceError
-from dmabuf.heaps.spill import SpillHeap
+from dmabuf.heap.spill import SpillHeap
 from tests.support.drivers import Bare, Dynamic, Static
 from tests.support.engines import SIZE, got, until_it_waits
 from tests.support.errnos import raises_errno

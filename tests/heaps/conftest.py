@@ -8,7 +8,7 @@ import pytest
 
 from dmabuf import DmaBuf, Domain, SpillHeap
 from dmabuf.core.buffer.backing import exports_of
-from dmabuf.heaps.spill_moves import Spilled
+from dmabuf.heap.spill_moves import Spilled
 from tests.support.spilling import ROOM, SIZE, fill
 from tests.support.waiting import until
 

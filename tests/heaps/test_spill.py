@@ -12,7 +12,7 @@ import pytest
 
 import dmabuf
 from dmabuf import Device, Direction, DmaBuf, SpillHeap
-from dmabuf.heaps import spill
+from dmabuf.heap import spill
 from tests.support.errnos import raises_errno
 from tests.support.leaks import descriptors
 from tests.support.spilling import PAGE, ROOM, SIZE, fill, holds, is_here, pattern, resident, use

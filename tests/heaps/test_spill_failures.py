@@ -10,8 +10,8 @@ import pytest
 
 from dmabuf import Device, Direction, DmaBuf, DmaBufAttachment, Importer, SpillHeap, Usage, _native
 from dmabuf.core.buffer import residence
-from dmabuf.heaps import spill, spill_file, spill_moves
-from dmabuf.heaps.spill_file import SpillFile
+from dmabuf.heap import spill, spill_file, spill_moves
+from dmabuf.heap.spill_file import SpillFile
 from tests.support.errnos import raises_errno
 from tests.support.leaks import descriptors, rest
 from tests.support.spilling import ROOM, SIZE, fill, holds, is_here, resident, use

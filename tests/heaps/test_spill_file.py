@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from dmabuf.heaps import spill_file
-from dmabuf.heaps.spill_file import SpillFile, default_directory, in_memory
+from dmabuf.heap import spill_file
+from dmabuf.heap.spill_file import SpillFile, default_directory, in_memory
 from tests.support.errnos import raises_errno
 
 PAGE = os.sysconf("SC_PAGE_SIZE")

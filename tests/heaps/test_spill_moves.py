@@ -10,7 +10,7 @@ import pytest
 
 from dmabuf import ContractError, Device, Direction, DmaBuf, DmaBufAttachment, Importer, SpillHeap, Timeline, Usage, _native
 from dmabuf.core.attach.attachment import moving
-from dmabuf.heaps.spill_file import SpillFile
+from dmabuf.heap.spill_file import SpillFile
 from tests.support.drivers import Mover
 from tests.support.spilling import ROOM, SIZE, fill, holds, is_here, pattern, resident, use
 from tests.support.waiting import Background

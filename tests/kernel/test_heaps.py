@@ -14,7 +14,7 @@ import pytest
 
 import dmabuf
 from dmabuf.drivers.drm import DrmNode, DumbBuffer
-from dmabuf.heaps import dma_heap
+from dmabuf.heap import dma_heap
 from dmabuf.uapi import call, drm, heap, table
 from dmabuf.uapi.structures import HeapAllocation
 from tests.kernel.conftest import GUEST
@@ -135,7 +135,7 @@ def test_a_list_with_nothing_in_it_is_einval(udmabuf: int, memfd: int, items: li
 
 
 def test_a_list_beyond_the_limit_is_einval(udmabuf: int, memfd: int) -> None:
-    from dmabuf.heaps.udmabuf import limits
+    from dmabuf.heap.udmabuf import limits
 
     most = limits().ranges
     assert most is not None
@@ -146,7 +146,7 @@ def test_a_list_beyond_the_limit_is_einval(udmabuf: int, memfd: int) -> None:
 
 
 def test_a_size_beyond_the_limit_is_einval_with_the_parameter() -> None:
-    from dmabuf.heaps.udmabuf import limits
+    from dmabuf.heap.udmabuf import limits
 
     most = limits().size
     assert most is not None

@@ -14,7 +14,7 @@ import pytest
 
 from dmabuf import _native
 from dmabuf.core.buffer import identity
-from dmabuf.heaps import devices, dma_heap, udmabuf
+from dmabuf.heap import devices, dma_heap, udmabuf
 from dmabuf.uapi import call, dma_buf, table
 
 _PREFIX = "/memfd:fake dma-buf "

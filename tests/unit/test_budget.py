@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from dmabuf.errors import InvalidError, NoMemoryError, NotFoundError
-from dmabuf.heaps import budget
-from dmabuf.heaps.budget import AMPLE, BOOKKEEPING, GRANT_NS, GRANT_SHARE, LAYOUT_NS, SMALL, Budget
+from dmabuf.heap import budget
+from dmabuf.heap.budget import AMPLE, BOOKKEEPING, GRANT_NS, GRANT_SHARE, LAYOUT_NS, SMALL, Budget
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 UNLIMITED_V1 = 0x7FFFFFFFFFFFF000  # LONG_MAX rounded down to a page

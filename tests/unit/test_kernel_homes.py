@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import dmabuf
-from dmabuf.heaps import dma_heap, udmabuf
+from dmabuf.heap import dma_heap, udmabuf
 from tests.support.errnos import raises_errno
 from tests.support.fake_kernel import FakeKernel
 from tests.support.faults import faults

@@ -12,7 +12,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 def faults(tmp_path: Path, module: str, source: str) -> list[str]:
     """What the check says about a package with this one module beside an empty module for each layer."""
     package = tmp_path / "dmabuf"
-    for name in ("core", "domain", "heaps", "cli", "stream", "observe", "uapi"):
+    for name in ("core", "domain", "heap", "cli", "stream", "observe", "uapi"):
         (package / name).mkdir(parents=True)
         (package / name / "__init__.py").write_text("")
     (package / "__init__.py").write_text("")
@@ -30,7 +30,7 @@ def faults(tmp_path: Path, module: str, source: str) -> list[str]:
         ("core/__init__.py", "from .buffer import DmaBuf"),
         ("core/dma_buf.py", "import dmabuf.domain.lives as lives"),
         ("core/dma_buf.py", "import dmabuf_tools"),
-        ("__init__.py", "from dmabuf.heaps import heaps"),
+        ("__init__.py", "from dmabuf.heap import heaps"),
         ("cli/ls.py", "def main():\n    from dmabuf.observe import bufinfo"),
         ("uapi/call.py", "import fcntl\nsystem = fcntl.ioctl"),
     ],
@@ -47,7 +47,7 @@ def test_an_import_that_goes_down_or_stays_is_allowed(tmp_path: Path, module: st
         ("domain/lives.py", "from .. import core", "upward"),
         ("domain/__init__.py", "from ..core import buffer", "upward"),
         ("domain/lives.py", "import dmabuf.core.dma_buf as b", "upward"),
-        ("domain/lives.py", "def f():\n    from dmabuf.heaps import memfd", "upward"),
+        ("domain/lives.py", "def f():\n    from dmabuf.heap import memfd", "upward"),
         ("domain/lives.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from dmabuf.core import buffer", "upward"),
         ("domain/lives.py", "import importlib\nimportlib.import_module('dmabuf.cli')", "upward"),
         ("stream/ring.py", "from dmabuf.observe import trace", "side by side"),

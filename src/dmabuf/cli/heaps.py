@@ -7,7 +7,7 @@ from rich.text import Text
 
 from dmabuf.cli import data, show
 from dmabuf.cli.show import safe
-from dmabuf.heaps.recommended import heaps
+from dmabuf.heap.recommended import heaps
 
 
 @click.command()

@@ -19,7 +19,7 @@ from pathlib import Path
 from dmabuf.domain import place
 from dmabuf.domain.records import leases
 from dmabuf.errors import errno_name
-from dmabuf.heaps import budget, devices, udmabuf
+from dmabuf.heap import budget, devices, udmabuf
 from dmabuf.observe.units import size
 
 OK, MISSING, WARNING = "ok", "missing", "warning"

@@ -28,7 +28,7 @@ from dmabuf.cli.demo_pipeline.video import Clip
 from dmabuf.core.dma_buf import DmaBuf
 from dmabuf.core.fence.fence import Timeline
 from dmabuf.domain.domain import Domain
-from dmabuf.heaps.recommended import allocate
+from dmabuf.heap.recommended import allocate
 from dmabuf.observe.records import buffers
 from dmabuf.sharing.passing import send
 

@@ -17,7 +17,7 @@ from dmabuf.core.dma_buf import DmaBuf
 from dmabuf.core.get import from_fd
 from dmabuf.domain.domain import Domain
 from dmabuf.errors import fail
-from dmabuf.heaps import budget, devices, memfd
+from dmabuf.heap import budget, devices, memfd
 from dmabuf.uapi import call, dma_buf
 from dmabuf.uapi import heap as uapi
 

@@ -33,11 +33,11 @@ from dmabuf.core.buffer.backing import checked_ops, make
 from dmabuf.core.dma_buf import PAGE, DmaBuf
 from dmabuf.domain.domain import Domain
 from dmabuf.errors import fail
-from dmabuf.heaps import budget
-from dmabuf.heaps.budget import whole
-from dmabuf.heaps.memfd import asked
-from dmabuf.heaps.spill_file import SpillFile, default_directory
-from dmabuf.heaps.spill_moves import Place, Residents, Spilled
+from dmabuf.heap import budget
+from dmabuf.heap.budget import whole
+from dmabuf.heap.memfd import asked
+from dmabuf.heap.spill_file import SpillFile, default_directory
+from dmabuf.heap.spill_moves import Place, Residents, Spilled
 
 NAME: Final = "spill"
 PATIENCE: Final = 2.0  #: seconds that memory in use is waited for

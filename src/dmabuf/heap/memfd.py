@@ -21,7 +21,7 @@ from dmabuf.core.dma_buf import PAGE, DmaBuf, checked_name
 from dmabuf.core.get import from_fd
 from dmabuf.domain.domain import Domain
 from dmabuf.errors import fail
-from dmabuf.heaps import budget
+from dmabuf.heap import budget
 from dmabuf.uapi.call import OwnedFd
 
 NAME = "memfd"

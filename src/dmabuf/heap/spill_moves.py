@@ -51,9 +51,9 @@ from dmabuf.core.memory.scatterlist import SgTable
 from dmabuf.core.task.owner import current
 from dmabuf.domain.domain import TICK_NS, Domain
 from dmabuf.errors import DmaBufError, fail
-from dmabuf.heaps import budget
-from dmabuf.heaps.aside import aside
-from dmabuf.heaps.spill_file import SpillFile, reserve, slices
+from dmabuf.heap import budget
+from dmabuf.heap.aside import aside
+from dmabuf.heap.spill_file import SpillFile, reserve, slices
 
 if TYPE_CHECKING:
     from dmabuf.core.attach.attachment import DmaBufAttachment

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from dmabuf.core.dma_buf import DmaBuf
 from dmabuf.domain.domain import Domain
 from dmabuf.errors import fail
-from dmabuf.heaps import devices, dma_heap, memfd, spill, udmabuf
+from dmabuf.heap import devices, dma_heap, memfd, spill, udmabuf
 
 
 @dataclass(frozen=True)
