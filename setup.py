@@ -10,6 +10,7 @@ from setuptools import Extension, setup
 
 COMPILE = [
     "-std=gnu11",
+    "-D_GNU_SOURCE",
     "-O2",
     "-fvisibility=hidden",
     "-Wall",

@@ -1,5 +1,10 @@
 /* module.c - dmabuf._native: the only place with raw memory. */
-#include "native.h"
+#include "domain/fence.h"
+#include "domain/shm.h"
+#include "domain/sleep.h"
+#include "domain/step.h"
+#include "fds/fds.h"
+#include "memory/mapping.h"
 
 /* Python code can't call sys.unraisablehook: the default hook takes nothing but a structure that only the interpreter makes. */
 static PyObject *unraisable(PyObject *self, PyObject *args) {

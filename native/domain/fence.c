@@ -10,7 +10,9 @@
  * a fence as it was decided, else with -EOWNERDEAD. Whatever else a stranger writes to a slot (fence_mark) names the generation too, or
  * does nobody harm in another one.
  */
-#include "native.h"
+#include "domain/fence.h"
+#include "domain/sleep.h"
+#include "domain/step.h"
 #include <math.h>
 #include <sched.h>
 

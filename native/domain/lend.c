@@ -3,7 +3,9 @@
  * The borrower's context names its heir, the lender, before it has the lock and until it has it no more. Whoever reaps the borrower's life
  * gives the lock to the heir before the borrower's generation moves, so that nobody else comes in between. An heir that is no more is
  * passed over, and then the lock is free, as after every owner's end. */
-#include "native.h"
+#include "domain/lend.h"
+#include "domain/resv.h"
+#include "domain/step.h"
 
 static PyObject *resv_pass(Shm *s, PyObject *args) { /* (rec, holder, ctx) -> holder held it, and now ctx does */
   unsigned rec;

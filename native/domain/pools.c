@@ -1,5 +1,5 @@
 /* pools.c - slots that one life owns: contexts and timelines. Only the owner writes them, and the reaper once the owner is dead. */
-#include "native.h"
+#include "domain/table.h"
 
 static PyObject *ctx_open(Shm *s, PyObject *args) { /* ctx_open(index, tid, real, stamp) -> word */
   unsigned i, tid, real;

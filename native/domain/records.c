@@ -1,5 +1,6 @@
 /* records.c - the record of a buffer: made, found, held, named, freed. What changes one under the table lock names its steps; what a
  * death between two of them leaves is what table_rebuild makes whole. */
+#include "domain/step.h"
 #include "domain/table.h"
 
 static void set_bounded(char *to, uint8_t *len, const char *from, Py_ssize_t n) {

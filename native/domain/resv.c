@@ -8,7 +8,10 @@
  * The list is an array of words, each a fence and its usage; a 0 ends it. Adding is one store, replacing is one store.
  * Entries of signalled fences stay until a later add overwrites them or they are trimmed from the end, so a reader without
  * the lock can never miss a pending fence. */
-#include "native.h"
+#include "domain/fence.h"
+#include "domain/resv.h"
+#include "domain/sleep.h"
+#include "domain/step.h"
 
 db_resv *resv_of(Shm *s, uint32_t rec) {
   db_rec *r = rec_at(s, rec);

@@ -1,6 +1,9 @@
 /* shm.c - the mapped domain: bounded loads and stores, the sleep that every wait is built of, the token that tells a
  * forked child from its parent, and the page that holds a life's lock. */
-#include "native.h"
+#include "domain/fence.h"
+#include "domain/lend.h"
+#include "domain/resv.h"
+#include "domain/sleep.h"
 #include <fcntl.h>
 #include <linux/futex.h>
 #include <math.h>

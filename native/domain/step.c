@@ -6,7 +6,7 @@
  *                                        from it; about to sleep in a wait, write "~name" and go on at once
  *   step_disarm()
  */
-#include "native.h"
+#include "domain/step.h"
 #include <signal.h>
 #include <unistd.h>
 

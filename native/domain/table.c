@@ -3,6 +3,9 @@
  * The table lock is one 32-bit word that names its owner's life. The state of a record (and the owner of a block) is the
  * truth; the hash chains and the free list are derived from it and are made anew whenever the lock is taken from a dead
  * owner. So nothing in here has to be undone: whatever prefix of the stores happened, `table_rebuild` gives a whole table. */
+#include "domain/lend.h"
+#include "domain/sleep.h"
+#include "domain/step.h"
 #include "domain/table.h"
 #include <fcntl.h>
 #include <stdlib.h>

@@ -2,7 +2,7 @@
  *
  * A __del__ in Python would not do: a signal handler that raises may end it before its first line. Whoever makes descriptors by system
  * calls puts them into one of these without a line of Python in between, see dmabuf/uapi/call.py. */
-#include "native.h"
+#include "fds/fds.h"
 #include <sys/syscall.h>
 #include <unistd.h>
 

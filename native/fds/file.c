@@ -1,7 +1,7 @@
 /* file.c - what Python's os module leaves out about files: to give a range of one back to the system (fallocate(2)).
  *
  * The range reads as zeros afterwards, in every mapping too; the size stays. */
-#include "native.h"
+#include "fds/fds.h"
 #include <fcntl.h>
 
 static PyObject *punch(PyObject *m, PyObject *args) { /* punch(fd, start, length); OSError */

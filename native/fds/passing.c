@@ -1,7 +1,7 @@
 /* passing.c - one descriptor sent and received in one call each: the way of a buffer that goes round between processes.
  *
  * What is unusual (more things, other kinds, a cut message, another inode) comes back raw and is judged in Python. */
-#include "native.h"
+#include "fds/fds.h"
 #include <fcntl.h>
 #include <sys/socket.h>
 #include <sys/stat.h>

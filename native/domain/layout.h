@@ -1,4 +1,4 @@
-/* native.h - the layout of a domain file and the objects that read it.
+/* layout.h - the layout of a domain file, and nothing else: no Python, no code that runs.
  *
  * A domain is one file that every taking-part process maps whole. It is: one header page, the table of lives, the table
  * of chunks, the buckets of the buffer hash, and then chunks of 32 KiB. A chunk holds slots of one type for ever (a slot
@@ -15,20 +15,11 @@
  *         who writes:  a word changes (state, generation, which half counts), bytes_follow(), the bytes, a word that lets others in
  *         who reads:   the word, the bytes, bytes_read(), the word again: the same, or what was read counts for nothing.
  */
-#ifndef DMABUF_NATIVE_H
-#define DMABUF_NATIVE_H
-#define PY_SSIZE_T_CLEAN
-#ifndef _GNU_SOURCE
-#define _GNU_SOURCE
-#endif
-#include <Python.h>
-#include <structmember.h>
-#include <errno.h>
+#ifndef DMABUF_LAYOUT_H
+#define DMABUF_LAYOUT_H
 #include <stdatomic.h>
 #include <stddef.h>
 #include <stdint.h>
-#include <string.h>
-#include <time.h>
 
 typedef _Atomic uint32_t a32;
 typedef _Atomic uint64_t a64;
@@ -208,133 +199,4 @@ _Static_assert(DB_HEADER_BYTES % DB_PAGE == 0, "header pages");
 #define E_MAKE(h, usage) ((h) | (uint64_t)(usage) << 22)
 #define GEN_MASK 0xffffffffffull
 #define WORD_OF(gen) ((uint32_t)((gen) & 0x3ffffffu) << FW_SHIFT)
-
-typedef struct {
-  PyObject_HEAD
-  char *base;
-  size_t length;
-  int fd;
-  char owns_fd; /* closed with the mapping: after every finaliser, whichever order the garbage collector takes */
-  uint32_t known;      /* chunks this process has checked against the file's size */
-  a64 *token;          /* a page that fork wipes: our life id, 0 in a child */
-  PyObject *tick;      /* tick(kind, value): a wait lasted DB_TICK_NS; may raise */
-  PyObject *on_local;  /* on_local(handle): a fence with callbacks in this process was signalled here */
-  PyObject *on_sync;   /* on_sync(handle) -> done: a fence that a sync file's descriptor waits for has ended */
-  PyObject *fail;      /* errors.fail */
-  PyObject *weakrefs;
-  uint64_t *fifo; /* free fence slots of this life, oldest first: a slot rests as long as possible */
-  uint32_t fifo_cap, fifo_head, fifo_count, fifo_life;
-  uint32_t claim_hint[8];
-} Shm;
-
-extern PyTypeObject *Shm_Type;
-
-static inline int64_t now_ns(void) {
-  struct timespec t;
-  clock_gettime(CLOCK_MONOTONIC, &t);
-  return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
-}
-static inline void cpu_relax(void) {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  __asm__ volatile("yield");
-#endif
-}
-static inline db_header *hdr(Shm *s) { return (db_header *)s->base; }
-static inline db_life *life_slot(Shm *s, uint32_t id) { return (db_life *)(s->base + OFF_LIVES) + LIFE_INDEX(id); }
-static inline a64 *chunk_entry(Shm *s, uint32_t i) { return (a64 *)(s->base + OFF_CHUNKTAB) + i; }
-static inline a32 *bucket(Shm *s, uint32_t i) { return (a32 *)(s->base + OFF_BUCKETS) + (i & (DB_BUCKETS - 1)); }
-static inline uint32_t my_life(Shm *s) { return (uint32_t)atomic_load(s->token); }
-static inline int life_current(Shm *s, uint32_t id) { /* is this id the slot's present one (not: does the process live)? */
-  db_life *l = life_slot(s, id);
-  return id && atomic_load(&l->state) == LIFE_ALIVE && LIFE_ID(LIFE_INDEX(id), atomic_load(&l->gen)) == id;
-}
-
-/* shm.c */
-int chunks_known(Shm *s, uint32_t n);
-char *chunk_at(Shm *s, uint32_t i, uint32_t type); /* NULL: no such chunk of that type */
-int shm_corrupt(Shm *s, const char *what);         /* raises EUCLEAN, returns -1 */
-int shm_fail(Shm *s, int err, const char *op, const char *obj, const char *remedy); /* raises, returns -1 */
-int shm_need_life(Shm *s, const char *op);         /* 0, or raises EPERM in a forked child */
-/* One sleep on a word: until woken, a tick passed, or `until` (CLOCK_MONOTONIC ns, -1 never). The GIL is released.
- * 0: look again; 1: a tick passed, tick(kind, value) was called; -1: an exception (a signal handler's, or tick's);
- * -2: a signal arrived and no handler raised. */
-int shm_sleep(Shm *s, a32 *word, uint32_t expected, int64_t until, int kind, uint64_t value);
-void word_wake(a32 *word, int n);
-int shm_register(PyObject *module);
-enum { TICK_FENCE, TICK_RESV, TICK_TABLE, TICK_BELL, TICK_POLL, TICK_CHECK };
-int shm_tick(Shm *s, int kind, uint64_t value); /* 0, or -1 with an exception */
-int shm_polled(Shm *s); /* a look found something pending: 1 when a sweep was due and done, so look again; -1 exception */
-double remaining_s(int64_t until);
-int parse_timeout(Shm *s, PyObject *obj, int64_t *until, const char *op); /* None or seconds >= 0 */
-
-/* table.c */
-int table_lock(Shm *s);
-void table_unlock(Shm *s);
-extern PyMethodDef table_methods[];
-int64_t chunk_claim(Shm *s, uint32_t type, uint32_t owner); /* chunk, or -1 with an exception */
-db_rec *rec_at(Shm *s, uint32_t rec);
-db_block *block_at(Shm *s, uint32_t block);
-db_ctx *ctx_at(Shm *s, uint32_t index);
-db_timeline *timeline_at(Shm *s, uint32_t index);
-int blocks_add(Shm *s, uint32_t rec, a32 *link, uint32_t count); /* 0 or -1 with an exception */
-
-/* records.c */
-extern PyMethodDef record_methods[];
-
-/* pools.c */
-extern PyMethodDef pool_methods[];
-
-/* fence.c */
-db_fence *fence_at(Shm *s, uint32_t slot);
-int fence_pending(Shm *s, uint64_t handle, db_fence **out); /* 1 pending, 0 signalled or gone; out may be NULL slot */
-int fence_flag(uint64_t handle, db_fence *f, uint32_t bit); /* set in the word of this generation alone; 0: it is past, or being dropped */
-uint64_t fence_make(Shm *s, uint32_t timeline, uint64_t context, uint64_t seqno, uint32_t flags, uint64_t owner, uint32_t rec); /* 0: exception */
-void fence_end(Shm *s, uint64_t handle, int error); /* signal and drop an own fence */
-extern PyMethodDef fence_methods[];
-int fence_register(PyObject *module);
-
-/* resv.c */
-extern PyMethodDef resv_methods[];
-db_resv *resv_of(Shm *s, uint32_t rec);
-db_ctx *ctx_alive(Shm *s, uint64_t word);
-int resv_give(db_resv *r, uint64_t me);
-int resv_hand(Shm *s, db_resv *r, uint64_t from, uint64_t to);
-
-/* lend.c */
-extern PyMethodDef lend_methods[];
-void resv_bequeath(Shm *s, db_ctx *c, uint64_t word);
-
-/* step.c */
-#define DB_STEPS(X) \
-  X(rec_locked) X(rec_filled) X(rec_held) X(rec_live) X(rec_linked) \
-  X(rec_dying) X(rec_unlinked) X(rec_cleared) X(rec_freed) \
-  X(chunk_allocated) X(chunk_typed) X(chunk_published) X(chunk_owned) \
-  X(fence_filled) X(fence_published) X(fence_dropped) X(fence_marking) X(fence_ending) X(fence_error) X(fence_stamped) X(fence_signaled) X(fence_woken) X(fence_rung) \
-  X(resv_locked) X(resv_next) X(resv_waiting) X(resv_stolen) X(resv_passed) X(resv_heir) X(resv_borrowed) X(resv_returned) X(resv_unlocked) X(resv_added) X(resv_copied) X(resv_cut) \
-  X(block_taken) X(block_linked) \
-  X(access_fence) X(access_added) X(access_granted) X(access_torn) X(access_whole) X(access_ended) \
-  X(name_written) X(name_switched) X(reap_torn) X(reap_fence) X(reap_heir) X(reap_ctx) X(reap_chunk) X(table_stolen) X(table_rebuilt)
-enum {
-#define X(n) STEP_##n,
-  DB_STEPS(X)
-#undef X
-  STEP_COUNT
-};
-extern int step_armed;
-void step_hit(int id);
-void step_sleeping(int id);
-#define STEP(n) do { if (__builtin_expect(step_armed, 0)) step_hit(STEP_##n); } while (0)
-int step_register(PyObject *module);
-
-/* passing.c */
-int passing_register(PyObject *module);
-int descriptor_register(PyObject *module);
-
-/* file.c */
-int file_register(PyObject *module);
-
-/* mapping.c */
-int mapping_register(PyObject *module);
 #endif

@@ -1,0 +1,12 @@
+/* fence.h - fences by their handle: slots owned by one life, signalled by it, waited for by all. */
+#ifndef DMABUF_FENCE_H
+#define DMABUF_FENCE_H
+#include "domain/table.h"
+
+int fence_pending(Shm *s, uint64_t handle, db_fence **out); /* 1 pending, 0 signalled or gone; out may be NULL slot */
+int fence_flag(uint64_t handle, db_fence *f, uint32_t bit); /* set in the word of this generation alone; 0: it is past, or being dropped */
+uint64_t fence_make(Shm *s, uint32_t timeline, uint64_t context, uint64_t seqno, uint32_t flags, uint64_t owner, uint32_t rec); /* 0: exception */
+void fence_end(Shm *s, uint64_t handle, int error); /* signal and drop an own fence */
+extern PyMethodDef fence_methods[];
+int fence_register(PyObject *module);
+#endif
