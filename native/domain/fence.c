@@ -70,7 +70,7 @@ static void ring_bells(Shm *s, uint64_t bells, uint64_t handle) {
     }
   }
 }
-static void ring_syncs(Shm *s, uint64_t handle, db_fence *f) { /* the descriptors of sync files that wait for an ended fence */
+void ring_syncs(Shm *s, uint64_t handle, db_fence *f) { /* the descriptors of sync files that wait for an ended fence */
   PyObject *x = NULL;
   for (int k = 0; k < 2 && !x && s->on_sync; k++) /* again if a signal handler raised in the middle: ringing twice is ringing once */
     if (!(x = PyObject_CallFunction(s->on_sync, "K", (unsigned long long)handle))) PyErr_WriteUnraisable(s->on_sync);
@@ -88,7 +88,7 @@ int fence_flag(uint64_t handle, db_fence *f, uint32_t bit) {
   return 0;
 }
 /* End a fence: 0; 1: it has ended already, or otherwise. anybody: others may be ending it at this moment, and it may be theirs to finish */
-static int fence_finish(Shm *s, uint64_t handle, db_fence *f, int error, uint64_t stamp, int anybody) {
+int fence_finish(Shm *s, uint64_t handle, db_fence *f, int error, uint64_t stamp, int anybody) {
   if (atomic_load(&f->word) & FW_SIGNALED) return 1;
   if (anybody) STEP(fence_ending); /* nothing has been done */
   int e = error ? error : atomic_load(&f->error), decided = 1; /* if that was another generation's, the next step is in vain */
@@ -123,7 +123,7 @@ static int fence_finish(Shm *s, uint64_t handle, db_fence *f, int error, uint64_
   if (w & FW_SYNC) ring_syncs(s, handle, f);
   return !decided;
 }
-static int for_anybody(db_fence *f) { return (atomic_load(&f->flags) & FF_ANYBODY) != 0; } /* its owner asks, or the reaper: nobody uses the slot again meanwhile */
+int for_anybody(db_fence *f) { return (atomic_load(&f->flags) & FF_ANYBODY) != 0; } /* its owner asks, or the reaper: nobody uses the slot again meanwhile */
 static inline void leave_cpu(Shm *s) { atomic_store_explicit(&life_slot(s, my_life(s))->cpu, (uint32_t)sched_getcpu() + 1, memory_order_relaxed); }
 
 /* ---- allocation: the owner's first-in first-out list ---- */
@@ -521,36 +521,6 @@ static PyObject *fence_drop(Shm *s, PyObject *args) { /* (handle, error) -> True
   STEP(fence_dropped); /* pending, but nobody takes it any more: ends with us */
   return PyBool_FromLong(own_end(s, h, error, 0, 0));
 }
-static PyObject *reap_fences(Shm *s, PyObject *args) { /* (chunk, error): end what is pending in a dead life's chunk -> count */
-  unsigned c;
-  int error;
-  if (!PyArg_ParseTuple(args, "Ii", &c, &error)) return NULL;
-  unsigned n = 0;
-  for (uint32_t i = 0; i < FENCES_PER; i++) {
-    uint32_t slot = c * FENCES_PER + i;
-    db_fence *f = fence_at(s, slot);
-    if (!f) { shm_corrupt(s, "a chunk outside of the file"); return NULL; }
-    uint32_t word = atomic_load(&f->word);
-    if (word & FW_SIGNALED) {
-      if (word & FW_SYNC) ring_syncs(s, H_MAKE(slot, END_GEN(atomic_load(&f->end))), f); /* the owner died between ending and ringing */
-      continue;
-    }
-    uint32_t flags = atomic_load(&f->flags), rec = atomic_load(&f->rec);
-    if ((flags & (FF_ACCESS | FF_WRITE | FF_GRANTED)) == (FF_ACCESS | FF_WRITE | FF_GRANTED)) {
-      db_rec *r = rec ? rec_at(s, rec - 1) : NULL;
-      if (r && atomic_load(&r->gen) == atomic_load(&f->rec_gen)) {
-        db_life *l = life_slot(s, CT_LIFE(atomic_load(chunk_entry(s, c))));
-        r->torn_pid = atomic_load(&l->pid);
-        atomic_store(&r->torn, EOWNERDEAD);
-      }
-      STEP(reap_torn); /* the mark is there before the fence ends */
-    }
-    fence_finish(s, H_MAKE(slot, END_GEN(atomic_load(&f->end))), f, error, 0, for_anybody(f));
-    STEP(reap_fence);
-    n++;
-  }
-  return PyLong_FromUnsignedLong(n);
-}
 static PyObject *fences_done(Shm *s, PyObject *seq) { /* of a list of handles those that are signalled */
   PyObject *fast = PySequence_Fast(seq, "a sequence of handles"), *out = fast ? PyList_New(0) : NULL;
   for (Py_ssize_t i = 0; out && i < PySequence_Fast_GET_SIZE(fast); i++) {
@@ -570,7 +540,6 @@ PyMethodDef fence_methods[] = {
     {"fence_pending", (PyCFunction)py_fence_pending, METH_O, "Is the handle's fence pending?"},
     M(fence_info, METH_O, "What a fence's slot says, or None."), M(fence_mark, METH_VARARGS, "Mark (handle, what, value) -> pending."),
     M(fence_shared, METH_O, "May anybody but the owner know this fence?"), M(fence_drop, METH_VARARGS, "End (handle, error) an own fence that nobody waits for -> done."),
-    M(reap_fences, METH_VARARGS, "End a dead life's fences."),
     M(fences_done, METH_O, "Those of the handles that are signalled."),
     {0}};
 

@@ -7,6 +7,9 @@ int fence_pending(Shm *s, uint64_t handle, db_fence **out); /* 1 pending, 0 sign
 int fence_flag(uint64_t handle, db_fence *f, uint32_t bit); /* set in the word of this generation alone; 0: it is past, or being dropped */
 uint64_t fence_make(Shm *s, uint32_t timeline, uint64_t context, uint64_t seqno, uint32_t flags, uint64_t owner, uint32_t rec); /* 0: exception */
 void fence_end(Shm *s, uint64_t handle, int error); /* signal and drop an own fence */
+int fence_finish(Shm *s, uint64_t handle, db_fence *f, int error, uint64_t stamp, int anybody);
+int for_anybody(db_fence *f);
+void ring_syncs(Shm *s, uint64_t handle, db_fence *f);
 extern PyMethodDef fence_methods[];
 int fence_register(PyObject *module);
 #endif

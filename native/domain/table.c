@@ -3,7 +3,6 @@
  * The table lock is one 32-bit word that names its owner's life. The state of a record (and the owner of a block) is the
  * truth; the hash chains and the free list are derived from it and are made anew whenever the lock is taken from a dead
  * owner. So nothing in here has to be undone: whatever prefix of the stores happened, `table_rebuild` gives a whole table. */
-#include "domain/lend.h"
 #include "domain/sleep.h"
 #include "domain/step.h"
 #include "domain/table.h"
@@ -311,60 +310,6 @@ static PyObject *py_chunk_claim(Shm *s, PyObject *arg) {
   int64_t c = chunk_claim(s, (uint32_t)type, my_life(s));
   return c < 0 ? NULL : PyLong_FromLongLong(c);
 }
-static PyObject *chunks_of(Shm *s, PyObject *arg) { /* chunks_of(life) -> [(chunk, type)] */
-  unsigned long life = PyLong_AsUnsignedLong(arg);
-  if (life == (unsigned long)-1 && PyErr_Occurred()) return NULL;
-  PyObject *out = PyList_New(0);
-  uint32_t n = atomic_load(&hdr(s)->nchunks);
-  for (uint32_t c = 0; out && c < n && c < DB_MAX_CHUNKS; c++) {
-    uint64_t e = atomic_load(chunk_entry(s, c));
-    if (CT_LIFE(e) != life) continue;
-    PyObject *x = Py_BuildValue("II", c, CT_TYPE(e));
-    if (!x || PyList_Append(out, x)) Py_CLEAR(out);
-    Py_XDECREF(x);
-  }
-  return out;
-}
-static PyObject *chunk_return(Shm *s, PyObject *args) { /* chunk_return(chunk, life): ownerless again */
-  unsigned c, life;
-  if (!PyArg_ParseTuple(args, "II", &c, &life)) return NULL;
-  if (c >= DB_MAX_CHUNKS) { shm_corrupt(s, "a chunk outside of the table"); return NULL; }
-  uint64_t e = atomic_load(chunk_entry(s, c));
-  if (CT_LIFE(e) == life) atomic_compare_exchange_strong(chunk_entry(s, c), &e, CT_MAKE(CT_TYPE(e), CT_ORD(e), 0));
-  STEP(reap_chunk);
-  Py_RETURN_NONE;
-}
-static PyObject *reap_life_chunk(Shm *s, PyObject *args) { /* (chunk, type): contexts get a new generation, bits go */
-  unsigned c, type;
-  if (!PyArg_ParseTuple(args, "II", &c, &type)) return NULL;
-  char *p = type == CH_LIFE || type == CH_CTX ? chunk_at(s, c, type) : NULL;
-  if (!p) { shm_corrupt(s, "a chunk outside of the file"); return NULL; }
-  for (uint32_t i = type == CH_LIFE ? CTX_FIRST_IN_LIFE : 0; i < CTX_PER; i++) {
-    db_ctx *x = (db_ctx *)p + i;
-    if (!atomic_load(&x->life)) continue;
-    resv_bequeath(s, x, (uint64_t)atomic_load(&x->gen) << 32 | (c * CTX_PER + i)); /* before anybody may take it */
-    atomic_fetch_add(&x->gen, 1); /* every lock it named can be taken from now on */
-    atomic_store(&x->waits_on, 0);
-    atomic_store(&x->life, 0);
-    STEP(reap_ctx);
-  }
-  if (type == CH_LIFE)
-    for (uint32_t i = 0; i < REC_CHUNKS; i++) atomic_store((a64 *)p + i, 0);
-  Py_RETURN_NONE;
-}
-static PyObject *reap_table_lock(Shm *s, PyObject *arg) { /* the dead life's hold on the table lock ends here */
-  unsigned long life = PyLong_AsUnsignedLong(arg);
-  if (life == (unsigned long)-1 && PyErr_Occurred()) return NULL;
-  if (!my_life(s)) Py_RETURN_FALSE; /* its waiters take it themselves once the life is no longer current */
-  a32 *w = &hdr(s)->table_lock;
-  uint32_t v = atomic_load(w);
-  if ((v & ~TL_WAITERS) != life || !atomic_compare_exchange_strong(w, &v, my_life(s) | TL_WAITERS)) Py_RETURN_FALSE;
-  STEP(table_stolen);
-  table_rebuild(s);
-  STEP(table_rebuilt);
-  table_unlock(s);
-  Py_RETURN_TRUE;
-}
 static PyObject *py_life_current(Shm *s, PyObject *arg) {
   unsigned long id = PyLong_AsUnsignedLong(arg);
   if (id == (unsigned long)-1 && PyErr_Occurred()) return NULL;
@@ -375,8 +320,5 @@ PyMethodDef table_methods[] = {
 #define M(n, flags, doc) {#n, (PyCFunction)n, flags, doc}
     M(table_audit, METH_NOARGS, "What the derived parts of the table miss: (free records, live records, blocks)."),
     {"chunk_claim", (PyCFunction)py_chunk_claim, METH_O, "Own a chunk of a type."},
-    M(chunks_of, METH_O, "Chunks of a life: [(chunk, type)]."), M(chunk_return, METH_VARARGS, "Give (chunk, life) back."),
-    M(reap_life_chunk, METH_VARARGS, "End the contexts and holds in (chunk, type)."),
-    M(reap_table_lock, METH_O, "Take the table lock from a dead life and repair."),
     {"life_current", (PyCFunction)py_life_current, METH_O, "Is this life id its slot's present one?"},
     {0}};
