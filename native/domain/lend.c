@@ -4,8 +4,9 @@
  * gives the lock to the heir before the borrower's generation moves, so that nobody else comes in between. An heir that is no more is
  * passed over, and then the lock is free, as after every owner's end. */
 #include "domain/lend.h"
-#include "domain/resv.h"
+#include "domain/resv_lock.h"
 #include "domain/step.h"
+#include "domain/table.h"
 
 static PyObject *resv_pass(Shm *s, PyObject *args) { /* (rec, holder, ctx) -> holder held it, and now ctx does */
   unsigned rec;

@@ -1,11 +1,12 @@
-/* resv.h - reservation objects. */
+/* resv.h - the list of fences of a reservation object. */
 #ifndef DMABUF_RESV_H
 #define DMABUF_RESV_H
-#include "domain/table.h"
+#include "domain/shm.h"
 
+typedef struct { Shm *s; db_resv *r; uint32_t i, block, blocks, rec; } cursor;
+
+a64 *entry_next(cursor *c); /* NULL at the end of the capacity */
+int make_room(Shm *s, db_resv *r, uint32_t rec, uint32_t n);
+int put(Shm *s, db_resv *r, uint32_t rec, uint64_t handle, uint32_t usage, long room);
 extern PyMethodDef resv_methods[];
-db_resv *resv_of(Shm *s, uint32_t rec);
-db_ctx *ctx_alive(Shm *s, uint64_t word);
-int resv_give(db_resv *r, uint64_t me);
-int resv_hand(Shm *s, db_resv *r, uint64_t from, uint64_t to);
 #endif

@@ -1,9 +1,11 @@
 /* shm.c - the mapped domain: bounded loads and stores, the sleep that every wait is built of, the token that tells a
  * forked child from its parent, and the page that holds a life's lock. */
+#include "domain/access.h"
 #include "domain/fence.h"
 #include "domain/lend.h"
 #include "domain/reap.h"
 #include "domain/resv.h"
+#include "domain/resv_lock.h"
 #include "domain/sleep.h"
 #include <fcntl.h>
 #include <linux/futex.h>
@@ -467,7 +469,7 @@ int shm_register(PyObject *module) {
   }
   size_t n = 0;
   static PyMethodDef all[96];
-  PyMethodDef *sets[] = {shm_methods, table_methods, record_methods, pool_methods, fence_methods, reap_methods, resv_methods, lend_methods};
+  PyMethodDef *sets[] = {shm_methods, table_methods, record_methods, pool_methods, fence_methods, reap_methods, resv_methods, resv_lock_methods, access_methods, lend_methods};
   for (size_t k = 0; k < sizeof sets / sizeof *sets; k++)
     for (PyMethodDef *d = sets[k]; d->ml_name; d++) {
       if (n + 1 >= sizeof all / sizeof *all) { PyErr_SetString(PyExc_SystemError, "more methods of Shm than there is room for"); return -1; }
