@@ -1,10 +1,18 @@
 /* module.c - dmabuf._native: the only place with raw memory. */
+#include "domain/access.h"
 #include "domain/fence.h"
+#include "domain/lend.h"
+#include "domain/reap.h"
+#include "domain/resv.h"
+#include "domain/resv_lock.h"
 #include "domain/shm.h"
 #include "domain/sleep.h"
 #include "domain/step.h"
+#include "domain/ticker.h"
+#include "domain/words.h"
 #include "fds/fds.h"
 #include "memory/mapping.h"
+#include "memory/window.h"
 
 /* Python code can't call sys.unraisablehook: the default hook takes nothing but a structure that only the interpreter makes. */
 static PyObject *unraisable(PyObject *self, PyObject *args) {
@@ -39,10 +47,13 @@ static int constants(PyObject *m) {
     if (PyModule_AddIntConstant(m, table[i].name, (long)table[i].value)) return -1;
   return PyModule_AddStringConstant(m, "MAGIC", DB_MAGIC);
 }
+static PyMethodDef *const shm_methods[] = {word_methods, table_methods, record_methods, pool_methods, fence_methods, resv_lock_methods, resv_methods,
+                                          access_methods, lend_methods, reap_methods, NULL};
 PyMODINIT_FUNC PyInit__native(void) {
+  if (ticker_prepare()) return PyErr_SetFromErrno(PyExc_OSError);
   PyObject *m = PyModule_Create(&definition);
   if (!m) return NULL;
-  if (constants(m) || shm_register(m) || fence_register(m) || step_register(m) || mapping_register(m) || passing_register(m) || descriptor_register(m) ||
+  if (constants(m) || shm_register(m, shm_methods) || fence_register(m) || step_register(m) || mapping_register(m) || window_register(m) || probe_register(m) || passing_register(m) || descriptor_register(m) ||
       file_register(m)) {
     Py_DECREF(m);
     return NULL;

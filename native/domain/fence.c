@@ -13,6 +13,7 @@
 #include "domain/fence.h"
 #include "domain/sleep.h"
 #include "domain/step.h"
+#include "domain/ticker.h"
 #include <math.h>
 #include <sched.h>
 

@@ -9,10 +9,8 @@
 #include "domain/sleep.h"
 #include "domain/step.h"
 
-a64 *entry_next(cursor *c) { /* NULL at the end of the capacity */
-  uint32_t i = c->i++;
-  if (i < INLINE_ENTRIES) return &c->r->entry[i];
-  i = (i - INLINE_ENTRIES) % BLOCK_ENTRIES;
+a64 *entry_in_block(cursor *c, uint32_t i) {
+  i %= BLOCK_ENTRIES;
   if (!i) {
     db_block *b = c->blocks ? block_at(c->s, c->block - 1) : NULL;
     c->block = c->blocks ? (b ? atomic_load(&b->next) : 0) : atomic_load(&c->r->block);

@@ -8,6 +8,7 @@
 #include "domain/sleep.h"
 #include "domain/step.h"
 #include "domain/table.h"
+#include "domain/ticker.h"
 
 db_resv *resv_of(Shm *s, uint32_t rec) {
   db_rec *r = rec_at(s, rec);

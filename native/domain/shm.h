@@ -52,5 +52,6 @@ char *chunk_at(Shm *s, uint32_t i, uint32_t type); /* NULL: no such chunk of tha
 int shm_corrupt(Shm *s, const char *what);         /* raises EUCLEAN, returns -1 */
 int shm_fail(Shm *s, int err, const char *op, const char *obj, const char *remedy); /* raises, returns -1 */
 int shm_need_life(Shm *s, const char *op);         /* 0, or raises EPERM in a forked child */
-int shm_register(PyObject *module);
+char *bounded(Shm *s, unsigned long long off, size_t n);
+int shm_register(PyObject *module, PyMethodDef *const *sets); /* sets: the methods of the type, ended by NULL */
 #endif

@@ -6,6 +6,7 @@
 #include "domain/sleep.h"
 #include "domain/step.h"
 #include "domain/table.h"
+#include "domain/ticker.h"
 #include <fcntl.h>
 #include <stdlib.h>
 #include <sys/stat.h>

@@ -5,5 +5,6 @@
 
 int passing_register(PyObject *module);
 int descriptor_register(PyObject *module);
+int probe_register(PyObject *module);
 int file_register(PyObject *module);
 #endif

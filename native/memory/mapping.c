@@ -435,7 +435,5 @@ mapping_register(PyObject *module)
         mapping_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &mapping_spec, NULL);
     if (mapping_type == NULL || PyModule_AddType(module, mapping_type) < 0)
         return -1;
-    if (PyModule_AddFunctions(module, functions) < 0)
-        return -1;
-    return window_register(module);
+    return PyModule_AddFunctions(module, functions);
 }

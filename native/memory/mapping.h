@@ -30,12 +30,9 @@ bool mapping_is_open(const Mapping *self);
 PyObject *mapping_subscript(PyObject *mapping, PyObject *key);
 int mapping_ass_subscript(PyObject *mapping, PyObject *key, PyObject *value);
 
-/* Adds Mapping, Window, window_view and buffer_address to the module.
+/* Adds Mapping and buffer_address to the module.
  * 0, or -1 with an exception set. */
 int mapping_register(PyObject *module);
-
-/* The part of it that is in window.c. */
-int window_register(PyObject *module);
 
 /* Address and length in bytes of an open Mapping.  The pointer is valid for as
  * long as something keeps the mapping from being closed: an export, a window,

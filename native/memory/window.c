@@ -11,6 +11,7 @@
  * opened the access ends it by retire().
  */
 #include "memory/mapping.h"
+#include "memory/window.h"
 
 #include <errno.h>
 #include <structmember.h>
