@@ -1,6 +1,7 @@
 /* module.c - dmabuf._native: the only place with raw memory. */
 #include "domain/access.h"
-#include "domain/fence.h"
+#include "domain/fence_methods.h"
+#include "domain/fence_type.h"
 #include "domain/lend.h"
 #include "domain/reap.h"
 #include "domain/resv.h"
@@ -8,6 +9,7 @@
 #include "domain/shm.h"
 #include "domain/sleep.h"
 #include "domain/step.h"
+#include "domain/table.h"
 #include "domain/ticker.h"
 #include "domain/words.h"
 #include "fds/fds.h"
