@@ -69,7 +69,7 @@ def test_what_another_thread_locks_as_it_forks_is_free_in_the_child(scene: Scene
         scene.buf.close()
 
     with contextlib.ExitStack() as held:
-        for lock in (scene.buf._record.lock, scene.buf.domain._lock, sync._lock, poll._lock, domain._lock):
+        for lock in (scene.buf._record.lock, scene.buf.domain.lock, sync._lock, poll._lock, domain._lock):
             held.enter_context(held_by_another_thread(lock))
         assert in_child(python_fork, use) == 0
     with scene.buf.read() as view:

@@ -19,6 +19,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import dmabuf
 from dmabuf import DmaBuf
+from dmabuf.domain.dispatcher import DISPATCHER
 from tests.support.children import Child, Parent, Spawn
 from tests.support.drivers import PAGE, Bare, Dynamic, Mover
 
@@ -276,7 +277,7 @@ def standing(state: SimpleNamespace) -> Any:
 
 def nodes(buf: DmaBuf) -> tuple[int, int]:
     """Entries of the reservation object, and callbacks registered with fences, in this process."""
-    watching: Any = buf.domain.local.get("dispatcher")
+    watching = DISPATCHER.peek(buf.domain)
     return buf.resv.statistics().fences, watching.watching if watching is not None else 0
 
 

@@ -68,11 +68,14 @@ def settle() -> None:
         sweep()
     if domain is None:
         return
-    watched = domain.local.get("dispatcher")
+    from dmabuf.domain.dispatcher import DISPATCHER
+    from dmabuf.sharing.service import SERVICE
+
+    watched = DISPATCHER.peek(domain)
     if watched is not None and watched.life == domain.shm.life:
         # That a fence of another process has ended is about to be told to who registered for it here.
         until(lambda: all(map(domain.shm.fence_pending, [*list(watched._foreign.values()), *watched._past])))
-    service = domain.local.get("service")
+    service = SERVICE.peek(domain)
     if service is not None:  # what served processes that have ended is about to notice
         until(lambda: not any(map(_ended, list(service._connections))))
         until(lambda: sum(thread.name == "dmabuf-server" for thread in threading.enumerate()) <= len(service._connections))

@@ -19,6 +19,7 @@ from typing import Any
 from dmabuf import _native
 from dmabuf.domain import lives
 from dmabuf.domain.domain import Domain
+from dmabuf.domain.local import Local
 
 _tokens = itertools.count(1)
 _here = threading.local()  # running: is this thread inside of a callback?
@@ -236,10 +237,11 @@ def _stop(ref: weakref.ref[Dispatcher]) -> None:
         dispatcher.stop()
 
 
+DISPATCHER: Local[Dispatcher] = Local(Dispatcher)
+
+
 def dispatcher(domain: Domain) -> Dispatcher:
-    """The dispatcher of this process in a domain, made at first use (and anew after a fork)."""
+    """Return the dispatcher of this process in a domain, made at first use and again after a fork."""
     domain.join()
-    found: Dispatcher | None = domain.local.get("dispatcher")
-    if found is None or found.life != domain.shm.life:
-        found = domain.local["dispatcher"] = Dispatcher(domain)
-    return found
+    found = DISPATCHER.of(domain)
+    return found if found.life == domain.shm.life else DISPATCHER.renew(domain, found)

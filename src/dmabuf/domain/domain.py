@@ -47,7 +47,7 @@ class Domain:
         self.id = identity
         self.shm = shm
         self._life: lives.Life | None = None
-        self._lock = fork_lock()
+        self.lock = fork_lock()  # of what this object keeps; nobody waits with it held, but for the door
         self.tick_hooks: list[Callable[[int, int], None]] = []
         self.sweep_hooks: list[Callable[[], None]] = []
         self.reset_hooks: list[Callable[[], None]] = []
@@ -56,8 +56,8 @@ class Domain:
         self._free_timelines: list[int] = []
         self._unrung: list[Callable[[], bool]] = []  # what rings sync files that could not be rung yet
         self._ringing = False  # in a thread of theirs
-        # What the layers above keep for this domain in this process, by the name of the layer; thrown away after a fork.
-        self.local: dict[str, Any] = {}
+        # What the layers above keep for this domain in this process (domain/local.py); thrown away after a fork.
+        self.local: dict[object, Any] = {}
         self._wire(shm)
         _ALL.add(self)
 
@@ -156,7 +156,7 @@ class Domain:
         return self.shm
 
     def _join(self) -> int:
-        with self._lock:
+        with self.lock:
             if self.shm.life:
                 return self.shm.life
             if self._life is not None:
@@ -196,7 +196,7 @@ class Domain:
 
     def leave(self) -> None:
         """End this process's life in the domain; what it still owns ends with -EOWNERDEAD. The last one out empties the file."""
-        with self._lock:
+        with self.lock:
             life, self._life = self._life, None
             if life is None or self.shm.life != life.id:
                 return
@@ -254,7 +254,7 @@ class Domain:
             if kind == _native.TICK_POLL:
                 return
         if self._unrung and not self._ringing:
-            with self._lock:
+            with self.lock:
                 self._ring_aside()
         for hook in list(self.tick_hooks):  # a hook may take itself off
             hook(kind, value)
@@ -318,7 +318,7 @@ class Domain:
 
     def later(self, ring: Callable[[], bool]) -> None:
         """Ring again until it succeeds, a tick apart, in a thread: whoever waits for the descriptor is not to wait for ever."""
-        with self._lock:
+        with self.lock:
             self._unrung.append(ring)
             self._ring_aside()
 
@@ -336,12 +336,12 @@ class Domain:
         while self.shm.life == life:
             pause.wait(TICK_NS / 1e9)
             rung = [ring for ring in list(self._unrung) if ring()]
-            with self._lock:
+            with self.lock:
                 self._unrung = [ring for ring in self._unrung if ring not in rung]
                 if not self._unrung:
                     self._ringing = False
                     return  # decided under the lock: whoever comes after this starts another thread
-        with self._lock:  # this process has left the domain, and perhaps come again
+        with self.lock:  # this process has left the domain, and perhaps come again
             self._ringing = False
             if self.shm.life:
                 self._ring_aside()
@@ -371,7 +371,7 @@ class Domain:
     def ctx_open(self, tid: int, real: bool, stamp: int = 0) -> int:
         """A context of this life: its word."""
         shm = self.join()
-        with self._lock:
+        with self.lock:
             if not self._free_ctx:
                 first = shm.chunk_claim(_native.CH_CTX) * _native.CTX_PER
                 self._free_ctx = [first + i for i in range(_native.CTX_PER - 1, -1, -1)]
@@ -387,7 +387,7 @@ class Domain:
     def timeline_open(self, driver: bytes, name: bytes, context: int = 0) -> tuple[int, int]:
         """(index, context) of a new timeline of this life. ``context``: a number that it shares with others, 0 for one of its own."""
         shm = self.join()
-        with self._lock:
+        with self.lock:
             if not self._free_timelines:
                 first = shm.chunk_claim(_native.CH_TIMELINE) * _native.TIMELINES_PER
                 self._free_timelines = [first + i for i in range(_native.TIMELINES_PER - 1, -1, -1)]

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
 import secrets
 import select
 import socket
@@ -31,6 +30,7 @@ from typing import Any, Final
 from dmabuf import _native
 from dmabuf.domain import dispatcher
 from dmabuf.domain.domain import TICK_NS, Domain
+from dmabuf.domain.local import Local
 from dmabuf.errors import DmaBufError, fail
 from dmabuf.sharing.messages import (
     INLINE,
@@ -334,24 +334,11 @@ def _accepting(sock: socket.socket, me: weakref.ref[Service], spare: _Spare) -> 
         del service
 
 
+SERVICE: Local[Service] = Local(Service)
+
+
 def serve(domain: Domain) -> Service:
     """Answer requests in this domain from now on, until the process leaves it. Errors: EMFILE, ENOSPC; what bind(2) says."""
     life = domain.life
-    found: Service | None = domain.local.get("service")
-    if found is None or found.life != life:
-        with _starting:
-            found = domain.local.get("service")
-            if found is None or found.life != life:
-                found = domain.local["service"] = Service(domain)
-    return found
-
-
-_starting = threading.Lock()
-
-
-def _after_fork() -> None:
-    global _starting
-    _starting = threading.Lock()  # perhaps held by a thread that isn't here
-
-
-os.register_at_fork(after_in_child=_after_fork)
+    found = SERVICE.of(domain)
+    return found if found.life == life else SERVICE.renew(domain, found)

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, Self
 from dmabuf import _native
 from dmabuf._native import Shm
 from dmabuf.core.task import waiting as awaiting
-from dmabuf.domain.dispatcher import dispatcher
+from dmabuf.domain.dispatcher import DISPATCHER, dispatcher
 from dmabuf.domain.domain import Domain
 from dmabuf.errors import contract_warning, fail
 
@@ -263,7 +263,7 @@ class DmaFence(_native.Fence):
     def statistics(self) -> FenceStatistics:
         """A snapshot for programs."""
         info = self.shm.fence_info(self.handle)
-        local = self.domain.local.get("dispatcher")
+        local = DISPATCHER.peek(self.domain)
         count = local.watches(self.handle) if local else 0
         return FenceStatistics(*self._look_up()[:2], self.context, self.seqno, self.status, self.pid, info["created"] if info else 0, count)
 
@@ -272,7 +272,7 @@ class DmaFence(_native.Fence):
 
     def __del__(self) -> None:
         if self.owned and not flagged(self):
-            local = self.domain.local.get("dispatcher")
+            local = DISPATCHER.peek(self.domain)
             shared = self.shm.fence_shared(self.handle) or (local is not None and local.watches(self.handle))
             if shared:
                 warnings.warn(

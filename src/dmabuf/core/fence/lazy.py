@@ -30,7 +30,7 @@ from typing import Any
 from dmabuf import _native
 from dmabuf._native import Shm
 from dmabuf.core.fence.fence import DmaFence, flagged, monotonic_deadline
-from dmabuf.domain.dispatcher import dispatcher, report
+from dmabuf.domain.dispatcher import DISPATCHER, dispatcher, report
 from dmabuf.domain.domain import Domain
 from dmabuf.domain.forks import fork_lock
 
@@ -250,7 +250,7 @@ class CustomFence(LazyFence):
     def __del__(self) -> None:
         super().__del__()
         if self.owned:
-            if self.flags & _native.FF_HASTY and (local := self.domain.local.get("dispatcher")) is not None:
+            if self.flags & _native.FF_HASTY and (local := DISPATCHER.peek(self.domain)) is not None:
                 local.hurry(self.handle, None)
             try:
                 self.ops.release(self)
