@@ -49,6 +49,7 @@ lint: $(DEV)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) tools/check_layers.py
+	$(VENV)/bin/clang-format --dry-run --Werror $(NATIVE)
 
 types: $(DEV)
 	$(PY) -m mypy
@@ -56,6 +57,7 @@ types: $(DEV)
 format: $(DEV)
 	$(PY) -m ruff check --fix-only --quiet .
 	$(PY) -m ruff format .
+	$(VENV)/bin/clang-format -i $(NATIVE)
 
 bench: $(DEMO) $(EXT)
 	$(PY) -m bench $(ARGS)
