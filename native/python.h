@@ -3,11 +3,11 @@
 #define DMABUF_PYTHON_H
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
-#include <structmember.h>
 #include <errno.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
+#include <structmember.h>
 
 /* An entry of a method table: a method that has its function's name. */
 #define METHOD(name, flags, doc) {#name, (PyCFunction)(void *)name, flags, doc}

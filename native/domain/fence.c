@@ -26,12 +26,15 @@ int fence_pending(Shm *s, uint64_t handle, db_fence **out) {
   if (out) *out = f;
   return !(w & FW_SIGNALED);
 }
+
 #define RING_TAG(h) (((uint64_t)H_SLOT(h) << 30 | (H_GEN(h) & 0x3fffffff)) << 12)
+
 int ring_error(Shm *s, uint32_t timeline, uint64_t seqno, uint64_t handle) { /* error of a past fence, 0 when it is not in the ring */
   db_timeline *t = timeline ? timeline_at(s, timeline - 1) : NULL;
   uint64_t e = t ? atomic_load(&t->ring[seqno & 63]) : 0;
   return (e & ~0xfffull) == RING_TAG(handle) ? END_ERROR(e) : 0;
 }
+
 static void past_keep(db_fence *f) { /* the slot is about to be used again: who has not looked yet must still find a failure */
   uint64_t end = atomic_load(&f->end);
   if (!END_ERROR(end)) return;
@@ -40,6 +43,7 @@ static void past_keep(db_fence *f) { /* the slot is about to be used again: who 
     if (atomic_load(&f->past[i]) < atomic_load(oldest)) oldest = &f->past[i];
   atomic_store(oldest, END_GEN(end) << 12 | (end & 0xfff)); /* dying now leaves it for a generation that still is the present one */
 }
+
 int past_error(Shm *s, uint64_t handle) {
   db_fence *f = fence_at(s, H_SLOT(handle));
   for (uint32_t i = 0; f && i < FENCE_PAST; i++) {
@@ -48,11 +52,13 @@ int past_error(Shm *s, uint64_t handle) {
   }
   return 0;
 }
+
 void ring_life(db_life *l, uint64_t handle) {
   uint32_t b = atomic_load(&l->bell); /* [rings 10 | slot 22]: who was rung once since it looked need look at one slot only */
   while (!atomic_compare_exchange_weak(&l->bell, &b, (b & ~(uint32_t)SLOT_MASK) + ((uint32_t)SLOT_MASK + 1) + H_SLOT(handle))) {}
   word_wake(&l->bell, INT32_MAX);
 }
+
 static void ring_bells(Shm *s, uint64_t bells, uint64_t handle) {
   uint32_t me = my_life(s), high = atomic_load(&hdr(s)->life_high);
   if (high > DB_LIVES) high = DB_LIVES;
@@ -63,13 +69,18 @@ static void ring_bells(Shm *s, uint64_t bells, uint64_t handle) {
     ring_life(l, handle);
   }
   if (me && (bells >> (LIFE_INDEX(me) & 63) & 1) && s->on_local) {
-    for (int k = 0; k < 2; k++) { /* a signal handler may raise before a call has begun what it is for: once more, then it is there or done */
+    for (int k = 0; k < 2;
+         k++) { /* a signal handler may raise before a call has begun what it is for: once more, then it is there or done */
       PyObject *x = PyObject_CallFunction(s->on_local, "K", (unsigned long long)handle);
-      if (x) { Py_DECREF(x); break; }
+      if (x) {
+        Py_DECREF(x);
+        break;
+      }
       PyErr_WriteUnraisable(s->on_local);
     }
   }
 }
+
 void ring_syncs(Shm *s, uint64_t handle, db_fence *f) { /* the descriptors of sync files that wait for an ended fence */
   PyObject *x = NULL;
   for (int k = 0; k < 2 && !x && s->on_sync; k++) /* again if a signal handler raised in the middle: ringing twice is ringing once */
@@ -81,20 +92,23 @@ void ring_syncs(Shm *s, uint64_t handle, db_fence *f) { /* the descriptors of sy
   }
   Py_XDECREF(x);
 }
+
 int fence_flag(uint64_t handle, db_fence *f, uint32_t bit) {
   uint32_t w = atomic_load(&f->word);
   while ((w & ~((1u << FW_SHIFT) - 1)) == WORD_OF(H_GEN(handle)) && !(w & FW_DROPPED))
     if ((w & bit) || atomic_compare_exchange_weak(&f->word, &w, w | bit)) return 1;
   return 0;
 }
+
 /* End a fence: 0; 1: it has ended already, or otherwise. anybody: others may be ending it at this moment, and it may be theirs to finish */
 int fence_finish(Shm *s, uint64_t handle, db_fence *f, int error, uint64_t stamp, int anybody) {
   if (atomic_load(&f->word) & FW_SIGNALED) return 1;
-  if (anybody) STEP(fence_ending); /* nothing has been done */
+  if (anybody) STEP(fence_ending);                             /* nothing has been done */
   int e = error ? error : atomic_load(&f->error), decided = 1; /* if that was another generation's, the next step is in vain */
   uint64_t open = END_OPEN(H_GEN(handle)), none = STAMP_NONE(H_GEN(handle));
   uint64_t end = open | END_DECIDED | (e < 0 && e >= -4095 ? (uint32_t)-e : 0);
-  if (!anybody) atomic_store(&f->end, end); /* a reaper overrides what the dead owner had not made known */
+  if (!anybody)
+    atomic_store(&f->end, end); /* a reaper overrides what the dead owner had not made known */
   else if (!atomic_compare_exchange_strong(&f->end, &open, end)) {
     if (END_GEN(open) != H_GEN(handle)) return 1;
     end = open; /* somebody was quicker, and may be dead: it ends as that one said */
@@ -103,16 +117,20 @@ int fence_finish(Shm *s, uint64_t handle, db_fence *f, int error, uint64_t stamp
   if (END_ERROR(end)) {
     db_timeline *t = atomic_load(&f->timeline) ? timeline_at(s, atomic_load(&f->timeline) - 1) : NULL;
     uint64_t q = atomic_load(&f->seqno);
-    if (t && atomic_load(&f->end) == end) atomic_store(&t->ring[q & 63], RING_TAG(handle) | (end & 0xfff)); /* says whose it is, wherever it comes to lie */
-    STEP(fence_error); /* pending, with an error that shows once it is signalled */
+    if (t && atomic_load(&f->end) == end)
+      atomic_store(&t->ring[q & 63], RING_TAG(handle) | (end & 0xfff)); /* says whose it is, wherever it comes to lie */
+    STEP(fence_error);                                                  /* pending, with an error that shows once it is signalled */
   }
   if (!stamp) stamp = (uint64_t)now_ns();
-  if (!anybody) atomic_store(&f->timestamp, stamp);
-  else atomic_compare_exchange_strong(&f->timestamp, &none, stamp);
+  if (!anybody)
+    atomic_store(&f->timestamp, stamp);
+  else
+    atomic_compare_exchange_strong(&f->timestamp, &none, stamp);
   STEP(fence_stamped); /* pending, with an end and a time that show once it is signalled */
   uint32_t w = atomic_load(&f->word);
   do {
-    if ((w & FW_SIGNALED) || (w & ~((1u << FW_SHIFT) - 1)) != WORD_OF(H_GEN(handle))) return !decided; /* somebody made it known for us, and rings */
+    if ((w & FW_SIGNALED) || (w & ~((1u << FW_SHIFT) - 1)) != WORD_OF(H_GEN(handle)))
+      return !decided; /* somebody made it known for us, and rings */
   } while (!atomic_compare_exchange_weak(&f->word, &w, w | FW_SIGNALED));
   STEP(fence_signaled); /* done; sleepers find out at their tick if we die now */
   if (w & FW_WAITERS) word_wake(&f->word, INT32_MAX);
@@ -123,14 +141,20 @@ int fence_finish(Shm *s, uint64_t handle, db_fence *f, int error, uint64_t stamp
   if (w & FW_SYNC) ring_syncs(s, handle, f);
   return !decided;
 }
-int for_anybody(db_fence *f) { return (atomic_load(&f->flags) & FF_ANYBODY) != 0; } /* its owner asks, or the reaper: nobody uses the slot again meanwhile */
+
+int for_anybody(db_fence *f) {
+  return (atomic_load(&f->flags) & FF_ANYBODY) != 0;
+} /* its owner asks, or the reaper: nobody uses the slot again meanwhile */
 
 /* ---- allocation: the owner's first-in first-out list ---- */
 int fifo_push(Shm *s, uint32_t slot) {
   if (s->fifo_count == s->fifo_cap) {
     uint32_t cap = s->fifo_cap ? s->fifo_cap * 2 : 512;
     uint64_t *q = PyMem_Malloc(cap * sizeof *q);
-    if (!q) { PyErr_NoMemory(); return -1; }
+    if (!q) {
+      PyErr_NoMemory();
+      return -1;
+    }
     for (uint32_t i = 0; i < s->fifo_count; i++) q[i] = s->fifo[(s->fifo_head + i) % s->fifo_cap];
     PyMem_Free(s->fifo);
     s->fifo = q;
@@ -140,8 +164,12 @@ int fifo_push(Shm *s, uint32_t slot) {
   s->fifo[(s->fifo_head + s->fifo_count++) % s->fifo_cap] = slot;
   return 0;
 }
+
 static int fifo_ready(Shm *s) { /* a slot is there; a child starts with an empty list */
-  if (s->fifo_life != my_life(s)) { s->fifo_life = my_life(s); s->fifo_count = 0; }
+  if (s->fifo_life != my_life(s)) {
+    s->fifo_life = my_life(s);
+    s->fifo_count = 0;
+  }
   if (s->fifo_count) return 0;
   int64_t c = chunk_claim(s, CH_FENCE, my_life(s));
   if (c < 0) return -1;
@@ -149,6 +177,7 @@ static int fifo_ready(Shm *s) { /* a slot is there; a child starts with an empty
     if (fifo_push(s, (uint32_t)c * FENCES_PER + i)) return -1;
   return 0;
 }
+
 uint64_t fence_make(Shm *s, uint32_t timeline, uint64_t context, uint64_t seqno, uint32_t flags, uint64_t owner, uint32_t rec) {
   db_fence *f;
   uint32_t slot;
@@ -158,7 +187,10 @@ uint64_t fence_make(Shm *s, uint32_t timeline, uint64_t context, uint64_t seqno,
     s->fifo_head = (s->fifo_head + 1) % s->fifo_cap;
     s->fifo_count--;
     f = fence_at(s, slot);
-    if (!f) { shm_corrupt(s, "a fence outside of the file"); return 0; }
+    if (!f) {
+      shm_corrupt(s, "a fence outside of the file");
+      return 0;
+    }
   } while (!(atomic_load(&f->word) & FW_SIGNALED)); /* never hand out a slot that is still pending */
   uint64_t gen = (END_GEN(atomic_load(&f->end)) + 1) & GEN_MASK;
   if (!gen) gen = 1;
@@ -199,7 +231,10 @@ int wait_pending(Shm *s, uint64_t handle, int64_t until, int interruptible) {
     int64_t start = now_ns(), end = start + DB_SPIN_NS;
     if (until >= 0 && until < end) end = until;
     do {
-      for (int k = 0; k < 32; k++) { if (atomic_load(&f->word) & FW_SIGNALED) return 1; cpu_relax(); }
+      for (int k = 0; k < 32; k++) {
+        if (atomic_load(&f->word) & FW_SIGNALED) return 1;
+        cpu_relax();
+      }
     } while (now_ns() < start + DB_SPIN_GIL_NS);
     Py_BEGIN_ALLOW_THREADS
     do {
@@ -222,12 +257,14 @@ int wait_pending(Shm *s, uint64_t handle, int64_t until, int interruptible) {
     if (r == -2 && interruptible && fence_pending(s, handle, NULL)) return -4;
   }
 }
+
 uint64_t stamp_of(db_fence *f, uint64_t handle) { /* 0 while pending */
   uint64_t t = atomic_load(&f->timestamp);
   return t == STAMP_NONE(H_GEN(handle)) ? 0 : t;
 }
+
 int own_end(Shm *s, uint64_t h, int error, int drop, uint64_t stamp) { /* 1: it was pending; 0; -1 exception */
-  if (!my_life(s)) return 0; /* inherited by a fork: inert */
+  if (!my_life(s)) return 0;                                           /* inherited by a fork: inert */
   db_fence *f;
   int pending = fence_pending(s, h, &f);
   if (!f || CT_LIFE(atomic_load(chunk_entry(s, H_SLOT(h) / FENCES_PER))) != my_life(s)) return 0;
@@ -235,6 +272,7 @@ int own_end(Shm *s, uint64_t h, int error, int drop, uint64_t stamp) { /* 1: it 
   if (pending) pending = !fence_finish(s, h, f, error, stamp, for_anybody(f));
   return drop && fifo_push(s, H_SLOT(h)) ? -1 : pending;
 }
+
 void fence_end(Shm *s, uint64_t handle, int error) {
   if (own_end(s, handle, error, 1, 0) < 0) PyErr_Clear(); /* no memory to remember the slot: it comes back with the chunk */
 }

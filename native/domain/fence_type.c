@@ -1,6 +1,6 @@
 /* fence_type.c - the Fence type: what DmaFence inherits its fast paths from. */
-#include "domain/fence.h"
 #include "domain/fence_type.h"
+#include "domain/fence.h"
 #include "domain/sleep.h"
 
 typedef struct {
@@ -10,6 +10,7 @@ typedef struct {
   uint32_t timeline, life, flags; /* life: of the process that owns the fence, if that is this one; else 0 */
   int status, error;              /* what was seen: status 0 not yet, 1, or negative */
 } Fence;
+
 static PyTypeObject *Fence_Type;
 
 static int fence_look(Fence *x) { /* 1 once signalled; remembers */
@@ -25,13 +26,15 @@ static int fence_look(Fence *x) { /* 1 once signalled; remembers */
       db_fence *again;
       fence_pending(x->s, x->handle, &again);
       if (!again) continue; /* the slot was used again while we read it */
-    } else if (!(error = past_error(x->s, x->handle))) error = ring_error(x->s, x->timeline, x->seqno, x->handle);
+    } else if (!(error = past_error(x->s, x->handle)))
+      error = ring_error(x->s, x->timeline, x->seqno, x->handle);
     x->error = error;
     x->timestamp = stamp;
     x->status = error ? error : 1;
     return 1;
   }
 }
+
 /* Fence(shm, handle, owned=False, context, seqno, timeline, status, timestamp): the last five for a past generation */
 static PyObject *fence_new(PyTypeObject *type, PyObject *args, PyObject *kw) {
   static char *names[] = {"shm", "handle", "owned", "context", "seqno", "timeline", "status", "timestamp", NULL};
@@ -39,7 +42,9 @@ static PyObject *fence_new(PyTypeObject *type, PyObject *args, PyObject *kw) {
   unsigned long long handle, context = 0, seqno = 0, stamp = 0;
   unsigned timeline = 0;
   int owned = 0, status = 0;
-  if (!PyArg_ParseTupleAndKeywords(args, kw, "O!K|pKKIiK", names, Shm_Type, &s, &handle, &owned, &context, &seqno, &timeline, &status, &stamp)) return NULL;
+  if (!PyArg_ParseTupleAndKeywords(args, kw, "O!K|pKKIiK", names, Shm_Type, &s, &handle, &owned, &context, &seqno, &timeline, &status,
+                                   &stamp))
+    return NULL;
   Fence *x = (Fence *)type->tp_alloc(type, 0);
   if (!x) return NULL;
   Py_INCREF(s);
@@ -68,6 +73,7 @@ static PyObject *fence_new(PyTypeObject *type, PyObject *args, PyObject *kw) {
   fence_look(x);
   return (PyObject *)x;
 }
+
 static void fence_dealloc(Fence *x) {
   PyTypeObject *type = Py_TYPE(x);
   if (x->s) {
@@ -80,9 +86,11 @@ static void fence_dealloc(Fence *x) {
   type->tp_free(x);
   Py_DECREF(type);
 }
+
 static PyObject *f_signal(Fence *x, PyObject *const *args, Py_ssize_t n, PyObject *kwnames) {
   long error = 0;
-  if (n + (kwnames ? PyTuple_GET_SIZE(kwnames) : 0) > 1 || (kwnames && PyTuple_GET_SIZE(kwnames) && PyUnicode_CompareWithASCIIString(PyTuple_GET_ITEM(kwnames, 0), "error"))) {
+  if (n + (kwnames ? PyTuple_GET_SIZE(kwnames) : 0) > 1 ||
+      (kwnames && PyTuple_GET_SIZE(kwnames) && PyUnicode_CompareWithASCIIString(PyTuple_GET_ITEM(kwnames, 0), "error"))) {
     PyErr_SetString(PyExc_TypeError, "signal() takes one optional argument, error");
     return NULL;
   }
@@ -108,17 +116,26 @@ static PyObject *f_signal(Fence *x, PyObject *const *args, Py_ssize_t n, PyObjec
   }
   Py_RETURN_NONE;
 }
+
 static PyObject *f_wait(Fence *x, PyObject *const *args, Py_ssize_t n, PyObject *kwnames) {
   PyObject *timeout = NULL;
   int interruptible = 0;
   Py_ssize_t nk = kwnames ? PyTuple_GET_SIZE(kwnames) : 0;
-  if (n > 1) { PyErr_SetString(PyExc_TypeError, "wait(timeout=None, *, interruptible=False)"); return NULL; }
+  if (n > 1) {
+    PyErr_SetString(PyExc_TypeError, "wait(timeout=None, *, interruptible=False)");
+    return NULL;
+  }
   if (n) timeout = args[0];
   for (Py_ssize_t i = 0; i < nk; i++) {
     PyObject *k = PyTuple_GET_ITEM(kwnames, i);
-    if (!PyUnicode_CompareWithASCIIString(k, "timeout") && !timeout) timeout = args[n + i];
-    else if (!PyUnicode_CompareWithASCIIString(k, "interruptible")) interruptible = PyObject_IsTrue(args[n + i]);
-    else { PyErr_SetString(PyExc_TypeError, "wait(timeout=None, *, interruptible=False)"); return NULL; }
+    if (!PyUnicode_CompareWithASCIIString(k, "timeout") && !timeout)
+      timeout = args[n + i];
+    else if (!PyUnicode_CompareWithASCIIString(k, "interruptible"))
+      interruptible = PyObject_IsTrue(args[n + i]);
+    else {
+      PyErr_SetString(PyExc_TypeError, "wait(timeout=None, *, interruptible=False)");
+      return NULL;
+    }
   }
   int64_t until;
   if (parse_timeout(x->s, timeout, &until, "wait")) return NULL;
@@ -131,36 +148,45 @@ static PyObject *f_wait(Fence *x, PyObject *const *args, Py_ssize_t n, PyObject 
   if (r == 1) fence_look(x);
   return PyFloat_FromDouble(r ? remaining_s(until) : 0.0);
 }
+
 static int fence_poll(Fence *x) { /* a look that may find out about a death; -1 exception */
   if (fence_look(x)) return 1;
   if (x->life && x->life == my_life(x->s)) return 0; /* ours: nobody else could have ended it */
   int k = shm_polled(x->s);
   return k > 0 ? fence_look(x) : k;
 }
+
 static PyObject *f_is_signaled(Fence *x, PyObject *u) {
   int r = fence_poll(x);
   return r < 0 ? NULL : PyBool_FromLong(r);
 }
+
 static PyObject *f_status(Fence *x, void *u) {
   if (fence_poll(x) < 0) return NULL;
   return PyLong_FromLong(x->status);
 }
+
 static PyObject *f_error(Fence *x, void *u) {
   fence_look(x);
   return PyLong_FromLong(x->error);
 }
+
 static PyObject *f_timestamp(Fence *x, void *u) {
   fence_look(x);
   return PyLong_FromUnsignedLongLong(x->timestamp);
 }
+
 static PyObject *f_owned(Fence *x, void *u) { return PyBool_FromLong(x->life && x->life == my_life(x->s)); }
-static PyMethodDef fence_type_methods[] = {
-    {"signal", (PyCFunction)(void *)f_signal, METH_FASTCALL | METH_KEYWORDS,
-     "signal(error=0)\n--\n\nEnd the fence, once. error: a negative errno. EINVAL when signalled before, EPERM from another process (spec 3.4)."},
-    {"wait", (PyCFunction)(void *)f_wait, METH_FASTCALL | METH_KEYWORDS,
-     "wait(timeout=None, *, interruptible=False)\n--\n\nWait until signalled; returns the seconds left (> 0; inf for None), 0.0 when timed out. EINVAL for a negative timeout (spec 3.9)."},
-    {"is_signaled", (PyCFunction)f_is_signaled, METH_NOARGS, "is_signaled()\n--\n\nTrue once the fence has ended, with or without an error (spec 3.6)."},
-    {0}};
+
+static PyMethodDef fence_type_methods[] = {{"signal", (PyCFunction)(void *)f_signal, METH_FASTCALL | METH_KEYWORDS,
+                                            "signal(error=0)\n--\n\nEnd the fence, once. error: a negative errno. EINVAL when signalled "
+                                            "before, EPERM from another process (spec 3.4)."},
+                                           {"wait", (PyCFunction)(void *)f_wait, METH_FASTCALL | METH_KEYWORDS,
+                                            "wait(timeout=None, *, interruptible=False)\n--\n\nWait until signalled; returns the seconds "
+                                            "left (> 0; inf for None), 0.0 when timed out. EINVAL for a negative timeout (spec 3.9)."},
+                                           {"is_signaled", (PyCFunction)f_is_signaled, METH_NOARGS,
+                                            "is_signaled()\n--\n\nTrue once the fence has ended, with or without an error (spec 3.6)."},
+                                           {0}};
 static PyGetSetDef fence_getset[] = {
     {"status", (getter)f_status, NULL, "0 pending, 1 signalled, or the negative errno it ended with (spec 3.5)", NULL},
     {"error", (getter)f_error, NULL, "the negative errno it ended with, else 0", NULL},
@@ -177,8 +203,13 @@ static PyMemberDef fence_members[] = {
     {0}};
 
 int fence_register(PyObject *module) {
-  PyType_Slot slots[] = {{Py_tp_doc, "A fence by its handle: what DmaFence is built on."}, {Py_tp_new, fence_new}, {Py_tp_dealloc, fence_dealloc},
-                         {Py_tp_methods, fence_type_methods}, {Py_tp_getset, fence_getset}, {Py_tp_members, fence_members}, {0, NULL}};
+  PyType_Slot slots[] = {{Py_tp_doc, "A fence by its handle: what DmaFence is built on."},
+                         {Py_tp_new, fence_new},
+                         {Py_tp_dealloc, fence_dealloc},
+                         {Py_tp_methods, fence_type_methods},
+                         {Py_tp_getset, fence_getset},
+                         {Py_tp_members, fence_members},
+                         {0, NULL}};
   PyType_Spec spec = {"dmabuf._native.Fence", sizeof(Fence), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE, slots};
   Fence_Type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &spec, NULL);
   return Fence_Type ? PyModule_AddObjectRef(module, "Fence", (PyObject *)Fence_Type) : -1;

@@ -16,6 +16,7 @@ static PyObject *resv_pass(Shm *s, PyObject *args) { /* (rec, holder, ctx) -> ho
   if (!r) return NULL;
   return PyBool_FromLong(my_life(s) && resv_hand(s, r, from, to));
 }
+
 static PyObject *resv_borrow(Shm *s, PyObject *args) { /* (rec, holder, ctx) -> holder held it, and has lent it to ctx, one of this life */
   unsigned rec;
   unsigned long long from, me;
@@ -28,10 +29,13 @@ static PyObject *resv_borrow(Shm *s, PyObject *args) { /* (rec, holder, ctx) -> 
   atomic_store(&c->heir, from & ~CTX_WAITERS);
   STEP(resv_heir); /* an heir of what it doesn't have: bequeathing looks at the lock */
   int got = resv_hand(s, r, from, me);
-  if (!got) atomic_store(&c->heir, 0);
-  else STEP(resv_borrowed);
+  if (!got)
+    atomic_store(&c->heir, 0);
+  else
+    STEP(resv_borrowed);
   return PyBool_FromLong(got);
 }
+
 static PyObject *resv_return(Shm *s, PyObject *args) { /* (rec, ctx) -> what ctx borrowed is its heir's again; else it is free */
   unsigned rec;
   unsigned long long me;
@@ -46,6 +50,7 @@ static PyObject *resv_return(Shm *s, PyObject *args) { /* (rec, ctx) -> what ctx
   atomic_store(&c->heir, 0);
   return PyBool_FromLong(back);
 }
+
 /* The life of a context ends: what it has borrowed goes back. Its generation moves after that, so the lock was never free. */
 void resv_bequeath(Shm *s, db_ctx *c, uint64_t word) {
   uint64_t heir = atomic_load(&c->heir);
@@ -55,6 +60,7 @@ void resv_bequeath(Shm *s, db_ctx *c, uint64_t word) {
   STEP(reap_heir);
   atomic_store(&c->heir, 0);
 }
+
 PyMethodDef lend_methods[] = {
 #define M(n, flags, doc) {#n, (PyCFunction)n, flags, doc}
     M(resv_pass, METH_VARARGS, "Hand the lock of (rec) from (holder) to (ctx) -> it was the holder's."),

@@ -1,7 +1,7 @@
 /* reap.c - what a dead life left in the domain is ended: fences, contexts, held buffers, the table lock; then its chunks are ownerless. */
+#include "domain/reap.h"
 #include "domain/fence.h"
 #include "domain/lend.h"
-#include "domain/reap.h"
 #include "domain/step.h"
 #include "domain/table.h"
 
@@ -19,15 +19,20 @@ static PyObject *chunks_of(Shm *s, PyObject *arg) { /* chunks_of(life) -> [(chun
   }
   return out;
 }
+
 static PyObject *chunk_return(Shm *s, PyObject *args) { /* chunk_return(chunk, life): ownerless again */
   unsigned c, life;
   if (!PyArg_ParseTuple(args, "II", &c, &life)) return NULL;
-  if (c >= DB_MAX_CHUNKS) { shm_corrupt(s, "a chunk outside of the table"); return NULL; }
+  if (c >= DB_MAX_CHUNKS) {
+    shm_corrupt(s, "a chunk outside of the table");
+    return NULL;
+  }
   uint64_t e = atomic_load(chunk_entry(s, c));
   if (CT_LIFE(e) == life) atomic_compare_exchange_strong(chunk_entry(s, c), &e, CT_MAKE(CT_TYPE(e), CT_ORD(e), 0));
   STEP(reap_chunk);
   Py_RETURN_NONE;
 }
+
 static PyObject *reap_fences(Shm *s, PyObject *args) { /* (chunk, error): end what is pending in a dead life's chunk -> count */
   unsigned c;
   int error;
@@ -36,7 +41,10 @@ static PyObject *reap_fences(Shm *s, PyObject *args) { /* (chunk, error): end wh
   for (uint32_t i = 0; i < FENCES_PER; i++) {
     uint32_t slot = c * FENCES_PER + i;
     db_fence *f = fence_at(s, slot);
-    if (!f) { shm_corrupt(s, "a chunk outside of the file"); return NULL; }
+    if (!f) {
+      shm_corrupt(s, "a chunk outside of the file");
+      return NULL;
+    }
     uint32_t word = atomic_load(&f->word);
     if (word & FW_SIGNALED) {
       if (word & FW_SYNC) ring_syncs(s, H_MAKE(slot, END_GEN(atomic_load(&f->end))), f); /* the owner died between ending and ringing */
@@ -58,16 +66,20 @@ static PyObject *reap_fences(Shm *s, PyObject *args) { /* (chunk, error): end wh
   }
   return PyLong_FromUnsignedLong(n);
 }
+
 static PyObject *reap_life_chunk(Shm *s, PyObject *args) { /* (chunk, type): contexts get a new generation, bits go */
   unsigned c, type;
   if (!PyArg_ParseTuple(args, "II", &c, &type)) return NULL;
   char *p = type == CH_LIFE || type == CH_CTX ? chunk_at(s, c, type) : NULL;
-  if (!p) { shm_corrupt(s, "a chunk outside of the file"); return NULL; }
+  if (!p) {
+    shm_corrupt(s, "a chunk outside of the file");
+    return NULL;
+  }
   for (uint32_t i = type == CH_LIFE ? CTX_FIRST_IN_LIFE : 0; i < CTX_PER; i++) {
     db_ctx *x = (db_ctx *)p + i;
     if (!atomic_load(&x->life)) continue;
     resv_bequeath(s, x, (uint64_t)atomic_load(&x->gen) << 32 | (c * CTX_PER + i)); /* before anybody may take it */
-    atomic_fetch_add(&x->gen, 1); /* every lock it named can be taken from now on */
+    atomic_fetch_add(&x->gen, 1);                                                  /* every lock it named can be taken from now on */
     atomic_store(&x->waits_on, 0);
     atomic_store(&x->life, 0);
     STEP(reap_ctx);
@@ -76,6 +88,7 @@ static PyObject *reap_life_chunk(Shm *s, PyObject *args) { /* (chunk, type): con
     for (uint32_t i = 0; i < REC_CHUNKS; i++) atomic_store((a64 *)p + i, 0);
   Py_RETURN_NONE;
 }
+
 static PyObject *reap_table_lock(Shm *s, PyObject *arg) { /* the dead life's hold on the table lock ends here */
   unsigned long life = PyLong_AsUnsignedLong(arg);
   if (life == (unsigned long)-1 && PyErr_Occurred()) return NULL;
@@ -89,10 +102,10 @@ static PyObject *reap_table_lock(Shm *s, PyObject *arg) { /* the dead life's hol
   table_unlock(s);
   Py_RETURN_TRUE;
 }
-PyMethodDef reap_methods[] = {
-    METHOD(chunks_of, METH_O, "Chunks of a life: [(chunk, type)]."),
-    METHOD(chunk_return, METH_VARARGS, "Give (chunk, life) back."),
-    METHOD(reap_life_chunk, METH_VARARGS, "End the contexts and holds in (chunk, type)."),
-    METHOD(reap_table_lock, METH_O, "Take the table lock from a dead life and repair."),
-    METHOD(reap_fences, METH_VARARGS, "End a dead life's fences."),
-    {0}};
+
+PyMethodDef reap_methods[] = {METHOD(chunks_of, METH_O, "Chunks of a life: [(chunk, type)]."),
+                              METHOD(chunk_return, METH_VARARGS, "Give (chunk, life) back."),
+                              METHOD(reap_life_chunk, METH_VARARGS, "End the contexts and holds in (chunk, type)."),
+                              METHOD(reap_table_lock, METH_O, "Take the table lock from a dead life and repair."),
+                              METHOD(reap_fences, METH_VARARGS, "End a dead life's fences."),
+                              {0}};

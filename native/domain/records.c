@@ -7,13 +7,16 @@ static void set_bounded(char *to, uint8_t *len, const char *from, Py_ssize_t n) 
   memcpy(to, from, (size_t)n);
   *len = (uint8_t)n;
 }
+
 static PyObject *rec_create(Shm *s, PyObject *args) {
   /* rec_create(dev, ino, size, nonce, exp_name, home, name|None, kind, pid, created) -> (rec, gen, made) */
   unsigned long long dev, ino, size, created;
   const char *nonce, *exp, *home, *name;
   Py_ssize_t nnonce, nexp, nhome, nname;
   unsigned kind, pid;
-  if (!PyArg_ParseTuple(args, "KKKy#y#y#z#IIK", &dev, &ino, &size, &nonce, &nnonce, &exp, &nexp, &home, &nhome, &name, &nname, &kind, &pid, &created)) return NULL;
+  if (!PyArg_ParseTuple(args, "KKKy#y#y#z#IIK", &dev, &ino, &size, &nonce, &nnonce, &exp, &nexp, &home, &nhome, &name, &nname, &kind, &pid,
+                        &created))
+    return NULL;
   if (nnonce != 16 || nexp > 31 || nhome > 31 || (name && nname > 31)) {
     PyErr_SetString(PyExc_ValueError, "rec_create: nonce is 16 bytes, names at most 31");
     return NULL;
@@ -45,7 +48,11 @@ static PyObject *rec_create(Shm *s, PyObject *args) {
   }
   if (!v) {
     int64_t c = chunk_grow(s, CH_REC, 0);
-    if (c < 0) { table_unlock(s); grow_failed(s, c); return NULL; }
+    if (c < 0) {
+      table_unlock(s);
+      grow_failed(s, c);
+      return NULL;
+    }
     for (uint32_t k = RECS_PER; k-- > 0;) {
       db_rec *x = rec_at(s, (uint32_t)c * RECS_PER + k);
       if (!x) break;
@@ -56,13 +63,22 @@ static PyObject *rec_create(Shm *s, PyObject *args) {
     v = atomic_load(&hdr(s)->rec_free);
     r = v ? rec_at(s, v - 1) : NULL;
   }
-  if (!r) { table_unlock(s); shm_corrupt(s, "a record outside of the file"); return NULL; }
+  if (!r) {
+    table_unlock(s);
+    shm_corrupt(s, "a record outside of the file");
+    return NULL;
+  }
   i = v - 1;
   atomic_store(&hdr(s)->rec_free, atomic_load(&r->free_next));
   bytes_follow();
-  r->dev = dev; r->ino = ino; r->size = size; r->created = created;
+  r->dev = dev;
+  r->ino = ino;
+  r->size = size;
+  r->created = created;
   memcpy(r->nonce, nonce, 16);
-  r->life = me; r->pid = pid; r->kind = kind;
+  r->life = me;
+  r->pid = pid;
+  r->kind = kind;
   set_bounded(r->exp_name, &r->exp_len, exp, nexp);
   set_bounded(r->home, &r->home_len, home, nhome);
   if (name) {
@@ -71,7 +87,11 @@ static PyObject *rec_create(Shm *s, PyObject *args) {
   }
   STEP(rec_filled); /* FREE and in no list: table_rebuild finds it */
   a64 *w = held_word(s, LIFE_INDEX(me), i);
-  if (!w) { table_unlock(s); shm_corrupt(s, "a life without its chunk"); return NULL; }
+  if (!w) {
+    table_unlock(s);
+    shm_corrupt(s, "a life without its chunk");
+    return NULL;
+  }
   atomic_fetch_or(w, 1ull << (i % RECS_PER));
   STEP(rec_held); /* our bit on a FREE record: cleared with our life */
   atomic_store(&r->state, REC_LIVE);
@@ -81,6 +101,7 @@ static PyObject *rec_create(Shm *s, PyObject *args) {
   table_unlock(s);
   return Py_BuildValue("IIO", i, atomic_load(&r->gen), Py_True);
 }
+
 static PyObject *rec_find(Shm *s, PyObject *args) { /* rec_find(dev, ino) -> (rec, gen, nonce) | None; no lock */
   unsigned long long dev, ino;
   if (!PyArg_ParseTuple(args, "KK", &dev, &ino)) return NULL;
@@ -95,6 +116,7 @@ static PyObject *rec_find(Shm *s, PyObject *args) { /* rec_find(dev, ino) -> (re
   if (atomic_load(&r->state) != REC_LIVE || r->dev != dev || r->ino != ino || atomic_load(&r->gen) != gen) Py_RETURN_NONE;
   return Py_BuildValue("IIy#", i, gen, nonce, (Py_ssize_t)16);
 }
+
 static PyObject *rec_hold(Shm *s, PyObject *args) { /* rec_hold(rec, gen) -> still that record */
   unsigned i, gen;
   if (!PyArg_ParseTuple(args, "II", &i, &gen)) return NULL;
@@ -108,6 +130,7 @@ static PyObject *rec_hold(Shm *s, PyObject *args) { /* rec_hold(rec, gen) -> sti
   if (!(before & bit)) atomic_fetch_and(w, ~bit);
   Py_RETURN_FALSE;
 }
+
 static PyObject *rec_drop(Shm *s, PyObject *arg) { /* rec_drop(rec) -> a living process still holds it */
   unsigned long i = PyLong_AsUnsignedLong(arg);
   if (i == (unsigned long)-1 && PyErr_Occurred()) return NULL;
@@ -116,6 +139,7 @@ static PyObject *rec_drop(Shm *s, PyObject *arg) { /* rec_drop(rec) -> a living 
   if (w) atomic_fetch_and(w, ~(1ull << (i % RECS_PER)));
   return PyBool_FromLong(held_by_living(s, (uint32_t)i));
 }
+
 static PyObject *rec_free(Shm *s, PyObject *args) { /* rec_free(rec, gen) -> freed; False while a living process holds it */
   unsigned i, gen;
   if (!PyArg_ParseTuple(args, "II", &i, &gen)) return NULL;
@@ -125,7 +149,8 @@ static PyObject *rec_free(Shm *s, PyObject *args) { /* rec_free(rec, gen) -> fre
   if (r && atomic_load(&r->gen) == gen && atomic_load(&r->state) == REC_LIVE) {
     atomic_store(&r->state, REC_DYING);
     STEP(rec_dying);
-    if (held_by_living(s, i)) atomic_store(&r->state, REC_LIVE);
+    if (held_by_living(s, i))
+      atomic_store(&r->state, REC_LIVE);
     else {
       if (r->ino) unlink_rec(s, i, r);
       STEP(rec_unlinked); /* DYING in no chain: table_rebuild finishes it */
@@ -139,6 +164,7 @@ static PyObject *rec_free(Shm *s, PyObject *args) { /* rec_free(rec, gen) -> fre
   table_unlock(s);
   return PyBool_FromLong(done);
 }
+
 static int rec_there(Shm *s, uint32_t i, db_rec *r) {
   uint32_t state = r ? atomic_load(&r->state) : REC_FREE;
   if (state == REC_DYING) { /* rec_free looks who holds it, and gives up when it sees our bit */
@@ -147,7 +173,9 @@ static int rec_there(Shm *s, uint32_t i, db_rec *r) {
   }
   return state == REC_LIVE;
 }
-static PyObject *rec_info(Shm *s, PyObject *arg) { /* what a record says, all of it of one buffer; None: free, or given to another meanwhile */
+
+static PyObject *rec_info(Shm *s,
+                          PyObject *arg) { /* what a record says, all of it of one buffer; None: free, or given to another meanwhile */
   unsigned long i = PyLong_AsUnsignedLong(arg);
   if (i == (unsigned long)-1 && PyErr_Occurred()) return NULL;
   db_rec *r = rec_at(s, (uint32_t)i);
@@ -166,22 +194,26 @@ static PyObject *rec_info(Shm *s, PyObject *arg) { /* what a record says, all of
   PyObject *n = len ? PyBytes_FromStringAndSize(name, len - 1) : Py_NewRef(Py_None);
   if (!n) return NULL;
   uint8_t el = r->exp_len > 31 ? 31 : r->exp_len, hl = r->home_len > 31 ? 31 : r->home_len;
-  PyObject *out = Py_BuildValue("{sI,sK,sK,sK,sy#,sK,sI,sI,sI,si,sI,sI,sK,sI,sN,sy#,sy#}", "gen", gen, "dev", r->dev,
-                       "ino", r->ino, "size", r->size, "nonce", (const char *)r->nonce, (Py_ssize_t)16, "created", r->created, "life", r->life,
-                       "pid", r->pid, "kind", r->kind, "torn", atomic_load(&r->torn), "torn_pid", r->torn_pid, "absent",
-                       r->absent, "absent_ns", r->absent_ns, "resv", r->resv, "name", n, "exp_name", r->exp_name, (Py_ssize_t)el,
-                       "home", r->home, (Py_ssize_t)hl);
+  PyObject *out =
+      Py_BuildValue("{sI,sK,sK,sK,sy#,sK,sI,sI,sI,si,sI,sI,sK,sI,sN,sy#,sy#}", "gen", gen, "dev", r->dev, "ino", r->ino, "size", r->size,
+                    "nonce", (const char *)r->nonce, (Py_ssize_t)16, "created", r->created, "life", r->life, "pid", r->pid, "kind", r->kind,
+                    "torn", atomic_load(&r->torn), "torn_pid", r->torn_pid, "absent", r->absent, "absent_ns", r->absent_ns, "resv", r->resv,
+                    "name", n, "exp_name", r->exp_name, (Py_ssize_t)el, "home", r->home, (Py_ssize_t)hl);
   bytes_read();
   if (!out || (rec_there(s, (uint32_t)i, r) && atomic_load(&r->gen) == gen)) return out; /* in this order: see rec_find */
   Py_DECREF(out);
   Py_RETURN_NONE;
 }
+
 static PyObject *rec_name(Shm *s, PyObject *args) { /* rec_name(rec, bytes): rename */
   unsigned i;
   const char *name;
   Py_ssize_t n;
   if (!PyArg_ParseTuple(args, "Iy#", &i, &name, &n)) return NULL;
-  if (n > 31) { PyErr_SetString(PyExc_ValueError, "rec_name: at most 31 bytes"); return NULL; }
+  if (n > 31) {
+    PyErr_SetString(PyExc_ValueError, "rec_name: at most 31 bytes");
+    return NULL;
+  }
   if (table_lock(s)) return NULL;
   db_rec *r = rec_at(s, i);
   if (r && atomic_load(&r->state) == REC_LIVE) {
@@ -197,27 +229,41 @@ static PyObject *rec_name(Shm *s, PyObject *args) { /* rec_name(rec, bytes): ren
   table_unlock(s);
   Py_RETURN_NONE;
 }
+
 static PyObject *rec_set(Shm *s, PyObject *args) { /* rec_set(rec, field, value) */
   unsigned i;
   const char *field;
   long long v;
   if (!PyArg_ParseTuple(args, "IsL", &i, &field, &v)) return NULL;
   db_rec *r = rec_at(s, i);
-  if (!r) { shm_corrupt(s, "a record outside of the file"); return NULL; }
-  if (!strcmp(field, "torn")) atomic_store(&r->torn, (int32_t)v);
-  else if (!strcmp(field, "torn_pid")) r->torn_pid = (uint32_t)v;
-  else if (!strcmp(field, "absent")) r->absent = (uint32_t)v;
-  else if (!strcmp(field, "absent_ns")) r->absent_ns = (uint64_t)v;
-  else if (!strcmp(field, "resv")) r->resv = (uint32_t)v;
-  else { PyErr_SetString(PyExc_ValueError, "rec_set: no such field"); return NULL; }
+  if (!r) {
+    shm_corrupt(s, "a record outside of the file");
+    return NULL;
+  }
+  if (!strcmp(field, "torn"))
+    atomic_store(&r->torn, (int32_t)v);
+  else if (!strcmp(field, "torn_pid"))
+    r->torn_pid = (uint32_t)v;
+  else if (!strcmp(field, "absent"))
+    r->absent = (uint32_t)v;
+  else if (!strcmp(field, "absent_ns"))
+    r->absent_ns = (uint64_t)v;
+  else if (!strcmp(field, "resv"))
+    r->resv = (uint32_t)v;
+  else {
+    PyErr_SetString(PyExc_ValueError, "rec_set: no such field");
+    return NULL;
+  }
   Py_RETURN_NONE;
 }
+
 static PyObject *rec_torn(Shm *s, PyObject *arg) { /* errno of the mark, 0: whole */
   unsigned long i = PyLong_AsUnsignedLong(arg);
   if (i == (unsigned long)-1 && PyErr_Occurred()) return NULL;
   db_rec *r = rec_at(s, (uint32_t)i);
   return PyLong_FromLong(r ? atomic_load(&r->torn) : 0);
 }
+
 static PyObject *rec_holders(Shm *s, PyObject *arg) { /* living life indices with a bit */
   unsigned long i = PyLong_AsUnsignedLong(arg);
   if (i == (unsigned long)-1 && PyErr_Occurred()) return NULL;
@@ -233,6 +279,7 @@ static PyObject *rec_holders(Shm *s, PyObject *arg) { /* living life indices wit
   }
   return out;
 }
+
 static PyObject *rec_list(Shm *s, PyObject *unused) { /* every live record's number */
   PyObject *out = PyList_New(0);
   uint32_t n = atomic_load(&hdr(s)->nchunks);
@@ -274,8 +321,11 @@ PyMethodDef record_methods[] = {
     M(rec_hold, METH_VARARGS, "Hold (rec, gen) for this life -> it is still that record."),
     M(rec_drop, METH_O, "Let go of a record -> a living process still holds it."),
     M(rec_free, METH_VARARGS, "Free (rec, gen) unless a living process holds it -> freed."),
-    M(rec_info, METH_O, "What a record says, or None."), M(rec_name, METH_VARARGS, "Rename (rec, bytes)."),
-    M(rec_set, METH_VARARGS, "Set (rec, field, value)."), M(rec_torn, METH_O, "The torn mark of a record."),
-    M(rec_holders, METH_O, "Indices of the living lives that hold a record."), M(rec_list, METH_NOARGS, "Every live record."),
+    M(rec_info, METH_O, "What a record says, or None."),
+    M(rec_name, METH_VARARGS, "Rename (rec, bytes)."),
+    M(rec_set, METH_VARARGS, "Set (rec, field, value)."),
+    M(rec_torn, METH_O, "The torn mark of a record."),
+    M(rec_holders, METH_O, "Indices of the living lives that hold a record."),
+    M(rec_list, METH_NOARGS, "Every live record."),
     M(rec_orphans, METH_NOARGS, "Live records that no living process holds."),
     {0}};

@@ -3,8 +3,8 @@
  * The list is an array of words, each a fence and its usage; a 0 ends it. Adding is one store, replacing is one store.
  * Entries of signalled fences stay until a later add overwrites them or they are trimmed from the end, so a reader without
  * the lock can never miss a pending fence. */
-#include "domain/fence.h"
 #include "domain/resv.h"
+#include "domain/fence.h"
 #include "domain/resv_lock.h"
 #include "domain/sleep.h"
 #include "domain/step.h"
@@ -20,6 +20,7 @@ a64 *entry_in_block(cursor *c, uint32_t i) {
   if (!b || atomic_load(&b->owner) != c->rec + 1) return NULL;
   return &b->entry[i];
 }
+
 /* An entry and whether its fence is pending. One that is replaced while we look is looked at again: the new fence was there before the
  * old one ended, so without the lock, too, there is no instant at which neither is seen. */
 static uint64_t entry_look(Shm *s, a64 *p, int *pending) {
@@ -32,6 +33,7 @@ static uint64_t entry_look(Shm *s, a64 *p, int *pending) {
   }
   return e;
 }
+
 static uint64_t first_pending(Shm *s, db_resv *r, uint32_t rec, uint32_t usage) {
   cursor c = {s, r, 0, 0, 0, rec};
   for (a64 *p; (p = entry_next(&c));) {
@@ -42,6 +44,7 @@ static uint64_t first_pending(Shm *s, db_resv *r, uint32_t rec, uint32_t usage) 
   }
   return 0;
 }
+
 static PyObject *resv_entries(Shm *s, PyObject *args) { /* (rec, usage, pending_only) -> [handle, usage, ...] flat pairs */
   unsigned rec, usage;
   int pending;
@@ -61,6 +64,7 @@ static PyObject *resv_entries(Shm *s, PyObject *args) { /* (rec, usage, pending_
   }
   return out;
 }
+
 static PyObject *resv_pending(Shm *s, PyObject *args) { /* (rec, usage, not) -> [handle] of pending fences but `not` */
   unsigned rec, usage;
   unsigned long long not;
@@ -80,6 +84,7 @@ static PyObject *resv_pending(Shm *s, PyObject *args) { /* (rec, usage, not) -> 
   }
   return out;
 }
+
 static PyObject *resv_busy(Shm *s, PyObject *args) { /* (rec, usage) -> a pending fence of at most that usage, or 0 */
   unsigned rec, usage;
   if (!PyArg_ParseTuple(args, "II", &rec, &usage)) return NULL;
@@ -93,17 +98,22 @@ static PyObject *resv_busy(Shm *s, PyObject *args) { /* (rec, usage) -> a pendin
   }
   return PyLong_FromUnsignedLongLong(h);
 }
+
 static int grow(Shm *s, db_resv *r, uint32_t rec, uint32_t cap, uint32_t n) { /* lock held: n entries more than cap; 0, -errno or RAISED */
   a32 *link = &r->block;
   for (uint32_t k = 0; atomic_load(link) && k < s->known * BLOCKS_PER; k++) {
     db_block *b = block_at(s, atomic_load(link) - 1);
-    if (!b || atomic_load(&b->owner) != rec + 1) { atomic_store(link, 0); break; }
+    if (!b || atomic_load(&b->owner) != rec + 1) {
+      atomic_store(link, 0);
+      break;
+    }
     link = &b->next;
   }
   uint32_t more = (n + BLOCK_ENTRIES - 1) / BLOCK_ENTRIES;
   if ((uint64_t)more * BLOCK_ENTRIES + cap > 1u << 22) return -ENOMEM;
   return blocks_add(s, rec, link, more) ? RAISED : 0;
 }
+
 int make_room(Shm *s, db_resv *r, uint32_t rec, uint32_t n) { /* lock held: 0, a negative errno, or RAISED */
   cursor c = {s, r, 0, 0, 0, rec};
   uint32_t room = 0, cap = 0, used = 0;
@@ -111,7 +121,10 @@ int make_room(Shm *s, db_resv *r, uint32_t rec, uint32_t n) { /* lock held: 0, a
   for (a64 *p; (p = entry_next(&c)); cap++) {
     uint64_t e = atomic_load(p);
     if (!e || !fence_pending(s, E_HANDLE(e), NULL)) room++;
-    if (e) { tail[used & 15] = p; used++; }
+    if (e) {
+      tail[used & 15] = p;
+      used++;
+    }
   }
   if (used > INLINE_ENTRIES) /* a list that grew long once shrinks a little each time */
     for (uint32_t k = 0; k < 16; k++) {
@@ -121,6 +134,7 @@ int make_room(Shm *s, db_resv *r, uint32_t rec, uint32_t n) { /* lock held: 0, a
     }
   return room >= n ? 0 : grow(s, r, rec, cap, n - room);
 }
+
 static PyObject *resv_reserve(Shm *s, PyObject *args) { /* (rec, n): room for n more; lock held */
   unsigned rec, n;
   if (!PyArg_ParseTuple(args, "II", &rec, &n)) return NULL;
@@ -129,10 +143,13 @@ static PyObject *resv_reserve(Shm *s, PyObject *args) { /* (rec, n): room for n 
   int result = make_room(s, r, rec, n);
   return result == RAISED ? NULL : PyLong_FromLong(result);
 }
-static int later(db_fence *a, uint64_t seqno, db_fence *b) { /* is a, whose number is seqno, later than b of the same context? (spec 3.10) */
+
+static int later(db_fence *a, uint64_t seqno,
+                 db_fence *b) { /* is a, whose number is seqno, later than b of the same context? (spec 3.10) */
   uint64_t other = atomic_load(&b->seqno);
   return atomic_load(&a->flags) & FF_SEQNO64 ? seqno > other : (int32_t)((uint32_t)seqno - (uint32_t)other) > 0;
 }
+
 int put(Shm *s, db_resv *r, uint32_t rec, uint64_t handle, uint32_t usage, long room) { /* 1 took room, 0 replaced, -1 no room */
   db_fence *f;
   fence_pending(s, handle, &f);
@@ -149,8 +166,8 @@ int put(Shm *s, db_resv *r, uint32_t rec, uint64_t handle, uint32_t usage, long 
     }
     db_fence *o;
     int pending = fence_pending(s, E_HANDLE(e), &o);
-    if (!pending || (f && o && atomic_load(&o->context) == context && E_USAGE(e) >= usage &&
-                     (E_HANDLE(e) == handle || later(f, seqno, o)))) {
+    if (!pending ||
+        (f && o && atomic_load(&o->context) == context && E_USAGE(e) >= usage && (E_HANDLE(e) == handle || later(f, seqno, o)))) {
       if (f) fence_flag(handle, f, FW_SHARED);
       atomic_store(p, E_MAKE(handle, usage));
       STEP(resv_added);
@@ -159,6 +176,7 @@ int put(Shm *s, db_resv *r, uint32_t rec, uint64_t handle, uint32_t usage, long 
   }
   return -1;
 }
+
 static PyObject *resv_add(Shm *s, PyObject *args) { /* (rec, handle, usage, room) */
   unsigned rec, usage;
   unsigned long long handle;
@@ -166,7 +184,10 @@ static PyObject *resv_add(Shm *s, PyObject *args) { /* (rec, handle, usage, room
   if (!PyArg_ParseTuple(args, "IKIl", &rec, &handle, &usage, &room)) return NULL;
   db_resv *r = resv_of(s, rec);
   if (!r) return NULL;
-  if (usage > 3) { PyErr_SetString(PyExc_ValueError, "resv_add: usage is 0 to 3"); return NULL; }
+  if (usage > 3) {
+    PyErr_SetString(PyExc_ValueError, "resv_add: usage is 0 to 3");
+    return NULL;
+  }
   return PyLong_FromLong(put(s, r, rec, handle, usage, room));
 }
 
@@ -190,7 +211,11 @@ static PyObject *resv_copy(Shm *s, PyObject *args) {
     if (!fence_pending(s, E_HANDLE(e), NULL)) continue;
     if (n == room) {
       uint64_t *bigger = PyMem_Realloc(new, (room += 64 + room) * sizeof *new);
-      if (!bigger) { PyErr_NoMemory(); result = RAISED; goto out; }
+      if (!bigger) {
+        PyErr_NoMemory();
+        result = RAISED;
+        goto out;
+      }
       new = bigger;
     }
     new[n++] = e;
@@ -199,10 +224,18 @@ static PyObject *resv_copy(Shm *s, PyObject *args) {
   for (a64 *p; (p = entry_next(&c)); cap++) used += !(ended |= !atomic_load(p));
   if (cap - used < n && (result = grow(s, r, rec, cap, n - (cap - used)))) goto out;
   at = PyMem_Malloc((used + n + 1) * sizeof *at);
-  if (!at) { PyErr_NoMemory(); result = RAISED; goto out; }
+  if (!at) {
+    PyErr_NoMemory();
+    result = RAISED;
+    goto out;
+  }
   c = (cursor){s, r, 0, 0, 0, rec};
   for (uint32_t i = 0; i < used + n; i++)
-    if (!(at[i] = entry_next(&c))) { shm_corrupt(s, "a list of fences without its blocks"); result = RAISED; goto out; }
+    if (!(at[i] = entry_next(&c))) {
+      shm_corrupt(s, "a list of fences without its blocks");
+      result = RAISED;
+      goto out;
+    }
   for (uint32_t i = 0; i < n; i++) {
     atomic_store(at[used + i], new[i]);
     STEP(resv_copied);
@@ -243,11 +276,14 @@ static PyObject *resv_replace(Shm *s, PyObject *args) { /* (rec, context, handle
   }
   return PyLong_FromUnsignedLong(n);
 }
+
 PyMethodDef resv_methods[] = {
 #define M(n, flags, doc) {#n, (PyCFunction)n, flags, doc}
     M(resv_entries, METH_VARARGS, "Entries (rec, usage, pending_only) -> [(handle, usage)]."),
-    M(resv_pending, METH_VARARGS, "Pending handles (rec, usage, but)."), M(resv_busy, METH_VARARGS, "A pending handle (rec, usage), or 0."),
-    M(resv_reserve, METH_VARARGS, "Make room (rec, n)."), M(resv_add, METH_VARARGS, "Add (rec, handle, usage, room) -> 1, 0, -1."),
+    M(resv_pending, METH_VARARGS, "Pending handles (rec, usage, but)."),
+    M(resv_busy, METH_VARARGS, "A pending handle (rec, usage), or 0."),
+    M(resv_reserve, METH_VARARGS, "Make room (rec, n)."),
+    M(resv_add, METH_VARARGS, "Add (rec, handle, usage, room) -> 1, 0, -1."),
     M(resv_copy, METH_VARARGS, "Copy (rec, source rec) -> 0 or -errno."),
     M(resv_replace, METH_VARARGS, "Replace (rec, context, handle, usage) -> count."),
     {0}};

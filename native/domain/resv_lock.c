@@ -12,13 +12,18 @@
 
 db_resv *resv_of(Shm *s, uint32_t rec) {
   db_rec *r = rec_at(s, rec);
-  if (!r) { shm_corrupt(s, "a record outside of the file"); return NULL; }
+  if (!r) {
+    shm_corrupt(s, "a record outside of the file");
+    return NULL;
+  }
   return &r->r;
 }
+
 db_ctx *ctx_alive(Shm *s, uint64_t word) {
   db_ctx *c = ctx_at(s, CTX_INDEX(word));
   return c && atomic_load(&c->gen) == CTX_GEN(word) && atomic_load(&c->life) ? c : NULL;
 }
+
 static inline a32 *lock_futex(db_resv *r) {
 #if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
   return (a32 *)&r->lock;
@@ -26,12 +31,16 @@ static inline a32 *lock_futex(db_resv *r) {
 #error "the futex is the low half of the lock word: little-endian only"
 #endif
 }
+
 static inline int older(db_ctx *a, db_ctx *b) { return (int64_t)(atomic_load(&a->stamp) - atomic_load(&b->stamp)) < 0; }
 
 /* 0 locked, 1 taken from a dead owner, a negative errno, or RAISED */
 int take(Shm *s, db_resv *r, uint64_t me, int acquired, int interruptible, int try, int64_t until) {
   db_ctx *mine = ctx_at(s, CTX_INDEX(me));
-  if (!mine) { shm_corrupt(s, "a context outside of the file"); return RAISED; }
+  if (!mine) {
+    shm_corrupt(s, "a context outside of the file");
+    return RAISED;
+  }
   uint64_t w = 0;
   if (!atomic_load(&r->next) && atomic_compare_exchange_strong(&r->lock, &w, me)) {
     STEP(resv_locked);
@@ -41,35 +50,50 @@ int take(Shm *s, db_resv *r, uint64_t me, int acquired, int interruptible, int t
   for (;;) {
     w = atomic_load(&r->lock);
     uint64_t owner = w & ~CTX_WAITERS, nx = atomic_load(&r->next);
-    if (owner == me) { result = real ? -EALREADY : -EDEADLK; break; }
+    if (owner == me) {
+      result = real ? -EALREADY : -EDEADLK;
+      break;
+    }
     db_ctx *holder = owner ? ctx_alive(s, owner) : NULL, *first = nx && nx != me ? ctx_alive(s, nx) : NULL;
     if (!holder) {
       if (!first || try || older(mine, first)) {
         if (!atomic_compare_exchange_strong(&r->lock, &w, me | (w & CTX_WAITERS))) continue;
-        if (owner) { STEP(resv_stolen); }
-        else STEP(resv_locked);
+        if (owner) {
+          STEP(resv_stolen);
+        } else
+          STEP(resv_locked);
         if (nx == me) atomic_compare_exchange_strong(&r->next, &nx, 0);
         if (w & CTX_WAITERS) word_wake(lock_futex(r), INT32_MAX); /* they look again: some must die, one becomes next */
         return owner ? 1 : 0;
       }
     } else if (try) {
       int k = waited ? 0 : shm_polled(s);
-      if (k < 0) { result = RAISED; break; }
+      if (k < 0) {
+        result = RAISED;
+        break;
+      }
       if (k && !waited++) continue;
       result = -EBUSY;
       break;
-    }
-    else if (real && acquired > 0) { /* wait-die: who holds locks does not wait for an older one */
-      db_ctx *elder = atomic_load(&holder->real) && older(holder, mine) ? holder : first && atomic_load(&first->real) && older(first, mine) ? first : NULL;
+    } else if (real && acquired > 0) { /* wait-die: who holds locks does not wait for an older one */
+      db_ctx *elder = atomic_load(&holder->real) && older(holder, mine)          ? holder
+                      : first && atomic_load(&first->real) && older(first, mine) ? first
+                                                                                 : NULL;
       if (elder) {
         uint64_t word = elder == holder ? owner : nx;
-        if (shm_tick(s, TICK_CHECK, atomic_load(&elder->life))) { result = RAISED; break; }
+        if (shm_tick(s, TICK_CHECK, atomic_load(&elder->life))) {
+          result = RAISED;
+          break;
+        }
         if (!ctx_alive(s, word)) continue; /* a dead process is no older context */
         result = -EDEADLK;
         break;
       }
     }
-    if (until >= 0 && now_ns() >= until) { result = -ETIMEDOUT; break; }
+    if (until >= 0 && now_ns() >= until) {
+      result = -ETIMEDOUT;
+      break;
+    }
     if (nx != me && (!first || older(mine, first))) {
       if (!atomic_compare_exchange_strong(&r->next, &nx, me)) continue;
       STEP(resv_next); /* named as next; a death leaves a name whose context is no longer alive */
@@ -82,8 +106,14 @@ int take(Shm *s, db_resv *r, uint64_t me, int acquired, int interruptible, int t
     STEP(resv_waiting);
     if (step_armed) step_sleeping(STEP_resv_waiting);
     int k = shm_sleep(s, lock_futex(r), (uint32_t)(w | CTX_WAITERS), until, TICK_RESV, owner ? owner : nx);
-    if (k == -1) { result = RAISED; break; }
-    if (k == -2 && interruptible) { result = -EINTR; break; }
+    if (k == -1) {
+      result = RAISED;
+      break;
+    }
+    if (k == -2 && interruptible) {
+      result = -EINTR;
+      break;
+    }
   }
   if (waited) { /* leave without a trace, and let the others choose anew */
     uint64_t nx = me;
@@ -91,6 +121,7 @@ int take(Shm *s, db_resv *r, uint64_t me, int acquired, int interruptible, int t
   }
   return result;
 }
+
 int resv_give(db_resv *r, uint64_t me) { /* 1: it was ours */
   uint64_t w = atomic_load(&r->lock);
   if ((w & ~CTX_WAITERS) != me) return 0;
@@ -99,6 +130,7 @@ int resv_give(db_resv *r, uint64_t me) { /* 1: it was ours */
   if ((w & CTX_WAITERS) || atomic_load(&r->next)) word_wake(lock_futex(r), INT32_MAX);
   return 1;
 }
+
 /* One compare-and-swap hands a held lock from one context to another, so at every instant it has a living owner, or one whose death frees
  * it. Who sleeps looks again: the new owner may be older or younger than the last. */
 int resv_hand(Shm *s, db_resv *r, uint64_t from, uint64_t to) { /* 1: `from` held it, and now `to` does */
@@ -111,6 +143,7 @@ int resv_hand(Shm *s, db_resv *r, uint64_t from, uint64_t to) { /* 1: `from` hel
   if (w & CTX_WAITERS) word_wake(lock_futex(r), INT32_MAX);
   return 1;
 }
+
 static PyObject *resv_lock(Shm *s, PyObject *args) {
   unsigned rec;
   unsigned long long me;
@@ -123,6 +156,7 @@ static PyObject *resv_lock(Shm *s, PyObject *args) {
   int result = take(s, r, me, acquired, interruptible, try, until);
   return result == RAISED ? NULL : PyLong_FromLong(result);
 }
+
 static PyObject *resv_unlock(Shm *s, PyObject *args) { /* (rec, ctx) -> it was ours */
   unsigned rec;
   unsigned long long me;
@@ -131,6 +165,7 @@ static PyObject *resv_unlock(Shm *s, PyObject *args) { /* (rec, ctx) -> it was o
   if (!r) return NULL;
   return PyBool_FromLong(my_life(s) && resv_give(r, me));
 }
+
 static PyObject *resv_owner(Shm *s, PyObject *arg) { /* the living owner's ctx word, 0: unlocked */
   unsigned long rec = PyLong_AsUnsignedLong(arg);
   if (rec == (unsigned long)-1 && PyErr_Occurred()) return NULL;

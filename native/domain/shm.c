@@ -17,9 +17,12 @@ int shm_fail(Shm *s, int err, const char *op, const char *obj, const char *remed
   }
   return -1;
 }
+
 int shm_corrupt(Shm *s, const char *what) {
-  return shm_fail(s, EUCLEAN, "domain", what, "the domain file holds impossible values: end its processes and let the next opener set it aside");
+  return shm_fail(s, EUCLEAN, "domain", what,
+                  "the domain file holds impossible values: end its processes and let the next opener set it aside");
 }
+
 int shm_need_life(Shm *s, const char *op) {
   if (my_life(s)) return 0;
   return shm_fail(s, EPERM, op, "an object of another process",
@@ -35,15 +38,18 @@ static int refresh(Shm *s, uint32_t want) { /* make chunks below the published c
   s->known = n;
   return 0;
 }
+
 int chunks_known(Shm *s, uint32_t n) { /* can n be the published count? It never shrinks, and the file has what it counts */
   if (n > DB_MAX_CHUNKS || n < s->known) return 0;
   return n == s->known || !refresh(s, n - 1);
 }
+
 char *chunk_at(Shm *s, uint32_t i, uint32_t type) {
   if (i >= DB_MAX_CHUNKS || (i >= s->known && refresh(s, i))) return NULL;
   if (CT_TYPE(atomic_load(chunk_entry(s, i))) != type) return NULL;
   return s->base + DB_HEADER_BYTES + (size_t)i * DB_CHUNK;
 }
+
 char *bounded(Shm *s, unsigned long long off, size_t n) {
   uint64_t end = off + n;
   if (end < off || end > s->length) goto bad;
@@ -71,7 +77,10 @@ static PyObject *shm_new(PyTypeObject *type, PyObject *args, PyObject *kw) {
   s->fail = fail;
   struct stat st;
   if (fstat(fd, &st)) goto os;
-  if ((uint64_t)st.st_size < DB_HEADER_BYTES) { shm_corrupt(s, "a file shorter than its header"); goto out; }
+  if ((uint64_t)st.st_size < DB_HEADER_BYTES) {
+    shm_corrupt(s, "a file shorter than its header");
+    goto out;
+  }
   void *p = mmap(NULL, s->length, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd, 0);
   if (p == MAP_FAILED) goto os;
   s->base = p;
@@ -81,8 +90,8 @@ static PyObject *shm_new(PyTypeObject *type, PyObject *args, PyObject *kw) {
   s->token = p;
   if (madvise(p, DB_PAGE, MADV_WIPEONFORK)) goto os;
   db_header *h = hdr(s);
-  if (memcmp(h->magic, DB_MAGIC, 8) || h->version != DB_VERSION || h->header_bytes != DB_HEADER_BYTES ||
-      h->chunk_bytes != DB_CHUNK || h->max_chunks != DB_MAX_CHUNKS || h->lives != DB_LIVES || h->buckets != DB_BUCKETS) {
+  if (memcmp(h->magic, DB_MAGIC, 8) || h->version != DB_VERSION || h->header_bytes != DB_HEADER_BYTES || h->chunk_bytes != DB_CHUNK ||
+      h->max_chunks != DB_MAX_CHUNKS || h->lives != DB_LIVES || h->buckets != DB_BUCKETS) {
     shm_corrupt(s, "a header of another layout");
     goto out;
   }
@@ -93,6 +102,7 @@ out:
   Py_DECREF(s);
   return NULL;
 }
+
 static int shm_traverse(Shm *s, visitproc visit, void *arg) {
   Py_VISIT(Py_TYPE(s));
   Py_VISIT(s->tick);
@@ -101,12 +111,14 @@ static int shm_traverse(Shm *s, visitproc visit, void *arg) {
   Py_VISIT(s->fail);
   return 0;
 }
+
 static int shm_clear(Shm *s) {
   Py_CLEAR(s->tick);
   Py_CLEAR(s->on_local);
   Py_CLEAR(s->on_sync);
   return 0;
 }
+
 static void shm_dealloc(Shm *s) {
   PyTypeObject *type = Py_TYPE(s);
   PyObject_GC_UnTrack(s);
@@ -122,12 +134,14 @@ static void shm_dealloc(Shm *s) {
 }
 
 static PyObject *get_life(Shm *s, void *u) { return PyLong_FromUnsignedLong(my_life(s)); }
+
 static int set_life(Shm *s, PyObject *v, void *u) {
   unsigned long id = v ? PyLong_AsUnsignedLong(v) : 0;
   if (PyErr_Occurred()) return -1;
   atomic_store(s->token, id);
   return 0;
 }
+
 static PyMemberDef shm_members[] = {
     {"tick", T_OBJECT, offsetof(Shm, tick), 0, "called at each tick of a wait"},
     {"on_local", T_OBJECT, offsetof(Shm, on_local), 0, "called when a fence with callbacks here is signalled here"},
@@ -147,14 +161,21 @@ int shm_register(PyObject *module, PyMethodDef *const *sets) {
   static PyMethodDef all[96];
   for (; *sets; sets++)
     for (PyMethodDef *d = *sets; d->ml_name; d++) {
-      if (n + 1 >= sizeof all / sizeof *all) { PyErr_SetString(PyExc_SystemError, "more methods of Shm than there is room for"); return -1; }
+      if (n + 1 >= sizeof all / sizeof *all) {
+        PyErr_SetString(PyExc_SystemError, "more methods of Shm than there is room for");
+        return -1;
+      }
       all[n++] = *d;
     }
-  PyType_Slot slots[] = {
-      {Py_tp_doc, "A domain's file, mapped: bounded atomics, pools, fences and reservation locks."},
-      {Py_tp_new, shm_new},           {Py_tp_dealloc, shm_dealloc}, {Py_tp_traverse, shm_traverse},
-      {Py_tp_clear, shm_clear},       {Py_tp_methods, all},         {Py_tp_members, shm_members},
-      {Py_tp_getset, shm_getset},     {0, NULL}};
+  PyType_Slot slots[] = {{Py_tp_doc, "A domain's file, mapped: bounded atomics, pools, fences and reservation locks."},
+                         {Py_tp_new, shm_new},
+                         {Py_tp_dealloc, shm_dealloc},
+                         {Py_tp_traverse, shm_traverse},
+                         {Py_tp_clear, shm_clear},
+                         {Py_tp_methods, all},
+                         {Py_tp_members, shm_members},
+                         {Py_tp_getset, shm_getset},
+                         {0, NULL}};
   PyType_Spec spec = {"dmabuf._native.Shm", sizeof(Shm), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_BASETYPE, slots};
   Shm_Type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &spec, NULL);
   if (!Shm_Type) return -1;

@@ -11,9 +11,12 @@ static int signal_pending(const sigset_t *blocked) { /* is there one that waits 
   struct sigaction act;
   sigpending(&found);
   for (int i = 1; i < NSIG; i++) /* one without a handler ends the process or nothing */
-    if (sigismember(&found, i) == 1 && !sigismember(blocked, i) && !sigaction(i, NULL, &act) && act.sa_handler != SIG_DFL && act.sa_handler != SIG_IGN) return 1;
+    if (sigismember(&found, i) == 1 && !sigismember(blocked, i) && !sigaction(i, NULL, &act) && act.sa_handler != SIG_DFL &&
+        act.sa_handler != SIG_IGN)
+      return 1;
   return 0;
 }
+
 int shm_sleep(Shm *s, a32 *word, uint32_t expected, int64_t until, int kind, uint64_t value) {
   int64_t limit = -1;
   if (until >= 0) {
@@ -22,7 +25,10 @@ int shm_sleep(Shm *s, a32 *word, uint32_t expected, int64_t until, int kind, uin
   }
   uint32_t before = ticker_ticks();
   int slot = sleeper_enter(word), alone = 0;
-  if (slot < 0 && (limit < 0 || limit > DB_TICK_NS)) { limit = DB_TICK_NS; alone = 1; }
+  if (slot < 0 && (limit < 0 || limit > DB_TICK_NS)) {
+    limit = DB_TICK_NS;
+    alone = 1;
+  }
   struct timespec t = {limit / 1000000000, limit % 1000000000};
   long r;
   int err, tick, signalled;
@@ -49,22 +55,26 @@ int shm_sleep(Shm *s, a32 *word, uint32_t expected, int64_t until, int kind, uin
   }
   return 0;
 }
+
 int shm_tick(Shm *s, int kind, uint64_t value) {
   if (!s->tick) return 0;
   PyObject *x = PyObject_CallFunction(s->tick, "iK", kind, (unsigned long long)value);
   Py_XDECREF(x);
   return x ? 0 : -1;
 }
+
 int shm_polled(Shm *s) { /* who only polls must find out about deaths too, though no sleep of his ever ticks */
   int64_t age = now_ns() - (int64_t)atomic_load(&hdr(s)->sweep_ns);
   if (age >= 0 && age < DB_TICK_NS) return 0;
   return shm_tick(s, TICK_POLL, 0) ? -1 : 1;
 }
+
 double remaining_s(int64_t until) {
   if (until < 0) return HUGE_VAL;
   int64_t left = until - now_ns();
   return left > 0 ? left / 1e9 : 1e-9; /* success is always > 0 */
 }
+
 int parse_timeout(Shm *s, PyObject *obj, int64_t *until, const char *op) {
   *until = -1;
   if (!obj || obj == Py_None) return 0;

@@ -25,6 +25,7 @@ static void say(const char *prefix, const char *name) {
   int n = snprintf(line, sizeof line, "%s%s\n", prefix, name);
   if (write(hold_fd, line, (size_t)n) != n) raise(SIGKILL); /* the test that held us is gone */
 }
+
 static void pass(const char *name) {
   if (wanted[0] != '*' && strcmp(wanted, name)) return;
   if (step_armed == 1) {
@@ -38,7 +39,9 @@ static void pass(const char *name) {
   while (n < 0 && errno == EINTR);
   if (n != 1) raise(SIGKILL);
 }
+
 void step_hit(int id) { pass(names[id]); }
+
 void step_sleeping(int id) {
   if (step_armed == 2 && (wanted[0] == '*' || !strcmp(wanted, names[id]))) say("~", names[id]);
 }
@@ -53,36 +56,46 @@ static PyObject *py_arm(PyObject *m, PyObject *args) {
     return NULL;
   }
   strcpy(wanted, name);
-  if (kind == 1) countdown = number;
-  else hold_fd = (int)number;
+  if (kind == 1)
+    countdown = number;
+  else
+    hold_fd = (int)number;
   step_armed = kind;
   Py_RETURN_NONE;
 }
+
 static PyObject *py_disarm(PyObject *m, PyObject *unused) {
   step_armed = 0;
   Py_RETURN_NONE;
 }
+
 static PyObject *py_step(PyObject *m, PyObject *arg) { /* a step of a change that Python makes; "~name": about to sleep */
   if (__builtin_expect(step_armed, 0)) {
     const char *name = PyUnicode_AsUTF8(arg);
     if (!name) return NULL;
-    if (*name != '~') pass(name);
-    else if (step_armed == 2 && (wanted[0] == '*' || !strcmp(wanted, name + 1))) say("", name);
+    if (*name != '~')
+      pass(name);
+    else if (step_armed == 2 && (wanted[0] == '*' || !strcmp(wanted, name + 1)))
+      say("", name);
   }
   Py_RETURN_NONE;
 }
-static PyMethodDef methods[] = {
-    {"step_arm", py_arm, METH_VARARGS, "Arm the step harness (tests only)."},
-    {"step_disarm", py_disarm, METH_NOARGS, "Disarm the step harness."},
-    {"step", py_step, METH_O, "Pass the named step."},
-    {0}};
+
+static PyMethodDef methods[] = {{"step_arm", py_arm, METH_VARARGS, "Arm the step harness (tests only)."},
+                                {"step_disarm", py_disarm, METH_NOARGS, "Disarm the step harness."},
+                                {"step", py_step, METH_O, "Pass the named step."},
+                                {0}};
+
 int step_register(PyObject *module) {
   if (PyModule_AddFunctions(module, methods)) return -1;
   PyObject *t = PyTuple_New(STEP_COUNT);
   if (!t) return -1;
   for (int i = 0; i < STEP_COUNT; i++) {
     PyObject *n = PyUnicode_FromString(names[i]);
-    if (!n) { Py_DECREF(t); return -1; }
+    if (!n) {
+      Py_DECREF(t);
+      return -1;
+    }
     PyTuple_SET_ITEM(t, i, n);
   }
   int r = PyModule_AddObjectRef(module, "STEPS", t);

@@ -3,30 +3,32 @@
  * The table lock is one 32-bit word that names its owner's life. The state of a record (and the owner of a block) is the
  * truth; the hash chains and the free list are derived from it and are made anew whenever the lock is taken from a dead
  * owner. So nothing in here has to be undone: whatever prefix of the stores happened, `table_rebuild` gives a whole table. */
+#include "domain/table.h"
 #include "domain/sleep.h"
 #include "domain/step.h"
-#include "domain/table.h"
 #include "domain/ticker.h"
 #include <fcntl.h>
 #include <stdlib.h>
 #include <sys/stat.h>
 
 /* ---- bounded addresses ---- */
-#define AT(name, type, kind, per)           \
-  type *name(Shm *s, uint32_t i) {          \
-    char *c = chunk_at(s, i / (per), kind); \
+#define AT(name, type, kind, per)            \
+  type *name(Shm *s, uint32_t i) {           \
+    char *c = chunk_at(s, i / (per), kind);  \
     return c ? (type *)c + i % (per) : NULL; \
   }
 AT(rec_at, db_rec, CH_REC, RECS_PER)
 AT(block_at, db_block, CH_BLOCK, BLOCKS_PER)
 AT(timeline_at, db_timeline, CH_TIMELINE, TIMELINES_PER)
 AT(fence_at, db_fence, CH_FENCE, FENCES_PER)
+
 db_ctx *ctx_at(Shm *s, uint32_t i) {
   char *c = chunk_at(s, i / CTX_PER, CH_CTX);
   if (c) return (db_ctx *)c + i % CTX_PER;
   c = i % CTX_PER >= CTX_FIRST_IN_LIFE ? chunk_at(s, i / CTX_PER, CH_LIFE) : NULL;
   return c ? (db_ctx *)c + i % CTX_PER : NULL;
 }
+
 a64 *held_word(Shm *s, uint32_t life_index, uint32_t rec) { /* the word of that life's bitmap with rec's bit */
   db_life *l = (db_life *)(s->base + OFF_LIVES) + life_index;
   uint32_t chunk = atomic_load(&l->chunk);
@@ -35,6 +37,7 @@ a64 *held_word(Shm *s, uint32_t life_index, uint32_t rec) { /* the word of that 
   uint32_t ord = CT_ORD(atomic_load(chunk_entry(s, rec / RECS_PER)));
   return c && ord < REC_CHUNKS ? (a64 *)c + ord : NULL;
 }
+
 int held_by_living(Shm *s, uint32_t rec) {
   uint32_t high = atomic_load(&hdr(s)->life_high);
   if (high > DB_LIVES) high = DB_LIVES;
@@ -70,6 +73,7 @@ int table_lock(Shm *s) {
     if (shm_sleep(s, w, v | TL_WAITERS, -1, TICK_TABLE, owner) == -1) return -1;
   }
 }
+
 void table_unlock(Shm *s) {
   a32 *w = &hdr(s)->table_lock;
   if (atomic_exchange(w, 0) & TL_WAITERS) word_wake(w, INT32_MAX);
@@ -77,6 +81,7 @@ void table_unlock(Shm *s) {
 
 /* ---- chunks ---- */
 enum { GROW_FULL = -1, GROW_NO_ROOM = -2, GROW_NO_MEMORY = -3, GROW_CORRUPT = -4 };
+
 int64_t chunk_grow(Shm *s, uint32_t type, uint32_t owner) {
   db_header *h = hdr(s);
   uint32_t n = atomic_load(&h->nchunks);
@@ -104,12 +109,16 @@ int64_t chunk_grow(Shm *s, uint32_t type, uint32_t owner) {
   STEP(chunk_published);
   return n;
 }
+
 int grow_failed(Shm *s, int64_t why) {
   if (why == GROW_CORRUPT) return shm_corrupt(s, "the number of chunks");
   if (why == GROW_FULL)
-    return shm_fail(s, ENOSPC, "allocate", "the domain", "every slot is in use: close buffers and drop fences, or use a second domain (DMABUF_DOMAIN)");
-  return shm_fail(s, why == GROW_NO_ROOM ? ENOSPC : ENOMEM, "allocate", "the domain", "its file system (a tmpfs, usually) has no room to grow the domain");
+    return shm_fail(s, ENOSPC, "allocate", "the domain",
+                    "every slot is in use: close buffers and drop fences, or use a second domain (DMABUF_DOMAIN)");
+  return shm_fail(s, why == GROW_NO_ROOM ? ENOSPC : ENOMEM, "allocate", "the domain",
+                  "its file system (a tmpfs, usually) has no room to grow the domain");
 }
+
 int64_t chunk_claim(Shm *s, uint32_t type, uint32_t owner) {
   /* without the lock first: an ownerless chunk changes hands by one compare-and-swap that names the owner */
   uint32_t n = atomic_load(&hdr(s)->nchunks);
@@ -135,31 +144,41 @@ static uint32_t bucket_of(uint64_t dev, uint64_t ino) {
   uint64_t x = (ino + dev * 0x9e3779b97f4a7c15ull) * 0xbf58476d1ce4e5b9ull;
   return (uint32_t)(x >> 40) & (DB_BUCKETS - 1);
 }
+
 void link_rec(Shm *s, uint32_t i, db_rec *r) {
   a32 *b = bucket(s, bucket_of(r->dev, r->ino));
   atomic_store(&r->hnext, atomic_load(b));
   atomic_store(b, i + 1);
 }
+
 void unlink_rec(Shm *s, uint32_t i, db_rec *r) {
   a32 *link = bucket(s, bucket_of(r->dev, r->ino));
   for (uint32_t n = 0; n < REC_CHUNKS * RECS_PER; n++) {
     uint32_t v = atomic_load(link);
-    if (v == i + 1) { atomic_store(link, atomic_load(&r->hnext)); return; }
+    if (v == i + 1) {
+      atomic_store(link, atomic_load(&r->hnext));
+      return;
+    }
     db_rec *x = v ? rec_at(s, v - 1) : NULL;
     if (!x) return;
     link = &x->hnext;
   }
 }
+
 db_rec *find_rec(Shm *s, uint64_t dev, uint64_t ino, uint32_t *at) {
   uint32_t v = atomic_load(bucket(s, bucket_of(dev, ino)));
   for (uint32_t n = 0; v && n < REC_CHUNKS * RECS_PER; n++) {
     db_rec *r = rec_at(s, v - 1);
     if (!r) return NULL;
-    if (atomic_load(&r->state) == REC_LIVE && r->dev == dev && r->ino == ino) { *at = v - 1; return r; }
+    if (atomic_load(&r->state) == REC_LIVE && r->dev == dev && r->ino == ino) {
+      *at = v - 1;
+      return r;
+    }
     v = atomic_load(&r->hnext);
   }
   return NULL;
 }
+
 static void blocks_release(Shm *s, uint32_t rec, a32 *link) { /* table lock held: give back the chain behind link */
   uint32_t v = atomic_exchange(link, 0);
   for (uint32_t n = 0; v && n < DB_MAX_CHUNKS * BLOCKS_PER; n++) {
@@ -171,6 +190,7 @@ static void blocks_release(Shm *s, uint32_t rec, a32 *link) { /* table lock held
     atomic_store(&b->owner, 0);
   }
 }
+
 void clear_rec(Shm *s, uint32_t i, db_rec *r) { /* DYING -> FREE; table lock held, not in any chain */
   blocks_release(s, i, &r->r.block);
   uint32_t gen = atomic_load(&r->gen);
@@ -180,24 +200,34 @@ void clear_rec(Shm *s, uint32_t i, db_rec *r) { /* DYING -> FREE; table lock hel
   atomic_store(&r->gen, gen + 1 ? gen + 1 : 1);
   atomic_store(&r->state, REC_FREE);
 }
+
 static void blocks_rebuild(Shm *s, uint32_t chunks) { /* a block that is in no list, taken but not linked, belongs to nobody */
   uint8_t *seen = calloc(chunks, BLOCKS_PER / 8);
   if (!seen) return; /* they stay taken until the next time */
   for (uint32_t i = 0; i < chunks * RECS_PER; i++) {
     db_rec *r = rec_at(s, i);
-    if (!r) { i |= RECS_PER - 1; continue; }
+    if (!r) {
+      i |= RECS_PER - 1;
+      continue;
+    }
     a32 *link = &r->r.block;
     while (atomic_load(&r->state) == REC_LIVE && atomic_load(link)) {
       uint32_t v = atomic_load(link) - 1;
       db_block *b = block_at(s, v);
-      if (!b || v / BLOCKS_PER >= chunks || atomic_load(&b->owner) != i + 1 || seen[v / 8] >> v % 8 & 1) { atomic_store(link, 0); break; }
+      if (!b || v / BLOCKS_PER >= chunks || atomic_load(&b->owner) != i + 1 || seen[v / 8] >> v % 8 & 1) {
+        atomic_store(link, 0);
+        break;
+      }
       seen[v / 8] |= (uint8_t)(1 << v % 8);
       link = &b->next;
     }
   }
   for (uint32_t i = 0; i < chunks * BLOCKS_PER; i++) {
     db_block *b = block_at(s, i);
-    if (!b) { i |= BLOCKS_PER - 1; continue; }
+    if (!b) {
+      i |= BLOCKS_PER - 1;
+      continue;
+    }
     if (!atomic_load(&b->owner) || seen[i / 8] >> i % 8 & 1) continue;
     for (uint32_t m = 0; m < BLOCK_ENTRIES; m++) atomic_store(&b->entry[m], 0);
     atomic_store(&b->next, 0);
@@ -205,6 +235,7 @@ static void blocks_rebuild(Shm *s, uint32_t chunks) { /* a block that is in no l
   }
   free(seen);
 }
+
 void table_rebuild(Shm *s) { /* table lock held */
   db_header *h = hdr(s);
   uint32_t n = atomic_load(&h->nchunks);
@@ -220,8 +251,10 @@ void table_rebuild(Shm *s) { /* table lock held */
         if (!r) break;
         atomic_store(&r->hnext, 0);
         if (atomic_load(&r->state) == REC_DYING) {
-          if (held_by_living(s, i)) atomic_store(&r->state, REC_LIVE);
-          else clear_rec(s, i, r);
+          if (held_by_living(s, i))
+            atomic_store(&r->state, REC_LIVE);
+          else
+            clear_rec(s, i, r);
         }
         if (atomic_load(&r->state) == REC_LIVE) {
           if (r->ino) link_rec(s, i, r);
@@ -243,25 +276,37 @@ int blocks_add(Shm *s, uint32_t rec, a32 *link, uint32_t count) { /* resv lock h
     uint32_t n = atomic_load(&hdr(s)->nchunks);
     uint32_t i = UINT32_MAX;
     db_block *b = NULL;
-    if (n > DB_MAX_CHUNKS) { table_unlock(s); return shm_corrupt(s, "more chunks than there can be"); }
+    if (n > DB_MAX_CHUNKS) {
+      table_unlock(s);
+      return shm_corrupt(s, "more chunks than there can be");
+    }
     for (; seen < n && i == UINT32_MAX; seen += i == UINT32_MAX) {
       uint32_t c = (s->claim_hint[CH_BLOCK] + seen) % n;
       if (CT_TYPE(atomic_load(chunk_entry(s, c))) != CH_BLOCK) continue;
       for (uint32_t k = 0; k < BLOCKS_PER; k++) {
         b = block_at(s, c * BLOCKS_PER + k);
         if (!b) break;
-        if (!atomic_load(&b->owner)) { i = c * BLOCKS_PER + k; break; }
+        if (!atomic_load(&b->owner)) {
+          i = c * BLOCKS_PER + k;
+          break;
+        }
       }
     }
     if (i == UINT32_MAX) {
       int64_t c = chunk_grow(s, CH_BLOCK, 0);
-      if (c < 0) { table_unlock(s); return grow_failed(s, c); }
+      if (c < 0) {
+        table_unlock(s);
+        return grow_failed(s, c);
+      }
       i = (uint32_t)c * BLOCKS_PER;
       b = block_at(s, i);
       s->claim_hint[CH_BLOCK] = (uint32_t)c;
       seen = 0;
     }
-    if (!b) { table_unlock(s); return shm_corrupt(s, "a block outside of the file"); }
+    if (!b) {
+      table_unlock(s);
+      return shm_corrupt(s, "a block outside of the file");
+    }
     atomic_store(&b->next, 0);
     atomic_store(&b->owner, rec + 1);
     STEP(block_taken); /* taken, unlinked: table_rebuild gives it back */
@@ -290,8 +335,10 @@ static PyObject *table_audit(Shm *s, PyObject *unused) {
       db_rec *r = rec_at(s, c * RECS_PER + k);
       uint32_t at;
       if (!r) continue;
-      if (atomic_load(&r->state) == REC_FREE) lost++;
-      else if (r->ino && find_rec(s, r->dev, r->ino, &at) != r) hidden++;
+      if (atomic_load(&r->state) == REC_FREE)
+        lost++;
+      else if (r->ino && find_rec(s, r->dev, r->ino, &at) != r)
+        hidden++;
       uint32_t b = atomic_load(&r->state) == REC_LIVE ? atomic_load(&r->r.block) : 0;
       for (db_block *x; b && blocks < DB_MAX_CHUNKS * BLOCKS_PER && (x = block_at(s, b - 1)); b = atomic_load(&x->next)) blocks++;
     }
@@ -303,14 +350,19 @@ static PyObject *table_audit(Shm *s, PyObject *unused) {
   table_unlock(s);
   return Py_BuildValue("iii", (int)lost - (int)listed, (int)hidden, (int)stray - (int)blocks);
 }
+
 static PyObject *py_chunk_claim(Shm *s, PyObject *arg) {
   long type = PyLong_AsLong(arg);
   if (type == -1 && PyErr_Occurred()) return NULL;
-  if (type <= CH_NONE || type > CH_CTX) { PyErr_SetString(PyExc_ValueError, "chunk_claim: no such type"); return NULL; }
+  if (type <= CH_NONE || type > CH_CTX) {
+    PyErr_SetString(PyExc_ValueError, "chunk_claim: no such type");
+    return NULL;
+  }
   if (shm_need_life(s, "claim")) return NULL;
   int64_t c = chunk_claim(s, (uint32_t)type, my_life(s));
   return c < 0 ? NULL : PyLong_FromLongLong(c);
 }
+
 static PyObject *py_life_current(Shm *s, PyObject *arg) {
   unsigned long id = PyLong_AsUnsignedLong(arg);
   if (id == (unsigned long)-1 && PyErr_Occurred()) return NULL;

@@ -26,8 +26,8 @@ int grow_failed(Shm *s, int64_t why); /* -1 */
 void link_rec(Shm *s, uint32_t i, db_rec *r); /* into the chain of its bucket */
 void unlink_rec(Shm *s, uint32_t i, db_rec *r);
 db_rec *find_rec(Shm *s, uint64_t dev, uint64_t ino, uint32_t *at); /* NULL: no live record; without the lock, perhaps not for long */
-void clear_rec(Shm *s, uint32_t i, db_rec *r); /* DYING -> FREE; not in any chain */
-void table_rebuild(Shm *s); /* makes anew what is derived: chains, free list, ownerless blocks */
+void clear_rec(Shm *s, uint32_t i, db_rec *r);                      /* DYING -> FREE; not in any chain */
+void table_rebuild(Shm *s);                                         /* makes anew what is derived: chains, free list, ownerless blocks */
 extern PyMethodDef table_methods[];
 extern PyMethodDef record_methods[];
 extern PyMethodDef pool_methods[];

@@ -6,7 +6,7 @@
 
 long futex(a32 *word, int op, uint32_t value, const struct timespec *timeout);
 void word_wake(a32 *word, int n);
-int ticker_prepare(void);         /* once a process, before all others: 0, or -1 with errno */
+int ticker_prepare(void); /* once a process, before all others: 0, or -1 with errno */
 uint32_t ticker_ticks(void);
 int sleeper_enter(a32 *word);
 void sleeper_leave(int slot);

@@ -33,6 +33,7 @@ static PyObject *owned_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
   self->number = number;
   return (PyObject *)self;
 }
+
 static void owned_close(OwnedFd *self) {
   int number = self->number;
   self->number = -1;
@@ -41,6 +42,7 @@ static void owned_close(OwnedFd *self) {
   close(number);
   Py_END_ALLOW_THREADS
 }
+
 static void owned_dealloc(OwnedFd *self) {
   PyTypeObject *type = Py_TYPE(self);
   PyObject *kind, *value, *trace;
@@ -50,24 +52,31 @@ static void owned_dealloc(OwnedFd *self) {
   type->tp_free(self);
   Py_DECREF(type);
 }
+
 static PyObject *owned_repr(OwnedFd *self) {
   return self->number < 0 ? PyUnicode_FromString("<dmabuf fd, given on or closed>") : PyUnicode_FromFormat("<dmabuf fd %d>", self->number);
 }
+
 static PyObject *owned_fileno(OwnedFd *self, PyObject *unused) { return PyLong_FromLong(self->number); }
+
 static PyObject *owned_take(OwnedFd *self, PyObject *unused) {
   int number = self->number;
   self->number = -1;
   return PyLong_FromLong(number);
 }
+
 static PyObject *owned_close_py(OwnedFd *self, PyObject *unused) {
   owned_close(self);
   Py_RETURN_NONE;
 }
+
 static PyObject *owned_enter(PyObject *self, PyObject *unused) { return Py_NewRef(self); }
+
 static PyObject *owned_exit(OwnedFd *self, PyObject *args) {
   owned_close(self);
   Py_RETURN_NONE;
 }
+
 /* Another process's descriptor, if ptrace(2) would allow a look into it (pidfd_getfd(2), Linux 5.6). */
 static PyObject *fd_of(PyObject *m, PyObject *args) { /* (pidfd, number) -> OwnedFd */
   int pidfd, theirs;
@@ -80,6 +89,7 @@ static PyObject *fd_of(PyObject *m, PyObject *args) { /* (pidfd, number) -> Owne
   Py_DECREF(self);
   return NULL;
 }
+
 static PyMethodDef functions[] = {{"fd_of", fd_of, METH_VARARGS, "(pidfd, number) -> OwnedFd: another process's descriptor."}, {0}};
 static PyMethodDef methods[] = {
     {"fileno", (PyCFunction)owned_fileno, METH_NOARGS, "The descriptor, borrowed; -1 when it was given on or closed."},
@@ -97,7 +107,8 @@ static PyType_Slot slots[] = {
     {Py_tp_methods, methods},
     {Py_tp_members, members},
     {0, NULL}};
-static PyType_Spec spec = {.name = "dmabuf._native.OwnedFd", .basicsize = sizeof(OwnedFd), .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE, .slots = slots};
+static PyType_Spec spec = {
+    .name = "dmabuf._native.OwnedFd", .basicsize = sizeof(OwnedFd), .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE, .slots = slots};
 
 int descriptor_register(PyObject *module) {
   if (!owned_type && !(owned_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &spec, NULL))) return -1;

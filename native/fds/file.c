@@ -22,6 +22,7 @@ static PyObject *punch(PyObject *m, PyObject *args) { /* punch(fd, start, length
   errno = error;
   return PyErr_SetFromErrno(PyExc_OSError);
 }
+
 static PyObject *hold_page(PyObject *m, PyObject *arg) {
   int fd = (int)PyLong_AsLong(arg);
   if (fd == -1 && PyErr_Occurred()) return NULL;
@@ -34,16 +35,19 @@ static PyObject *hold_page(PyObject *m, PyObject *arg) {
   }
   return PyLong_FromVoidPtr(p);
 }
+
 static PyObject *drop_page(PyObject *m, PyObject *arg) {
   void *p = PyLong_AsVoidPtr(arg);
   if (!p && PyErr_Occurred()) return NULL;
   munmap(p, DB_PAGE);
   Py_RETURN_NONE;
 }
+
 static PyObject *watch_open(PyObject *m, PyObject *unused) {
   int fd = inotify_init1(IN_CLOEXEC | IN_NONBLOCK);
   return fd < 0 ? PyErr_SetFromErrno(PyExc_OSError) : PyLong_FromLong(fd);
 }
+
 static PyObject *watch_add(PyObject *m, PyObject *args) {
   int watch, fd;
   if (!PyArg_ParseTuple(args, "ii", &watch, &fd)) return NULL;
@@ -52,11 +56,12 @@ static PyObject *watch_add(PyObject *m, PyObject *args) {
   int wd = inotify_add_watch(watch, path, IN_DELETE_SELF);
   return wd < 0 ? PyErr_SetFromErrno(PyExc_OSError) : PyLong_FromLong(wd);
 }
-static PyMethodDef methods[] = {
-    METHOD(punch, METH_VARARGS, "Give a range of a file's memory or disk space back."),
-    METHOD(watch_open, METH_NOARGS, "A non-blocking inotify descriptor."),
-    METHOD(watch_add, METH_VARARGS, "Watch (inotify, fd) for the end of fd's inode -> watch descriptor."),
-    METHOD(hold_page, METH_O, "Map one page of fd that no fork inherits; returns its address."),
-    METHOD(drop_page, METH_O, "Unmap a page that hold_page mapped."),
-    {0}};
+
+static PyMethodDef methods[] = {METHOD(punch, METH_VARARGS, "Give a range of a file's memory or disk space back."),
+                                METHOD(watch_open, METH_NOARGS, "A non-blocking inotify descriptor."),
+                                METHOD(watch_add, METH_VARARGS, "Watch (inotify, fd) for the end of fd's inode -> watch descriptor."),
+                                METHOD(hold_page, METH_O, "Map one page of fd that no fork inherits; returns its address."),
+                                METHOD(drop_page, METH_O, "Unmap a page that hold_page mapped."),
+                                {0}};
+
 int file_register(PyObject *module) { return PyModule_AddFunctions(module, methods); }

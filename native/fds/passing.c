@@ -6,9 +6,9 @@
 #include <sys/socket.h>
 #include <sys/stat.h>
 
-#define MESSAGE 96          /* header and one buffer, see sharing/passing.py */
-#define MOST_FDS 253        /* SCM_MAX_FD */
-#define LONGEST (16 + MOST_FDS * 80)
+#define MESSAGE  96  /* header and one buffer, see sharing/passing.py */
+#define MOST_FDS 253 /* SCM_MAX_FD */
+#define LONGEST  (16 + MOST_FDS * 80)
 
 typedef struct __attribute__((packed)) {
   char magic[8];
@@ -21,16 +21,25 @@ typedef struct __attribute__((packed)) {
   uint64_t dev, ino;
   char nonce[16], name[32];
 } message;
+
 _Static_assert(sizeof(message) == MESSAGE, "message");
 
 static PyObject *negative(int error) { return PyLong_FromLong(-error); }
 
 static PyObject *send_one(PyObject *m, PyObject *const *a, Py_ssize_t n) { /* (socket fd, message, fd) -> bytes sent, or -errno */
-  if (n != 3 || !PyBytes_Check(a[1])) { PyErr_SetString(PyExc_TypeError, "send_one(socket, message, fd)"); return NULL; }
+  if (n != 3 || !PyBytes_Check(a[1])) {
+    PyErr_SetString(PyExc_TypeError, "send_one(socket, message, fd)");
+    return NULL;
+  }
   int sock = (int)PyLong_AsLong(a[0]), fd = (int)PyLong_AsLong(a[2]);
   if (PyErr_Occurred()) return NULL;
   struct iovec iov = {PyBytes_AS_STRING(a[1]), (size_t)PyBytes_GET_SIZE(a[1])};
-  union { struct cmsghdr head; char room[CMSG_SPACE(sizeof(int))]; } control;
+
+  union {
+    struct cmsghdr head;
+    char room[CMSG_SPACE(sizeof(int))];
+  } control;
+
   memset(&control, 0, sizeof control);
   struct msghdr h = {.msg_iov = &iov, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = CMSG_LEN(sizeof(int))};
   control.head.cmsg_level = SOL_SOCKET;
@@ -58,6 +67,7 @@ static int64_t lease(int fd, const message *x) {
   if (seals < 0 || (seals & want) != want || fstat(fd, &st) || st.st_dev != x->dev || st.st_ino != x->ino) return -1;
   return fcntl(fd, F_OFD_SETLK, &lock) ? -1 : st.st_size;
 }
+
 static PyObject *raw(struct msghdr *h, const char *data, ssize_t n) { /* (data, [(level, type, bytes)], flags) */
   PyObject *list = PyList_New(0);
   for (struct cmsghdr *c = CMSG_FIRSTHDR(h); list && c; c = CMSG_NXTHDR(h, c)) {
@@ -68,14 +78,26 @@ static PyObject *raw(struct msghdr *h, const char *data, ssize_t n) { /* (data, 
   }
   return list ? Py_BuildValue("y#Ni", data, (Py_ssize_t)n, list, h->msg_flags) : NULL;
 }
+
 static PyObject *recv_one(PyObject *m, PyObject *const *a, Py_ssize_t n) {
   /* (socket fd, bytes at most, magic) -> (fd, domain id, dev, ino, nonce, size, flags, name), (data, control, flags), or -errno */
-  if (n != 3 || !PyBytes_Check(a[2]) || PyBytes_GET_SIZE(a[2]) != 8) { PyErr_SetString(PyExc_TypeError, "recv_one(socket, most, magic)"); return NULL; }
+  if (n != 3 || !PyBytes_Check(a[2]) || PyBytes_GET_SIZE(a[2]) != 8) {
+    PyErr_SetString(PyExc_TypeError, "recv_one(socket, most, magic)");
+    return NULL;
+  }
   int sock = (int)PyLong_AsLong(a[0]);
   long most = PyLong_AsLong(a[1]);
   if (PyErr_Occurred()) return NULL;
-  union { message one; char bytes[LONGEST]; } data;
-  union { struct cmsghdr head; char room[CMSG_SPACE(MOST_FDS * sizeof(int)) + CMSG_SPACE(sizeof(struct ucred))]; } control;
+
+  union {
+    message one;
+    char bytes[LONGEST];
+  } data;
+
+  union {
+    struct cmsghdr head;
+    char room[CMSG_SPACE(MOST_FDS * sizeof(int)) + CMSG_SPACE(sizeof(struct ucred))];
+  } control;
   struct iovec iov = {&data, most > 0 && (size_t)most < sizeof data ? (size_t)most : sizeof data};
   struct msghdr h = {.msg_iov = &iov, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = sizeof control};
   ssize_t r;
@@ -93,18 +115,22 @@ static PyObject *recv_one(PyObject *m, PyObject *const *a, Py_ssize_t n) {
   message *x = &data.one;
   struct cmsghdr *c = CMSG_FIRSTHDR(&h);
   if (r == MESSAGE && !(h.msg_flags & (MSG_CTRUNC | MSG_TRUNC)) && c && c->cmsg_level == SOL_SOCKET && c->cmsg_type == SCM_RIGHTS &&
-      c->cmsg_len == CMSG_LEN(sizeof(int)) && !CMSG_NXTHDR(&h, c) && !memcmp(x->magic, PyBytes_AS_STRING(a[2]), 8) && x->things == 1 && x->fds == 1 && x->kind == 1) {
+      c->cmsg_len == CMSG_LEN(sizeof(int)) && !CMSG_NXTHDR(&h, c) && !memcmp(x->magic, PyBytes_AS_STRING(a[2]), 8) && x->things == 1 &&
+      x->fds == 1 && x->kind == 1) {
     int fd;
     memcpy(&fd, CMSG_DATA(c), sizeof fd);
     int64_t size = lease(fd, x);
     if (size >= 0)
-      return Py_BuildValue("iy#KKy#LIy#", fd, x->domain, (Py_ssize_t)8, (unsigned long long)x->dev, (unsigned long long)x->ino, x->nonce, (Py_ssize_t)16,
-                           (long long)size, x->flags, x->name, (Py_ssize_t)32);
+      return Py_BuildValue("iy#KKy#LIy#", fd, x->domain, (Py_ssize_t)8, (unsigned long long)x->dev, (unsigned long long)x->ino, x->nonce,
+                           (Py_ssize_t)16, (long long)size, x->flags, x->name, (Py_ssize_t)32);
   }
   return raw(&h, data.bytes, r);
 }
+
 static PyMethodDef functions[] = {
     {"send_one", (PyCFunction)(void *)send_one, METH_FASTCALL, "Send (socket fd, message, fd) -> bytes sent, or -errno."},
-    {"recv_one", (PyCFunction)(void *)recv_one, METH_FASTCALL, "Receive (socket fd, most bytes, magic) -> one buffer's parts, the raw message, or -errno."},
+    {"recv_one", (PyCFunction)(void *)recv_one, METH_FASTCALL,
+     "Receive (socket fd, most bytes, magic) -> one buffer's parts, the raw message, or -errno."},
     {0}};
+
 int passing_register(PyObject *module) { return PyModule_AddFunctions(module, functions); }

@@ -17,9 +17,10 @@ static PyObject *probe_fd(PyObject *m, PyObject *arg) {
   int seals = fcntl(fd, F_GET_SEALS);
   struct statfs fs;
   if (fstatfs(fd, &fs)) fs.f_type = 0;
-  return Py_BuildValue("KKKiy#k", (unsigned long long)st.st_dev, (unsigned long long)st.st_ino,
-                       (unsigned long long)st.st_size, seals, link, (Py_ssize_t)n, (unsigned long)fs.f_type);
+  return Py_BuildValue("KKKiy#k", (unsigned long long)st.st_dev, (unsigned long long)st.st_ino, (unsigned long long)st.st_size, seals, link,
+                       (Py_ssize_t)n, (unsigned long)fs.f_type);
 }
+
 static PyObject *take_buffer(PyObject *m, PyObject *args) { /* (fd, domain id) -> (dev, ino, size, nonce) | None: judge it slowly */
   int fd;
   const char *id;
@@ -43,8 +44,10 @@ static PyObject *take_buffer(PyObject *m, PyObject *args) { /* (fd, domain id) -
   if (seals < 0 || (seals & want) != want || fstat(fd, &st)) Py_RETURN_NONE;
   struct flock lease = {.l_type = F_RDLCK, .l_whence = SEEK_SET, .l_start = 0, .l_len = 1};
   if (fcntl(fd, F_OFD_SETLK, &lease)) Py_RETURN_NONE;
-  return Py_BuildValue("KKKy#", (unsigned long long)st.st_dev, (unsigned long long)st.st_ino, (unsigned long long)st.st_size, nonce, (Py_ssize_t)16);
+  return Py_BuildValue("KKKy#", (unsigned long long)st.st_dev, (unsigned long long)st.st_ino, (unsigned long long)st.st_size, nonce,
+                       (Py_ssize_t)16);
 }
+
 static PyObject *lease_buffer(PyObject *m, PyObject *args) { /* (fd, dev, ino) -> size, -1: not that inode, judge it slowly */
   int fd;
   unsigned long long dev, ino;
@@ -52,12 +55,16 @@ static PyObject *lease_buffer(PyObject *m, PyObject *args) { /* (fd, dev, ino) -
   struct stat st;
   struct flock lease = {.l_type = F_RDLCK, .l_whence = SEEK_SET, .l_start = 0, .l_len = 1};
   int want = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL, seals = fcntl(fd, F_GET_SEALS);
-  if (seals < 0 || (seals & want) != want || fstat(fd, &st) || st.st_dev != dev || st.st_ino != ino || fcntl(fd, F_OFD_SETLK, &lease)) return PyLong_FromLong(-1);
+  if (seals < 0 || (seals & want) != want || fstat(fd, &st) || st.st_dev != dev || st.st_ino != ino || fcntl(fd, F_OFD_SETLK, &lease))
+    return PyLong_FromLong(-1);
   return PyLong_FromLongLong((long long)st.st_size);
 }
+
 static PyMethodDef functions[] = {
-    METHOD(take_buffer, METH_VARARGS, "Put the lease on a buffer of (fd, domain id) -> (dev, ino, size, nonce), None when something is unusual."),
+    METHOD(take_buffer, METH_VARARGS,
+           "Put the lease on a buffer of (fd, domain id) -> (dev, ino, size, nonce), None when something is unusual."),
     METHOD(lease_buffer, METH_VARARGS, "Put the lease on the buffer with (fd, dev, ino) -> its size, -1 when it is something else."),
     METHOD(probe_fd, METH_O, "(st_dev, st_ino, st_size, seals or -1, link text, fstatfs f_type) of an fd."),
     {0}};
+
 int probe_register(PyObject *module) { return PyModule_AddFunctions(module, functions); }

@@ -10,17 +10,17 @@
 
 /* For mapping.c and mapping_items.c; window.c knows the functions below only. */
 typedef struct {
-    PyObject_HEAD
-    char *base; /* NULL: closed */
-    Py_ssize_t length;
-    Py_ssize_t exports;
-    Py_ssize_t windows;
-    bool writable;
-    Py_ssize_t lead; /* mapped in front of base, and not shown */
-    unsigned long long dev, ino; /* of the file, as fstat(2) said */
-    long long offset;
-    PyObject *on_close; /* owned; NULL: none, or already called */
-    PyObject *weakrefs;
+  PyObject_HEAD
+  char *base; /* NULL: closed */
+  Py_ssize_t length;
+  Py_ssize_t exports;
+  Py_ssize_t windows;
+  bool writable;
+  Py_ssize_t lead;             /* mapped in front of base, and not shown */
+  unsigned long long dev, ino; /* of the file, as fstat(2) said */
+  long long offset;
+  PyObject *on_close; /* owned; NULL: none, or already called */
+  PyObject *weakrefs;
 } Mapping;
 
 /* False with ValueError set when it is closed. */
