@@ -92,7 +92,7 @@ def read_places(sources: Path = SOURCES) -> dict[str, list[Place]]:
 def _public(sources: Path) -> dict[tuple[str, str], str]:
     """(module, name) of what ``dmabuf`` itself offers, and its name there."""
     tree = ast.parse((sources / "dmabuf" / "__init__.py").read_text(encoding="utf-8"))
-    imports = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
     return {(node.module or "", alias.name): alias.asname or alias.name for node in imports for alias in node.names}
 
 

@@ -1,12 +1,21 @@
-"""The Linux DMA-BUF framework as a Python library: buffers, fences and reservation objects that processes share.
+"""Share memory between Linux processes: buffers that are file descriptors, with fences that say who is done with them.
 
-Buffers: ``allocate``, ``get`` and ``open`` give a ``DmaBuf``; ``with buf.read() as view``, ``with buf.write() as view``, ``access`` for
-several. To other processes: ``send`` and ``recv``, or as arguments of multiprocessing. Fences: ``Timeline``, ``wait_any``, ``merge``,
-``SyncFile``. Drivers in Python: ``export`` with an ``Exporter``, ``DmaBuf.attach`` with a ``Device``; ready to use are ``sim.Engine`` and
-``DiskDevice``. Heaps: ``heaps``, ``SpillHeap``. What there is: ``buffers``, ``bufinfo``. Errors are OSErrors with their errno
-(``dmabuf.errors``); mistakes in the use of locks and fences are ``ContractError`` and ``ContractWarning``.
+What a newcomer needs:
 
-``dmabuf.drivers`` (DRM, V4L2) is not imported by this package: ``from dmabuf.drivers import drm, camera``.
+    buf = dmabuf.allocate(1 << 20, name="frame")    memory that other processes can have
+    with buf.read() as view: ...                    waits for the writer; nobody writes during the block
+    with buf.write() as view: ...                   waits for readers and writers; nobody else is in a block
+    with dmabuf.access(read=[a], write=[b]) as (x, y): ...    several buffers, without a deadlock
+    dmabuf.send(sock, buf); (buf,) = dmabuf.recv(sock)        to another process; multiprocessing takes buffers too
+    buf = dmabuf.open("frame")                      a buffer of another process, by its name
+    buf.close()                                     the memory goes with its last holder
+    $ dmabuf ls                                     who has which buffer, and what blocks it
+
+Fences: ``Timeline``, ``wait_any``, ``merge``, ``SyncFile``. Drivers in Python: ``export`` with an ``Exporter``, ``DmaBuf.attach`` with a
+``Device``; ready to use are ``sim.Engine`` and ``DiskDevice``. Heaps: ``heaps``, ``SpillHeap``. State: ``buffers``, ``bufinfo``. Errors are
+OSErrors with their errno (``dmabuf.errors``); mistakes in the use of locks and fences are ``ContractError`` and ``ContractWarning``.
+
+``dmabuf.drivers`` (DRM, V4L2) is a package of its own: ``from dmabuf.drivers import drm, camera``.
 """
 
 import sys as _sys
@@ -14,42 +23,43 @@ import sys as _sys
 if not _sys.platform.startswith("linux"):
     raise ImportError("dmabuf works on Linux only: it is built on memfd, futexes and open-file-description locks")
 
-from dmabuf import sim
-from dmabuf.core.access.access import access
-from dmabuf.core.access.range import BufferRange
-from dmabuf.core.attach.attachment import DmaBufAttachment
-from dmabuf.core.base.debug import signalling
-from dmabuf.core.base.usage import Direction, Usage
-from dmabuf.core.contract import Exporter, Importer, export
-from dmabuf.core.dma_buf import DmaBuf
-from dmabuf.core.fence.array import DmaFenceArray
-from dmabuf.core.fence.chain import DmaFenceChain
-from dmabuf.core.fence.fence import DmaFence, Timeline, private_stub, stub_fence
-from dmabuf.core.fence.lazy import FenceOps
-from dmabuf.core.fence.unwrap import merge, unwrap
-from dmabuf.core.fence.wait_any import wait_any
-from dmabuf.core.get import get
-from dmabuf.core.memory.device import Device
-from dmabuf.core.memory.iosys_map import IosysMap
-from dmabuf.core.memory.scatterlist import SgTable
-from dmabuf.core.resv.resv import DmaResv
-from dmabuf.core.resv.ww_mutex import WwAcquireContext, lock_all
-from dmabuf.core.sync.semaphore import TimelineSemaphore, wait_semaphores
-from dmabuf.core.sync.sw_sync import SwSync, sync_info
-from dmabuf.core.sync.sync_file import SyncFile, get_sync_file
-from dmabuf.devices.disk import DiskDevice
-from dmabuf.domain.domain import Domain
-from dmabuf.errors import ContractError, ContractWarning, DmaBufError
-from dmabuf.heap.recommended import allocate, heaps
-from dmabuf.heap.spill import SpillHeap
-from dmabuf.observe.bufinfo import bufinfo
-from dmabuf.observe.records import buffers
-from dmabuf.sharing import live as _live  # noqa: F401  (buffers of other processes' exporters)
-from dmabuf.sharing import pickling as _pickling  # noqa: F401  (multiprocessing learns of our types)
-from dmabuf.sharing import serving as _serving  # noqa: F401  (and ours for them)
-from dmabuf.sharing.opening import open
-from dmabuf.sharing.passing import recv, send
-from dmabuf.sharing.remote import RemoteTimeline
+# Type checkers take a variable of this name for true, and importing typing would cost a third of the time.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from dmabuf import errors as errors
+    from dmabuf import sim
+    from dmabuf.core.access.access import access
+    from dmabuf.core.access.range import BufferRange
+    from dmabuf.core.attach.attachment import DmaBufAttachment
+    from dmabuf.core.base.debug import signalling
+    from dmabuf.core.base.usage import Direction, Usage
+    from dmabuf.core.contract import Exporter, Importer, export
+    from dmabuf.core.dma_buf import DmaBuf
+    from dmabuf.core.fence.array import DmaFenceArray
+    from dmabuf.core.fence.chain import DmaFenceChain
+    from dmabuf.core.fence.fence import DmaFence, Timeline, private_stub, stub_fence
+    from dmabuf.core.fence.lazy import FenceOps
+    from dmabuf.core.fence.unwrap import merge, unwrap
+    from dmabuf.core.fence.wait_any import wait_any
+    from dmabuf.core.get import get
+    from dmabuf.core.memory.device import Device
+    from dmabuf.core.memory.iosys_map import IosysMap
+    from dmabuf.core.memory.scatterlist import SgTable
+    from dmabuf.core.resv.resv import DmaResv
+    from dmabuf.core.resv.ww_mutex import WwAcquireContext, lock_all
+    from dmabuf.core.sync.semaphore import TimelineSemaphore, wait_semaphores
+    from dmabuf.core.sync.sw_sync import SwSync, sync_info
+    from dmabuf.core.sync.sync_file import SyncFile, get_sync_file
+    from dmabuf.devices.disk import DiskDevice
+    from dmabuf.domain.domain import Domain
+    from dmabuf.errors import ContractError, ContractWarning, DmaBufError
+    from dmabuf.heap.recommended import allocate, heaps
+    from dmabuf.heap.spill import SpillHeap
+    from dmabuf.observe.bufinfo import bufinfo
+    from dmabuf.observe.records import buffers
+    from dmabuf.sharing.opening import open
+    from dmabuf.sharing.passing import recv, send
+    from dmabuf.sharing.remote import RemoteTimeline
 
 __all__ = [
     "BufferRange",
@@ -102,3 +112,66 @@ __all__ = [
     "wait_semaphores",
 ]
 __version__ = "0.1.0"
+
+# Where each name is defined: a name is imported when it is first used (PEP 562), so that a process that only imports this package, as
+# every spawned worker does, pays for nothing.
+_PLACES = {
+    "dmabuf.core.access.access": ("access",),
+    "dmabuf.core.access.range": ("BufferRange",),
+    "dmabuf.core.attach.attachment": ("DmaBufAttachment",),
+    "dmabuf.core.base.debug": ("signalling",),
+    "dmabuf.core.base.usage": ("Direction", "Usage"),
+    "dmabuf.core.contract": ("Exporter", "Importer", "export"),
+    "dmabuf.core.dma_buf": ("DmaBuf",),
+    "dmabuf.core.fence.array": ("DmaFenceArray",),
+    "dmabuf.core.fence.chain": ("DmaFenceChain",),
+    "dmabuf.core.fence.fence": ("DmaFence", "Timeline", "private_stub", "stub_fence"),
+    "dmabuf.core.fence.lazy": ("FenceOps",),
+    "dmabuf.core.fence.unwrap": ("merge", "unwrap"),
+    "dmabuf.core.fence.wait_any": ("wait_any",),
+    "dmabuf.core.get": ("get",),
+    "dmabuf.core.memory.device": ("Device",),
+    "dmabuf.core.memory.iosys_map": ("IosysMap",),
+    "dmabuf.core.memory.scatterlist": ("SgTable",),
+    "dmabuf.core.resv.resv": ("DmaResv",),
+    "dmabuf.core.resv.ww_mutex": ("WwAcquireContext", "lock_all"),
+    "dmabuf.core.sync.semaphore": ("TimelineSemaphore", "wait_semaphores"),
+    "dmabuf.core.sync.sw_sync": ("SwSync", "sync_info"),
+    "dmabuf.core.sync.sync_file": ("SyncFile", "get_sync_file"),
+    "dmabuf.devices.disk": ("DiskDevice",),
+    "dmabuf.domain.domain": ("Domain",),
+    "dmabuf.errors": ("ContractError", "ContractWarning", "DmaBufError"),
+    "dmabuf.heap.recommended": ("allocate", "heaps"),
+    "dmabuf.heap.spill": ("SpillHeap",),
+    "dmabuf.observe.bufinfo": ("bufinfo",),
+    "dmabuf.observe.records": ("buffers",),
+    "dmabuf.sharing.opening": ("open",),
+    "dmabuf.sharing.passing": ("recv", "send"),
+    "dmabuf.sharing.remote": ("RemoteTimeline",),
+}
+_MODULE_OF = {name: module for module, names in _PLACES.items() for name in names}
+_MODULES = ("errors", "sim")
+# Whoever has an object of this package may pickle it, and use buffers of other processes' exporters.
+_WITH_OBJECTS = ("dmabuf.sharing.pickling", "dmabuf.sharing.live", "dmabuf.sharing.serving")
+_WITHOUT_OBJECTS = ("dmabuf.errors", "dmabuf.core.base.usage")
+
+
+def __getattr__(name: str) -> object:
+    from importlib import import_module
+
+    if name in _MODULES:
+        found: object = import_module(f"dmabuf.{name}")
+    elif name in _MODULE_OF:
+        module = _MODULE_OF[name]
+        if module not in _WITHOUT_OBJECTS:
+            for needed in _WITH_OBJECTS:
+                import_module(needed)
+        found = getattr(import_module(module), name)
+    else:
+        raise AttributeError(f"module 'dmabuf' has no attribute {name!r}")
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_MODULES})

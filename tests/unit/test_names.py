@@ -1,6 +1,9 @@
 """The public names: programs are written against them, so none goes, and none comes by accident."""
 
+import ast
 import inspect
+import subprocess
+import sys
 
 import pytest
 
@@ -68,3 +71,30 @@ def test_every_public_name_says_what_it_is(name: str) -> None:
 def test_objects_of_the_kernel_have_no_public_constructor(cls: str) -> None:
     with pytest.raises(TypeError):
         getattr(dmabuf, cls)()
+
+
+def test_type_checkers_see_each_name_where_it_is_imported_from() -> None:
+    tree = ast.parse(inspect.getsource(dmabuf))
+    (block,) = (node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+    seen = {(node.module, alias.name) for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    places = {(module, name) for module, names in dmabuf._PLACES.items() for name in names}
+    assert seen == places | {("dmabuf", name) for name in dmabuf._MODULES}
+    assert {name for _, name in seen} - {"errors"} == NAMES
+
+
+def test_import_of_dmabuf_alone_loads_no_other_module_of_it() -> None:
+    code = "import sys, dmabuf; print([name for name in sys.modules if name.startswith('dmabuf.')])"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout == "[]\n"
+
+
+@pytest.mark.parametrize("name", [*sorted(NAMES), "errors"])
+def test_each_public_name_is_found_first(name: str) -> None:
+    code = f"import dmabuf; found = dmabuf.{name}; assert dmabuf.{name} is found and '{name}' in dir(dmabuf); print(type(found).__name__)"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout == type(getattr(dmabuf, name)).__name__ + "\n"
+
+
+def test_a_name_that_does_not_exist_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="module 'dmabuf' has no attribute 'alocate'"):
+        getattr(dmabuf, "alocate")  # noqa: B009
