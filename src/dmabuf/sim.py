@@ -28,7 +28,7 @@ from typing import Unpack
 from dmabuf.core.memory.device import Device
 from dmabuf.core.memory.scatterlist import DmaEntry
 from dmabuf.devices.attached import Attached, AttachedStatistics, Range
-from dmabuf.devices.importing import Importing, ImportingStatistics, Target
+from dmabuf.devices.importing import Importing, ImportingStatistics, Target, submit_work
 from dmabuf.devices.queue import Job, JobOptions, Queue, QueueStatistics
 from dmabuf.domain.domain import Domain
 from dmabuf.errors import fail
@@ -73,7 +73,7 @@ class EngineQueue(Queue):
                 job.progress(length)
             return job.moved
 
-        return self.owner._submit(self, "copy", work, _targets("copy", source), _targets("copy", destination), options, check=_fits)
+        return submit_work(self.owner, self, "copy", work, _targets("copy", source), _targets("copy", destination), options, check=_fits)
 
     def fill(self, destination: Target | Sequence[Target], value: int = 0, **options: Unpack[JobOptions]) -> Job:
         """Set every byte of the destination to ``value``; the result: how many. Errors besides those of every job: EINVAL no byte."""
@@ -89,7 +89,7 @@ class EngineQueue(Queue):
                 job.progress(length)
             return job.moved
 
-        return self.owner._submit(self, "fill", work, (), _targets("fill", destination), options)
+        return submit_work(self.owner, self, "fill", work, (), _targets("fill", destination), options)
 
     def checksum(self, source: Target | Sequence[Target], **options: Unpack[JobOptions]) -> Job:
         """The CRC-32 (``zlib.crc32``) of the source's bytes, its targets one after the other, is the result."""
@@ -103,7 +103,7 @@ class EngineQueue(Queue):
                 job.progress(length)
             return value
 
-        return self.owner._submit(self, "checksum", work, _targets("checksum", source), (), options)
+        return submit_work(self.owner, self, "checksum", work, _targets("checksum", source), (), options)
 
 
 class Engine(Importing):
@@ -125,7 +125,7 @@ class Engine(Importing):
 
         Errors: EBADF closed; EPERM in a forked child; EINVAL, as there; ENOSPC the domain is full.
         """
-        self._usable("queue")
+        self.check_usable("queue")
         name = f"{self.device.name}.{next(self._numbers)}" if name is None else name
         made = EngineQueue(self, name, timeout=timeout, delay=delay, bandwidth=bandwidth)
         self._add(made)

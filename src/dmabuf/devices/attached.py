@@ -18,22 +18,28 @@ import itertools
 import operator
 import select
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
 from dmabuf.core.base.usage import Direction, checked_direction
 from dmabuf.core.buffer.backing import backing_of
 from dmabuf.core.contract import Importer
+from dmabuf.core.dma_buf import DmaBuf
 from dmabuf.core.fence.fence import DmaFence
+from dmabuf.core.memory.device import Device
 from dmabuf.core.memory.scatterlist import DmaEntry, SgTable
 from dmabuf.core.sync.kernel_fences import fence_of
+from dmabuf.devices.janitor import Janitor
 from dmabuf.errors import fail
 
-if TYPE_CHECKING:
-    from dmabuf.core.dma_buf import DmaBuf
-    from dmabuf.devices.importing import Importing
-    from dmabuf.devices.queue import Job
+
+class Job(Protocol):
+    """What an attached buffer needs of a job that uses it."""
+
+    @property
+    def fence(self) -> DmaFence:
+        """The fence that ends with the job; there from when the job is queued."""
 
 
 class Range(NamedTuple):
@@ -108,23 +114,33 @@ class _Moves(Importer):
 class Attached:
     """A buffer attached to a device of ours; made by its ``attach()``. ``with`` detaches at the end.
 
-    ``buf``: a handle of its own. ``direction``: which way its tables are mapped. Errors of :meth:`range`: EINVAL outside of the buffer,
+    ``buf``: a handle of its own. ``direction``: which way its tables are mapped. ``device``, ``janitor``: of the device that attached it.
+    ``forget``: called once it is detached. Errors of :meth:`range`: EINVAL outside of the buffer,
     or empty.
     """
 
-    def __init__(self, buf: DmaBuf, owner: Importing, direction: int, dynamic: bool | None) -> None:
+    def __init__(
+        self,
+        buf: DmaBuf,
+        device: Device,
+        janitor: Janitor,
+        direction: int,
+        dynamic: bool | None,
+        *,
+        forget: Callable[[Attached], object],
+    ) -> None:
         self.direction = checked_direction(direction, "attach", buf)
         if self.direction is Direction.NONE:
             raise fail(errno.EINVAL, "attach", buf, "a mapping has a direction")
-        self._owner = owner
+        self.device, self.janitor, self._forget = device, janitor, forget
         self.buf = buf.get_dma_buf()
         try:
             behind = backing_of(buf._record)
             behind.here("attach")  # of an exporter in another process, what it can do is known from here on
             self.dynamic = behind.dynamic if dynamic is None else dynamic
             self.resv = self.buf.resv
-            self.size = self.buf.size
-            self._attachment = self.buf.attach(owner.device, _Moves(self) if self.dynamic else None)
+            self.size, self._ino = self.buf.size, self.buf.ino
+            self._attachment = self.buf.attach(device, _Moves(self) if self.dynamic else None)
         except BaseException:
             self.buf.close()
             raise
@@ -139,7 +155,7 @@ class Attached:
 
     def __repr__(self) -> str:
         state = "detached" if self._gone else "dynamic" if self.dynamic else "static"
-        return f"<dmabuf Attached {self._owner.device.name} on ino {self._attachment.dmabuf._record.ino} {state}>"
+        return f"<dmabuf Attached {self.device.name} on ino {self._ino} {state}>"
 
     def range(self, offset: int = 0, length: int | None = None) -> Range:
         """``length`` bytes from ``offset``; None: the rest of the buffer. Errors: EINVAL not within the buffer, or empty."""
@@ -163,7 +179,7 @@ class Attached:
             self._maps += 1
             if table is not None:
                 self._old.append(table)
-                self._owner.later(self.sweep)
+                self.janitor.later(self.sweep)
             table = self._table = fresh
             self._stale = False
         return table
@@ -183,7 +199,7 @@ class Attached:
         """The memory is about to move."""
         self._stale = True
         self._moves += 1
-        self._owner.later(self.sweep)
+        self.janitor.later(self.sweep)
 
     # ---- a real dma-buf ----
 
@@ -221,7 +237,7 @@ class Attached:
             token.users -= 1
             self._jobs.pop(job, None)
         if not token.users and (token is not self._table or self._stale):
-            self._owner.later(self.sweep)
+            self.janitor.later(self.sweep)
 
     # ---- for the janitor, and detach ----
 
@@ -254,7 +270,7 @@ class Attached:
             with self.resv.locked():
                 if self._go():
                     return
-                rest.callback(self._owner.forget, self)
+                rest.callback(self._forget, self)
                 rest.callback(self.buf.close)
                 rest.callback(self._attachment.detach)
                 with contextlib.ExitStack() as tables:

@@ -35,7 +35,7 @@ from dmabuf.core.memory.device import Device
 from dmabuf.core.memory.scatterlist import DmaEntry
 from dmabuf.core.task import waiting as awaiting
 from dmabuf.devices.attached import Attached, Range
-from dmabuf.devices.importing import Importing, ImportingStatistics, Target
+from dmabuf.devices.importing import Importing, ImportingStatistics, Target, submit_work
 from dmabuf.devices.queue import Job, JobOptions, Queue
 from dmabuf.domain.domain import Domain
 from dmabuf.errors import DmaBufError, contract_warning, fail
@@ -101,14 +101,14 @@ class DiskDevice(Importing):
         """Read a file from byte ``offset`` into a buffer from byte ``at``; ``length``: None for the rest of the buffer.
 
         Errors at once, with nothing added: EINVAL a negative offset, a range outside of the buffer or empty, a path with a NUL; those of
-        every job (``Importing._submit``). Later, by the fence: ENOENT, EISDIR, ESPIPE, EACCES, EIO, …
+        every job (``submit_work``). Later, by the fence: ENOENT, EISDIR, ESPIPE, EACCES, EIO, …
         """
         name, first = _checked(path, offset, "read_into")
 
         def work(job: Job) -> int:
             return self._transfer(job, _File("read_into", name, os.O_RDONLY), job.writes, first, Direction.FROM_DEVICE)
 
-        return self._submit(self._io, "read_into", work, (), (buf,), options, within=(at, length))
+        return submit_work(self, self._io, "read_into", work, (), (buf,), options, within=(at, length))
 
     def submit_write(
         self,
@@ -133,7 +133,7 @@ class DiskDevice(Importing):
             file = _File("write_from", name, os.O_WRONLY | os.O_CREAT, truncate=truncate, sync=sync)
             return self._transfer(job, file, job.reads, first, Direction.TO_DEVICE)
 
-        return self._submit(self._io, "write_from", work, (buf,), (), options, within=(at, length))
+        return submit_work(self, self._io, "write_from", work, (buf,), (), options, within=(at, length))
 
     # ---- in a coroutine ----
 

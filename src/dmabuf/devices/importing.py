@@ -16,7 +16,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import errno
-import queue as _queue
 import sys
 import threading
 import weakref
@@ -29,9 +28,9 @@ from dmabuf.core.base.usage import Direction
 from dmabuf.core.dma_buf import DmaBuf
 from dmabuf.core.memory.device import Device, DeviceStatistics
 from dmabuf.devices.attached import Attached, Range
+from dmabuf.devices.power import Powered
 from dmabuf.devices.queue import Job, JobOptions, Queue, QueueStatistics
 from dmabuf.devices.submission import checked_wait, submit
-from dmabuf.domain.dispatcher import report
 from dmabuf.domain.domain import Domain
 from dmabuf.errors import contract_warning, fail
 
@@ -48,25 +47,18 @@ class ImportingStatistics:
     queues: tuple[QueueStatistics, ...]
 
 
-class Importing:
+class Importing(Powered):
     """Base class of devices that are importers. ``device``: what its buffers are mapped for, or its name."""
 
-    driver = "dmabuf"
-
     def __init__(self, device: Device | str, *, domain: Domain | None = None) -> None:
-        self.device = Device(device) if isinstance(device, str) else device
-        if not isinstance(self.device, Device):
+        if isinstance(device, str):
+            device = Device(device)
+        if not isinstance(device, Device):
             raise TypeError(f"{type(self).__name__}: a dmabuf.Device or a name, not {type(device).__name__}")
-        self.domain = domain or Domain.default()
-        self.domain.join()
-        self._life = self.domain.shm.life
-        self.powered, self.epoch, self.closed = True, 0, False
+        super().__init__(device, domain or Domain.default())
         self._queues: list[Queue] = []
         self._attached: dict[Attached, None] = {}
-        self._chores: _queue.SimpleQueue[Callable[[], object] | None] = _queue.SimpleQueue()
-        self._chores_served = self._over = False
-        self._janitor: threading.Thread | None = None
-        self._swept = threading.Event()  # the janitor has done its last chore
+        self._over = False
         self._changing = threading.Lock()
         me = weakref.ref(self)
         self._exit = lambda: _at_exit(me)
@@ -80,17 +72,6 @@ class Importing:
     def __repr__(self) -> str:
         return f"<dmabuf {type(self).__name__} {self.device.name}{' closed' if self.closed else '' if self.powered else ' without power'}>"
 
-    @property
-    def inherited(self) -> bool:
-        """Is this a forked child's copy, which does nothing?"""
-        return self.domain.shm.life != self._life
-
-    def _usable(self, operation: str) -> None:
-        if self.inherited:
-            raise fail(errno.EPERM, operation, self, "what a fork inherits is inert in the child: make a device in this process")
-        if self.closed:
-            raise fail(errno.EBADF, operation, self, "make a new one", what="the device is closed")
-
     # ---- buffers ----
 
     def attach(self, buf: DmaBuf, *, direction: int = Direction.BIDIRECTIONAL, dynamic: bool | None = None) -> Attached:
@@ -100,25 +81,24 @@ class Importing:
         ``dynamic``: attach as a dynamic importer, which hears of moves; None: as the exporter is. Errors: those of ``DmaBuf.attach`` and,
         at the first job, of ``map``; EINVAL no direction, or NONE; EXDEV a buffer of another domain; EBADF; EPERM in a forked child.
         """
-        self._usable("attach")
+        self.check_usable("attach")
         if not isinstance(buf, DmaBuf):
             raise TypeError(f"attach: a DmaBuf, not {type(buf).__name__}")
         if buf.domain is not self.domain:
             raise fail(
                 errno.EXDEV, "attach", buf, "make the device in the buffer's domain (domain=)", what="the buffer is of another domain"
             )
-        made = Attached(buf, self, direction, dynamic)
+        made = Attached(buf, self.device, self.janitor, direction, dynamic, forget=self._detached)
         with self._changing:
             late = self.closed
             if not late:
                 self._attached[made] = None
         if late:  # closed by another thread meanwhile
             made.detach()
-            self._usable("attach")
+            self.check_usable("attach")
         return made
 
-    def forget(self, attached: Attached) -> None:
-        """It was detached."""
+    def _detached(self, attached: Attached) -> None:
         with self._changing:
             self._attached.pop(attached, None)
 
@@ -129,99 +109,12 @@ class Importing:
             self._queues = [known for known in self._queues if not known.closed]
             self._queues.append(queue)
 
-    def _submit(
-        self,
-        queue: Queue,
-        operation: str,
-        work: Callable[[Job], Any],
-        reads: Sequence[Target],
-        writes: Sequence[Target],
-        options: JobOptions,
-        *,
-        within: tuple[int, int | None] = (0, None),
-        check: Callable[[list[Range], list[Range]], object] | None = None,
-    ) -> Job:
-        """Queue ``work`` on these targets, whose addresses it finds in ``job.reads`` and ``job.writes``.
-
-        ``within``: which bytes (offset, length) of each target. ``check`` may refuse the ranges.
-
-        Errors, with nothing added: EBADF the queue or a buffer is closed; ENODEV no power; EPERM in a forked child; EINVAL an attachment
-        of another device, a negative delay; TypeError something that is no target, no fence, or no option; those of :meth:`attach`, of
-        ``map`` and of ``dmabuf.devices.submission.submit``.
-        """
-        unknown = options.keys() - JobOptions.__annotations__
-        if unknown:
-            raise TypeError(f"{operation}: got an unexpected keyword argument {min(unknown)!r}")
-        fences = checked_wait(options.get("wait", ()))
-        queue.check(operation)
-        job = Job(queue, operation, work, options.get("delay"), options.get("hang", False))
-        try:
-            read = [self._range(job, target, Direction.TO_DEVICE).range(*within) for target in reads]
-            written = [self._range(job, target, Direction.FROM_DEVICE).range(*within) for target in writes]
-            if check is not None:
-                check(read, written)
-            for part in (*read, *written):
-                part.attached.prepare()
-            resvs = {part.attached.resv: False for part in read} | {part.attached.resv: True for part in written}
-
-            def prepare() -> None:
-                for part in read:
-                    job.enter(part, False)
-                for part in written:
-                    job.enter(part, True)
-
-            submit(queue, job, resvs, prepare, wait=fences, implicit=options.get("implicit", True))
-        except BaseException:
-            if not job.placed:
-                for attached in job.temporary:
-                    attached.detach()
-            raise
-        return job
-
-    def _range(self, job: Job, target: Target, direction: Direction) -> Range:
-        if isinstance(target, (DmaBuf, BufferRange)):
-            buf, *within = (target,) if isinstance(target, DmaBuf) else (target.buf, target.offset, target.length)
-            attached = self.attach(buf, direction=direction)
-            job.temporary.append(attached)
-            return attached.range(*within)
-        part = target.range() if isinstance(target, Attached) else target
-        if not isinstance(part, Range):
-            raise TypeError(f"{job.operation}: a DmaBuf, an attached buffer, or a range of one, not {type(target).__name__}")
-        if part.attached._owner is not self:
-            raise fail(
-                errno.EINVAL, job.operation, part.attached, "attach the buffer to this device", what="it is attached to another device"
-            )
-        return part
-
-    # ---- the janitor ----
-
-    def later(self, chore: Callable[[], object]) -> None:
-        """Have a thread do it that signals no fence, and so may take locks."""
-        self._chores.put(chore)
-        if not self._chores_served:
-            with self._changing:
-                if not self._chores_served:
-                    janitor = threading.Thread(target=self._clean, name=f"dmabuf-{self.device.name}-janitor", daemon=True)
-                    with contextlib.suppress(RuntimeError):  # no thread to be had: the next chore tries again, and close() needs none
-                        janitor.start()
-                        self._chores_served, self._janitor = True, janitor
-
-    def _clean(self) -> None:
-        while (chore := self._chores.get()) is not None:
-            try:
-                chore()
-            except Exception as e:
-                report(e, chore)
-            del chore
-        self._swept.set()
-
     # ---- power ----
 
     def power_off(self) -> None:
         """Lose power: what is pending ends with -ENODEV; returns when all of it has. Again: nothing."""
-        self._usable("power_off")
-        self.powered = False
-        self.epoch += 1
+        self.check_usable("power_off")
+        self.lose_power()
         for queue in list(self._queues):
             queue.ring()
         for queue in list(self._queues):
@@ -229,8 +122,8 @@ class Importing:
 
     def power_on(self) -> None:
         """Get power again. Again: nothing."""
-        self._usable("power_on")
-        self.powered = True
+        self.check_usable("power_on")
+        self.regain_power()
 
     # ---- the end ----
 
@@ -251,12 +144,7 @@ class Importing:
         # A signal handler that raises in one of the waits leaves the rest to the next close().
         for queue in list(self._queues):
             queue.close(cancel=cancel)
-        with self._changing:
-            self._chores_served = True  # nobody starts one now: detaching does what is left
-        if self._janitor is not None:
-            self._chores.put(None)
-            self._swept.wait()
-            self._janitor.join()
+        self.janitor.close()  # detaching does what is left
         with contextlib.ExitStack() as all_of_them:
             for attached in list(self._attached):
                 all_of_them.callback(attached.detach)
@@ -269,12 +157,10 @@ class Importing:
         """At the end of the interpreter: every fence ends, no thread is left. Nothing is detached any more."""
         if self._over or self.inherited:
             return
-        self.closed = self._over = self._chores_served = True
+        self.closed = self._over = True
         for queue in list(self._queues):
             queue.close(cancel=True)
-        if self._janitor is not None:
-            self._chores.put(None)
-            self._janitor.join(1.0)  # it may wait for a lock whose holder does not let go: it signals nothing, so it may be left behind
+        self.janitor.stop(1.0)
 
     def __enter__(self) -> Self:
         return self
@@ -286,6 +172,70 @@ class Importing:
         """A snapshot for programs."""
         queues = tuple(queue.statistics() for queue in list(self._queues))
         return ImportingStatistics(self.device.statistics(), len(self._attached), self.powered, queues)
+
+
+def submit_work(
+    device: Importing,
+    queue: Queue,
+    operation: str,
+    work: Callable[[Job], Any],
+    reads: Sequence[Target],
+    writes: Sequence[Target],
+    options: JobOptions,
+    *,
+    within: tuple[int, int | None] = (0, None),
+    check: Callable[[list[Range], list[Range]], object] | None = None,
+) -> Job:
+    """Queue ``work`` on these targets, whose addresses it finds in ``job.reads`` and ``job.writes``.
+
+    ``within``: which bytes (offset, length) of each target. ``check`` may refuse the ranges.
+
+    Errors, with nothing added: EBADF the queue or a buffer is closed; ENODEV no power; EPERM in a forked child; EINVAL an attachment
+    of another device, a negative delay; TypeError something that is no target, no fence, or no option; those of :meth:`attach`, of
+    ``map`` and of ``dmabuf.devices.submission.submit``.
+    """
+    unknown = options.keys() - JobOptions.__annotations__
+    if unknown:
+        raise TypeError(f"{operation}: got an unexpected keyword argument {min(unknown)!r}")
+    fences = checked_wait(options.get("wait", ()))
+    queue.check(operation)
+    job = Job(queue, operation, work, options.get("delay"), options.get("hang", False))
+    try:
+        read = [_range(device, job, target, Direction.TO_DEVICE).range(*within) for target in reads]
+        written = [_range(device, job, target, Direction.FROM_DEVICE).range(*within) for target in writes]
+        if check is not None:
+            check(read, written)
+        for part in (*read, *written):
+            part.attached.prepare()
+        resvs = {part.attached.resv: False for part in read} | {part.attached.resv: True for part in written}
+
+        def prepare() -> None:
+            for part in read:
+                job.enter(part, False)
+            for part in written:
+                job.enter(part, True)
+
+        submit(queue, job, resvs, prepare, wait=fences, implicit=options.get("implicit", True))
+    except BaseException:
+        if not job.placed:
+            for attached in job.temporary:
+                attached.detach()
+        raise
+    return job
+
+
+def _range(device: Importing, job: Job, target: Target, direction: Direction) -> Range:
+    if isinstance(target, (DmaBuf, BufferRange)):
+        buf, *within = (target,) if isinstance(target, DmaBuf) else (target.buf, target.offset, target.length)
+        attached = device.attach(buf, direction=direction)
+        job.temporary.append(attached)
+        return attached.range(*within)
+    part = target.range() if isinstance(target, Attached) else target
+    if not isinstance(part, Range):
+        raise TypeError(f"{job.operation}: a DmaBuf, an attached buffer, or a range of one, not {type(target).__name__}")
+    if part.attached.janitor is not device.janitor:
+        raise fail(errno.EINVAL, job.operation, part.attached, "attach the buffer to this device", what="it is attached to another device")
+    return part
 
 
 def _at_exit(ref: weakref.ref[Importing]) -> None:

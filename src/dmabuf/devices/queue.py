@@ -22,19 +22,17 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import Any, TypedDict
 
 from dmabuf.core.base import debug
 from dmabuf.core.fence.fence import DmaFence, Timeline
+from dmabuf.core.memory.scatterlist import DmaEntry
 from dmabuf.core.task.owner import current
+from dmabuf.devices.attached import Attached, Range
+from dmabuf.devices.power import Powered
 from dmabuf.domain.bell import Bell
 from dmabuf.domain.dispatcher import report
 from dmabuf.errors import fail
-
-if TYPE_CHECKING:
-    from dmabuf.core.memory.scatterlist import DmaEntry
-    from dmabuf.devices.attached import Attached, Range
-    from dmabuf.devices.importing import Importing
 
 
 class JobOptions(TypedDict, total=False):
@@ -238,7 +236,7 @@ class Job:
             self.leave()
             temporary, self.temporary = self.temporary, []
             for attached in temporary:
-                self.queue.owner.later(attached.detach)
+                attached.janitor.later(attached.detach)
         finally:
             self.fence.signal(-error)
 
@@ -266,7 +264,7 @@ class Queue:
 
     def __init__(
         self,
-        owner: Importing,
+        owner: Powered,
         name: str,
         *,
         ordered: bool = True,

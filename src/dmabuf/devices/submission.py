@@ -14,15 +14,12 @@ For a real dma-buf the kernel's fences are waited for as well. The kernel does n
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING
 
 from dmabuf.core.base.usage import Usage
 from dmabuf.core.fence.fence import DmaFence
+from dmabuf.core.resv.resv import DmaResv
 from dmabuf.core.resv.ww_mutex import lock_all
-
-if TYPE_CHECKING:
-    from dmabuf.core.resv.resv import DmaResv
-    from dmabuf.devices.queue import Job, Queue
+from dmabuf.devices.queue import Job, Queue
 
 
 def checked_wait(wait: Iterable[DmaFence]) -> list[DmaFence]:

@@ -1,0 +1,48 @@
+"""``Powered``: what a queue of jobs needs to know of its device.
+
+A device that loses its power ends every pending job with -ENODEV. ``epoch`` counts the losses: a job belongs to the epoch in which it was
+submitted, so that it ends even when the power comes back before the job is looked at.
+"""
+
+from __future__ import annotations
+
+import errno
+
+from dmabuf.core.memory.device import Device
+from dmabuf.devices.janitor import Janitor
+from dmabuf.domain.domain import Domain
+from dmabuf.errors import fail
+
+
+class Powered:
+    """A device with power, a janitor and an end. ``driver``: the driver name of its timelines."""
+
+    driver = "dmabuf"
+
+    def __init__(self, device: Device, domain: Domain) -> None:
+        self.device, self.domain = device, domain
+        self.powered, self.epoch, self.closed = True, 0, False
+        self.janitor = Janitor(device.name)
+        domain.join()
+        self._life = domain.shm.life
+
+    @property
+    def inherited(self) -> bool:
+        """Is this a forked child's copy, which does nothing?"""
+        return self.domain.shm.life != self._life
+
+    def check_usable(self, operation: str) -> None:
+        """Errors: EPERM in a forked child; EBADF closed."""
+        if self.inherited:
+            raise fail(errno.EPERM, operation, self, "what a fork inherits is inert in the child: make a device in this process")
+        if self.closed:
+            raise fail(errno.EBADF, operation, self, "make a new one", what="the device is closed")
+
+    def lose_power(self) -> None:
+        """Nothing can be submitted from now on, and what is pending must end."""
+        self.powered = False
+        self.epoch += 1
+
+    def regain_power(self) -> None:
+        """Jobs can be submitted again."""
+        self.powered = True
