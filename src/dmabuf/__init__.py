@@ -31,14 +31,16 @@ if TYPE_CHECKING:
     from dmabuf.core.access.access import access
     from dmabuf.core.access.range import BufferRange
     from dmabuf.core.attach.attachment import DmaBufAttachment
-    from dmabuf.core.base.debug import signalling
     from dmabuf.core.base.usage import Direction, Usage
     from dmabuf.core.contract import Exporter, Importer, export
     from dmabuf.core.dma_buf import DmaBuf
     from dmabuf.core.fence.array import DmaFenceArray
     from dmabuf.core.fence.chain import DmaFenceChain
-    from dmabuf.core.fence.fence import DmaFence, Timeline, private_stub, stub_fence
-    from dmabuf.core.fence.lazy import FenceOps
+    from dmabuf.core.fence.fence import DmaFence
+    from dmabuf.core.fence.ops import FenceOps
+    from dmabuf.core.fence.signalling import signalling
+    from dmabuf.core.fence.stub import private_stub, stub_fence
+    from dmabuf.core.fence.timeline import Timeline
     from dmabuf.core.fence.unwrap import merge, unwrap
     from dmabuf.core.fence.wait_any import wait_any
     from dmabuf.core.get import get
@@ -119,14 +121,16 @@ _PLACES = {
     "dmabuf.core.access.access": ("access",),
     "dmabuf.core.access.range": ("BufferRange",),
     "dmabuf.core.attach.attachment": ("DmaBufAttachment",),
-    "dmabuf.core.base.debug": ("signalling",),
     "dmabuf.core.base.usage": ("Direction", "Usage"),
     "dmabuf.core.contract": ("Exporter", "Importer", "export"),
     "dmabuf.core.dma_buf": ("DmaBuf",),
     "dmabuf.core.fence.array": ("DmaFenceArray",),
     "dmabuf.core.fence.chain": ("DmaFenceChain",),
-    "dmabuf.core.fence.fence": ("DmaFence", "Timeline", "private_stub", "stub_fence"),
-    "dmabuf.core.fence.lazy": ("FenceOps",),
+    "dmabuf.core.fence.fence": ("DmaFence",),
+    "dmabuf.core.fence.ops": ("FenceOps",),
+    "dmabuf.core.fence.signalling": ("signalling",),
+    "dmabuf.core.fence.stub": ("private_stub", "stub_fence"),
+    "dmabuf.core.fence.timeline": ("Timeline",),
     "dmabuf.core.fence.unwrap": ("merge", "unwrap"),
     "dmabuf.core.fence.wait_any": ("wait_any",),
     "dmabuf.core.get": ("get",),

@@ -9,6 +9,8 @@ import pytest
 import dmabuf
 from dmabuf import ContractError, ContractWarning, Device, Direction, DmaBuf, DmaBufAttachment, DmaResv, SgTable, Usage, WwAcquireContext
 from dmabuf.core.base import debug
+from dmabuf.core.fence.signalling import in_signalling
+from dmabuf.core.resv.ww_mutex import inject_deadlocks
 from tests.support.drivers import PAGE, Static
 from tests.support.errnos import raises_errno
 from tests.support.waiting import Background
@@ -88,7 +90,7 @@ def test_off_a_vmap_watches_nothing(buf: DmaBuf) -> None:
 
 def test_made_up_deadlocks_are_answered_as_real_ones() -> None:
     resv = DmaResv()
-    with debug.inject_deadlocks(1), WwAcquireContext() as ctx:
+    with inject_deadlocks(1), WwAcquireContext() as ctx:
         with raises_errno(errno.EDEADLK):
             resv.lock(ctx)
         assert not resv.is_locked()
@@ -99,7 +101,7 @@ def test_made_up_deadlocks_are_answered_as_real_ones() -> None:
 
 def test_lock_all_gets_through_made_up_deadlocks() -> None:
     resvs = [DmaResv() for _ in range(5)]
-    with debug.inject_deadlocks(3):
+    with inject_deadlocks(3):
         for _ in range(20):
             with dmabuf.lock_all(resvs):
                 assert all(resv.is_locked() for resv in resvs)
@@ -108,7 +110,7 @@ def test_lock_all_gets_through_made_up_deadlocks() -> None:
 
 def test_locks_without_a_context_are_left_alone() -> None:
     resv = DmaResv()
-    with debug.inject_deadlocks(1), resv.locked():
+    with inject_deadlocks(1), resv.locked():
         pass
 
 
@@ -183,8 +185,8 @@ def test_the_section_ends_with_its_block_and_nests() -> None:
     with dmabuf.signalling():
         with dmabuf.signalling():
             pass
-        assert debug.in_signalling()
-    assert not debug.in_signalling()
+        assert in_signalling()
+    assert not in_signalling()
     with resv.locked():
         pass
 

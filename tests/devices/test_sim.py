@@ -11,7 +11,7 @@ import pytest
 
 import dmabuf
 from dmabuf import ContractWarning, Device, Direction, DmaBuf, Domain, SgTable, Timeline, Usage, sim
-from dmabuf.core.base.debug import inject_deadlocks
+from dmabuf.core.resv.ww_mutex import inject_deadlocks
 from tests.support.drivers import PAGE, Bare
 from tests.support.engines import SIZE, got, put, until_it_waits
 from tests.support.errnos import raises_errno

@@ -25,7 +25,9 @@ from dataclasses import dataclass
 from typing import Any, TypedDict
 
 from dmabuf.core.base import debug
-from dmabuf.core.fence.fence import DmaFence, Timeline
+from dmabuf.core.fence.fence import DmaFence
+from dmabuf.core.fence.signalling import signalling
+from dmabuf.core.fence.timeline import Timeline
 from dmabuf.core.memory.scatterlist import DmaEntry
 from dmabuf.core.task.owner import current
 from dmabuf.devices.attached import Attached, Range
@@ -207,7 +209,7 @@ class Job:
         self.dependencies = []
         error = 0
         try:
-            with debug.signalling() if debug.enabled else contextlib.nullcontext():
+            with signalling() if debug.enabled else contextlib.nullcontext():
                 self.checkpoint()
                 if self._unready is not None:
                     raise self._unready

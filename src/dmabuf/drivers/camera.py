@@ -23,10 +23,10 @@ from typing import Self
 
 from dmabuf.core.access.access import Access
 from dmabuf.core.access.range import BufferRange
+from dmabuf.core.base.clock import monotonic_deadline
 from dmabuf.core.base.closing import Closing
 from dmabuf.core.buffer.backing_kernel import poll_until
 from dmabuf.core.dma_buf import DmaBuf
-from dmabuf.core.fence.fence import monotonic_deadline
 from dmabuf.core.get import from_fd
 from dmabuf.domain.domain import Domain
 from dmabuf.errors import fail

@@ -9,8 +9,8 @@ from __future__ import annotations
 import errno
 import os
 
+from dmabuf.core.base.clock import monotonic_deadline, seconds_left
 from dmabuf.core.base.closing import Closing
-from dmabuf.core.fence.fence import monotonic_deadline, seconds_left
 from dmabuf.drivers.drm import DrmNode
 from dmabuf.errors import fail
 from dmabuf.uapi import syncobj as uapi

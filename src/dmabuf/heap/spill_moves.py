@@ -45,7 +45,7 @@ from dmabuf.core.base.usage import Direction, Usage
 from dmabuf.core.buffer import residence
 from dmabuf.core.contract import Exporter
 from dmabuf.core.dma_buf import DmaBuf
-from dmabuf.core.fence.fence import Timeline
+from dmabuf.core.fence.timeline import Timeline
 from dmabuf.core.memory.iosys_map import IosysMap
 from dmabuf.core.memory.scatterlist import SgTable
 from dmabuf.core.task.owner import current

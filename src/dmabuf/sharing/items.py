@@ -16,7 +16,8 @@ from typing import Any, Final
 
 from dmabuf.core.access.range import BufferRange
 from dmabuf.core.dma_buf import DmaBuf
-from dmabuf.core.fence.fence import DmaFence, Timeline, wrap
+from dmabuf.core.fence.fence import DmaFence, wrap
+from dmabuf.core.fence.timeline import Timeline
 from dmabuf.core.fence.travel import pack, unpack
 from dmabuf.core.get import received
 from dmabuf.core.sync.semaphore import TimelineSemaphore

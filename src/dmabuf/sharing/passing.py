@@ -39,7 +39,8 @@ from typing import Any, Final, NamedTuple
 from dmabuf import _native
 from dmabuf.core.access.range import BufferRange
 from dmabuf.core.dma_buf import DmaBuf
-from dmabuf.core.fence.fence import DmaFence, Timeline
+from dmabuf.core.fence.fence import DmaFence
+from dmabuf.core.fence.timeline import Timeline
 from dmabuf.core.get import from_fd
 from dmabuf.core.sync.semaphore import TimelineSemaphore
 from dmabuf.core.sync.sw_sync import SwSync

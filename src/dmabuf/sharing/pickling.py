@@ -22,8 +22,9 @@ from typing import Any
 from dmabuf.core.dma_buf import DmaBuf
 from dmabuf.core.fence.array import DmaFenceArray
 from dmabuf.core.fence.chain import DmaFenceChain
-from dmabuf.core.fence.fence import DmaFence, Timeline, wrap
+from dmabuf.core.fence.fence import DmaFence, wrap
 from dmabuf.core.fence.lazy import CustomFence
+from dmabuf.core.fence.timeline import Timeline
 from dmabuf.core.fence.travel import pack, unpack
 from dmabuf.core.get import from_fd
 from dmabuf.core.sync.semaphore import TimelineSemaphore

@@ -44,7 +44,8 @@ from typing import Final, NamedTuple
 
 from dmabuf.core.base.usage import Usage
 from dmabuf.core.dma_buf import PAGE, DmaBuf
-from dmabuf.core.fence.fence import DmaFence, Timeline
+from dmabuf.core.fence.fence import DmaFence
+from dmabuf.core.fence.timeline import Timeline
 
 SLOTS: Final = 4  # one being written, one being read, and one in reserve on either side
 HEADER_BYTES: Final = PAGE  # pixels begin on a page of their own

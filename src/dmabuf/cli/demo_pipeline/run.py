@@ -26,7 +26,7 @@ from dmabuf.cli.demo_pipeline.ring import DRIVER, HEADER_BYTES, SLOTS, announce,
 from dmabuf.cli.demo_pipeline.stage import PARENT
 from dmabuf.cli.demo_pipeline.video import Clip
 from dmabuf.core.dma_buf import DmaBuf
-from dmabuf.core.fence.fence import Timeline
+from dmabuf.core.fence.timeline import Timeline
 from dmabuf.domain.domain import Domain
 from dmabuf.heap.recommended import allocate
 from dmabuf.observe.records import buffers

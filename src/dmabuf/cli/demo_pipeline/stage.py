@@ -26,7 +26,7 @@ from dmabuf.cli.demo_pipeline.ring import DRIVER, PeerEnded, Port, announce, fin
 from dmabuf.cli.demo_pipeline.video import Clip
 from dmabuf.core.access.access import access
 from dmabuf.core.dma_buf import DmaBuf
-from dmabuf.core.fence.fence import Timeline
+from dmabuf.core.fence.timeline import Timeline
 from dmabuf.sharing.passing import recv
 
 MESSAGE_BYTES: Final = 1 << 16

@@ -23,10 +23,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from dmabuf import _native
 from dmabuf._native import Shm
-from dmabuf.core.base import debug
+from dmabuf.core.base.clock import monotonic_deadline
 from dmabuf.core.base.usage import Direction, Usage
 from dmabuf.core.buffer import residence
-from dmabuf.core.fence.fence import monotonic_deadline
+from dmabuf.core.fence import signalling
 from dmabuf.core.fence.lazy import ask
 from dmabuf.core.resv.until_free import until_free
 from dmabuf.core.resv.ww_mutex import lock_all
@@ -152,8 +152,8 @@ class Access:
         resv = buf._resv or buf.resv
         if not locked and resv._held is not None and resv._mine(owner) is not None:
             _locked_here(self)
-        if not locked and debug.sections:
-            debug.check_signalling(self.operation, buf)
+        if not locked and signalling.sections:
+            signalling.check_signalling(self.operation, buf)
         timeline = buf.domain.local.get("access timeline") or access_timeline(buf.domain)
         # It stores the handle in self by itself: a signal handler that raises as it returns must not lose it.
         answer = shm.access_begin(index, resv._record.index, owner.word, self.write, timeline, until, locked, self)

@@ -11,9 +11,9 @@ import errno
 from typing import TYPE_CHECKING
 
 from dmabuf.core.base import debug
+from dmabuf.core.base.clock import monotonic_deadline
 from dmabuf.core.base.usage import Direction, Usage, checked_direction
 from dmabuf.core.buffer.backing import backing_of
-from dmabuf.core.fence.fence import monotonic_deadline
 from dmabuf.core.task.owner import current
 from dmabuf.errors import fail
 

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 
 from dmabuf.core.base.usage import Usage
 from dmabuf.core.fence.array import DmaFenceArray
-from dmabuf.core.fence.fence import DmaFence, stub_fence
+from dmabuf.core.fence.fence import DmaFence
+from dmabuf.core.fence.stub import stub_fence
 from dmabuf.core.fence.unwrap import unwrap
 from dmabuf.core.sync.sync_file import SyncFile
 from dmabuf.errors import DmaBufError, fail

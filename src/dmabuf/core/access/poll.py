@@ -18,8 +18,9 @@ import select
 import time
 from typing import TYPE_CHECKING
 
+from dmabuf.core.base.clock import monotonic_deadline
 from dmabuf.core.base.usage import Usage
-from dmabuf.core.fence.fence import monotonic_deadline, wrap
+from dmabuf.core.fence.fence import wrap
 from dmabuf.core.task import waiting as awaiting
 from dmabuf.domain.dispatcher import dispatcher
 from dmabuf.domain.forks import fork_lock

@@ -36,6 +36,7 @@ from dmabuf.core.base import debug
 from dmabuf.core.base.usage import Direction, Usage, checked_direction
 from dmabuf.core.buffer.backing import Backing, backing_of
 from dmabuf.core.contract import Importer, overrides
+from dmabuf.core.memory import checked
 from dmabuf.core.memory.device import Device
 from dmabuf.core.memory.scatterlist import SgTable
 from dmabuf.domain import dispatcher
@@ -165,9 +166,9 @@ class DmaBufAttachment:
         try:
             if self.importer is None:
                 self._resv.wait_until(Usage.KERNEL, -1, interruptible=interruptible)
-            debug.hide(sgt)
+            checked.hide(sgt)
         except BaseException:
-            debug.show(sgt)
+            checked.show(sgt)
             exporter.unmap(self, sgt, way)
             raise
         return sgt
@@ -195,7 +196,7 @@ class DmaBufAttachment:
         if had is not way:  # the exporter would undo the wrong half, or refuse: then nobody could unmap it any more
             raise ContractError(f"unmap: {sgt!r} was mapped {had.name}: unmap it with the same direction")
         del self._mapped[id(sgt)]
-        debug.show(sgt)
+        checked.show(sgt)
         try:
             self._backing.exporter.unmap(self, sgt, way)
         finally:
@@ -272,7 +273,7 @@ class DmaBufAttachment:
             kept, self._cached = self._cached, None
             try:
                 if kept is not None:
-                    debug.show(kept[0])
+                    checked.show(kept[0])
                     try:
                         backing.exporter.unmap(self, *kept)
                     finally:

@@ -30,6 +30,8 @@ from dmabuf.core.base.usage import Direction
 from dmabuf.core.buffer import residence
 from dmabuf.core.buffer.identity import SEALS, memfd_name
 from dmabuf.core.contract import Exporter, OwnerReference, overrides
+from dmabuf.core.fence.signalling import in_signalling
+from dmabuf.core.memory.checked import CheckedMap
 from dmabuf.core.memory.iosys_map import IosysMap
 from dmabuf.core.memory.scatterlist import SgTable
 from dmabuf.core.resv.resv import DmaResv, resv_of
@@ -157,7 +159,7 @@ class Backing:
                     contract_warning(f"vmap: {buf!r}: its exporter failed: {e}", 4)
                 raise
             if debug.enabled:
-                made = debug.CheckedMap.of(made, self.bracketed, debug.place(sys._getframe(1)))
+                made = CheckedMap.of(made, self.bracketed, debug.place(sys._getframe(1)))
             self.mapped = made
         assert self.mapped is not None
         given = self.mapped.copy()
@@ -353,7 +355,7 @@ class Exported(Backing):
 
 def outside() -> bool:
     """Is the caller free of locks and callbacks, so that an exporter may be called from here?"""
-    return not dispatcher.in_callback() and not debug.in_signalling() and not any(current(d).locks for d in _DOMAINS)
+    return not dispatcher.in_callback() and not in_signalling() and not any(current(d).locks for d in _DOMAINS)
 
 
 _DOMAINS: weakref.WeakSet[Domain] = weakref.WeakSet()

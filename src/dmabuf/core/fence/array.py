@@ -11,17 +11,14 @@ reach it after the members' own callbacks. Sent to another process it is made an
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Iterable, Sequence
-from typing import Any, Self
+from typing import Self
 
-from dmabuf import _native
-from dmabuf._native import OFF_CONTEXT
-from dmabuf.core.fence.fence import DmaFence, _register, nameless
-from dmabuf.core.fence.lazy import Container
+from dmabuf._native import FF_CONTAINER, OFF_CONTEXT
+from dmabuf.core.fence.container import Container, is_container, one_domain
+from dmabuf.core.fence.fence import DmaFence, nameless, register
 from dmabuf.domain.dispatcher import defer
-from dmabuf.domain.domain import Domain
-from dmabuf.errors import contract_warning, fail
+from dmabuf.errors import contract_warning
 
 
 class DmaFenceArray(Container):
@@ -56,9 +53,9 @@ class DmaFenceArray(Container):
     def _made(cls, members: Sequence[DmaFence], signal_on_any: bool, context: int, seqno: int) -> Self:
         domain = members[0].domain
         shm = domain.join()
-        handle = shm.fence_alloc(nameless(domain, "dma_fence_array"), context, seqno, _native.FF_CONTAINER, 0, 0)
+        handle = shm.fence_alloc(nameless(domain, "dma_fence_array"), context, seqno, FF_CONTAINER, 0, 0)
         self = super().__new__(cls, shm, handle, True)
-        _register(self, domain, None)
+        register(self, domain, None)
         self.fences, self.signal_on_any, self._unasked, self._twin = tuple(members), signal_on_any, True, None
         self._left, self._errors = dict.fromkeys(range(len(members))), []
         return self
@@ -101,25 +98,6 @@ class DmaFenceArray(Container):
     def match_context(self, context: int) -> bool:
         """Are all members of this context?"""
         return all(member.match_context(context) for member in self.fences)
-
-
-def one_domain(members: Sequence[Any], operation: str) -> Domain:
-    """The domain of all of them. Errors: EINVAL none, with a ContractWarning; TypeError no fence; EXDEV several domains."""
-    if not members:
-        contract_warning(f"{operation}: no fences", 3)
-        raise fail(errno.EINVAL, operation, "no fences", "name at least one")
-    for member in members:
-        if not isinstance(member, DmaFence):
-            raise TypeError(f"{operation}: a DmaFence is expected, not {type(member).__name__}")
-    domain: Domain = members[0].domain
-    if any(member.domain is not domain for member in members):
-        raise fail(errno.EXDEV, operation, "fences of several domains", "combine the fences of each domain by themselves")
-    return domain
-
-
-def is_container(fence: DmaFence) -> bool:
-    """Is it an array or a chain, of this process or another? Kernel: dma_fence_is_container."""
-    return bool(fence.flags & _native.FF_CONTAINER)
 
 
 def array_first(head: DmaFence | None) -> DmaFence | None:

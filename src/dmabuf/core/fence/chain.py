@@ -17,15 +17,13 @@ import errno
 from collections.abc import Iterator
 from typing import Self
 
-from dmabuf import _native
-from dmabuf._native import OFF_CONTEXT
-from dmabuf.core.fence.array import one_domain
-from dmabuf.core.fence.fence import DmaFence, _register, nameless
-from dmabuf.core.fence.lazy import Container
+from dmabuf._native import FF_CONTAINER, FF_SEQNO64, OFF_CONTEXT
+from dmabuf.core.fence.container import Container, one_domain
+from dmabuf.core.fence.fence import DmaFence, nameless, register
 from dmabuf.domain.dispatcher import defer
 from dmabuf.errors import contract_warning, fail
 
-_FLAGS = _native.FF_CONTAINER | _native.FF_SEQNO64
+_FLAGS = FF_CONTAINER | FF_SEQNO64
 _TOP = 0xFFFFFFFFFFFFFFFF
 
 
@@ -64,7 +62,7 @@ class DmaFenceChain(Container):
         shm = domain.join()
         handle = shm.fence_alloc(nameless(domain, "dma_fence_chain"), context, seqno, _FLAGS, 0, 0)
         self = super().__new__(cls, shm, handle, True)
-        _register(self, domain, None)
+        register(self, domain, None)
         self._prev, self.fence, self.prev_seqno, self._unasked, self._twin = prev, fence, prev_seqno, True, None
         return self
 

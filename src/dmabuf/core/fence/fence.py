@@ -15,32 +15,30 @@ fence run in the dispatcher's thread. A callback must not block.
 from __future__ import annotations
 
 import errno
-import itertools
-import math
 import operator
 import os
-import sys
-import time
 import warnings
 import weakref
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Protocol
 
-from dmabuf import _native
-from dmabuf._native import Shm
+from dmabuf._native import FF_ACCESS, FF_ANYBODY, FF_CONTAINER, FF_SEQNO64, Fence, Shm
 from dmabuf.core.task import waiting as awaiting
 from dmabuf.domain.dispatcher import DISPATCHER, dispatcher
 from dmabuf.domain.domain import Domain
 from dmabuf.errors import contract_warning, fail
 
-if TYPE_CHECKING:
-    from dmabuf.core.fence.lazy import FenceOps
-
-NAME_BYTES = 63
 MAX_ERRNO = 4095  # include/linux/err.h
 
-flagged = _native.Fence.is_signaled  # the flag alone; a fence with operations of its own may know more when it is asked (spec 3.6)
+flagged = Fence.is_signaled  # the flag alone; a fence with operations of its own may know more when it is asked (spec 3.6)
+
+
+class Origin(Protocol):
+    """What a fence comes from: the timeline that it keeps alive, whose names it bears."""
+
+    driver: str
+    name: str
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,7 @@ class FenceStatistics:
     callbacks: int
 
 
-class DmaFence(_native.Fence):
+class DmaFence(Fence):
     """A fence. Made by :meth:`Timeline.fence`, or found on a reservation object; not constructed by hand.
 
     ``context``, ``seqno``: which timeline, which number on it. ``status``: 0 pending, 1 signalled, or the negative errno it ended with;
@@ -72,7 +70,7 @@ class DmaFence(_native.Fence):
     __slots__ = ("__weakref__", "_names", "_timeline", "domain")
 
     domain: Domain
-    _timeline: Timeline | None
+    _timeline: Origin | None
     _names: tuple[str, str, int] | None
 
     def __repr__(self) -> str:
@@ -169,7 +167,7 @@ class DmaFence(_native.Fence):
         if flagged(self):
             return None
         self.enable_signaling()
-        foreign = not self.owned or bool(self.flags & _native.FF_ANYBODY)  # ended elsewhere, it is our dispatcher that is rung
+        foreign = not self.owned or bool(self.flags & FF_ANYBODY)  # ended elsewhere, it is our dispatcher that is rung
         return dispatcher(self.domain).watch(self.handle, call, foreign=foreign)
 
     def remove_callback(self, handle: int) -> bool:
@@ -199,7 +197,7 @@ class DmaFence(_native.Fence):
         if self.context != other.context:
             contract_warning(f"is_later: {self!r} and {other!r} are of different contexts, which have no order", 2)
             return False
-        if self.flags & _native.FF_SEQNO64:
+        if self.flags & FF_SEQNO64:
             return self.seqno > other.seqno
         return 0 < (self.seqno - other.seqno) & 0xFFFFFFFF < 0x80000000
 
@@ -292,14 +290,14 @@ def _known(domain: Domain) -> weakref.WeakValueDictionary[int, DmaFence]:
     return found
 
 
-def _register(fence: DmaFence, domain: Domain, timeline: Timeline | None) -> None:
+def register(fence: DmaFence, domain: Domain, timeline: Origin | None) -> None:
     fence.domain, fence._timeline, fence._names = domain, timeline, None
     _known(domain)[fence.handle] = fence
 
 
 def _make(domain: Domain, shm: Shm, handle: int, past: tuple[int, ...]) -> DmaFence:
     fence = DmaFence(shm, handle, False, *past)
-    _register(fence, domain, None)
+    register(fence, domain, None)
     return fence
 
 
@@ -311,7 +309,7 @@ def names_of(shm: Shm, info: dict[str, Any]) -> tuple[str, str]:
     found = shm.timeline_info(info["timeline"] - 1) if info["timeline"] else None
     if found is None:
         return "", ""
-    shares = not info["context"] or info["flags"] & (_native.FF_ACCESS | _native.FF_CONTAINER)
+    shares = not info["context"] or info["flags"] & (FF_ACCESS | FF_CONTAINER)
     if found[2] != info["context"] and not (shares and found[3] == info["life"]):
         return "", ""
     return os.fsdecode(found[4]), os.fsdecode(found[5])
@@ -340,161 +338,3 @@ def wrap(domain: Domain, handle: int, past: tuple[int, ...] = (0, 0, 0)) -> DmaF
         if not fence.is_signaled():
             fence._look_up()  # its names are gone once its slot is used again
     return fence
-
-
-def stub_fence(*, domain: Domain | None = None) -> DmaFence:
-    """The fence that was always signalled: context 0, seqno 0, names "stub"; one a process. Kernel: dma_fence_get_stub."""
-    domain = domain or Domain.default()
-    domain.join()
-    found: DmaFence | None = domain.local.get("stub")
-    if found is None:
-        found = domain.local.setdefault("stub", private_stub(0, domain=domain))
-    return found
-
-
-def private_stub(timestamp: int, *, error: int = 0, domain: Domain | None = None) -> DmaFence:
-    """A new signalled fence with this time of signalling, CLOCK_MONOTONIC ns, 0 for now.
-
-    ``error``: the negative errno that it ended with. Errors: EINVAL a negative time; ENOSPC the domain is full.
-    Kernel: dma_fence_allocate_private_stub.
-    """
-    if timestamp < 0:
-        raise fail(errno.EINVAL, "private_stub", f"timestamp {timestamp}", "a timestamp is CLOCK_MONOTONIC nanoseconds")
-    domain = domain or Domain.default()
-    shm = domain.join()
-    handle = shm.fence_alloc(nameless(domain, "stub"), 0, 0, 0, 0, 0)
-    shm.fence_signal(handle, error, False, timestamp)
-    fence = DmaFence(shm, handle, True)
-    _register(fence, domain, None)
-    return fence
-
-
-@dataclass(frozen=True)
-class TimelineStatistics:
-    """What a timeline says of itself. ``seqno``: of the newest fence; ``pending``: how many are not signalled."""
-
-    driver: str
-    name: str
-    context: int
-    seqno: int
-    pending: int
-    closed: bool
-
-
-class Timeline:
-    """A fence context of this process: makes fences with rising numbers, and ends them (spec 3.2, 3.10).
-
-    ``name``, ``driver``: at most 63 bytes, shown by ``describe`` and ``dmabuf ls``. ``close()`` (or leaving the ``with`` block) ends what
-    is pending with ``-ENOENT``. Fences keep their timeline. In a forked child it is inert. ``seqno64=False``: its numbers have 32 bits and
-    wrap, as those of most drivers and of sw_sync (spec 3.10).
-
-    Errors: EINVAL a name that is too long or has a NUL; ENOSPC the domain is full.
-
-    Kernel: dma_fence_context_alloc, dma_fence_ops.use_64bit_seqno as seqno64.
-    """
-
-    def __init__(
-        self,
-        name: str | bytes = "",
-        *,
-        driver: str | bytes = "dmabuf",
-        seqno64: bool = True,
-        domain: Domain | None = None,
-        _context: int = 0,
-    ) -> None:
-        self.domain = domain or Domain.default()
-        self.driver, self.name = _checked(driver, "driver"), _checked(name, "name")
-        self._index, self.context = self.domain.timeline_open(os.fsencode(self.driver), os.fsencode(self.name), _context)
-        self._life = self.domain.shm.life
-        self._shm = self.domain.shm
-        self._seqno = 0  # of the newest fence
-        self._numbers = itertools.count(1)  # the next one is taken in one step, whatever comes in between
-        self._flags = _native.FF_SEQNO64 if seqno64 else 0
-        self._pending: weakref.WeakValueDictionary[int, DmaFence] = weakref.WeakValueDictionary()
-        self.closed = False
-
-    def __repr__(self) -> str:
-        return f"<dmabuf.Timeline {self.name!r} context {self.context} seqno {self._seqno}{' closed' if self.closed else ''}>"
-
-    def fence(self, *, seqno: int | None = None, ops: FenceOps | None = None) -> DmaFence:
-        """The next fence. ``seqno``: its number, instead of one more than the newest; ``ops``: its behaviour (:class:`FenceOps`).
-
-        Errors: EPERM in a forked child; EBADF when closed; EINVAL a number that the timeline has no room for; ENOSPC when every fence of
-        the domain is in use. Kernel: dma_fence_init, dma_fence.ops as ops.
-        """
-        if self._shm.life != self._life:
-            raise fail(errno.EPERM, "fence", self, "what a fork inherits is inert in the child: make a timeline in this process")
-        if self.closed:
-            raise fail(errno.EBADF, "fence", self, "make a new timeline", what="the timeline is closed")
-        kind: Callable[[Shm, int, bool], DmaFence] = DmaFence
-        flags = 0
-        if ops is not None:
-            from dmabuf.core.fence.lazy import custom
-
-            kind, flags = custom(ops, self.domain)
-        number = self._number(seqno)
-        handle = self._shm.fence_alloc(self._index + 1, self.context, number, self._flags | flags, 0, 0)
-        self._seqno = number
-        fence = kind(self._shm, handle, True)
-        _register(fence, self.domain, self)
-        self._pending[handle] = fence
-        return fence
-
-    def _number(self, given: int | None) -> int:
-        top = 0xFFFFFFFFFFFFFFFF if self._flags else 0xFFFFFFFF
-        if given is None:
-            return next(self._numbers) & top
-        if not 0 <= operator.index(given) <= top:
-            raise fail(errno.EINVAL, "fence", self, f"a seqno of this timeline is 0 to {top}")
-        self._numbers = itertools.count(given + 1)
-        return operator.index(given)
-
-    def pending(self) -> Sequence[DmaFence]:
-        """The fences that are not signalled, lowest number first."""
-        known = (ref() for ref in self._pending.valuerefs())  # a list made in one step: other threads may add
-        return sorted((fence for fence in known if fence is not None and not flagged(fence)), key=lambda fence: fence.seqno)
-
-    def close(self) -> None:
-        """End what is pending with ``-ENOENT``. Again, or in a forked child: nothing."""
-        if self.closed or self._shm.life != self._life:
-            return
-        self.closed = True
-        for fence in self.pending():
-            self._shm.fence_signal(fence.handle, -errno.ENOENT, False)
-        self.domain.timeline_close(self._index, self._life)
-
-    def statistics(self) -> TimelineStatistics:
-        """A snapshot for programs."""
-        return TimelineStatistics(self.driver, self.name, self.context, self._seqno, len(self.pending()), self.closed)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        # Fences keep their timeline, so nothing is pending here; what is left is to give the slot back.
-        if hasattr(self, "closed") and not sys.is_finalizing():
-            self.close()
-
-
-def _checked(name: str | bytes, what: str) -> str:
-    raw = os.fsencode(name)
-    if len(raw) > NAME_BYTES or b"\0" in raw:
-        raise fail(errno.EINVAL, "timeline", f"{what} {name!r}", f"at most {NAME_BYTES} bytes, without a NUL")
-    return os.fsdecode(raw)
-
-
-def monotonic_deadline(timeout: float | None, operation: str, obj: object) -> int:
-    """The CLOCK_MONOTONIC ns at which a timeout ends, -1 for never. Errors: EINVAL a negative timeout or a NaN."""
-    if timeout is None:
-        return -1
-    if not timeout >= 0:
-        raise fail(errno.EINVAL, operation, obj, "a timeout is seconds >= 0, or None for ever")
-    return time.monotonic_ns() + int(min(timeout, 4e9) * 1e9)
-
-
-def seconds_left(until: int) -> float:
-    """What a wait with this end, CLOCK_MONOTONIC ns or -1 for never, has left: always > 0."""
-    return math.inf if until < 0 else max((until - time.monotonic_ns()) / 1e9, 1e-9)

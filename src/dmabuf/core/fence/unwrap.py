@@ -6,9 +6,11 @@ import heapq
 import itertools
 from collections.abc import Iterator
 
-from dmabuf.core.fence.array import DmaFenceArray, one_domain
+from dmabuf.core.fence.array import DmaFenceArray
 from dmabuf.core.fence.chain import contained, walk
-from dmabuf.core.fence.fence import DmaFence, private_stub
+from dmabuf.core.fence.container import one_domain
+from dmabuf.core.fence.fence import DmaFence
+from dmabuf.core.fence.stub import private_stub
 from dmabuf.domain.domain import Domain
 
 

@@ -6,8 +6,9 @@ import errno
 from collections.abc import Iterable
 
 from dmabuf._native import OFF_CONTEXT
-from dmabuf.core.fence.fence import DmaFence, flagged, monotonic_deadline, nameless, seconds_left
-from dmabuf.core.fence.lazy import Container
+from dmabuf.core.base.clock import monotonic_deadline, seconds_left
+from dmabuf.core.fence.container import Container
+from dmabuf.core.fence.fence import DmaFence, flagged, nameless
 from dmabuf.domain.domain import Domain
 from dmabuf.errors import contract_warning, fail
 

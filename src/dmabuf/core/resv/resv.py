@@ -17,11 +17,14 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from dmabuf._native import Shm
-from dmabuf.core.base import debug
+from dmabuf.core.base.clock import monotonic_deadline, seconds_left
 from dmabuf.core.base.usage import Usage, checked_usage
-from dmabuf.core.fence.array import DmaFenceArray, is_container
-from dmabuf.core.fence.fence import DmaFence, monotonic_deadline, seconds_left, wrap
+from dmabuf.core.fence import signalling
+from dmabuf.core.fence.array import DmaFenceArray
+from dmabuf.core.fence.container import is_container
+from dmabuf.core.fence.fence import DmaFence, wrap
 from dmabuf.core.fence.lazy import ask, with_own_wait
+from dmabuf.core.resv import ww_mutex
 from dmabuf.core.resv.ww_mutex import WwAcquireContext
 from dmabuf.core.task.owner import Owner, current
 from dmabuf.domain.domain import Domain
@@ -132,8 +135,8 @@ class DmaResv:
             self.acquire(owner, interruptible=interruptible, operation=operation)
             return
         ctx.check(self, operation, slow=slow)
-        if debug.sections:
-            debug.check_signalling(operation, self)
+        if signalling.sections:
+            signalling.check_signalling(operation, self)
         shm, index = self._record.at()
         try:
             answer = shm.resv_lock(index, ctx.word, 0 if slow else ctx.acquired, interruptible, False, -1)
@@ -149,15 +152,15 @@ class DmaResv:
         if ctx.contended is self:
             ctx.contended = None
         ctx.acquired += 1
-        if debug.deadlock_every and not slow and debug.inject(ctx):
+        if ww_mutex.deadlock_every and not slow and ww_mutex.inject(ctx):
             self.unlock()
             ctx.contended = self
             raise fail(errno.EDEADLK, operation, self, _REMEDY[errno.EDEADLK], what="made up by the debug layer")
 
     def acquire(self, owner: Owner, *, interruptible: bool = False, until: int = -1, operation: str = "lock") -> None:
         """Take the lock for an owner without a context; the way in for the package's own short sections."""
-        if debug.sections:
-            debug.check_signalling(operation, self)
+        if signalling.sections:
+            signalling.check_signalling(operation, self)
         shm, index = self._record.at()
         try:
             answer = shm.resv_lock(index, owner.word, 0, interruptible, False, until)

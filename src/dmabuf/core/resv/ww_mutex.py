@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Self
 
+from dmabuf.core.base.debug import setting
 from dmabuf.core.task.owner import Owner, current
 from dmabuf.domain.domain import Domain
 from dmabuf.errors import ContractError, contract_warning, fail
@@ -150,3 +151,31 @@ def _take(wanted: list[DmaResv], held: list[DmaResv], ctx: WwAcquireContext) -> 
             held.append(resv)
         else:
             return
+
+
+deadlock_every = setting("DMABUF_DEBUG_WW")  # 0: never
+
+
+@contextmanager
+def inject_deadlocks(every: int = 2) -> Iterator[None]:
+    """Let the n-th lock under each context answer EDEADLK, and later ones at growing distances (CONFIG_DEBUG_WW_MUTEX_SLOWPATH).
+
+    In the whole process; ``every``: n, 0 for none.
+    """
+    global deadlock_every
+    before, deadlock_every = deadlock_every, every
+    try:
+        yield
+    finally:
+        deadlock_every = before
+
+
+def inject(ctx: WwAcquireContext) -> bool:
+    """Is it this lock's turn? Each time in a context the distance to the next grows, so that every back-off gets through."""
+    left, distance = ctx.injection or (deadlock_every, deadlock_every)
+    if left > 1:
+        ctx.injection = left - 1, distance
+        return False
+    distance = distance * 7 // 2 + 1
+    ctx.injection = distance, distance
+    return True

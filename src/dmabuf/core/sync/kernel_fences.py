@@ -13,7 +13,8 @@ import select
 import threading
 from collections.abc import Callable
 
-from dmabuf.core.fence.fence import DmaFence, Timeline
+from dmabuf.core.fence.fence import DmaFence
+from dmabuf.core.fence.timeline import Timeline
 from dmabuf.domain.dispatcher import report
 from dmabuf.domain.domain import Domain
 from dmabuf.uapi import sync_file as uapi

@@ -23,10 +23,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from dmabuf import _native
-from dmabuf._native import Shm
+from dmabuf._native import FF_ANYBODY, OFF_CONTEXT, Shm, step
+from dmabuf.core.base.clock import monotonic_deadline, seconds_left
 from dmabuf.core.fence.array import DmaFenceArray
-from dmabuf.core.fence.fence import DmaFence, flagged, monotonic_deadline, nameless, private_stub, seconds_left, wrap
+from dmabuf.core.fence.fence import DmaFence, flagged, nameless, wrap
+from dmabuf.core.fence.stub import private_stub
 from dmabuf.core.fence.wait_any import wait_any
 from dmabuf.core.sync.semaphore_state import EMPTY, TIMELINE, Leaf, State, added, leaves_at, packed, settled, unpacked
 from dmabuf.core.sync.shared_object import Shared
@@ -137,7 +138,7 @@ class TimelineSemaphore(Shared):
             if event:
                 shm.fence_end_any(event, 0)  # first: a death in here leaves it to the next change
                 self._cell.write(_EVENT, _HANDLE.pack(0))
-                _native.step("sem_woken")
+                step("sem_woken")
             self._cell.store(data)
 
     def _event(self) -> int:
@@ -155,10 +156,10 @@ class TimelineSemaphore(Shared):
                     shm.fence_signal(handle, 0, True)
         handle = self._event()
         if not handle or not shm.fence_pending(handle):
-            handle = shm.fence_alloc(nameless(domain, KIND), shm.add64(_native.OFF_CONTEXT, 1), 1, _native.FF_ANYBODY, 0, 0)
+            handle = shm.fence_alloc(nameless(domain, KIND), shm.add64(OFF_CONTEXT, 1), 1, FF_ANYBODY, 0, 0)
             mine.add(handle)
             self._cell.write(_EVENT, _HANDLE.pack(handle))
-            _native.step("sem_event")
+            step("sem_event")
         return wrap(domain, handle)
 
     def _blocking(self, point: int, operation: str, *, for_submit: bool, available: bool) -> DmaFence | None:

@@ -24,8 +24,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
-from dmabuf import _native
-from dmabuf.core.fence.fence import DmaFence, Timeline, _register, flagged, wrap
+from dmabuf._native import FF_ANYBODY, OFF_CONTEXT, step
+from dmabuf.core.fence.fence import DmaFence, Origin, flagged, register, wrap
+from dmabuf.core.fence.timeline import Timeline
 from dmabuf.core.sync.shared_object import Shared
 from dmabuf.core.sync.sync_file import SyncFile
 from dmabuf.domain import place
@@ -69,10 +70,10 @@ class SwFence(DmaFence):
                 self._keep[self.handle] = _fence(self.domain, self.handle, self._timeline, self._keep)  # somebody else has it
 
 
-def _fence(domain: Domain, handle: int, timeline: Timeline | None, keep: dict[int, SwFence]) -> SwFence:
+def _fence(domain: Domain, handle: int, timeline: Origin | None, keep: dict[int, SwFence]) -> SwFence:
     fence = SwFence(domain.shm, handle, True)
     fence._keep = keep
-    _register(fence, domain, timeline)
+    register(fence, domain, timeline)
     return fence
 
 
@@ -96,7 +97,7 @@ class SwSync(Shared):
         raw = place.comm() if name is None else os.fsencode(name)
         if len(raw) > 15 or b"\0" in raw:
             raise fail(errno.EINVAL, "SwSync", f"name {name!r}", "at most 15 bytes, without a NUL")
-        context = domain.join().add64(_native.OFF_CONTEXT, 1)
+        context = domain.join().add64(OFF_CONTEXT, 1)
         self._set(Cell.make(KIND, domain, _HEAD.pack(_MAGIC, 0, 0, context, 0, raw)))
 
     def _set(self, cell: Cell) -> None:
@@ -193,13 +194,13 @@ class SwSync(Shared):
         if used >= 64 and len(pending) <= used // 2:
             # Shorter from the front: whatever of it is written when we die, each pending fence is there at its old or its new place.
             self._cell.write(_HEAD.size, b"".join(_ENTRY.pack(*entry) for entry in pending))
-            _native.step("sw_compacted")
+            step("sw_compacted")
             self._cell.write(_COUNT, _U32.pack(len(pending)))
             used = len(pending)
         if used >= MAX_PENDING:
             raise fail(errno.ENOSPC, "create_fence", self, "let some end first", what=f"{MAX_PENDING} fences are pending")
         self._cell.write(_HEAD.size + used * _ENTRY.size, _ENTRY.pack(handle, value))
-        _native.step("sw_entered")  # behind the end: not on the list yet; the fence ends with us
+        step("sw_entered")  # behind the end: not on the list yet; the fence ends with us
         self._cell.write(_COUNT, _U32.pack(used + 1))
 
     # ---- using it ----
@@ -237,7 +238,7 @@ class SwSync(Shared):
         if timeline is None or timeline._life != shm.life:
             timeline = self._timeline = Timeline(self.name, driver=KIND, seqno64=False, domain=self.domain, _context=self.context)
             self._keep = {}
-        handle = shm.fence_alloc(timeline._index + 1, self.context, value, _native.FF_ANYBODY, 0, 0)
+        handle = shm.fence_alloc(timeline._index + 1, self.context, value, FF_ANYBODY, 0, 0)
         return _fence(self.domain, handle, timeline, self._keep)
 
     def _forget_ended(self) -> None:
@@ -268,9 +269,9 @@ class SwSync(Shared):
         for ahead, at, handle in sorted(due):
             if ahead > 0:
                 self._cell.write(_VALUE, _U32.pack(at))
-                _native.step("sw_counted")  # this one is due and pending: the next holder's inc ends it, or its owner's death
+                step("sw_counted")  # this one is due and pending: the next holder's inc ends it, or its owner's death
             shm.fence_end_any(handle, 0)
-            _native.step("sw_ended")  # an inc by less
+            step("sw_ended")  # an inc by less
         self._cell.write(_VALUE, _U32.pack(target))
         if due:
             self._cell.write(_ENDING, _U32.pack(0))
@@ -283,7 +284,7 @@ class SwSync(Shared):
         self._check("get_deadline")
         given: Any = sync_file
         fence = given.fence if isinstance(given, SyncFile) and not given.closed and not given.kernel else None
-        if fence is None or not fence.flags & _native.FF_ANYBODY or fence.driver_name != KIND:
+        if fence is None or not fence.flags & FF_ANYBODY or fence.driver_name != KIND:
             what = "it is no sync file of one fence of a software timeline"
             raise fail(errno.EINVAL, "get_deadline", sync_file, "pass what create_fence() gave", what=what)
         deadline = fence.deadline

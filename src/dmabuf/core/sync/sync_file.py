@@ -28,12 +28,13 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any, Self
 
-from dmabuf import _native
-from dmabuf._native import Shm
+from dmabuf._native import FF_ANYBODY, Shm
 from dmabuf.core.base.closing import Closing
-from dmabuf.core.fence.array import DmaFenceArray, is_container
+from dmabuf.core.fence.array import DmaFenceArray
 from dmabuf.core.fence.chain import DmaFenceChain, contained
-from dmabuf.core.fence.fence import DmaFence, flagged, private_stub, wrap
+from dmabuf.core.fence.container import is_container
+from dmabuf.core.fence.fence import DmaFence, flagged, wrap
+from dmabuf.core.fence.stub import private_stub
 from dmabuf.core.fence.unwrap import merge, unwrap
 from dmabuf.core.sync import kernel_fences as kernel_sync
 from dmabuf.domain import sync_files
@@ -262,7 +263,7 @@ class SyncFile(Closing):
             private = self._domain.path is None
             for leaf in self._leaves:
                 # One that anybody ends is ours, and who ends it may die before it rings.
-                watched = private or not leaf.owned or leaf.flags & _native.FF_ANYBODY
+                watched = private or not leaf.owned or leaf.flags & FF_ANYBODY
                 token = leaf.listen(again) if watched else None
                 if token is not None:
                     self._watch = (leaf, token)
