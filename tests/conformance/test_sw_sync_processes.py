@@ -245,7 +245,7 @@ def test_the_death_of_the_last_holder_ends_our_fences(child: Spawn, how: str) ->
     assert sf.status == -errno.ENOENT
     sf.close()
     del sw
-    until(lambda: not dmabuf.Domain.default().tick_hooks or all("_Guard" not in repr(h) for h in dmabuf.Domain.default().tick_hooks))
+    until(lambda: not any(name.startswith("SwSync ") for name in dmabuf.Domain.default().tick_hooks))
 
 
 def test_the_death_of_another_holder_changes_nothing(child: Spawn) -> None:

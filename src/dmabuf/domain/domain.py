@@ -23,6 +23,7 @@ from dmabuf import _native
 from dmabuf._native import Shm
 from dmabuf.domain import lives, place, sync_files
 from dmabuf.domain.forks import fork_lock
+from dmabuf.domain.hooks import Hooks
 from dmabuf.errors import fail, needing_descriptors
 
 TICK_NS: Final = 40_000_000
@@ -48,10 +49,10 @@ class Domain:
         self.shm = shm
         self._life: lives.Life | None = None
         self.lock = fork_lock()  # of what this object keeps; nobody waits with it held, but for the door
-        self.tick_hooks: list[Callable[[int, int], None]] = []
-        self.sweep_hooks: list[Callable[[], None]] = []
-        self.reset_hooks: list[Callable[[], None]] = []
-        self.leave_hooks: list[Callable[[], None]] = []
+        self.tick_hooks: Hooks[[int, int]] = Hooks("tick")
+        self.sweep_hooks: Hooks[[]] = Hooks("sweep")
+        self.reset_hooks: Hooks[[]] = Hooks("reset")
+        self.leave_hooks: Hooks[[]] = Hooks("leave")
         self._free_ctx: list[int] = []
         self._free_timelines: list[int] = []
         self._unrung: list[Callable[[], bool]] = []  # what rings sync files that could not be rung yet
@@ -190,8 +191,8 @@ class Domain:
         """After a fork: what the parent owned is the parent's."""
         self._life = None
         self._free_ctx, self._free_timelines, self._unrung, self._ringing = [], [], [], False
-        for hook in self.reset_hooks:
-            hook()
+        self.reset_hooks()
+        self.leave_hooks.clear()  # of the parent's life
         self.local.clear()
 
     def leave(self) -> None:
@@ -200,13 +201,12 @@ class Domain:
             life, self._life = self._life, None
             if life is None or self.shm.life != life.id:
                 return
-            for hook in self.leave_hooks:
-                hook()
+            hooked = self.leave_hooks.call_once()
             if self.path is None:
                 life.leave()
                 return
             with place.door(self.shm.fd):
-                if self.leave_hooks:
+                if hooked:
                     self.forget_socket(life.id)
                 self.tidy()
                 life.leave()
@@ -239,7 +239,27 @@ class Domain:
         if getattr(self, "_life", None) is not None and not sys.is_finalizing():
             self.leave()
 
-    # ---- ticks and sweeps ----
+    # ---- ticks, sweeps and hooks ----
+
+    def on_tick(self, name: str, hook: Callable[[int, int], None]) -> None:
+        """Call ``hook(kind, value)`` at each tick of this process. It may raise, which ends the wait that ticked.
+
+        Raises:
+            ContractError: A hook of this name is installed.
+        """
+        self.tick_hooks.add(name, hook)
+
+    def on_sweep(self, name: str, hook: Callable[[], None]) -> None:
+        """Call ``hook()`` at each sweep. Raises: as ``on_tick``."""
+        self.sweep_hooks.add(name, hook)
+
+    def on_reset(self, name: str, hook: Callable[[], None]) -> None:
+        """Call ``hook()`` in a forked child, before it forgets what is local to its parent. Raises: as ``on_tick``."""
+        self.reset_hooks.add(name, hook)
+
+    def on_leave(self, name: str, hook: Callable[[], None]) -> None:
+        """Call ``hook()`` once, when this process leaves; a forked child doesn't inherit it. Raises: as ``on_tick``."""
+        self.leave_hooks.add(name, hook)
 
     def tick(self, kind: int, value: int) -> None:
         """A wait of this process lasted another 40 ms (or a poll came after that time): look after the dead, and let the layers above
@@ -256,8 +276,7 @@ class Domain:
         if self._unrung and not self._ringing:
             with self.lock:
                 self._ring_aside()
-        for hook in list(self.tick_hooks):  # a hook may take itself off
-            hook(kind, value)
+        self.tick_hooks(kind, value)
 
     def sweep_if_due(self) -> None:
         """One process a tick reaps the dead: who moves the shared time forward does it."""
@@ -281,8 +300,7 @@ class Domain:
         """Look after everything that nobody waits for: the dead, and records of buffers that are gone."""
         self.reap_dead()
         self.tidy()
-        for hook in self.sweep_hooks:
-            hook()
+        self.sweep_hooks()
 
     def pid_of(self, life: int) -> int:
         """The pid of a life, 0 when it is no longer current."""

@@ -210,7 +210,7 @@ def _sweeping(domain: Domain) -> None:
     """Have the domain's sweep look after records too."""
     if "records" not in domain.local:
         domain.local["records"] = weakref.WeakValueDictionary()
-    if not domain.sweep_hooks:
+    if "records" not in domain.sweep_hooks:
         me = weakref.ref(domain)
 
         def sweep_records() -> None:
@@ -218,7 +218,7 @@ def _sweeping(domain: Domain) -> None:
             if here is not None:
                 sweep(here)
 
-        domain.sweep_hooks.append(sweep_records)
+        domain.sweep_hooks.ensure("records", sweep_records)
 
 
 def adopt(domain: Domain, dev: int, ino: int, size: int, nonce: bytes, exp_name: bytes, home: bytes, name: bytes | None = None) -> Record:

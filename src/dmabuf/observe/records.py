@@ -109,7 +109,7 @@ def buffers(*, domain: Domain | None = None) -> list[BufferRecord]:
 def look(domain: Domain) -> list[Look]:
     """:func:`buffers`, with all the fences."""
     domain.sweep()
-    if not domain.sweep_hooks:  # a process that only looks has no buffers, so nothing has hooked their sweep yet
+    if "records" not in domain.sweep_hooks:  # a process that only looks has no buffers, and installs no hook for them
         records.sweep(domain)
     shm = domain.shm
     infos = {i: info for i in shm.rec_list() if (info := _consistent(shm, i)) is not None}

@@ -138,7 +138,7 @@ class Service:
         except BaseException:
             shut(sock)
             raise
-        domain.leave_hooks.append(partial(_stop, sock, self._connections))
+        domain.on_leave("service", partial(_stop, sock, self._connections))
 
     def take(self, conn: socket.socket) -> None:
         """Serve a connection in a thread of its own."""

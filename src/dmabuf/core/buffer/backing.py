@@ -371,20 +371,6 @@ class Exports:
         self._bell = Bell()  # may be rung from __del__
         self._thread: threading.Thread | None = None
         _DOMAINS.add(domain)
-        me = weakref.ref(self)
-
-        def look() -> None:
-            here = me()
-            if here is not None:
-                here.look()
-
-        def reset() -> None:
-            here = me()
-            if here is not None:
-                here.forked()
-
-        domain.sweep_hooks.append(look)
-        domain.reset_hooks.append(reset)
 
     def add(self, exported: Exported) -> None:
         with self._lock:
@@ -454,7 +440,26 @@ os.register_at_fork(after_in_child=_after_fork)
 def exports_of(domain: Domain) -> Exports:
     """The exports of this process in a domain."""
     found: Exports | None = domain.local.get("exports")
-    return found or domain.local.setdefault("exports", Exports(domain))
+    if found is None:
+        me = weakref.ref(domain)
+
+        def current() -> Exports | None:
+            here = me()
+            return None if here is None else here.local.get("exports")
+
+        def look() -> None:
+            if (exports := current()) is not None:
+                exports.look()
+
+        def reset() -> None:
+            if (exports := current()) is not None:
+                exports.forked()
+
+        # Once a domain: after a fork the exports begin anew, and the hooks stay.
+        domain.sweep_hooks.ensure("exports", look)
+        domain.reset_hooks.ensure("exports", reset)
+        found = domain.local.setdefault("exports", Exports(domain))
+    return found
 
 
 def make(

@@ -310,11 +310,12 @@ class _Guard:
 
     def __init__(self, timeline: SwSync) -> None:
         self.timeline, self.domain = timeline, timeline.domain
+        self.name = f"SwSync {timeline.context} {id(timeline):x}"  # one process can have a timeline open more than once
         self.lock = threading.RLock()  # a signal handler may come in the middle
         self.ending = False
 
     def watch(self) -> None:
-        self.domain.tick_hooks.append(self.tick)
+        self.domain.on_tick(self.name, self.tick)
         self.next(0)
 
     def next(self, _: int) -> None:
@@ -343,8 +344,8 @@ class _Guard:
             self.off()
 
     def off(self) -> None:
-        if self.tick in self.domain.tick_hooks:
-            self.domain.tick_hooks.remove(self.tick)
+        if self.name in self.domain.tick_hooks:
+            self.domain.tick_hooks.remove(self.name)
             self.timeline._cell.close()
 
 

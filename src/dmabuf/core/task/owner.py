@@ -51,16 +51,16 @@ class _Owners:
 def _owners(domain: Domain) -> _Owners:
     found: _Owners | None = domain.local.get("owners")
     if found is None:
+        me = weakref.ref(domain)
+
+        def look_for_cycles(kind: int, value: int) -> None:
+            here = me()
+            if here is not None:
+                _look(here, kind)
+
+        # Once a domain: after a fork the owners begin anew, and the hook stays. Before the owners, so that no owner waits without it.
+        domain.tick_hooks.ensure("cycles", look_for_cycles)
         found = domain.local.setdefault("owners", _Owners())
-        if not domain.tick_hooks:  # once a domain: what is local to a process begins anew after a fork, the hook stays
-            me = weakref.ref(domain)
-
-            def look_for_cycles(kind: int, value: int) -> None:
-                here = me()
-                if here is not None:
-                    _look(here, kind)
-
-            domain.tick_hooks.append(look_for_cycles)
     return found
 
 
