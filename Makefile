@@ -50,6 +50,8 @@ lint: $(DEV)
 	$(PY) -m ruff format --check .
 	$(PY) tools/check_layers.py
 	$(VENV)/bin/clang-format --dry-run --Werror $(NATIVE)
+	$(PY) -m tools.citations
+	$(PY) -m tools.links
 
 types: $(DEV)
 	$(PY) -m mypy

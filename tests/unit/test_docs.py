@@ -1,0 +1,68 @@
+"""Citations of the semantics and links between pages are checked, and the checks find what is wrong."""
+
+from pathlib import Path
+
+import pytest
+
+from tools import citations, links
+
+PAGE = '<a id="2"></a>\n\n# 2. dma-buf\n\n<a id="2.1"></a>\n\n## 2.1 dma_buf_export(exp_info)\n\n<a id="2.13a"></a>\n\n## 2.13a Matrix\n'
+
+
+def faults(root: Path, page: str, source: str) -> list[str]:
+    """What the check of citations says about one page of the semantics and one module."""
+    (root / "docs" / "semantics").mkdir(parents=True)
+    (root / "docs" / "semantics" / "2.md").write_text(page)
+    (root / "src").mkdir()
+    (root / "src" / "module.py").write_text(source)
+    return [fault.text for fault in citations.check(root)]
+
+
+@pytest.mark.parametrize(
+    "cited", ["semantics 2.1", "spec 2.1, 2.13a", "semantics 2.1–2.13a", "Semantics 2 and 2.1", "semantics\n2.1, step 6"]
+)
+def test_citation_of_section_that_exists_is_no_fault(tmp_path: Path, cited: str) -> None:
+    assert faults(tmp_path, PAGE, cited) == []
+
+
+@pytest.mark.parametrize(
+    ("cited", "number"),
+    [("semantics 2.2", "2.2"), ("spec 2.1, 2.3", "2.3"), ("semantics 2.1-2.4", "2.4"), ("semantics 2.13", "2.13"), ("appendix A.1", "A.1")],
+)
+def test_citation_of_missing_section_is_fault(tmp_path: Path, cited: str, number: str) -> None:
+    (fault,) = faults(tmp_path, PAGE, cited)
+    assert fault.startswith(f"semantics {number}: ")
+
+
+def test_section_without_anchor_is_fault(tmp_path: Path) -> None:
+    (fault,) = faults(tmp_path, PAGE + "\n## 2.14 dma_buf_move_notify\n", "")
+    assert 'needs <a id="2.14">' in fault
+
+
+def test_citations_in_this_repository_name_sections() -> None:
+    assert citations.check() == []
+
+
+def test_command_prints_where_section_is(capsys: pytest.CaptureFixture[str]) -> None:
+    assert citations.main(["2.13"]) == 0
+    assert capsys.readouterr().out == "docs/semantics/2-dma-buf.md#2.13\n"
+    assert citations.main(["2.99"]) == 1
+
+
+@pytest.mark.parametrize("link", ["other.md", "other.md#a-b-c", "#own-heading", "other.md#2.1", "https://example.org", "."])
+def test_link_that_leads_somewhere_is_no_fault(tmp_path: Path, link: str) -> None:
+    (tmp_path / "other.md").write_text('# A `b`: c\n\n<a id="2.1"></a>\n')
+    (tmp_path / "page.md").write_text(f"# Own heading\n\n[text]({link})\n")
+    assert links.check(tmp_path) == []
+
+
+@pytest.mark.parametrize("link", ["gone.md", "other.md#d", "#c"])
+def test_link_that_leads_nowhere_is_fault(tmp_path: Path, link: str) -> None:
+    (tmp_path / "other.md").write_text("# A `b`: c\n")
+    (tmp_path / "page.md").write_text(f"# Own heading\n\n```sh\n[[ x ]](not a link)\n```\n\n[text]({link})\n")
+    (fault,) = links.check(tmp_path)
+    assert (fault.path, fault.line) == ("page.md", 7)
+
+
+def test_links_in_this_repository_lead_somewhere() -> None:
+    assert links.check() == []
