@@ -31,7 +31,7 @@ static inline void bytes_follow(void) { atomic_thread_fence(memory_order_release
 static inline void bytes_read(void) { atomic_thread_fence(memory_order_acquire); } /* no load below is done before one above */
 
 #define DB_MAGIC       "DMABUFDM"
-#define DB_VERSION     2u
+#define DB_VERSION     3u
 #define DB_PAGE        4096u
 #define DB_CHUNK       32768u
 #define DB_MAX_CHUNKS  16384u /* 512 MiB of chunks */

@@ -118,7 +118,7 @@ def test_out_of_descriptors_export_leaves_nothing(static: Static) -> None:
 def test_the_size_is_taken_as_it_is(static: Static, size: int) -> None:
     with dmabuf.export(static, size) as buf:
         assert (buf.size, buf.lseek(0, os.SEEK_END), os.fstat(buf.fileno()).st_size) == (size, size, size)
-        assert buf.home == "live"
+        assert buf.home == "exported"
 
 
 def test_the_tail_of_a_part_of_a_page_cannot_be_mapped(static: Static) -> None:

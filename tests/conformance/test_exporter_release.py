@@ -55,7 +55,7 @@ def test_a_bare_descriptor_keeps_it(static: Static, how: str) -> None:
     buf.close()
     assert static.calls == []
     with dmabuf.get(fd) as again:
-        assert again.home == "live"
+        assert again.home == "exported"
         assert again.begin_cpu_access(FROM) is None
     assert static.count("release") == 0
     os.close(fd)
@@ -107,7 +107,7 @@ def test_another_process_keeps_it_and_uses_its_exporter(static: Static, child: S
     fence = tl.fence()
     add(buf.resv, fence, Usage.WRITE)
     other = handed(child(hold), buf)
-    assert other.recv() == (buf.ino, "cam", "drivers", "live", SIZE)
+    assert other.recv() == (buf.ino, "cam", "drivers", "exported", SIZE)
     assert other.recv() == (1, 0)
     assert static.whole[0] == 7
     buf.close()

@@ -111,7 +111,7 @@ class DmaBuf(Handle):
 
     @property
     def home(self) -> str:
-        """Where the memory lives: ``"memfd"`` for plain memory of ours, ``"live"`` for an exporter's; a real dma-buf's names its maker."""
+        """Where the memory lives: ``"memfd"`` for plain memory of ours, ``"exported"`` for an exporter's; a real dma-buf's names its maker."""
         self._check("home")
         return os.fsdecode(self._record.home)
 

@@ -31,7 +31,7 @@ from dmabuf.domain import sync_files
 from dmabuf.errors import DmaBufError, fail, needing_descriptors
 
 FILE = f"domain-{_native.VERSION}"
-SOCKET = "live-"  # and the life's id, 8 hexadecimal digits: where that process answers requests
+SOCKET = "server-"  # and the life's id, 8 hexadecimal digits: where that process answers requests
 OFD_GETLK, OFD_SETLK, OFD_SETLKW = 36, 37, 38  # fcntl(2); Python 3.11 has no names for them
 LIFE_BYTE = 1 << 40  # byte of the first life's lock, far behind any data
 DOOR_BYTE = 1 << 41

@@ -1,7 +1,7 @@
 """Answering requests of other processes of a domain (design: across processes).
 
 A process that has something to serve (:func:`serve`: its first exported buffer, or whatever else registers) listens on a socket of its
-own until it leaves the domain, in a thread that sleeps without a bound. In a directory's domain the socket is ``live-<life>`` beside the
+own until it leaves the domain, in a thread that sleeps without a bound. In a directory's domain the socket is ``server-<life>`` beside the
 domain file, bound and connected through the directory's descriptor; in a private domain it has an abstract name. Both ends look at the
 other's effective user (SO_PEERCRED) and refuse another's.
 

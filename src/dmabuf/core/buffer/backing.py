@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from dmabuf.core.attach.attachment import DmaBufAttachment
     from dmabuf.core.dma_buf import DmaBuf
 
-LIVE = b"live"
+EXPORTED = b"exported"
 OPS = ("attach", "detach", "pin", "unpin", "map", "unmap", "release", "begin_cpu_access", "end_cpu_access", "mmap", "vmap", "vunmap")
 _MANDATORY = {"map", "unmap", "release"}
 _F_ADD_SEALS = 1033  # linux/fcntl.h
@@ -505,7 +505,7 @@ def make(
             raise
         raise fail(e.errno or errno.EIO, "export", f"{size} bytes", "close buffers or raise RLIMIT_NOFILE") from None
     try:
-        buf = from_fd(fd, domain, exp_name=exp_name, home=LIVE, name=raw)
+        buf = from_fd(fd, domain, exp_name=exp_name, home=EXPORTED, name=raw)
     except BaseException:
         os.close(private)
         raise
