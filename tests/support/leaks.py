@@ -30,6 +30,10 @@ from tests.support.waiting import until, until_others_sleep
 SHM = Path("/dev/shm")
 # A test run's own directory; those of other runs on this machine come and go.
 DIRECTORY_PREFIX = "dmabuf-test-"
+# The thread that pytest-timeout starts for each test.
+_WATCHDOG = "pytest_timeout "
+# Tests between two times when what exists is hidden from the collector.
+_FREEZE_EVERY = 32
 # Looks after a test before what is there counts as left, each with all threads at rest.
 _LOOKS = 20
 # For a thread that never comes to rest, in ns: somebody left it running. All the looks are over before the watchdog bites.
@@ -123,7 +127,7 @@ class Holdings:
             descriptors=dict(_descriptors()),
             mappings=Counter(_shared_mappings()),
             children={pid: _command(pid) for pid in _children()},
-            threads=frozenset(f"{t.name} ({t.ident})" for t in threading.enumerate() if not t.daemon),
+            threads=frozenset(f"{t.name} ({t.ident})" for t in threading.enumerate() if not (t.daemon or t.name.startswith(_WATCHDOG))),
             files=frozenset(map(str, domain.rglob("*"))),
             domain_size=sum(map(_size, domain.iterdir())),
             named=os.environ.get("DMABUF_DOMAIN"),
@@ -155,30 +159,50 @@ class Holdings:
 
 
 class LeakCheck:
-    """The looks around each test of a run. ``domain``: the directory of the run's domain."""
+    """The looks around each test of a run. ``domain``: the directory of the run's domain.
+
+    The last look after a test is the first look of the next test, unless `forget` is called in between.
+    """
 
     def __init__(self, domain: Path) -> None:
         self._domain = domain
         self._standing = dict(_descriptors())
-        self._before: Holdings
+        self._before: Holdings | None = None
+        self._tests = 0
 
     def begin(self) -> None:
         """A test is about to start."""
-        settle()
-        self._before = Holdings.now(self._domain)
+        if self._before is None:
+            settle()
+            self._before = Holdings.now(self._domain)
 
     def end(self) -> list[str]:
-        """It is over: what it left, a line each."""
+        """The test is over. Return what it left, a line each."""
+        before, self._before = self._before, None
+        assert before is not None, "begin() comes first"
         lost: list[str] = []
         for _ in range(_LOOKS):
             settle()
             after = Holdings.now(self._domain)
-            lost = self._before.lost(after, self._domain, self._standing)
+            lost = before.lost(after, self._domain, self._standing)
             if not lost:
-                self._standing = after.descriptors
+                self._standing = dict(before.descriptors.items() & after.descriptors.items())
+                self._before = after
                 break
             rest()
+        self._freeze()
         return lost
+
+    def forget(self) -> None:
+        """Something other than a test has changed, or is about to change, what this process holds."""
+        self._before = None
+
+    def _freeze(self) -> None:
+        # pytest keeps the item and the reports of every test, and each collection visits all of them: after thousands of tests the
+        # collections took most of the run. None of it is garbage, because settle() has just collected that.
+        self._tests += 1
+        if self._tests % _FREEZE_EVERY == 0:
+            gc.freeze()
 
 
 def _descriptors() -> Iterator[tuple[int, str]]:

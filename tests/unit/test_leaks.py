@@ -1,5 +1,6 @@
 """The leak check names what is left, and says nothing when nothing is."""
 
+import gc
 import mmap
 import os
 import signal
@@ -138,6 +139,29 @@ def test_what_took_the_number_of_a_momentary_descriptor_is_left(tmp_path: Path) 
     os.close(left)
     assert check.end() == [f"fd {fd}: left open: /memfd:left (deleted)"]
     os.close(fd)
+
+
+@pytest.mark.parametrize("forgotten", [False, True])
+def test_last_look_is_first_of_the_next_test_unless_forgotten(tmp_path: Path, forgotten: bool) -> None:
+    check = LeakCheck(tmp_path)
+    check.begin()
+    assert check.end() == []
+    fd = os.open("/dev/null", os.O_RDONLY)
+    if forgotten:
+        check.forget()
+    check.begin()
+    assert check.end() == ([] if forgotten else [f"fd {fd}: left open: /dev/null"])
+    os.close(fd)
+
+
+def test_what_exists_is_hidden_from_the_collector_after_32_tests(tmp_path: Path) -> None:
+    check = LeakCheck(tmp_path)
+    before = gc.get_freeze_count()
+    kept = [[object()] for _ in range(1000)]
+    for _ in range(32):
+        check.begin()
+        assert check.end() == []
+    assert gc.get_freeze_count() >= before + len(kept)
 
 
 def test_a_mapping_of_a_domain_that_grew_is_no_leak(tmp_path: Path) -> None:
