@@ -8,18 +8,18 @@ import pytest
 
 from dmabuf import DmaBuf, Domain, SpillHeap
 from dmabuf.core.buffer.backing import exports_of
-from dmabuf.heap.spill_moves import Spilled
+from dmabuf.heap.spill_buffer import SpillBuffer
 from tests.support.spilling import ROOM, SIZE, fill
 from tests.support.waiting import until
 
 
 @pytest.fixture
 def heap(tmp_path: Path) -> Iterator[SpillHeap]:
-    with SpillHeap(budget=ROOM * SIZE, directory=tmp_path, patience=60) as made:
+    with SpillHeap(budget=ROOM * SIZE, directory=tmp_path, memory_timeout=60) as made:
         yield made
     gc.collect()  # a traceback's frames may still have a mapping
     # The last holder may have been another process, or a thread of ours releases what the collector found.
-    until(lambda: not any(isinstance(found.exporter, Spilled) for found in list(exports_of(Domain.default()).live.values())))
+    until(lambda: not any(isinstance(found.exporter, SpillBuffer) for found in list(exports_of(Domain.default()).live.values())))
 
 
 @pytest.fixture

@@ -179,10 +179,10 @@ def test_a_budget_that_is_no_int_is_a_typeerror_that_says_so(tmp_path: Path, bud
         SpillHeap(budget=budget, directory=tmp_path)
 
 
-@pytest.mark.parametrize("patience", [-1, -0.001, float("inf"), float("nan")])
-def test_a_patience_that_is_none_is_einval(tmp_path: Path, patience: float) -> None:
+@pytest.mark.parametrize("memory_timeout", [-1, -0.001, float("inf"), float("nan")])
+def test_bad_memory_timeout_is_einval(tmp_path: Path, memory_timeout: float) -> None:
     with raises_errno(errno.EINVAL):
-        SpillHeap(budget=PAGE, directory=tmp_path, patience=patience)
+        SpillHeap(budget=PAGE, directory=tmp_path, memory_timeout=memory_timeout)
 
 
 def test_a_directory_that_is_not_there_is_enoent(tmp_path: Path) -> None:

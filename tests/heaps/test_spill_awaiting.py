@@ -85,14 +85,14 @@ def test_a_task_that_is_cancelled_meanwhile_leaves_nothing(heap: SpillHeap, bufs
 def test_memory_held_by_the_tasks_own_accesses_is_enomem_at_once(heap: SpillHeap, bufs: list[DmaBuf], framework: str) -> None:
     async def main() -> None:
         async with dmabuf.access(read=bufs[:ROOM]):
-            with raises_errno(errno.ENOMEM):  # and not after the heap's patience
+            with raises_errno(errno.ENOMEM):  # and not after the heap's memory_timeout
                 async with bufs[ROOM].write():
                     pass
         with raises_errno(errno.ENOMEM):
             async with dmabuf.access(read=bufs[: ROOM + 1]):
                 pass
 
-    heap._residents.patience = 10_000
+    heap._resident_set.memory_timeout = 10_000
     run(framework, main)
     assert all(buf.resv.test_signaled(Usage.BOOKKEEP) for buf in bufs)
     assert heap.statistics().pinned == 0

@@ -47,7 +47,7 @@ def state(heap: SpillHeap, bufs: list[DmaBuf]) -> Any:
         (spill_moves, "Mapping", errno.ENOMEM, errno.ENOMEM),
         (residence, "take_out", errno.ENOLCK, errno.ENOLCK),
         (spill_moves, "_duplicate", errno.EMFILE, errno.EMFILE),
-        (spill.Residents, "_timeline", errno.ENOSPC, errno.ENOSPC),
+        (spill.ResidentSet, "_timeline", errno.ENOSPC, errno.ENOSPC),
     ],
 )
 def test_a_move_out_that_fails_leaves_all_as_it_was(

@@ -100,7 +100,7 @@ def test_what_an_importer_cannot_stop_at_once_is_waited_for(heap: SpillHeap, buf
     line.close()
 
 
-def test_an_importer_that_never_stops_costs_patience_and_another_goes(tmp_path: Path) -> None:
+def test_an_importer_that_never_stops_costs_memory_timeout_and_another_goes(tmp_path: Path) -> None:
     line = Timeline("npu0")
     fences = []
 
@@ -110,7 +110,7 @@ def test_an_importer_that_never_stops_costs_patience_and_another_goes(tmp_path: 
             fences.append(line.fence())
             attachment.dmabuf.resv.add(fences[-1], Usage.READ)
 
-    with SpillHeap(budget=2 * SIZE, directory=tmp_path, patience=0.01) as heap:
+    with SpillHeap(budget=2 * SIZE, directory=tmp_path, memory_timeout=0.01) as heap:
         a, b, c = (heap.allocate(SIZE) for _ in range(3))
         att = a.attach(Device("npu0"), Hangs())
         use([a, b, c])

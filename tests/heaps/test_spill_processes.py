@@ -272,7 +272,7 @@ def gets(parent: Parent) -> int:
 
 
 def test_no_room_is_enomem_in_another_process_too(heap: SpillHeap, bufs: list[DmaBuf], child: Spawn) -> None:
-    heap._residents.patience = 0.05
+    heap._resident_set.memory_timeout = 0.05
     mappings = [buf.mmap() for buf in bufs[:ROOM]]
     other = child(gets)
     give(other, bufs[ROOM : ROOM + 1])
@@ -298,7 +298,7 @@ def test_a_forked_child_uses_its_parents_buffers(heap: SpillHeap, bufs: list[Dma
 
 def exports(parent: Parent, directory: str) -> None:
     """Two buffers in memory and one away; then wait for orders: ("hold", step, nth), after which it uses the one that is away."""
-    heap = SpillHeap(budget=2 * SIZE, directory=directory, patience=60)
+    heap = SpillHeap(budget=2 * SIZE, directory=directory, memory_timeout=60)
     bufs = [heap.allocate(SIZE) for _ in range(3)]
     for i in (2, 0, 1):
         fill(bufs[i], i)
@@ -370,7 +370,7 @@ def test_an_exporter_killed_in_a_move_leaves_content_or_enodev_and_never_zeros(c
 
 def churns(parent: Parent, directory: str, nth: int) -> None:
     """Buffers that come and go until this process dies at its nth step of any kind."""
-    with SpillHeap(budget=2 * SIZE, directory=directory, patience=60) as heap:
+    with SpillHeap(budget=2 * SIZE, directory=directory, memory_timeout=60) as heap:
         bufs = [heap.allocate(SIZE) for _ in range(6)]
         for i, buf in enumerate(bufs):
             fill(buf, i)

@@ -165,8 +165,8 @@ def test_a_brackets_end_without_a_begin_is_nothing(heap: SpillHeap, bufs: list[D
 # -- memory that isn't there
 
 
-def test_everything_pinned_is_enomem_after_patience_and_says_so(heap: SpillHeap, bufs: list[DmaBuf]) -> None:
-    heap._residents.patience = 0.05
+def test_everything_pinned_is_enomem_after_memory_timeout_and_says_so(heap: SpillHeap, bufs: list[DmaBuf]) -> None:
+    heap._resident_set.memory_timeout = 0.05
     mappings = [buf.mmap() for buf in bufs[:ROOM]]
     with raises_errno(errno.ENOMEM) as caught, bufs[ROOM].read():
         pass
@@ -213,8 +213,8 @@ def test_memory_in_use_by_others_is_waited_for(heap: SpillHeap, bufs: list[DmaBu
         mapping.close()
 
 
-def test_without_patience_memory_in_use_is_enomem(tmp_path: Path) -> None:
-    with SpillHeap(budget=SIZE, directory=tmp_path, patience=0) as heap, heap.allocate(SIZE) as a, heap.allocate(SIZE) as b:
+def test_without_memory_timeout_memory_in_use_is_enomem(tmp_path: Path) -> None:
+    with SpillHeap(budget=SIZE, directory=tmp_path, memory_timeout=0) as heap, heap.allocate(SIZE) as a, heap.allocate(SIZE) as b:
         with a_fence(a):
             use([a])
             with raises_errno(errno.ENOMEM), b.read():
@@ -226,7 +226,7 @@ def test_without_patience_memory_in_use_is_enomem(tmp_path: Path) -> None:
 
 def test_who_holds_one_and_wants_another_ends_with_enomem_and_not_in_a_circle(tmp_path: Path) -> None:
     """Two threads with one buffer each, room for two, and each wants a third: no order of theirs could end well."""
-    with SpillHeap(budget=2 * SIZE, directory=tmp_path, patience=0.05) as heap:
+    with SpillHeap(budget=2 * SIZE, directory=tmp_path, memory_timeout=0.05) as heap:
         bufs = [heap.allocate(SIZE) for _ in range(4)]
         together = threading.Barrier(2)
 

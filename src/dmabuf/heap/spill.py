@@ -1,22 +1,22 @@
-"""``SpillHeap`` and the heap ``spill``: buffers that together need more than the memory they are given.
+"""``SpillHeap`` and the heap ``spill``: buffers that together need more memory than they are given.
 
-A spill heap has a *budget*: at no moment more of its buffers' bytes than that are in memory. The others are in a file (`spill_file`). A
-buffer is brought back when it is used, by whoever uses it, and another, the one that was used longest ago, goes in its place; its fd, inode
-and size stay. To its users it is a buffer like any other; to the framework a dynamic exporter (`core.contract`), whose memory is the
-buffer's own memfd (`core.residence`).
+A spill heap has a *budget*: at most so many bytes of its buffers are in memory at any moment. The other buffers are in a file
+(`spill_file`). Whoever uses a buffer brings it back, and the buffer that was used longest ago goes out in its place. Its fd, inode and size
+stay. To its users it is a buffer like any other. To the framework it is a dynamic exporter (`core.contract`), whose memory is the buffer's
+own memfd (`core.buffer.residence`).
 
-*What stays.* In memory, and not chosen: a buffer inside of an access (``read``, ``write``, ``begin_cpu_access`` until ``end_cpu_access``);
-one with a pending fence; one that is *pinned*: by a bare mapping until nobody maps it, by a vmap, by a device that is attached without an
-importer or has mapped it with one (with ``MOVE_NOTIFY`` only ``pin`` does), by ``pin``.
+*What stays in memory.* A buffer inside of an access (``read``, ``write``, ``begin_cpu_access`` until ``end_cpu_access``); a buffer with a
+pending fence; a *pinned* buffer. These pin: a bare mapping until no process maps it, a vmap, a device that is attached without an importer,
+a mapping made through an importer (with ``MOVE_NOTIFY`` only ``pin`` does), and ``pin``.
 
-*Room.* Who needs memory moves others out until there is enough. What others keep (accesses, fences, mappings, devices) is waited for,
-``patience`` seconds at most, then ENOMEM; at once if the caller's own accesses keep it all, because waiting can't help. So memory is never
-waited for without an end: who holds one buffer and wants another can't block others for ever, and there is no circle for EDEADLK to find. A
-timeout given to ``read`` or ``write`` ends the wait for fences, not that for memory.
+*Room.* A caller that needs memory moves other buffers out until there is enough. It waits for buffers in use (accesses, fences, mappings,
+devices) ``memory_timeout`` seconds at most, and then gets ENOMEM; at once if only the caller's own accesses keep them, because waiting
+can't help. Every wait for memory is therefore bounded: processes that each use one buffer and want another don't block each other for ever,
+and no cycle is left for EDEADLK to find. The timeout of ``read`` or ``write`` bounds the wait for fences, not the wait for memory.
 
-A buffer that nobody changed since it came in is dropped without being written; one that was never used takes no memory and no disk traffic.
+A buffer that has not changed since it came in goes out without being written. One that was never used takes no memory and no disk traffic.
 
-In a forked child a heap of its parent allocates nothing (EPERM); the heap ``spill`` begins anew there.
+In a forked child a heap of the parent allocates nothing (EPERM); the heap ``spill`` starts again there.
 """
 
 from __future__ import annotations
@@ -36,11 +36,12 @@ from dmabuf.errors import fail
 from dmabuf.heap import budget
 from dmabuf.heap.budget import whole
 from dmabuf.heap.memfd import asked
+from dmabuf.heap.spill_buffer import Residency, SpillBuffer
 from dmabuf.heap.spill_file import SpillFile, default_directory
-from dmabuf.heap.spill_moves import Place, Residents, Spilled
+from dmabuf.heap.spill_moves import ResidentSet
 
 NAME: Final = "spill"
-PATIENCE: Final = 2.0  #: seconds that memory in use is waited for
+MEMORY_TIMEOUT: Final = 2.0  #: seconds that memory in use is waited for
 SHARE: Final = 4  #: without DMABUF_SPILL_BUDGET: this part of the memory that the machine's limits leave
 
 
@@ -68,20 +69,29 @@ class SpillHeap:
 
     ``budget``: bytes in memory at most, rounded down to pages; None for ``$DMABUF_SPILL_BUDGET`` (``512M``, ``2G``), else a quarter of what
     the machine's and the cgroup's limits leave now. ``directory``: where the file is made, None for `spill_file.default_directory`.
-    ``patience``: seconds that memory in use is waited for.
+    ``memory_timeout``: seconds that memory in use is waited for.
 
-    Errors: EINVAL a budget below a page, or a patience below 0; ENODEV no directory; what making a file there answers (ENOENT, EACCES, …).
+    Errors: EINVAL a budget below a page, a negative or infinite memory_timeout; ENODEV no directory; those of making a file there (ENOENT,
+    EACCES, …).
     """
 
-    def __init__(self, *, budget: int | None = None, directory: str | os.PathLike[str] | None = None, patience: float = PATIENCE) -> None:
+    def __init__(
+        self, *, budget: int | None = None, directory: str | os.PathLike[str] | None = None, memory_timeout: float = MEMORY_TIMEOUT
+    ) -> None:
         given = default_budget() if budget is None else whole(budget, "SpillHeap: budget")
         if given < PAGE:
             raise fail(errno.EINVAL, "spill", f"a budget of {given} bytes", f"give it at least a page ({PAGE} bytes)")
-        if not 0 <= patience < float("inf"):
-            raise fail(errno.EINVAL, "spill", f"a patience of {patience} s", "0 or more seconds; memory is not waited for without an end")
-        self.budget, self.patience = given // PAGE * PAGE, patience
+        if not 0 <= memory_timeout < float("inf"):
+            raise fail(
+                errno.EINVAL,
+                "spill",
+                f"memory_timeout={memory_timeout}",
+                "pass 0 or more seconds; every wait for memory is bounded",
+                what="not a number of seconds",
+            )
+        self.budget, self.memory_timeout = given // PAGE * PAGE, memory_timeout
         self._file = SpillFile(default_directory() if directory is None else directory)
-        self._residents = Residents(self.budget, patience, self._file)
+        self._resident_set = ResidentSet(self.budget, memory_timeout, self._file)
         self._pid = os.getpid()
         _HEAPS.add(self)
 
@@ -96,7 +106,7 @@ class SpillHeap:
     @property
     def closed(self) -> bool:
         """Was ``close()`` called?"""
-        return self._residents.closed
+        return self._resident_set.closed
 
     def allocate(self, size: int, *, name: str | bytes | None = None, domain: Domain | None = None) -> DmaBuf:
         """A new zeroed buffer of ``size`` bytes, rounded up to pages, which takes memory from its first use on.
@@ -127,39 +137,39 @@ class SpillHeap:
             remedy = "free space there, or name another directory (DMABUF_SPILL_DIRECTORY)"
             what = f"no room in the spill file in {self.directory}: {os.strerror(e.errno or errno.EIO)}"
             raise fail(e.errno or errno.EIO, "allocate", f"{size} bytes", remedy, what=what) from None
-        made = Spilled(self._residents, size, at)
-        self._residents.add(made)
+        made = SpillBuffer(self._resident_set, size, at)
+        self._resident_set.add(made)
         try:
             buf = make(made, checked_ops(made, False), size, NAME.encode(), None, os.O_RDWR, False, None, raw, domain, made.prepare)
             made.ino, made.resv = buf.ino, buf.resv
         except BaseException:
-            self._residents.released(made)
+            self._resident_set.released(made)
             raise
         return buf
 
     def statistics(self) -> SpillStatistics:
         """A snapshot for programs."""
-        among = self._residents
-        with among.changed:
-            total, within = (sum(b.size for b in some) for some in (among.buffers, among.order))
-            pinned = sum(b.size for b in among.order if b.place is Place.HERE and (b.uses or among.pinned(b)))
+        residents = self._resident_set
+        with residents.changed:
+            total, within = (sum(b.size for b in some) for some in (residents.buffers, residents.order))
+            pinned = sum(b.size for b in residents.order if b.residency is Residency.IN_MEMORY and (b.uses or residents.pinned(b)))
             return SpillStatistics(
                 self.budget,
-                len(among.buffers),
-                among.resident,
+                len(residents.buffers),
+                residents.resident,
                 total - within,
                 pinned,
-                among.moves_out,
-                among.moves_in,
-                among.written,
-                among.read,
+                residents.moves_out,
+                residents.moves_in,
+                residents.written,
+                residents.read,
             )
 
     def close(self) -> None:
         """Allocate nothing from now on. The buffers live on, and the file with them. Again, or in a forked child: nothing."""
         if os.getpid() != self._pid:
             return
-        self._residents.close()
+        self._resident_set.close()
 
     def __enter__(self) -> SpillHeap:
         return self
@@ -168,7 +178,7 @@ class SpillHeap:
         self.close()
 
     def _forked(self) -> None:
-        self._residents.forked()
+        self._resident_set.forked()
 
 
 _HEAPS: weakref.WeakSet[SpillHeap] = weakref.WeakSet()

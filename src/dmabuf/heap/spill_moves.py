@@ -19,7 +19,7 @@ ls``), give up in time, or be interrupted. *A move in* needs no lock and no fenc
 the budget), ``spill_reserved`` (pages in the memfd, or ENOMEM), ``spill_read``, ``spill_here``. The file is never synced: it is no
 persistence, and a death of the machine takes all with it.
 
-A move is made in a thread where no signal handler raises (`aside`); who waits for it may be interrupted, and the move is completed.
+A move is made in a thread where no signal handler raises (`shielded`); who waits for it may be interrupted, and the move is completed.
 
 *Who may call what.* Any thread; the ops of an exporter come with the buffer's reservation lock or without it, as `core.contract` says. The
 lock in here is short, is never held while a reservation lock is waited for, a file is copied or a callback runs, and may be taken inside of
@@ -35,152 +35,38 @@ import threading
 import time
 import weakref
 from collections import OrderedDict
-from enum import Enum
-from typing import TYPE_CHECKING, Final
 
 from dmabuf import _native
 from dmabuf._native import Mapping
 from dmabuf.core.attach import attachment
-from dmabuf.core.base.usage import Direction, Usage
+from dmabuf.core.attach.attachment import DmaBufAttachment
+from dmabuf.core.base.usage import Usage
 from dmabuf.core.buffer import residence
-from dmabuf.core.contract import Exporter
-from dmabuf.core.dma_buf import DmaBuf
+from dmabuf.core.buffer.backing import Exported
 from dmabuf.core.fence.timeline import Timeline
-from dmabuf.core.memory.iosys_map import IosysMap
-from dmabuf.core.memory.scatterlist import SgTable
 from dmabuf.core.task.owner import current
 from dmabuf.domain.domain import TICK_NS, Domain
 from dmabuf.errors import DmaBufError, fail
 from dmabuf.heap import budget
-from dmabuf.heap.aside import aside
+from dmabuf.heap.shielded import run_shielded
+from dmabuf.heap.spill_buffer import Residency, SpillBuffer
 from dmabuf.heap.spill_file import SpillFile, reserve, slices
 
-if TYPE_CHECKING:
-    from dmabuf.core.attach.attachment import DmaBufAttachment
-    from dmabuf.core.buffer.backing import Exported
-    from dmabuf.core.resv.resv import DmaResv
 
-_CPU_READS: Final = (Direction.FROM_DEVICE, Direction.NONE)
-
-
-class Place(Enum):
-    """Where a buffer's content is."""
-
-    HERE = "in memory"
-    LEAVING = "on its way out"
-    AWAY = "not in memory"
-    COMING = "on its way in"
-
-
-class Spilled(Exporter):
-    """One buffer of a heap, as its exporter. All fields are under the lock of :class:`Residents`."""
-
-    __slots__ = (
-        "__weakref__",
-        "among",
-        "at",
-        "dirty",
-        "gone",
-        "ino",
-        "mover",
-        "pins",
-        "place",
-        "private",
-        "resv",
-        "size",
-        "stored",
-        "tables",
-        "telling",
-        "uses",
-        "vmapped",
-    )
-
-    resv: DmaResv
-
-    def __init__(self, among: Residents, size: int, at: int) -> None:
-        self.among, self.size, self.at = among, size, at
-        self.private = -1  # the exporter's own description of the memfd, the framework's to close
-        self.ino = 0
-        self.place = Place.AWAY
-        self.mover = 0  # the thread that moves it
-        self.stored = False  # the file has its content; without, it is zeros
-        self.dirty = False  # memory may differ from that
-        self.gone = False  # released
-        self.telling = False  # importers are being told of a move, with the lock held
-        self.uses = self.pins = 0
-        self.tables: dict[int, tuple[SgTable, DmaBufAttachment, Direction]] = {}
-        self.vmapped: Mapping | None = None
-
-    def __repr__(self) -> str:
-        return f"<spill buffer ino {self.ino} {self.size} bytes {self.place.value}>"
-
-    def prepare(self, private: int) -> None:
-        """The memfd is made: nobody may map it before there is memory."""
-        self.private = private
-        residence.take_out(private)
-
-    def begin_cpu_access(self, buf: DmaBuf, direction: Direction) -> None:
-        self.among.enter(self, write=direction not in _CPU_READS)
-
-    def end_cpu_access(self, buf: DmaBuf, direction: Direction) -> None:
-        self.among.leave(self)
-
-    def attach(self, attachment: DmaBufAttachment) -> None:
-        attachment.priv = attachment.dmabuf._any_window()
-
-    def pin(self, attachment: DmaBufAttachment) -> None:
-        self.among.enter(self, write=False, pin=True, locked=True)
-
-    def unpin(self, attachment: DmaBufAttachment) -> None:
-        self.among.leave(self, pin=True)
-
-    def map(self, attachment: DmaBufAttachment, direction: Direction) -> SgTable:
-        self.among.enter(self, write=direction != Direction.TO_DEVICE, locked=True)
-        try:
-            memory: Mapping = attachment.priv
-            sgt = SgTable.from_ranges([(0, self.size)], max_segment=attachment.dev.max_segment, memory=memory)
-            attachment.dev.map_sgtable(sgt, direction)
-            with self.among.lock:
-                self.tables[id(sgt)] = sgt, attachment, direction
-            return sgt
-        finally:
-            self.among.leave(self)
-
-    def unmap(self, attachment: DmaBufAttachment, sgt: SgTable, direction: Direction) -> None:
-        with self.among.lock:
-            if id(sgt) in self.tables:  # else a move revoked it
-                attachment.dev.unmap_sgtable(sgt, direction)
-                del self.tables[id(sgt)]
-
-    def vmap(self, buf: DmaBuf) -> IosysMap:
-        self.among.enter(self, write=True, locked=True)
-        try:
-            self.vmapped = residence.mapping(buf.fileno(), "vmap", buf, 0, self.size, residence.may_write(buf.fileno()))
-        finally:
-            self.among.leave(self)
-        return IosysMap.init_vaddr(memoryview(self.vmapped))
-
-    def vunmap(self, buf: DmaBuf, map: IosysMap) -> None:
-        self.vmapped = None  # it goes with the last view of it, and the memory stays until then
-
-    def release(self, buf: DmaBuf) -> None:
-        self.among.released(self)
-
-
-class Residents:
+class ResidentSet:
     """The buffers of one heap, and which of them are in memory: at most ``budget`` bytes. Its fields are read with ``changed`` held."""
 
-    def __init__(self, budget: int, patience: float, file: SpillFile) -> None:
-        self.budget, self.patience, self.file = budget, patience, file
+    def __init__(self, budget: int, memory_timeout: float, file: SpillFile) -> None:
+        self.budget, self.memory_timeout, self.file = budget, memory_timeout, file
         self.lock = threading.RLock()  # a signal handler may use buffers in the middle of us
         self.changed = threading.Condition(self.lock)
-        self.order: OrderedDict[Spilled, None] = OrderedDict()  # those that have bytes of the budget, used longest ago first
-        self.buffers: set[Spilled] = set()
+        self.order: OrderedDict[SpillBuffer, None] = OrderedDict()  # those that have bytes of the budget, used longest ago first
+        self.buffers: set[SpillBuffer] = set()
         self.resident = self.moves_out = self.moves_in = self.written = self.read = 0
-        self._timelines: weakref.WeakKeyDictionary[Domain, Timeline] = weakref.WeakKeyDictionary()
+        self._timelines: weakref.WeakKeyDictionary[Domain, tuple[int, Timeline]] = weakref.WeakKeyDictionary()
         self.closed = False
 
-    def add(self, b: Spilled) -> None:
+    def add(self, b: SpillBuffer) -> None:
         with self.lock:
             self.buffers.add(b)
 
@@ -194,7 +80,7 @@ class Residents:
 
     # ---- who is let in ----
 
-    def enter(self, b: Spilled, *, write: bool, pin: bool = False, locked: bool = False) -> None:
+    def enter(self, b: SpillBuffer, *, write: bool, pin: bool = False, locked: bool = False) -> None:
         """Count a use, or a pin, and have the memory there. ``locked``: its reservation lock is held for this call.
 
         Errors: ENOMEM; those of the file; EDEADLK from inside of a move of it.
@@ -204,9 +90,9 @@ class Residents:
             with self.lock:
                 b.uses += 1  # from here on nobody begins to move it out
                 counted = True
-            if b.place is not Place.HERE:
+            if b.residency is not Residency.IN_MEMORY:
                 owner = current(b.resv.domain).word
-                aside(lambda: self._bring(b, owner, locked))
+                run_shielded(lambda: self._bring(b, owner, locked))
             with self.lock:
                 if b not in self.order:
                     raise _closed(b)
@@ -220,7 +106,7 @@ class Residents:
                     b.uses = b.uses - 1 if b.uses else 0
                     self.changed.notify_all()
 
-    def leave(self, b: Spilled, pin: bool = False) -> None:
+    def leave(self, b: SpillBuffer, pin: bool = False) -> None:
         """Uncount. An end without a begin is no error of the framework's: nothing."""
         with self.lock:
             if pin:
@@ -229,37 +115,37 @@ class Residents:
                 b.uses = max(0, b.uses - 1)
             self.changed.notify_all()
 
-    def _bring(self, b: Spilled, owner: int, locked: bool) -> None:
+    def _bring(self, b: SpillBuffer, owner: int, locked: bool) -> None:
         """For the context ``owner``, whose own accesses are in its own way."""
         while (fd := self._away(b, locked)) is not None:
             self._move_in(b, fd, owner)
 
-    def _away(self, b: Spilled, locked: bool) -> int | None:
+    def _away(self, b: SpillBuffer, locked: bool) -> int | None:
         """Wait until nobody moves it. None: it is here. Else it is the caller's to bring in, by this duplicate of its description."""
         with self.lock:
-            while b.place is not Place.HERE:
+            while b.residency is not Residency.IN_MEMORY:
                 if b.gone:
                     raise _closed(b)
-                if b.place is Place.AWAY:
+                if b.residency is Residency.NOT_IN_MEMORY:
                     fd = _duplicate(b)
-                    b.place, b.mover = Place.COMING, threading.get_ident()
+                    b.residency, b.mover = Residency.MOVING_IN, threading.get_ident()
                     return fd
                 if b.mover == threading.get_ident() or (locked and b.telling):  # the lock is the callback's
                     raise fail(errno.EDEADLK, "access", b, "do it after move_notify has returned", what="this thread is moving the buffer")
                 self.changed.wait()
             return None
 
-    def _settle(self, b: Spilled, place: Place, *, claimed: bool) -> None:
+    def _end_move(self, b: SpillBuffer, residency: Residency, *, claimed: bool) -> None:
         """The end of every move."""
         with self.lock:
-            b.place, b.mover = place, 0
+            b.residency, b.mover = residency, 0
             if not claimed:
                 self._unclaim(b)
             if b.gone:
                 self._forget(b)
             self.changed.notify_all()
 
-    def _unclaim(self, b: Spilled) -> None:
+    def _unclaim(self, b: SpillBuffer) -> None:
         """Give its bytes of the budget back, if it has them. The lock is held."""
         if b in self.order:
             del self.order[b]
@@ -267,7 +153,7 @@ class Residents:
 
     # ---- moving in ----
 
-    def _move_in(self, b: Spilled, fd: int, owner: int) -> None:
+    def _move_in(self, b: SpillBuffer, fd: int, owner: int) -> None:
         """Bring it into memory, having the duplicate of its description, which is closed. Errors: ENOMEM; EIO and the like of the file."""
         here = False
         try:
@@ -299,13 +185,13 @@ class Residents:
                     _native.punch(fd, 0, b.size)
             finally:
                 os.close(fd)
-                self._settle(b, Place.HERE if here else Place.AWAY, claimed=here)
+                self._end_move(b, Residency.IN_MEMORY if here else Residency.NOT_IN_MEMORY, claimed=here)
         _native.step("spill_here")
 
-    def _claim(self, b: Spilled, owner: int) -> None:
+    def _claim(self, b: SpillBuffer, owner: int) -> None:
         """Bytes of the budget for b, moving others out. Errors: see :meth:`enter`."""
         until: float | None = None
-        passed: set[Spilled] = set()  # those whose lock somebody had
+        passed: set[SpillBuffer] = set()  # those whose lock somebody had
         while True:
             with self.lock:
                 if self.resident + b.size <= self.budget:
@@ -315,7 +201,7 @@ class Residents:
                 chosen = self._choose(passed)
                 if chosen is None:
                     now = time.monotonic()
-                    until = now + self.patience if until is None else until
+                    until = now + self.memory_timeout if until is None else until
                     if now >= until or not self._may_end(b, owner):
                         raise self._full(b)
                     # Fences and mappings of others end without telling us: look again at a tick.
@@ -324,10 +210,10 @@ class Residents:
             if chosen is not None and not self._move_out(*chosen):
                 passed.add(chosen[0])
 
-    def _choose(self, passed: set[Spilled]) -> tuple[Spilled, int] | None:
+    def _choose(self, passed: set[SpillBuffer]) -> tuple[SpillBuffer, int] | None:
         """The buffer to move out, marked, with a duplicate of its description. The lock is held."""
         for b in self.order:
-            if b.place is not Place.HERE or b.uses or b.pins or b in passed or not b.resv.test_signaled(Usage.BOOKKEEP):
+            if b.residency is not Residency.IN_MEMORY or b.uses or b.pins or b in passed or not b.resv.test_signaled(Usage.BOOKKEEP):
                 continue
             if residence.take_out(b.private):
                 try:
@@ -335,11 +221,11 @@ class Residents:
                 except BaseException:
                     residence.put_back(b.private)
                     raise
-                b.place, b.mover = Place.LEAVING, threading.get_ident()
+                b.residency, b.mover = Residency.MOVING_OUT, threading.get_ident()
                 return b, fd
         return None
 
-    def pinned(self, b: Spilled) -> bool:
+    def pinned(self, b: SpillBuffer) -> bool:
         """Is it kept by a device or a mapping? The lock is held, and it is here."""
         if b.pins:
             return True
@@ -348,16 +234,16 @@ class Residents:
         residence.put_back(b.private)
         return False
 
-    def _may_end(self, wanting: Spilled, owner: int) -> bool:
+    def _may_end(self, wanting: SpillBuffer, owner: int) -> bool:
         """Is there one that may become free by waiting: not kept by an access of the owner that waits? The lock is held."""
         return any(b is not wanting and not (b.resv.domain is wanting.resv.domain and self._accessed(b, owner)) for b in self.order)
 
-    def _accessed(self, b: Spilled, owner: int) -> bool:
+    def _accessed(self, b: SpillBuffer, owner: int) -> bool:
         fences = (b.resv.domain.shm.fence_info(handle) for handle in b.resv.pending(Usage.BOOKKEEP))
         return any(info is not None and info["owner"] == owner for info in fences)
 
-    def _full(self, wanting: Spilled) -> OSError:
-        pinned = sum(b.size for b in self.order if b.place is Place.HERE and self.pinned(b))
+    def _full(self, wanting: SpillBuffer) -> OSError:
+        pinned = sum(b.size for b in self.order if b.residency is Residency.IN_MEMORY and self.pinned(b))
         return fail(
             errno.ENOMEM,
             "move in",
@@ -368,7 +254,7 @@ class Residents:
 
     # ---- moving out ----
 
-    def _move_out(self, b: Spilled, fd: int) -> bool:
+    def _move_out(self, b: SpillBuffer, fd: int) -> bool:
         """Move what :meth:`_choose` chose; False: somebody is about to use it. Errors: those of the file, and then it stays in memory."""
         fence, away = None, False
         try:
@@ -393,7 +279,7 @@ class Residents:
             finally:
                 b.resv.unlock()
             _native.step("spill_told")
-            until = time.monotonic_ns() + int(self.patience * 1e9)
+            until = time.monotonic_ns() + int(self.memory_timeout * 1e9)
             if not all(b.resv.domain.shm.fence_wait(handle, until, False) for handle in others):
                 return False
             _native.step("spill_waited")
@@ -423,12 +309,12 @@ class Residents:
                     residence.put_back(fd)
             finally:
                 os.close(fd)
-                self._settle(b, Place.AWAY if away else Place.HERE, claimed=not away)
+                self._end_move(b, Residency.NOT_IN_MEMORY if away else Residency.IN_MEMORY, claimed=not away)
                 if fence is not None:
                     fence.signal()
             _native.step("spill_left")
 
-    def _revoke(self, b: Spilled) -> None:
+    def _revoke(self, b: SpillBuffer) -> None:
         """What importers were told of and have not unmapped: their devices must not see zeros for content."""
         told: set[DmaBufAttachment] = set()
         with self.lock:
@@ -441,7 +327,7 @@ class Residents:
             if att.importer is not None:
                 att.importer._revoked(att)
 
-    def _copy(self, b: Spilled, fd: int, *, out: bool) -> None:
+    def _copy(self, b: SpillBuffer, fd: int, *, out: bool) -> None:
         whole = memoryview(Mapping(fd, b.size))
         try:
             for start, end in slices(b.size):
@@ -459,19 +345,20 @@ class Residents:
     def _timeline(self, domain: Domain) -> Timeline:
         with self.lock:
             found = self._timelines.get(domain)
-            if found is None or found._life != domain.shm.life:
-                found = self._timelines[domain] = Timeline("moves", driver="spill", domain=domain)
-            return found
+            life = domain.life
+            if found is None or found[0] != life:
+                found = self._timelines[domain] = life, Timeline("moves", driver="spill", domain=domain)
+            return found[1]
 
     # ---- the end ----
 
-    def released(self, b: Spilled) -> None:
+    def released(self, b: SpillBuffer) -> None:
         with self.lock:
             b.gone = True
-            if b.place in (Place.HERE, Place.AWAY):
+            if b.residency in (Residency.IN_MEMORY, Residency.NOT_IN_MEMORY):
                 self._forget(b)
 
-    def _forget(self, b: Spilled) -> None:
+    def _forget(self, b: SpillBuffer) -> None:
         """The lock is held, and nobody moves it."""
         if b not in self.buffers:
             return
@@ -491,7 +378,7 @@ class Residents:
         self.file.close()
 
 
-def _duplicate(b: Spilled) -> int:
+def _duplicate(b: SpillBuffer) -> int:
     """For the length of a move: a release that comes meanwhile closes the description that the framework has lent us."""
     try:
         return fcntl.fcntl(b.private, fcntl.F_DUPFD_CLOEXEC, 3)
@@ -499,5 +386,5 @@ def _duplicate(b: Spilled) -> int:
         raise fail(e.errno or errno.EIO, "move", b, "close descriptors, or raise RLIMIT_NOFILE") from None
 
 
-def _closed(b: Spilled) -> OSError:
+def _closed(b: SpillBuffer) -> OSError:
     return fail(errno.EBADF, "access", b, "open the buffer again", what="the buffer is closed")

@@ -1,0 +1,140 @@
+"""``SpillBuffer``: one buffer of a spill heap, as its exporter, and where its content is (see `spill_moves` for how that changes)."""
+
+from __future__ import annotations
+
+import threading
+from enum import Enum
+from typing import Final, Protocol
+
+from dmabuf._native import Mapping
+from dmabuf.core.attach.attachment import DmaBufAttachment
+from dmabuf.core.base.usage import Direction
+from dmabuf.core.buffer import residence
+from dmabuf.core.contract import Exporter
+from dmabuf.core.dma_buf import DmaBuf
+from dmabuf.core.memory.iosys_map import IosysMap
+from dmabuf.core.memory.scatterlist import SgTable
+from dmabuf.core.resv.resv import DmaResv
+
+_CPU_READS: Final = (Direction.FROM_DEVICE, Direction.NONE)
+
+
+class Residency(Enum):
+    """Where a buffer's content is."""
+
+    IN_MEMORY = "in memory"
+    MOVING_OUT = "on its way out"
+    NOT_IN_MEMORY = "not in memory"
+    MOVING_IN = "on its way in"
+
+
+class Residents(Protocol):
+    """What a buffer asks of the heap's set of resident buffers (`spill_moves.ResidentSet`)."""
+
+    @property
+    def lock(self) -> threading.RLock:
+        """The lock of all fields of the heap's buffers."""
+
+    def enter(self, b: SpillBuffer, *, write: bool, pin: bool = False, locked: bool = False) -> None:
+        """Count a use, or a pin, and have the buffer in memory."""
+
+    def leave(self, b: SpillBuffer, pin: bool = False) -> None:
+        """Uncount it."""
+
+    def released(self, b: SpillBuffer) -> None:
+        """The framework has released the buffer."""
+
+
+class SpillBuffer(Exporter):
+    """One buffer of a heap, as its exporter. All fields are under the lock of the heap's resident set."""
+
+    __slots__ = (
+        "__weakref__",
+        "at",
+        "dirty",
+        "gone",
+        "ino",
+        "mover",
+        "pins",
+        "private",
+        "residency",
+        "residents",
+        "resv",
+        "size",
+        "stored",
+        "tables",
+        "telling",
+        "uses",
+        "vmapped",
+    )
+
+    resv: DmaResv
+
+    def __init__(self, residents: Residents, size: int, at: int) -> None:
+        self.residents, self.size, self.at = residents, size, at
+        self.private = -1  # the exporter's own description of the memfd, the framework's to close
+        self.ino = 0
+        self.residency = Residency.NOT_IN_MEMORY
+        self.mover = 0  # the thread that moves it
+        self.stored = False  # the file has its content; without, it is zeros
+        self.dirty = False  # memory may differ from that
+        self.gone = False  # released
+        self.telling = False  # importers are being told of a move, with the lock held
+        self.uses = self.pins = 0
+        self.tables: dict[int, tuple[SgTable, DmaBufAttachment, Direction]] = {}
+        self.vmapped: Mapping | None = None
+
+    def __repr__(self) -> str:
+        return f"<spill buffer ino {self.ino} {self.size} bytes {self.residency.value}>"
+
+    def prepare(self, private: int) -> None:
+        """The memfd is made: nobody may map it before there is memory."""
+        self.private = private
+        residence.take_out(private)
+
+    def begin_cpu_access(self, buf: DmaBuf, direction: Direction) -> None:
+        self.residents.enter(self, write=direction not in _CPU_READS)
+
+    def end_cpu_access(self, buf: DmaBuf, direction: Direction) -> None:
+        self.residents.leave(self)
+
+    def attach(self, attachment: DmaBufAttachment) -> None:
+        attachment.priv = attachment.dmabuf._any_window()
+
+    def pin(self, attachment: DmaBufAttachment) -> None:
+        self.residents.enter(self, write=False, pin=True, locked=True)
+
+    def unpin(self, attachment: DmaBufAttachment) -> None:
+        self.residents.leave(self, pin=True)
+
+    def map(self, attachment: DmaBufAttachment, direction: Direction) -> SgTable:
+        self.residents.enter(self, write=direction != Direction.TO_DEVICE, locked=True)
+        try:
+            memory: Mapping = attachment.priv
+            sgt = SgTable.from_ranges([(0, self.size)], max_segment=attachment.dev.max_segment, memory=memory)
+            attachment.dev.map_sgtable(sgt, direction)
+            with self.residents.lock:
+                self.tables[id(sgt)] = sgt, attachment, direction
+            return sgt
+        finally:
+            self.residents.leave(self)
+
+    def unmap(self, attachment: DmaBufAttachment, sgt: SgTable, direction: Direction) -> None:
+        with self.residents.lock:
+            if id(sgt) in self.tables:  # else a move revoked it
+                attachment.dev.unmap_sgtable(sgt, direction)
+                del self.tables[id(sgt)]
+
+    def vmap(self, buf: DmaBuf) -> IosysMap:
+        self.residents.enter(self, write=True, locked=True)
+        try:
+            self.vmapped = residence.mapping(buf.fileno(), "vmap", buf, 0, self.size, residence.may_write(buf.fileno()))
+        finally:
+            self.residents.leave(self)
+        return IosysMap.init_vaddr(memoryview(self.vmapped))
+
+    def vunmap(self, buf: DmaBuf, map: IosysMap) -> None:
+        self.vmapped = None  # it goes with the last view of it, and the memory stays until then
+
+    def release(self, buf: DmaBuf) -> None:
+        self.residents.released(self)
