@@ -16,22 +16,23 @@
 #include "domain/ticker.h"
 #include <sched.h>
 
+#define SPIN_NS     20000ll /* a wait spins this long at most before it sleeps */
+#define SPIN_GIL_NS 1000ll  /* and this long of it without releasing the GIL */
+
 /* 1 pending, 0 signalled; *out is the slot while the handle's generation is the present one, else NULL */
 int fence_pending(Shm *s, uint64_t handle, db_fence **out) {
   db_fence *f = fence_at(s, H_SLOT(handle));
   if (out) *out = NULL;
   if (!f) return 0;
   uint32_t w = atomic_load(&f->word);
-  if ((w & ~((1u << FW_SHIFT) - 1)) != WORD_OF(H_GEN(handle)) || END_GEN(atomic_load(&f->end)) != H_GEN(handle)) return 0;
+  if (FW_GEN(w) != WORD_OF(H_GEN(handle)) || END_GEN(atomic_load(&f->end)) != H_GEN(handle)) return 0;
   if (out) *out = f;
   return !(w & FW_SIGNALED);
 }
 
-#define RING_TAG(h) (((uint64_t)H_SLOT(h) << 30 | (H_GEN(h) & 0x3fffffff)) << 12)
-
 int ring_error(Shm *s, uint32_t timeline, uint64_t seqno, uint64_t handle) { /* error of a past fence, 0 when it is not in the ring */
   db_timeline *t = timeline ? timeline_at(s, timeline - 1) : NULL;
-  uint64_t e = t ? atomic_load(&t->ring[seqno & 63]) : 0;
+  uint64_t e = t ? atomic_load(&t->ring[seqno % RING_SLOTS]) : 0;
   return (e & ~0xfffull) == RING_TAG(handle) ? END_ERROR(e) : 0;
 }
 
@@ -54,9 +55,9 @@ int past_error(Shm *s, uint64_t handle) {
 }
 
 void ring_life(db_life *l, uint64_t handle) {
-  uint32_t b = atomic_load(&l->bell); /* [rings 10 | slot 22]: who was rung once since it looked need look at one slot only */
-  while (!atomic_compare_exchange_weak(&l->bell, &b, (b & ~(uint32_t)SLOT_MASK) + ((uint32_t)SLOT_MASK + 1) + H_SLOT(handle))) {}
-  word_wake(&l->bell, INT32_MAX);
+  uint32_t b = atomic_load(&l->doorbell); /* [rings 10 | slot 22]: who was rung once since it looked need look at one slot only */
+  while (!atomic_compare_exchange_weak(&l->doorbell, &b, (b & ~(uint32_t)SLOT_MASK) + ((uint32_t)SLOT_MASK + 1) + H_SLOT(handle))) {}
+  word_wake(&l->doorbell, INT32_MAX);
 }
 
 static void ring_bells(Shm *s, uint64_t bells, uint64_t handle) {
@@ -87,15 +88,14 @@ void ring_syncs(Shm *s, uint64_t handle, db_fence *f) { /* the descriptors of sy
     if (!(x = PyObject_CallFunction(s->on_sync, "K", (unsigned long long)handle))) PyErr_WriteUnraisable(s->on_sync);
   if (x == Py_True) { /* the bit is the duty: while it is there, whoever reaps the slot rings again */
     uint32_t w = atomic_load(&f->word);
-    while ((w & ~((1u << FW_SHIFT) - 1)) == WORD_OF(H_GEN(handle)) && (w & FW_SYNC) &&
-           !atomic_compare_exchange_weak(&f->word, &w, w & ~FW_SYNC)) {}
+    while (FW_GEN(w) == WORD_OF(H_GEN(handle)) && (w & FW_SYNC) && !atomic_compare_exchange_weak(&f->word, &w, w & ~FW_SYNC)) {}
   }
   Py_XDECREF(x);
 }
 
 int fence_flag(uint64_t handle, db_fence *f, uint32_t bit) {
   uint32_t w = atomic_load(&f->word);
-  while ((w & ~((1u << FW_SHIFT) - 1)) == WORD_OF(H_GEN(handle)) && !(w & FW_DROPPED))
+  while (FW_GEN(w) == WORD_OF(H_GEN(handle)) && !(w & FW_DROPPED))
     if ((w & bit) || atomic_compare_exchange_weak(&f->word, &w, w | bit)) return 1;
   return 0;
 }
@@ -118,8 +118,8 @@ int fence_finish(Shm *s, uint64_t handle, db_fence *f, int error, uint64_t stamp
     db_timeline *t = atomic_load(&f->timeline) ? timeline_at(s, atomic_load(&f->timeline) - 1) : NULL;
     uint64_t q = atomic_load(&f->seqno);
     if (t && atomic_load(&f->end) == end)
-      atomic_store(&t->ring[q & 63], RING_TAG(handle) | (end & 0xfff)); /* says whose it is, wherever it comes to lie */
-    STEP(fence_error);                                                  /* pending, with an error that shows once it is signalled */
+      atomic_store(&t->ring[q % RING_SLOTS], RING_TAG(handle) | (end & 0xfff)); /* says whose it is, wherever it comes to lie */
+    STEP(fence_error);                                                          /* pending, with an error that shows once it is signalled */
   }
   if (!stamp) stamp = (uint64_t)now_ns();
   if (!anybody)
@@ -129,13 +129,12 @@ int fence_finish(Shm *s, uint64_t handle, db_fence *f, int error, uint64_t stamp
   STEP(fence_stamped); /* pending, with an end and a time that show once it is signalled */
   uint32_t w = atomic_load(&f->word);
   do {
-    if ((w & FW_SIGNALED) || (w & ~((1u << FW_SHIFT) - 1)) != WORD_OF(H_GEN(handle)))
-      return !decided; /* somebody made it known for us, and rings */
+    if ((w & FW_SIGNALED) || FW_GEN(w) != WORD_OF(H_GEN(handle))) return !decided; /* somebody made it known for us, and rings */
   } while (!atomic_compare_exchange_weak(&f->word, &w, w | FW_SIGNALED));
   STEP(fence_signaled); /* done; sleepers find out at their tick if we die now */
   if (w & FW_WAITERS) word_wake(&f->word, INT32_MAX);
   STEP(fence_woken);
-  uint64_t bells = atomic_load(&f->bells);
+  uint64_t bells = atomic_load(&f->wake_mask);
   if (bells) ring_bells(s, bells, handle);
   STEP(fence_rung);
   if (w & FW_SYNC) ring_syncs(s, handle, f);
@@ -202,7 +201,7 @@ uint64_t fence_make(Shm *s, uint32_t timeline, uint64_t context, uint64_t seqno,
   atomic_store(&f->timestamp, STAMP_NONE(gen));
   atomic_store(&f->error, 0);
   atomic_store(&f->timeline, timeline);
-  atomic_store(&f->bells, 0);
+  atomic_store(&f->wake_mask, 0);
   atomic_store(&f->deadline, STAMP_NONE(gen));
   atomic_store(&f->owner, owner);
   atomic_store(&f->rec, rec);
@@ -228,14 +227,14 @@ int wait_pending(Shm *s, uint64_t handle, int64_t until, int interruptible) {
   uint32_t cpu = atomic_load_explicit(&life_slot(s, CT_LIFE(e))->cpu, memory_order_relaxed);
   if (cpu && cpu != (uint32_t)sched_getcpu() + 1 && CT_LIFE(e) != my_life(s)) {
     /* the signaller runs elsewhere: it may be done before a sleep would even begin */
-    int64_t start = now_ns(), end = start + DB_SPIN_NS;
+    int64_t start = now_ns(), end = start + SPIN_NS;
     if (until >= 0 && until < end) end = until;
     do {
       for (int k = 0; k < 32; k++) {
         if (atomic_load(&f->word) & FW_SIGNALED) return 1;
         cpu_relax();
       }
-    } while (now_ns() < start + DB_SPIN_GIL_NS);
+    } while (now_ns() < start + SPIN_GIL_NS);
     Py_BEGIN_ALLOW_THREADS
     do {
       for (int k = 0; k < 32 && !(atomic_load(&f->word) & FW_SIGNALED); k++) cpu_relax();

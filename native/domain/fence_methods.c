@@ -90,15 +90,15 @@ static PyObject *fence_mark(Shm *s, PyObject *args) { /* (handle, what, value): 
     pending = fence_pending(s, h, NULL);
   } else if (!strcmp(what, "bell")) {
     if (owner != my_life(s)) fence_flag(h, f, FW_SHARED);
-    atomic_fetch_or(&f->bells, 1ull << (LIFE_INDEX(my_life(s)) & 63)); /* in a slot that was used again, we are rung once for nothing */
-    pending = fence_pending(s, h, NULL);                               /* after the bit: the signaller sees it, or we see the signal */
+    atomic_fetch_or(&f->wake_mask, 1ull << (LIFE_INDEX(my_life(s)) & 63)); /* in a slot that was used again, we are rung once for nothing */
+    pending = fence_pending(s, h, NULL);                                   /* after the bit: the signaller sees it, or we see the signal */
   } else if (!strcmp(what, "deadline")) {
     /* The first one is of this generation alone; a later one could hit another's only if that had the same deadline, to the nanosecond. */
     uint64_t old = atomic_load(&f->deadline);
     int earlier;
     while ((earlier = fence_pending(s, h, NULL) && (old == STAMP_NONE(H_GEN(h)) || (!(old >> 63) && (uint64_t)v < old))) &&
            !atomic_compare_exchange_weak(&f->deadline, &old, (uint64_t)v)) {}
-    if (earlier && (atomic_load(&f->flags) & FF_HASTY) && owner != my_life(s) && life_current(s, owner))
+    if (earlier && (atomic_load(&f->flags) & FF_WATCH_DEADLINE) && owner != my_life(s) && life_current(s, owner))
       ring_life(life_slot(s, owner), h); /* a hint: lost with a signaller that dies here */
   } else {
     PyErr_SetString(PyExc_ValueError, "fence_mark: no such mark");

@@ -24,13 +24,13 @@ static PyObject *resv_borrow(Shm *s, PyObject *args) { /* (rec, holder, ctx) -> 
   db_resv *r = resv_of(s, rec);
   if (!r) return NULL;
   db_ctx *c = ctx_alive(s, me);
-  if (!c || !my_life(s) || atomic_load(&c->life) != my_life(s) || atomic_load(&c->heir)) Py_RETURN_FALSE;
-  atomic_store(&c->heir_rec, rec);
-  atomic_store(&c->heir, from & ~CTX_WAITERS);
+  if (!c || !my_life(s) || atomic_load(&c->life) != my_life(s) || atomic_load(&c->return_to)) Py_RETURN_FALSE;
+  atomic_store(&c->return_rec, rec);
+  atomic_store(&c->return_to, from & ~CTX_WAITERS);
   STEP(resv_heir); /* an heir of what it doesn't have: bequeathing looks at the lock */
   int got = resv_hand(s, r, from, me);
   if (!got)
-    atomic_store(&c->heir, 0);
+    atomic_store(&c->return_to, 0);
   else
     STEP(resv_borrowed);
   return PyBool_FromLong(got);
@@ -44,21 +44,21 @@ static PyObject *resv_return(Shm *s, PyObject *args) { /* (rec, ctx) -> what ctx
   if (!r) return NULL;
   db_ctx *c = ctx_alive(s, me);
   if (!c || !my_life(s) || atomic_load(&c->life) != my_life(s)) Py_RETURN_FALSE;
-  int back = resv_hand(s, r, me, atomic_load(&c->heir));
+  int back = resv_hand(s, r, me, atomic_load(&c->return_to));
   STEP(resv_returned); /* still with an heir, but without the lock */
   if (!back) resv_give(r, me);
-  atomic_store(&c->heir, 0);
+  atomic_store(&c->return_to, 0);
   return PyBool_FromLong(back);
 }
 
 /* The life of a context ends: what it has borrowed goes back. Its generation moves after that, so the lock was never free. */
 void resv_bequeath(Shm *s, db_ctx *c, uint64_t word) {
-  uint64_t heir = atomic_load(&c->heir);
-  db_rec *rec = heir ? rec_at(s, atomic_load(&c->heir_rec)) : NULL;
+  uint64_t heir = atomic_load(&c->return_to);
+  db_rec *rec = heir ? rec_at(s, atomic_load(&c->return_rec)) : NULL;
   if (!rec) return;
-  resv_hand(s, &rec->r, word, heir);
+  resv_hand(s, &rec->resv, word, heir);
   STEP(reap_heir);
-  atomic_store(&c->heir, 0);
+  atomic_store(&c->return_to, 0);
 }
 
 PyMethodDef lend_methods[] = {

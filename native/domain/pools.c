@@ -16,7 +16,7 @@ static PyObject *ctx_open(Shm *s, PyObject *args) { /* ctx_open(index, tid, real
   atomic_store(&c->tid, tid);
   atomic_store(&c->real, real);
   atomic_store(&c->waits_on, 0);
-  atomic_store(&c->heir, 0);
+  atomic_store(&c->return_to, 0);
   atomic_store(&c->gen, gen);
   atomic_store(&c->life, my_life(s));
   return PyLong_FromUnsignedLongLong((uint64_t)gen << 32 | i);

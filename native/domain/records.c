@@ -197,8 +197,8 @@ static PyObject *rec_info(Shm *s,
   PyObject *out =
       Py_BuildValue("{sI,sK,sK,sK,sy#,sK,sI,sI,sI,si,sI,sI,sK,sI,sN,sy#,sy#}", "gen", gen, "dev", r->dev, "ino", r->ino, "size", r->size,
                     "nonce", (const char *)r->nonce, (Py_ssize_t)16, "created", r->created, "life", r->life, "pid", r->pid, "kind", r->kind,
-                    "torn", atomic_load(&r->torn), "torn_pid", r->torn_pid, "absent", r->absent, "absent_ns", r->absent_ns, "resv", r->resv,
-                    "name", n, "exp_name", r->exp_name, (Py_ssize_t)el, "home", r->home, (Py_ssize_t)hl);
+                    "torn", atomic_load(&r->torn), "torn_pid", r->torn_pid, "absent", r->absent, "absent_ns", r->absent_ns, "resv",
+                    r->foreign_resv, "name", n, "exp_name", r->exp_name, (Py_ssize_t)el, "home", r->home, (Py_ssize_t)hl);
   bytes_read();
   if (!out || (rec_there(s, (uint32_t)i, r) && atomic_load(&r->gen) == gen)) return out; /* in this order: see rec_find */
   Py_DECREF(out);
@@ -249,7 +249,7 @@ static PyObject *rec_set(Shm *s, PyObject *args) { /* rec_set(rec, field, value)
   else if (!strcmp(field, "absent_ns"))
     r->absent_ns = (uint64_t)v;
   else if (!strcmp(field, "resv"))
-    r->resv = (uint32_t)v;
+    r->foreign_resv = (uint32_t)v;
   else {
     PyErr_SetString(PyExc_ValueError, "rec_set: no such field");
     return NULL;

@@ -16,7 +16,7 @@ db_resv *resv_of(Shm *s, uint32_t rec) {
     shm_corrupt(s, "a record outside of the file");
     return NULL;
   }
-  return &r->r;
+  return &r->resv;
 }
 
 db_ctx *ctx_alive(Shm *s, uint64_t word) {

@@ -13,7 +13,7 @@ typedef struct {
   char owns_fd;       /* closed with the mapping: after every finaliser, whichever order the garbage collector takes */
   uint32_t known;     /* chunks this process has checked against the file's size */
   a64 *token;         /* a page that fork wipes: our life id, 0 in a child */
-  PyObject *tick;     /* tick(kind, value): a wait lasted DB_TICK_NS; may raise */
+  PyObject *tick;     /* tick(kind, value): a wait lasted TICK_NS; may raise */
   PyObject *on_local; /* on_local(handle): a fence with callbacks in this process was signalled here */
   PyObject *on_sync;  /* on_sync(handle) -> done: a fence that a sync file's descriptor waits for has ended */
   PyObject *fail;     /* errors.fail */

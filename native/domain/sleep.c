@@ -25,8 +25,8 @@ int shm_sleep(Shm *s, a32 *word, uint32_t expected, int64_t until, int kind, uin
   }
   uint32_t before = ticker_ticks();
   int slot = sleeper_enter(word), alone = 0;
-  if (slot < 0 && (limit < 0 || limit > DB_TICK_NS)) {
-    limit = DB_TICK_NS;
+  if (slot < 0 && (limit < 0 || limit > TICK_NS)) {
+    limit = TICK_NS;
     alone = 1;
   }
   struct timespec t = {limit / 1000000000, limit % 1000000000};
@@ -65,7 +65,7 @@ int shm_tick(Shm *s, int kind, uint64_t value) {
 
 int shm_polled(Shm *s) { /* who only polls must find out about deaths too, though no sleep of his ever ticks */
   int64_t age = now_ns() - (int64_t)atomic_load(&hdr(s)->sweep_ns);
-  if (age >= 0 && age < DB_TICK_NS) return 0;
+  if (age >= 0 && age < TICK_NS) return 0;
   return shm_tick(s, TICK_POLL, 0) ? -1 : 1;
 }
 

@@ -192,7 +192,7 @@ static void blocks_release(Shm *s, uint32_t rec, a32 *link) { /* table lock held
 }
 
 void clear_rec(Shm *s, uint32_t i, db_rec *r) { /* DYING -> FREE; table lock held, not in any chain */
-  blocks_release(s, i, &r->r.block);
+  blocks_release(s, i, &r->resv.block);
   uint32_t gen = atomic_load(&r->gen);
   bytes_follow(); /* who reads them looks at the state and the generation afterwards */
   memset((char *)r + offsetof(db_rec, dev), 0, sizeof *r - offsetof(db_rec, dev));
@@ -210,7 +210,7 @@ static void blocks_rebuild(Shm *s, uint32_t chunks) { /* a block that is in no l
       i |= RECS_PER - 1;
       continue;
     }
-    a32 *link = &r->r.block;
+    a32 *link = &r->resv.block;
     while (atomic_load(&r->state) == REC_LIVE && atomic_load(link)) {
       uint32_t v = atomic_load(link) - 1;
       db_block *b = block_at(s, v);
@@ -339,7 +339,7 @@ static PyObject *table_audit(Shm *s, PyObject *unused) {
         lost++;
       else if (r->ino && find_rec(s, r->dev, r->ino, &at) != r)
         hidden++;
-      uint32_t b = atomic_load(&r->state) == REC_LIVE ? atomic_load(&r->r.block) : 0;
+      uint32_t b = atomic_load(&r->state) == REC_LIVE ? atomic_load(&r->resv.block) : 0;
       for (db_block *x; b && blocks < DB_MAX_CHUNKS * BLOCKS_PER && (x = block_at(s, b - 1)); b = atomic_load(&x->next)) blocks++;
     }
     for (uint32_t k = 0; type == CH_BLOCK && k < BLOCKS_PER; k++) {

@@ -26,7 +26,7 @@ static a32 ticks, parked;
 static void *ticker(void *unused) {
   (void)unused;
   for (int idle = 0;;) {
-    struct timespec t = {0, DB_TICK_NS};
+    struct timespec t = {0, TICK_NS};
     nanosleep(&t, NULL);
     atomic_fetch_add(&ticks, 1);
     int busy = 0;

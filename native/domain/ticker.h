@@ -4,6 +4,8 @@
 #include "domain/layout.h"
 #include <time.h>
 
+#define TICK_NS 40000000ll /* a sleeper looks again at least this often */
+
 long futex(a32 *word, int op, uint32_t value, const struct timespec *timeout);
 void word_wake(a32 *word, int n);
 int ticker_prepare(void); /* once a process, before all others: 0, or -1 with errno */
