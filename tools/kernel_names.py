@@ -79,6 +79,11 @@ def read_places(sources: Path = SOURCES) -> dict[str, list[Place]]:
              if path.suffix in (".py", ".pyi")}  # fmt: skip
     classes = {node.name: node for tree in trees.values() for node in tree.body if isinstance(node, ast.ClassDef)}
     public = _public(sources)
+    modules = {node.name: ".".join(path.relative_to(sources).with_suffix("").parts) for path, tree in trees.items() for node in tree.body
+               if isinstance(node, ast.ClassDef)}  # fmt: skip
+    for (_, name), shown in list(public.items()):
+        for base in _bases(name, classes):
+            public.setdefault((modules[base], base), shown)
     found: dict[str, list[Place]] = defaultdict(list)
     for path, tree in trees.items():
         module = ".".join(path.relative_to(sources).with_suffix("").parts).removesuffix(".__init__")
@@ -94,6 +99,15 @@ def _public(sources: Path) -> dict[tuple[str, str], str]:
     tree = ast.parse((sources / "dmabuf" / "__init__.py").read_text(encoding="utf-8"))
     imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
     return {(node.module or "", alias.name): alias.asname or alias.name for node in imports for alias in node.names}
+
+
+def _bases(name: str, classes: dict[str, ast.ClassDef]) -> Iterator[str]:
+    """The base classes of this package, at any depth: a reader finds their members in the public class."""
+    for base in classes[name].bases if name in classes else ():
+        found = ast.unparse(base).rpartition(".")[2]
+        if found in classes and found != name:
+            yield found
+            yield from _bases(found, classes)
 
 
 def _documented(tree: ast.Module) -> Iterator[tuple[Any, ast.ClassDef | None]]:
