@@ -127,4 +127,4 @@ def test_attachments_that_fail_leave_nothing(buf: DmaBuf, dev: Device) -> None:
 
         repeat(ROUNDS_MAPPED, made, dev, once)
     exporter.whole.close()
-    assert not buf.resv.pending(Usage.BOOKKEEP)
+    assert not buf.resv.fences(Usage.BOOKKEEP)

@@ -170,7 +170,7 @@ def test_an_access_refused_by_the_warning_leaves_nothing(buf: DmaBuf) -> None:
     with dmabuf.signalling(), pytest.raises(ContractWarning):  # warnings are errors in this suite
         block.__enter__()
     assert buf.statistics().accesses == 0
-    assert not buf.resv.pending(Usage.BOOKKEEP)
+    assert not buf.resv.fences(Usage.BOOKKEEP)
 
 
 def test_a_trylock_in_a_signalling_section_is_fine() -> None:

@@ -14,7 +14,8 @@ import pytest
 import dmabuf
 from dmabuf import DmaFence, DmaFenceArray, FenceOps, SwSync, SyncFile, Timeline, TimelineSemaphore, Usage, merge, wait_any
 from dmabuf.core.sync import kernel_fences as kernel_sync
-from dmabuf.core.task import waiting as awaiting
+from dmabuf.core.sync.semaphore import EVENTS
+from dmabuf.core.task.on_asyncio import Waker
 from tests.support.children import Parent, Spawn
 from tests.support.errnos import raises_errno
 from tests.support.fences import attach, the_fence
@@ -181,7 +182,7 @@ class AnotherThread:
 def test_threads_wait_for_the_submission_of_several_semaphores_at_once(sem: TimelineSemaphore) -> None:
     with TimelineSemaphore() as other, other._cell.locked(), sem._cell.locked():
         first = other._submission()
-        domain, mine = sem.domain, sem.domain.local["semaphore events"]
+        domain, mine = sem.domain, EVENTS.of(sem.domain)
         domain.shm = AnotherThread(domain, mine)  # type: ignore[assignment]
         second = sem._submission()
         assert mine == {1, first.handle, second.handle}
@@ -238,7 +239,7 @@ class Future:
 
 
 def test_a_wake_that_a_signal_handler_interrupts_is_made_up_for() -> None:
-    waker, loop, first, second = awaiting._Waker(), Loop(), Future(), Future()
+    waker, loop, first, second = Waker(), Loop(), Future(), Future()
     with pytest.raises(Interrupt):
         waker.post(loop, first, None)
     for call in loop.scheduled:

@@ -48,6 +48,7 @@ class Record:
         self.handles = 0  # of this process that are open
         self.last: Callable[[int], bool] | None = None  # of a real dma-buf: is this fd the last reference anywhere?
         self.live: Any = None  # the exporter's side, where a buffer has an exporter (core/buffer/backing.py)
+        self.resv_ref: weakref.ref[object] | None = None  # the object that stands for its reservation object here (core/resv/resv.py)
         self.resv = 0  # of a buffer with a reservation object of its exporter's: that one's record + 1
 
     def hold(self, name: bytes | None = None) -> None:
@@ -98,13 +99,9 @@ class Record:
             self.hold(name)
 
     def info(self) -> dict[str, Any]:
-        """Return what the record says now."""
-        self.ensure()
-        return self.seen()
-
-    def seen(self) -> dict[str, Any]:
-        """Return what the record says, without a hold of this process's present life on it."""
-        found = self.shm.rec_info(self.index)
+        """What the record says now."""
+        shm, index = self.at()
+        found = shm.rec_info(index)
         if found is None or found["gen"] != self.gen:
             raise fail(errno.EUCLEAN, "look up", "a buffer's record", "the domain file was changed from outside")
         return found

@@ -42,9 +42,9 @@ from dmabuf.core.attach import attachment
 from dmabuf.core.attach.attachment import DmaBufAttachment
 from dmabuf.core.base.usage import Usage
 from dmabuf.core.buffer import residence
-from dmabuf.core.buffer.backing import Backing
-from dmabuf.core.contract import RevocableImporter
+from dmabuf.core.buffer.backing import Exported
 from dmabuf.core.fence.timeline import Timeline
+from dmabuf.core.resv.resv import pending
 from dmabuf.core.task.owner import current
 from dmabuf.domain.domain import TICK_NS, Domain
 from dmabuf.errors import DmaBufError, fail
@@ -240,7 +240,7 @@ class ResidentSet:
         return any(b is not wanting and not (b.resv.domain is wanting.resv.domain and self._accessed(b, owner)) for b in self.order)
 
     def _accessed(self, b: SpillBuffer, owner: int) -> bool:
-        fences = (b.resv.domain.shm.fence_info(handle) for handle in b.resv.pending(Usage.BOOKKEEP))
+        fences = (b.resv.domain.shm.fence_info(handle) for handle in pending(b.resv, Usage.BOOKKEEP))
         return any(info is not None and info["owner"] == owner for info in fences)
 
     def _full(self, wanting: SpillBuffer) -> OSError:
@@ -266,14 +266,14 @@ class ResidentSet:
                 _native.step("spill_locked")
                 if not b.resv.test_signaled(Usage.BOOKKEEP):
                     return False
-                backing: Backing | None = b.resv._record.live
+                backing: Exported | None = b.resv._record.live
                 if backing is not None:
                     b.telling = True
                     try:
                         attachment.move_notify(backing)
                     finally:
                         b.telling = False
-                others = b.resv.pending(Usage.BOOKKEEP)  # of importers that can't stop at once
+                others = pending(b.resv, Usage.BOOKKEEP)  # of importers that can't stop at once
                 b.resv.reserve(1)
                 fence = self._timeline(b.resv.domain).fence()
                 b.resv.add(fence, Usage.KERNEL)
@@ -325,8 +325,8 @@ class ResidentSet:
                 del b.tables[id(sgt)]
                 told.add(att)
         for att in told:  # the device may be in another process
-            if isinstance(att.importer, RevocableImporter):
-                att.importer.revoke(att)
+            if att.importer is not None:
+                att.importer._revoked(att)
 
     def _copy(self, b: SpillBuffer, fd: int, *, out: bool) -> None:
         whole = memoryview(Mapping(fd, b.size))

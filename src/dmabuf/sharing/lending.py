@@ -28,7 +28,7 @@ from contextlib import contextmanager
 from typing import Final, TypeVar
 
 from dmabuf import _native
-from dmabuf.core.resv.resv import DmaResv, _Hold
+from dmabuf.core.resv.lock import HeldLock, ResvLock, holding, lent, lose, record_of
 from dmabuf.core.task.owner import current
 from dmabuf.domain.domain import TICK_NS, Domain
 from dmabuf.errors import fail
@@ -84,8 +84,8 @@ class Lent:
 
     __slots__ = ("_held", "_loan", "_peer", "_resv")
 
-    def __init__(self, resv: DmaResv, peer: int) -> None:
-        self._resv, self._peer, self._held = resv, peer, resv.holding()
+    def __init__(self, resv: ResvLock, peer: int) -> None:
+        self._resv, self._peer, self._held = resv, peer, holding(resv)
         self._loan: _Loan | None = None
 
     def __enter__(self) -> int:
@@ -99,7 +99,7 @@ class Lent:
                 raise
             return held.word  # the domain is full: without a loan, what gives back works still
         try:
-            resv._record.shm.resv_pass(resv._record.index, held.word, self._loan.word)
+            record_of(resv).shm.resv_pass(record_of(resv).index, held.word, self._loan.word)
         except BaseException:
             self._back()
             raise
@@ -111,24 +111,24 @@ class Lent:
     def _back(self) -> None:
         loan, held = self._loan, self._held
         try:
-            if held.owner.life == self._resv._record.shm.life:
+            if held.owner.life == record_of(self._resv).shm.life:
                 regain(self._resv, held, loan.word if loan else held.word, self._peer)
         finally:
             if loan is not None:
                 loan.close()
 
 
-def regain(resv: DmaResv, held: _Hold, loan: int, life: int) -> None:
-    """Wait, and see it through, until ``held`` has the lock again, perhaps by way of ``loan``; or it is lost (:meth:`DmaResv.lose`).
+def regain(resv: ResvLock, held: HeldLock, loan: int, life: int) -> None:
+    """Wait, and see it through, until ``held`` has the lock again, perhaps by way of ``loan``; or it is lost (:func:`lose`).
 
     ``life``: while an owner of this life has the lock, it is on its way back, with a call that goes on or with the end of the life.
     """
     if not see_through(lambda: _regained(resv, held.word, loan, life)):
-        resv.lose(held)
+        lose(resv, held)
 
 
-def _regained(resv: DmaResv, word: int, loan: int, life: int) -> bool:
-    (shm, index), domain = resv._record.at(), resv.domain
+def _regained(resv: ResvLock, word: int, loan: int, life: int) -> bool:
+    (shm, index), domain = record_of(resv).at(), resv.domain
     while True:
         owner = shm.resv_owner(index)
         if owner == word:
@@ -147,14 +147,14 @@ def _regained(resv: DmaResv, word: int, loan: int, life: int) -> bool:
 
 
 @contextmanager
-def borrowed(resv: DmaResv, loan: int, operation: str, obj: object) -> Iterator[None]:
+def borrowed(resv: ResvLock, loan: int, operation: str, obj: object) -> Iterator[None]:
     """For the block the running thread, one that serves, has the lock that a caller lends it. Errors: EPERM it is not the loan's."""
-    (shm, index), me = resv._record.at(), current(resv.domain).word
+    (shm, index), me = record_of(resv).at(), current(resv.domain).word
     if not shm.resv_borrow(index, loan, me):
         raise fail(errno.EPERM, operation, obj, "hold its reservation lock", what="the caller doesn't hold the lock")
     try:
         _native.step("service_locked")
-        with resv.lent(me):
+        with lent(resv, me):
             yield
     finally:
         shm.resv_return(index, me)

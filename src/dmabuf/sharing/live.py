@@ -26,12 +26,13 @@ from typing import Any, Final
 from dmabuf import _native
 from dmabuf.core.attach.attachment import DmaBufAttachment
 from dmabuf.core.base.usage import Direction
-from dmabuf.core.buffer import residence
-from dmabuf.core.buffer.backing import BACKINGS, Backing
-from dmabuf.core.contract import OPS, Exporter
+from dmabuf.core.buffer import backing, residence
+from dmabuf.core.buffer.backing import OPS, Backing
+from dmabuf.core.contract import Exporter
 from dmabuf.core.dma_buf import DmaBuf
 from dmabuf.core.memory.iosys_map import IosysMap
 from dmabuf.core.memory.scatterlist import DmaEntry, SgEntry, SgTable
+from dmabuf.core.resv.lock import lent, record_of
 from dmabuf.core.resv.resv import resv_of
 from dmabuf.domain import dispatcher
 from dmabuf.domain.forks import fork_lock
@@ -61,11 +62,6 @@ class Elsewhere(Backing):
         self.asked = False
         self.held = 0  # mappings of this process's
         _all.add(self)
-
-    @classmethod
-    def of(cls, record: Record, fd: int) -> Elsewhere:
-        """The backing of a buffer whose exporter made the record; it is not joined for, since a forked child asks too."""
-        return cls(record, record.seen()["life"], residence.in_file(fd))
 
     def here(self, operation: str) -> None:
         """Errors: ENODEV the exporter's process is gone, or this is of before a fork."""
@@ -339,9 +335,9 @@ def _moved(session: Session, body: Body, fds: list[int]) -> Answer:
         return Answer()
     attachment = found[1]
     resv = attachment._resv
-    if attachment.importer is None or resv._record.shm.resv_owner(resv._record.index) != holder:
+    if attachment.importer is None or record_of(resv).shm.resv_owner(record_of(resv).index) != holder:
         return Answer()  # detached meanwhile
-    with resv.lent(holder):
+    with lent(resv, holder):
         try:
             attachment.importer.move_notify(attachment)
         except Exception as e:  # as of an importer here: told where it is
@@ -358,5 +354,6 @@ def _after_fork() -> None:
 
 register("moved", _moved)
 register("revoked", _revoked)
-BACKINGS.register("remote", Elsewhere.of)
+backing.elsewhere = Elsewhere
+backing.serve = serve
 os.register_at_fork(after_in_child=_after_fork)

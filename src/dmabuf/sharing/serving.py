@@ -28,14 +28,14 @@ from typing import Any
 from dmabuf import _native
 from dmabuf.core.attach.attachment import DmaBufAttachment, make
 from dmabuf.core.base.usage import Direction
-from dmabuf.core.buffer.backing import SERVERS
-from dmabuf.core.contract import Attachment, RevocableImporter
+from dmabuf.core.buffer.backing import Exported
+from dmabuf.core.contract import Importer
 from dmabuf.core.dma_buf import DmaBuf
-from dmabuf.core.export.exported import Exported
 from dmabuf.core.get import from_fd
 from dmabuf.core.memory.device import Device
 from dmabuf.core.memory.iosys_map import IosysMap
 from dmabuf.core.memory.scatterlist import SgTable
+from dmabuf.core.resv.lock import holding
 from dmabuf.domain import dispatcher
 from dmabuf.domain.records import Record
 from dmabuf.errors import DmaBufError, fail
@@ -43,7 +43,7 @@ from dmabuf.sharing import memory
 from dmabuf.sharing.lending import borrowed, regain
 from dmabuf.sharing.line import Line, line_to
 from dmabuf.sharing.messages import LOST, THERE, Body, flag, no_room, number, text
-from dmabuf.sharing.service import Answer, Handler, Session, register, serve
+from dmabuf.sharing.service import Answer, Handler, Session, register
 
 Key = tuple[int, int]  # (st_dev, st_ino)
 
@@ -112,7 +112,7 @@ def _detached(live: Exported, attachment: DmaBufAttachment) -> None:
     attachment.priv = None
 
 
-class ImporterElsewhere(RevocableImporter):
+class ImporterElsewhere(Importer):
     """An importer in the process that asked for the attachment; it is told there, and waited for."""
 
     def __init__(self, session: Session, body: Body) -> None:
@@ -124,7 +124,7 @@ class ImporterElsewhere(RevocableImporter):
         if self.line is None:
             self.line = line_to(self.session.domain, self.session.life, self)
         resv = attachment._resv
-        held, life = resv.holding(), self.session.domain.shm.life
+        held, life = holding(resv), self.session.domain.shm.life
         try:
             self.line.call("moved", {**self.body, "holder": held.word}, operation="move_notify", kept=True)
         except DmaBufError as e:
@@ -133,7 +133,7 @@ class ImporterElsewhere(RevocableImporter):
         finally:  # what it asked of this process in it ends first
             regain(resv, held, held.word, life)
 
-    def revoke(self, attachment: Attachment) -> None:
+    def _revoked(self, attachment: DmaBufAttachment) -> None:
         if self.line is not None:  # it was told of the move
             with contextlib.suppress(DmaBufError):  # dead: so is its device
                 self.line.call("revoked", self.body, operation="move")
@@ -454,4 +454,3 @@ _REQUESTS: dict[str, Handler] = {
 }
 for _kind, _handler in _REQUESTS.items():
     register(_kind, _handler)
-SERVERS.register("exported", serve)

@@ -28,10 +28,13 @@ from dmabuf.core.base.usage import Direction, Usage
 from dmabuf.core.buffer import residence
 from dmabuf.core.fence import signalling
 from dmabuf.core.fence.lazy import ask
+from dmabuf.core.resv.lock import held_by, record_of
+from dmabuf.core.resv.resv import pending as pending_on
 from dmabuf.core.resv.until_free import until_free
 from dmabuf.core.resv.ww_mutex import lock_all
 from dmabuf.core.task import waiting as awaiting
 from dmabuf.core.task.owner import Owner, acting, current, publish
+from dmabuf.core.task.pause import Pause
 from dmabuf.domain import place
 from dmabuf.domain.dispatcher import dispatcher, report
 from dmabuf.domain.domain import Domain
@@ -141,7 +144,7 @@ class Access:
         """:meth:`_add` for one buffer alone. On a real dma-buf the kernel's fences come before the grant, which so is never at once."""
         if self.buf._kernel() is None:
             return self._add(owner, until)
-        if self.buf.resv._mine(owner) is not None:
+        if held_by(self.buf.resv, owner) is not None:
             _locked_here(self)
         with lock_all((self.buf.resv,)):
             return self._add(owner, until, locked=True) or []
@@ -150,13 +153,13 @@ class Access:
         """Snapshot and own fence; what has to be waited for, None when it is granted at once."""
         buf, shm, index = self.buf, self._shm, self._index
         resv = buf._resv or buf.resv
-        if not locked and resv._held is not None and resv._mine(owner) is not None:
+        if not locked and held_by(resv, owner) is not None:
             _locked_here(self)
         if not locked and signalling.sections:
             signalling.check_signalling(self.operation, buf)
         timeline = buf.domain.local.get("access timeline") or access_timeline(buf.domain)
         # It stores the handle in self by itself: a signal handler that raises as it returns must not lose it.
-        answer = shm.access_begin(index, resv._record.index, owner.word, self.write, timeline, until, locked, self)
+        answer = shm.access_begin(index, record_of(resv).index, owner.word, self.write, timeline, until, locked, self)
         if answer is None or isinstance(answer, list):
             return answer
         if answer < 0:
@@ -389,7 +392,7 @@ class ManyAccesses:
 
     def _add(self, owner: Owner, until: int) -> list[int]:
         for part in self._parts:
-            if part.buf.resv._mine(owner) is not None:
+            if held_by(part.buf.resv, owner) is not None:
                 _locked_here(part)
         pending: dict[int, None] = {}
         with lock_all(part.buf.resv for part in self._parts):
@@ -430,7 +433,7 @@ def _wait(parts: Sequence[Access], owner: Owner, pending: Sequence[int], until: 
 async def _locks_free(parts: Sequence[Access], owner: Owner, until: int) -> None:
     """A reservation lock is held for microseconds; a loop must all the same not stand still while somebody's is held for longer."""
     for resv in [part.buf.resv for part in parts]:
-        while resv.is_locked() and resv._mine(owner) is None:
+        while resv.is_locked() and held_by(resv, owner) is None:
             left = None if until < 0 else max(0.0, (until - time.monotonic_ns()) / 1e9)
             if not await until_free(resv, left):
                 raise parts[0]._timed_out()
@@ -445,7 +448,7 @@ async def _wait_async(parts: Sequence[Access], owner: Owner, pending: Sequence[i
                 continue
             pause = awaiting.pause()
 
-            def done(_: int, pause: awaiting.Pause = pause) -> None:
+            def done(_: int, pause: Pause = pause) -> None:
                 pause.end()
 
             token = watcher.watch(handle, done, foreign=True)
@@ -477,7 +480,7 @@ def _locked_here(part: Access) -> NoReturn:
 def _in_the_way(part: Access) -> str:
     """Whose fence it is, for the message."""
     shm = part._shm
-    for handle in part.buf.resv.pending(_READ if part.write else _WRITE):
+    for handle in pending_on(part.buf.resv, _READ if part.write else _WRITE):
         if handle != part._handle and (info := shm.fence_info(handle)) is not None:
             kind = ("read", "write")[bool(info["flags"] & _native.FF_WRITE)] if info["flags"] & _native.FF_ACCESS else "fence"
             return f": in the way is a {kind} of process {part.buf.domain.pid_of(info['life'])}"

@@ -14,6 +14,7 @@ from dmabuf.core.base import debug
 from dmabuf.core.base.clock import monotonic_deadline
 from dmabuf.core.base.usage import Direction, Usage, checked_direction
 from dmabuf.core.buffer.backing import backing_of
+from dmabuf.core.resv.resv import pending, wait_until
 from dmabuf.core.task.owner import current
 from dmabuf.errors import fail
 
@@ -39,8 +40,8 @@ def begin(buf: DmaBuf, direction: int, timeout: float | None, interruptible: boo
         buf._record.live.begin(buf, way)
     resv, shm = buf.resv, buf._record.shm
     own = current(buf.domain).word
-    mine = frozenset(h for h in resv.pending(usage) if (info := shm.fence_info(h)) is not None and info["owner"] == own)
-    if not resv.wait_until(usage, until, interruptible=interruptible, but=mine):
+    mine = frozenset(h for h in pending(resv, usage) if (info := shm.fence_info(h)) is not None and info["owner"] == own)
+    if not wait_until(resv, usage, until, interruptible=interruptible, but=mine):
         raise fail(errno.ETIMEDOUT, "begin_cpu_access", buf, "`dmabuf ls` shows whose fence is in the way")
     if debug.enabled:
         backing_of(buf._record).brackets += 1

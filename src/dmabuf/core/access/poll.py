@@ -21,6 +21,9 @@ from typing import TYPE_CHECKING
 from dmabuf.core.base.clock import monotonic_deadline
 from dmabuf.core.base.usage import Usage
 from dmabuf.core.fence.fence import wrap
+from dmabuf.core.fence.lazy import asks
+from dmabuf.core.resv.lock import record_of
+from dmabuf.core.resv.resv import pending
 from dmabuf.core.task import waiting as awaiting
 from dmabuf.domain.dispatcher import dispatcher
 from dmabuf.domain.forks import fork_lock
@@ -69,7 +72,7 @@ def _armed(buf: DmaBuf, event: int) -> bool:
 
 def _arm(buf: DmaBuf, event: int, usage: Usage) -> None:
     """Wait for the first pending fence of a direction that is busy."""
-    shm, index = buf.resv._record.at()
+    shm, index = record_of(buf.resv).at()
     handle = shm.resv_busy(index, usage)
     if not handle:
         return
@@ -84,9 +87,9 @@ def _arm(buf: DmaBuf, event: int, usage: Usage) -> None:
 
 def ready(buf: DmaBuf, events: int) -> int:
     """Those of POLLIN and POLLOUT in ``events`` that are ready now."""
-    shm, index = buf.resv._record.at()
-    if "lazy" in buf.domain.local:
-        buf.resv.pending(Usage.READ)
+    shm, index = record_of(buf.resv).at()
+    if asks(buf.domain):
+        pending(buf.resv, Usage.READ)
     found = 0
     kernel = buf._kernel()
     if kernel is not None:
@@ -101,7 +104,7 @@ def ready(buf: DmaBuf, events: int) -> int:
 def _blocking(buf: DmaBuf, events: int) -> int:
     """A pending fence whose end may make something ready. POLLIN waits for fewer fences, so it is ready first."""
     usage = Usage.WRITE if events & select.POLLIN else Usage.READ
-    shm, index = buf.resv._record.at()
+    shm, index = record_of(buf.resv).at()
     return shm.resv_busy(index, usage)
 
 
@@ -130,7 +133,7 @@ def poll(buf: DmaBuf, events: int, timeout: float | None) -> int:
             return 0
         handle = _waited(buf, events) or _blocking(buf, events)
         if handle:
-            buf.resv._record.shm.fence_wait(handle, until, False)
+            record_of(buf.resv).shm.fence_wait(handle, until, False)
         elif (kernel := buf._kernel()) is not None:
             kernel.settle(buf, not events & select.POLLIN, until)
     return found

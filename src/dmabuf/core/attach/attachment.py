@@ -39,6 +39,7 @@ from dmabuf.core.contract import Importer, overrides
 from dmabuf.core.memory import checked
 from dmabuf.core.memory.device import Device
 from dmabuf.core.memory.scatterlist import SgTable
+from dmabuf.core.resv.resv import wait_until
 from dmabuf.domain import dispatcher
 from dmabuf.errors import ContractError, contract_warning, fail
 
@@ -165,7 +166,7 @@ class DmaBufAttachment:
             raise TypeError(f"map: the exporter returned {type(sgt).__name__}, not an SgTable")
         try:
             if self.importer is None:
-                self._resv.wait_until(Usage.KERNEL, -1, interruptible=interruptible)
+                wait_until(self._resv, Usage.KERNEL, -1, interruptible=interruptible)
             checked.hide(sgt)
         except BaseException:
             checked.show(sgt)

@@ -18,7 +18,8 @@ from typing import Any, Self
 from dmabuf import _native
 from dmabuf.core.access.poll import PollFd
 from dmabuf.core.base.closing import Closing
-from dmabuf.core.buffer.backing import BACKINGS, EXPORTED
+from dmabuf.core.buffer import backing, residence
+from dmabuf.core.buffer.backing import EXPORTED
 from dmabuf.core.buffer.backing_kernel import KernelBacking
 from dmabuf.core.buffer.identity import is_kernel_home
 from dmabuf.core.resv.resv import DmaResv
@@ -67,7 +68,7 @@ class Handle(Closing):
         buf._life = record.shm.life
         if record.live is None and record.home != MEMFD and record.kind == KIND_BUFFER:
             if record.home == EXPORTED:
-                record.live = BACKINGS.find("remote")(record, buf._fd)
+                record.live = backing.elsewhere(record, record.info()["life"], residence.in_file(buf._fd))
             elif is_kernel_home(record.home):
                 record.live = KernelBacking(record)
                 record.last = record.live.last
@@ -136,7 +137,7 @@ class Handle(Closing):
     def _let_go(self, fd: int, closing: bool = True) -> Departures | None:
         """One handle less; with the last of this process (and no reservation object of it in use) its hold on the record ends."""
         record = self._record
-        ref = record.shared.get("resv")
+        ref = record.resv_ref
         if ref is None or ref() is None:
             return record.leave(fd, closing)
         with record.lock:

@@ -16,7 +16,7 @@ from typing import Self
 
 from dmabuf._native import FF_CONTAINER, OFF_CONTEXT
 from dmabuf.core.fence.container import Container, is_container, one_domain
-from dmabuf.core.fence.fence import DmaFence, nameless, register
+from dmabuf.core.fence.fence import DmaFence, register, unbound_timeline
 from dmabuf.domain.dispatcher import defer
 from dmabuf.errors import contract_warning
 
@@ -53,7 +53,7 @@ class DmaFenceArray(Container):
     def _made(cls, members: Sequence[DmaFence], signal_on_any: bool, context: int, seqno: int) -> Self:
         domain = members[0].domain
         shm = domain.join()
-        handle = shm.fence_alloc(nameless(domain, "dma_fence_array"), context, seqno, FF_CONTAINER, 0, 0)
+        handle = shm.fence_alloc(unbound_timeline(domain, "dma_fence_array"), context, seqno, FF_CONTAINER, 0, 0)
         self = super().__new__(cls, shm, handle, True)
         register(self, domain, None)
         self.fences, self.signal_on_any, self._unasked, self._twin = tuple(members), signal_on_any, True, None

@@ -19,7 +19,7 @@ from typing import Self
 
 from dmabuf._native import FF_CONTAINER, FF_SEQNO64, OFF_CONTEXT
 from dmabuf.core.fence.container import Container, one_domain
-from dmabuf.core.fence.fence import DmaFence, nameless, register
+from dmabuf.core.fence.fence import DmaFence, register, unbound_timeline
 from dmabuf.domain.dispatcher import defer
 from dmabuf.errors import contract_warning, fail
 
@@ -60,7 +60,7 @@ class DmaFenceChain(Container):
     def _point(cls, prev: DmaFence | None, fence: DmaFence, context: int, seqno: int, prev_seqno: int) -> Self:
         domain = fence.domain
         shm = domain.join()
-        handle = shm.fence_alloc(nameless(domain, "dma_fence_chain"), context, seqno, _FLAGS, 0, 0)
+        handle = shm.fence_alloc(unbound_timeline(domain, "dma_fence_chain"), context, seqno, _FLAGS, 0, 0)
         self = super().__new__(cls, shm, handle, True)
         register(self, domain, None)
         self._prev, self.fence, self.prev_seqno, self._unasked, self._twin = prev, fence, prev_seqno, True, None

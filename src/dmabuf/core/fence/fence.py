@@ -27,6 +27,7 @@ from dmabuf._native import FF_ACCESS, FF_ANYBODY, FF_CONTAINER, FF_SEQNO64, Fenc
 from dmabuf.core.task import waiting as awaiting
 from dmabuf.domain.dispatcher import DISPATCHER, dispatcher
 from dmabuf.domain.domain import Domain
+from dmabuf.domain.local import Local
 from dmabuf.errors import contract_warning, fail
 
 MAX_ERRNO = 4095  # include/linux/err.h
@@ -283,16 +284,16 @@ class DmaFence(Fence):
             self.shm.fence_signal(self.handle, -errno.EDEADLK if shared else 0, False)
 
 
-def _known(domain: Domain) -> weakref.WeakValueDictionary[int, DmaFence]:
-    found: weakref.WeakValueDictionary[int, DmaFence] | None = domain.local.get("fences")
-    if found is None:
-        found = domain.local.setdefault("fences", weakref.WeakValueDictionary())
-    return found
+# The fences that this process knows, by handle.
+KNOWN: Local[weakref.WeakValueDictionary[int, DmaFence]] = Local(lambda _: weakref.WeakValueDictionary())
+
+# The slot number + 1 of each timeline of this process for fences that belong to none, by its driver's name.
+_UNBOUND: Local[dict[str, int]] = Local(lambda _: {})
 
 
 def register(fence: DmaFence, domain: Domain, timeline: Origin | None) -> None:
     fence.domain, fence._timeline, fence._names = domain, timeline, None
-    _known(domain)[fence.handle] = fence
+    KNOWN.of(domain)[fence.handle] = fence
 
 
 def _make(domain: Domain, shm: Shm, handle: int, past: tuple[int, ...]) -> DmaFence:
@@ -315,14 +316,13 @@ def names_of(shm: Shm, info: dict[str, Any]) -> tuple[str, str]:
     return os.fsdecode(found[4]), os.fsdecode(found[5])
 
 
-def nameless(domain: Domain, kind: str) -> int:
-    """The slot number + 1 of this process's timeline for fences that belong to none: containers and stubs."""
+def unbound_timeline(domain: Domain, kind: str) -> int:
+    """Return the slot number + 1 of this process's timeline for fences that belong to none, such as containers and stubs."""
     domain.join()
-    key = f"timeline of {kind}"
-    found: int | None = domain.local.get(key)
+    known = _UNBOUND.of(domain)
+    found = known.get(kind)
     if found is None:
-        name = b"stub" if kind == "stub" else b"unbound"
-        found = domain.local[key] = domain.timeline_open(kind.encode(), name)[0] + 1
+        found = known[kind] = domain.timeline_open(kind.encode(), b"stub" if kind == "stub" else b"unbound")[0] + 1
     return found
 
 
@@ -332,7 +332,7 @@ def wrap(domain: Domain, handle: int, past: tuple[int, ...] = (0, 0, 0)) -> DmaF
     ``past``: its context, seqno and timeline_index, for the case that its slot was used again; where they are known, its status and
     timestamp too.
     """
-    fence = _known(domain).get(handle)
+    fence = KNOWN.of(domain).get(handle)
     if fence is None:
         fence = _make(domain, domain.shm, handle, past)
         if not fence.is_signaled():

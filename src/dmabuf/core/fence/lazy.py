@@ -13,6 +13,7 @@ from dmabuf.core.fence.fence import DmaFence, flagged
 from dmabuf.core.fence.ops import FenceOps
 from dmabuf.domain.dispatcher import DISPATCHER, dispatcher, report
 from dmabuf.domain.domain import Domain
+from dmabuf.domain.local import Local
 
 
 class LazyFence(DmaFence):
@@ -150,6 +151,10 @@ class CustomFence(LazyFence):
                 report(e, self.ops.release)
 
 
+# The fences of this process that have operations, by handle.
+CUSTOM: Local[weakref.WeakValueDictionary[int, CustomFence]] = Local(lambda _: weakref.WeakValueDictionary())
+
+
 def custom(ops: Any, domain: Domain) -> tuple[Callable[[Shm, int, bool], CustomFence], int]:
     """(what makes fences with these operations, flags for their slot). Errors: TypeError no :class:`FenceOps`."""
     if not isinstance(ops, FenceOps):
@@ -158,26 +163,32 @@ def custom(ops: Any, domain: Domain) -> tuple[Callable[[Shm, int, bool], CustomF
     def make(shm: Shm, handle: int, owned: bool) -> CustomFence:
         fence = CustomFence(shm, handle, owned)
         fence.ops, fence._unasked, fence._told = ops, True, 0
-        domain.local["lazy"] = True
+        CUSTOM.of(domain)[handle] = fence
         return fence
 
     return make, 0 if type(ops).set_deadline is FenceOps.set_deadline else FF_HASTY
 
 
-def ask(domain: Domain, handles: Iterable[int]) -> None:
-    """Poll those of the fences that are this process's own and have operations: they may be done though nobody signalled them.
+def asks(domain: Domain) -> bool:
+    """Return True if this process has fences with operations, so that :func:`ask` may find one that is done."""
+    return bool(CUSTOM.peek(domain))
 
-    Cheap where there are none, so every place that looks at slots alone may ask first.
+
+def ask(domain: Domain, handles: Iterable[int]) -> None:
+    """Poll those of the fences that are this process's own and have operations: they may be done though nobody signaled them.
+
+    Cheap where there are none. Every place that reads slots alone may ask first.
     """
-    if "lazy" in domain.local:
-        known = domain.local["fences"]
+    known = CUSTOM.peek(domain)
+    if known:
         for handle in handles:
             fence = known.get(handle)
-            if isinstance(fence, LazyFence):
+            if fence is not None:
                 fence.is_signaled()
 
 
 def with_own_wait(domain: Domain, handle: int) -> CustomFence | None:
-    """The fence with this handle, if it is this process's own and waits by itself."""
-    fence = domain.local["fences"].get(handle)
-    return fence if isinstance(fence, CustomFence) and fence.waits_itself else None
+    """Return the fence with this handle if it is this process's own and waits by itself, else None."""
+    known = CUSTOM.peek(domain)
+    fence = known.get(handle) if known else None
+    return fence if fence is not None and fence.waits_itself else None

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import errno
 
-from dmabuf.core.fence.fence import DmaFence, nameless, register
+from dmabuf.core.fence.fence import DmaFence, register, unbound_timeline
 from dmabuf.domain.domain import Domain
+from dmabuf.domain.local import Local
 from dmabuf.errors import fail
+
+_STUB: Local[DmaFence] = Local(lambda domain: private_stub(0, domain=domain))
 
 
 def stub_fence(*, domain: Domain | None = None) -> DmaFence:
     """The fence that was always signalled: context 0, seqno 0, names "stub"; one a process. Kernel: dma_fence_get_stub."""
     domain = domain or Domain.default()
     domain.join()
-    found: DmaFence | None = domain.local.get("stub")
-    if found is None:
-        found = domain.local.setdefault("stub", private_stub(0, domain=domain))
-    return found
+    return _STUB.of(domain)
 
 
 def private_stub(timestamp: int, *, error: int = 0, domain: Domain | None = None) -> DmaFence:
@@ -29,7 +29,7 @@ def private_stub(timestamp: int, *, error: int = 0, domain: Domain | None = None
         raise fail(errno.EINVAL, "private_stub", f"timestamp {timestamp}", "a timestamp is CLOCK_MONOTONIC nanoseconds")
     domain = domain or Domain.default()
     shm = domain.join()
-    handle = shm.fence_alloc(nameless(domain, "stub"), 0, 0, 0, 0, 0)
+    handle = shm.fence_alloc(unbound_timeline(domain, "stub"), 0, 0, 0, 0, 0)
     shm.fence_signal(handle, error, False, timestamp)
     fence = DmaFence(shm, handle, True)
     register(fence, domain, None)

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dmabuf._native import OFF_CONTEXT
 from dmabuf.core.base.clock import monotonic_deadline, seconds_left
 from dmabuf.core.fence.container import Container
-from dmabuf.core.fence.fence import DmaFence, flagged, nameless
+from dmabuf.core.fence.fence import DmaFence, flagged, unbound_timeline
 from dmabuf.domain.domain import Domain
 from dmabuf.errors import contract_warning, fail
 
@@ -39,7 +39,7 @@ def wait_any(fences: Iterable[DmaFence], timeout: float | None = None, *, interr
     # ends a sleep ends this one.
     domain: Domain = found[0].domain
     shm = domain.join()
-    bell = shm.fence_alloc(nameless(domain, "wait_any"), shm.add64(OFF_CONTEXT, 1), 1, 0, 0, 0)
+    bell = shm.fence_alloc(unbound_timeline(domain, "wait_any"), shm.add64(OFF_CONTEXT, 1), 1, 0, 0, 0)
     watched: list[tuple[DmaFence, int]] = []
     try:
         for index, fence in enumerate(found):

@@ -1,8 +1,8 @@
 """Tasks that wait until a reservation lock is free, so that their loop goes on.
 
-A lock is held for microseconds, but somebody may keep it for longer: another process, or another task of the same loop. One thread a lock
-waits for all the tasks, whatever their number. It is nobody else's: in a pool that others use too, the tasks that wait could take every
-thread, and the holder, who needs one before it unlocks, would wait for them.
+A lock is held for microseconds, but another process, or another task of the same loop, may keep it for longer. One thread for each lock
+waits on behalf of all its tasks. The thread comes from no pool: in a pool that others share, the waiting tasks could take every thread,
+and the holder, who needs one before it unlocks, would wait for them.
 """
 
 from __future__ import annotations
@@ -11,27 +11,25 @@ import errno
 import os
 import threading
 import time
-from typing import TYPE_CHECKING
 
-from dmabuf.core.task import waiting as awaiting
+from dmabuf.core.resv.lock import ResvLock, record_of
 from dmabuf.core.task.owner import current
+from dmabuf.core.task.pause import Pause
+from dmabuf.core.task.waiting import pause
 from dmabuf.domain.domain import TICK_NS
 from dmabuf.domain.forks import fork_lock
 
-if TYPE_CHECKING:
-    from dmabuf.core.resv.resv import DmaResv
-
 _guard = fork_lock()
-_waiting: dict[DmaResv, dict[awaiting.Pause, None]] = {}  # with a thread each
+_waiting: dict[ResvLock, dict[Pause, None]] = {}  # the locks that have a thread, and the tasks that each thread waits for
 
 
-async def until_free(resv: DmaResv, timeout: float | None) -> bool:
-    """Sleep until the lock was free for a moment; False when the time, in seconds, was over first.
+async def until_free(resv: ResvLock, timeout: float | None) -> bool:
+    """Sleep until the lock was free for a moment, at most ``timeout`` seconds. Return False when the time was over first.
 
-    Cancelling leaves nothing registered, and the thread, if nobody else waits, ends within a tick. Errors: RuntimeError no thread is to be
-    had.
+    A canceled task leaves nothing registered. If no other task waits, the thread then ends within a tick. Raises RuntimeError if no thread
+    can be started.
     """
-    stop = awaiting.pause()
+    stop = pause()
     with _guard:
         stops = _waiting.get(resv)
         if stops is None:
@@ -47,15 +45,15 @@ async def until_free(resv: DmaResv, timeout: float | None) -> bool:
             stops.pop(stop, None)
 
 
-def _wait(resv: DmaResv, stops: dict[awaiting.Pause, None]) -> None:
-    """Take the lock and give it back, a tick longer at most than anybody cares."""
+def _wait(resv: ResvLock, stops: dict[Pause, None]) -> None:
+    """Take the lock and release it, in slices of a tick until no task waits for it."""
     error: BaseException | None = None
-    ended: list[awaiting.Pause] = []
+    ended: list[Pause] = []
     over = False
     while not over:
         try:
             owner = current(resv.domain)
-            shm, index = resv._record.at()
+            shm, index = record_of(resv).at()
             answer = shm.resv_lock(index, owner.word, 0, False, False, time.monotonic_ns() + TICK_NS)
             if answer >= 0:
                 shm.resv_unlock(index, owner.word)

@@ -1,11 +1,11 @@
 """``WwAcquireContext`` and ``lock_all``: many reservation locks at once without a deadlock (spec 4.10).
 
-The lock of a reservation object is a ww_mutex in wait-die mode. A context has a stamp, and a smaller stamp is older. Who holds locks
-under a context and meets a lock whose holder, or a waiter, is older gets EDEADLK: it releases every lock of the context, takes the
-contended one first with ``lock_slow`` and does the rest again. The stamp is kept across that, so the oldest always gets through. Who
-holds nothing just waits.
+The lock of a reservation object is a ww_mutex in wait-die mode. A context has a stamp, and a smaller stamp is older. An owner that holds
+locks under a context, and meets a lock whose holder or waiter is older, gets EDEADLK. It then releases every lock of the context, takes
+the contended one with ``lock_slow``, and takes the others again. The stamp stays the same meanwhile, so the oldest context always gets
+through. An owner that holds no lock waits.
 
-One open context a thread or task; it is used by the owner that made it alone.
+A thread or task has at most one open context, and only its maker uses it.
 """
 
 from __future__ import annotations
@@ -14,90 +14,121 @@ import errno
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Self
+from typing import Protocol, Self, TypeVar
 
 from dmabuf.core.base.debug import setting
 from dmabuf.core.task.owner import Owner, current
 from dmabuf.domain.domain import Domain
+from dmabuf.domain.local import Local
 from dmabuf.errors import ContractError, contract_warning, fail
 
-if TYPE_CHECKING:
-    from dmabuf.core.resv.resv import DmaResv
+# The open contexts of this process: the word of each by the word of its owner.
+_OPEN: Local[dict[int, int]] = Local(lambda _: {})
+
+
+class Lock(Protocol):
+    """What a context takes: the lock of a reservation object."""
+
+    domain: Domain
+
+    def lock(self, ctx: WwAcquireContext) -> None:
+        """Take it. Raises DeadlockError when an older context is in the way, which ``ctx.contended`` then names."""
+
+    def lock_slow(self, ctx: WwAcquireContext) -> None:
+        """Take it after DeadlockError, with no lock held."""
+
+    def unlock(self) -> None:
+        """Release it."""
 
 
 class WwAcquireContext:
     """An acquire context: the age under which one owner takes several locks.
 
-    ``acquired``: how many locks it holds. ``contended``: the reservation object that answered EDEADLK last, until it is taken.
-    ``ContractWarning``: a second open context of the same owner; ``fini`` with locks held; locking after ``done``.
+    ``acquired``: how many locks it holds. ``contended``: the reservation object that last answered EDEADLK, until it is taken. A
+    ``ContractWarning`` tells of a second open context of the same owner, of ``fini`` with locks held, and of locking after ``done``.
+
+    Args:
+        domain: The domain of its locks; None means the user's default domain.
+
+    Raises:
+        NoSpaceError: The domain is full (ENOSPC).
     """
 
     def __init__(self, *, domain: Domain | None = None) -> None:
         self.domain = domain or Domain.default()
         self.owner: Owner = current(self.domain)
-        open_contexts = self.domain.local.setdefault("ww", {})
+        open_contexts = _OPEN.of(self.domain)
         if self.owner.word in open_contexts:
-            contract_warning("WwAcquireContext: this thread or task has one open already; finish it first", 2)
+            contract_warning("WwAcquireContext: this thread or task already has one open; finish it first", 2)
         self.word = self.domain.ctx_open(threading.get_native_id(), True)
         self.life = self.domain.shm.life
         open_contexts[self.owner.word] = self.word
         self.acquired = 0
-        self.contended: DmaResv | None = None
-        self.injection: tuple[int, int] | None = None  # the debug layer's count of locks until it makes up a deadlock
+        self.contended: Lock | None = None
+        self.injection: tuple[int, int] | None = None  # for inject(): locks left to the next made-up deadlock, and its distance
         self.is_done = False
         self.closed = False
 
     @property
     def stamp(self) -> int:
-        """The context's age: smaller is older. 0 when it is finished."""
+        """The context's age: a smaller number is older. 0 when it is finished."""
         info = self.domain.shm.ctx_info(self.word)
         return info[3] if info else 0
 
-    def check(self, resv: DmaResv, operation: str, *, slow: bool) -> None:
-        """The rules that the kernel's lock debugging knows (spec 4.10, last paragraph)."""
+    def check(self, lock: Lock, operation: str, *, slow: bool) -> None:
+        """Check the rules that the kernel's lock debugging knows (spec 4.10, last paragraph).
+
+        Raises:
+            ContractError: The context is finished, or belongs to another thread, task or process.
+            CrossDomainError: The lock belongs to another domain (EXDEV).
+        """
         if self.closed or self.inherited:
-            raise ContractError(f"{operation}: the context is finished, or belongs to the parent process")
-        if self.domain is not resv.domain:
-            raise fail(errno.EXDEV, operation, resv, "a context and its locks are of one domain")
+            raise ContractError(f"{operation}: {lock!r}: the context is finished, or belongs to the parent process; make a new one")
+        if self.domain is not lock.domain:
+            remedy = "make the context in the lock's domain (domain=)"
+            raise fail(errno.EXDEV, operation, lock, remedy, what="the context belongs to another domain")
         if self.owner is not current(self.domain):
-            raise ContractError(f"{operation}: the context belongs to another thread or task")
+            raise ContractError(f"{operation}: {lock!r}: the context belongs to another thread or task; make one here")
         if self.is_done:
-            contract_warning(f"{operation}: {resv!r}: done() declared the lock phase over", 3)
+            contract_warning(f"{operation}: {lock!r}: done() declared the lock phase over", 3)
         if slow:
-            if self.contended is not resv:
-                contract_warning(f"{operation}: {resv!r}: lock_slow without EDEADLK from it before", 3)
+            if self.contended is not lock:
+                contract_warning(f"{operation}: {lock!r}: lock_slow without EDEADLK from it before", 3)
             if self.acquired:
-                contract_warning(f"{operation}: {resv!r}: lock_slow with {self.acquired} locks held: release every lock first", 3)
+                contract_warning(f"{operation}: {lock!r}: lock_slow with {self.acquired} locks held; release every lock first", 3)
         elif self.contended is not None:
             if self.acquired:
-                contract_warning(f"{operation}: {resv!r}: after EDEADLK every lock of the context is to be released first", 3)
-            elif self.contended is not resv:
-                contract_warning(f"{operation}: {resv!r}: after EDEADLK the contended lock comes first, with lock_slow", 3)
+                contract_warning(f"{operation}: {lock!r}: locks are held after EDEADLK; release every lock of the context first", 3)
+            elif self.contended is not lock:
+                contract_warning(f"{operation}: {lock!r}: not the contended lock; after EDEADLK take that one first, with lock_slow", 3)
 
     @property
     def inherited(self) -> bool:
-        """Is this a forked child's copy of its parent's context, which does nothing?"""
+        """Whether this is a forked child's copy of its parent's context, which has no effect."""
         return self.domain.shm.life != self.life
 
     def done(self) -> None:
         """Declare the lock phase over: locking more is a ``ContractWarning``."""
         if self.is_done:
-            contract_warning("done: the lock phase was over already", 2)
+            contract_warning("done: the lock phase is already over", 2)
         self.is_done = True
 
     def fini(self) -> None:
-        """Finish the context. ``ContractWarning`` when locks are held; they stay held by nobody's age. In a forked child: nothing."""
+        """Finish the context. No effect in a forked child.
+
+        With locks held it is a ``ContractWarning``, and the context stays open.
+        """
         if self.closed or self.inherited:
             return
         if self.acquired:
-            contract_warning(f"fini: {self.acquired} locks are still held: unlock them first", 2)
+            contract_warning(f"fini: {self.acquired} locks are still held; unlock them first", 2)
             return
         self._close()
 
     def _close(self) -> None:
         self.closed = True
-        contexts = self.domain.local.get("ww", {})
-        if contexts.get(self.owner.word) == self.word:
+        contexts = _OPEN.peek(self.domain)
+        if contexts is not None and contexts.get(self.owner.word) == self.word:
             del contexts[self.owner.word]
         self.domain.ctx_close(self.word, self.life)
 
@@ -112,18 +143,29 @@ class WwAcquireContext:
             self._close()
 
 
-@contextmanager
-def lock_all(resvs: Iterable[DmaResv]) -> Iterator[WwAcquireContext | None]:
-    """Hold the locks of all these reservation objects: the back-off loop, written once.
+LockT = TypeVar("LockT", bound=Lock)
 
-    The same object twice counts once. Yields the context, None for an empty collection. Waits as long as it takes.
+
+@contextmanager
+def lock_all(resvs: Iterable[LockT]) -> Iterator[WwAcquireContext | None]:
+    """Hold the locks of several reservation objects for a block: the back-off loop, written once. Waits as long as it takes.
+
+    Args:
+        resvs: The reservation objects; one that is named twice is locked once.
+
+    Returns:
+        The context manager. It gives the context, or None if there was nothing to lock.
+
+    Raises:
+        CrossDomainError: They belong to several domains (EXDEV).
+        NoSpaceError: The domain is full (ENOSPC).
     """
     wanted = list(dict.fromkeys(resvs))
     if not wanted:
         yield None
         return
     with WwAcquireContext(domain=wanted[0].domain) as ctx:
-        held: list[DmaResv] = []
+        held: list[LockT] = []
         try:
             _take(wanted, held, ctx)
             yield ctx
@@ -133,7 +175,7 @@ def lock_all(resvs: Iterable[DmaResv]) -> Iterator[WwAcquireContext | None]:
                     resv.unlock()
 
 
-def _take(wanted: list[DmaResv], held: list[DmaResv], ctx: WwAcquireContext) -> None:
+def _take(wanted: list[LockT], held: list[LockT], ctx: WwAcquireContext) -> None:
     while True:
         for resv in wanted:
             if resv in held:
@@ -153,14 +195,17 @@ def _take(wanted: list[DmaResv], held: list[DmaResv], ctx: WwAcquireContext) -> 
             return
 
 
+# ---- made-up deadlocks (CONFIG_DEBUG_WW_MUTEX_SLOWPATH) ----
+
 deadlock_every = setting("DMABUF_DEBUG_WW")  # 0: never
 
 
 @contextmanager
 def inject_deadlocks(every: int = 2) -> Iterator[None]:
-    """Let the n-th lock under each context answer EDEADLK, and later ones at growing distances (CONFIG_DEBUG_WW_MUTEX_SLOWPATH).
+    """Let the n-th lock under each context answer EDEADLK, and later ones at growing distances. Holds for the whole process.
 
-    In the whole process; ``every``: n, 0 for none.
+    Args:
+        every: n, or 0 for none.
     """
     global deadlock_every
     before, deadlock_every = deadlock_every, every
@@ -171,7 +216,7 @@ def inject_deadlocks(every: int = 2) -> Iterator[None]:
 
 
 def inject(ctx: WwAcquireContext) -> bool:
-    """Is it this lock's turn? Each time in a context the distance to the next grows, so that every back-off gets through."""
+    """Return True if this lock is to answer EDEADLK. The distance grows each time in a context, so that every back-off gets through."""
     left, distance = ctx.injection or (deadlock_every, deadlock_every)
     if left > 1:
         ctx.injection = left - 1, distance

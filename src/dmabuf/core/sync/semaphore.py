@@ -26,7 +26,7 @@ from typing import Final
 from dmabuf._native import FF_ANYBODY, OFF_CONTEXT, Shm, step
 from dmabuf.core.base.clock import monotonic_deadline, seconds_left
 from dmabuf.core.fence.array import DmaFenceArray
-from dmabuf.core.fence.fence import DmaFence, flagged, nameless, wrap
+from dmabuf.core.fence.fence import DmaFence, flagged, unbound_timeline, wrap
 from dmabuf.core.fence.stub import private_stub
 from dmabuf.core.fence.wait_any import wait_any
 from dmabuf.core.sync.semaphore_state import EMPTY, TIMELINE, Leaf, State, added, leaves_at, packed, settled, unpacked
@@ -35,6 +35,7 @@ from dmabuf.core.sync.sync_file import SyncFile, leaves_of
 from dmabuf.domain.cells import Cell
 from dmabuf.domain.dispatcher import report
 from dmabuf.domain.domain import Domain
+from dmabuf.domain.local import Local
 from dmabuf.errors import fail, needing_descriptors
 
 KIND: Final = "semaphore"
@@ -42,6 +43,8 @@ MAX_POINT: Final = 0xFFFFFFFFFFFFFFFF
 _MAGIC: Final = b"dmabufT\1"
 _EVENT: Final = 8  # offset of the handle of the fence that ends when something is submitted
 _HANDLE: Final = struct.Struct("=Q")
+# Handles of the fences of this process that stand for a submission to a semaphore.
+EVENTS: Local[set[int]] = Local(lambda _: set())
 _EVENTFD: Final = "anon_inode:[eventfd]"
 _here = threading.local()  # looks: the notices that are to look again when this thread has given back the lock
 
@@ -148,7 +151,7 @@ class TimelineSemaphore(Shared):
     def _submission(self) -> DmaFence:
         """A fence that ends at the next change; of whoever first waited for one. Any holder ends it."""
         shm, domain = self.domain.shm, self.domain
-        mine: set[int] = domain.local.setdefault("semaphore events", set())
+        mine = EVENTS.of(domain)
         for handle in list(mine):  # those of other semaphores too, whose locks other threads hold
             if not shm.fence_pending(handle):
                 with contextlib.suppress(KeyError):
@@ -156,7 +159,7 @@ class TimelineSemaphore(Shared):
                     shm.fence_signal(handle, 0, True)
         handle = self._event()
         if not handle or not shm.fence_pending(handle):
-            handle = shm.fence_alloc(nameless(domain, KIND), shm.add64(OFF_CONTEXT, 1), 1, FF_ANYBODY, 0, 0)
+            handle = shm.fence_alloc(unbound_timeline(domain, KIND), shm.add64(OFF_CONTEXT, 1), 1, FF_ANYBODY, 0, 0)
             mine.add(handle)
             self._cell.write(_EVENT, _HANDLE.pack(handle))
             step("sem_event")

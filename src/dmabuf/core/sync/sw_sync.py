@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from dmabuf._native import FF_ANYBODY, OFF_CONTEXT, step
-from dmabuf.core.fence.fence import DmaFence, Origin, flagged, register, wrap
+from dmabuf.core.fence.fence import KNOWN, DmaFence, Origin, flagged, register, wrap
 from dmabuf.core.fence.timeline import Timeline
 from dmabuf.core.sync.shared_object import Shared
 from dmabuf.core.sync.sync_file import SyncFile
@@ -141,7 +141,7 @@ class SwSync(Shared):
             return []
         # Without the lock: what others add is not ours.
         found = [handle for handle, _ in self._entries()]
-        known = self.domain.local.get("fences", {})
+        known = KNOWN.of(self.domain)
         return [handle for handle in found if isinstance(fence := known.get(handle), SwFence) and fence.owned and not flagged(fence)]
 
     def _end_all(self) -> None:

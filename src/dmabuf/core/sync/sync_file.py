@@ -20,11 +20,12 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import itertools
 import os
 import select
 import sys
 import weakref
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -40,11 +41,13 @@ from dmabuf.core.sync import kernel_fences as kernel_sync
 from dmabuf.domain import sync_files
 from dmabuf.domain.domain import Domain, known
 from dmabuf.domain.forks import fork_lock
+from dmabuf.domain.local import Local
 from dmabuf.domain.sync_files import Facts, Leaf
 from dmabuf.errors import fail
 from dmabuf.uapi import sync_file as uapi
 
 NAME_BYTES = 31  # of a char[32] with its NUL (spec 5.1)
+_OPENED: Local[Iterator[int]] = Local(lambda _: itertools.count(1))
 _TIDY_EVERY = 64  # descriptors made between two looks for names that nobody holds
 
 
@@ -229,8 +232,7 @@ class SyncFile(Closing):
         shm = domain.join()
         for leaf in self._leaves:
             leaf.publish()
-        count = domain.local["sync files"] = domain.local.get("sync files", 0) + 1
-        if count % _TIDY_EVERY == 0:
+        if next(_OPENED.of(domain)) % _TIDY_EVERY == 0:
             domain.tidy()
         stem = sync_files.new_stem(domain.id)
         with domain.directory() as directory:

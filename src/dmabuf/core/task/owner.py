@@ -10,11 +10,12 @@ import errno
 import threading
 import weakref
 from collections.abc import Callable
-from typing import Any
 
 from dmabuf._native import OFF_STAMP, TICK_FENCE
-from dmabuf.core.task import waiting as awaiting
+from dmabuf.core.task import waiting
+from dmabuf.core.task.pause import Pause
 from dmabuf.domain.domain import Domain
+from dmabuf.domain.local import Local
 from dmabuf.errors import fail
 
 _CYCLE_LIMIT = 256
@@ -32,7 +33,7 @@ class Owner:
         self.life = domain.shm.life
         self.wait_stamp = 0
         self.locks = 0  # reservation locks that it holds
-        self.awaiting: awaiting.Pause | None = None  # where its task waits for an access
+        self.awaiting: Pause | None = None  # where its task waits for an access
 
     def __del__(self) -> None:
         if hasattr(self, "life"):
@@ -40,40 +41,35 @@ class Owner:
 
 
 class _Owners:
-    """The owners of this process in one domain."""
+    """The owners of this process in one domain. ``waiting``: those that wait for an access."""
 
-    def __init__(self) -> None:
+    def __init__(self, domain: Domain) -> None:
         self.threads = threading.local()
-        self.tasks: weakref.WeakKeyDictionary[Any, Owner] = weakref.WeakKeyDictionary()
+        self.tasks: weakref.WeakKeyDictionary[object, Owner] = weakref.WeakKeyDictionary()
         self.waiting: dict[Owner, None] = {}
-
-
-def _owners(domain: Domain) -> _Owners:
-    found: _Owners | None = domain.local.get("owners")
-    if found is None:
         me = weakref.ref(domain)
 
         def look_for_cycles(kind: int, value: int) -> None:
             here = me()
             if here is not None:
-                _look(here, kind)
+                _end_deadlocks(here, kind)
 
-        # Once a domain: after a fork the owners begin anew, and the hook stays. Before the owners, so that no owner waits without it.
+        # Once a domain: after a fork the owners begin anew, and the hook stays. No owner exists, so none waits, without the hook.
         domain.tick_hooks.ensure("cycles", look_for_cycles)
-        found = domain.local.setdefault("owners", _Owners())
-    return found
+
+
+_OWNERS: Local[_Owners] = Local(_Owners)
 
 
 def current(domain: Domain) -> Owner:
-    """The owner that runs now."""
+    """Return the owner that runs now: the task, or else the thread."""
     life = domain.shm.life or domain.life
-    owners: _Owners = domain.local.get("owners") or _owners(domain)
-    found = awaiting.running()
-    if found is not None:
-        task = found[1]
+    owners: _Owners = domain.local.get(_OWNERS) or _OWNERS.of(domain)  # each access and each lock comes here: one call less than peek()
+    task = waiting.running()
+    if task is not None:
         owner = owners.tasks.get(task)
         if owner is None or owner.life != life:
-            owner = owners.tasks[task] = Owner(domain, awaiting.name_of(task))
+            owner = owners.tasks[task] = Owner(domain, waiting.name_of(task))
         return owner
     try:
         mine: Owner = owners.threads.owner
@@ -87,7 +83,7 @@ def current(domain: Domain) -> Owner:
 
 def acting(owner: Owner, call: Callable[[], object]) -> None:
     """Do it in this thread, in which no task runs, as the owner who waits for it. Errors: those of the call."""
-    threads = _owners(owner.domain).threads
+    threads = _OWNERS.of(owner.domain).threads
     before = getattr(threads, "owner", None)
     threads.owner = owner
     try:
@@ -102,7 +98,7 @@ def acting(owner: Owner, call: Callable[[], object]) -> None:
 def publish(owner: Owner, handle: int) -> None:
     """Say which fence the owner is about to wait for; 0: none any more."""
     shm = owner.domain.shm
-    owners = _owners(owner.domain)
+    owners = _OWNERS.of(owner.domain)
     if handle:
         if not owner.wait_stamp:
             owner.wait_stamp = owner.domain.shm.add64(OFF_STAMP, 1)
@@ -142,9 +138,11 @@ def deadlock(operation: str, obj: object) -> OSError:
     )
 
 
-def _look(domain: Domain, kind: int) -> None:
+def _end_deadlocks(domain: Domain, kind: int) -> None:
     """At a tick: the thread that ticks may be in a cycle itself; so may tasks, which don't tick."""
-    owners = _owners(domain)
+    owners = _OWNERS.peek(domain)
+    if owners is None:
+        return
     mine = getattr(owners.threads, "owner", None)
     for owner in list(owners.waiting):
         if owner.life != domain.shm.life or not youngest_in_cycle(owner):

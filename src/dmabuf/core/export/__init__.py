@@ -1,1 +1,0 @@
-"""Exporting: buffers whose memory and behavior are an object of the program."""
