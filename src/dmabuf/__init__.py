@@ -32,8 +32,9 @@ if TYPE_CHECKING:
     from dmabuf.core.access.range import BufferRange
     from dmabuf.core.attach.attachment import DmaBufAttachment
     from dmabuf.core.base.usage import Direction, Usage
-    from dmabuf.core.contract import Exporter, Importer, export
+    from dmabuf.core.contract import Exporter, Importer
     from dmabuf.core.dma_buf import DmaBuf
+    from dmabuf.core.export.export import export
     from dmabuf.core.fence.array import DmaFenceArray
     from dmabuf.core.fence.chain import DmaFenceChain
     from dmabuf.core.fence.fence import DmaFence
@@ -122,8 +123,9 @@ _PLACES = {
     "dmabuf.core.access.range": ("BufferRange",),
     "dmabuf.core.attach.attachment": ("DmaBufAttachment",),
     "dmabuf.core.base.usage": ("Direction", "Usage"),
-    "dmabuf.core.contract": ("Exporter", "Importer", "export"),
+    "dmabuf.core.contract": ("Exporter", "Importer"),
     "dmabuf.core.dma_buf": ("DmaBuf",),
+    "dmabuf.core.export.export": ("export",),
     "dmabuf.core.fence.array": ("DmaFenceArray",),
     "dmabuf.core.fence.chain": ("DmaFenceChain",),
     "dmabuf.core.fence.fence": ("DmaFence",),
@@ -155,8 +157,7 @@ _PLACES = {
 }
 _MODULE_OF = {name: module for module, names in _PLACES.items() for name in names}
 _MODULES = ("errors", "sim")
-# Whoever has an object of this package may pickle it, and use buffers of other processes' exporters.
-_WITH_OBJECTS = ("dmabuf.sharing.pickling", "dmabuf.sharing.live", "dmabuf.sharing.serving")
+_WITH_OBJECTS = ("dmabuf.sharing.pickling",)  # whoever has an object of this package may pickle it
 _WITHOUT_OBJECTS = ("dmabuf.errors", "dmabuf.core.base.usage")
 
 

@@ -11,7 +11,7 @@ import pytest
 import dmabuf
 from dmabuf import Device, Direction, DmaBufAttachment, Exporter
 from dmabuf.core.attach import attachment as attachments
-from dmabuf.core.buffer.backing import exports_of
+from dmabuf.core.export.exported import EXPORTS
 from tests.support import elsewhere as do
 from tests.support.children import Spawn
 from tests.support.drivers import PAGE, Dynamic, Mover, Static
@@ -212,7 +212,7 @@ def test_an_importer_that_dies_as_it_hears_of_a_move_is_passed_over(child: Spawn
 
 
 def moves(state: Any) -> None:
-    (exported,) = exports_of(dmabuf.Domain.default()).live.values()
+    (exported,) = EXPORTS.of(dmabuf.Domain.default()).buffers.values()
     with exported.resv.locked():
         attachments.move_notify(exported)
 

@@ -7,6 +7,7 @@ import pytest
 
 import dmabuf
 from dmabuf import Direction, DmaBuf, Usage
+from dmabuf.core.export.exported import EXPORTS
 from tests.support import elsewhere as do
 from tests.support.children import Parent, Spawn
 from tests.support.drivers import BIDIR, FROM, PAGE, TO, Bare, Static
@@ -186,7 +187,7 @@ def test_a_failing_end_of_a_write_leaves_the_content_torn(place: Place, static: 
 
 
 def live_mappings(exporter: Static) -> int:
-    (exported,) = (e for e in dmabuf.core.buffer.backing.exports_of(dmabuf.Domain.default()).live.values() if e.exporter is exporter)
+    (exported,) = (e for e in EXPORTS.of(dmabuf.Domain.default()).buffers.values() if e.exporter is exporter)
     return sum(not mapping.closed for mapping in list(exported._mappings))
 
 

@@ -11,8 +11,8 @@ import pytest
 
 import dmabuf
 from dmabuf import ContractError, ContractWarning, Device, DmaResv, Domain, Timeline, Usage
-from dmabuf.core.buffer import backing
-from dmabuf.core.contract import Module
+from dmabuf.core.export import exported
+from dmabuf.core.export.module import Module
 from tests.support.children import Parent, Spawn
 from tests.support.drivers import FROM, PAGE, Dynamic, Mover, Static
 from tests.support.errnos import raises_errno
@@ -168,11 +168,11 @@ def test_release_never_runs_in_the_garbage_collector(static: Static) -> None:
 def test_who_closes_the_last_handle_releases_and_not_the_thread_that_looks_just_then(
     static: Static, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    free, looks = backing.outside, list[Background[None]]()
+    free, looks = exported.outside, list[Background[None]]()
 
     def outside() -> bool:
         if not looks:  # called as the handle is closed, before the release
-            looks.append(Background(backing.exports_of(Domain.default()).look))
+            looks.append(Background(exported.EXPORTS.of(Domain.default()).look))
             looks[0].__enter__()
             looks[0].until_blocked()
         return free()
@@ -180,7 +180,7 @@ def test_who_closes_the_last_handle_releases_and_not_the_thread_that_looks_just_
     where: list[int] = []
     static.during["release"] = lambda last: where.append(threading.get_ident())
     buf = dmabuf.export(static, SIZE)
-    monkeypatch.setattr(backing, "outside", outside)
+    monkeypatch.setattr(exported, "outside", outside)
     buf.close()
     assert where == [threading.get_ident()]
     looks[0].__exit__(None)

@@ -30,7 +30,7 @@ from dmabuf import (
     Timeline,
     Usage,
 )
-from dmabuf.core.contract import Module
+from dmabuf.core.export.module import Module
 from tests.support.drivers import BIDIR, FROM, PAGE, TO, Bare, Dynamic, Static
 from tests.support.errnos import raises_errno
 from tests.support.fences import attach as add

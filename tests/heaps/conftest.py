@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dmabuf import DmaBuf, Domain, SpillHeap
-from dmabuf.core.buffer.backing import exports_of
+from dmabuf.core.export.exported import EXPORTS
 from dmabuf.heap.spill_buffer import SpillBuffer
 from tests.support.spilling import ROOM, SIZE, fill
 from tests.support.waiting import until
@@ -19,7 +19,7 @@ def heap(tmp_path: Path) -> Iterator[SpillHeap]:
         yield made
     gc.collect()  # a traceback's frames may still have a mapping
     # The last holder may have been another process, or a thread of ours releases what the collector found.
-    until(lambda: not any(isinstance(found.exporter, SpillBuffer) for found in list(exports_of(Domain.default()).live.values())))
+    until(lambda: not any(isinstance(found.exporter, SpillBuffer) for found in list(EXPORTS.of(Domain.default()).buffers.values())))
 
 
 @pytest.fixture

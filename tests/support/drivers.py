@@ -6,7 +6,7 @@ from typing import Any
 
 import dmabuf
 from dmabuf import Direction, DmaBuf, DmaBufAttachment, Domain, Exporter, Importer, IosysMap, SgTable
-from dmabuf.core.buffer.backing import exports_of
+from dmabuf.core.export.exported import EXPORTS
 from tests.support.waiting import until
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -27,7 +27,7 @@ class Bare(Exporter):
 
     def close(self) -> None:
         """What a driver frees when it goes: after its buffers."""
-        live = exports_of(Domain.default()).live
+        live = EXPORTS.of(Domain.default()).buffers
         until(lambda: all(exported.exporter is not self for exported in list(live.values())))
         self.fails.clear()  # the traceback of an exception holds the buffer of whoever it was raised to
         del self.whole  # maps and views of a failed test's traceback may still show it

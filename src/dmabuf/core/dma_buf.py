@@ -32,6 +32,7 @@ from dmabuf.core.buffer import fdinfo
 from dmabuf.core.buffer.backing import backing_of
 from dmabuf.core.buffer.backing_kernel import KernelBacking
 from dmabuf.core.buffer.handle import Handle
+from dmabuf.core.buffer.identity import checked_name
 from dmabuf.core.memory.iosys_map import IosysMap
 from dmabuf.core.resv.resv import DmaResv, resv_of
 from dmabuf.errors import ContractError, contract_warning, fail
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
     from dmabuf.core.memory.device import Device
     from dmabuf.core.sync.sync_file import SyncFile
 
-NAME_BYTES = 31  # DMA_BUF_NAME_LEN without its NUL
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -111,7 +111,7 @@ class DmaBuf(Handle):
 
     @property
     def home(self) -> str:
-        """Where the memory lives: ``"memfd"`` for plain memory of ours, ``"exported"`` for an exporter's; a real dma-buf's names its maker."""
+        """The kind of memory: ``"memfd"``, ``"exported"``, ``"udmabuf"``, ``"dma_heap:NAME"`` or ``"imported"``."""
         self._check("home")
         return os.fsdecode(self._record.home)
 
@@ -450,13 +450,3 @@ class DmaBuf(Handle):
             len(self._polls or ()),
             len(behind.attachments) if behind else 0,
         )
-
-
-def checked_name(value: str | bytes, obj: object) -> bytes:
-    """A buffer's name as bytes. Errors: EINVAL too long or with a NUL; TypeError neither str nor bytes."""
-    if not isinstance(value, (str, bytes)):
-        raise TypeError(f"a name is str or bytes, not {type(value).__name__}")
-    raw = os.fsencode(value)
-    if len(raw) > NAME_BYTES or b"\0" in raw:
-        raise fail(errno.EINVAL, "name", obj, f"a name is at most {NAME_BYTES} bytes, without a NUL")
-    return raw

@@ -99,9 +99,13 @@ class Record:
             self.hold(name)
 
     def info(self) -> dict[str, Any]:
-        """What the record says now."""
-        shm, index = self.at()
-        found = shm.rec_info(index)
+        """Return what the record says now."""
+        self.ensure()
+        return self.seen()
+
+    def seen(self) -> dict[str, Any]:
+        """Return what the record says, without a hold of this process's present life on it."""
+        found = self.shm.rec_info(self.index)
         if found is None or found["gen"] != self.gen:
             raise fail(errno.EUCLEAN, "look up", "a buffer's record", "the domain file was changed from outside")
         return found

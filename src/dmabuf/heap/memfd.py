@@ -16,8 +16,8 @@ import secrets
 
 from dmabuf import _native
 from dmabuf.core.buffer.handle import MEMFD
-from dmabuf.core.buffer.identity import SEALS, memfd_name
-from dmabuf.core.dma_buf import PAGE, DmaBuf, checked_name
+from dmabuf.core.buffer.identity import SEALS, checked_name, memfd_name
+from dmabuf.core.dma_buf import PAGE, DmaBuf
 from dmabuf.core.get import from_fd
 from dmabuf.domain.domain import Domain
 from dmabuf.errors import fail

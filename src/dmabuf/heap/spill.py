@@ -29,8 +29,9 @@ import weakref
 from dataclasses import dataclass
 from typing import Final
 
-from dmabuf.core.buffer.backing import checked_ops, make
+from dmabuf.core.contract import checked_ops
 from dmabuf.core.dma_buf import PAGE, DmaBuf
+from dmabuf.core.export.export import make
 from dmabuf.domain.domain import Domain
 from dmabuf.errors import fail
 from dmabuf.heap import budget

@@ -42,8 +42,10 @@ from dmabuf.core.attach import attachment
 from dmabuf.core.attach.attachment import DmaBufAttachment
 from dmabuf.core.base.usage import Usage
 from dmabuf.core.buffer import residence
-from dmabuf.core.buffer.backing import Exported
+from dmabuf.core.buffer.backing import Backing
+from dmabuf.core.contract import RevocableImporter
 from dmabuf.core.fence.timeline import Timeline
+from dmabuf.core.resv.lock import record_of
 from dmabuf.core.resv.resv import pending
 from dmabuf.core.task.owner import current
 from dmabuf.domain.domain import TICK_NS, Domain
@@ -266,7 +268,7 @@ class ResidentSet:
                 _native.step("spill_locked")
                 if not b.resv.test_signaled(Usage.BOOKKEEP):
                     return False
-                backing: Exported | None = b.resv._record.live
+                backing: Backing | None = record_of(b.resv).live
                 if backing is not None:
                     b.telling = True
                     try:
@@ -325,8 +327,8 @@ class ResidentSet:
                 del b.tables[id(sgt)]
                 told.add(att)
         for att in told:  # the device may be in another process
-            if att.importer is not None:
-                att.importer._revoked(att)
+            if isinstance(att.importer, RevocableImporter):
+                att.importer.revoke(att)
 
     def _copy(self, b: SpillBuffer, fd: int, *, out: bool) -> None:
         whole = memoryview(Mapping(fd, b.size))

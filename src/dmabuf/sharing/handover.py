@@ -10,7 +10,7 @@ import fcntl
 import os
 
 from dmabuf import _native
-from dmabuf.core.buffer import backing_kernel as kernel
+from dmabuf.core.buffer.backing import SERVERS
 from dmabuf.core.buffer.identity import identify
 from dmabuf.core.dma_buf import DmaBuf
 from dmabuf.core.get import from_fd
@@ -71,4 +71,4 @@ def ask(domain: Domain, index: int, dev: int, ino: int, nonce: bytes) -> DmaBuf 
 
 
 register("hand over", _hand_over)
-kernel.held = serve
+SERVERS.register("kernel", serve)

@@ -26,9 +26,9 @@ from typing import Any, Final
 from dmabuf import _native
 from dmabuf.core.attach.attachment import DmaBufAttachment
 from dmabuf.core.base.usage import Direction
-from dmabuf.core.buffer import backing, residence
-from dmabuf.core.buffer.backing import OPS, Backing
-from dmabuf.core.contract import Exporter
+from dmabuf.core.buffer import residence
+from dmabuf.core.buffer.backing import BACKINGS, Backing
+from dmabuf.core.contract import OPS, Exporter
 from dmabuf.core.dma_buf import DmaBuf
 from dmabuf.core.memory.iosys_map import IosysMap
 from dmabuf.core.memory.scatterlist import DmaEntry, SgEntry, SgTable
@@ -62,6 +62,11 @@ class Elsewhere(Backing):
         self.asked = False
         self.held = 0  # mappings of this process's
         _all.add(self)
+
+    @classmethod
+    def of(cls, record: Record, fd: int) -> Elsewhere:
+        """The backing of a buffer whose exporter made the record; it is not joined for, since a forked child asks too."""
+        return cls(record, record.seen()["life"], residence.in_file(fd))
 
     def here(self, operation: str) -> None:
         """Errors: ENODEV the exporter's process is gone, or this is of before a fork."""
@@ -354,6 +359,5 @@ def _after_fork() -> None:
 
 register("moved", _moved)
 register("revoked", _revoked)
-backing.elsewhere = Elsewhere
-backing.serve = serve
+BACKINGS.register("remote", Elsewhere.of)
 os.register_at_fork(after_in_child=_after_fork)

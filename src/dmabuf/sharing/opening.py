@@ -15,8 +15,8 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from dmabuf import _native
-from dmabuf.core.buffer.identity import identify, is_kernel_home, memfd_name
-from dmabuf.core.dma_buf import DmaBuf, checked_name
+from dmabuf.core.buffer.identity import checked_name, identify, is_kernel_home, memfd_name
+from dmabuf.core.dma_buf import DmaBuf
 from dmabuf.core.get import from_fd
 from dmabuf.domain import lives, records
 from dmabuf.domain.domain import Domain

@@ -28,9 +28,10 @@ from typing import Any
 from dmabuf import _native
 from dmabuf.core.attach.attachment import DmaBufAttachment, make
 from dmabuf.core.base.usage import Direction
-from dmabuf.core.buffer.backing import Exported
-from dmabuf.core.contract import Importer
+from dmabuf.core.buffer.backing import SERVERS
+from dmabuf.core.contract import Attachment, RevocableImporter
 from dmabuf.core.dma_buf import DmaBuf
+from dmabuf.core.export.exported import Exported
 from dmabuf.core.get import from_fd
 from dmabuf.core.memory.device import Device
 from dmabuf.core.memory.iosys_map import IosysMap
@@ -43,7 +44,7 @@ from dmabuf.sharing import memory
 from dmabuf.sharing.lending import borrowed, regain
 from dmabuf.sharing.line import Line, line_to
 from dmabuf.sharing.messages import LOST, THERE, Body, flag, no_room, number, text
-from dmabuf.sharing.service import Answer, Handler, Session, register
+from dmabuf.sharing.service import Answer, Handler, Session, register, serve
 
 Key = tuple[int, int]  # (st_dev, st_ino)
 
@@ -112,7 +113,7 @@ def _detached(live: Exported, attachment: DmaBufAttachment) -> None:
     attachment.priv = None
 
 
-class ImporterElsewhere(Importer):
+class ImporterElsewhere(RevocableImporter):
     """An importer in the process that asked for the attachment; it is told there, and waited for."""
 
     def __init__(self, session: Session, body: Body) -> None:
@@ -133,7 +134,7 @@ class ImporterElsewhere(Importer):
         finally:  # what it asked of this process in it ends first
             regain(resv, held, held.word, life)
 
-    def _revoked(self, attachment: DmaBufAttachment) -> None:
+    def revoke(self, attachment: Attachment) -> None:
         if self.line is not None:  # it was told of the move
             with contextlib.suppress(DmaBufError):  # dead: so is its device
                 self.line.call("revoked", self.body, operation="move")
@@ -454,3 +455,4 @@ _REQUESTS: dict[str, Handler] = {
 }
 for _kind, _handler in _REQUESTS.items():
     register(_kind, _handler)
+SERVERS.register("exported", serve)

@@ -1,82 +1,50 @@
-"""What stands behind a buffer in this process: its exporter's ops, its attachments, its vmap count, and its end (spec 1.2, 2.6).
+"""What stands behind a buffer in this process: its exporter's ops, its attachments and its vmap count (spec 1.2).
 
-``Plain`` backs a buffer of the memfd heap, whose memory every process can map; it is made when somebody attaches or vmaps. ``Exported``
-backs what :func:`dmabuf.export` made: it is ``record.live``, the one attribute that the paths of access look at. Where the exporter is
-another process, something stands in its place that carries the calls there: it comes from above (:data:`elsewhere`).
-
-*The end of an exported buffer.* The descriptors that travel carry a read lock, the lease. An exported buffer keeps a description of its
-own, without one, and tries to take the write lock through it: success proves that nobody holds the buffer, in flight or mapped, and no
-newcomer can. Then it is released, once. The try is made when this process closes its last handle: by ``close()`` itself when the caller
-holds no reservation lock and is no callback, else (and after ``__del__``) by a thread, the releaser, which is there while there are
-exported buffers. While others hold a buffer that this process has closed, the releaser tries again every tick.
+``Plain`` backs a buffer of the memfd heap, whose memory every process can map; it is made when somebody attaches or vmaps. A buffer of
+:func:`dmabuf.export` has an ``Exported`` behind it (core/export/exported.py): it is ``record.live``, the one attribute that the paths of
+access look at. Where the exporter is another process, something stands in its place that carries the calls there.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import fcntl
-import os
-import secrets
 import sys
-import threading
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from dmabuf import _native
 from dmabuf.core.base import debug
+from dmabuf.core.base.registry import Registry
 from dmabuf.core.base.usage import Direction
 from dmabuf.core.buffer import residence
-from dmabuf.core.buffer.identity import SEALS, memfd_name
-from dmabuf.core.contract import Exporter, OwnerReference, overrides
-from dmabuf.core.fence.signalling import in_signalling
+from dmabuf.core.contract import Exporter, checked_ops
 from dmabuf.core.memory.checked import CheckedMap
 from dmabuf.core.memory.iosys_map import IosysMap
 from dmabuf.core.memory.scatterlist import SgTable
 from dmabuf.core.resv.lock import record_of
-from dmabuf.core.resv.resv import DmaResv, resv_of
+from dmabuf.core.resv.resv import resv_of
 from dmabuf.core.task.owner import current
-from dmabuf.domain import dispatcher, place
-from dmabuf.domain.bell import Bell
-from dmabuf.domain.domain import TICK_NS, Domain
-from dmabuf.domain.forks import fork_lock
-from dmabuf.domain.records import KIND_RESV, Record
-from dmabuf.errors import ContractError, DmaBufError, contract_warning, fail
+from dmabuf.domain.domain import Domain
+from dmabuf.domain.records import Record
+from dmabuf.errors import ContractError, contract_warning, fail
 
 if TYPE_CHECKING:
     from dmabuf.core.attach.attachment import DmaBufAttachment
     from dmabuf.core.dma_buf import DmaBuf
 
 EXPORTED = b"exported"
-OPS = ("attach", "detach", "pin", "unpin", "map", "unmap", "release", "begin_cpu_access", "end_cpu_access", "mmap", "vmap", "vunmap")
-_MANDATORY = {"map", "unmap", "release"}
-_F_ADD_SEALS = 1033  # linux/fcntl.h
-
-
-def checked_ops(exporter: object, cache: bool) -> frozenset[str]:
-    """What the exporter can do. Errors: as :func:`dmabuf.export`, the first three."""
-    ops = frozenset(op for op in OPS if overrides(exporter, Exporter, op)) if isinstance(exporter, Exporter) else frozenset()
-    wrong = ""
-    if not _MANDATORY <= ops:
-        wrong = "an exporter is a dmabuf.Exporter with map, unmap and release"
-    elif cache and ops & {"pin", "unpin"}:
-        wrong = "cache_sgt_mapping excludes pin and unpin: what is cached can't move"
-    elif ("pin" in ops) != ("unpin" in ops):
-        wrong = "pin and unpin come together"
-    if wrong:
-        contract_warning(f"export: {exporter!r}: {wrong}", 3)
-        raise fail(errno.EINVAL, "export", repr(exporter), wrong)
-    return ops
 
 
 class Backing:
     """The driver side of one buffer in this process.
 
-    ``in_file``: the memory is the buffer's own file, which every handle maps for itself.
+    ``in_file``: the memory is the buffer's own file, which every handle maps for itself. ``own_descriptions``: open file descriptions of
+    the buffer that are no references.
     """
 
     in_file = False
+    own_descriptions = 0
 
     def __init__(self, exporter: Exporter, ops: frozenset[str], record: Record, cache: bool) -> None:
         self.exporter, self.ops, self.record, self.cache = exporter, ops, record, cache
@@ -236,292 +204,10 @@ def devices_of(domain: Domain, dev: int, ino: int) -> list[str]:
     return [attachment.dev.name for attachment in list(found.attachments)] if found is not None else []
 
 
-def _nothing(domain: Domain) -> None:
-    """Nobody answers calls from other processes."""
+BACKINGS: Final[Registry[Callable[[Record, int], Backing]]] = Registry("backing", {"remote": "dmabuf.sharing.live"})
+"""Functions that make the backing of a buffer which doesn't have one yet in this process, from its record and a descriptor of it."""
 
-
-def _unreachable(record: Record, life: int, in_file: bool) -> Backing:
-    raise fail(errno.ENODEV, "get", f"buffer ino {record.ino}", "import dmabuf", what="calls to other processes need dmabuf.sharing")
-
-
-# Set by sharing: makes the driver side of a buffer whose exporter is the process with that life (the flag: ``Backing.in_file``); and starts
-# to answer calls of other processes.
-elsewhere: Callable[[Record, int, bool], Backing] = _unreachable
-serve: Callable[[Domain], object] = _nothing
-
-
-class Exported(Backing):
-    """A buffer with an exporter of this process. Keeps the record, so that the buffer is known again when it comes back."""
-
-    def __init__(
-        self,
-        exporter: Exporter,
-        ops: frozenset[str],
-        record: Record,
-        cache: bool,
-        resv: DmaResv,
-        owner: OwnerReference | None,
-        private: int,
-        in_file: bool,
-    ) -> None:
-        super().__init__(exporter, ops, record, cache)
-        self.in_file = in_file
-        self.resv, self.owner, self.private = resv, owner, private
-        self.life = record.shm.life
-        self.released = False
-        self.closing = 0  # handles of this process that are being closed: their close() releases, not the thread
-        self._once = fork_lock()  # a handle's __del__ may run in the middle
-        self._mappings: weakref.WeakSet[_native.Mapping] = weakref.WeakSet()
-
-    def here(self, operation: str) -> None:
-        if self.life != self.record.shm.life:  # of an attachment from before a fork, or after a fork that Python didn't see
-            raise fail(
-                errno.ENODEV,
-                operation,
-                f"buffer ino {self.record.ino}",
-                "attach again; what a forked child inherits is the parent's",
-                what="its exporter lives in the parent process",
-            )
-
-    def keep(self, mapping: _native.Mapping) -> None:
-        self._mappings.add(mapping)
-
-    def leaving(self) -> None:
-        """A handle of this process is about to be closed."""
-        if self.life == self.record.shm.life:  # in a forked child the lock may be another thread's that isn't there
-            with self._once:
-                self.closing += 1
-
-    def departed(self, quiet: bool) -> None:
-        """A handle of this process was closed; ``quiet``: by the garbage collector. Errors: those of the release."""
-        if self.life != self.record.shm.life:
-            return
-        with self._once:  # in one step: in between the thread would find that nobody closes it any more
-            self.closing -= 1
-            if self.record.handles:
-                return
-            mine = not quiet and outside() and self._claimed()
-        if mine:
-            self._release()
-        else:
-            exports_of(self.record.domain).wake()
-
-    def try_release(self) -> bool:
-        """Release the buffer if nobody holds it; True when it is released. Errors: ``ContractError``, ``ContractWarning``."""
-        with self._once:
-            if self.released or self.life != self.record.shm.life:
-                return True
-            if not self._claimed():
-                return False
-        self._release()
-        return True
-
-    def _claimed(self) -> bool:
-        """Nobody holds it, and the caller is the one to release it. The lock is held."""
-        if self.released or self.record.handles or any(not mapping.closed for mapping in list(self._mappings)):
-            return False
-        self.released = place.ofd_lock(self.private, fcntl.F_WRLCK, 0)
-        return self.released
-
-    def _release(self) -> None:
-        """Spec 2.6. No newcomer can come: their read lock is refused."""
-        from dmabuf.core.dma_buf import DmaBuf
-
-        record = self.record
-        record.live = None
-        last = DmaBuf._make(self.private, record)
-        bug, self.vmaps, self.mapped = self.vmaps, 0, None
-        try:
-            if not bug:
-                self.exporter.release(last)
-        except Exception as e:
-            dispatcher.report(e, self.exporter.release)
-        finally:
-            last.close()
-            left = [attachment.dev.name for attachment in self.attachments]
-            # Proven to be gone: the record needs no judging, it goes with the last reference to it in this process.
-            record.kind = KIND_RESV
-            owner, self.owner = self.owner, None
-            del self.resv
-            if owner is not None:
-                owner.put()
-            exports_of(record.domain).forget(self)
-        if bug:
-            raise ContractError(
-                f"release: buffer ino {record.ino}: {bug} vmap() without vunmap(); its exporter was not asked to release it"
-            )
-        if left:
-            contract_warning(f"release: buffer ino {record.ino}: still attached: {', '.join(left)}; detach before closing", 2)
-
-
-def outside() -> bool:
-    """Is the caller free of locks and callbacks, so that an exporter may be called from here?"""
-    return not dispatcher.in_callback() and not in_signalling() and not any(current(d).locks for d in _DOMAINS)
-
-
-_DOMAINS: weakref.WeakSet[Domain] = weakref.WeakSet()
-
-
-class Exports:
-    """The exported buffers of this process in one domain, and the thread that releases what nobody else does."""
-
-    def __init__(self, domain: Domain) -> None:
-        self.domain = weakref.ref(domain)
-        self.live: dict[int, Exported] = {}  # by id()
-        self._lock = fork_lock()
-        self._bell = Bell()  # may be rung from __del__
-        self._thread: threading.Thread | None = None
-        _DOMAINS.add(domain)
-
-    def add(self, exported: Exported) -> None:
-        with self._lock:
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._serve, name="dmabuf-releaser", daemon=True)
-                try:
-                    self._thread.start()  # it looks when the lock is free
-                except RuntimeError:  # none can be started: the next export tries again
-                    self._thread = None
-                    raise
-            self.live[id(exported)] = exported
-
-    def forget(self, exported: Exported) -> None:
-        with self._lock:
-            self.live.pop(id(exported), None)
-        self._bell.ring()
-
-    def wake(self) -> None:
-        self._bell.ring()
-
-    def orphans(self) -> list[Exported]:
-        """Those that this process has closed and others may hold."""
-        with self._lock:
-            return [exported for exported in self.live.values() if not exported.record.handles and not exported.closing]
-
-    def look(self) -> None:
-        """Release what can be released: by the caller if it may, else by the thread."""
-        orphans = self.orphans()
-        if orphans and not outside():
-            self.wake()
-            return
-        for exported in orphans:
-            try:
-                exported.try_release()
-            except Exception as e:
-                dispatcher.report(e, exported.exporter)
-
-    def _serve(self) -> None:
-        while True:
-            with self._lock:
-                if not self.live:
-                    self._thread = None
-                    return
-            self._bell.wait(TICK_NS / 1e9 if self.orphans() else None)
-            self.look()
-
-    def forked(self) -> None:
-        """What the parent exports is the parent's; our copies of its private descriptions are of no use."""
-        for exported in self.live.values():
-            with contextlib.suppress(OSError):  # closed by the child already, and the number perhaps used again
-                if os.fstat(exported.private).st_ino == exported.record.ino:
-                    os.close(exported.private)
-        self.live.clear()
-
-
-def _after_fork() -> None:
-    """In the child the exporter is elsewhere: in the parent."""
-    for domain in list(_DOMAINS):
-        exports: Exports | None = domain.local.get("exports")
-        for exported in list(exports.live.values()) if exports is not None else ():
-            exported.record.live = elsewhere(exported.record, exported.life, exported.in_file)
-
-
-os.register_at_fork(after_in_child=_after_fork)
-
-
-def exports_of(domain: Domain) -> Exports:
-    """The exports of this process in a domain."""
-    found: Exports | None = domain.local.get("exports")
-    if found is None:
-        me = weakref.ref(domain)
-
-        def current() -> Exports | None:
-            here = me()
-            return None if here is None else here.local.get("exports")
-
-        def look() -> None:
-            if (exports := current()) is not None:
-                exports.look()
-
-        def reset() -> None:
-            if (exports := current()) is not None:
-                exports.forked()
-
-        # Once a domain: after a fork the exports begin anew, and the hooks stay.
-        domain.sweep_hooks.ensure("exports", look)
-        domain.reset_hooks.ensure("exports", reset)
-        found = domain.local.setdefault("exports", Exports(domain))
-    return found
-
-
-def make(
-    exporter: Exporter,
-    ops: frozenset[str],
-    size: int,
-    exp_name: bytes,
-    resv: DmaResv | None,
-    flags: int,
-    cache: bool,
-    owner: OwnerReference | None,
-    name: str | bytes | None,
-    domain: Domain,
-    prepare: Callable[[int], None] | None = None,
-) -> DmaBuf:
-    """The buffer that :func:`dmabuf.export` returns. Its memfd is a token without memory, sealed against writing too.
-
-    ``prepare``: the memfd itself carries the memory (see ``residence``); called with the exporter's own description of it, borrowed until
-    ``release``, before anybody can have the buffer. What it raises undoes everything.
-    """
-    from dmabuf.core.dma_buf import checked_name
-    from dmabuf.core.get import from_fd
-
-    raw = None if name is None else checked_name(name, f"{size} bytes")
-    shm = domain.join()
-    fd = private = -1
-    try:
-        fd = os.memfd_create(memfd_name(domain, secrets.token_bytes(16)), os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        os.ftruncate(fd, size)
-        fcntl.fcntl(fd, _F_ADD_SEALS, SEALS if prepare is not None else SEALS | residence.F_SEAL_WRITE)
-        private = place.reopen(fd)
-        if prepare is not None:
-            prepare(private)
-        if flags & os.O_ACCMODE == os.O_RDONLY:
-            readonly = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
-            os.close(fd)
-            fd = readonly
-    except BaseException as e:
-        for opened in (fd, private):
-            if opened >= 0:
-                os.close(opened)
-        if isinstance(e, DmaBufError) or not isinstance(e, OSError):
-            raise
-        raise fail(e.errno or errno.EIO, "export", f"{size} bytes", "close buffers or raise RLIMIT_NOFILE") from None
-    try:
-        buf = from_fd(fd, domain, exp_name=exp_name, home=EXPORTED, name=raw)
-    except BaseException:
-        os.close(private)
-        raise
-    record: Any = buf._record
-    try:
-        if resv is not None:
-            shm.rec_set(record.index, "resv", record_of(resv).ensure() + 1)
-            record.resv_ref = weakref.ref(resv)
-        exported = Exported(exporter, ops, record, cache, buf.resv, owner, private, prepare is not None)
-        serve(domain)
-        exports_of(domain).add(exported)
-        record.live = exported
-    except BaseException:
-        record.live = None
-        buf.close()
-        os.close(private)
-        raise
-    return buf
+SERVERS: Final[Registry[Callable[[Domain], object]]] = Registry(
+    "server", {"exported": "dmabuf.sharing.serving", "kernel": "dmabuf.sharing.handover"}
+)
+"""Functions that have this process answer requests of others about one kind of buffer."""

@@ -19,15 +19,13 @@ import math
 import os
 import select
 import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from dmabuf import _native
 from dmabuf.core.base.usage import Direction
-from dmabuf.core.buffer.backing import _MEMFD_OPS, Backing, _Memfd
+from dmabuf.core.buffer.backing import _MEMFD_OPS, SERVERS, Backing, _Memfd
 from dmabuf.core.buffer.identity import IMPORTED
 from dmabuf.core.task import waiting as awaiting
-from dmabuf.domain.domain import Domain
 from dmabuf.domain.records import Record
 from dmabuf.errors import fail
 from dmabuf.uapi import dma_buf as uapi
@@ -39,14 +37,6 @@ if TYPE_CHECKING:
 _SYNC = {Direction.FROM_DEVICE: uapi.READ, Direction.TO_DEVICE: uapi.WRITE, Direction.BIDIRECTIONAL: uapi.RW}
 
 
-def _unserved(domain: Domain) -> object:
-    """Where nothing above has a way to hand it over."""
-
-
-held: Callable[[Domain], object] = _unserved
-"""Told of the domain when this process has a real dma-buf; set by what hands it to others that ask."""
-
-
 class KernelBacking(Backing):
     """The kernel's side of a real dma-buf."""
 
@@ -54,7 +44,7 @@ class KernelBacking(Backing):
 
     def __init__(self, record: Record) -> None:
         super().__init__(_KERNEL, _MEMFD_OPS, record, False)
-        held(record.domain)
+        SERVERS.find("kernel")(record.domain)
 
     def mappable(self, buf: DmaBuf, operation: str) -> None:
         """Nothing to ask before: the kernel says at mmap."""

@@ -7,7 +7,6 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dmabuf.core.buffer.backing import Exported
 from dmabuf.domain.holders import holders
 from dmabuf.errors import needing_descriptors
 
@@ -26,7 +25,8 @@ def text(buf: DmaBuf, fd: int) -> str:
     mount = next((line.split()[1] for line in own.splitlines() if line.startswith("mnt_id")), "0")
     key = (buf._record.dev, buf._record.ino)
     count = sum(h.fds + h.maps for h in holders({key}).get(key, ()))
-    count -= isinstance(buf._record.live, Exported)  # the exporter's own description is no reference
+    if buf._record.live is not None:
+        count -= buf._record.live.own_descriptions
     lines = {"pos": 0, "flags": f"0{flags:o}", "mnt_id": mount, "ino": buf.ino, "size": buf.size, "count": count}
     lines["exp_name"] = buf.exp_name
     if buf.name is not None:

@@ -18,8 +18,7 @@ from typing import Any, Self
 from dmabuf import _native
 from dmabuf.core.access.poll import PollFd
 from dmabuf.core.base.closing import Closing
-from dmabuf.core.buffer import backing, residence
-from dmabuf.core.buffer.backing import EXPORTED
+from dmabuf.core.buffer.backing import BACKINGS, EXPORTED
 from dmabuf.core.buffer.backing_kernel import KernelBacking
 from dmabuf.core.buffer.identity import is_kernel_home
 from dmabuf.core.resv.resv import DmaResv
@@ -68,7 +67,7 @@ class Handle(Closing):
         buf._life = record.shm.life
         if record.live is None and record.home != MEMFD and record.kind == KIND_BUFFER:
             if record.home == EXPORTED:
-                record.live = backing.elsewhere(record, record.info()["life"], residence.in_file(buf._fd))
+                record.live = BACKINGS.find("remote")(record, buf._fd)
             elif is_kernel_home(record.home):
                 record.live = KernelBacking(record)
                 record.last = record.live.last

@@ -31,6 +31,7 @@ IMPORTED: Final = b"imported"
 UDMABUF: Final = b"udmabuf"
 DMA_HEAP: Final = b"dma_heap:"
 HEAPS: Final = "/dev/dma_heap"
+NAME_BYTES: Final = 31  # DMA_BUF_NAME_LEN without its NUL
 _HOME_BYTES: Final = 31  # what a record has room for
 probe = _native.probe_fd
 """For tests: what the kernel says of an fd."""
@@ -49,6 +50,22 @@ class Identity(NamedTuple):
 def memfd_name(domain: Domain, nonce: bytes) -> str:
     """The name to give a buffer's memfd (memfd_create(2))."""
     return f"dmabuf:{domain.id}:{nonce.hex()}"
+
+
+def checked_name(value: str | bytes, obj: object) -> bytes:
+    """Return a buffer's name as bytes.
+
+    Raises:
+        InvalidError: It is too long or has a NUL (EINVAL).
+        TypeError: It is neither str nor bytes.
+    """
+    if not isinstance(value, (str, bytes)):
+        raise TypeError(f"name: {obj}: a name is str or bytes, not {type(value).__name__}")
+    raw = os.fsencode(value)
+    if len(raw) > NAME_BYTES or b"\0" in raw:
+        what = "the name has a NUL" if b"\0" in raw else f"the name has {len(raw)} bytes"
+        raise fail(errno.EINVAL, "name", obj, f"use at most {NAME_BYTES} bytes, without a NUL", what=what)
+    return raw
 
 
 def take_lease(fd: int) -> None:

@@ -1,0 +1,1 @@
+"""Exporting: buffers whose memory and behavior are an object of the program."""

@@ -1,0 +1,238 @@
+"""``Exported``: a buffer with an exporter of this process, and how it ends (spec 2.6).
+
+*The end.* The descriptors that travel carry a read lock on byte 0, the reference lock. An exported buffer keeps an open file description of
+its own, without that lock, and tries to take the write lock through it. Success proves that nobody holds the buffer, in flight or mapped,
+and that no newcomer can. Then the exporter's ``release`` runs, once. This process tries when it closes its last handle: in ``close()``
+itself if the caller holds no reservation lock and is no callback, and otherwise (and after ``__del__``) in a thread, the releaser, which
+runs while there are exported buffers. While others hold a buffer that this process has closed, the releaser tries again every tick.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import threading
+import weakref
+from typing import Final
+
+from dmabuf import _native
+from dmabuf.core.buffer.backing import BACKINGS, Backing
+from dmabuf.core.contract import Exporter, OwnerReference
+from dmabuf.core.dma_buf import DmaBuf
+from dmabuf.core.fence.signalling import in_signalling
+from dmabuf.core.resv.resv import DmaResv
+from dmabuf.core.task.owner import current
+from dmabuf.domain import dispatcher, place
+from dmabuf.domain.bell import Bell
+from dmabuf.domain.domain import TICK_NS, Domain
+from dmabuf.domain.forks import fork_lock
+from dmabuf.domain.local import Local
+from dmabuf.domain.records import KIND_RESV, Record
+from dmabuf.errors import ContractError, contract_warning, fail
+
+
+class Exported(Backing):
+    """A buffer with an exporter of this process. Keeps the record, so that the buffer is known again when it comes back."""
+
+    own_descriptions = 1
+
+    def __init__(
+        self,
+        exporter: Exporter,
+        ops: frozenset[str],
+        record: Record,
+        cache: bool,
+        resv: DmaResv,
+        owner: OwnerReference | None,
+        private: int,
+        in_file: bool,
+    ) -> None:
+        super().__init__(exporter, ops, record, cache)
+        self.in_file = in_file
+        self.resv, self.owner, self.private = resv, owner, private
+        self.life = record.shm.life
+        self.released = False
+        self.closing = 0  # handles of this process that are being closed: their close() releases, not the thread
+        self._once = fork_lock()  # a handle's __del__ may run in the middle
+        self._mappings: weakref.WeakSet[_native.Mapping] = weakref.WeakSet()
+
+    def here(self, operation: str) -> None:
+        if self.life != self.record.shm.life:  # of an attachment from before a fork, or after a fork that Python didn't see
+            raise fail(
+                errno.ENODEV,
+                operation,
+                f"buffer ino {self.record.ino}",
+                "attach again; what a forked child inherits is the parent's",
+                what="its exporter lives in the parent process",
+            )
+
+    def keep(self, mapping: _native.Mapping) -> None:
+        self._mappings.add(mapping)
+
+    def leaving(self) -> None:
+        """A handle of this process is about to be closed."""
+        if self.life == self.record.shm.life:  # in a forked child the lock may be another thread's that isn't there
+            with self._once:
+                self.closing += 1
+
+    def departed(self, quiet: bool) -> None:
+        """A handle of this process was closed; ``quiet``: by the garbage collector. Errors: those of the release."""
+        if self.life != self.record.shm.life:
+            return
+        with self._once:  # in one step: in between the thread would find that nobody closes it any more
+            self.closing -= 1
+            if self.record.handles:
+                return
+            mine = not quiet and outside() and self._claimed()
+        if mine:
+            self._release()
+        else:
+            EXPORTS.of(self.record.domain).wake()
+
+    def try_release(self) -> bool:
+        """Release the buffer if nobody holds it; True when it is released. Errors: ``ContractError``, ``ContractWarning``."""
+        with self._once:
+            if self.released or self.life != self.record.shm.life:
+                return True
+            if not self._claimed():
+                return False
+        self._release()
+        return True
+
+    def _claimed(self) -> bool:
+        """Nobody holds it, and the caller is the one to release it. The lock is held."""
+        if self.released or self.record.handles or any(not mapping.closed for mapping in list(self._mappings)):
+            return False
+        self.released = place.ofd_lock(self.private, fcntl.F_WRLCK, 0)
+        return self.released
+
+    def _release(self) -> None:
+        """Spec 2.6. No newcomer can come: their read lock is refused."""
+        record = self.record
+        record.live = None
+        last = DmaBuf._make(self.private, record)
+        bug, self.vmaps, self.mapped = self.vmaps, 0, None
+        try:
+            if not bug:
+                self.exporter.release(last)
+        except Exception as e:
+            dispatcher.report(e, self.exporter.release)
+        finally:
+            last.close()
+            left = [attachment.dev.name for attachment in self.attachments]
+            # Proven to be gone: the record needs no judging, it goes with the last reference to it in this process.
+            record.kind = KIND_RESV
+            owner, self.owner = self.owner, None
+            del self.resv
+            if owner is not None:
+                owner.put()
+            EXPORTS.of(record.domain).forget(self)
+        if bug:
+            raise ContractError(
+                f"release: buffer ino {record.ino}: {bug} vmap() without vunmap(); its exporter was not asked to release it"
+            )
+        if left:
+            contract_warning(f"release: buffer ino {record.ino}: still attached: {', '.join(left)}; detach before closing", 2)
+
+
+def outside() -> bool:
+    """Is the caller free of locks and callbacks, so that an exporter may be called from here?"""
+    return not dispatcher.in_callback() and not in_signalling() and not any(current(d).locks for d in _DOMAINS)
+
+
+_DOMAINS: weakref.WeakSet[Domain] = weakref.WeakSet()
+
+
+class Exports:
+    """The exported buffers of this process in one domain, and the thread that releases what nobody else does."""
+
+    def __init__(self, domain: Domain) -> None:
+        self.domain = weakref.ref(domain)
+        self.buffers: dict[int, Exported] = {}  # by id()
+        self._lock = fork_lock()
+        self._bell = Bell()  # may be rung from __del__
+        self._thread: threading.Thread | None = None
+        BACKINGS.find("remote")  # imported now, since a forked child needs it at once
+        _DOMAINS.add(domain)
+        me = weakref.ref(domain)
+
+        def look() -> None:
+            if (here := me()) is not None and (exports := EXPORTS.peek(here)) is not None:
+                exports.look()
+
+        def reset() -> None:
+            if (here := me()) is not None and (exports := EXPORTS.peek(here)) is not None:
+                exports.forked()
+
+        # Once a domain: after a fork the exports begin again from none, and the hooks stay.
+        domain.sweep_hooks.ensure("exports", look)
+        domain.reset_hooks.ensure("exports", reset)
+
+    def add(self, exported: Exported) -> None:
+        with self._lock:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._serve, name="dmabuf-releaser", daemon=True)
+                try:
+                    self._thread.start()  # it looks when the lock is free
+                except RuntimeError:  # none can be started: the next export tries again
+                    self._thread = None
+                    raise
+            self.buffers[id(exported)] = exported
+
+    def forget(self, exported: Exported) -> None:
+        with self._lock:
+            self.buffers.pop(id(exported), None)
+        self._bell.ring()
+
+    def wake(self) -> None:
+        self._bell.ring()
+
+    def orphans(self) -> list[Exported]:
+        """Those that this process has closed and others may hold."""
+        with self._lock:
+            return [exported for exported in self.buffers.values() if not exported.record.handles and not exported.closing]
+
+    def look(self) -> None:
+        """Release what can be released: by the caller if it may, else by the thread."""
+        orphans = self.orphans()
+        if orphans and not outside():
+            self.wake()
+            return
+        for exported in orphans:
+            try:
+                exported.try_release()
+            except Exception as e:
+                dispatcher.report(e, exported.exporter)
+
+    def _serve(self) -> None:
+        while True:
+            with self._lock:
+                if not self.buffers:
+                    self._thread = None
+                    return
+            self._bell.wait(TICK_NS / 1e9 if self.orphans() else None)
+            self.look()
+
+    def forked(self) -> None:
+        """What the parent exports is the parent's; our copies of its private descriptions are of no use."""
+        for exported in self.buffers.values():
+            with contextlib.suppress(OSError):  # closed by the child already, and the number perhaps used again
+                if os.fstat(exported.private).st_ino == exported.record.ino:
+                    os.close(exported.private)
+        self.buffers.clear()
+
+
+def _after_fork() -> None:
+    """In the child the exporter is in another process: the parent."""
+    for domain in list(_DOMAINS):
+        exports = EXPORTS.peek(domain)
+        for exported in list(exports.buffers.values()) if exports is not None else ():
+            exported.record.live = BACKINGS.find("remote")(exported.record, exported.private)
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+EXPORTS: Final[Local[Exports]] = Local(Exports)
+"""The exports of this process in a domain."""
