@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from dmabuf import ContractError, ContractWarning, Device, Direction, SgTable
-from dmabuf.core.memory.scatterlist import MAX_SEGMENT, PAGE, DmaEntry, SgEntry
+from dmabuf.core.memory.scatterlist import MAX_SEGMENT, PAGE, DmaEntry, SgEntry, guard
 from tests.support.errnos import raises_errno
 
 TO = Direction.TO_DEVICE
@@ -107,12 +107,12 @@ def test_a_dma_side_that_does_not_fit_is_einval(entries: list[tuple[int, int]]) 
 def test_a_hidden_cpu_side_raises_and_the_dma_side_works() -> None:
     sgt = SgTable.from_pages([1], memory=bytearray(2 * PAGE))
     sgt.set_dma([(0x5000, PAGE)])
-    sgt.guard("it is hidden")
+    guard(sgt, "it is hidden")
     for look in (lambda: sgt.entries, lambda: sgt.memory, lambda: list(sgt.pages()), lambda: sgt.view(0), lambda: sgt.cpu_array()):
         with pytest.raises(ContractError, match="hidden"):
             look()
     assert (list(sgt), sgt.orig_nents, sgt.nents) == ([(0x5000, PAGE)], 1, 1)
-    sgt.guard(None)
+    guard(sgt, None)
     assert sgt.entries == (SgEntry(1, 0, PAGE),)
 
 

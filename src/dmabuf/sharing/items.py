@@ -17,7 +17,7 @@ from typing import Any, Final
 from dmabuf.core.access.range import BufferRange
 from dmabuf.core.dma_buf import DmaBuf
 from dmabuf.core.fence.fence import DmaFence, wrap
-from dmabuf.core.fence.timeline import Timeline
+from dmabuf.core.fence.timeline import Timeline, inherited, slot_of
 from dmabuf.core.fence.travel import pack, unpack
 from dmabuf.core.get import received
 from dmabuf.core.sync.semaphore import TimelineSemaphore
@@ -175,12 +175,13 @@ def timeline_place(timeline: Timeline | RemoteTimeline, operation: str) -> tuple
     """(index, use of the slot, context). Errors: EPERM inherited by a fork; EBADF closed."""
     if isinstance(timeline, RemoteTimeline):
         return timeline._index, timeline._number, timeline.context
-    if timeline._shm.life != timeline._life:
+    if inherited(timeline):
         raise fail(errno.EPERM, operation, timeline, "what a fork inherits is inert in the child: let the parent send it")
     if timeline.closed:
         raise fail(errno.EBADF, operation, timeline, "make a new timeline", what="the timeline is closed")
-    found = timeline._shm.timeline_info(timeline._index)
-    return timeline._index, found[0] if found else 0, timeline.context
+    index = slot_of(timeline)
+    found = timeline.domain.shm.timeline_info(index)
+    return index, found[0] if found else 0, timeline.context
 
 
 # ---- from bytes ----

@@ -31,7 +31,7 @@ from dmabuf.core.buffer.backing import BACKINGS, Backing
 from dmabuf.core.contract import OPS, Exporter
 from dmabuf.core.dma_buf import DmaBuf
 from dmabuf.core.memory.iosys_map import IosysMap
-from dmabuf.core.memory.scatterlist import DmaEntry, SgEntry, SgTable
+from dmabuf.core.memory.scatterlist import DmaEntry, SgEntry, SgTable, mapping_of
 from dmabuf.core.resv.lock import lent, record_of
 from dmabuf.core.resv.resv import resv_of
 from dmabuf.domain import dispatcher
@@ -232,7 +232,7 @@ class Carried(Exporter):
     def _out_of_reach(self, attachment: DmaBufAttachment, sgt: SgTable, direction: Direction) -> None:
         """Unmap it for the device, unless the exporter has revoked it meanwhile."""
         with _revoking:
-            if sgt._mapped is not None:
+            if mapping_of(sgt) is not None:
                 attachment.dev.unmap_sgtable(sgt, direction)
 
     def revoke(self, attachment: DmaBufAttachment) -> None:

@@ -35,7 +35,7 @@ from dmabuf.core.export.exported import Exported
 from dmabuf.core.get import from_fd
 from dmabuf.core.memory.device import Device
 from dmabuf.core.memory.iosys_map import IosysMap
-from dmabuf.core.memory.scatterlist import SgTable
+from dmabuf.core.memory.scatterlist import SgTable, cpu_side, mapping_of, memory_of
 from dmabuf.core.resv.lock import holding
 from dmabuf.domain import dispatcher
 from dmabuf.domain.records import Record
@@ -382,11 +382,13 @@ def _map(session: Session, body: Body, fds: list[int]) -> Answer:
 
 def _shown(attachment: DmaBufAttachment, sgt: SgTable) -> Answer:
     """A table as it travels: the memory and the ranges that its device is to map, or the addresses that the exporter filled in."""
-    cpu = [n for entry in sgt._cpu for n in entry]
-    if sgt._mapped is None or sgt._mapped[0] is not attachment.dev:
+    cpu = [n for entry in cpu_side(sgt) for n in entry]
+    mapping = mapping_of(sgt)
+    if mapping is None or mapping.device is not attachment.dev:
         return Answer({"cpu": cpu, "dma": [n for address, length in sgt for n in (address, length, 0)]})
-    assert sgt._memory is not None  # it is mapped
-    shown = memory.range_of(sgt._memory, "map", attachment)
+    mapped = memory_of(sgt)
+    assert mapped is not None  # by the device
+    shown = memory.range_of(mapped, "map", attachment)
     return Answer({"cpu": cpu, "offset": shown.offset, "length": shown.length, "writable": shown.writable}, [shown.fd])
 
 

@@ -100,6 +100,11 @@ class DmaFenceArray(Container):
         return all(member.match_context(context) for member in self.fences)
 
 
+def array_as_sent(members: Sequence[DmaFence], signal_on_any: bool, context: int, seqno: int) -> DmaFenceArray:
+    """Return an array of this process for one that another process sent, with the same numbers."""
+    return DmaFenceArray._made(members, signal_on_any, context, seqno)
+
+
 def array_first(head: DmaFence | None) -> DmaFence | None:
     """The first member of an array; another fence itself; None for None (spec 3.15). Kernel: dma_fence_array_first."""
     return head.fences[0] if isinstance(head, DmaFenceArray) else head

@@ -114,6 +114,11 @@ class DmaFenceChain(Container):
             contained(point).set_deadline(ns)
 
 
+def point_as_sent(prev: DmaFence | None, fence: DmaFence, context: int, seqno: int, prev_seqno: int) -> DmaFenceChain:
+    """Return a point of this process for one that another process sent, with the same numbers."""
+    return DmaFenceChain._point(prev, fence, context, seqno, prev_seqno)
+
+
 def contained(point: DmaFence) -> DmaFence:
     """The fence in a chain's point; another fence itself. Kernel: dma_fence_chain_contained."""
     return point.fence if isinstance(point, DmaFenceChain) else point

@@ -326,15 +326,19 @@ def unbound_timeline(domain: Domain, kind: str) -> int:
     return found
 
 
-def wrap(domain: Domain, handle: int, past: tuple[int, ...] = (0, 0, 0)) -> DmaFence:
+def wrap(domain: Domain, handle: int, past: tuple[int, ...] = (0, 0, 0), names: tuple[str, str] | None = None) -> DmaFence:
     """The fence with this handle; the object that is already known in this process, if there is one.
 
     ``past``: its context, seqno and timeline_index, for the case that its slot was used again; where they are known, its status and
-    timestamp too.
+    timestamp too. ``names``: of its driver and its timeline, for the same case.
     """
     fence = KNOWN.of(domain).get(handle)
     if fence is None:
         fence = _make(domain, domain.shm, handle, past)
         if not fence.is_signaled():
             fence._look_up()  # its names are gone once its slot is used again
+    if names is not None:
+        driver, name, pid = fence._look_up()
+        if not driver and not name:  # nobody else remembers them
+            fence._names = *names, pid
     return fence

@@ -75,7 +75,7 @@ class Timeline:
         Errors: EPERM in a forked child; EBADF when closed; EINVAL a number that the timeline has no room for; ENOSPC when every fence of
         the domain is in use. Kernel: dma_fence_init, dma_fence.ops as ops.
         """
-        if self._shm.life != self._life:
+        if inherited(self):
             raise fail(errno.EPERM, "fence", self, "what a fork inherits is inert in the child: make a timeline in this process")
         if self.closed:
             raise fail(errno.EBADF, "fence", self, "make a new timeline", what="the timeline is closed")
@@ -107,7 +107,7 @@ class Timeline:
 
     def close(self) -> None:
         """End what is pending with ``-ENOENT``. Again, or in a forked child: nothing."""
-        if self.closed or self._shm.life != self._life:
+        if self.closed or inherited(self):
             return
         self.closed = True
         for fence in self.pending():
@@ -128,6 +128,16 @@ class Timeline:
         # Fences keep their timeline, so nothing is pending here; what is left is to give the slot back.
         if hasattr(self, "closed") and not sys.is_finalizing():
             self.close()
+
+
+def slot_of(timeline: Timeline) -> int:
+    """Return the number of the timeline's slot in the domain file."""
+    return timeline._index
+
+
+def inherited(timeline: Timeline) -> bool:
+    """Return True if this is a forked child's copy of its parent's timeline, which has no effect."""
+    return timeline._shm.life != timeline._life
 
 
 def _checked(name: str | bytes, what: str) -> str:

@@ -18,8 +18,8 @@ import struct
 from collections.abc import Iterator
 from typing import Final
 
-from dmabuf.core.fence.array import DmaFenceArray
-from dmabuf.core.fence.chain import DmaFenceChain
+from dmabuf.core.fence.array import DmaFenceArray, array_as_sent
+from dmabuf.core.fence.chain import DmaFenceChain, point_as_sent
 from dmabuf.core.fence.fence import DmaFence, flagged, wrap
 from dmabuf.core.fence.lazy import LazyFence
 from dmabuf.domain.domain import Domain
@@ -86,14 +86,14 @@ def _unpacked(domain: Domain, records: Iterator[tuple[int, ...]], most: int, dep
         raise ValueError(f"a fence of kind {kind} with {first} parts")
     if kind == _ARRAY:
         members = [_unpacked(domain, records, most, depth + 1) for _ in range(first)]
-        return _as_it_was(DmaFenceArray._made(members, bool(flags & _ANY), context, seqno), flags, number, timestamp)
+        return _as_it_was(array_as_sent(members, bool(flags & _ANY), context, seqno), flags, number, timestamp)
     before = _unpacked(domain, records, most, depth + 1) if flags & _BEFORE else None
     for _ in range(first):
         kind, flags, _, number, prev_seqno, context, seqno, timestamp = next(records)
         if kind != _POINT:
             raise ValueError(f"a point of kind {kind}")
         inside = _unpacked(domain, records, most, depth + 1)
-        before = _as_it_was(DmaFenceChain._point(before, inside, context, seqno, prev_seqno), flags, number, timestamp)
+        before = _as_it_was(point_as_sent(before, inside, context, seqno, prev_seqno), flags, number, timestamp)
     assert before is not None
     return before
 

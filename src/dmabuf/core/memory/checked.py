@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from dmabuf.core.base import debug
 from dmabuf.core.memory.iosys_map import IosysMap
-from dmabuf.core.memory.scatterlist import PAGE, SgTable
+from dmabuf.core.memory.scatterlist import PAGE, SgTable, guard, guarded
 from dmabuf.errors import contract_warning
 
 LOGGER = logging.getLogger("dmabuf")
@@ -50,9 +50,9 @@ class CheckedMap(IosysMap):
 def hide(table: SgTable) -> None:
     """Before a table is handed to its importer (mangle_sg_table)."""
     if debug.enabled:
-        if table.guarded:
+        if guarded(table):
             contract_warning(f"map: {table!r}: its exporter returned a table that an importer has already: make a new one each time", 4)
-        table.guard("an importer uses the DMA addresses, vmap() or mmap(), never the pages (spec 1.1)")
+        guard(table, "an importer uses the DMA addresses, vmap() or mmap(), never the pages (spec 1.1)")
         for address, length in table:
             if address % PAGE or length % PAGE:
                 LOGGER.debug("map: %r: DMA address %#x, %d bytes: not whole pages (spec 2.11)", table, address, length)
@@ -60,4 +60,4 @@ def hide(table: SgTable) -> None:
 
 def show(table: SgTable) -> None:
     """Before a table goes back to its exporter."""
-    table.guard(None)
+    guard(table, None)

@@ -24,11 +24,23 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from dmabuf._native import buffer_address
 from dmabuf.core.base.usage import Direction, checked_direction
-from dmabuf.core.memory.scatterlist import MAX_SEGMENT, PAGE, DmaEntry, SgTable, checked_segment
+from dmabuf.core.memory.scatterlist import (
+    MAX_SEGMENT,
+    PAGE,
+    DmaEntry,
+    IovaRange,
+    SgTable,
+    TableMapping,
+    checked_segment,
+    cpu_side,
+    mapping_of,
+    pieces_of,
+    set_mapping,
+)
 from dmabuf.errors import ContractError, fail
 
 if TYPE_CHECKING:
@@ -41,14 +53,6 @@ _WAYS = {Direction.TO_DEVICE: _READS, Direction.FROM_DEVICE: _WRITES, Direction.
 
 
 _ALL: weakref.WeakSet[Device] = weakref.WeakSet()
-
-
-class _Window(NamedTuple):
-    start: int
-    end: int
-    serial: int  # so that windows are ordered without looking at their bytes
-    view: memoryview
-    direction: Direction
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,7 @@ class Device:
         self._lock = threading.Lock()
         self._calm = threading.Condition(self._lock)
         self._users: dict[int, list[int]] = {}  # serial of a window -> threads inside of views() of it
-        self._windows: list[_Window] = []
+        self._ranges: list[IovaRange] = []
         self._next = PAGE  # address 0 is never given: it is what a forgotten field holds
         self._serial = 0
         self._faults = 0
@@ -101,9 +105,9 @@ class Device:
         way = checked_direction(direction, "map_sgtable", self)
         if way is Direction.NONE:
             raise fail(errno.EINVAL, "map_sgtable", self, "a mapping has a direction")
-        if sgt._mapped is not None:
+        if mapping_of(sgt) is not None:
             raise fail(errno.EINVAL, "map_sgtable", sgt, "unmap it first", what="the table is mapped already")
-        views = [sgt.piece(i) for i in range(sgt.orig_nents)]
+        views = pieces_of(sgt)
         if not views:
             raise fail(errno.EINVAL, "map_sgtable", sgt, "its exporter fills the DMA side (from_dma)", what="the table has no CPU side")
         for view in views:
@@ -120,11 +124,10 @@ class Device:
             made = []
             for start, view in zip(starts, views, strict=True):
                 self._serial += 1
-                made.append(_Window(start, start + len(view), self._serial, view, way))
-            for window in made:
-                bisect.insort(self._windows, window)
-        sgt._dma = self._merged(starts, views)
-        sgt._mapped = (self, made, way)
+                made.append(IovaRange(start, start + len(view), self._serial, view, way))
+            for iova in made:
+                bisect.insort(self._ranges, iova)
+        set_mapping(sgt, TableMapping(self, made, way), self._merged(starts, views))
         return sgt
 
     def unmap_sgtable(self, sgt: SgTable, direction: int) -> None:
@@ -132,34 +135,35 @@ class Device:
 
         Errors: ``ContractError`` not mapped by this device, or the other direction, or this thread is inside of such views itself.
         """
-        if sgt._mapped is None or sgt._mapped[0] is not self:
+        mapping = mapping_of(sgt)
+        if mapping is None or mapping.device is not self:
             raise ContractError(f"unmap_sgtable: {sgt!r} is not mapped by {self!r}")
-        _, made, way = sgt._mapped
+        _, made, way = mapping
         if way != direction:
             raise ContractError(f"unmap_sgtable: {sgt!r} was mapped {way.name}: unmap it with the same direction")
         try:
             with self._calm:
-                if any(threading.get_ident() in self._users.get(window.serial, ()) for window in made):
+                if any(threading.get_ident() in self._users.get(iova.serial, ()) for iova in made):
                     raise ContractError(f"unmap_sgtable: {sgt!r}: this thread is inside of views() of it, which it would wait for")
-                for window in made:
-                    del self._windows[bisect.bisect_left(self._windows, window)]
-                sgt._mapped, sgt._dma = None, ()
-                self._calm.wait_for(lambda: not any(window.serial in self._users for window in made))
+                for iova in made:
+                    del self._ranges[bisect.bisect_left(self._ranges, iova)]
+                set_mapping(sgt, None, ())
+                self._calm.wait_for(lambda: not any(iova.serial in self._users for iova in made))
         finally:
-            if sgt._mapped is None:  # also when a signal handler ended the wait: no new access begins, and what is shown stays memory
-                for window in made:
-                    window.view.release()
+            if mapping_of(sgt) is None:  # also when a signal handler ended the wait: no new access begins, and what is shown stays memory
+                for iova in made:
+                    iova.view.release()
 
     def _place(self, sgt: SgTable, views: list[memoryview]) -> list[int]:
         """Addresses for the pieces, side by side by whole pages; the lock is held."""
         offsets, total = [], 0
-        for (_, offset, length), _ in zip(sgt._cpu, views, strict=True):
+        for (_, offset, length), _ in zip(cpu_side(sgt), views, strict=True):
             offsets.append(total + offset)
             total += -(-(offset + length) // PAGE) * PAGE
         base = self._next
-        i = bisect.bisect_right(self._windows, base, key=lambda window: window.start)
-        before = self._windows[i - 1].end + PAGE if i else 0
-        after = self._windows[i].start - PAGE if i < len(self._windows) else self.dma_mask + 1
+        i = bisect.bisect_right(self._ranges, base, key=lambda iova: iova.start)
+        before = self._ranges[i - 1].end + PAGE if i else 0
+        after = self._ranges[i].start - PAGE if i < len(self._ranges) else self.dma_mask + 1
         if before > base or base + total > min(after, self.dma_mask + 1):
             base = self._gap(total)
         self._next = base + total + PAGE  # a page between: what runs over the end faults
@@ -168,10 +172,10 @@ class Device:
     def _gap(self, total: int) -> int:
         """The addresses are through once: the lowest gap that is long enough."""
         base = PAGE
-        for window in self._windows:
-            if window.start - base >= total + PAGE:
+        for iova in self._ranges:
+            if iova.start - base >= total + PAGE:
                 break
-            base = max(base, -(-window.end // PAGE) * PAGE + PAGE)
+            base = max(base, -(-iova.end // PAGE) * PAGE + PAGE)
         if base + total - 1 > self.dma_mask:
             raise fail(errno.ENOMEM, "map_sgtable", self, "unmap something, or give it a larger dma_mask", what="no DMA addresses left")
         return base
@@ -226,8 +230,8 @@ class Device:
         me = threading.get_ident()
         with self._lock:
             found = self._pieces("views", address, length, _WAYS[way])
-            for window, _ in found:
-                self._users.setdefault(window.serial, []).append(me)
+            for iova, _ in found:
+                self._users.setdefault(iova.serial, []).append(me)
         pieces = [piece.toreadonly() if way is Direction.TO_DEVICE else piece for _, piece in found]
         try:
             yield pieces
@@ -237,19 +241,19 @@ class Device:
                     piece.release()
             finally:
                 with self._calm:
-                    for window, _ in found:
-                        inside = self._users.get(window.serial, [])
+                    for iova, _ in found:
+                        inside = self._users.get(iova.serial, [])
                         if me in inside:  # not in a child that was forked inside of the block
                             inside.remove(me)
                         if not inside:
-                            self._users.pop(window.serial, None)
+                            self._users.pop(iova.serial, None)
                     self._calm.notify_all()
 
-    def _pieces(self, operation: str, address: int, length: int, ways: tuple[Direction, ...]) -> list[tuple[_Window, memoryview]]:
+    def _pieces(self, operation: str, address: int, length: int, ways: tuple[Direction, ...]) -> list[tuple[IovaRange, memoryview]]:
         found = []
         while length > 0:
-            window = self._find(address, ways)
-            if window is None:
+            iova = self._find(address, ways)
+            if iova is None:
                 self._faults += 1
                 raise fail(
                     errno.EFAULT,
@@ -258,23 +262,23 @@ class Device:
                     "map the buffer for this direction, and use its addresses before unmap only",
                     what=f"DMA fault: {address:#x} is not mapped",
                 )
-            n = min(length, window.end - address)
-            found.append((window, window.view[address - window.start : address - window.start + n]))
+            n = min(length, iova.end - address)
+            found.append((iova, iova.view[address - iova.start : address - iova.start + n]))
             address, length = address + n, length - n
         return found
 
-    def _find(self, address: int, ways: tuple[Direction, ...]) -> _Window | None:
+    def _find(self, address: int, ways: tuple[Direction, ...]) -> IovaRange | None:
         if self.iommu:
-            i = bisect.bisect_right(self._windows, address, key=lambda window: window.start) - 1
-            near = self._windows[i : i + 1] if i >= 0 else []
+            i = bisect.bisect_right(self._ranges, address, key=lambda iova: iova.start) - 1
+            near = self._ranges[i : i + 1] if i >= 0 else []
         else:
-            near = self._windows  # one address may be mapped several times
+            near = self._ranges  # one address may be mapped several times
         return next((w for w in near if w.start <= address < w.end and w.direction in ways), None)
 
     def statistics(self) -> DeviceStatistics:
         """A snapshot for programs."""
         with self._lock:
-            return DeviceStatistics(self.name, sum(w.end - w.start for w in self._windows), len(self._windows), self._faults)
+            return DeviceStatistics(self.name, sum(w.end - w.start for w in self._ranges), len(self._ranges), self._faults)
 
 
 def _forked() -> None:

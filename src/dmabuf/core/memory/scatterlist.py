@@ -22,6 +22,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+from dmabuf.core.base.usage import Direction
 from dmabuf.errors import ContractError, contract_warning, fail, missing_extra
 
 if TYPE_CHECKING:
@@ -47,17 +48,35 @@ class DmaEntry(NamedTuple):
     length: int
 
 
+class IovaRange(NamedTuple):
+    """DMA addresses, from ``start`` up to ``end``, of one piece of memory that a device has mapped."""
+
+    start: int
+    end: int
+    serial: int  # orders ranges without a comparison of their bytes
+    view: memoryview
+    direction: Direction
+
+
+class TableMapping(NamedTuple):
+    """Who has mapped a table, to which addresses."""
+
+    device: object
+    ranges: list[IovaRange]
+    direction: Direction
+
+
 class SgTable:
     """A scatter/gather table. Made by :meth:`from_pages`, :meth:`from_ranges` or :meth:`from_dma`."""
 
-    __slots__ = ("__weakref__", "_cpu", "_dma", "_guard", "_mapped", "_memory")
+    __slots__ = ("__weakref__", "_cpu", "_dma", "_guard", "_mapping", "_memory")
 
     def __init__(self, cpu: Sequence[SgEntry], dma: Sequence[DmaEntry], memory: ReadableBuffer | None) -> None:
         if not cpu and not dma:
             raise fail(errno.EINVAL, "sg_table", "a table", "give it at least one page or range", what="a table of zero entries")
         self._cpu, self._dma, self._memory = tuple(cpu), tuple(dma), memory
         self._guard: str | None = None
-        self._mapped: Any = None  # (device, its windows) while one has mapped it
+        self._mapping: TableMapping | None = None
 
     @classmethod
     def from_pages(
@@ -145,15 +164,6 @@ class SgTable:
 
     # ---- the CPU side ----
 
-    def guard(self, why: str | None) -> None:
-        """Hide the CPU side, or show it again (None); for the debug layer."""
-        self._guard = why
-
-    @property
-    def guarded(self) -> bool:
-        """Is the CPU side hidden: has an importer got the table?"""
-        return self._guard is not None
-
     def _seen(self, what: str) -> None:
         if self._guard is not None:
             raise ContractError(f"{what}: {self!r}: {self._guard}")
@@ -183,10 +193,9 @@ class SgTable:
     def view(self, index: int) -> memoryview:
         """The bytes of one CPU entry. Errors: as :attr:`entries`; EINVAL the table has no memory; IndexError no such entry."""
         self._seen("view")
-        return self.piece(index)
+        return self._piece(index)
 
-    def piece(self, index: int) -> memoryview:
-        """:meth:`view`, for the device that maps the table."""
+    def _piece(self, index: int) -> memoryview:
         if self._memory is None:
             raise fail(errno.EINVAL, "view", self, "give memory= when the table is made", what="the table's pages are of no known memory")
         page, offset, length = self._cpu[index]
@@ -215,6 +224,44 @@ class SgTable:
 
     def __repr__(self) -> str:
         return f"<dmabuf.SgTable {self.size} bytes, orig_nents {self.orig_nents}, nents {self.nents}>"
+
+
+# ---- for the package ----
+
+
+def guard(sgt: SgTable, why: str | None) -> None:
+    """Hide the CPU side, with the reason to tell; None shows it again."""
+    sgt._guard = why
+
+
+def guarded(sgt: SgTable) -> bool:
+    """Return True if the CPU side is hidden, because an importer has the table."""
+    return sgt._guard is not None
+
+
+def cpu_side(sgt: SgTable) -> tuple[SgEntry, ...]:
+    """Return the CPU entries, hidden or not."""
+    return sgt._cpu
+
+
+def pieces_of(sgt: SgTable) -> list[memoryview]:
+    """Return the memory of each CPU entry, hidden or not. Raises as :meth:`SgTable.view`."""
+    return [sgt._piece(index) for index in range(len(sgt._cpu))]
+
+
+def memory_of(sgt: SgTable) -> ReadableBuffer | None:
+    """Return what the pages are pages of, hidden or not."""
+    return sgt._memory
+
+
+def mapping_of(sgt: SgTable) -> TableMapping | None:
+    """Return the mapping of the table while a device has one, else None."""
+    return sgt._mapping
+
+
+def set_mapping(sgt: SgTable, mapping: TableMapping | None, dma: tuple[DmaEntry, ...]) -> None:
+    """Note the mapping that a device made, and the DMA side that came of it."""
+    sgt._mapping, sgt._dma = mapping, dma
 
 
 def checked_segment(max_segment: int, operation: str, level: int) -> int:

@@ -21,7 +21,7 @@ from dmabuf.core.fence.array import DmaFenceArray
 from dmabuf.core.fence.container import is_container
 from dmabuf.core.fence.fence import DmaFence, wrap
 from dmabuf.core.fence.lazy import ask, asks, with_own_wait
-from dmabuf.core.resv.lock import ResvLock
+from dmabuf.core.resv.lock import ResvLock, record_of
 from dmabuf.domain.domain import Domain
 from dmabuf.domain.records import Record, foreign_resv, standalone
 from dmabuf.errors import ContractError, contract_warning, fail
@@ -135,7 +135,7 @@ class DmaResv(ResvLock):
         self._assert_held("copy")
         if not isinstance(source, DmaResv):
             raise TypeError(f"copy: a DmaResv is expected, not {type(source).__name__}")
-        shm, index = source._record.at()
+        shm, index = record_of(source).at()
         if shm is not self._record.shm:
             raise fail(errno.EXDEV, "copy", self, "copy fences inside one domain", what="the other one belongs to another domain")
         pending(source, Usage.BOOKKEEP)
@@ -288,7 +288,7 @@ class DmaResv(ResvLock):
 
 def pending(resv: DmaResv, usage: int) -> list[int]:
     """Return the handles of the pending fences up to ``usage``."""
-    shm, index = resv._record.at()
+    shm, index = record_of(resv).at()
     found = shm.resv_pending(index, usage, 0)
     if found and asks(resv.domain):
         ask(resv.domain, found)
@@ -298,7 +298,7 @@ def pending(resv: DmaResv, usage: int) -> list[int]:
 
 def wait_until(resv: DmaResv, usage: int, until: int, *, interruptible: bool = False, but: frozenset[int] = frozenset()) -> float:
     """Wait as :meth:`DmaResv.wait` does, until a CLOCK_MONOTONIC time in ns (-1: without a limit), for all fences but those in ``but``."""
-    shm = resv._record.shm
+    shm = record_of(resv).shm
     for handle in pending(resv, usage):
         if handle in but:
             continue

@@ -26,7 +26,7 @@ from typing import Any, Final
 
 from dmabuf._native import FF_ANYBODY, OFF_CONTEXT, step
 from dmabuf.core.fence.fence import KNOWN, DmaFence, Origin, flagged, register, wrap
-from dmabuf.core.fence.timeline import Timeline
+from dmabuf.core.fence.timeline import Timeline, inherited, slot_of
 from dmabuf.core.sync.shared_object import Shared
 from dmabuf.core.sync.sync_file import SyncFile
 from dmabuf.domain import place
@@ -131,13 +131,12 @@ class SwSync(Shared):
                 self.domain.later(self._end_later)  # called by a signal handler in the middle of a call: when that is over
                 return
         elif guarded and self._own_pending():
-            _Guard(self).watch()
+            _Guard(self, self._cell).watch()
             return
         self._cell.close()
 
     def _own_pending(self) -> list[int]:
-        shm = self.domain.shm
-        if self._timeline is None or self._timeline._life != shm.life:
+        if self._timeline is None or inherited(self._timeline):
             return []
         # Without the lock: what others add is not ours.
         found = [handle for handle, _ in self._entries()]
@@ -235,10 +234,10 @@ class SwSync(Shared):
 
     def _make(self, value: int) -> DmaFence:
         shm, timeline = self.domain.shm, self._timeline
-        if timeline is None or timeline._life != shm.life:
+        if timeline is None or inherited(timeline):
             timeline = self._timeline = Timeline(self.name, driver=KIND, seqno64=False, domain=self.domain, _context=self.context)
             self._keep = {}
-        handle = shm.fence_alloc(timeline._index + 1, self.context, value, FF_ANYBODY, 0, 0)
+        handle = shm.fence_alloc(slot_of(timeline) + 1, self.context, value, FF_ANYBODY, 0, 0)
         return _fence(self.domain, handle, timeline, self._keep)
 
     def _forget_ended(self) -> None:
@@ -308,8 +307,8 @@ class SwSync(Shared):
 class _Guard:
     """Of a timeline that was closed here while others hold it, with fences of ours pending: ends those if the last holder dies."""
 
-    def __init__(self, timeline: SwSync) -> None:
-        self.timeline, self.domain = timeline, timeline.domain
+    def __init__(self, timeline: SwSync, cell: Cell) -> None:
+        self.timeline, self.cell, self.domain = timeline, cell, timeline.domain
         self.name = f"SwSync {timeline.context} {id(timeline):x}"  # one process can have a timeline open more than once
         self.lock = threading.RLock()  # a signal handler may come in the middle
         self.ending = False
@@ -332,7 +331,7 @@ class _Guard:
         if not self.lock.acquire(blocking=False):
             return  # another thread looks already
         try:
-            if self.timeline._cell.is_last():
+            if self.cell.is_last():
                 self.ending = True  # the ends call next()
                 self.timeline._end_all()
                 self.off()
@@ -346,7 +345,7 @@ class _Guard:
     def off(self) -> None:
         if self.name in self.domain.tick_hooks:
             self.domain.tick_hooks.remove(self.name)
-            self.timeline._cell.close()
+            self.cell.close()
 
 
 def sync_info() -> str:

@@ -511,11 +511,8 @@ def _cut(name: str | bytes | None) -> bytes:
 
 
 def _fence_of(domain: Domain, shm: Shm, leaf: Leaf) -> DmaFence:
-    fence = wrap(domain, leaf.handle, (leaf.context, leaf.seqno, leaf.timeline, leaf.status, leaf.timestamp))
-    driver, name, pid = fence._look_up()
-    if not driver and not name:  # its slot, or its timeline's, was used again: nobody else remembers its names
-        fence._names = os.fsdecode(leaf.driver), os.fsdecode(leaf.name), pid
-    return fence
+    past = leaf.context, leaf.seqno, leaf.timeline, leaf.status, leaf.timestamp
+    return wrap(domain, leaf.handle, past, (os.fsdecode(leaf.driver), os.fsdecode(leaf.name)))
 
 
 def _fence_info(leaf: DmaFence) -> SyncFenceInfo:

@@ -172,7 +172,7 @@ class Asyncio(Framework):
 
 
 def _loop() -> asyncio.AbstractEventLoop:
-    found: asyncio.AbstractEventLoop = sys.modules["asyncio"]._get_running_loop()
+    found: asyncio.AbstractEventLoop = sys.modules["asyncio"].get_running_loop()
     return found
 
 
