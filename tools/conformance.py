@@ -1,9 +1,9 @@
-"""Makes docs/conformance.md: what we answer, beside what four series of kernels answered, with every difference explained.
+"""Make docs/conformance.md: the library's answers beside those of four series of kernels, with every difference explained.
 
     python -m tools.conformance            asks the cases of tests/conformance/cases, and writes docs/conformance.md
     python -m tools.conformance --check    1 when it is not up to date
 
-Differences and their reasons are data beside the cases: tests/conformance/cases/reasons.py.
+Differences and their reasons are data: tests/conformance/cases/reasons.py.
 """
 
 import json
@@ -43,7 +43,7 @@ def shown(value: Any) -> str:
 
 
 def _cell(questions: list[str], series: str, ours: Any) -> str:
-    """What one series answered: ``=`` as we do, ``–`` not asked; else the answer, and whose it is where exporters differ."""
+    """Return what one series answered: ``=`` as the library, ``–`` not asked, else the answer, with the exporter if they differ."""
     answers: dict[str, list[str]] = {}
     for question in questions:
         for kernel, fact in all_facts()[question].items():
@@ -81,24 +81,25 @@ def _operation(name: str, questions: list[str]) -> str:
 
 
 def page(answers: dict[str, Any]) -> str:
-    """The text of docs/conformance.md, for our answers by case."""
+    """Return the text of docs/conformance.md for the library's answers by case."""
     asked = cases.questions()
     compared = sum(len(all_facts()[question]) for found in asked.values() for question in found)
     count = sum(len(found) for found in asked.values())
     lines = [
         "# Conformance",
         "",
-        f"{len(all_facts())} questions were asked of eight kernels by raw system calls, good and bad arguments alike. {count} of them have",
-        f"a meaning for this library: {len(CASES)} cases, each compared with every exporter that was asked, {compared} answers in all.",
-        "Where ours is another, a note says why; no difference is without one. The rest are listed at the end, with the reason.",
+        f"Eight kernels were asked {len(all_facts())} questions by raw system calls, with good and bad arguments. {count} of the questions",
+        f"apply to this library. They are {len(CASES)} cases, each compared with every exporter that was asked: {compared} answers in all.",
+        "Every answer of the library that differs has a note that says why. The questions that don't apply are listed at the end.",
         "",
-        "Made by `python -m tools.conformance`. The home is `memfd`, plain memory. `make test` compares these answers again, and",
-        "`make test-kernel` asks a real kernel whether it still gives the recorded ones.",
+        "`python -m tools.conformance` makes this page, on the home `memfd` (plain memory). `make test` compares the answers again, and",
+        "`make test-kernel` checks that a real kernel still gives the recorded ones.",
         "",
-        "`=`: the kernels of this series answer as we do, all their exporters (system, reserved and default CMA heap, udmabuf, vgem, vkms,",
-        "vivid) alike. `–`: not asked. Otherwise the answer, and whose it is where exporters or builds differ.",
+        "`=` means that all kernels of the series, with all their exporters (system, reserved and default CMA heap, udmabuf, vgem, vkms,",
+        "vivid), answer as the library does. `–` means that they were not asked. Otherwise the cell has the answer, with the exporter or",
+        "build if they differ.",
         "",
-        "| kernel | what was asked |",
+        "| kernel | its version and build |",
         "|---|---|",
         *(f"| {short} | {about['release']} {about['version']}: {about['how']} |" for short, about in kernels().items()),
         "",
@@ -106,7 +107,7 @@ def page(answers: dict[str, Any]) -> str:
     assert {name.partition("/")[0] for name in CASES} == set(AREAS)
     for area, title in AREAS.items():
         names = [name for name in CASES if name.startswith(area + "/")]
-        lines += [f"## {title}", "", "| operation | ours | " + " | ".join(SERIES) + " | note |", "|---" * (len(SERIES) + 3) + "|"]
+        lines += [f"## {title}", "", "| operation | dmabuf | " + " | ".join(SERIES) + " | note |", "|---" * (len(SERIES) + 3) + "|"]
         for name in names:
             cells = [_cell(asked[name], series, answers[name]) for series in SERIES]
             notes = _notes(asked[name], answers[name])
@@ -116,7 +117,7 @@ def page(answers: dict[str, Any]) -> str:
     for number, one in enumerate(DIFFERENCES, 1):
         where = "" if one.kernels == "*" else f" ({one.kernels})"
         lines.append(f"{number}. {', '.join(f'`{pattern}`' for pattern in one.questions)}{where}: {one.why}")
-    lines += ["", "## Questions without a meaning for us", "", "| questions | how many | why |", "|---|---|---|"]
+    lines += ["", "## Questions that don't apply", "", "| questions | how many | why |", "|---|---|---|"]
     reasons = Counter(no_meaning(question) for question in all_facts() if cases.case_of(question) not in CASES)
     for why, number in reasons.most_common():
         patterns = [pattern.replace("|", "\\|") for pattern, reason in NO_MEANING.items() if reason == why]
@@ -125,14 +126,14 @@ def page(answers: dict[str, Any]) -> str:
 
 
 def ours() -> dict[str, Any]:
-    """Our answers, asked now."""
+    """Return the library's answers, asked now."""
     return {name: cases.ask(name, Bench()) for name in CASES}
 
 
 def main(arguments: list[str]) -> int:
     """Write the page, or check it."""
     with tempfile.TemporaryDirectory() as directory:
-        # A domain of its own: nobody else's buffers are in the way, and nothing stays.
+        # A domain of its own, without the buffers of other processes, and gone afterwards.
         os.environ.setdefault("DMABUF_DOMAIN", directory)
         text = page(ours())
     return int(not up_to_date(PAGE, text, arguments))

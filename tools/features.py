@@ -1,11 +1,11 @@
-"""Makes docs/features.md: which feature of the kernel is tested, and where.
+"""Make docs/features.md: which feature of the kernel is tested, and where.
 
     python -m tools.features            writes docs/features.md
     python -m tools.features --check    1 when it is not up to date
 
 A row F is one commit to the kernel's dma-buf.h that changed what a user sees; a row S is a feature that the header's history doesn't show
-and that a complete system needs. A test of a row bears its name, ``test_F11_…`` (or several rows': ``test_F33_F34_…``), in whatever file
-it is; a row without one has its reason in a ``NOT_YET`` of tests/conformance.
+and that a complete system needs. The name of a row's test begins with the row, ``test_F11_…`` (or rows, ``test_F33_F34_…``), in any file.
+A row without a test has its reason in a ``NOT_YET`` of tests/conformance.
 """
 
 import ast
@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from tools.citations import sections
 from tools.pages import up_to_date
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,9 +25,9 @@ PAGE = ROOT / "docs" / "features.md"
 COMMITS = """
 F01 d15bd7ee export, get, put, attach, detach, map, unmap
 F02 5375764f immutable ops
-F03 33ea2dcb the direction at unmap
+F03 33ea2dcb unmap gets the direction
 F04 55c1c4ca flags of the descriptor
-F05 f9a24d1a more references
+F05 f9a24d1a extra references
 F06 6b607e3a no lock of the framework around map
 F07 fc13020e CPU access hooks
 F08 4c78513e mmap, and its redirection
@@ -34,32 +35,32 @@ F09 98f86c9e vmap
 F10 ada65c74 no silent stubs
 F11 f00b4dad vmaps are counted
 F12 78df9695 the exporter's name
-F13 b89e3563 the listing
+F13 b89e3563 the listing of buffers
 F14 c0b00a52 devices in the listing
 F15 3aac4502 reservation objects
 F16 9b495a58 poll
-F17 d8fbe341 extensible export
-F18 9abdffe2 the owner is held
-F19 831e9da7 no range in begin and end
-F20 18b862dc errors of begin and end through SYNC
+F17 d8fbe341 extensible arguments of export
+F18 9abdffe2 the owner module is held
+F19 831e9da7 begin and end take no range
+F20 18b862dc SYNC returns errors of begin and end
 F21 bd3e2208 no helper for debug files
-F22 f54d1867 fences are dma_fences
+F22 f54d1867 fences are called dma_fence
 F23 0959a168 mmap needs no coherence
 F24 f9b67f00 kmap renamed
 F25 01e5d556 events are a mask
-F26 09ea0dfb no page hooks needed
+F26 09ea0dfb page hooks are optional
 F27 a19741e5 attach finds the device in the attachment
 F28 f664a526 no atomic page mapping
-F29 f13e143e tables kept by attachment
-F30 bb2bb903 names by users
-F31 52791eee reservation objects are dma_resvs
-F32 15fd552d static and dynamic sides
+F29 f13e143e one cached table per attachment
+F30 bb2bb903 users name buffers
+F31 52791eee reservation objects are called dma_resv
+F32 15fd552d static and dynamic exporters and importers
 F33 7f0de8d8 no page mapping calls
 F34 4337ebbb no page mapping ops
 F35 bb42df46 pin, unpin, move_notify
-F36 bd2275ee dynamic by pin
+F36 bd2275ee pin makes an exporter dynamic
 F37 09606b54 peer to peer
-F38 6348dd29 the name's own lock
+F38 6348dd29 the name has its own lock
 F39 01fd30da mappings that know I/O memory
 F40 6619ccf1 vmap fills a cleared map
 F41 20e76f1a vunmap takes the map
@@ -67,16 +68,16 @@ F42 ac80cd17 whole pages
 F43 476b485b the size never changes
 F44 de9114ec brackets around vmap access
 F45 c545781e only dynamic importers pin
-F46 84335675 pages are hidden in debug mode
+F46 84335675 debug mode hides pages
 F47 bdb8d06d a statistics tree
-F48 89bcadc8 who waits for memory to be ready
+F48 89bcadc8 static exporters return ready memory, dynamic importers wait
 F49 05459351 the contract of implicit sync
-F50 c715def5 no statistics by attachment
+F50 c715def5 no statistics per attachment
 F51 d9edf92d no order between fences
 F52 6b51b02a poll, reworked
 F53 5460601d pinning in place
 F54 7938f421 iosys_map
-F55 15325e3c a writer drops no reader
+F55 15325e3c a write fence drops no read fences
 F56 7bc80a54 queries by usage
 F57 73511edf adding by usage
 F58 56e5abba unlocked vmap
@@ -86,9 +87,9 @@ F61 3d1ff9df names are never NULL
 """
 
 
-# Row, section of the specification, what it is.
+# Row, section of the semantics, what it is.
 SUPPLEMENT = """
-S01 5.2 an inode of its own, lseek tells the size
+S01 5.2 an inode of its own; lseek returns the size
 S02 5.3 DMA_BUF_IOCTL_SYNC
 S03 5.4 both numbers of SET_NAME; renaming while attached
 S04 5.5 EXPORT_SYNC_FILE and IMPORT_SYNC_FILE
@@ -104,7 +105,7 @@ S13 3.12 deadlines
 S14 5.8 dma-heap and the system heap
 S15 5.9 udmabuf
 S16 5.12 vgem and PRIME
-S17 3.11 signalling sections
+S17 3.11 signaling sections
 S18 2.15 begin_cpu_access waits for implicit fences
 S19 2.11 a static importer waits for KERNEL fences at map
 S20 6.6 trace events
@@ -149,19 +150,20 @@ def page(found: list[Row]) -> str:
         [
             "# Features, by the kernel's history",
             "",
-            "Each row is a commit to the kernel's `include/linux/dma-buf.h` that changed what a user of the framework sees, and the test",
-            f"that shows the same here (`make test ARGS='tests -k test_F11'` runs one). {_built(history)} of {len(history)} are built.",
+            "Each row is a commit to the kernel's `include/linux/dma-buf.h` that changed what a user of the framework sees, with the test",
+            f"of it (`make test ARGS='tests -k test_F11'` runs one). {_built(history)} of {len(history)} are built.",
+            "[Section 8 of the semantics](semantics/8-history.md) says what each commit requires.",
             "",
             *_table(history, "commit", "what it brought"),
             "",
-            "## What that header's history does not show",
+            "## Features that the header's history does not show",
             "",
-            f"A complete system needs more; sections are those of the specification. {_built(others)} of {len(others)} are built. Tests",
-            "with “(kernel)” ask a real one, by `make test-kernel`.",
+            f"A complete system needs more. Sections are those of the [semantics](semantics/index.md). {_built(others)} of {len(others)}",
+            "are built. Tests with “(kernel)” ask a real kernel, with `make test-kernel`.",
             "",
             *_table(others, "section", "what it is"),
             "",
-            "Made by `python -m tools.features` from the names of the tests.",
+            "`python -m tools.features` makes this page from the names of the tests.",
             "",
         ]
     )
@@ -171,11 +173,16 @@ def _built(found: list[Row]) -> int:
     return sum(bool(row.tests) for row in found)
 
 
+def _link(number: str) -> str:
+    return f"[{number}]({sections()[0][number].removeprefix('docs/')})"
+
+
 def _table(found: list[Row], source: str, title: str) -> list[str]:
     lines = [f"| row | {source} | {title} | test | state |", "|---|---|---|---|---|"]
     for row in found:
         tests = "<br>".join(f"`{test}`{' (kernel)' if kernel else ''}" for test, kernel in row.tests) or "–"
-        lines.append(f"| {row.name} | {row.source} | {row.title} | {tests} | {'built' if row.tests else row.reason} |")
+        found_at = ", ".join(_link(number) for number in row.source.split("–")) if row.name.startswith("S") else row.source
+        lines.append(f"| {row.name} | {found_at} | {row.title} | {tests} | {'built' if row.tests else row.reason} |")
     return lines
 
 

@@ -1,15 +1,15 @@
-"""Makes docs/kernel-names.md: each public name of the kernel's headers with its name here, or the reason why it has none.
+"""Make docs/kernel-names.md: the Python name of each public name of the kernel's headers, or the reason why it has none.
 
     python -m tools.kernel_names            writes docs/kernel-names.md
-    python -m tools.kernel_names --check    1 when it is not up to date, or a name has neither place nor reason; says which
+    python -m tools.kernel_names --check    1 when it is not up to date, or a name has neither place nor reason; prints which
 
-The names are listed in ``tools/kernel_names.toml``, and so are the reasons. The places are told by the docstrings of ``src/dmabuf``, in a
-sentence of their own at the end:
+The names and the reasons are listed in ``tools/kernel_names.toml``. The places come from the docstrings of ``src/dmabuf``, from a sentence
+of its own at the end:
 
     Kernel: dma_buf_attach, dma_buf_dynamic_attach.
 
-names what the object itself is; members of a structure stand in brackets, and ``as`` names the attribute of a class, or the parameter of
-a function or of what makes the class, where it is not the object itself (members have their own name without it):
+gives the object's own names in the kernel. Members of a structure are in parentheses. ``as`` gives the attribute of a class, or the parameter
+of a function or of the call that makes the class, if the name is not the object's own (without it a member has its own name):
 
     Kernel: dma_buf_attachment (dev, dmabuf, importer_ops as importer), dma_buf_attachment_is_dynamic as is_dynamic.
 """
@@ -217,16 +217,16 @@ def page(names: Names, places: dict[str, list[Place]]) -> str:
     lines = [
         "# The kernel's names",
         "",
-        "Every public function, op, field and constant of the kernel's headers for DMA-BUF (Linux 6.8, `include/linux`) with its name",
-        f"here, or why it has none. Of {len(all_names)} names {here} have a place here, {later} are not built yet, and for",
-        f"{len(all_names) - here - later} there is nothing to name in user space or in Python. A member of a structure is",
-        "`structure.member`; names that begin with two underscores are the kernel's own and left out.",
+        "The Python name of every public function, op, field and constant of the kernel's headers for DMA-BUF (Linux 6.8,",
+        f"`include/linux`), or why there is none. Of {len(all_names)} names {here} have a Python name, {later} are not built yet, and",
+        f"{len(all_names) - here - later} have no counterpart in user space or in Python. A member of a structure is written",
+        "`structure.member`. Names that begin with two underscores are internal to the kernel and left out.",
         "",
-        "Made by `python -m tools.kernel_names` from the docstrings, where they say “Kernel: …”, and from the reasons in",
-        "`tools/kernel_names.toml`.",
+        "`python -m tools.kernel_names` makes this page from the docstrings, where they say “Kernel: …”, and from the reasons in",
+        "`tools/kernel_names.toml`. [Semantics](semantics/index.md) says what the functions do.",
     ]
     for header, kinds in names.kinds.items():
-        lines += ["", f"## {header}", "", "| in the kernel | kind | here |", "|---|---|---|"]
+        lines += ["", f"## {header}", "", "| in the kernel | kind | in Python |", "|---|---|---|"]
         for name, kind in kinds.items():
             where = ", ".join(dict.fromkeys(place.where for place in places.get(name, ()))) or f"– {names.reasons.get(name, '')}"
             lines.append(f"| `{name}` | {kind} | {where} |")

@@ -41,8 +41,8 @@ IN, OUT = 1, 4  # select.POLLIN, POLLOUT
 SIZE = 4 * PAGE
 
 NOT_YET = {
-    "F47": "not yet: the statistics tree as files (buffers() shows the same facts)",
-    "F50": "not yet: there is no statistics tree that could have entries of attachments",
+    "F47": "not yet: the statistics tree as files (`dmabuf.buffers()` shows the same)",
+    "F50": "not yet: without a statistics tree it has no entries for attachments",
 }
 
 

@@ -1,7 +1,7 @@
-"""Why an answer differs, and why a question has no meaning for us: decided on purpose, one by one.
+"""Why an answer differs from the kernel's, and why a question does not apply: each was decided on purpose.
 
-Names are matched as by fnmatch, against the recorded question and the kernel's short name. tests/conformance/test_cases.py fails for a
-difference without an entry here, and for an entry that no difference needs any more.
+Patterns are those of fnmatch, for the recorded question and the kernel's short name. tests/conformance/test_cases.py fails for a difference
+without an entry here, and for an entry that no difference needs.
 """
 
 from dataclasses import dataclass
@@ -10,14 +10,14 @@ from fnmatch import fnmatchcase
 
 @dataclass(frozen=True)
 class Difference:
-    """Questions whose answers differ, on which kernels (patterns, with spaces between), and why ours is what it is."""
+    """Questions whose answers differ, on which kernels (patterns, separated by spaces), and why the library's is what it is."""
 
     questions: tuple[str, ...]
     why: str
     kernels: str = "*"
 
     def covers(self, question: str, kernel: str) -> bool:
-        """Does it explain this one?"""
+        """Return True if it explains the difference of this question on this kernel."""
         return any(fnmatchcase(kernel, pattern) for pattern in self.kernels.split()) and any(
             fnmatchcase(question, pattern) for pattern in self.questions
         )
@@ -26,8 +26,8 @@ class Difference:
 DIFFERENCES = (
     Difference(
         ("sync/udmabuf-end-first",),
-        "udmabuf has nothing to end before the first START: it makes its table then. All other exporters give 0, and so do we: nothing "
-        "counts begin against end.",
+        "udmabuf makes its table at the first START, and has nothing to end before. All other exporters give 0, and so does the library: "
+        "nothing pairs begin and end.",
     ),
     Difference(
         ("file/vivid-size", "file/vivid-fdinfo"),
@@ -35,41 +35,41 @@ DIFFERENCES = (
     ),
     Difference(
         ("file/vgem-fdinfo", "file/vkms-fdinfo"),
-        "A DRM object keeps two references of its own to the file it exported. Our buffers have no such keeper.",
+        "A DRM object keeps two references of its own to the file it exported. Buffers of the library have no such object.",
     ),
     Difference(
         ("poll/count-polled", "name/fdinfo-unnamed", "file/count-1", "file/count-dup", "file/count-mmap", "file/count-fork"),
-        "Debian's 6.1 has neither udmabuf nor heaps; it was asked with a buffer of vgem, which keeps two references of its own.",
+        "Debian's 6.1 has neither udmabuf nor heaps. It was asked about a buffer of vgem, which keeps two references of its own.",
         "6.1",
     ),
     Difference(
         ("file/count-inflight",),
-        "User space can't see a descriptor that is in a socket's queue: count is of descriptors and mappings of processes that this user "
-        "may look into (docs/homes.md).",
+        "User space can't see a descriptor in the queue of a socket: count is the number of descriptors and mappings in processes that "
+        "this user may inspect (docs/homes.md).",
     ),
     Difference(
         ("poll/closed",),
-        "POLLNVAL is how poll(2) says it for one of many descriptors. A method of a closed object says EBADF, as all the others do.",
+        "poll(2) reports POLLNVAL for one of many descriptors. A method of a closed object raises EBADF, as all methods do.",
     ),
     Difference(
         ("poll/poll-neg-timeout",),
-        "poll(2) takes a negative number for no limit. Our timeouts are seconds or None, and a negative one is a mistake: EINVAL, as the "
-        "kernel's ppoll has it.",
+        "For poll(2) a negative number means no limit. Timeouts of the library are seconds or None, and a negative one is EINVAL, as in "
+        "ppoll(2).",
     ),
     Difference(
         ("poll/alive-after",),
-        "On 6.1 the buffer was one of vgem, whose handle held it.",
+        "On 6.1 the buffer was one of vgem, whose handle kept it alive.",
         "6.1",
     ),
     Difference(
         ("heap/len-2?63", "heap/len-max-page", "limits/heap-1.01-ram"),
-        "The kernel's heap takes memory until the OOM killer ends the caller. We refuse what can't be had: EINVAL for a size that no "
-        "address space has, and for one above udmabuf's limit; ENOMEM for one that this machine or cgroup has not.",
+        "The kernel's heap takes memory until the OOM killer ends the caller. The library refuses such sizes: EINVAL if no address space "
+        "is that large, or above udmabuf's limit, and ENOMEM if this machine or cgroup doesn't have the memory.",
     ),
     Difference(
         ("heap/sync-wronly-?", "heap/setname-wronly", "heap/export-wronly"),
-        "A handle holds a lock on its descriptor, by which others know that it lives, and fcntl(2) gives none on a descriptor that can't "
-        "be read: get() of a write-only one is EACCES. The kernel can't map it either.",
+        "A handle has a reference lock on its descriptor, which shows others that the buffer is open. fcntl(2) gives no such lock on a "
+        "descriptor that can't be read, so get() of a write-only one is EACCES. The kernel can't map it either.",
     ),
     Difference(
         (
@@ -77,8 +77,8 @@ DIFFERENCES = (
             *("syncfile/merge-name0", "syncfile/exp-all-done", "swsync/close-tl", "swsync/err-export", "swsync/err-merge-half"),
             "swsync/err-merge-done",
         ),
-        "From 6.18 on a fence that has ended no longer tells its names (detached-driver, signaled-timeline), and in 7.3 the stub's time is "
-        "that of its making. Ours tell their names to the end, as up to 6.12: who reads a log wants them.",
+        "Since 6.18 a signaled fence no longer has its names (detached-driver, signaled-timeline), and in 7.3 the stub's time is that of "
+        "its creation. Fences of the library keep their names, as up to 6.12, because readers of a log want them.",
         "6.18 7.3*",
     ),
     Difference(
@@ -88,19 +88,19 @@ DIFFERENCES = (
     ),
     Difference(
         ("swsync/open", "debugfs/sync-info"),
-        "Debian's images are built without sw_sync. Ours is part of the library.",
+        "Debian's images are built without sw_sync. The library always has it.",
     ),
 )
 
-_POINTER = "A bad pointer: Python passes none. The raw call is confirmed on each kernel by `make test-kernel`."
-_NUMBER = "An ioctl number that is none: our calls are methods. Confirmed on each kernel by `make test-kernel`."
-_RAW = "A raw system call on the descriptor, which is a memfd: docs/homes.md says what it does there."
-_MAPPING = "What a raw system call does to a mapping, which is one of ordinary memory here (docs/homes.md)."
-_DRIVER = "An argument of a driver's own ioctl. Confirmed on each kernel that has the driver by `make test-kernel`."
-_FIELD = "A field of the ioctl's structure that our method does not have. Confirmed on each kernel by `make test-kernel`."
-_SOCKET = "A raw system call on the descriptor, which is a socket: poll(2) answers as the kernel's; for the rest docs/homes.md."
+_POINTER = "A bad pointer, which Python can't pass. `make test-kernel` checks the raw call on each kernel."
+_NUMBER = "An unknown ioctl number; the library has methods. `make test-kernel` checks it on each kernel."
+_RAW = "A raw system call on the descriptor, which is a memfd. docs/homes.md says what it does."
+_MAPPING = "A raw system call on a mapping, which is one of ordinary memory (docs/homes.md)."
+_DRIVER = "An argument of a driver's own ioctl. `make test-kernel` checks it on each kernel that has the driver."
+_FIELD = "A field of the ioctl's structure that the method doesn't have. `make test-kernel` checks it on each kernel."
+_SOCKET = "A raw system call on the descriptor, which is a socket. poll(2) answers as the kernel does; docs/homes.md has the others."
 _CELL = "A raw system call on the descriptor, which is a memfd with the timeline's state."
-_MACHINE = "What the machine has: `dmabuf doctor` and `dmabuf.heaps()` tell it; no operation."
+_MACHINE = "Not an operation: it is what the machine has, which `dmabuf doctor` and `dmabuf.heaps()` show."
 
 # Question: reason.
 NO_MEANING = {
@@ -129,10 +129,10 @@ NO_MEANING = {
     "sync/*-null": _POINTER,
     "sync/*-badptr": _POINTER,
     "sync/ioctl-*": _NUMBER,
-    "sync/opath": "The ioctl on what is no dma-buf; dmabuf.get() refuses such a descriptor.",
-    "sync/devnull": "The ioctl on what is no dma-buf; dmabuf.get() refuses such a descriptor.",
-    "sync/pipe": "The ioctl on what is no dma-buf; dmabuf.get() refuses such a descriptor.",
-    "sync/memfd": "The ioctl on what is no dma-buf; dmabuf.get() refuses such a descriptor.",
+    "sync/opath": "The ioctl on a descriptor that is not a dma-buf, which dmabuf.get() refuses.",
+    "sync/devnull": "The ioctl on a descriptor that is not a dma-buf, which dmabuf.get() refuses.",
+    "sync/pipe": "The ioctl on a descriptor that is not a dma-buf, which dmabuf.get() refuses.",
+    "sync/memfd": "The ioctl on a descriptor that is not a dma-buf, which dmabuf.get() refuses.",
     "name/set-A": "A second number of the same ioctl, for 32-bit programs.",
     "name/link-A": "A second number of the same ioctl, for 32-bit programs.",
     "name/set-null": _POINTER,
@@ -185,8 +185,8 @@ NO_MEANING = {
     "mmap/*-proc-mem": _MAPPING,
     "mmap/*-vmsplice": _MAPPING,
     "mmap/munmap-partial": _MAPPING,
-    "poll/neg-fd": "poll(2) with an array of descriptors; ours are methods.",
-    "poll/ppoll-nsec": "A time of two fields; ours is a float.",
+    "poll/neg-fd": "poll(2) with an array of descriptors; the library has methods.",
+    "poll/ppoll-nsec": "A time with two fields; the library's is a float.",
     "poll/epollet-*": "Edge triggering on the descriptor itself. poll_fd() is one-shot: it becomes readable once.",
     "syncfile/export-null": _POINTER,
     "syncfile/export-bad": _POINTER,
@@ -218,13 +218,13 @@ NO_MEANING = {
     "swsync/fl": _CELL,
     "swsync/read": _CELL,
     "swsync/poll": _CELL,
-    "swsync/sync-info": "A text about all that the questions had made before; debugfs/sync-info compares the same text.",
-    "debugfs/bufinfo": "A text about all buffers of the machine; tests/observe/test_bufinfo.py compares ours with it line by line.",
-    "debugfs/sysfs-*": "Files of the kernel; `dmabuf.buffers()` tells the same.",
+    "swsync/sync-info": "A text about everything that the questions had made before; debugfs/sync-info compares the same text.",
+    "debugfs/bufinfo": "A text about all buffers of the machine; tests/observe/test_bufinfo.py compares it line by line.",
+    "debugfs/sysfs-*": "Files of the kernel; `dmabuf.buffers()` shows the same.",
     "debugfs/fdinfo-attached": "As file/*-fdinfo; the questions had other references open.",
 }
 
 
 def no_meaning(question: str) -> str | None:
-    """The reason why a question has none; None if there is none on record."""
+    """Return why a question does not apply, or None if no reason is recorded."""
     return next((why for pattern, why in NO_MEANING.items() if fnmatchcase(question, pattern)), None)
