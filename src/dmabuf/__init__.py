@@ -62,7 +62,7 @@ if TYPE_CHECKING:
     from dmabuf.observe.records import buffers
     from dmabuf.sharing.opening import open
     from dmabuf.sharing.passing import recv, send
-    from dmabuf.sharing.remote import RemoteTimeline
+    from dmabuf.sharing.remote_timeline import RemoteTimeline
 
 __all__ = [
     "BufferRange",
@@ -153,7 +153,7 @@ _PLACES = {
     "dmabuf.observe.records": ("buffers",),
     "dmabuf.sharing.opening": ("open",),
     "dmabuf.sharing.passing": ("recv", "send"),
-    "dmabuf.sharing.remote": ("RemoteTimeline",),
+    "dmabuf.sharing.remote_timeline": ("RemoteTimeline",),
 }
 _MODULE_OF = {name: module for module, names in _PLACES.items() for name in names}
 _MODULES = ("errors", "sim")

@@ -1,4 +1,4 @@
-"""Carried calls when one of the two processes has no descriptor left: EMFILE that says where, nothing half-done, and the line stays."""
+"""Remote calls when one of the two processes has no descriptor left: EMFILE that says where, nothing half-done, connections stay."""
 
 import contextlib
 import errno
@@ -165,9 +165,9 @@ def test_what_gives_back_needs_no_connection(child: Spawn, full: str) -> None:
         here.do(do.attach, True)
         here.do(do.mapped, TO)
         here.do(do.vmap)
-        line = here.state.buf._record.live.line
-        while line._idle:  # as if other calls were using them
-            line._idle.pop().close()
+        client = here.state.buf._record.live.client
+        while client._idle:  # as if other calls were using them
+            client._idle.pop().close()
         mine = SimpleNamespace()
         has_none(mine) if full == "here" else ask(hoards)
         try:

@@ -20,6 +20,7 @@ from tests.support.waiting import Background
 
 def _with_few_descriptors(parent: Parent, free: int) -> tuple[int | None, str, int, list[str | None]]:
     dmabuf.Domain.default()
+    recv = dmabuf.recv  # its module is loaded now, as that takes descriptors too
     highest = max(map(int, os.listdir("/proc/self/fd")))
     fillers = [os.open("/dev/null", os.O_RDONLY)]
     while fillers[-1] <= highest + free:  # no number below is left: the limit is one of numbers, not of how many there are
@@ -30,7 +31,7 @@ def _with_few_descriptors(parent: Parent, free: int) -> tuple[int | None, str, i
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (fillers[-1] + 1, hard))
     try:
-        dmabuf.recv(parent.sock)
+        recv(parent.sock)
     except OSError as error:
         found = error.errno, str(error)
     else:

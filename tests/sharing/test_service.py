@@ -14,7 +14,7 @@ import dmabuf
 from dmabuf import Direction, Domain, _native
 from dmabuf.domain import place
 from dmabuf.sharing.messages import LONGEST, VERSION
-from dmabuf.sharing.service import serve
+from dmabuf.sharing.server import serve
 from tests.support import elsewhere as do
 from tests.support.children import Parent, Spawn
 from tests.support.drivers import PAGE, Static

@@ -55,7 +55,7 @@ def warm_up() -> None:
     multiprocessing.forkserver.ensure_running()
     if _default_domain() is not None:
         import dmabuf
-        from dmabuf.sharing.service import serve
+        from dmabuf.sharing.server import serve
 
         # The first buffer to go opens what the process watches such ends with.
         dmabuf.allocate(1).close()
@@ -73,13 +73,13 @@ def settle() -> None:
     if domain is None:
         return
     from dmabuf.domain.dispatcher import DISPATCHER
-    from dmabuf.sharing.service import SERVICE
+    from dmabuf.sharing.server import SERVER
 
     watched = DISPATCHER.peek(domain)
     if watched is not None and watched.life == domain.shm.life:
         # That a fence of another process has ended is about to be told to who registered for it here.
         until(lambda: all(map(domain.shm.fence_pending, [*list(watched._foreign.values()), *watched._past])))
-    service = SERVICE.peek(domain)
+    service = SERVER.peek(domain)
     if service is not None:  # what served processes that have ended is about to notice
         until(lambda: not any(map(_ended, list(service._connections))))
         until(lambda: sum(thread.name == "dmabuf-server" for thread in threading.enumerate()) <= len(service._connections))

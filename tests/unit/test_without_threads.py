@@ -10,7 +10,7 @@ import pytest
 import dmabuf
 from dmabuf import Domain
 from dmabuf.domain.dispatcher import dispatcher
-from dmabuf.sharing.service import serve
+from dmabuf.sharing.server import serve
 from tests.sharing.test_service import answer, connected, hello
 from tests.support.drivers import PAGE, Static
 

@@ -9,7 +9,7 @@ overlap; the kernel frees it if the holder dies. A domain in which no life's byt
 replaces its file by a fresh one of the same id (a rename, so that a forked child which still maps the old file keeps it), and a file
 that makes no sense is renamed to ``….corrupt``, of which at most one is kept.
 
-A process that answers requests of others has a socket in the directory while it lives (sharing/service.py). It unlinks it as it leaves;
+A process that answers requests of others has a socket in the directory while it lives (sharing/server.py). It unlinks it as it leaves;
 who reaps a dead one unlinks the dead one's.
 """
 

@@ -27,7 +27,7 @@ from dmabuf.domain.domain import Domain, known
 from dmabuf.domain.records import Record
 from dmabuf.domain.sync_files import Facts
 from dmabuf.errors import DmaBufError, fail
-from dmabuf.sharing.remote import RemoteTimeline
+from dmabuf.sharing.remote_timeline import RemoteTimeline
 
 MAX_THINGS: Final = 253  # SCM_MAX_FD, include/net/scm.h
 

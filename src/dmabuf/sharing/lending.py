@@ -14,7 +14,7 @@ Where the lock is lent already, as in a ``move_notify`` that calls back, there i
 which waits for all of it.
 
 *Signals.* The lender waits for the end of the call whatever its signal handlers raise; they run, and what they raised comes when the lock
-is back (:func:`see_through`): the kernel doesn't leave an op under its lock either.
+is back (:func:`finish_shielded`): the kernel doesn't leave an op under its lock either.
 
 If of two borrowers in a row the first dies before the second has ended, the lock is lost: it is free then, and
 the lender's ``unlock`` does nothing.
@@ -33,17 +33,17 @@ from dmabuf.core.task.owner import current
 from dmabuf.domain.domain import TICK_NS, Domain
 from dmabuf.errors import fail
 
-_PATIENCE: Final = 1000  # exceptions of signal handlers during one wait
+_MOST_EXCEPTIONS: Final = 1000  # exceptions of signal handlers during one wait
 T = TypeVar("T")
 
 
-def see_through(step: Callable[[], T]) -> T:
+def finish_shielded(step: Callable[[], T]) -> T:
     """Call ``step`` until it comes to its end; what signal handlers raised meanwhile, the last of it, is raised after that.
 
     ``step`` must bear being ended anywhere and begun again.
     """
     raised: BaseException | None = None
-    for _ in range(_PATIENCE):
+    for _ in range(_MOST_EXCEPTIONS):
         try:
             value = step()
         except BaseException as e:
@@ -56,7 +56,7 @@ def see_through(step: Callable[[], T]) -> T:
     raise raised
 
 
-class _Loan:
+class _ReturnContext:
     """A context that stands for the lender; closed, what it has is free, and nobody can give it anything."""
 
     __slots__ = ("domain", "life", "word")
@@ -86,14 +86,14 @@ class Lent:
 
     def __init__(self, resv: ResvLock, peer: int) -> None:
         self._resv, self._peer, self._held = resv, peer, holding(resv)
-        self._loan: _Loan | None = None
+        self._loan: _ReturnContext | None = None
 
     def __enter__(self) -> int:
         resv, held = self._resv, self._held
         if held.lent:
             return held.word
         try:
-            self._loan = _Loan(resv.domain, held.word)
+            self._loan = _ReturnContext(resv.domain, held.word)
         except OSError as e:
             if e.errno != errno.ENOSPC:
                 raise
@@ -123,7 +123,7 @@ def regain(resv: ResvLock, held: HeldLock, loan: int, life: int) -> None:
 
     ``life``: while an owner of this life has the lock, it is on its way back, with a call that goes on or with the end of the life.
     """
-    if not see_through(lambda: _regained(resv, held.word, loan, life)):
+    if not finish_shielded(lambda: _regained(resv, held.word, loan, life)):
         lose(resv, held)
 
 

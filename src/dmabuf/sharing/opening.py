@@ -2,7 +2,7 @@
 
 The record in the domain says who holds the buffer; the memfd is opened anew through ``/proc/PID/fd`` of a holder (proc(5)), which
 gives an open file description and a lease of its own. A real dma-buf can't be opened anew (ENXIO): a holder hands a duplicate over its
-socket (``handover``), and of a process outside of the domain it is taken (pidfd_getfd(2)), where ptrace(2) would be allowed. What no
+socket (``duplicate``), and of a process outside of the domain it is taken (pidfd_getfd(2)), where ptrace(2) would be allowed. What no
 process has a descriptor of, because it is only in flight in a socket or only mapped, can't be opened.
 """
 
@@ -21,7 +21,7 @@ from dmabuf.core.get import from_fd
 from dmabuf.domain import lives, records
 from dmabuf.domain.domain import Domain
 from dmabuf.errors import DmaBufError, fail, needing_descriptors
-from dmabuf.sharing import handover
+from dmabuf.sharing import duplicate
 from dmabuf.uapi.call import OwnedFd
 
 SHOWN = 5  # names or inodes in a message
@@ -115,7 +115,7 @@ def _memfd_device() -> int:
 def _reopened(domain: Domain, wanted: _Found, asked: str) -> DmaBuf:
     denied: list[int] = []
     for i in domain.shm.rec_holders(wanted.record) if is_kernel_home(wanted.home) else ():
-        given = handover.ask(domain, i, wanted.dev, wanted.ino, wanted.nonce)
+        given = duplicate.ask(domain, i, wanted.dev, wanted.ino, wanted.nonce)
         if given is not None:
             return given
     held_by = [domain.shm.load32(lives.slot_offset(i) + _native.LIFE_PID) for i in domain.shm.rec_holders(wanted.record)]

@@ -65,7 +65,7 @@ from dmabuf.sharing.items import (
     socket_name,
     things_of,
 )
-from dmabuf.sharing.remote import RemoteTimeline
+from dmabuf.sharing.remote_timeline import RemoteTimeline
 
 _FD: Final = struct.Struct("=i")
 _UCRED: Final = struct.Struct("=3i")  # pid, uid, gid (unix(7))

@@ -34,7 +34,7 @@ from dmabuf.domain.domain import Domain, known
 from dmabuf.domain.sync_files import Facts
 from dmabuf.errors import fail
 from dmabuf.sharing.items import check_fence, timeline_place
-from dmabuf.sharing.remote import RemoteTimeline
+from dmabuf.sharing.remote_timeline import RemoteTimeline
 
 _MODULE = "multiprocessing.reduction"
 

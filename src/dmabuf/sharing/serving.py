@@ -1,226 +1,30 @@
-"""The exporting process's side of calls from others: what each asking process has of each buffer, and its end.
+"""The requests that the exporting process answers: each runs an op of a buffer's exporter for a process that called it.
 
-Every request names the buffer by its inode and brings a descriptor of it (a lease: who has none can't ask); while an asking process has
-something of a buffer, this process keeps a handle of its own for it, the *stake*: so ``release`` comes after the last of them, wherever
-it is. A stake holds
-
-- the exporter's mappings, each as long as the other process keeps the one that it made of it;
-- the brackets of CPU access that were begun and not ended. Where the other process goes in the middle, its brackets are ended, the last
-  one first; an exporter sees as many ends as begins;
-- attachments, each with a stand-in of its device, which has the name and the limits and takes the exporter's tables as any device does;
-  the real device maps the same memory over there. Their tables, pins and vmaps.
-
-A process that dies, or closes its last handle, mapping and attachment of what this process exports, ends its session: all of that is
-given back then, in the thread that notices.
+Every request names the buffer by its inode and brings a descriptor of it, so a process that has none can't call. What an op gives to the
+calling process is kept in its `ClientState` until that process gives it back or ends.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import itertools
-import threading
-from collections import Counter
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
-from dmabuf import _native
 from dmabuf.core.attach.attachment import DmaBufAttachment, make
 from dmabuf.core.base.usage import Direction
 from dmabuf.core.buffer.backing import SERVERS
-from dmabuf.core.contract import Attachment, RevocableImporter
-from dmabuf.core.dma_buf import DmaBuf
 from dmabuf.core.export.exported import Exported
-from dmabuf.core.get import from_fd
 from dmabuf.core.memory.device import Device
-from dmabuf.core.memory.iosys_map import IosysMap
 from dmabuf.core.memory.scatterlist import SgTable, cpu_side, mapping_of, memory_of
-from dmabuf.core.resv.lock import holding
-from dmabuf.domain import dispatcher
 from dmabuf.domain.records import Record
-from dmabuf.errors import DmaBufError, fail
+from dmabuf.errors import fail
 from dmabuf.sharing import memory
-from dmabuf.sharing.lending import borrowed, regain
-from dmabuf.sharing.line import Line, line_to
-from dmabuf.sharing.messages import LOST, THERE, Body, flag, no_room, number, text
-from dmabuf.sharing.service import Answer, Handler, Session, register, serve
-
-Key = tuple[int, int]  # (st_dev, st_ino)
-
-
-class Stake:
-    """What one asking process has of one buffer of this process's."""
-
-    def __init__(self, buf: DmaBuf, live: Exported) -> None:
-        self.buf, self.live = buf, live
-        self.users = 0  # calls that run
-        self.mappings: dict[int, _native.Mapping] = {}
-        self.brackets: list[Direction] = []
-        self.attachments: dict[int, DmaBufAttachment] = {}
-        self.pins: Counter[int] = Counter()  # by attachment
-        self.tables: dict[int, tuple[DmaBufAttachment, SgTable, Direction]] = {}
-        self.vmaps: list[IosysMap] = []
-
-    @property
-    def empty(self) -> bool:
-        return not (self.users or self.mappings or self.brackets or self.attachments or self.tables or self.vmaps)
-
-    def attachment(self, body: Body) -> DmaBufAttachment:
-        """Errors: EINVAL no such attachment."""
-        found = self.attachments.get(number(body, "attachment"))
-        if found is None:
-            raise fail(errno.EINVAL, "request", self.buf, "attach again", what="no such attachment")
-        return found
-
-    def end(self) -> None:
-        """The other process is gone: give everything back, in the order that it would have."""
-        exporter = self.live.exporter
-        if self.tables or self.pins or self.vmaps or self.attachments:
-            with self.buf.resv.locked():
-                for attachment, sgt, way in self.tables.values():
-                    _quietly(partial(exporter.unmap, attachment, sgt, way))
-                for n, count in self.pins.items():
-                    for _ in range(count):
-                        _quietly(partial(exporter.unpin, self.attachments[n]))
-                for map_ in self.vmaps:
-                    _quietly(partial(self.live.vunmap, self.buf, map_))
-                for attachment in self.attachments.values():
-                    _forget(self.live, attachment)
-        for attachment in self.attachments.values():
-            _quietly(partial(_detached, self.live, attachment))
-        while self.brackets:
-            _quietly(partial(self.live.end, self.buf, self.brackets.pop()))
-        for mapping in self.mappings.values():
-            mapping.close()
-        for kept in (self.tables, self.pins, self.vmaps, self.attachments, self.mappings):
-            kept.clear()
-
-
-def _forget(live: Exported, attachment: DmaBufAttachment) -> None:
-    """Take it off the list; the lock is held."""
-    attachment.attached = False
-    with contextlib.suppress(ValueError):
-        live.attachments.remove(attachment)
-
-
-def _detached(live: Exported, attachment: DmaBufAttachment) -> None:
-    """The last step of its end; the lock is not held."""
-    if isinstance(attachment.importer, ImporterElsewhere):
-        attachment.importer.close()
-    if "detach" in live.ops:
-        live.exporter.detach(attachment)
-    attachment.priv = None
-
-
-class ImporterElsewhere(RevocableImporter):
-    """An importer in the process that asked for the attachment; it is told there, and waited for."""
-
-    def __init__(self, session: Session, body: Body) -> None:
-        self.session, self.body = session, body
-        self.allow_peer2peer = flag(body, "peer2peer")
-        self.line: Line | None = None
-
-    def move_notify(self, attachment: DmaBufAttachment) -> None:
-        if self.line is None:
-            self.line = line_to(self.session.domain, self.session.life, self)
-        resv = attachment._resv
-        held, life = holding(resv), self.session.domain.shm.life
-        try:
-            self.line.call("moved", {**self.body, "holder": held.word}, operation="move_notify", kept=True)
-        except DmaBufError as e:
-            if e.errno != errno.ENODEV:  # dead, or about to be: its attachment goes with its session
-                raise
-        finally:  # what it asked of this process in it ends first
-            regain(resv, held, held.word, life)
-
-    def revoke(self, attachment: Attachment) -> None:
-        if self.line is not None:  # it was told of the move
-            with contextlib.suppress(DmaBufError):  # dead: so is its device
-                self.line.call("revoked", self.body, operation="move")
-
-    def close(self) -> None:
-        line, self.line = self.line, None
-        if line is not None:
-            line.leave(self)
-
-
-def _quietly(call: Callable[[], object]) -> None:
-    """An exporter's error that has nobody to go to."""
-    try:
-        call()
-    except Exception as e:
-        dispatcher.report(e, call)
-
-
-class Stakes:
-    """All that one asking process has here."""
-
-    def __init__(self, session: Session) -> None:
-        self.domain = session.domain
-        self.numbers = itertools.count(1)
-        self._stakes: dict[Key, Stake] = {}
-        self._lock = threading.Lock()
-        session.at_end.append(self.end)
-
-    @contextlib.contextmanager
-    def using(self, body: Body, fds: list[int]) -> Iterator[Stake]:
-        """The stake that a request is about; it is there for the block, and afterwards if there is something in it.
-
-        Errors: ENODEV no such buffer of this process; EMFILE its descriptor found no room; EBADMSG; those of ``get()``.
-        """
-        key = (number(body, "dev"), number(body, "ino"))
-        with self._lock:
-            stake = self._stakes.get(key)
-            if stake is not None:
-                stake.users += 1
-        if stake is None:
-            stake = self._staked(key, body, fds)
-        try:
-            yield stake
-        finally:
-            with self._lock:
-                stake.users -= 1
-                last = stake.empty
-                if last:
-                    self._stakes.pop(key, None)
-            if last:
-                stake.buf.close()
-
-    def _staked(self, key: Key, body: Body, fds: list[int]) -> Stake:
-        if body.get(LOST):
-            raise no_room(text(body, "kind"), f"buffer ino {key[1]}", THERE)
-        if not fds:
-            raise _unknown(key)
-        buf = from_fd(fds.pop(0), self.domain)
-        live = buf._record.live
-        if (buf._record.dev, buf._record.ino) != key or not isinstance(live, Exported):
-            buf.close()
-            raise _unknown(key)
-        with self._lock:
-            stake = self._stakes.setdefault(key, Stake(buf, live))
-            stake.users += 1
-        if stake.buf is not buf:
-            buf.close()
-        return stake
-
-    def end(self) -> None:
-        while self._stakes:
-            _, stake = self._stakes.popitem()
-            stake.end()
-            _quietly(stake.buf.close)
-
-
-def _unknown(key: Key) -> OSError:
-    return fail(
-        errno.ENODEV, "request", f"buffer ino {key[1]}", "ask its exporter for a new buffer", what="this process exports no such buffer"
-    )
-
-
-def stakes_of(session: Session) -> Stakes:
-    """The stakes of an asking process."""
-    found: Stakes | None = session.state.get("stakes")
-    return found or session.state.setdefault("stakes", Stakes(session))
+from dmabuf.sharing.client_state import ClientBuffer, ClientState, finish_detach, unknown, unlist
+from dmabuf.sharing.lending import borrowed
+from dmabuf.sharing.messages import Body, flag, number, text
+from dmabuf.sharing.remote_importer import RemoteImporter
+from dmabuf.sharing.server import Answer, Handler, Session, register, serve
 
 
 def direction_of(body: Body) -> Direction:
@@ -237,39 +41,39 @@ def _exporter(session: Session, body: Body, fds: list[int]) -> Answer:
     record: Record | None = (session.domain.local.get("records") or {}).get(key)
     live: Any = record.live if record is not None else None
     if not isinstance(live, Exported):
-        raise _unknown(key)
+        raise unknown(key)
     return Answer({"ops": sorted(live.ops), "cache": live.cache})
 
 
 def _begin(session: Session, body: Body, fds: list[int]) -> Answer:
-    way, stakes = direction_of(body), stakes_of(session)
-    with stakes.using(body, fds) as stake:
-        stake.live.begin(stake.buf, way)
-        stake.brackets.append(way)
+    way, state = direction_of(body), session.state(ClientState)
+    with state.using(body, fds) as entry:
+        entry.live.begin(entry.buf, way)
+        entry.brackets.append(way)
     return Answer(undo=lambda _: _end(session, body, []))
 
 
 def _end(session: Session, body: Body, fds: list[int]) -> Answer:
     way = direction_of(body)
-    with stakes_of(session).using(body, fds) as stake:
-        if stake.brackets:  # nothing pairs them but that there are as many
-            at = next((i for i in reversed(range(len(stake.brackets))) if stake.brackets[i] is way), -1)
-            del stake.brackets[at]
-        stake.live.end(stake.buf, way)
+    with session.state(ClientState).using(body, fds) as entry:
+        if entry.brackets:  # nothing pairs them but that there are as many
+            at = next((i for i in reversed(range(len(entry.brackets))) if entry.brackets[i] is way), -1)
+            del entry.brackets[at]
+        entry.live.end(entry.buf, way)
     return Answer()
 
 
 def _mmap(session: Session, body: Body, fds: list[int]) -> Answer:
-    stakes = stakes_of(session)
-    with stakes.using(body, fds) as stake:
-        mapping = stake.buf._mmap("mmap", number(body, "offset"), number(body, "length"), False)
+    state = session.state(ClientState)
+    with state.using(body, fds) as entry:
+        mapping = entry.buf._mmap("mmap", number(body, "offset"), number(body, "length"), False)
         try:
-            shown = memory.range_of(mapping, "mmap", stake.buf)
+            shown = memory.range_of(mapping, "mmap", entry.buf)
         except BaseException:
             mapping.close()
             raise
-        n = next(stakes.numbers)
-        stake.mappings[n] = mapping
+        n = next(state.numbers)
+        entry.mappings[n] = mapping
     answer = Answer({"mapping": n, "offset": shown.offset, "length": shown.length, "writable": shown.writable}, [shown.fd])
     answer.undo = lambda _: _unmapped(session, {**body, "mapping": n}, [])
     return answer
@@ -279,22 +83,22 @@ def under_lock(
     session: Session,
     body: Body,
     fds: list[int],
-    act: Callable[[Stake], Answer],
-    undo: Callable[[Stake, Answer], object] | None = None,
+    act: Callable[[ClientBuffer], Answer],
+    undo: Callable[[ClientBuffer, Answer], object] | None = None,
 ) -> Answer:
     """Run ``act`` with the reservation lock, which the caller lends for it (sharing/lending.py), and ``undo`` likewise.
 
     ``holder``: its loan; 0: nobody holds the lock for this, and it is taken here. Errors: EPERM the caller doesn't hold it.
     """
     kind, loan = text(body, "kind"), number(body, "holder")
-    with stakes_of(session).using(body, fds) as stake:
-        with borrowed(stake.buf.resv, loan, kind, stake.buf) if loan else stake.buf.resv.locked():
-            answer = act(stake)
+    with session.state(ClientState).using(body, fds) as entry:
+        with borrowed(entry.buf.resv, loan, kind, entry.buf) if loan else entry.buf.resv.locked():
+            answer = act(entry)
     if undo is not None:
 
         def undone(told: Body) -> None:
-            with stakes_of(session).using(body, []) as stake, borrowed(stake.buf.resv, number(told, "holder"), kind, stake.buf):
-                undo(stake, answer)
+            with session.state(ClientState).using(body, []) as entry, borrowed(entry.buf.resv, number(told, "holder"), kind, entry.buf):
+                undo(entry, answer)
 
         answer.undo = undone
     return answer
@@ -306,59 +110,59 @@ def _attach(session: Session, body: Body, fds: list[int]) -> Answer:
         dma_mask=number(body, "dma_mask"),
         max_segment=max(number(body, "max_segment"), memory.PAGE),
     )
-    stakes = stakes_of(session)
-    with stakes.using(body, fds) as stake:
-        n, live = next(stakes.numbers), stake.live
+    state = session.state(ClientState)
+    with state.using(body, fds) as entry:
+        n, live = next(state.numbers), entry.live
         about = {"dev": number(body, "dev"), "ino": number(body, "ino"), "attachment": n, "peer2peer": flag(body, "peer2peer")}
-        attachment = make(stake.buf, dev, ImporterElsewhere(session, about) if flag(body, "dynamic") else None, live)
+        attachment = make(entry.buf, dev, RemoteImporter(session, about) if flag(body, "dynamic") else None, live)
         if "attach" in live.ops:
             live.exporter.attach(attachment)
-        with stake.buf.resv.locked():
+        with entry.buf.resv.locked():
             live.attachments.insert(0, attachment)
             attachment.attached = True
-            stake.attachments[n] = attachment
+            entry.attachments[n] = attachment
     return Answer({"attachment": n, "peer2peer": attachment.peer2peer}, undo=lambda _: _detach(session, {**body, "attachment": n}, []))
 
 
 def _detach(session: Session, body: Body, fds: list[int]) -> Answer:
-    with stakes_of(session).using(body, fds) as stake:
-        attachment = stake.attachment(body)
-        with stake.buf.resv.locked():
-            _forget(stake.live, attachment)
+    with session.state(ClientState).using(body, fds) as entry:
+        attachment = entry.attachment(body)
+        with entry.buf.resv.locked():
+            unlist(entry.live, attachment)
         n = number(body, "attachment")
-        del stake.attachments[n]
-        stake.pins.pop(n, None)
-        _detached(stake.live, attachment)
+        del entry.attachments[n]
+        entry.pins.pop(n, None)
+        finish_detach(entry.live, attachment)
     return Answer()
 
 
 def _pin(session: Session, body: Body, fds: list[int]) -> Answer:
-    def act(stake: Stake) -> Answer:
-        stake.live.exporter.pin(stake.attachment(body))
-        stake.pins[number(body, "attachment")] += 1
+    def act(entry: ClientBuffer) -> Answer:
+        entry.live.exporter.pin(entry.attachment(body))
+        entry.pins[number(body, "attachment")] += 1
         return Answer()
 
-    return under_lock(session, body, fds, act, lambda stake, _: _unpinned(stake, body))
+    return under_lock(session, body, fds, act, lambda entry, _: _unpinned(entry, body))
 
 
 def _unpin(session: Session, body: Body, fds: list[int]) -> Answer:
-    return under_lock(session, body, fds, lambda stake: _unpinned(stake, body))
+    return under_lock(session, body, fds, lambda entry: _unpinned(entry, body))
 
 
-def _unpinned(stake: Stake, body: Body) -> Answer:
+def _unpinned(entry: ClientBuffer, body: Body) -> Answer:
     n = number(body, "attachment")
-    stake.pins[n] -= 1
-    if stake.pins[n] <= 0:
-        del stake.pins[n]
-    stake.live.exporter.unpin(stake.attachment(body))
+    entry.pins[n] -= 1
+    if entry.pins[n] <= 0:
+        del entry.pins[n]
+    entry.live.exporter.unpin(entry.attachment(body))
     return Answer()
 
 
 def _map(session: Session, body: Body, fds: list[int]) -> Answer:
     way = direction_of(body)
 
-    def act(stake: Stake) -> Answer:
-        attachment, exporter = stake.attachment(body), stake.live.exporter
+    def act(entry: ClientBuffer) -> Answer:
+        attachment, exporter = entry.attachment(body), entry.live.exporter
         sgt = exporter.map(attachment, way)
         if sgt is None:
             return Answer()
@@ -369,13 +173,13 @@ def _map(session: Session, body: Body, fds: list[int]) -> Answer:
         except BaseException:
             exporter.unmap(attachment, sgt, way)
             raise
-        answer.body["table"] = n = next(stakes_of(session).numbers)
-        stake.tables[n] = attachment, sgt, way
+        answer.body["table"] = n = next(session.state(ClientState).numbers)
+        entry.tables[n] = attachment, sgt, way
         return answer
 
-    def undo(stake: Stake, answer: Answer) -> None:
+    def undo(entry: ClientBuffer, answer: Answer) -> None:
         if "table" in answer.body:
-            _untabled(stake, answer.body)
+            _untabled(entry, answer.body)
 
     return under_lock(session, body, fds, act, undo)
 
@@ -393,48 +197,48 @@ def _shown(attachment: DmaBufAttachment, sgt: SgTable) -> Answer:
 
 
 def _unmap(session: Session, body: Body, fds: list[int]) -> Answer:
-    return under_lock(session, body, fds, lambda stake: _untabled(stake, body))
+    return under_lock(session, body, fds, lambda entry: _untabled(entry, body))
 
 
-def _untabled(stake: Stake, body: Body) -> Answer:
-    found = stake.tables.pop(number(body, "table"), None)
+def _untabled(entry: ClientBuffer, body: Body) -> Answer:
+    found = entry.tables.pop(number(body, "table"), None)
     if found is None:
-        raise fail(errno.EINVAL, "unmap", stake.buf, "unmap each table once", what="no such table")
-    stake.live.exporter.unmap(*found)
+        raise fail(errno.EINVAL, "unmap", entry.buf, "unmap each table once", what="no such table")
+    entry.live.exporter.unmap(*found)
     return Answer()
 
 
 def _vmap(session: Session, body: Body, fds: list[int]) -> Answer:
-    def act(stake: Stake) -> Answer:
-        map_ = stake.live.vmap(stake.buf, tell=False)
+    def act(entry: ClientBuffer) -> Answer:
+        map_ = entry.live.vmap(entry.buf, tell=False)
         try:
             view = map_.vaddr if map_.vaddr is not None else map_.vaddr_iomem
             assert view is not None  # a vmap that is NULL has failed
-            shown = memory.range_of(view, "vmap", stake.buf)
+            shown = memory.range_of(view, "vmap", entry.buf)
         except BaseException:
-            stake.live.vunmap(stake.buf, map_)
+            entry.live.vunmap(entry.buf, map_)
             raise
-        stake.vmaps.append(map_)
+        entry.vmaps.append(map_)
         about = {"offset": shown.offset, "length": shown.length, "writable": shown.writable, "iomem": map_.is_iomem}
         return Answer(about, [shown.fd])
 
-    return under_lock(session, body, fds, act, lambda stake, _: _vunmapped(stake))
+    return under_lock(session, body, fds, act, lambda entry, _: _vunmapped(entry))
 
 
 def _vunmap(session: Session, body: Body, fds: list[int]) -> Answer:
     return under_lock(session, body, fds, _vunmapped)
 
 
-def _vunmapped(stake: Stake) -> Answer:
-    if not stake.vmaps:
-        raise fail(errno.EINVAL, "vunmap", stake.buf, "vunmap as often as vmap", what="it is not mapped")
-    stake.live.vunmap(stake.buf, stake.vmaps.pop())
+def _vunmapped(entry: ClientBuffer) -> Answer:
+    if not entry.vmaps:
+        raise fail(errno.EINVAL, "vunmap", entry.buf, "vunmap as often as vmap", what="it is not mapped")
+    entry.live.vunmap(entry.buf, entry.vmaps.pop())
     return Answer()
 
 
 def _unmapped(session: Session, body: Body, fds: list[int]) -> Answer:
-    with contextlib.suppress(OSError), stakes_of(session).using(body, fds) as stake:
-        mapping = stake.mappings.pop(number(body, "mapping"), None)
+    with contextlib.suppress(OSError), session.state(ClientState).using(body, fds) as entry:
+        mapping = entry.mappings.pop(number(body, "mapping"), None)
         if mapping is not None:
             mapping.close()
     return Answer()

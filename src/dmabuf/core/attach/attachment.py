@@ -18,8 +18,8 @@ With the buffer's reservation lock held: ``map``, ``unmap``, ``pin``, ``unpin`` 
 ``detach``, ``map_unlocked``, ``unmap_unlocked``, ``mapped`` (else ``ContractWarning`` and EDEADLK). An attachment keeps its handle of the
 buffer from being collected, not from being closed; detach before closing, as the exporter's ``release`` comes with the last descriptor.
 
-Buffers exported by another process are attached like one's own: the exporter's ops are called there (sharing/live.py). When that process
-is gone, what needs it is ENODEV; ``unmap``, ``unpin`` and ``detach`` then do what is left to do here. Plain buffers can be attached by
+Buffers exported by another process are attached like one's own: the exporter's ops are called there (sharing/remote_exporter.py). When that
+process is gone, what needs it is ENODEV; ``unmap``, ``unpin`` and ``detach`` then do what is left to do. Plain buffers can be attached by
 every process that has them; each has its own attachments, and listings show those of the process that prints them.
 """
 

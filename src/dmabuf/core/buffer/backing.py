@@ -204,10 +204,10 @@ def devices_of(domain: Domain, dev: int, ino: int) -> list[str]:
     return [attachment.dev.name for attachment in list(found.attachments)] if found is not None else []
 
 
-BACKINGS: Final[Registry[Callable[[Record, int], Backing]]] = Registry("backing", {"remote": "dmabuf.sharing.live"})
+BACKINGS: Final[Registry[Callable[[Record, int], Backing]]] = Registry("backing", {"remote": "dmabuf.sharing.remote_backing"})
 """Functions that make the backing of a buffer which doesn't have one yet in this process, from its record and a descriptor of it."""
 
 SERVERS: Final[Registry[Callable[[Domain], object]]] = Registry(
-    "server", {"exported": "dmabuf.sharing.serving", "kernel": "dmabuf.sharing.handover"}
+    "server", {"exported": "dmabuf.sharing.serving", "kernel": "dmabuf.sharing.duplicate"}
 )
 """Functions that have this process answer requests of others about one kind of buffer."""

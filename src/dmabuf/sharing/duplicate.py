@@ -17,15 +17,15 @@ from dmabuf.core.get import from_fd
 from dmabuf.domain import lives
 from dmabuf.domain.domain import Domain
 from dmabuf.errors import fail
-from dmabuf.sharing.line import line_to
+from dmabuf.sharing.client import client_of
 from dmabuf.sharing.messages import THERE, Body, no_room, number
-from dmabuf.sharing.service import Answer, Session, register, serve
+from dmabuf.sharing.server import Answer, Session, register, serve
 from dmabuf.uapi.call import OwnedFd
 
 _NOT_HERE = (errno.ENODEV, errno.ENOENT, errno.EPERM)
 
 
-def _hand_over(session: Session, body: Body, fds: list[int]) -> Answer:
+def _duplicate(session: Session, body: Body, fds: list[int]) -> Answer:
     """One of this process's descriptors of the buffer. Errors: ENOENT it has none any more."""
     key = (number(body, "dev"), number(body, "ino"))
     record = (session.domain.local.get("records") or {}).get(key)
@@ -53,15 +53,15 @@ def _hand_over(session: Session, body: Body, fds: list[int]) -> Answer:
 def ask(domain: Domain, index: int, dev: int, ino: int, nonce: bytes) -> DmaBuf | None:
     """The buffer from the process with this slot of a life; None when it doesn't give it. Errors: EMFILE."""
     peer = lives.life_id(index, domain.shm.load32(lives.slot_offset(index) + _native.LIFE_GEN))
-    line = line_to(domain, peer, ask)
+    client = client_of(domain, peer, ask)
     try:
-        _, came = line.call("hand over", {"dev": dev, "ino": ino}, operation="open", obj=f"buffer ino {ino}")
+        _, came = client.call("duplicate", {"dev": dev, "ino": ino}, operation="open", obj=f"buffer ino {ino}")
     except OSError as e:
         if e.errno in _NOT_HERE:
             return None
         raise
     finally:
-        line.leave(ask)
+        client.leave(ask)
     owned = [OwnedFd(fd) for fd in came]
     for fd in owned:
         found = identify(fd.number, domain, "open")
@@ -70,5 +70,5 @@ def ask(domain: Domain, index: int, dev: int, ino: int, nonce: bytes) -> DmaBuf 
     return None
 
 
-register("hand over", _hand_over)
+register("duplicate", _duplicate)
 SERVERS.register("kernel", serve)

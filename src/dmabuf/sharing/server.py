@@ -6,7 +6,7 @@ domain file, bound and connected through the directory's descriptor; in a privat
 other's effective user (SO_PEERCRED) and refuse another's.
 
 *What can be asked* is a registry, :func:`register`: a kind, and a handler that is called in a thread of the asked process. Who asks has a
-line to it (sharing/line.py), with one connection that lives as long as somebody uses it; this side sees it end, however that came, and
+line to it (sharing/client.py), with one connection that lives as long as somebody uses it; this side sees it end, however that came, and
 then ends the :class:`Session` and all that it was given. Each call has a connection to itself while it runs, and a thread here, so calls of
 several threads, and calls that lead to calls back, don't wait for each other.
 
@@ -25,7 +25,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Final
+from typing import Final, TypeVar, cast
 
 from dmabuf import _native
 from dmabuf.domain import dispatcher
@@ -53,6 +53,7 @@ from dmabuf.sharing.messages import (
 )
 
 MAX_CONNECTIONS: Final = 2048
+T = TypeVar("T")
 
 
 @dataclass
@@ -80,7 +81,7 @@ def register(kind: str, handler: Handler) -> None:
 
 
 class Session:
-    """One asking process, as the asked one sees it. ``life``: the other's life; ``state``: what handlers keep for it, by their name.
+    """One asking process, as the asked one sees it. ``life``: the other's life.
 
     ``at_end``: called once, when the other process has gone or uses nothing here any more, and its connections are closed.
     """
@@ -88,10 +89,18 @@ class Session:
     def __init__(self, domain: Domain, life: int) -> None:
         self.domain, self.life = domain, life
         self.token = secrets.token_hex(16)
-        self.state: dict[str, Any] = {}
+        self._states: dict[object, object] = {}
         self.at_end: list[Callable[[], object]] = []
         self._lock = threading.Lock()
         self._running, self._over = 0, False
+
+    def state(self, kind: Callable[[Session], T]) -> T:
+        """Return what handlers keep for the other process: one object of each kind, made at first use."""
+        with self._lock:
+            found = self._states.get(kind)
+            if found is None:
+                found = self._states[kind] = kind(self)
+            return cast(T, found)
 
     def begin(self) -> bool:
         """A connection for its calls is there; False when it is over."""
@@ -116,7 +125,7 @@ class Session:
                     dispatcher.report(e, call)
 
 
-class Service:
+class Server:
     """The answering side of this process in one domain. Its thread keeps neither it nor the domain; open connections do."""
 
     def __init__(self, domain: Domain) -> None:
@@ -138,7 +147,7 @@ class Service:
         except BaseException:
             shut(sock)
             raise
-        domain.on_leave("service", partial(_stop, sock, self._connections))
+        domain.on_leave("server", partial(_stop, sock, self._connections))
 
     def take(self, conn: socket.socket) -> None:
         """Serve a connection in a thread of its own."""
@@ -182,7 +191,7 @@ class Service:
             try:
                 send(conn, {"session": session.token})
                 while (got := receive_last(conn)) is not None:
-                    self._notes(session, *got)
+                    self._posted(session, *got)
             finally:
                 session.finish(over=True)
             return
@@ -218,17 +227,17 @@ class Service:
                     raise
                 send(conn, told_of(e, ""))
 
-    def _notes(self, session: Session, body: Body, fds: list[int]) -> None:
+    def _posted(self, session: Session, body: Body, fds: list[int]) -> None:
         """What the other says without asking: nobody hears of errors."""
         try:
             if session.begin():
                 try:
-                    for note in body.get("notes", ())[:INLINE]:
-                        _handlers[text(note, "kind")](session, note, fds)
+                    for post in body.get("posts", ())[:INLINE]:
+                        _handlers[text(post, "kind")](session, post, fds)
                 finally:
                     session.finish()
         except Exception as e:
-            dispatcher.report(e, self._notes)
+            dispatcher.report(e, self._posted)
         finally:
             close_all(fds)
 
@@ -277,7 +286,7 @@ def _stop(sock: socket.socket, connections: set[socket.socket]) -> None:
     shut(sock)
 
 
-def _accept(sock: socket.socket, me: weakref.ref[Service]) -> None:
+def _accept(sock: socket.socket, me: weakref.ref[Server]) -> None:
     with contextlib.closing(_Spare()) as spare:
         _accepting(sock, me, spare)
 
@@ -311,7 +320,7 @@ class _Spare:
         return True
 
 
-def _accepting(sock: socket.socket, me: weakref.ref[Service], spare: _Spare) -> None:
+def _accepting(sock: socket.socket, me: weakref.ref[Server], spare: _Spare) -> None:
     poller = select.poll()
     with contextlib.suppress(ValueError):  # stopped already
         poller.register(sock, select.POLLIN)
@@ -326,19 +335,19 @@ def _accepting(sock: socket.socket, me: weakref.ref[Service], spare: _Spare) -> 
             if not (e.errno in NO_ROOM and spare.refuse(sock, e.errno)) and sock.fileno() >= 0:
                 select.select([], [], [], TICK_NS / 1e9)  # somebody may close one
             continue
-        service = me()
-        if service is None:
+        server = me()
+        if server is None:
             shut(conn)
             return
-        service.take(conn)
-        del service
+        server.take(conn)
+        del server
 
 
-SERVICE: Local[Service] = Local(Service)
+SERVER: Local[Server] = Local(Server)
 
 
-def serve(domain: Domain) -> Service:
+def serve(domain: Domain) -> Server:
     """Answer requests in this domain from now on, until the process leaves it. Errors: EMFILE, ENOSPC; what bind(2) says."""
     life = domain.life
-    found = SERVICE.of(domain)
-    return found if found.life == life else SERVICE.renew(domain, found)
+    found = SERVER.of(domain)
+    return found if found.life == life else SERVER.renew(domain, found)

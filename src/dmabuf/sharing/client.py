@@ -1,7 +1,7 @@
-"""Asking another process of the domain: a :class:`Line` to it, and calls over it (sharing/service.py answers).
+"""Asking another process of the domain: a :class:`Client` to it, and calls over it (sharing/server.py answers).
 
 *The caller's wait* is ended by the other process's death: ENODEV. Signal handlers run in it. What one raises ends the call: it goes on in
-the other process, but what it made is undone there. A call that is *kept*, one under a lock, is waited for even then, until it is undone.
+the other process, but what it made is undone there. A call under a lock (``locked``) is waited for even then, until it is undone.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Final
 from dmabuf import _native
 from dmabuf.domain.domain import TICK_NS, Domain
 from dmabuf.errors import DmaBufError, fail
-from dmabuf.sharing.lending import see_through
+from dmabuf.sharing.lending import finish_shielded
 from dmabuf.sharing.messages import (
     LOST,
     NO_ROOM,
@@ -38,10 +38,10 @@ from dmabuf.sharing.messages import (
     text,
 )
 
-IDLE_CONNECTIONS: Final = 4  # kept by a line for the calls to come
+IDLE_CONNECTIONS: Final = 4  # kept by a client for the calls to come
 
 
-class Line:
+class Client:
     """The asking side: this process's connections to one other process of the domain.
 
     ``users``: who keeps it open (:meth:`use`, :meth:`leave`).
@@ -53,10 +53,10 @@ class Line:
         self._main: socket.socket | None = None
         self._token = ""
         self._idle: list[socket.socket] = []
-        self._late: list[Body] = []  # notes that found no room
+        self._late: list[Body] = []  # posts that found no room
 
     def use(self, user: object) -> None:
-        """Keep the line open for ``user``, until as many :meth:`leave`."""
+        """Keep the client open for ``user``, until as many :meth:`leave`."""
         with _lock:
             self._users[id(user)] += 1
 
@@ -67,8 +67,8 @@ class Line:
             self._users = +self._users  # those that are left
             if not self._users:
                 self._hang_up()
-                if _lines.get((self.domain.id, self.peer)) is self:
-                    del _lines[self.domain.id, self.peer]
+                if _clients.get((self.domain.id, self.peer)) is self:
+                    del _clients[self.domain.id, self.peer]
 
     def _hang_up(self) -> None:
         main, self._main = self._main, None
@@ -93,13 +93,13 @@ class Line:
         *,
         operation: str = "",
         obj: object = "a request",
-        kept: bool = False,
-        noted: bool = False,
+        locked: bool = False,
+        or_post: bool = False,
     ) -> tuple[Body, list[int]]:
         """Ask, and wait for the answer: its body, and descriptors, which are the caller's from now on.
 
-        ``kept``: never left alone; what a signal handler raises comes when the other process is out of the call. ``noted``: where no
-        descriptor is left for a connection, here or there, it is told by :meth:`note`.
+        ``locked``: never left alone; what a signal handler raises comes when the other process is out of the call. ``or_post``: where no
+        descriptor is left for a connection, here or there, it is told by :meth:`post`.
 
         Errors: those of the handler over there, as they were raised; ENODEV the other process is gone, has left the domain, or serves
         nothing; EPERM it is another user's; EMFILE, EBADMSG; what a signal handler raises, and then the call is undone there.
@@ -113,8 +113,8 @@ class Line:
         except OSError as e:
             if e.errno not in NO_ROOM:
                 raise
-            if noted:
-                self.note(kind, {**body, "holder": 0})
+            if or_post:
+                self.post(kind, {**body, "holder": 0})
                 return {}, []
             if isinstance(e, DmaBufError):
                 raise
@@ -134,8 +134,8 @@ class Line:
             self._reap()
             raise self.gone(operation, obj) from None
         except BaseException:
-            if kept:
-                see_through(lambda: self._undone(sock, body))
+            if locked:
+                finish_shielded(lambda: self._undone(sock, body))
             raise
         finally:
             if not done:
@@ -164,7 +164,7 @@ class Line:
                 raise
         self._reap()
 
-    def note(self, kind: str, body: Body) -> None:
+    def post(self, kind: str, body: Body) -> None:
         """Tell the other process something and wait for nothing: may come from the garbage collector. Lost when it is gone."""
         with _lock:
             waiting = bool(self._late)
@@ -172,7 +172,7 @@ class Line:
             if self._main is None or waiting:
                 return
             try:
-                send(self._main, {"notes": self._late}, flags=socket.MSG_DONTWAIT)
+                send(self._main, {"posts": self._late}, flags=socket.MSG_DONTWAIT)
                 self._late = []
             except BlockingIOError:
                 _thread.start_new_thread(self._flush, ())
@@ -180,15 +180,15 @@ class Line:
                 self._late = []
 
     def _flush(self) -> None:
-        """The notes that found no room, in a thread that waits for it."""
+        """The posts that found no room, in a thread that waits for it."""
         while True:
             with _lock:
-                notes, main = list(self._late), self._main
+                posts, main = list(self._late), self._main
             with contextlib.suppress(OSError):
                 if main is not None:
-                    send(main, {"notes": notes})
+                    send(main, {"posts": posts})
             with _lock:
-                self._late = self._late[len(notes) :]
+                self._late = self._late[len(posts) :]
                 if not self._late:
                     return
 
@@ -256,16 +256,16 @@ class Line:
         shut(sock)
 
 
-_lines: dict[tuple[str, int], Line] = {}
+_clients: dict[tuple[str, int], Client] = {}
 
 
-def line_to(domain: Domain, peer: int, user: object) -> Line:
-    """The line to the process with this life, kept open for ``user``."""
+def client_of(domain: Domain, peer: int, user: object) -> Client:
+    """The client to the process with this life, kept open for ``user``."""
     key = (domain.id, peer)
     with _lock:
-        found = _lines.get(key)
+        found = _clients.get(key)
         if found is None or found.life != domain.life:
-            found = _lines[key] = Line(domain, peer)
+            found = _clients[key] = Client(domain, peer)
         found.use(user)
     return found
 
@@ -276,7 +276,7 @@ _lock = threading.RLock()  # of all lines: a mapping's end may come from the gar
 def _after_fork() -> None:
     global _lock
     _lock = threading.RLock()  # perhaps held by a thread that isn't here
-    _lines.clear()
+    _clients.clear()
 
 
 os.register_at_fork(after_in_child=_after_fork)

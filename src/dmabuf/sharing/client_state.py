@@ -1,0 +1,176 @@
+"""``ClientBuffer`` and ``ClientState``: what the exporter's process keeps for one other process, and how that ends.
+
+As long as a client has anything of a buffer, this process keeps a handle of the buffer for it. The exporter's ``release`` therefore comes
+after the last client, in whichever process. A client has of a buffer
+
+- mappings of the exporter's, each as long as the client keeps its own mapping of the same memory;
+- CPU accesses that were begun and not ended. If the client ends meanwhile, they are ended here, the last one first, so that the exporter
+  sees as many ends as begins;
+- attachments, with their tables, pins and vmaps. Each has a proxy of the client's device, with its name and limits, which takes the
+  exporter's tables as any device does. The client's device maps the same memory in its own process.
+
+A client that dies, or closes its last handle, mapping and attachment of this process's buffers, ends its session. The thread that notices
+gives everything back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import itertools
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
+
+from dmabuf import _native
+from dmabuf.core.attach.attachment import DmaBufAttachment
+from dmabuf.core.base.usage import Direction
+from dmabuf.core.dma_buf import DmaBuf
+from dmabuf.core.export.exported import Exported
+from dmabuf.core.get import from_fd
+from dmabuf.core.memory.iosys_map import IosysMap
+from dmabuf.core.memory.scatterlist import SgTable
+from dmabuf.domain import dispatcher
+from dmabuf.errors import fail
+from dmabuf.sharing.messages import LOST, THERE, Body, no_room, number, text
+from dmabuf.sharing.remote_importer import RemoteImporter
+from dmabuf.sharing.server import Session
+
+Key = tuple[int, int]  # (st_dev, st_ino)
+
+
+class ClientBuffer:
+    """What one asking process has of one buffer of this process's."""
+
+    def __init__(self, buf: DmaBuf, live: Exported) -> None:
+        self.buf, self.live = buf, live
+        self.users = 0  # calls that run
+        self.mappings: dict[int, _native.Mapping] = {}
+        self.brackets: list[Direction] = []
+        self.attachments: dict[int, DmaBufAttachment] = {}
+        self.pins: Counter[int] = Counter()  # by attachment
+        self.tables: dict[int, tuple[DmaBufAttachment, SgTable, Direction]] = {}
+        self.vmaps: list[IosysMap] = []
+
+    @property
+    def empty(self) -> bool:
+        return not (self.users or self.mappings or self.brackets or self.attachments or self.tables or self.vmaps)
+
+    def attachment(self, body: Body) -> DmaBufAttachment:
+        """Errors: EINVAL no such attachment."""
+        found = self.attachments.get(number(body, "attachment"))
+        if found is None:
+            raise fail(errno.EINVAL, "request", self.buf, "attach again", what="no such attachment")
+        return found
+
+    def end(self) -> None:
+        """The other process is gone: give everything back, in the order that it would have."""
+        exporter = self.live.exporter
+        if self.tables or self.pins or self.vmaps or self.attachments:
+            with self.buf.resv.locked():
+                for attachment, sgt, way in self.tables.values():
+                    _quietly(partial(exporter.unmap, attachment, sgt, way))
+                for n, count in self.pins.items():
+                    for _ in range(count):
+                        _quietly(partial(exporter.unpin, self.attachments[n]))
+                for map_ in self.vmaps:
+                    _quietly(partial(self.live.vunmap, self.buf, map_))
+                for attachment in self.attachments.values():
+                    unlist(self.live, attachment)
+        for attachment in self.attachments.values():
+            _quietly(partial(finish_detach, self.live, attachment))
+        while self.brackets:
+            _quietly(partial(self.live.end, self.buf, self.brackets.pop()))
+        for mapping in self.mappings.values():
+            mapping.close()
+        for one in (self.tables, self.pins, self.vmaps, self.attachments, self.mappings):
+            one.clear()
+
+
+def unlist(live: Exported, attachment: DmaBufAttachment) -> None:
+    """Take it off the list; the lock is held."""
+    attachment.attached = False
+    with contextlib.suppress(ValueError):
+        live.attachments.remove(attachment)
+
+
+def finish_detach(live: Exported, attachment: DmaBufAttachment) -> None:
+    """The last step of its end; the lock is not held."""
+    if isinstance(attachment.importer, RemoteImporter):
+        attachment.importer.close()
+    if "detach" in live.ops:
+        live.exporter.detach(attachment)
+    attachment.priv = None
+
+
+def _quietly(call: Callable[[], object]) -> None:
+    """An exporter's error that has nobody to go to."""
+    try:
+        call()
+    except Exception as e:
+        dispatcher.report(e, call)
+
+
+class ClientState:
+    """All that one asking process has here."""
+
+    def __init__(self, session: Session) -> None:
+        self.domain = session.domain
+        self.numbers = itertools.count(1)
+        self._buffers: dict[Key, ClientBuffer] = {}
+        self._lock = threading.Lock()
+        session.at_end.append(self.end)
+
+    @contextlib.contextmanager
+    def using(self, body: Body, fds: list[int]) -> Iterator[ClientBuffer]:
+        """The entry that a request is about; it is there for the block, and afterwards if there is something in it.
+
+        Errors: ENODEV no such buffer of this process; EMFILE its descriptor found no room; EBADMSG; those of ``get()``.
+        """
+        key = (number(body, "dev"), number(body, "ino"))
+        with self._lock:
+            entry = self._buffers.get(key)
+            if entry is not None:
+                entry.users += 1
+        if entry is None:
+            entry = self._made(key, body, fds)
+        try:
+            yield entry
+        finally:
+            with self._lock:
+                entry.users -= 1
+                last = entry.empty
+                if last:
+                    self._buffers.pop(key, None)
+            if last:
+                entry.buf.close()
+
+    def _made(self, key: Key, body: Body, fds: list[int]) -> ClientBuffer:
+        if body.get(LOST):
+            raise no_room(text(body, "kind"), f"buffer ino {key[1]}", THERE)
+        if not fds:
+            raise unknown(key)
+        buf = from_fd(fds.pop(0), self.domain)
+        live = buf._record.live
+        if (buf._record.dev, buf._record.ino) != key or not isinstance(live, Exported):
+            buf.close()
+            raise unknown(key)
+        with self._lock:
+            entry = self._buffers.setdefault(key, ClientBuffer(buf, live))
+            entry.users += 1
+        if entry.buf is not buf:
+            buf.close()
+        return entry
+
+    def end(self) -> None:
+        while self._buffers:
+            _, entry = self._buffers.popitem()
+            entry.end()
+            _quietly(entry.buf.close)
+
+
+def unknown(key: Key) -> OSError:
+    return fail(
+        errno.ENODEV, "request", f"buffer ino {key[1]}", "ask its exporter for a new buffer", what="this process exports no such buffer"
+    )

@@ -1,0 +1,205 @@
+"""``RemoteBacking``: a buffer whose exporter is another process. Its ops are called there, with the same results and errors.
+
+It takes the place of the exporter's own side (``record.live``), with an exporter whose ops are remote calls. So every rule of a buffer and
+of an attachment, its checks, its unwinding and its counts, is the same code in every process. Memory comes as descriptors and ranges, and
+is mapped here for the device that attached. DMA addresses that the exporter filled in itself come as they are.
+
+*The lock.* An op that is called with the reservation lock held runs in the exporter's process with the lock held there: it is lent to the
+serving thread, and comes back (sharing/lending.py). Whichever process dies in the middle, memory is never touched without the lock. When
+the exporter dies, the caller has the lock back before any other process can take it. A call under the lock is waited for whatever signal
+handlers raise. They run, and what they raised comes when the lock is back and what the call made is undone.
+
+A dead exporter is ENODEV for everything that needs it. ``unmap``, ``unpin``, ``detach`` and ``vunmap`` only give back: they succeed, and do
+what is to be done in this process. In a forked child the attachments and vmaps are the parent's (ENODEV); the child uses the buffer like
+any other process.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import weakref
+from collections.abc import Iterable
+from typing import Any, Final
+
+from dmabuf.core.attach.attachment import DmaBufAttachment
+from dmabuf.core.buffer import residence
+from dmabuf.core.buffer.backing import BACKINGS, Backing
+from dmabuf.core.contract import OPS
+from dmabuf.core.dma_buf import DmaBuf
+from dmabuf.core.resv.lock import lent, record_of
+from dmabuf.core.resv.resv import resv_of
+from dmabuf.domain import dispatcher
+from dmabuf.domain.records import Record
+from dmabuf.errors import DmaBufError, fail
+from dmabuf.sharing.client import Client, client_of
+from dmabuf.sharing.lending import Lent
+from dmabuf.sharing.messages import Body, close_all, flag, number
+from dmabuf.sharing.remote_exporter import RemoteExporter
+from dmabuf.sharing.server import Answer, Session, register
+
+# What gives back works without the exporter, as far as this process is concerned.
+_GIVE_BACK: Final = frozenset({"unmap", "unmap_unlocked", "unpin", "detach", "vunmap"})
+_all: weakref.WeakSet[RemoteBacking] = weakref.WeakSet()
+
+
+class RemoteBacking(Backing):
+    """The driver side, in this process, of a buffer that another one exports. ``peer``: that process's life; ``in_file``: as Backing."""
+
+    def __init__(self, record: Record, peer: int, in_file: bool) -> None:
+        super().__init__(RemoteExporter(self), frozenset(), record, False)
+        self.peer, self.in_file = peer, in_file
+        self.life = record.shm.life  # 0: a forked child that has none yet
+        self.client: Client | None = None
+        self.asked = False
+        self.mappings = 0  # mappings of this process's
+        _all.add(self)
+
+    @classmethod
+    def of(cls, record: Record, fd: int) -> RemoteBacking:
+        """The backing of a buffer whose exporter made the record; it is not joined for, since a forked child asks too."""
+        return cls(record, record.seen()["life"], residence.in_file(fd))
+
+    def here(self, operation: str) -> None:
+        """Errors: ENODEV the exporter's process is gone, or this is of before a fork."""
+        if not self.life:
+            self.record.ensure()
+            self.life = self.record.shm.life
+        if self.life != self.record.shm.life:
+            raise fail(errno.ENODEV, operation, self.about, "attach again", what="what a forked child inherits is the parent's")
+        if operation in _GIVE_BACK:
+            return
+        if not self.asked:
+            answer, _ = self.call("exporter", operation=operation)
+            ops = answer.get("ops")
+            self.ops = frozenset(ops if isinstance(ops, list) else ()) & frozenset(OPS) | {"attach", "detach"}
+            self.cache, self.dynamic = flag(answer, "cache"), "pin" in self.ops
+            self.asked = True
+        elif not self.record.shm.life_current(self.peer):
+            raise self._client().gone(operation, self.about)
+
+    @property
+    def about(self) -> str:
+        return f"buffer ino {self.record.ino}"
+
+    def _client(self) -> Client:
+        if self.client is None:
+            self.client = client_of(self.record.domain, self.peer, self)
+        return self.client
+
+    def call(
+        self,
+        kind: str,
+        buf: DmaBuf | None = None,
+        body: Body | None = None,
+        *,
+        operation: str = "",
+        locked: bool = False,
+        or_post: bool = False,
+    ) -> tuple[Body, list[int]]:
+        """Carry a call about this buffer; ``locked``, ``or_post``: see :meth:`Client.call`."""
+        named = {"dev": self.record.dev, "ino": self.record.ino, **(body or {})}
+        fds: Iterable[int] = () if buf is None or buf._fd < 0 else (buf._fd,)
+        try:
+            return self._client().call(kind, named, fds, operation=operation or kind, obj=buf or self.about, locked=locked, or_post=or_post)
+        finally:
+            self.close_if_unused()
+
+    def call_locked(self, kind: str, buf: DmaBuf, body: Body | None = None, *, or_post: bool = False) -> tuple[Body, list[int]]:
+        """Carry a call under the reservation lock, which the caller holds; see the module."""
+        with Lent(resv_of(self.record), self.peer) as loan:
+            return self.call(kind, buf, {**(body or {}), "holder": loan}, locked=True, or_post=or_post)
+
+    def give_back(self, kind: str, buf: DmaBuf, body: Body, *, locked: bool) -> None:
+        """Carry what has no errors; nothing if nobody is there any more.
+
+        ``locked``: under the lock; or, if a call before has lost it, without a wait, and the lock is taken there.
+        """
+        if locked and not resv_of(self.record).held_here():
+            if self.client is not None:
+                self.client.post(kind, {"dev": self.record.dev, "ino": self.record.ino, **body, "holder": 0})
+            return
+        try:
+            _, came = self.call_locked(kind, buf, body, or_post=True) if locked else self.call(kind, buf, body, or_post=True)
+            close_all(came)
+        except DmaBufError as e:
+            if e.errno != errno.ENODEV:
+                raise
+
+    # ---- the end ----
+
+    def leaving(self) -> None:
+        """Nothing to remember."""
+
+    def departed(self, quiet: bool) -> None:
+        """A handle of this process was closed."""
+        self.close_if_unused()
+
+    def close_if_unused(self) -> None:
+        """With nothing of the buffer left in this process, the exporter's process forgets us."""
+        client = self.client
+        if client is not None and not (self.record.handles or self.mappings or self.attachments or self.vmaps):
+            self.client = None
+            client.leave(self)
+
+    def count_mapping(self) -> None:
+        """A mapping of this process shows the exporter's memory."""
+        self.mappings += 1
+
+    def unmapped(self, mapping: int) -> None:
+        """A mapping of this process is closed, perhaps by the garbage collector."""
+        if self.life != self.record.shm.life:
+            return  # the parent's
+        self.mappings -= 1
+        if self.client is not None:
+            self.client.post("unmapped", {"dev": self.record.dev, "ino": self.record.ino, "mapping": mapping})
+        self.close_if_unused()
+
+
+def _attached(session: Session, body: Body) -> tuple[RemoteExporter, DmaBufAttachment] | None:
+    """Whom a request of the exporter is about; None: detached meanwhile."""
+    key = (number(body, "dev"), number(body, "ino"))
+    record: Record | None = (session.domain.local.get("records") or {}).get(key)
+    away: Any = record.live if record is not None else None
+    if not isinstance(away, RemoteBacking) or not isinstance(away.exporter, RemoteExporter):
+        return None
+    attachment = away.exporter.attached.get(number(body, "attachment"))
+    return None if attachment is None else (away.exporter, attachment)
+
+
+def _revoked(session: Session, body: Body, fds: list[int]) -> Answer:
+    """The exporter has moved the memory; it holds no lock."""
+    found = _attached(session, body)
+    if found is not None:
+        found[0].revoke(found[1])
+    return Answer()
+
+
+def _moved(session: Session, body: Body, fds: list[int]) -> Answer:
+    """The exporter is about to move the memory, holds the lock, and waits until this importer has heard of it."""
+    found, holder = _attached(session, body), number(body, "holder")
+    if found is None:
+        return Answer()
+    attachment = found[1]
+    resv = attachment._resv
+    if attachment.importer is None or record_of(resv).shm.resv_owner(record_of(resv).index) != holder:
+        return Answer()  # detached meanwhile
+    with lent(resv, holder):
+        try:
+            attachment.importer.move_notify(attachment)
+        except Exception as e:  # as of an importer here: told where it is
+            dispatcher.report(e, attachment.importer.move_notify)
+    return Answer()
+
+
+def _after_fork() -> None:
+    """The child is another process of its own; what its parent attached and mapped is its parent's."""
+    for away in list(_all):
+        if away.record.live is away:
+            away.record.live = RemoteBacking(away.record, away.peer, away.in_file)
+
+
+register("moved", _moved)
+register("revoked", _revoked)
+BACKINGS.register("remote", RemoteBacking.of)
+os.register_at_fork(after_in_child=_after_fork)
