@@ -122,7 +122,7 @@ def page(answers: dict[str, Any]) -> str:
     for why, number in reasons.most_common():
         patterns = [pattern.replace("|", "\\|") for pattern, reason in NO_MEANING.items() if reason == why]
         lines.append(f"| {', '.join(f'`{pattern}`' for pattern in patterns)} | {number} | {why} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines).replace("docs/homes.md", "[homes.md](homes.md)") + "\n"
 
 
 def ours() -> dict[str, Any]:

@@ -8,8 +8,8 @@ of its own at the end:
 
     Kernel: dma_buf_attach, dma_buf_dynamic_attach.
 
-gives the object's own names in the kernel. Members of a structure are in parentheses. ``as`` gives the attribute of a class, or the parameter
-of a function or of the call that makes the class, if the name is not the object's own (without it a member has its own name):
+gives the object's own names in the kernel. Members of a structure are in parentheses. ``as`` gives the attribute of a class, or the
+parameter of a function or of the call that makes the class, if the name is not the object's own (without it a member has its own name):
 
     Kernel: dma_buf_attachment (dev, dmabuf, importer_ops as importer), dma_buf_attachment_is_dynamic as is_dynamic.
 """
