@@ -2,13 +2,13 @@
 
     python examples/camera.py [FRAMES]
 
-Frames of vivid, the kernel's test camera, come in buffers that its driver exports as dma-bufs (VIDIOC_EXPBUF). vgem, the kernel's virtual
-GPU (and vkms, where there is one), imports them by PRIME and works on each frame for a while, which its fence says. The buffer and a
-sync_file of that fence go to a second process, which waits for the sync_file and counts the frame's grey values. The buffer goes back to
-the camera when it has answered.
+The driver of vivid, the kernel's test camera, fills buffers and exports them as dma-bufs (VIDIOC_EXPBUF). vgem, the kernel's virtual GPU
+(and vkms, where there is one), imports them by PRIME and works on each frame for a while; its fence says when it is done. A second process
+receives the buffer and a sync_file of that fence, waits for the sync_file, and counts the gray values of the frame. When it has answered,
+the buffer goes back to the camera.
 
-It needs a kernel with vivid and vgem, and the right to use them: modprobe vivid vgem; as root, `make test-kernel KERNEL=debian` runs it in
-a guest.
+The example needs a kernel with vivid and vgem (`modprobe vivid vgem`), and the permission to use them. `make test-kernel KERNEL=debian` runs
+it in a guest.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ WIDTH, HEIGHT = 320, 180
 
 
 def test_camera() -> Camera:
-    """The first node of vivid that captures."""
+    """Return the first node of vivid that captures."""
     for path in sorted(glob.glob("/dev/video*")):
         try:
             camera = Camera(path)
@@ -41,7 +41,7 @@ def test_camera() -> Camera:
 
 
 def gpus() -> list[DrmNode]:
-    """vgem, and vkms where the kernel has it."""
+    """Return vgem, and vkms if the kernel has it."""
     found = [DrmNode.of("vgem")]
     with contextlib.suppress(OSError):
         found.append(DrmNode.of("vkms"))
@@ -49,13 +49,13 @@ def gpus() -> list[DrmNode]:
 
 
 def histogram(buf: dmabuf.DmaBuf, pixels: int) -> dict[int, int]:
-    """How often each grey value is in the picture, read where it is."""
+    """Return how often each gray value is in the picture, read in place."""
     with buf.read() as view:
         return dict(Counter(view[:pixels]))
 
 
 def counts(sock: socket.socket, pixels: int) -> None:
-    """The second process: for each buffer, says whether the GPU is still at work, waits for it, and says inode and histogram."""
+    """Run the second process: for each buffer, print whether the GPU is still at work, wait for it, and print inode and histogram."""
     print("ready", flush=True)
     while True:
         try:
@@ -79,10 +79,10 @@ def show(frames: int) -> None:
         with theirs:
             command = [sys.executable, __file__, "--counts", str(theirs.fileno()), str(pixels)]
             other = ending.enter_context(subprocess.Popen(command, pass_fds=[theirs.fileno()], stdout=subprocess.PIPE, text=True))
-        ending.callback(camera.stop)  # if the other process waits for a frame that is being filled
-        ending.enter_context(ours)  # closed first: the other process ends
+        ending.callback(camera.stop)  # in case the other process waits for a frame that is being filled
+        ending.enter_context(ours)  # closed first, which ends the other process
         assert other.stdout is not None
-        other.stdout.readline()  # it is there: a fence of vgem's lasts for 10 s only
+        other.stdout.readline()  # wait until it has started, because a fence of vgem lasts 10 s only
         print(
             f"{camera.card} gives {picture.width}x{picture.height} {picture.pixelformat}; imported by {', '.join(n.driver for n in nodes)}"
         )
