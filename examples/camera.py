@@ -7,8 +7,8 @@ The driver of vivid, the kernel's test camera, fills buffers and exports them as
 receives the buffer and a sync_file of that fence, waits for the sync_file, and counts the gray values of the frame. When it has answered,
 the buffer goes back to the camera.
 
-The example needs a kernel with vivid and vgem (`modprobe vivid vgem`), and the permission to use them. `make test-kernel KERNEL=debian` runs
-it in a guest.
+The example needs a kernel with vivid and vgem (`modprobe vivid vgem`), and the permission to use them. `make test-kernel KERNEL=debian`
+runs it in a guest.
 """
 
 import contextlib

@@ -64,5 +64,27 @@ def test_link_that_leads_nowhere_is_fault(tmp_path: Path, link: str) -> None:
     assert (fault.path, fault.line) == ("page.md", 7)
 
 
+@pytest.mark.parametrize("name", ["core/fence.py", "fence.py", "core/*.py", "dmabuf.core.fence", "dmabuf.allocate", "include/a.h"])
+def test_name_of_file_or_module_that_exists_is_no_fault(tmp_path: Path, name: str) -> None:
+    assert named(tmp_path, name) == []
+
+
+@pytest.mark.parametrize("name", ["core/gone.py", "gone.py", "gone/*.py", "dmabuf.core.gone", "dmabuf.gone"])
+def test_name_of_missing_file_or_module_is_fault(tmp_path: Path, name: str) -> None:
+    (fault,) = named(tmp_path, name)
+    assert fault.startswith(name)
+
+
+def named(root: Path, name: str) -> list[str]:
+    """What the check says about a page that names this."""
+    package = root / "src" / "dmabuf"
+    (package / "core").mkdir(parents=True)
+    (package / "__init__.py").write_text("def allocate(): ...\n")
+    (package / "core" / "__init__.py").write_text("")
+    (package / "core" / "fence.py").write_text("")
+    (root / "page.md").write_text(f"See `{name}`.\n")
+    return [fault.text for fault in links.check(root)]
+
+
 def test_links_in_this_repository_lead_somewhere() -> None:
     assert links.check() == []
