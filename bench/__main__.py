@@ -1,7 +1,9 @@
-"""`make bench`: every figure beside its C limit, in one run. `ARGS='--quick'` leaves the large domains out, `--fences` all
-but the rows of fences, `--calls` all but that of calls between processes; `--json` for programs.
+"""`make bench`: every figure beside its C limit, in one run.
 
-Whoever claims speed writes the row, with the machine and the command, into RESULTS.md.
+`ARGS='--quick'` measures each row once, among few buffers and fences: a test that everything here runs, not a measurement.
+`ARGS='--rows REGEX'` measures the rows whose name matches (`--rows 'write|read'`); `--list` shows the names; `--json` is for programs.
+
+Whoever claims speed writes the row, with the machine and the command, into RESULTS.md. `python -m bench.compare` compares two builds.
 """
 
 from __future__ import annotations
@@ -10,127 +12,133 @@ import argparse
 import json
 import os
 import platform
-import statistics
 import tempfile
-from collections.abc import Callable
-from typing import Any
+from functools import partial
 
 # A domain of its own, so that what else runs on the machine is neither measured nor disturbed.
 _DIRECTORY = tempfile.TemporaryDirectory(prefix="dmabuf-bench-", dir="/dev/shm")
 os.environ["DMABUF_DOMAIN"] = _DIRECTORY.name + "/domain"
 
-from bench import awaits, floor, measures  # noqa: E402
+from bench import awaits, floor, measures, starting  # noqa: E402
+from bench.table import HEAD, Group, Measure, Spec, as_json, run  # noqa: E402
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 REPEATS = 5
-Row = dict[str, Any]
+PING = "futex ping-pong in C, one CPU"
+SPINNING = "futex, spinning, in C, two CPUs"
+THE_SAME = "the same in C"
+IMPORT_BOUND_MS = 40.0  # of `import dmabuf`, above the bare interpreter
+KILL = "SIGKILL of a fence's owner → its waiter is awake"
+IMPORT = "import dmabuf"
 
 
-def ratio(name: str, ours: Callable[[], float], limit: Callable[[], float], bound: float | None, unit: str) -> Row:
-    """Both measured in turn, several times; the median of the pairs' ratios."""
-    pairs = [(ours(), limit()) for _ in range(REPEATS)]
-    return {
-        "what": name,
-        "us": round(statistics.median(a for a, _ in pairs), 2),
-        "limit_us": round(statistics.median(b for _, b in pairs), 2),
-        "limit": unit,
-        "ratio": round(statistics.median(a / b for a, b in pairs), 2),
-        "bound": bound,
-    }
+def _futex() -> float:
+    return floor.run("futex", "--pin", "same")
 
 
-def rows(quick: bool) -> list[Row]:
-    """Every row of the table."""
+def _smart() -> float:
+    return floor.run("futexsmart", "--pin", "split", "--spin", "20")
 
-    def futex() -> float:
-        return floor.run("futex", "--pin", "same")
 
-    def smart() -> float:
-        return floor.run("futexsmart", "--pin", "split", "--spin", "20")
+def _scm(size: int, pin: str) -> Measure:
+    return lambda: floor.run("scm", "--pin", pin, "--size", str(size), "--n", str(measures.HAND_OVERS))
 
-    def scm(size: int, pin: str) -> Callable[[], float]:
-        return lambda: floor.run("scm", "--pin", pin, "--size", str(size), "--n", str(measures.HAND_OVERS))
 
-    ping = "futex ping-pong in C, one CPU"
-    found = [
-        ratio("fence signal → wake round trip, one CPU", lambda: measures.fence_round_trip(False), futex, 1.5, ping),
-        ratio(
-            "fence signal → wake round trip, two CPUs",
-            lambda: measures.fence_round_trip(True),
-            smart,
-            None,
-            "futex, spinning, in C, two CPUs",
+def _plain() -> list[Spec]:
+    rows = [
+        Spec("fence signal → wake round trip, one CPU", partial(measures.fence_round_trip, False), _futex, PING, 1.5),
+        Spec(
+            "fence signal → wake round trip, two CPUs", partial(measures.fence_round_trip, True), _smart, "futex, spinning, in C, two CPUs"
         ),
-        ratio("  the same, by the smallest C extension", floor.extension_round_trip, futex, None, ping),
-        ratio("write() enter + exit, uncontended", measures.write_uncontended, futex, 4.0, ping),
-        ratio("read() enter + exit, uncontended", measures.read_uncontended, futex, None, ping),
-        ratio("write() of a 1 GiB buffer", lambda: measures.write_uncontended(GIB), futex, 4.0, ping),
-        ratio("attach + map + unmap + detach, static", measures.attach_cycle, futex, 10.0, ping),
-        ratio("map + unmap of 1 GiB", lambda: measures.map_cycle(GIB), lambda: measures.map_cycle(MIB), 1.2, "the same of 1 MiB"),
+        Spec("  the same, by the smallest C extension", floor.extension_round_trip, _futex, PING),
+        Spec("write() enter + exit, uncontended", measures.write_uncontended, _futex, PING, 4.0),
+        Spec("read() enter + exit, uncontended", measures.read_uncontended, _futex, PING),
+        Spec("write() of a 1 GiB buffer", partial(measures.write_uncontended, GIB), _futex, PING, 4.0),
+        Spec("attach + map + unmap + detach, static", measures.attach_cycle, _futex, PING, 10.0),
+        Spec("map + unmap of 1 GiB", partial(measures.map_cycle, GIB), partial(measures.map_cycle, MIB), "the same of 1 MiB", 1.2),
+        Spec(
+            "begin + end of another process's exporter, one CPU",
+            measures.carried_access,
+            partial(floor.run, "seqpacket", "--pin", "same"),
+            "a socket round trip in C",
+        ),
     ]
-    found += calls()
     for size, text in ((4 * KIB, "4 KiB"), (MIB, "1 MiB"), (256 * MIB, "256 MiB")):
-        found.append(
-            ratio(f"hand-over of {text}, one CPU", lambda s=size: measures.hand_over(s, False), scm(size, "same"), 2.0, "the same in C")
-        )
-    found.append(
-        ratio("  the same, by Python's socket and mmap modules", lambda: floor.bare_hand_over(MIB), scm(MIB, "same"), None, "the same in C")
-    )
-    found.append(ratio("hand-over of 1 MiB, two CPUs", lambda: measures.hand_over(MIB, True), scm(MIB, "split"), 2.0, "the same in C"))
-    if not quick:
-        for count in (50_000,):
-            with measures.many_buffers(count):
-                found += _in(f"{count:,} buffers in 4 processes", futex, scm(MIB, "same"), ping)
-        for count in (100_000,):
-            with measures.many_fences(count):
-                found += _in(f"{count:,} pending fences", futex, scm(MIB, "same"), ping)
-    return found
+        rows.append(Spec(f"hand-over of {text}, one CPU", partial(measures.hand_over, size, False), _scm(size, "same"), THE_SAME, 2.0))
+    rows += [
+        Spec("  the same, by Python's socket and mmap modules", partial(floor.bare_hand_over, MIB), _scm(MIB, "same"), THE_SAME),
+        Spec("hand-over of 1 MiB, two CPUs", partial(measures.hand_over, MIB, True), _scm(MIB, "split"), THE_SAME, 2.0),
+    ]
+    return rows
 
 
-def calls() -> list[Row]:
-    """The row of calls that are carried to an exporter in another process."""
-
-    def limit() -> float:
-        return floor.run("seqpacket", "--pin", "same")
-
-    return [ratio("begin + end of another process's exporter, one CPU", measures.carried_access, limit, None, "a socket round trip in C")]
-
-
-def _in(where: str, futex: Callable[[], float], scm: Callable[[], float], ping: str) -> list[Row]:
+def _among(where: str) -> list[Spec]:
     return [
-        ratio(f"fence round trip, one CPU, among {where}", lambda: measures.fence_round_trip(False), futex, 1.5, ping),
-        ratio(f"write() enter + exit, among {where}", measures.write_uncontended, futex, 4.0, ping),
-        ratio(f"hand-over of 1 MiB, one CPU, among {where}", lambda: measures.hand_over(MIB, False), scm, 2.0, "the same in C"),
+        Spec(f"fence round trip, one CPU, among {where}", partial(measures.fence_round_trip, False), _futex, PING, 1.5),
+        Spec(f"write() enter + exit, among {where}", measures.write_uncontended, _futex, PING, 4.0),
+        Spec(f"hand-over of 1 MiB, one CPU, among {where}", partial(measures.hand_over, MIB, False), _scm(MIB, "same"), THE_SAME, 2.0),
+    ]
+
+
+def _starting(joins: int) -> list[Spec]:
+    """What begins. In a quick run with many joins, because it is a test too."""
+    bare = "the bare interpreter, its start and end"
+    return [
+        Spec(
+            "join of a process, while two others make the domain grow", partial(starting.join, 2, joins), partial(starting.join, 0), "alone"
+        ),
+        Spec("import dmabuf, CPU above the bare interpreter", starting.import_cost, starting.bare_interpreter, bare),
+        Spec("import dmabuf; dmabuf.allocate", partial(starting.import_cost, starting.ALLOCATE), starting.bare_interpreter, bare),
+    ]
+
+
+def groups(quick: bool) -> list[Group]:
+    """All rows, in the order of the table."""
+    buffers, fences = (2_000, 4_000) if quick else (50_000, 100_000)
+    return [
+        Group(_plain()),
+        Group(_among(f"{buffers:,} buffers in 4 processes"), partial(measures.many_buffers, buffers)),
+        Group(_among(f"{fences:,} pending fences"), partial(measures.many_fences, fences)),
+        Group(awaits.rows(quick)),
+        Group(_starting(600 if quick else starting.JOINS)),
     ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="make bench")
-    parser.add_argument("--quick", action="store_true", help="leave the domains with many buffers and fences out")
-    parser.add_argument("--fences", action="store_true", help="only the rows of fences in event loops, merged and in chains")
-    parser.add_argument("--calls", action="store_true", help="only the row of calls to an exporter in another process")
+    parser.add_argument("--quick", action="store_true", help="each row once, among few buffers and fences: does everything run?")
+    parser.add_argument("--rows", default="", metavar="REGEX", help="only the rows whose name matches")
+    parser.add_argument("--list", action="store_true", help="show the names of the rows")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
+    table, repeats = groups(given.quick), 1 if given.quick else REPEATS
+    if given.list:
+        print("\n".join(spec.what for group in table for spec in group.rows))
+        return
+    machine = {"cpus": os.cpu_count(), "machine": platform.machine(), "kernel": platform.release(), "python": platform.python_version()}
+    kill = None
     try:
-        if given.calls:
-            table = calls()
-        else:
-            table = awaits.rows(ratio) if given.fences else rows(given.quick) + awaits.rows(ratio)
-        killed = measures.wake_after_kill()
+        if not given.json:
+            print(f"{machine['cpus']} CPUs {machine['machine']}, Linux {machine['kernel']}, Python {machine['python']}; ", end="")
+            print(f"medians of {repeats} runs, µs\n\n{HEAD}", flush=True)
+        rows = []
+        for row in run(table, given.rows, repeats):
+            rows.append(row)
+            if not given.json:
+                print(row.line(), flush=True)
+        if not given.rows:
+            killed = measures.wake_after_kill(10 if given.quick else 100)
+            kill = {"p50_ms": round(killed[len(killed) // 2], 1), "p99_ms": round(killed[int(len(killed) * 0.99)], 1)}
     finally:
         floor.clean()
-    machine = {"cpus": os.cpu_count(), "machine": platform.machine(), "kernel": platform.release(), "python": platform.python_version()}
-    kill = {"p50_ms": round(killed[len(killed) // 2], 1), "p99_ms": round(killed[int(len(killed) * 0.99)], 1)}
     if given.json:
-        print(json.dumps({"machine": machine, "rows": table, "wake_after_kill": kill}, indent=1))
+        print(json.dumps({"machine": machine, "rows": as_json(rows), "wake_after_kill": kill}, indent=1))
         return
-    where = f"{machine['cpus']} CPUs {machine['machine']}, Linux {machine['kernel']}, Python {machine['python']}"
-    print(f"{where}; medians of {REPEATS} runs, µs\n")
-    print(f"| {'what':<75} | {'ours':>8} | {'limit':>8} | ratio | bound |\n| --- | ---: | ---: | ---: | ---: |")
-    for row in table:
-        bound = "" if row["bound"] is None else f"≤ {row['bound']}"
-        print(f"| {row['what']:<75} | {row['us']:>8} | {row['limit_us']:>8} | {row['ratio']:>5} | {bound:>5} |")
-    print(f"\nSIGKILL of a fence's owner → its waiter is awake: median {kill['p50_ms']} ms, p99 {kill['p99_ms']} ms (promise: 100 ms)")
+    for row in rows:
+        if row.what.startswith(IMPORT + ","):
+            print(f"\n{IMPORT}: {row.us / 1000:.1f} ms of CPU above the bare interpreter (bound: {IMPORT_BOUND_MS:.0f} ms)")
+    if kill is not None:
+        print(f"\n{KILL}: median {kill['p50_ms']} ms, p99 {kill['p99_ms']} ms (promise: 100 ms)")
 
 
 if __name__ == "__main__":

@@ -18,13 +18,11 @@ import dmabuf
 from bench import floor
 from bench.measures import _recv_all, _send_all
 from bench.peers import cpus, median_us, peer, pinned
+from bench.table import Spec
 
 ROUNDS = 1000
 MERGED = 1000
 POINTS = 100_000
-
-Row = dict[str, Any]
-Ratio = Callable[[str, Callable[[], float], Callable[[], float], float | None, str], Row]
 
 
 def _fences(count: int) -> list[dmabuf.DmaFence]:
@@ -302,18 +300,18 @@ def chain_by_python(what: str, count: int = POINTS) -> float:
     return (clock() - start) / count / 1000
 
 
-def rows(ratio: Ratio) -> list[Row]:
-    """The rows of the table."""
-    found: list[Row] = []
+def rows(quick: bool) -> list[Spec]:
+    """The rows of the table; of multiprocessing's ways, which are here to compare, a quick run takes one."""
+    found: list[Spec] = []
 
     def row(name: str, limit: str, ours: Callable[..., float], theirs: Callable[..., float], *arguments: Any) -> None:
-        found.append(ratio(name, partial(ours, *arguments), partial(theirs, *arguments), None, limit))
+        found.append(Spec(name, partial(ours, *arguments), partial(theirs, *arguments), limit))
 
     for pending in (1, 100, 10_000):
         row(f"signal → await resumed → answer, {pending:,} pending", "epoll in C", across, by_eventfd, pending)
         row(f"await round trip in one loop, {pending:,} pending", "asyncio.Event", in_one_loop, in_one_loop_by_asyncio, pending)
-    for pending in (1, 100):
-        for kind in ("Event", "Condition"):
+    for pending in (1,) if quick else (1, 100):
+        for kind in ("Event",) if quick else ("Event", "Condition"):
             name = f"  multiprocessing.{kind} in an executor, {pending} pending"
             row(name, "epoll in C", partial(by_multiprocessing, kind), by_eventfd, pending)
     row("10,000 awaits of another process, in a burst, each", "asyncio.Event in one process", burst, burst_by_asyncio)

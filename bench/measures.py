@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
 import time
 from collections.abc import Iterator
@@ -203,7 +205,7 @@ def many_fences(count: int) -> Iterator[None]:
     """`count` pending fences in the domain, on reservation objects of another process."""
 
     def body(sock: socket.socket) -> None:
-        fences = []
+        fences: list[dmabuf.DmaFence] = []
         resvs = []
         timeline = dmabuf.Timeline("pending")
         while len(fences) < count:
@@ -226,13 +228,10 @@ def many_fences(count: int) -> Iterator[None]:
         yield
 
 
-def wake_after_kill() -> list[float]:
+def wake_after_kill(kills: int = 100) -> list[float]:
     """Milliseconds from SIGKILL of a fence's owner to the end of a wait for it, sorted."""
-    import os
-    import signal
-
     found = []
-    for _ in range(100):
+    for _ in range(kills):
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         pid = os.fork()
         if not pid:
