@@ -24,6 +24,7 @@ from pathlib import Path
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 BOUND = 1.05
 PAIRS = 15
+TRIES = 3
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,16 @@ class Failed(RuntimeError):
     """A build could not measure a row."""
 
 
+def measured(build: Path, subject: Subject) -> float:
+    """The µs of one row in one build. A measurement that fails is repeated: an old build may have a rare fault of its own."""
+    for _ in range(TRIES - 1):
+        try:
+            return once(build, subject)
+        except Failed as e:
+            print(f"{e}again", file=sys.stderr)
+    return once(build, subject)
+
+
 def once(build: Path, subject: Subject) -> float:
     """The µs of one row in one build, in a fresh process with a domain of its own."""
     with tempfile.TemporaryDirectory(prefix="dmabuf-bench-", dir="/dev/shm") as directory:
@@ -120,11 +131,11 @@ class Pairs:
     def measure(self, a: Path, b: Path) -> None:
         """One more pair; which of the two comes first takes turns."""
         if len(self.pairs) % 2:
-            second = once(b, self.subject)
-            self.pairs.append((once(a, self.subject), second))
+            second = measured(b, self.subject)
+            self.pairs.append((measured(a, self.subject), second))
         else:
-            first = once(a, self.subject)
-            self.pairs.append((first, once(b, self.subject)))
+            first = measured(a, self.subject)
+            self.pairs.append((first, measured(b, self.subject)))
 
     @property
     def ratio(self) -> float:
