@@ -144,12 +144,12 @@ def test_the_last_fence_rings_though_who_ended_the_one_before_stands_still_befor
 def test_a_timeline_that_is_closed_in_the_middle_of_a_call_ends_its_fences_afterwards() -> None:
     sw = SwSync()
     with sw.create_fence(1) as sf:
-        with sw._cell.locked():  # as a signal handler comes
+        with sw._file.locked():  # as a signal handler comes
             sw.close()
             assert sf.status == 0
         assert sf.wait() == math.inf
         assert sf.status == -errno.ENOENT
-    until(lambda: sw._cell._own < 0)
+    until(lambda: sw._file._own < 0)
 
 
 # ---- semaphores ----
@@ -180,7 +180,7 @@ class AnotherThread:
 
 
 def test_threads_wait_for_the_submission_of_several_semaphores_at_once(sem: TimelineSemaphore) -> None:
-    with TimelineSemaphore() as other, other._cell.locked(), sem._cell.locked():
+    with TimelineSemaphore() as other, other._file.locked(), sem._file.locked():
         first = other._submission()
         domain, mine = sem.domain, EVENTS.of(sem.domain)
         domain.shm = AnotherThread(domain, mine)  # type: ignore[assignment]

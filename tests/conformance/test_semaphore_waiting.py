@@ -183,7 +183,7 @@ def test_an_eventfd_is_told_after_a_change_that_failed(sem: TimelineSemaphore, e
         raise OSError(errno.ENOMEM, "no memory")
 
     with monkeypatch.context() as patched, raises_errno(errno.ENOMEM):
-        patched.setattr(sem._cell, "store", no_memory)
+        patched.setattr(sem._file, "store", no_memory)
         sem.signal(1)
     assert not told(event)
     sem.signal(1)
@@ -193,7 +193,7 @@ def test_an_eventfd_is_told_after_a_change_that_failed(sem: TimelineSemaphore, e
 def test_an_eventfd_is_told_when_another_is_changed_in_the_middle(
     sem: TimelineSemaphore, event: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    load = sem._cell.load
+    load = sem._file.load
     sem.eventfd(event, 1, available=True)
     with TimelineSemaphore() as other:
 
@@ -202,7 +202,7 @@ def test_an_eventfd_is_told_when_another_is_changed_in_the_middle(
             return load()
 
         with monkeypatch.context() as patched:
-            patched.setattr(sem._cell, "load", handler)
+            patched.setattr(sem._file, "load", handler)
             sem.signal(1)
     select.select([event], [], [])
 
@@ -212,7 +212,7 @@ def test_an_eventfd_is_told_of_a_fence_that_ends_in_the_middle_of_a_call(
 ) -> None:
     sem.import_fence(fences[0], 1)
     sem.eventfd(event, 1)
-    with sem._cell.locked():  # as a finaliser or a signal handler in there
+    with sem._file.locked():  # as a finaliser or a signal handler in there
         fences[0].signal()
     select.select([event], [], [])
 

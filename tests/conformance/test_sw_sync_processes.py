@@ -410,5 +410,5 @@ def test_the_list_is_made_anew_and_loses_nothing_when_killed() -> None:
 
 
 def test_a_call_in_the_middle_of_a_call_is_refused() -> None:
-    with SwSync() as sw, sw._cell.locked(), raises_errno(errno.EDEADLK):
+    with SwSync() as sw, sw._file.locked(), raises_errno(errno.EDEADLK):
         sw.inc()

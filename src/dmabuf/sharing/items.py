@@ -225,10 +225,10 @@ def things_of(sock: socket.socket, items: list[tuple[Any, ...]], fds: list[int],
         elif kind == _SYNC_FILE:
             length = _SYNC.unpack(body)[0]
             facts = b"".join(item[5] for item in items[at + 1 : at + 1 + index])[:length]
-            made.append(SyncFile.taken(fds[places[at]], domain, Facts.unpack(facts) if length else None))
+            made.append(SyncFile.from_owned_fd(fds[places[at]], domain, Facts.unpack(facts) if length else None))
             fds[places[at]] = -1
         elif kind in (_SW_SYNC, _SEMAPHORE):
-            made.append((SwSync if kind == _SW_SYNC else TimelineSemaphore).taken(fds[places[at]], domain))
+            made.append((SwSync if kind == _SW_SYNC else TimelineSemaphore).from_owned_fd(fds[places[at]], domain))
             fds[places[at]] = -1
         elif kind == _TIMELINE_KIND:
             number, context = _TIMELINE.unpack(body)

@@ -69,8 +69,8 @@ def _reduce_sync_file(sync_file: SyncFile) -> tuple[Callable[..., Any], tuple[An
     return _make_sync_file, (sys.modules[_MODULE].DupFd(sync_file.fileno()), sync_file.domain, facts)
 
 
-def _reduce_cell(thing: SwSync | TimelineSemaphore) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    return _make_cell, (type(thing), sys.modules[_MODULE].DupFd(thing.fileno()), thing.domain)
+def _reduce_shared(thing: SwSync | TimelineSemaphore) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    return _make_shared, (type(thing), sys.modules[_MODULE].DupFd(thing.fileno()), thing.domain)
 
 
 def _reduce_timeline(timeline: Timeline | RemoteTimeline) -> tuple[Callable[..., Any], tuple[Any, ...]]:
@@ -101,16 +101,16 @@ def _make_fence(domain: Domain, handle: int, past: tuple[int, int, int]) -> DmaF
 def _make_sync_file(there: Any, domain: Domain, facts: bytes | None) -> SyncFile:
     fd = there.detach()
     try:
-        return SyncFile.taken(fd, domain, None if facts is None else Facts.unpack(facts))
+        return SyncFile.from_owned_fd(fd, domain, None if facts is None else Facts.unpack(facts))
     except BaseException:
         os.close(fd)
         raise
 
 
-def _make_cell(kind: type[SwSync] | type[TimelineSemaphore], there: Any, domain: Domain) -> SwSync | TimelineSemaphore:
+def _make_shared(kind: type[SwSync] | type[TimelineSemaphore], there: Any, domain: Domain) -> SwSync | TimelineSemaphore:
     fd = there.detach()
     try:
-        return kind.taken(fd, domain)
+        return kind.from_owned_fd(fd, domain)
     except BaseException:
         os.close(fd)
         raise
@@ -127,10 +127,10 @@ _REDUCERS: dict[type, Callable[[Any], tuple[Callable[..., Any], tuple[Any, ...]]
     Domain: _reduce_domain,
     RemoteTimeline: _reduce_timeline,
     SwFence: _reduce_fence,
-    SwSync: _reduce_cell,
+    SwSync: _reduce_shared,
     SyncFile: _reduce_sync_file,
     Timeline: _reduce_timeline,
-    TimelineSemaphore: _reduce_cell,
+    TimelineSemaphore: _reduce_shared,
 }
 
 

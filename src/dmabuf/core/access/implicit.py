@@ -43,7 +43,7 @@ def export_sync_file(buf: DmaBuf, write: bool) -> SyncFile:
     kernel = buf._kernel()
     if kernel is not None:
         with kernel.export_sync_file(buf, write) as fd:
-            theirs = SyncFile.taken(fd.number, buf.domain)
+            theirs = SyncFile.from_owned_fd(fd.number, buf.domain)
             fd.take()
         if not found:
             return theirs

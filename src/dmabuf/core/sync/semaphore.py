@@ -30,12 +30,12 @@ from dmabuf.core.fence.fence import DmaFence, flagged, unbound_timeline, wrap
 from dmabuf.core.fence.stub import private_stub
 from dmabuf.core.fence.wait_any import wait_any
 from dmabuf.core.sync.semaphore_state import EMPTY, TIMELINE, Leaf, State, added, leaves_at, packed, settled, unpacked
-from dmabuf.core.sync.shared_object import Shared
+from dmabuf.core.sync.shared_object import SharedObject
 from dmabuf.core.sync.sync_file import SyncFile, leaves_of
-from dmabuf.domain.cells import Cell
 from dmabuf.domain.dispatcher import report
 from dmabuf.domain.domain import Domain
 from dmabuf.domain.local import Local
+from dmabuf.domain.shared_file import SharedFile
 from dmabuf.errors import fail, needing_descriptors
 
 KIND: Final = "semaphore"
@@ -58,7 +58,7 @@ class SemaphoreStatistics:
     pending: int
 
 
-class TimelineSemaphore(Shared):
+class TimelineSemaphore(SharedObject):
     """A semaphore of points. ``signaled``: begin with an ended fence, for binary use.
 
     Errors: EMFILE; ENOSPC the domain is full.
@@ -69,12 +69,12 @@ class TimelineSemaphore(Shared):
     KIND, NOUN = KIND, "semaphore"
 
     def __init__(self, *, signaled: bool = False, domain: Domain | None = None) -> None:
-        self._set(Cell.make(KIND, domain or Domain.default(), _MAGIC.ljust(_EVENT, b"\0")))
+        self._set(SharedFile.make(KIND, domain or Domain.default(), _MAGIC.ljust(_EVENT, b"\0")))
         if signaled:
             self.signal()
 
-    def _set(self, cell: Cell) -> None:
-        super()._set(cell)
+    def _set(self, file: SharedFile) -> None:
+        super()._set(file)
         self._watching: set[_Notice] = set()
 
     def __repr__(self) -> str:
@@ -93,12 +93,12 @@ class TimelineSemaphore(Shared):
         """The last holder ends the fence that stands for a submission: there will be none, and its slot is its maker's again."""
         shm = self.domain.shm
         try:
-            if self._cell.let_go() and shm.life:
+            if self._file.close_fd() and shm.life:
                 shm.fence_end_any(self._event(), 0)
         except OSError:  # no descriptor to look with: it ends with its maker
             pass
         finally:
-            self._cell.close()
+            self._file.close()
 
     def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
         if not getattr(self, "closed", True) and not ending():
@@ -109,7 +109,7 @@ class TimelineSemaphore(Shared):
 
     def _load(self) -> State:
         """What is there; what has ended is left out."""
-        data = self._cell.load()
+        data = self._file.load()
         if not data:
             return State(EMPTY, 0, 0, [])
         try:
@@ -133,19 +133,19 @@ class TimelineSemaphore(Shared):
                 notice.next()
 
     def _change_locked(self, shm: Shm, change: Callable[[State], State]) -> None:
-        with self._cell.locked():
+        with self._file.locked():
             state = change(self._load())
             data = packed(state)
             # Who waits for something to be submitted is woken first, and then stands at the lock: if we die now, he looks and waits again.
             event = self._event()
             if event:
                 shm.fence_end_any(event, 0)  # first: a death in here leaves it to the next change
-                self._cell.write(_EVENT, _HANDLE.pack(0))
+                self._file.write(_EVENT, _HANDLE.pack(0))
                 step("sem_woken")
-            self._cell.store(data)
+            self._file.store(data)
 
     def _event(self) -> int:
-        raw = self._cell.read(_EVENT, 8)
+        raw = self._file.read(_EVENT, 8)
         return int(_HANDLE.unpack(raw)[0]) if len(raw) == 8 else 0
 
     def _submission(self) -> DmaFence:
@@ -161,14 +161,14 @@ class TimelineSemaphore(Shared):
         if not handle or not shm.fence_pending(handle):
             handle = shm.fence_alloc(unbound_timeline(domain, KIND), shm.add64(OFF_CONTEXT, 1), 1, FF_ANYBODY, 0, 0)
             mine.add(handle)
-            self._cell.write(_EVENT, _HANDLE.pack(handle))
+            self._file.write(_EVENT, _HANDLE.pack(handle))
             step("sem_event")
         return wrap(domain, handle)
 
     def _blocking(self, point: int, operation: str, *, for_submit: bool, available: bool) -> DmaFence | None:
         """What to wait for next; None when there is nothing more. Errors: EINVAL the point has no fence; EBADF closed meanwhile."""
         self._check(operation)
-        with self._cell.locked():
+        with self._file.locked():
             leaves = leaves_at(self._load(), point)
             if leaves is None and (for_submit or available):
                 return self._submission()
@@ -262,7 +262,7 @@ class TimelineSemaphore(Shared):
         self.domain.join()
         if for_submit:
             wait_semaphores([self], [point], available=True)
-        with self._cell.locked():
+        with self._file.locked():
             leaves = leaves_at(self._load(), point)
         if leaves is None:
             raise self._missing(operation, point)
@@ -279,7 +279,7 @@ class TimelineSemaphore(Shared):
         """The last point that was reached; ``submitted``: that has a fence. 0 in binary use (SYNCOBJ_QUERY). Errors: EBADF."""
         self._check("query")
         self.domain.join()
-        with self._cell.locked():
+        with self._file.locked():
             state = self._load()
         if state.kind != TIMELINE:
             return 0
@@ -290,7 +290,7 @@ class TimelineSemaphore(Shared):
     def statistics(self) -> SemaphoreStatistics:
         """A snapshot for programs. Errors: EBADF."""
         self._check("statistics")
-        with self._cell.locked():
+        with self._file.locked():
             pending = sum(len(node.leaves) for node in self._load().nodes)
         return SemaphoreStatistics(self.query(), self.query(submitted=True), pending)
 

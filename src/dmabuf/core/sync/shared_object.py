@@ -1,4 +1,4 @@
-"""What ``SwSync`` and ``TimelineSemaphore`` have in common: an object that is a descriptor of shared state, a :class:`Cell`."""
+"""What ``SwSync`` and ``TimelineSemaphore`` have in common: an object that is a descriptor of shared state, a :class:`SharedFile`."""
 
 from __future__ import annotations
 
@@ -7,36 +7,36 @@ import os
 from typing import Any, ClassVar, Self
 
 from dmabuf.core.base.closing import Closing
-from dmabuf.domain.cells import Cell
 from dmabuf.domain.domain import Domain
+from dmabuf.domain.shared_file import SharedFile
 from dmabuf.errors import fail
 
 
-class Shared(Closing):
+class SharedObject(Closing):
     """An object whose state every holder of its descriptor shares. Closed: EBADF, except ``close()``, ``closed`` and ``repr``."""
 
-    __slots__ = ("__weakref__", "_cell", "closed", "domain")
+    __slots__ = ("__weakref__", "_file", "closed", "domain")
 
-    KIND: ClassVar[str]  # of the cell
+    KIND: ClassVar[str]  # of the file
     NOUN: ClassVar[str]  # in messages
 
-    _cell: Cell
+    _file: SharedFile
     domain: Domain
     closed: bool
 
-    def _set(self, cell: Cell) -> None:
-        """Begin with a cell, which is ours from now on."""
-        self._cell, self.domain, self.closed = cell, cell.domain, False
+    def _set(self, file: SharedFile) -> None:
+        """Begin with a file, which is ours from now on."""
+        self._file, self.domain, self.closed = file, file.domain, False
 
     @classmethod
-    def _of(cls, cell: Cell, *, callers_fd: bool) -> Self:
+    def _of(cls, file: SharedFile, *, callers_fd: bool) -> Self:
         self = cls.__new__(cls)
         try:
-            self._set(cell)
+            self._set(file)
         except BaseException:
             if callers_fd:
-                cell.fd = -1
-            cell.close()
+                file.fd = -1
+            file.close()
             raise
         return self
 
@@ -46,12 +46,12 @@ class Shared(Closing):
 
         Errors: EBADF no open fd; EINVAL something else; EXDEV one of another domain; EUCLEAN somebody else wrote to it; EMFILE.
         """
-        return cls._of(Cell.of_fd(fd, cls.KIND, domain, "from_fd"), callers_fd=False)
+        return cls._of(SharedFile.of_fd(fd, cls.KIND, domain, "from_fd"), callers_fd=False)
 
     @classmethod
-    def taken(cls, fd: int, domain: Domain | None = None) -> Self:
+    def from_owned_fd(cls, fd: int, domain: Domain | None = None) -> Self:
         """:meth:`from_fd` that takes over the fd, unless it raises."""
-        return cls._of(Cell.taken(fd, cls.KIND, domain, "from_fd"), callers_fd=True)
+        return cls._of(SharedFile.from_owned_fd(fd, cls.KIND, domain, "from_fd"), callers_fd=True)
 
     def _check(self, operation: str) -> None:
         if self.closed:
@@ -60,13 +60,13 @@ class Shared(Closing):
     def fileno(self) -> int:
         """The descriptor, borrowed. It is for handing on, not for polling. Errors: EBADF."""
         self._check("fileno")
-        return self._cell.fd
+        return self._file.fd
 
     def dup(self) -> int:
         """A new descriptor, owned by the caller. Errors: EBADF; EMFILE."""
         self._check("dup")
         try:
-            return os.dup(self._cell.fd)
+            return os.dup(self._file.fd)
         except OSError as e:
             raise fail(e.errno or errno.EIO, "dup", self, "raise RLIMIT_NOFILE or close descriptors") from None
 

@@ -5,9 +5,9 @@ signed 32-bit numbers, spec 3.10), ended from the start if it is there already; 
 moves the count on. When the last holder of the timeline's descriptor has closed it, what is pending ends with ``-ENOENT``.
 
 It is a descriptor: it can be sent, inherited, and given to any process of the domain, and every holder may do everything. The count and the
-list of pending fences are shared (``domain/cells.py``), so an ``inc`` anywhere ends the fences of all, before it returns. One thing is not
-as in the kernel: a fence belongs to the process that created it, and when that dies its pending fences end with ``-EOWNERDEAD``, whoever
-holds the timeline. A process that dies in the middle of an ``inc`` leaves it done up to some value, with every fence up to it ended.
+list of pending fences are shared (``domain/shared_file.py``), so an ``inc`` anywhere ends the fences of all, before it returns. One thing
+is not as in the kernel: a fence belongs to the process that created it, and when that dies its pending fences end with ``-EOWNERDEAD``,
+whoever holds the timeline. A process that dies in the middle of an ``inc`` leaves it done up to a value, with every fence up to it ended.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from typing import Any, Final
 from dmabuf._native import FF_ANYBODY, OFF_CONTEXT, step
 from dmabuf.core.fence.fence import KNOWN, DmaFence, Origin, flagged, register, wrap
 from dmabuf.core.fence.timeline import Timeline, inherited, slot_of
-from dmabuf.core.sync.shared_object import Shared
+from dmabuf.core.sync.shared_object import SharedObject
 from dmabuf.core.sync.sync_file import SyncFile
 from dmabuf.domain import place
-from dmabuf.domain.cells import Cell
 from dmabuf.domain.dispatcher import dispatcher
 from dmabuf.domain.domain import Domain
+from dmabuf.domain.shared_file import SharedFile
 from dmabuf.errors import fail
 
 KIND: Final = "sw_sync"
@@ -82,7 +82,7 @@ def _ahead(value: int, of: int) -> int:
     return (value - of + 0x80000000 & UINT_MAX) - 0x80000000
 
 
-class SwSync(Shared):
+class SwSync(SharedObject):
     """A software timeline. ``name``: at most 15 bytes, the process's own name if not given.
 
     Errors: EINVAL a name that is too long or has a NUL; EMFILE; ENOSPC the domain is full.
@@ -98,15 +98,15 @@ class SwSync(Shared):
         if len(raw) > 15 or b"\0" in raw:
             raise fail(errno.EINVAL, "SwSync", f"name {name!r}", "at most 15 bytes, without a NUL")
         context = domain.join().add64(OFF_CONTEXT, 1)
-        self._set(Cell.make(KIND, domain, _HEAD.pack(_MAGIC, 0, 0, context, 0, raw)))
+        self._set(SharedFile.make(KIND, domain, _HEAD.pack(_MAGIC, 0, 0, context, 0, raw)))
 
-    def _set(self, cell: Cell) -> None:
-        head = cell.read(0, _HEAD.size)
+    def _set(self, file: SharedFile) -> None:
+        head = file.read(0, _HEAD.size)
         if len(head) != _HEAD.size or not head.startswith(_MAGIC):
             raise fail(errno.EUCLEAN, "from_fd", "a SwSync", "somebody else wrote to its descriptor", what="it begins like none")
         _, _, _, self.context, _, name = _HEAD.unpack(head)
         self.name = os.fsdecode(name.rstrip(b"\0"))
-        super()._set(cell)
+        super()._set(file)
         self._timeline: Timeline | None = None
         self._keep: dict[int, SwFence] = {}
         _LIVE.add(self)
@@ -122,7 +122,7 @@ class SwSync(Shared):
         if self.closed:
             return
         self.closed = True
-        if self._cell.let_go():
+        if self._file.close_fd():
             try:
                 self._end_all()
             except OSError as e:
@@ -131,9 +131,9 @@ class SwSync(Shared):
                 self.domain.later(self._end_later)  # called by a signal handler in the middle of a call: when that is over
                 return
         elif guarded and self._own_pending():
-            _Guard(self, self._cell).watch()
+            _Guard(self, self._file).watch()
             return
-        self._cell.close()
+        self._file.close()
 
     def _own_pending(self) -> list[int]:
         if self._timeline is None or inherited(self._timeline):
@@ -144,8 +144,8 @@ class SwSync(Shared):
         return [handle for handle in found if isinstance(fence := known.get(handle), SwFence) and fence.owned and not flagged(fence)]
 
     def _end_all(self) -> None:
-        with self._cell.locked():
-            self._cell.write(_CLOSED, _U32.pack(1))
+        with self._file.locked():
+            self._file.write(_CLOSED, _U32.pack(1))
             value = self._value()
             for handle, _ in sorted(self._entries(), key=lambda entry: _ahead(entry[1], value)):
                 self.domain.join().fence_end_any(handle, -errno.ENOENT)
@@ -155,7 +155,7 @@ class SwSync(Shared):
         try:
             self._end_all()
         finally:
-            self._cell.close()
+            self._file.close()
         return True
 
     def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
@@ -168,21 +168,21 @@ class SwSync(Shared):
     def _locked(self, operation: str) -> Iterator[None]:
         self._check(operation)
         self.domain.join()
-        with self._cell.locked():
+        with self._file.locked():
             # Who ended fences died before it had rung all that waits for them?
-            if self._cell.read(_ENDING, 4) == _U32.pack(1) and self.domain.ring_all():
-                self._cell.write(_ENDING, _U32.pack(0))
+            if self._file.read(_ENDING, 4) == _U32.pack(1) and self.domain.ring_all():
+                self._file.write(_ENDING, _U32.pack(0))
             yield
 
     def _value(self) -> int:
-        return int(_U32.unpack(self._cell.read(_VALUE, 4))[0])
+        return int(_U32.unpack(self._file.read(_VALUE, 4))[0])
 
     def _used(self) -> int:
-        return min(int(_U32.unpack(self._cell.read(_COUNT, 4))[0]), MAX_PENDING)
+        return min(int(_U32.unpack(self._file.read(_COUNT, 4))[0]), MAX_PENDING)
 
     def _entries(self) -> list[tuple[int, int]]:
         """(handle, value) of the pending fences."""
-        raw = self._cell.read(_HEAD.size, self._used() * _ENTRY.size)
+        raw = self._file.read(_HEAD.size, self._used() * _ENTRY.size)
         shm = self.domain.shm
         whole = len(raw) // _ENTRY.size * _ENTRY.size
         return [(handle, value) for handle, value in _ENTRY.iter_unpack(raw[:whole]) if handle and shm.fence_pending(handle)]
@@ -192,15 +192,15 @@ class SwSync(Shared):
         used, pending = self._used(), self._entries()
         if used >= 64 and len(pending) <= used // 2:
             # Shorter from the front: whatever of it is written when we die, each pending fence is there at its old or its new place.
-            self._cell.write(_HEAD.size, b"".join(_ENTRY.pack(*entry) for entry in pending))
+            self._file.write(_HEAD.size, b"".join(_ENTRY.pack(*entry) for entry in pending))
             step("sw_compacted")
-            self._cell.write(_COUNT, _U32.pack(len(pending)))
+            self._file.write(_COUNT, _U32.pack(len(pending)))
             used = len(pending)
         if used >= MAX_PENDING:
             raise fail(errno.ENOSPC, "create_fence", self, "let some end first", what=f"{MAX_PENDING} fences are pending")
-        self._cell.write(_HEAD.size + used * _ENTRY.size, _ENTRY.pack(handle, value))
+        self._file.write(_HEAD.size + used * _ENTRY.size, _ENTRY.pack(handle, value))
         step("sw_entered")  # behind the end: not on the list yet; the fence ends with us
-        self._cell.write(_COUNT, _U32.pack(used + 1))
+        self._file.write(_COUNT, _U32.pack(used + 1))
 
     # ---- using it ----
 
@@ -264,16 +264,16 @@ class SwSync(Shared):
         target = value + n & UINT_MAX
         due = [(_ahead(at, value), at, handle) for handle, at in self._entries() if _ahead(at, target) <= 0]
         if due:
-            self._cell.write(_ENDING, _U32.pack(1))
+            self._file.write(_ENDING, _U32.pack(1))
         for ahead, at, handle in sorted(due):
             if ahead > 0:
-                self._cell.write(_VALUE, _U32.pack(at))
+                self._file.write(_VALUE, _U32.pack(at))
                 step("sw_counted")  # this one is due and pending: the next holder's inc ends it, or its owner's death
             shm.fence_end_any(handle, 0)
             step("sw_ended")  # an inc by less
-        self._cell.write(_VALUE, _U32.pack(target))
+        self._file.write(_VALUE, _U32.pack(target))
         if due:
-            self._cell.write(_ENDING, _U32.pack(0))
+            self._file.write(_ENDING, _U32.pack(0))
 
     def get_deadline(self, sync_file: SyncFile) -> int:
         """The earliest deadline set on a fence of a software timeline, CLOCK_MONOTONIC ns (SW_SYNC_GET_DEADLINE).
@@ -307,8 +307,8 @@ class SwSync(Shared):
 class _Guard:
     """Of a timeline that was closed here while others hold it, with fences of ours pending: ends those if the last holder dies."""
 
-    def __init__(self, timeline: SwSync, cell: Cell) -> None:
-        self.timeline, self.cell, self.domain = timeline, cell, timeline.domain
+    def __init__(self, timeline: SwSync, file: SharedFile) -> None:
+        self.timeline, self.file, self.domain = timeline, file, timeline.domain
         self.name = f"SwSync {timeline.context} {id(timeline):x}"  # one process can have a timeline open more than once
         self.lock = threading.RLock()  # a signal handler may come in the middle
         self.ending = False
@@ -331,7 +331,7 @@ class _Guard:
         if not self.lock.acquire(blocking=False):
             return  # another thread looks already
         try:
-            if self.cell.is_last():
+            if self.file.is_last():
                 self.ending = True  # the ends call next()
                 self.timeline._end_all()
                 self.off()
@@ -345,7 +345,7 @@ class _Guard:
     def off(self) -> None:
         if self.name in self.domain.tick_hooks:
             self.domain.tick_hooks.remove(self.name)
-            self.cell.close()
+            self.file.close()
 
 
 def sync_info() -> str:

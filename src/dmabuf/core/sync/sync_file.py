@@ -132,13 +132,13 @@ class SyncFile(Closing):
         """
         own = _duplicate(fd, "from_fd")
         try:
-            return cls.taken(own, domain, named=fd)
+            return cls.from_owned_fd(own, domain, named=fd)
         except BaseException:
             os.close(own)
             raise
 
     @classmethod
-    def taken(cls, fd: int, domain: Domain | None = None, facts: Facts | None = None, *, named: int | None = None) -> Self:
+    def from_owned_fd(cls, fd: int, domain: Domain | None = None, facts: Facts | None = None, *, named: int | None = None) -> Self:
         """:meth:`from_fd` that takes over the fd, unless it raises. ``facts``: if they came along. ``named``: what messages call the fd."""
         said = f"fd {fd if named is None else named}"
         if kernel_sync.is_kernel_sync_file(fd):
