@@ -1,10 +1,13 @@
-"""Citations of the semantics and links between pages are checked, and the checks find what is wrong."""
+"""Citations of the semantics, links between pages and headings of the FAQ are right, and the checks find what is wrong."""
 
+import ast
+import re
 from pathlib import Path
 
 import pytest
 
 from tools import citations, links
+from tools.citations import ROOT
 
 PAGE = '<a id="2"></a>\n\n# 2. dma-buf\n\n<a id="2.1"></a>\n\n## 2.1 dma_buf_export(exp_info)\n\n<a id="2.13a"></a>\n\n## 2.13a Matrix\n'
 
@@ -88,3 +91,27 @@ def named(root: Path, name: str) -> list[str]:
 
 def test_links_in_this_repository_lead_somewhere() -> None:
     assert links.check() == []
+
+
+def source_texts() -> str:
+    """Every string of the package with the parts of f-strings that vary as ``…``, and the messages of the C extension and of make."""
+    found = []
+    for path in sorted((ROOT / "src").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                found.append("".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    others = [*sorted((ROOT / "native").rglob("*.c")), ROOT / "tools" / "check_machine.sh"]
+    return "\n".join([*found, *(re.sub(r'"\s*\n\s*"', "", path.read_text(encoding="utf-8")) for path in others)])
+
+
+def test_faq_headings_quote_messages_of_the_source() -> None:
+    """A heading is split where a message is put together: at names and numbers, at the errno, at ``:`` and at ``;``."""
+    texts = source_texts()
+    missing = []
+    for heading in re.findall(r"^### (.*)$", (ROOT / "FAQ.md").read_text(encoding="utf-8"), re.MULTILINE):
+        for quoted in re.findall(r"`([^`]+)`", heading):
+            parts = (part.strip(" ,") for part in re.split(r"…|\(E[A-Z]+\)|[:;] ", quoted))
+            missing += [f"{part!r} in {quoted!r}" for part in parts if part and part not in texts]
+    assert missing == [], "change the headings of FAQ.md together with the messages"
