@@ -106,12 +106,15 @@ def source_texts() -> str:
     return "\n".join([*found, *(re.sub(r'"\s*\n\s*"', "", path.read_text(encoding="utf-8")) for path in others)])
 
 
-def test_faq_headings_quote_messages_of_the_source() -> None:
-    """A heading is split where a message is put together: at names and numbers, at the errno, at ``:`` and at ``;``."""
+@pytest.mark.parametrize(("page", "lines"), [("FAQ.md", r"^### (.*)$"), ("docs/cli.md", r"^\| (`.*\(E[A-Z]+\)`.*) \| 1 \|$")])
+def test_messages_that_page_quotes_are_in_the_source(page: str, lines: str) -> None:
+    """A quoted message is split where it is put together: at names and numbers, at the errno, at ``:`` and at ``;``."""
     texts = source_texts()
     missing = []
-    for heading in re.findall(r"^### (.*)$", (ROOT / "FAQ.md").read_text(encoding="utf-8"), re.MULTILINE):
-        for quoted in re.findall(r"`([^`]+)`", heading):
+    found = re.findall(lines, (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE)
+    assert found
+    for line in found:
+        for quoted in re.findall(r"`([^`]+)`", line):
             parts = (part.strip(" ,") for part in re.split(r"…|\(E[A-Z]+\)|[:;] ", quoted))
             missing += [f"{part!r} in {quoted!r}" for part in parts if part and part not in texts]
-    assert missing == [], "change the headings of FAQ.md together with the messages"
+    assert missing == [], f"change {page} together with the messages"
