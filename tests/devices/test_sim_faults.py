@@ -40,7 +40,7 @@ class Clock:
     def forward(self, seconds: float, *queues: sim.EngineQueue) -> None:
         self.ahead += int(seconds * 1e9)
         for queue in queues:
-            queue.ring()
+            queue.wake()
 
 
 @pytest.fixture

@@ -82,14 +82,14 @@ def _freed(here: Dispatcher) -> int:
 
 def test_rings_count_and_name_the_slot() -> None:
     with private() as here:
-        bell = here._bell
+        bell = here._doorbell
         here.shm.store32(bell - _native.LIFE_BELL + _native.LIFE_SERVED, 0)
         before = here.shm.load32(bell)
-        here._ring()
+        here._wake()
         after = here.shm.load32(bell)
         assert (after - before) & 0xFFFFFFFF == _native.SLOT_MASK + 1
         here.shm.store32(bell, 0xFFFFFFFF)
-        here._ring()  # comes round
+        here._wake()  # comes round
         assert here.shm.load32(bell) == _native.SLOT_MASK
 
 

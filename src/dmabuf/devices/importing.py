@@ -116,7 +116,7 @@ class Importing(Powered):
         self.check_usable("power_off")
         self.lose_power()
         for queue in list(self._queues):
-            queue.ring()
+            queue.wake()
         for queue in list(self._queues):
             queue.drain()
 

@@ -32,7 +32,7 @@ from dmabuf.core.memory.scatterlist import DmaEntry
 from dmabuf.core.task.owner import current
 from dmabuf.devices.attached import Attached, Range
 from dmabuf.devices.power import Powered
-from dmabuf.domain.bell import Bell
+from dmabuf.domain.auto_reset_event import AutoResetEvent
 from dmabuf.domain.dispatcher import report
 from dmabuf.errors import fail
 
@@ -182,11 +182,11 @@ class Job:
         return self.canceled or self.queue.canceling or self.epoch != self.queue.owner.epoch
 
     def ready(self) -> bool:
-        """Is nothing in the way any more? The queue's bell rings when that may have changed."""
+        """Is nothing in the way any more? The queue is woken when that may have changed."""
         if not self._tokens:
             for fence in self.dependencies:
                 with contextlib.suppress(FileNotFoundError):  # signalled
-                    self._tokens.append((fence, fence.add_callback(self.queue.ring)))
+                    self._tokens.append((fence, fence.add_callback(self.queue.wake)))
         self.dependencies = [fence for fence in self.dependencies if not fence.is_signaled()]
         return not self.dependencies
 
@@ -284,7 +284,7 @@ class Queue:
         self._life = owner.domain.shm.life
         self._jobs: deque[Job] = deque()
         self._order = threading.Lock()  # fences are numbered as jobs are queued
-        self._bell = Bell()  # may be rung by the garbage collector
+        self._event = AutoResetEvent()  # may be set by the garbage collector
         self._thread: threading.Thread | None = None
         self._served = threading.Event()  # the thread has ended its last job
         self.closed = self.canceling = False
@@ -332,17 +332,17 @@ class Queue:
                 raise
             finally:
                 job.placed = True
-                self.ring()
+                self.wake()
 
     # ---- the thread ----
 
-    def ring(self, _: object = None) -> None:
-        """Something changed: look again."""
-        self._bell.ring()
+    def wake(self, _: object = None) -> None:
+        """Have the thread check its jobs again, because something has changed."""
+        self._event.set()
 
     def sleep(self, seconds: float | None) -> None:
-        """Until the bell rings, or so long."""
-        self._bell.wait(seconds)
+        """Wait until the queue is woken, or so long."""
+        self._event.wait(seconds)
 
     def in_the_way(self, job: Job) -> list[DmaFence]:
         """What a job waits for, and in an ordered queue those before it."""
@@ -403,7 +403,7 @@ class Queue:
             self.closed = True
             self.canceling = self.canceling or cancel
         thread = self._thread
-        self.ring()
+        self.wake()
         if thread is not None and thread is not threading.current_thread():
             self._served.wait()  # not join(): up to Python 3.12, one that a signal breaks off takes the thread for ended
             thread.join()

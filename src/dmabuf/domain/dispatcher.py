@@ -40,7 +40,7 @@ class Dispatcher:
         self._hasty: dict[int, Callable[[], None]] = {}  # slot -> what to call when another process has set a deadline
         self._thread: threading.Thread | None = None
         self._running = True
-        self._bell = lives.slot_offset(lives.index_of(self.life)) + _native.LIFE_BELL
+        self._doorbell = lives.slot_offset(lives.index_of(self.life)) + _native.LIFE_BELL
         self._served = lives.slot_offset(lives.index_of(self.life)) + _native.LIFE_SERVED
         me = weakref.ref(self)
 
@@ -72,7 +72,7 @@ class Dispatcher:
                         raise
         if self.shm.fence_mark(handle, "bell", 1):
             if idle:
-                self._ring()  # watching nothing, it sleeps without a bound; while it watches anything it looks at every tick
+                self._wake()  # watching nothing, it sleeps without a bound; while it watches anything it looks at every tick
             return token
         # Signalled before the bit: nobody will ring. If somebody ran it all the same, it was registered in time.
         return None if self.unwatch(handle, token) else token
@@ -146,15 +146,15 @@ class Dispatcher:
             self._thread = None
             raise
 
-    def _ring(self) -> None:
-        self.shm.add32(self._bell, _native.SLOT_MASK + 1)
-        self.shm.wake(self._bell)
+    def _wake(self) -> None:
+        self.shm.add32(self._doorbell, _native.SLOT_MASK + 1)
+        self.shm.wake(self._doorbell)
 
     def _serve(self) -> None:
         shm = self.shm
         one, last, ticked = _native.SLOT_MASK + 1, 0, True
         while self._running and shm.life == self.life:
-            seen = shm.load32(self._bell)
+            seen = shm.load32(self._doorbell)
             with self._lock:
                 if not ticked and not self._past and (seen // one - last // one) % 1024 == 1:
                     # Rung once: that slot, or none. A count that came round in between is caught at the next tick.
@@ -174,9 +174,9 @@ class Dispatcher:
             last, ticked = seen, False
             try:
                 if self._foreign:
-                    ticked = shm.wait(self._bell, seen, None) != 0
+                    ticked = shm.wait(self._doorbell, seen, None) != 0
                 else:
-                    shm.idle(self._bell, seen)
+                    shm.idle(self._doorbell, seen)
             except Exception as e:  # a tick's error belongs to no wait of ours; the thread must go on
                 report(e, self._serve)
                 ticked = True
@@ -186,7 +186,7 @@ class Dispatcher:
         self._running = False
         thread, self._thread = self._thread, None
         if thread is not None and self.shm.life == self.life and thread is not threading.current_thread():
-            self._ring()
+            self._wake()
             thread.join()
             self.shm.store32(self._served, 0)
 

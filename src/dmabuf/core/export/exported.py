@@ -25,7 +25,7 @@ from dmabuf.core.fence.signalling import in_signalling
 from dmabuf.core.resv.resv import DmaResv
 from dmabuf.core.task.owner import current
 from dmabuf.domain import dispatcher, place
-from dmabuf.domain.bell import Bell
+from dmabuf.domain.auto_reset_event import AutoResetEvent
 from dmabuf.domain.domain import TICK_NS, Domain
 from dmabuf.domain.forks import fork_lock
 from dmabuf.domain.local import Local
@@ -152,7 +152,7 @@ class Exports:
         self.domain = weakref.ref(domain)
         self.buffers: dict[int, Exported] = {}  # by id()
         self._lock = fork_lock()
-        self._bell = Bell()  # may be rung from __del__
+        self._event = AutoResetEvent()  # may be set from __del__
         self._thread: threading.Thread | None = None
         BACKINGS.find("remote")  # imported now, since a forked child needs it at once
         _DOMAINS.add(domain)
@@ -184,10 +184,10 @@ class Exports:
     def forget(self, exported: Exported) -> None:
         with self._lock:
             self.buffers.pop(id(exported), None)
-        self._bell.ring()
+        self._event.set()
 
     def wake(self) -> None:
-        self._bell.ring()
+        self._event.set()
 
     def orphans(self) -> list[Exported]:
         """Those that this process has closed and others may hold."""
@@ -212,7 +212,7 @@ class Exports:
                 if not self.buffers:
                     self._thread = None
                     return
-            self._bell.wait(TICK_NS / 1e9 if self.orphans() else None)
+            self._event.wait(TICK_NS / 1e9 if self.orphans() else None)
             self.look()
 
     def forked(self) -> None:
