@@ -103,7 +103,7 @@ static PyObject *f_signal(Fence *x, PyObject *const *args, Py_ssize_t n, PyObjec
     }
   }
   if (!x->life || x->life != my_life(x->s)) {
-    shm_fail(x->s, EPERM, "signal", "a fence of another process", "only the process that owns the timeline signals its fences");
+    shm_fail(x->s, EPERM, "signal", "a fence of another process", "signal it in the process that made its timeline");
     return NULL;
   }
   db_fence *f;
@@ -111,7 +111,7 @@ static PyObject *f_signal(Fence *x, PyObject *const *args, Py_ssize_t n, PyObjec
   int past = !fence_pending(x->s, x->handle, &f) || fence_finish(x->s, x->handle, f, (int)error, 0, for_anybody(f));
   if (PyErr_Occurred()) return NULL;
   if (past) {
-    shm_fail(x->s, EINVAL, "signal", "a signalled fence", "a fence is signalled once");
+    shm_fail(x->s, EINVAL, "signal", "a signaled fence", "signal a fence once");
     return NULL;
   }
   Py_RETURN_NONE;

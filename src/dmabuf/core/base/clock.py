@@ -10,14 +10,23 @@ from dmabuf.errors import fail
 
 
 def monotonic_deadline(timeout: float | None, operation: str, obj: object) -> int:
-    """The CLOCK_MONOTONIC ns at which a timeout ends, -1 for never. Errors: EINVAL a negative timeout or a NaN."""
+    """Return the CLOCK_MONOTONIC ns at which a timeout ends, -1 for never.
+
+    Args:
+        timeout: Seconds, or None.
+        operation: Named by the error.
+        obj: Named by the error.
+
+    Raises:
+        InvalidError: The timeout is negative or not a number (EINVAL).
+    """
     if timeout is None:
         return -1
     if not timeout >= 0:
-        raise fail(errno.EINVAL, operation, obj, "a timeout is seconds >= 0, or None for ever")
+        raise fail(errno.EINVAL, operation, obj, "pass 0 or more seconds, or None for no limit", what=f"the timeout is {timeout}")
     return time.monotonic_ns() + int(min(timeout, 4e9) * 1e9)
 
 
 def seconds_left(until: int) -> float:
-    """What a wait with this end, CLOCK_MONOTONIC ns or -1 for never, has left: always > 0."""
+    """Return what is left of a wait until a CLOCK_MONOTONIC time in ns (-1: without a limit): always more than 0."""
     return math.inf if until < 0 else max((until - time.monotonic_ns()) / 1e9, 1e-9)

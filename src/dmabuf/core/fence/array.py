@@ -1,12 +1,12 @@
 """``DmaFenceArray``: several fences as one (spec 3.15).
 
-It is signalled when all its members are, or with ``signal_on_any`` when the first is. Nothing is watched until somebody waits, adds a
-callback or enables signalling; so, as up to Linux 6.12, an array whose members have all signalled but that nobody enabled polls as
-unsignalled (from 6.13 on it polls its members). Its error is that of the first failing member to complete before it signals.
+It is signaled when all its members are, or with ``signal_on_any`` when the first one is. It watches nothing until somebody waits, adds a
+callback or enables signaling. So, as up to Linux 6.12, an array that nobody enabled isn't signaled even when all its members are (from
+6.13 on it polls them). Its error is that of the first member that fails before the array is signaled.
 
-It belongs to the process that made it and has a slot, a context and a number like any fence, so others may wait for it; ends of members
-reach it after the members' own callbacks. Sent to another process it is made anew there over the same members
-(``core/fence/travel.py``), so it outlives its maker.
+It belongs to the process that made it, and has a slot, a context and a number like any fence, so others may wait for it. It learns of a
+member's signal after the member's own callbacks. Another process that gets it makes an array of its own over the same members
+(``core/fence/travel.py``), which outlives the first one's maker.
 """
 
 from __future__ import annotations
@@ -22,13 +22,18 @@ from dmabuf.errors import contract_warning
 
 
 class DmaFenceArray(Container):
-    """Several fences as one; ``fences``: its members.
+    """Several fences as one. ``fences``: its members. Its context is a fresh one, and its seqno 1.
 
-    ``fences``: at least one, all of one domain. ``signal_on_any``: the first end counts, not the last. Its context is a fresh one, its
-    seqno 1.
+    A member that is a container gets a ``ContractWarning``: unwrap() it first.
 
-    Errors: EINVAL no member (with a ``ContractWarning``); EXDEV members of several domains; TypeError no fence; ENOSPC the domain is full.
-    ``ContractWarning`` for a member that is a container itself: unwrap() it first.
+    Args:
+        fences: At least one fence, all of one domain.
+        signal_on_any: Signal the array with the first member, not with the last.
+
+    Raises:
+        InvalidError: There is no member, with a ``ContractWarning`` (EINVAL).
+        CrossDomainError: The members belong to several domains (EXDEV).
+        NoSpaceError: The domain is full (ENOSPC).
 
     Kernel: dma_fence_array (fences, num_fences as fences), dma_fence_array_create, dma_fence_array_for_each as fences.
     """
@@ -37,16 +42,16 @@ class DmaFenceArray(Container):
 
     fences: tuple[DmaFence, ...]
     signal_on_any: bool
-    # Taking from these and adding to them are single steps: members end in any thread, in signal handlers and finalisers too.
-    _left: dict[int, None]  # the members, by their places, whose ends are missing: each counts once, however often it is told
-    _errors: list[int]  # of the members that failed, in the order of their ends
+    # Adding to these and taking from them are single steps: any thread, signal handler or finalizer may signal a member.
+    _left: dict[int, None]  # the members, by their places, that are not known to be signaled: each counts once, however often it is told
+    _errors: list[int]  # of the members that failed, in the order in which they were signaled
 
     def __new__(cls, fences: Iterable[DmaFence], signal_on_any: bool = False) -> Self:
         members = tuple(fences)
         domain = one_domain(members, "DmaFenceArray")
         for member in members:
             if is_container(member):
-                contract_warning(f"DmaFenceArray: {member!r} is a container itself: unwrap() it first", 2)
+                contract_warning(f"DmaFenceArray: {member!r} is a container itself; unwrap() it first", 2)
         return cls._made(members, bool(signal_on_any), domain.join().add64(OFF_CONTEXT, 1), 1)
 
     @classmethod
@@ -56,7 +61,7 @@ class DmaFenceArray(Container):
         handle = shm.fence_alloc(unbound_timeline(domain, "dma_fence_array"), context, seqno, FF_CONTAINER, 0, 0)
         self = super().__new__(cls, shm, handle, True)
         register(self, domain, None)
-        self.fences, self.signal_on_any, self._unasked, self._twin = tuple(members), signal_on_any, True, None
+        self.fences, self.signal_on_any, self._unasked, self._copied = tuple(members), signal_on_any, True, None
         self._left, self._errors = dict.fromkeys(range(len(members))), []
         return self
 
@@ -65,38 +70,39 @@ class DmaFenceArray(Container):
 
     def _enable(self) -> bool:
         for at, member in enumerate(self.fences):
-            if member.listen(lambda _, at=at: self._ended(at)) is None and self._count(at):  # type: ignore[misc]
+            if member.listen(lambda _, at=at: self._member_signaled(at)) is None and self._count(at):  # type: ignore[misc]
                 return False
         return True
 
     def _count(self, at: int) -> bool:
-        """A member has ended; does that end the array?"""
+        """Note that a member is signaled. Return True if the array's work is done with it."""
         if at in self._left and (error := self.fences[at].error):
             self._errors.append(error)
         self._left.pop(at, None)
-        return self._over()
+        return self._polled()
 
-    def _over(self) -> bool:
-        return len(self._left) < (len(self.fences) if self.signal_on_any else 1)
-
-    def _ended(self, at: int) -> None:
+    def _member_signaled(self, at: int) -> None:
         if self._count(at):
             defer(self._finish)
 
     def _polled(self) -> bool:
-        return self._over()
+        return len(self._left) < (len(self.fences) if self.signal_on_any else 1)
 
     def _error(self) -> int:
         return next(iter(self._errors), 0)
 
     def set_deadline(self, ns: int) -> None:
-        """Forwarded to every member (spec 3.12)."""
+        """Set the deadline of the array and of every member (spec 3.12).
+
+        Raises:
+            InvalidError: The time is negative (EINVAL).
+        """
         super().set_deadline(ns)
         for member in self.fences:
             member.set_deadline(ns)
 
     def match_context(self, context: int) -> bool:
-        """Are all members of this context?"""
+        """Return True if every member is of this context."""
         return all(member.match_context(context) for member in self.fences)
 
 
@@ -106,10 +112,16 @@ def array_as_sent(members: Sequence[DmaFence], signal_on_any: bool, context: int
 
 
 def array_first(head: DmaFence | None) -> DmaFence | None:
-    """The first member of an array; another fence itself; None for None (spec 3.15). Kernel: dma_fence_array_first."""
+    """Return the first member of an array, any other fence itself, and None for None (spec 3.15).
+
+    Kernel: dma_fence_array_first.
+    """
     return head.fences[0] if isinstance(head, DmaFenceArray) else head
 
 
 def array_next(head: DmaFence | None, index: int) -> DmaFence | None:
-    """Member ``index`` of an array; None past its end, and for anything else. Kernel: dma_fence_array_next."""
+    """Return a member of an array by its place. None past the end, and for anything else than an array.
+
+    Kernel: dma_fence_array_next.
+    """
     return head.fences[index] if isinstance(head, DmaFenceArray) and 0 <= index < len(head.fences) else None

@@ -1,14 +1,14 @@
-"""``DmaFenceChain``: a growing timeline as one fence, each point a fence and all that came before (spec 3.16).
+"""``DmaFenceChain``: a growing timeline as one fence, in which each point is a fence and all points before it (spec 3.16).
 
-A point is signalled when the fence that it contains and every earlier one are. Numbers are of 64 bits and never fall: a point made with a
-number that isn't higher than its predecessor's begins a context of its own with the predecessor's number.
+A point is signaled when the fence that it contains and all earlier ones are. Numbers have 64 bits and never fall. A point made with a
+number that isn't higher than its predecessor's begins a context of its own, with the predecessor's number.
 
-Walking a chain goes from the newest point back and unlinks predecessors that have signalled, so a chain that is looked at stays as long as
-what is pending. Enabling puts one callback on the newest pending fence; when that ends the walk is done again. A chain of any length is
-walked, enabled, signalled and let go of without recursion.
+Walking a chain goes from the newest point back, and unlinks predecessors that are signaled. A chain that is walked now and then is
+therefore as long as what is pending. Enabling a point adds one callback, to the newest pending fence, and walks again when that is
+signaled. Walking, enabling, signaling and releasing don't recurse, however long the chain is.
 
-A chain's points belong to the process that made them. Sent to another process, what is pending of the chain is made anew there
-(``core/fence/travel.py``). A chain ends without an error, whatever its fences ended with.
+The points belong to the process that made them. Another process that gets a chain makes one of its own from what is pending
+(``core/fence/travel.py``). A chain is signaled without an error, whatever its fences are signaled with.
 """
 
 from __future__ import annotations
@@ -28,13 +28,20 @@ _TOP = 0xFFFFFFFFFFFFFFFF
 
 
 class DmaFenceChain(Container):
-    """A point of a chain. ``prev``: what came before (None once that has signalled and was unlinked); ``fence``: what it adds;
-    ``prev_seqno``: the number before it on its context, 0 when it begins one.
+    """A point of a chain.
 
-    ``prev``: a chain, another fence or None. ``seqno``: 0 to 2⁶⁴-1.
+    ``prev``: what came before, None once that was signaled and unlinked. ``fence``: what the point adds. ``prev_seqno``: the number before
+    it on its context, 0 when it begins one. A ``fence`` that is a chain itself gets a ``ContractWarning``; an array may be contained.
 
-    Errors: EINVAL a seqno outside; EXDEV fences of several domains; TypeError no fence; ENOSPC the domain is full. ``ContractWarning`` when
-    ``fence`` is a chain itself (an array may be contained).
+    Args:
+        prev: A chain, another fence, or None.
+        fence: The fence to contain.
+        seqno: The point's number, 0 to 2⁶⁴-1.
+
+    Raises:
+        InvalidError: The number is outside of that range (EINVAL).
+        CrossDomainError: The fences belong to several domains (EXDEV).
+        NoSpaceError: The domain is full (ENOSPC).
 
     Kernel: dma_fence_chain (prev, prev_seqno, fence), dma_fence_chain_init.
     """
@@ -47,10 +54,10 @@ class DmaFenceChain(Container):
 
     def __new__(cls, prev: DmaFence | None, fence: DmaFence, seqno: int) -> Self:
         if not 0 <= seqno <= _TOP:
-            raise fail(errno.EINVAL, "DmaFenceChain", f"seqno {seqno}", f"a chain's numbers are 0 to {_TOP}")
+            raise fail(errno.EINVAL, "DmaFenceChain", f"seqno {seqno}", f"pass 0 to {_TOP}", what="the number is out of range")
         domain = one_domain((fence,) if prev is None else (prev, fence), "DmaFenceChain")
         if isinstance(fence, DmaFenceChain):
-            contract_warning(f"DmaFenceChain: {fence!r} is a chain itself: contain its fence", 2)
+            contract_warning(f"DmaFenceChain: {fence!r} is a chain itself; contain its fence", 2)
         if isinstance(prev, DmaFenceChain) and seqno > prev.seqno:
             return cls._point(prev, fence, prev.context, seqno, prev.seqno)
         number = max(prev.seqno, seqno) if isinstance(prev, DmaFenceChain) else seqno
@@ -63,7 +70,7 @@ class DmaFenceChain(Container):
         handle = shm.fence_alloc(unbound_timeline(domain, "dma_fence_chain"), context, seqno, _FLAGS, 0, 0)
         self = super().__new__(cls, shm, handle, True)
         register(self, domain, None)
-        self._prev, self.fence, self.prev_seqno, self._unasked, self._twin = prev, fence, prev_seqno, True, None
+        self._prev, self.fence, self.prev_seqno, self._unasked, self._copied = prev, fence, prev_seqno, True, None
         return self
 
     def _copy(self) -> Self:
@@ -75,32 +82,44 @@ class DmaFenceChain(Container):
         return self._prev
 
     def walk(self) -> DmaFence | None:
-        """The predecessor, None when all have signalled; those that have are unlinked on the way. Kernel: dma_fence_chain_walk."""
+        """Return the newest predecessor that isn't signaled, None if all are. Unlinks the signaled ones on the way.
+
+        Kernel: dma_fence_chain_walk.
+        """
         while (prev := self._prev) is not None:
             if not contained(prev).is_signaled():
                 return prev
-            # Another thread may have gone further meanwhile; then signalled points are linked again, until the next walk.
+            # Another thread may have walked further. Then this links signaled points again, until the next walk.
             self._prev = prev._prev if isinstance(prev, DmaFenceChain) else None
         return None
 
     def __iter__(self) -> Iterator[DmaFence]:
-        """This point and those before it, newest first, as :meth:`walk` finds them. Kernel: dma_fence_chain_for_each."""
-        here: DmaFence | None = self
-        while here is not None:
-            yield here
-            here = walk(here)
+        """Yield this point and those before it, newest first, as :meth:`walk` finds them.
+
+        Kernel: dma_fence_chain_for_each.
+        """
+        point: DmaFence | None = self
+        while point is not None:
+            yield point
+            point = walk(point)
 
     def find_seqno(self, seqno: int) -> DmaFence | None:
-        """The point that covers this number; see :func:`find_seqno`. Kernel: dma_fence_chain_find_seqno."""
+        """Return the point that covers a number; see :func:`find_seqno`.
+
+        Raises:
+            InvalidError: The chain hasn't come that far (EINVAL).
+
+        Kernel: dma_fence_chain_find_seqno.
+        """
         return find_seqno(self, seqno)
 
     def _enable(self) -> bool:
-        return any(contained(point).listen(self._ended) is not None for point in self)
+        return any(contained(point).listen(self._fence_signaled) is not None for point in self)
 
-    def _ended(self, _: int) -> None:
-        defer(self._look_again)
+    def _fence_signaled(self, _: int) -> None:
+        defer(self._enable_again)
 
-    def _look_again(self) -> None:
+    def _enable_again(self) -> None:
         if not self._enable():
             self._finish()
 
@@ -108,7 +127,11 @@ class DmaFenceChain(Container):
         return all(contained(point).is_signaled() for point in self)
 
     def set_deadline(self, ns: int) -> None:
-        """Forwarded to every fence of the chain that is pending (spec 3.12)."""
+        """Set the deadline of the point and of every pending fence of the chain (spec 3.12).
+
+        Raises:
+            InvalidError: The time is negative (EINVAL).
+        """
         super().set_deadline(ns)
         for point in self:
             contained(point).set_deadline(ns)
@@ -120,26 +143,38 @@ def point_as_sent(prev: DmaFence | None, fence: DmaFence, context: int, seqno: i
 
 
 def contained(point: DmaFence) -> DmaFence:
-    """The fence in a chain's point; another fence itself. Kernel: dma_fence_chain_contained."""
+    """Return the fence in a chain's point, or any other fence itself.
+
+    Kernel: dma_fence_chain_contained.
+    """
     return point.fence if isinstance(point, DmaFenceChain) else point
 
 
 def walk(fence: DmaFence | None) -> DmaFence | None:
-    """The predecessor of a chain's point that has not signalled; None for anything else."""
+    """Return the newest unsignaled predecessor of a chain's point, and None for anything else."""
     return fence.walk() if isinstance(fence, DmaFenceChain) else None
 
 
 def find_seqno(fence: DmaFence | None, seqno: int) -> DmaFence | None:
-    """The fence that stands for ``seqno`` on a chain: the point with that number or, in a gap, the next one.
+    """Return the fence that stands for a number on a chain: the point with that number or, in a gap, the next one.
 
-    ``seqno`` 0: ``fence`` itself. None: everything up to there has signalled.
+    Args:
+        fence: The newest point of the chain.
+        seqno: The number; 0 returns ``fence`` itself.
 
-    Errors: EINVAL not a chain, or it hasn't come that far yet.
+    Returns:
+        The fence, or None if everything up to there is signaled.
+
+    Raises:
+        InvalidError: ``fence`` isn't a chain, or hasn't come that far (EINVAL).
     """
     if not seqno:
         return fence
-    if not isinstance(fence, DmaFenceChain) or fence.seqno < seqno:
-        raise fail(errno.EINVAL, "find_seqno", f"{fence!r}, seqno {seqno}", "look on a chain that has come that far")
+    if not isinstance(fence, DmaFenceChain):
+        raise fail(errno.EINVAL, "find_seqno", repr(fence), "pass a DmaFenceChain", what="it is not a chain")
+    if fence.seqno < seqno:
+        remedy = f"pass a number up to {fence.seqno}, or a newer point"
+        raise fail(errno.EINVAL, "find_seqno", fence, remedy, what=f"the chain hasn't come to {seqno}")
     for point in fence:
         if point.context != fence.context or not isinstance(point, DmaFenceChain) or point.prev_seqno < seqno:
             return point

@@ -1,10 +1,13 @@
-"""What the fences that stand for other fences share (spec 3.15, 3.16)."""
+"""``Container``: what the fences that stand for other fences share (spec 3.15, 3.16).
+
+A container belongs to the process that made it: callbacks of its members, which run there, signal its slot. A forked child can't signal
+that slot. So it makes a copy of the container over the same members, and asks the copy.
+"""
 
 from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from dmabuf._native import FF_CONTAINER
 from dmabuf.core.fence.fence import DmaFence, flagged
@@ -13,75 +16,84 @@ from dmabuf.domain.domain import Domain
 from dmabuf.domain.forks import fork_lock
 from dmabuf.errors import contract_warning, fail
 
-_twinning = fork_lock()
+_copying = fork_lock()
 
 
 class Container(LazyFence):
-    """What arrays and chains share: a fork's child, which can't end its parent's slot, has a twin over the same members."""
+    """The base of arrays and chains."""
 
-    __slots__ = ("_twin",)
+    __slots__ = ("_copied",)
 
-    _twin: Container | None
+    _copied: Container | None  # in a forked child
 
     def _copy(self) -> Container:
-        """One like it with a slot of this process."""
+        """Return a container of this process over the same members."""
         raise NotImplementedError
 
-    def _here(self) -> DmaFence | None:
-        """The twin; None while the fence is this process's own, or has ended."""
+    def _local_copy(self) -> DmaFence | None:
+        """Return the copy that a forked child asks. None while the container is this process's own, or signaled."""
         if self.owned or flagged(self):
             return None
-        with _twinning:
-            if self._twin is None or not self._twin.owned:
-                self._twin = self._copy()
-            return self._twin
+        with _copying:
+            if self._copied is None or not self._copied.owned:
+                self._copied = self._copy()
+            return self._copied
 
     def enable_signaling(self) -> None:
-        """Ask that it will signal when its members have (spec 3.8)."""
-        here = self._here()
-        super().enable_signaling() if here is None else here.enable_signaling()
+        """Ask that the container be signaled when its members are (spec 3.8)."""
+        copy = self._local_copy()
+        super().enable_signaling() if copy is None else copy.enable_signaling()
 
     def is_signaled(self) -> bool:
-        """True once it has ended. Members are looked at only after signalling was enabled (up to Linux 6.12)."""
-        here = self._here()
-        return super().is_signaled() if here is None else here.is_signaled()
+        """Return True if the container is signaled. It looks at its members only when it is enabled (as up to Linux 6.12)."""
+        copy = self._local_copy()
+        return super().is_signaled() if copy is None else copy.is_signaled()
 
     @property
     def status(self) -> int:
-        """0 pending, 1 signalled, or the negative errno it ended with (spec 3.5)."""
-        here = self._here()
-        return super().status if here is None else here.status
+        """0 pending, 1 signaled, or the negative errno that it was signaled with (spec 3.5)."""
+        copy = self._local_copy()
+        return super().status if copy is None else copy.status
 
     def wait(self, timeout: float | None = None, *, interruptible: bool = False) -> float:
-        """Enable signalling, then wait until signalled; as :meth:`DmaFence.wait`."""
-        here = self._here()
-        return (super().wait if here is None else here.wait)(timeout, interruptible=interruptible)
+        """Enable signaling, then wait until the container is signaled, as :meth:`DmaFence.wait` does."""
+        copy = self._local_copy()
+        return (super().wait if copy is None else copy.wait)(timeout, interruptible=interruptible)
 
     def listen(self, call: Callable[[int], object]) -> int | None:
-        here = self._here()
-        return super().listen(call) if here is None else here.listen(call)
+        copy = self._local_copy()
+        return super().listen(call) if copy is None else copy.listen(call)
 
     def remove_callback(self, handle: int) -> bool:
-        """Take a callback back; False when it ran already (spec 3.7)."""
-        if self.owned or self._twin is None:
+        """Remove a callback. Return False if it has already run (spec 3.7)."""
+        if self.owned or self._copied is None:
             return super().remove_callback(handle)
-        return self._twin.remove_callback(handle)
+        return self._copied.remove_callback(handle)
 
 
-def one_domain(members: Sequence[Any], operation: str) -> Domain:
-    """The domain of all of them. Errors: EINVAL none, with a ContractWarning; TypeError no fence; EXDEV several domains."""
+def one_domain(members: Sequence[object], operation: str) -> Domain:
+    """Return the domain that all fences belong to.
+
+    Raises:
+        InvalidError: There are none, with a ``ContractWarning`` (EINVAL).
+        CrossDomainError: They belong to several domains (EXDEV).
+    """
     if not members:
-        contract_warning(f"{operation}: no fences", 3)
-        raise fail(errno.EINVAL, operation, "no fences", "name at least one")
+        contract_warning(f"{operation}: no fences; pass at least one", 3)
+        raise fail(errno.EINVAL, operation, "fences", "pass at least one", what="there are none")
+    domains: list[Domain] = []
     for member in members:
         if not isinstance(member, DmaFence):
             raise TypeError(f"{operation}: a DmaFence is expected, not {type(member).__name__}")
-    domain: Domain = members[0].domain
-    if any(member.domain is not domain for member in members):
-        raise fail(errno.EXDEV, operation, "fences of several domains", "combine the fences of each domain by themselves")
-    return domain
+        domains.append(member.domain)
+    if any(domain is not domains[0] for domain in domains):
+        raise fail(errno.EXDEV, operation, "fences", "combine the fences of each domain separately", what="they belong to several domains")
+    return domains[0]
 
 
 def is_container(fence: DmaFence) -> bool:
-    """Is it an array or a chain, of this process or another? Kernel: dma_fence_is_container."""
+    """Return True for an array or a chain, of this process or another.
+
+    Kernel: dma_fence_is_container.
+    """
     return bool(fence.flags & FF_CONTAINER)

@@ -1,11 +1,10 @@
-"""Fences that have to be asked: what custom fences and containers are built on (spec 3.1, 3.6-3.9)."""
+"""Fences that have to be asked, the base of custom fences and containers (spec 3.1, 3.6-3.9)."""
 
 from __future__ import annotations
 
 import math
 import weakref
 from collections.abc import Callable, Iterable
-from typing import Any
 
 from dmabuf._native import FF_HASTY, Shm
 from dmabuf.core.base.clock import monotonic_deadline
@@ -17,32 +16,32 @@ from dmabuf.domain.local import Local
 
 
 class LazyFence(DmaFence):
-    """A fence that has to be asked: what custom fences and containers are built on."""
+    """A fence that watches nothing until it is enabled, and that may be done before anybody signals it."""
 
-    # Its presence says that nobody has asked yet; deleting it is one step, so one asker enables. No lock: a signal handler or a finaliser
-    # may come to the same fence in the middle of this.
+    # The attribute is there until somebody enables the fence. Deleting it is one step, so only one thread enables. It needs no lock, which
+    # a signal handler or a finalizer that comes to the same fence in the middle would wait for.
     __slots__ = ("_unasked",)
 
     _unasked: bool
 
     def _enable(self) -> bool:
-        """Begin to watch; False: done already."""
+        """Begin to watch. Return False if the work is already done."""
         raise NotImplementedError
 
     def _polled(self) -> bool:
-        """Done, whatever the flag says?"""
+        """Return True if the work is done, whatever the flag says."""
         raise NotImplementedError
 
     def _error(self) -> int:
-        """What it ends with, when it ends by itself."""
+        """Return the error to signal the fence with, when it signals itself."""
         return 0
 
     def _finish(self) -> None:
-        """End it, if nobody else did."""
+        """Signal the fence, unless somebody already did."""
         self.shm.fence_signal(self.handle, self._error(), False)
 
     def enable_signaling(self) -> None:
-        """Ask that the fence will signal by itself: once, and without effect afterwards or in a forked child (spec 3.8)."""
+        """Ask that the fence be signaled by itself (spec 3.8). The first call counts; in a forked child it has no effect."""
         if self.enabled or not self.owned or flagged(self):
             return
         try:
@@ -59,11 +58,14 @@ class LazyFence(DmaFence):
 
     @property
     def enabled(self) -> bool:
-        """Was signalling asked for?"""
+        """Whether signaling was asked for."""
         return not hasattr(self, "_unasked")
 
     def is_signaled(self) -> bool:
-        """True once the fence has ended, or says that it is done; then it is signalled here (spec 3.6). Never enables signalling."""
+        """Return True if the fence is signaled, or says that its work is done, and is then signaled here (spec 3.6).
+
+        Never enables signaling.
+        """
         if flagged(self):
             return True
         if self.owned and self._polled():
@@ -73,14 +75,23 @@ class LazyFence(DmaFence):
 
     @property
     def status(self) -> int:
-        """0 pending, 1 signalled, or the negative errno it ended with; asks as :meth:`is_signaled` does (spec 3.5)."""
+        """0 pending, 1 signaled, or the negative errno that it was signaled with. Asks as :meth:`is_signaled` does (spec 3.5)."""
         self.is_signaled()
         return super().status
 
     def wait(self, timeout: float | None = None, *, interruptible: bool = False) -> float:
-        """Enable signalling, then wait until signalled; the seconds left (> 0; inf for None), 0.0 when timed out (spec 3.9).
+        """Enable signaling, then wait until the fence is signaled (spec 3.9).
 
-        Errors: EINVAL a negative timeout; EINTR a signal, if ``interruptible``.
+        Args:
+            timeout: Seconds; None waits without a limit.
+            interruptible: Let a signal end the wait.
+
+        Returns:
+            The seconds left: more than 0 (inf without a timeout), or 0.0 when the time is over.
+
+        Raises:
+            InvalidError: The timeout is negative (EINVAL).
+            InterruptedWaitError: A signal arrived (EINTR).
         """
         monotonic_deadline(timeout, "wait", self)
         self.enable_signaling()
@@ -90,10 +101,10 @@ class LazyFence(DmaFence):
 class CustomFence(LazyFence):
     """A fence with :class:`FenceOps`; made by ``Timeline.fence(ops=…)``."""
 
-    __slots__ = ("_told", "ops")
+    __slots__ = ("_earliest", "ops")
 
     ops: FenceOps
-    _told: int  # the earliest deadline that the operations know of; 0: none
+    _earliest: int  # the earliest deadline that the operations know of; 0: none
 
     def _enable(self) -> bool:
         return self.ops.enable_signaling(self)
@@ -102,7 +113,7 @@ class CustomFence(LazyFence):
         return type(self.ops).signaled is not FenceOps.signaled and self.ops.signaled(self)
 
     def wait(self, timeout: float | None = None, *, interruptible: bool = False) -> float:
-        """:meth:`LazyFence.wait`, or the fence's own."""
+        """Wait as :meth:`LazyFence.wait` does, or by the operation ``wait``."""
         if not self.waits_itself:
             return super().wait(timeout, interruptible=interruptible)
         monotonic_deadline(timeout, "wait", self)
@@ -112,20 +123,20 @@ class CustomFence(LazyFence):
 
     @property
     def waits_itself(self) -> bool:
-        """Has it, in this process, a wait of its own?"""
+        """Whether it has, in this process, a wait of its own."""
         return self.owned and type(self.ops).wait is not FenceOps.wait
 
     def set_deadline(self, ns: int) -> None:
-        """:meth:`DmaFence.set_deadline`, told to the fence's operations too while it is pending."""
-        told = self.owned and ns >= 0 and not self.is_signaled()
-        if told:  # noted first: what others' deadlines make `heard` look at meanwhile is not this one once more
-            self._told = min(self._told or ns, ns)
+        """Set a deadline as :meth:`DmaFence.set_deadline` does, and tell the operations while the fence is pending."""
+        pending = self.owned and ns >= 0 and not self.is_signaled()
+        if pending:  # noted first, so that `heard`, which another process's deadline may call now, doesn't tell this one again
+            self._earliest = min(self._earliest or ns, ns)
         super().set_deadline(ns)
-        if told and not flagged(self):
+        if pending and not flagged(self):
             self.ops.set_deadline(self, ns)
 
     def publish(self) -> None:
-        """Known elsewhere, so signalling is enabled, and deadlines that other processes set are heard of from now on."""
+        """Enable signaling, and from now on pass on deadlines that other processes set."""
         super().publish()
         if self.owned and self.flags & FF_HASTY and not flagged(self):
             me = weakref.ref(self)
@@ -134,8 +145,8 @@ class CustomFence(LazyFence):
                 fence = me()
                 if fence is not None and not flagged(fence):
                     earliest = fence.deadline
-                    if earliest is not None and (not fence._told or earliest < fence._told):
-                        fence._told = earliest
+                    if earliest is not None and (not fence._earliest or earliest < fence._earliest):
+                        fence._earliest = earliest
                         fence.ops.set_deadline(fence, earliest)
 
             dispatcher(self.domain).hurry(self.handle, heard)
@@ -147,7 +158,7 @@ class CustomFence(LazyFence):
                 local.hurry(self.handle, None)
             try:
                 self.ops.release(self)
-            except Exception as e:  # a finaliser has nobody to raise to
+            except Exception as e:  # a finalizer has no caller to raise to
                 report(e, self.ops.release)
 
 
@@ -155,14 +166,14 @@ class CustomFence(LazyFence):
 CUSTOM: Local[weakref.WeakValueDictionary[int, CustomFence]] = Local(lambda _: weakref.WeakValueDictionary())
 
 
-def custom(ops: Any, domain: Domain) -> tuple[Callable[[Shm, int, bool], CustomFence], int]:
-    """(what makes fences with these operations, flags for their slot). Errors: TypeError no :class:`FenceOps`."""
+def custom(ops: object, domain: Domain) -> tuple[Callable[[Shm, int, bool], CustomFence], int]:
+    """Return what makes fences with these operations, and the flags for their slots. Raises TypeError if ``ops`` isn't a FenceOps."""
     if not isinstance(ops, FenceOps):
         raise TypeError(f"fence: ops is a dmabuf.FenceOps, not {type(ops).__name__}")
 
     def make(shm: Shm, handle: int, owned: bool) -> CustomFence:
         fence = CustomFence(shm, handle, owned)
-        fence.ops, fence._unasked, fence._told = ops, True, 0
+        fence.ops, fence._unasked, fence._earliest = ops, True, 0
         CUSTOM.of(domain)[handle] = fence
         return fence
 
@@ -175,7 +186,7 @@ def asks(domain: Domain) -> bool:
 
 
 def ask(domain: Domain, handles: Iterable[int]) -> None:
-    """Poll those of the fences that are this process's own and have operations: they may be done though nobody signaled them.
+    """Poll the fences among ``handles`` that this process made with operations: they may be done though nobody signaled them.
 
     Cheap where there are none. Every place that reads slots alone may ask first.
     """
@@ -188,7 +199,7 @@ def ask(domain: Domain, handles: Iterable[int]) -> None:
 
 
 def with_own_wait(domain: Domain, handle: int) -> CustomFence | None:
-    """Return the fence with this handle if it is this process's own and waits by itself, else None."""
+    """Return the fence with this handle if this process made it with a wait of its own, else None."""
     known = CUSTOM.peek(domain)
     fence = known.get(handle) if known else None
     return fence if fence is not None and fence.waits_itself else None

@@ -1,23 +1,23 @@
-"""``FenceOps``: fences with behaviour of their own, and what containers share with them (spec 3.1, 3.6-3.9).
+"""``FenceOps``: the operations of a fence with behavior of its own (spec 3.1, 3.6-3.9).
 
-``Timeline.fence(ops=…)`` makes one. Every operation is optional, and belongs to the process that made the fence:
+``Timeline.fence(ops=…)`` makes one. Every operation is optional, and runs in the process that made the fence:
 
 ====================  ========================================================================================================
-``enable_signaling``  called once, before the first wait, callback or await, and when the fence becomes known elsewhere (added to a
-                      reservation object, sent): see to it that it will be signalled. False: it is done already, or can't be
-                      enabled; the fence is signalled at once, with the error that ``set_error`` has set
-``signaled``          is it done, though nobody signalled it? Asked by ``is_signaled``, ``status`` and ``describe``; once True, always
-                      True. It never enables anything, so a fence may report only after it was enabled
+``enable_signaling``  called once: before the first wait, callback or await, or before the fence becomes known to other processes
+                      (added to a reservation object, sent). See to it that the fence will be signaled. False: it is done, or can't
+                      be enabled; the fence is then signaled at once, with the error that ``set_error`` has set
+``signaled``          is the work done, though nobody signaled the fence? ``is_signaled``, ``status`` and ``describe`` ask. Once
+                      True, always True. It never enables anything, so a fence may answer True only after it was enabled
 ``wait``              a wait of its own instead of the futex
-``set_deadline``      a hint that somebody wants it by then; any number of times. Of other processes' hints it hears the earliest,
-                      in the dispatcher's thread, once the fence is known to them
+``set_deadline``      a hint that somebody wants the fence by a time; called any number of times. Of other processes' hints it gets
+                      the earliest, in the dispatcher's thread, once the fence is known to them
 ``release``           the last reference is gone
 ====================  ========================================================================================================
 
-So there are two notions of "signalled": ``add_callback`` and waits go by the flag alone, ``is_signaled`` and ``status`` also ask
-``signaled`` and, on True, signal the fence. Other processes see the flag: they wait for the fence's slot, and nothing of this calls
-across. Operations are called without any lock of the package held; they may be called by any thread. In a forked child a fence made
-before is another process's: its operations are not called.
+So "signaled" means two things. ``add_callback`` and waits use the flag alone; ``is_signaled`` and ``status`` also ask ``signaled``, and
+signal the fence if the answer is True. Other processes see the flag only: they wait for the fence's slot and call no operation. The
+package holds no lock of its own while it calls an operation, and any thread may make the call. In a forked child a fence that was made
+before the fork belongs to the parent: its operations are not called.
 """
 
 from __future__ import annotations
@@ -26,34 +26,48 @@ from dmabuf.core.fence.fence import DmaFence
 
 
 class FenceOps:
-    """The operations of a custom fence; override those that it needs. Kernel: dma_fence_ops."""
+    """The operations of a custom fence. Override those that it needs.
+
+    Kernel: dma_fence_ops.
+    """
 
     def enable_signaling(self, fence: DmaFence) -> bool:
-        """Optional. See to it that the fence will be signalled; False: it is done, or can't be. Called at most once, and must not wait.
+        """See to it that the fence will be signaled. Optional. Called at most once, and must not wait.
+
+        Returns:
+            False if the work is done, or can't be enabled.
 
         Kernel: dma_fence_ops.enable_signaling.
         """
         return True
 
     def signaled(self, fence: DmaFence) -> bool:
-        """Optional. Is it done? May set the error just before the first True. Kernel: dma_fence_ops.signaled."""
+        """Return True if the work is done. Optional. May set the error just before the first True.
+
+        Kernel: dma_fence_ops.signaled.
+        """
         raise NotImplementedError
 
     def wait(self, fence: DmaFence, interruptible: bool, timeout: float | None) -> float:
-        """Optional. Wait at most ``timeout`` seconds (None: for ever); the seconds left (> 0), or 0.0 when the time is over.
+        """Wait at most ``timeout`` seconds, None for no limit. Optional.
+
+        Returns:
+            The seconds left, more than 0, or 0.0 when the time is over.
 
         Kernel: dma_fence_ops.wait.
         """
         raise NotImplementedError
 
     def set_deadline(self, fence: DmaFence, ns: int) -> None:
-        """Optional. Somebody would like the fence to be signalled by this CLOCK_MONOTONIC time, in ns.
+        """Take the hint that somebody wants the fence by this CLOCK_MONOTONIC time in ns. Optional.
 
         Kernel: dma_fence_ops.set_deadline.
         """
 
     def release(self, fence: DmaFence) -> None:
-        """Optional. Nobody here has the fence any more. Called in whichever thread let go of it last: take no lock.
+        """Free what belongs to the fence, which this process no longer references. Optional.
+
+        Runs in whichever thread dropped the last reference, so it must take no lock.
 
         Kernel: dma_fence_ops.release.
         """

@@ -1,4 +1,4 @@
-"""``stub_fence`` and ``private_stub``: fences that were signalled from the start (spec 3.13)."""
+"""``stub_fence`` and ``private_stub``: fences that were signaled from the start (spec 3.13)."""
 
 from __future__ import annotations
 
@@ -13,20 +13,37 @@ _STUB: Local[DmaFence] = Local(lambda domain: private_stub(0, domain=domain))
 
 
 def stub_fence(*, domain: Domain | None = None) -> DmaFence:
-    """The fence that was always signalled: context 0, seqno 0, names "stub"; one a process. Kernel: dma_fence_get_stub."""
+    """Return the fence that was always signaled: context 0, seqno 0, names "stub". A process has one in each domain.
+
+    Args:
+        domain: The domain; None means the user's default domain.
+
+    Raises:
+        NoSpaceError: The domain is full (ENOSPC).
+
+    Kernel: dma_fence_get_stub.
+    """
     domain = domain or Domain.default()
     domain.join()
     return _STUB.of(domain)
 
 
 def private_stub(timestamp: int, *, error: int = 0, domain: Domain | None = None) -> DmaFence:
-    """A new signalled fence with this time of signalling, CLOCK_MONOTONIC ns, 0 for now.
+    """Return a new signaled fence.
 
-    ``error``: the negative errno that it ended with. Errors: EINVAL a negative time; ENOSPC the domain is full.
+    Args:
+        timestamp: When it was signaled, in CLOCK_MONOTONIC ns; 0 for now.
+        error: The negative errno that it was signaled with, or 0.
+        domain: The domain; None means the user's default domain.
+
+    Raises:
+        InvalidError: The time is negative (EINVAL).
+        NoSpaceError: The domain is full (ENOSPC).
+
     Kernel: dma_fence_allocate_private_stub.
     """
     if timestamp < 0:
-        raise fail(errno.EINVAL, "private_stub", f"timestamp {timestamp}", "a timestamp is CLOCK_MONOTONIC nanoseconds")
+        raise fail(errno.EINVAL, "private_stub", f"timestamp {timestamp}", "pass CLOCK_MONOTONIC ns, or 0 for now", what="it is negative")
     domain = domain or Domain.default()
     shm = domain.join()
     handle = shm.fence_alloc(unbound_timeline(domain, "stub"), 0, 0, 0, 0, 0)

@@ -24,7 +24,7 @@ NAME_BYTES = 63
 
 @dataclass(frozen=True)
 class TimelineStatistics:
-    """What a timeline says of itself. ``seqno``: of the newest fence; ``pending``: how many are not signalled."""
+    """A snapshot of a timeline. ``seqno``: of the newest fence; ``pending``: how many are not signaled."""
 
     driver: str
     name: str
@@ -35,13 +35,20 @@ class TimelineStatistics:
 
 
 class Timeline:
-    """A fence context of this process: makes fences with rising numbers, and ends them (spec 3.2, 3.10).
+    """A fence context of this process: makes fences with rising numbers, and signals them (spec 3.2, 3.10).
 
-    ``name``, ``driver``: at most 63 bytes, shown by ``describe`` and ``dmabuf ls``. ``close()`` (or leaving the ``with`` block) ends what
-    is pending with ``-ENOENT``. Fences keep their timeline. In a forked child it is inert. ``seqno64=False``: its numbers have 32 bits and
-    wrap, as those of most drivers and of sw_sync (spec 3.10).
+    ``close()``, or the end of a ``with`` block, signals the pending fences with ``-ENOENT``. A fence keeps its timeline alive. In a forked
+    child the timeline has no effect.
 
-    Errors: EINVAL a name that is too long or has a NUL; ENOSPC the domain is full.
+    Args:
+        name: At most 63 bytes, which ``describe`` and ``dmabuf ls`` show.
+        driver: At most 63 bytes, likewise.
+        seqno64: False for numbers of 32 bits that wrap, as most drivers and sw_sync have them (spec 3.10).
+        domain: The domain to make it in; None means the user's default domain.
+
+    Raises:
+        InvalidError: A name is too long or has a NUL (EINVAL).
+        NoSpaceError: The domain is full (ENOSPC).
 
     Kernel: dma_fence_context_alloc, dma_fence_ops.use_64bit_seqno as seqno64.
     """
@@ -61,7 +68,7 @@ class Timeline:
         self._life = self.domain.shm.life
         self._shm = self.domain.shm
         self._seqno = 0  # of the newest fence
-        self._numbers = itertools.count(1)  # the next one is taken in one step, whatever comes in between
+        self._numbers = itertools.count(1)  # taking the next one is one step, whatever interrupts it
         self._flags = FF_SEQNO64 if seqno64 else 0
         self._pending: weakref.WeakValueDictionary[int, DmaFence] = weakref.WeakValueDictionary()
         self.closed = False
@@ -70,13 +77,22 @@ class Timeline:
         return f"<dmabuf.Timeline {self.name!r} context {self.context} seqno {self._seqno}{' closed' if self.closed else ''}>"
 
     def fence(self, *, seqno: int | None = None, ops: FenceOps | None = None) -> DmaFence:
-        """The next fence. ``seqno``: its number, instead of one more than the newest; ``ops``: its behaviour (:class:`FenceOps`).
+        """Make the next fence.
 
-        Errors: EPERM in a forked child; EBADF when closed; EINVAL a number that the timeline has no room for; ENOSPC when every fence of
-        the domain is in use. Kernel: dma_fence_init, dma_fence.ops as ops.
+        Args:
+            seqno: Its number; None for one more than the newest.
+            ops: Its behavior (:class:`FenceOps`); None for a plain fence.
+
+        Raises:
+            NotPermittedError: The timeline was made before a fork, in the parent (EPERM).
+            ClosedError: The timeline is closed (EBADF).
+            InvalidError: The timeline's numbers don't go that far (EINVAL).
+            NoSpaceError: Every fence of the domain is in use (ENOSPC).
+
+        Kernel: dma_fence_init, dma_fence.ops as ops.
         """
         if inherited(self):
-            raise fail(errno.EPERM, "fence", self, "what a fork inherits is inert in the child: make a timeline in this process")
+            raise fail(errno.EPERM, "fence", self, "make a timeline in this process", what="it belongs to the parent process")
         if self.closed:
             raise fail(errno.EBADF, "fence", self, "make a new timeline", what="the timeline is closed")
         kind: Callable[[Shm, int, bool], DmaFence] = DmaFence
@@ -96,17 +112,17 @@ class Timeline:
         if given is None:
             return next(self._numbers) & top
         if not 0 <= operator.index(given) <= top:
-            raise fail(errno.EINVAL, "fence", self, f"a seqno of this timeline is 0 to {top}")
+            raise fail(errno.EINVAL, "fence", self, f"pass 0 to {top}", what=f"its numbers don't go to {given}")
         self._numbers = itertools.count(given + 1)
         return operator.index(given)
 
     def pending(self) -> Sequence[DmaFence]:
-        """The fences that are not signalled, lowest number first."""
+        """Return the fences that are not signaled, lowest number first."""
         known = (ref() for ref in self._pending.valuerefs())  # a list made in one step: other threads may add
         return sorted((fence for fence in known if fence is not None and not flagged(fence)), key=lambda fence: fence.seqno)
 
     def close(self) -> None:
-        """End what is pending with ``-ENOENT``. Again, or in a forked child: nothing."""
+        """Signal the pending fences with ``-ENOENT``. Closing twice, or in a forked child, has no effect."""
         if self.closed or inherited(self):
             return
         self.closed = True
@@ -115,7 +131,7 @@ class Timeline:
         self.domain.timeline_close(self._index, self._life)
 
     def statistics(self) -> TimelineStatistics:
-        """A snapshot for programs."""
+        """Return a snapshot for programs."""
         return TimelineStatistics(self.driver, self.name, self.context, self._seqno, len(self.pending()), self.closed)
 
     def __enter__(self) -> Self:
@@ -125,9 +141,12 @@ class Timeline:
         self.close()
 
     def __del__(self) -> None:
-        # Fences keep their timeline, so nothing is pending here; what is left is to give the slot back.
+        # Fences keep their timeline, so none is pending here, and only the slot is left to free.
         if hasattr(self, "closed") and not sys.is_finalizing():
             self.close()
+
+
+# ---- for the package ----
 
 
 def slot_of(timeline: Timeline) -> int:
@@ -143,5 +162,6 @@ def inherited(timeline: Timeline) -> bool:
 def _checked(name: str | bytes, what: str) -> str:
     raw = os.fsencode(name)
     if len(raw) > NAME_BYTES or b"\0" in raw:
-        raise fail(errno.EINVAL, "timeline", f"{what} {name!r}", f"at most {NAME_BYTES} bytes, without a NUL")
+        wrong = "it has a NUL" if b"\0" in raw else f"it has {len(raw)} bytes"
+        raise fail(errno.EINVAL, "timeline", f"{what} {name!r}", f"use at most {NAME_BYTES} bytes, without a NUL", what=wrong)
     return os.fsdecode(raw)

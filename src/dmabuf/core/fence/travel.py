@@ -1,15 +1,15 @@
 """How a container travels to another process: as its structure, over the same plain fences.
 
-A plain or custom fence travels by its handle, because its slot says all. A container's slot is ended by callbacks in the process that made
-it, and would end with that process. So what is sent of an array or a chain is what it is made of, and the receiver makes a container of its
-own over the same members, with the same numbers: it keeps working after its maker's death, as long as the owners of the members live.
+A plain or custom fence travels by its handle, because its slot holds all of its state. A container's slot is signaled by callbacks in the
+process that made it, and would fail with that process. So a message has what an array or a chain is made of, and the receiver makes a
+container of its own over the same members, with the same numbers. It works after its maker's death, as long as the members' owners live.
 
-- An array arrives with all its members. A chain arrives with the points that had not signalled, and with what stood before them.
-- A container that had signalled arrives signalled, with its error and time; one that was enabled arrives enabled, others stay lazy.
-- Custom fences inside are enabled when they are sent, as any fence that becomes known elsewhere.
+- An array arrives with all its members. A chain arrives with the points that were not signaled, and with what stood before them.
+- A signaled container arrives signaled, with its error and time. An enabled one arrives enabled, and others stay lazy.
+- Custom fences inside are enabled when they are sent, like any fence that becomes known to other processes.
 
-The bytes are records of 40 in prefix order, native byte order: a fence; an array and then its members; a chain and then its points, oldest
-first, each followed by the fence that it contains. They come from a process of the same user; nonsense raises ValueError.
+The bytes are records of 40 bytes in prefix order and native byte order: a fence; an array and then its members; a chain and then its
+points, oldest first, each followed by the fence that it contains. They come from a process of the same user. Nonsense raises ValueError.
 """
 
 from __future__ import annotations
@@ -28,25 +28,30 @@ from dmabuf.domain.domain import Domain
 _RECORD: Final = struct.Struct("=BBHiQQQQ")
 _LEAF, _ARRAY, _CHAIN, _POINT = range(4)
 _ANY, _ENABLED, _SIGNALED, _BEFORE = 1, 2, 4, 8
-_DEEPEST: Final = 16  # containers inside of containers, which nobody should make
+_DEEPEST: Final = 16  # containers inside of containers, which no program should make
 
 
 def pack(fence: DmaFence) -> bytes | None:
-    """What to send of a container; None for a fence that travels by its handle."""
+    """Return the bytes to send for a container, None for a fence that travels by its handle."""
     return b"".join(_packed(fence)) if isinstance(fence, DmaFenceArray | DmaFenceChain) else None
 
 
 def unpack(domain: Domain, data: bytes) -> DmaFence:
-    """The container that :func:`pack` packed, made anew. Errors: ValueError nonsense; ENOSPC the domain is full."""
+    """Make the container that :func:`pack` packed.
+
+    Raises:
+        ValueError: The bytes are nonsense.
+        NoSpaceError: The domain is full (ENOSPC).
+    """
     if not data or len(data) % _RECORD.size:
-        raise ValueError(f"{len(data)} bytes are no fence container")
+        raise ValueError(f"{len(data)} bytes are not a fence container")
     records = _RECORD.iter_unpack(data)
     try:
         fence = _unpacked(domain, records, len(data) // _RECORD.size, 0)
     except StopIteration:
-        raise ValueError("a fence container that ends too early") from None
+        raise ValueError("a fence container ends too early") from None
     if next(records, None) is not None or not isinstance(fence, DmaFenceArray | DmaFenceChain):
-        raise ValueError("a fence container that goes on after its end")
+        raise ValueError("a fence container continues after its end")
     return fence
 
 
@@ -68,7 +73,7 @@ def _packed(fence: DmaFence) -> Iterator[bytes]:
             yield from _packed(point.fence)
     else:
         fence.publish()
-        fence.shm.fence_mark(fence.handle, "shared", 1)  # to drop it unsignalled from now on hurts somebody
+        fence.shm.fence_mark(fence.handle, "shared", 1)  # from now on a drop of the pending fence is an error to others
         yield _RECORD.pack(_LEAF, 0, 0, fence.timeline_index, fence.handle, fence.context, fence.seqno, 0)
 
 
@@ -79,7 +84,7 @@ def _state(fence: LazyFence) -> int:
 def _unpacked(domain: Domain, records: Iterator[tuple[int, ...]], most: int, depth: int) -> DmaFence:
     kind, flags, _, number, first, context, seqno, timestamp = next(records)
     if depth > _DEEPEST:
-        raise ValueError("containers inside of containers without end")
+        raise ValueError(f"containers are nested deeper than {_DEEPEST}")
     if kind == _LEAF:
         return wrap(domain, first & 0xFFFFFFFFFFFFFFFF, (context, seqno, number & 0xFFFFFFFF))
     if kind not in (_ARRAY, _CHAIN) or not 1 <= first <= most:

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Iterator
 
 from dmabuf.core.fence.array import DmaFenceArray
-from dmabuf.core.fence.chain import contained, walk
+from dmabuf.core.fence.chain import DmaFenceChain, contained, walk
 from dmabuf.core.fence.container import one_domain
 from dmabuf.core.fence.fence import DmaFence
 from dmabuf.core.fence.stub import private_stub
@@ -15,36 +15,53 @@ from dmabuf.domain.domain import Domain
 
 
 def unwrap(fence: DmaFence | None) -> Iterator[DmaFence]:
-    """The plain fences in a chain of arrays, newest point first; a plain fence yields itself, None nothing.
+    """Yield the plain fences in a chain of arrays, newest point first. A plain fence yields itself, and None yields nothing.
 
-    Signalled ones too, but for points of a chain that have been unlinked.
+    Signaled fences are among them, except points of a chain that were unlinked.
 
     Kernel: dma_fence_unwrap_for_each, dma_fence_unwrap_first, dma_fence_unwrap_next.
     """
-    here = fence
-    while here is not None:
-        inside = contained(here)
+    point = fence
+    while point is not None:
+        inside = contained(point)
         if isinstance(inside, DmaFenceArray):
             yield from inside.fences
         else:
             yield inside
-        here = walk(here)
+        point = walk(point)
+
+
+def leaves_of(fence: DmaFence) -> tuple[DmaFence, ...]:
+    """Return the fences that must all be signaled: the plain ones, or a container that may be signaled before them."""
+    points = fence if isinstance(fence, DmaFenceChain) else (fence,)
+    if any(isinstance(inside, DmaFenceArray) and inside.signal_on_any for inside in map(contained, points)):
+        return (fence,)
+    return tuple(unwrap(fence))
 
 
 def merge(*fences: DmaFence, domain: Domain | None = None) -> DmaFence:
-    """One fence that is signalled when all of them are.
+    """Return one fence that is signaled when all of the fences are.
 
-    Containers are taken apart and signalled fences left out. Nothing pending: a private stub with the latest time of signalling; one
-    fence pending: that fence; else an array with a fresh context. ``domain``: of a stub for no fences at all.
+    Containers are taken apart, and signaled fences left out. The inputs are merged by the order of their contexts, and where two come to
+    the same context at once, only the later one is kept. So duplicates go if each input is ordered by context, as results of merge() are;
+    Linux 6.13 and later always drop them.
 
-    The inputs are merged by the order of their contexts, and where two come to the same context at once only the later one is kept. So
-    duplicates are dropped if each input is ordered by context, which results of merge() are; Linux 6.13 and later drop them always.
+    Args:
+        fences: Fences of one domain.
+        domain: Where to make the stub if there are no fences; None means the user's default domain.
 
-    Errors: EXDEV fences of several domains; ENOSPC the domain is full. Kernel: dma_fence_unwrap_merge.
+    Returns:
+        The only pending fence, an array with a fresh context for several, or a private stub with the latest time of a signal for none.
+
+    Raises:
+        CrossDomainError: The fences belong to several domains (EXDEV).
+        NoSpaceError: The domain is full (ENOSPC).
+
+    Kernel: dma_fence_unwrap_merge.
     """
     if not fences:
         return private_stub(0, domain=domain)
-    home = one_domain(fences, "merge")
+    common = one_domain(fences, "merge")
     pending, latest = 0, 0
     for leaf in itertools.chain.from_iterable(map(unwrap, fences)):
         if leaf.is_signaled():
@@ -52,10 +69,10 @@ def merge(*fences: DmaFence, domain: Domain | None = None) -> DmaFence:
         else:
             pending += 1
     if not pending:
-        return private_stub(latest, domain=home)
+        return private_stub(latest, domain=common)
     found = _merged([unwrap(fence) for fence in fences])
-    if not found:  # the last ones signalled while we looked
-        return private_stub(0, domain=home)
+    if not found:  # the last ones were signaled meanwhile
+        return private_stub(0, domain=common)
     return found[0] if len(found) == 1 else DmaFenceArray(found)
 
 

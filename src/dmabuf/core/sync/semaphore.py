@@ -28,10 +28,11 @@ from dmabuf.core.base.clock import monotonic_deadline, seconds_left
 from dmabuf.core.fence.array import DmaFenceArray
 from dmabuf.core.fence.fence import DmaFence, flagged, unbound_timeline, wrap
 from dmabuf.core.fence.stub import private_stub
+from dmabuf.core.fence.unwrap import leaves_of
 from dmabuf.core.fence.wait_any import wait_any
 from dmabuf.core.sync.semaphore_state import EMPTY, TIMELINE, Leaf, State, added, leaves_at, packed, settled, unpacked
 from dmabuf.core.sync.shared_object import SharedObject
-from dmabuf.core.sync.sync_file import SyncFile, leaves_of
+from dmabuf.core.sync.sync_file import SyncFile
 from dmabuf.domain.dispatcher import report
 from dmabuf.domain.domain import Domain
 from dmabuf.domain.local import Local

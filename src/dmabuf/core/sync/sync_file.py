@@ -32,11 +32,10 @@ from typing import Any, Self
 from dmabuf._native import FF_ANYBODY, Shm
 from dmabuf.core.base.closing import Closing
 from dmabuf.core.fence.array import DmaFenceArray
-from dmabuf.core.fence.chain import DmaFenceChain, contained
 from dmabuf.core.fence.container import is_container
 from dmabuf.core.fence.fence import DmaFence, flagged, wrap
 from dmabuf.core.fence.stub import private_stub
-from dmabuf.core.fence.unwrap import merge, unwrap
+from dmabuf.core.fence.unwrap import leaves_of, merge
 from dmabuf.core.sync import kernel_fences as kernel_sync
 from dmabuf.domain import sync_files
 from dmabuf.domain.domain import Domain, known
@@ -488,14 +487,6 @@ def _readable(fd: int) -> bool:
     asked = select.poll()
     asked.register(fd, select.POLLIN)
     return bool(asked.poll(0))
-
-
-def leaves_of(fence: DmaFence) -> tuple[DmaFence, ...]:
-    """The fences that all must end: the plain ones in it, or a container whose own end can come before theirs."""
-    points = fence if isinstance(fence, DmaFenceChain) else (fence,)
-    if any(isinstance(inside, DmaFenceArray) and inside.signal_on_any for inside in map(contained, points)):
-        return (fence,)
-    return tuple(unwrap(fence))
 
 
 def _generated(fence: DmaFence) -> bytes:
