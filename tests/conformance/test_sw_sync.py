@@ -389,7 +389,7 @@ def test_a_fence_that_ended_well_is_not_taken_for_a_failed_one_of_the_same_value
     with SwSync(domain=domain) as timeline:
         timeline.create_fence(5).close()  # nobody has it: it ends with -ENOENT
         with timeline.create_fence(5) as second:
-            (old,) = second.facts().leaves
+            (old,) = second.record().leaves
             timeline.inc(5)
         with dmabuf.Timeline("others", domain=domain) as others:
             while shm.fence_info(old.handle) is not None:  # until its slot is used again

@@ -152,7 +152,7 @@ def test_two_who_go_on_at_once_ring_once(step: str) -> None:
         there.close()
         assert other.run_to(step)
         (fd,) = socket.recv_fds(here, 1, 1)[1]
-        dmabuf.Domain.default().ring_all()
+        dmabuf.Domain.default().sync_directory.wake_all(dmabuf.Domain.default().shm)
         assert readable(fd) is (step != "sync_moved")
         other.go_on()
         other.release()

@@ -238,8 +238,8 @@ def test_what_can_not_be_rung_yet_keeps_nobody_else_waiting() -> None:
         two.set()
         return True
 
-    domain.later(first)
-    domain.later(second)
+    domain.retries.later(first)
+    domain.retries.later(second)
     one.wait()
 
 

@@ -90,7 +90,7 @@ def test_what_can_not_be_rung_yet_is_rung_at_a_tick(domain: Domain) -> None:
         return True
 
     with no_threads():
-        domain.later(ring)
+        domain.retries.later(ring)
     with dmabuf.Timeline("never", domain=domain) as line:
         fence = line.fence()
         while not rung.is_set():

@@ -12,18 +12,19 @@ import errno
 import fcntl
 import os
 import sys
-import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
 from dmabuf import _native
 from dmabuf._native import Shm
-from dmabuf.domain import lives, place, sync_files
+from dmabuf.domain import lives, place
 from dmabuf.domain.forks import fork_lock
 from dmabuf.domain.hooks import Hooks
+from dmabuf.domain.retries import Retries
+from dmabuf.domain.sync_directory import SyncDirectory
 from dmabuf.errors import fail, needing_descriptors
 
 TICK_NS: Final = 40_000_000
@@ -55,8 +56,9 @@ class Domain:
         self.leave_hooks: Hooks[[]] = Hooks("leave")
         self._free_ctx: list[int] = []
         self._free_timelines: list[int] = []
-        self._unrung: list[Callable[[], bool]] = []  # what rings sync files that could not be rung yet
-        self._ringing = False  # in a thread of theirs
+        self.sync_directory = SyncDirectory(path)
+        me = weakref.ref(self)
+        self.retries = Retries(lambda: domain.shm.life if (domain := me()) is not None else 0, TICK_NS / 1e9)
         # What the layers above keep for this domain in this process (domain/local.py); thrown away after a fork.
         self.local: dict[object, Any] = {}
         self._wire(shm)
@@ -135,9 +137,9 @@ class Domain:
 
         def on_sync(handle: int) -> bool:
             domain = me()
-            if domain is None or domain._ring(handle):
+            if domain is None or domain.sync_directory.wake(domain.shm, handle):
                 return True
-            domain.later(lambda: domain._ring(handle))
+            domain.retries.later(lambda: domain.sync_directory.wake(domain.shm, handle))
             return False
 
         shm.tick, shm.on_sync = tick, on_sync
@@ -190,7 +192,8 @@ class Domain:
     def _forget(self) -> None:
         """After a fork: what the parent owned is the parent's."""
         self._life = None
-        self._free_ctx, self._free_timelines, self._unrung, self._ringing = [], [], [], False
+        self._free_ctx, self._free_timelines = [], []
+        self.retries.reset()
         self.reset_hooks()
         self.leave_hooks.clear()  # of the parent's life
         self.local.clear()
@@ -208,7 +211,7 @@ class Domain:
             with place.door(self.shm.fd):
                 if hooked:
                     self.forget_socket(life.id)
-                self.tidy()
+                self.sync_directory.tidy()
                 life.leave()
                 if not place.inhabited(self.shm.fd):
                     try:
@@ -268,14 +271,12 @@ class Domain:
             if kind == _native.TICK_CHECK:  # value: a life that is about to be yielded to
                 index = lives.index_of(value)
                 if value != self.shm.life and not lives.breathes(self.shm.fd, index) and lives.reap(self.shm, index, self.forget_socket):
-                    self.ring_all()
+                    self.sync_directory.wake_all(self.shm)
                 return
             self.sweep_if_due()
             if kind == _native.TICK_POLL:
                 return
-        if self._unrung and not self._ringing:
-            with self.lock:
-                self._ring_aside()
+        self.retries.check()
         self.tick_hooks(kind, value)
 
     def sweep_if_due(self) -> None:
@@ -293,13 +294,13 @@ class Domain:
         mine = lives.index_of(shm.life) if shm.life else -1
         count = sum(lives.reap(shm, i, self.forget_socket) for i in lives.alive_slots(shm) if i != mine and not lives.breathes(shm.fd, i))
         if count:
-            self.ring_all()
+            self.sync_directory.wake_all(self.shm)
         return count
 
     def sweep(self) -> None:
         """Look after everything that nobody waits for: the dead, and records of buffers that are gone."""
         self.reap_dead()
-        self.tidy()
+        self.sync_directory.tidy()
         self.sweep_hooks()
 
     def pid_of(self, life: int) -> int:
@@ -307,82 +308,6 @@ class Domain:
         if not self.shm.life_current(life):
             return 0
         return self.shm.load32(lives.slot_offset(lives.index_of(life)) + _native.LIFE_PID)
-
-    # ---- descriptors of sync files ----
-
-    @contextlib.contextmanager
-    def directory(self) -> Iterator[int | None]:
-        """A descriptor of the domain's directory; None for a private domain."""
-        if self.path is None:
-            yield None
-            return
-        fd = place.open_directory(self.path, make=False)
-        try:
-            yield fd
-        finally:
-            os.close(fd)
-
-    def _ring(self, handle: int) -> bool:
-        """A fence that sync files wait for has ended; False when that must be done again."""
-        try:
-            with self.directory() as directory:
-                for name in [] if directory is None else sync_files.waiting_for(handle, directory):
-                    sync_files.go_on(self.shm, name, directory or 0)
-        except FileNotFoundError:
-            pass  # the directory is gone, and every name in it
-        except OSError:  # no descriptor is free for a moment
-            return False
-        return True
-
-    def later(self, ring: Callable[[], bool]) -> None:
-        """Ring again until it succeeds, a tick apart, in a thread: whoever waits for the descriptor is not to wait for ever."""
-        with self.lock:
-            self._unrung.append(ring)
-            self._ring_aside()
-
-    def _ring_aside(self) -> None:
-        """Have a thread for what is to be rung again. The lock is held."""
-        if self._unrung and not self._ringing:
-            self._ringing = True
-            try:
-                threading.Thread(target=self._ring_again, name="dmabuf-ring", daemon=True).start()
-            except RuntimeError:  # none can be started: the next tick tries again
-                self._ringing = False
-
-    def _ring_again(self) -> None:
-        pause, life = threading.Event(), self.shm.life
-        while self.shm.life == life:
-            pause.wait(TICK_NS / 1e9)
-            rung = [ring for ring in list(self._unrung) if ring()]
-            with self.lock:
-                self._unrung = [ring for ring in self._unrung if ring not in rung]
-                if not self._unrung:
-                    self._ringing = False
-                    return  # decided under the lock: whoever comes after this starts another thread
-        with self.lock:  # this process has left the domain, and perhaps come again
-            self._ringing = False
-            if self.shm.life:
-                self._ring_aside()
-
-    def ring_all(self) -> bool:
-        """After a death: whatever the dead had begun to ring is rung, and what nobody holds is removed. False: not all of it could be."""
-        done = True
-        try:
-            with self.directory() as directory:
-                for name in [] if directory is None else sync_files.waiting(directory):
-                    sync_files.go_on(self.shm, name, directory or 0)
-        except FileNotFoundError:
-            pass  # the directory is gone, and every name in it
-        except OSError:
-            done = False
-        self.tidy()
-        return done
-
-    def tidy(self) -> None:
-        """Remove the names of sync files whose descriptors are all closed."""
-        with contextlib.suppress(OSError), self.directory() as directory:
-            if directory is not None:
-                sync_files.tidy(directory)
 
     # ---- pools of this life ----
 

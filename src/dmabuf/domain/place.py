@@ -200,7 +200,7 @@ def replace_file(directory: int, identity: bytes) -> None:
 
     What the dead left beside it goes first, because a fresh file looks as if there were nothing left to do.
     """
-    sync_files.end_all(directory)
+    sync_files.make_all_readable(directory)
     for name in os.listdir(directory):
         if name.startswith(SOCKET):
             os.unlink(name, dir_fd=directory)

@@ -9,15 +9,15 @@ In the directory a sync file has up to three names:
 
 ====================  =====================================================================================
 ``STEM.sock``         the socket
-``STEM.HANDLE``       its facts (:class:`Facts`); the fence of this handle is the one that is being waited for
-``STEM.done``         its facts with the results: all fences have ended
+``STEM.HANDLE``       its record (:class:`SyncFileRecord`); the fence of this handle is the one that is being waited for
+``STEM.done``         its record with the results: all fences have ended
 ====================  =====================================================================================
 
 One pending fence at a time is waited for, as the kernel does with chains: its slot has the mark "sync", and who ends it (its owner, or
 who reaps the owner) finds ``*.HANDLE``, marks the next pending fence and renames, or rings. The mark is cleared last, so a death in
 the middle leaves the duty to the next reaper, who looks at every name. ``STEM.sock`` is made first and removed last.
 
-In a private domain, which has no directory, the socket has an abstract name and the facts travel with the sync file alone; there the
+In a private domain, which has no directory, the socket has an abstract name and the record travel with the sync file alone; there the
 living who have the ``SyncFile`` ring. Abstract names are open to every user of the machine: one who connects makes such a descriptor
 readable early (``wait`` and ``status`` look at the fences and are not deceived).
 """
@@ -58,7 +58,7 @@ class Leaf(NamedTuple):
     name: bytes = b""
 
 
-class Facts(NamedTuple):
+class SyncFileRecord(NamedTuple):
     """What a sync file is, in every process."""
 
     name: bytes
@@ -69,8 +69,8 @@ class Facts(NamedTuple):
         return head + b"".join(_LEAF.pack(*leaf) for leaf in self.leaves)
 
     @classmethod
-    def unpack(cls, data: bytes) -> Facts:
-        """Errors: EUCLEAN what is no facts."""
+    def unpack(cls, data: bytes) -> SyncFileRecord:
+        """Errors: EUCLEAN what is no record."""
         if len(data) < _HEAD.size or not data.startswith(_MAGIC):
             raise _nonsense(f"{len(data)} bytes that do not begin like one")
         _, name, count = _HEAD.unpack_from(data)
@@ -86,11 +86,11 @@ class Facts(NamedTuple):
 
 
 def _nonsense(what: str) -> OSError:
-    return fail(errno.EUCLEAN, "look up", "a sync file", "the domain's directory was changed from outside", what=f"its facts are {what}")
+    return fail(errno.EUCLEAN, "look up", "a sync file", "the domain's directory was changed from outside", what=f"its record are {what}")
 
 
-def settled(shm: Shm, facts: Facts) -> Facts:
-    """The facts with what every ended fence ended with."""
+def with_results(shm: Shm, record: SyncFileRecord) -> SyncFileRecord:
+    """The record with what every ended fence ended with."""
 
     def look(leaf: Leaf) -> Leaf:
         fence = None if leaf.status else _native.Fence(shm, leaf.handle, False, leaf.context, leaf.seqno, leaf.timeline)
@@ -98,7 +98,7 @@ def settled(shm: Shm, facts: Facts) -> Facts:
             return leaf
         return leaf._replace(status=fence.status, timestamp=fence.timestamp)
 
-    return Facts(facts.name, tuple(map(look, facts.leaves)))
+    return SyncFileRecord(record.name, tuple(map(look, record.leaves)))
 
 
 # ---- the socket ----
@@ -155,12 +155,12 @@ def listen(stem: str, directory: int | None) -> int:
         raise fail(e.errno or errno.EIO, "fileno", "a sync file", "raise RLIMIT_NOFILE, or close descriptors", what=e.strerror) from None
 
 
-def ring(stem: str, directory: int | None) -> bool:
+def make_readable(stem: str, directory: int | None) -> bool:
     """Make it readable; False when nobody holds it any more."""
     return _knock(stem, directory, socket.SOCK_STREAM)
 
 
-def held(stem: str, directory: int | None) -> bool:
+def is_open(stem: str, directory: int | None) -> bool:
     """Does anybody hold the descriptor, in flight too? Rings nothing: a socket of another type is refused as one of that type."""
     return _knock(stem, directory, socket.SOCK_DGRAM)
 
@@ -178,25 +178,25 @@ def _knock(stem: str, directory: int | None, kind: int) -> bool:
 # ---- the directory ----
 
 
-def register(shm: Shm, stem: str, directory: int, facts: Facts) -> None:
+def register(shm: Shm, stem: str, directory: int, record: SyncFileRecord) -> None:
     """Enter a sync file whose socket is there, and see to it that it will be rung, or ring it."""
     temporary = f"{stem}.new{secrets.token_hex(4)}"
-    first = next((leaf.handle for leaf in facts.leaves if not leaf.status), 0)
-    _write(temporary, directory, facts)
-    _native.step("sync_written")  # facts under no name that counts: removed with the socket
+    first = next((leaf.handle for leaf in record.leaves if not leaf.status), 0)
+    _write(temporary, directory, record)
+    _native.step("sync_written")  # record under no name that counts: removed with the socket
     name = f"{stem}.{first:016x}" if first else f"{stem}.done"
     os.rename(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)
     _native.step("sync_registered")  # nobody has the descriptor yet: removed with the socket
     if first:
-        go_on(shm, name, directory)
+        advance(shm, name, directory)
     else:
-        ring(stem, directory)
+        make_readable(stem, directory)
 
 
-def _write(name: str, directory: int, facts: Facts) -> None:
+def _write(name: str, directory: int, record: SyncFileRecord) -> None:
     fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600, dir_fd=directory)
     try:
-        data = memoryview(facts.pack())
+        data = memoryview(record.pack())
         while data:
             data = data[os.write(fd, data) :]
     except BaseException:
@@ -206,17 +206,17 @@ def _write(name: str, directory: int, facts: Facts) -> None:
         os.close(fd)
 
 
-def _read(name: str, directory: int) -> Facts:
+def _read(name: str, directory: int) -> SyncFileRecord:
     with open(os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=directory), "rb") as f:
-        return Facts.unpack(f.read(_HEAD.size + MAX_LEAVES * _LEAF.size + 1))
+        return SyncFileRecord.unpack(f.read(_HEAD.size + MAX_LEAVES * _LEAF.size + 1))
 
 
-def go_on(shm: Shm, name: str, directory: int) -> None:
+def advance(shm: Shm, name: str, directory: int) -> None:
     """Wait for the next pending fence of a sync file, or ring it. ``name``: ``STEM.HANDLE``. Any process, any number at once."""
     stem, _, waited = name.rpartition(".")
     try:
-        facts = _read(name, directory)
-        while pending := next((leaf.handle for leaf in facts.leaves if not leaf.status and shm.fence_pending(leaf.handle)), 0):
+        record = _read(name, directory)
+        while pending := next((leaf.handle for leaf in record.leaves if not leaf.status and shm.fence_pending(leaf.handle)), 0):
             shm.fence_mark(pending, "sync", 1)
             _native.step("sync_marked")  # the mark alone rings nothing; the name still says the one before
             if f"{pending:016x}" != waited:
@@ -226,23 +226,23 @@ def go_on(shm: Shm, name: str, directory: int) -> None:
                 _native.step("sync_moved")  # it may have ended between mark and name: we look again, or our reaper does
             if shm.fence_mark(pending, "sync", 1):
                 return
-        _finish(shm, stem, name, directory, facts)
+        _finish(shm, stem, name, directory, record)
     except FileNotFoundError:
         pass  # somebody else moved it on, or nobody holds it any more
     except OSError as e:
         if e.errno != errno.EUCLEAN:
             raise
-        ring(stem, directory)  # nonsense: whoever waits shall look
+        make_readable(stem, directory)  # nonsense: whoever waits shall look
         with contextlib.suppress(FileNotFoundError):
             os.unlink(name, dir_fd=directory)
 
 
-def _finish(shm: Shm, stem: str, name: str, directory: int, facts: Facts) -> None:
+def _finish(shm: Shm, stem: str, name: str, directory: int, record: SyncFileRecord) -> None:
     temporary = f"{stem}.new{secrets.token_hex(4)}"
-    _write(temporary, directory, settled(shm, facts))
+    _write(temporary, directory, with_results(shm, record))
     os.rename(temporary, f"{stem}.done", src_dir_fd=directory, dst_dir_fd=directory)
     _native.step("sync_done")  # the results are known, the name that waits is still there: done again
-    if ring(stem, directory):
+    if make_readable(stem, directory):
         _native.step("sync_rung")
         os.unlink(name, dir_fd=directory)
         _native.step("sync_over")
@@ -250,8 +250,8 @@ def _finish(shm: Shm, stem: str, name: str, directory: int, facts: Facts) -> Non
         remove(stem, directory)
 
 
-def find(stem: str, directory: int) -> Facts | None:
-    """The facts of a sync file; None when its domain began anew since."""
+def find(stem: str, directory: int) -> SyncFileRecord | None:
+    """The record of a sync file; None when its domain began anew since."""
     for _ in range(100):  # it may be moved on while we look; each time one fence more has ended
         for name in _names(directory, f"{stem}."):
             kind = name.rpartition(".")[2]
@@ -293,16 +293,16 @@ def tidy(directory: int) -> int:
     """Remove what nobody holds; how many sync files are left."""
     left = 0
     for stem in _stems(directory):
-        if held(stem, directory):
+        if is_open(stem, directory):
             left += 1
         else:
             remove(stem, directory)
     return left
 
 
-def end_all(directory: int) -> None:
+def make_all_readable(directory: int) -> None:
     """Ring and remove every sync file: nobody lives in the domain, so every fence has ended."""
     for stem in _stems(directory):
         with contextlib.suppress(OSError):
-            ring(stem, directory)
+            make_readable(stem, directory)
         remove(stem, directory)

@@ -25,7 +25,7 @@ from dmabuf.core.sync.sw_sync import SwSync
 from dmabuf.core.sync.sync_file import SyncFile
 from dmabuf.domain.domain import Domain, known
 from dmabuf.domain.records import Record
-from dmabuf.domain.sync_files import Facts
+from dmabuf.domain.sync_files import SyncFileRecord
 from dmabuf.errors import DmaBufError, fail
 from dmabuf.sharing.remote_timeline import RemoteTimeline
 
@@ -159,7 +159,7 @@ def pack_things(things: tuple[Any, ...]) -> tuple[bytes, list[int], list[DmaFenc
 def _sync_items(sync_file: SyncFile) -> list[bytes]:
     """A sync file's part of a message. Where its domain has a directory the receiver looks there; else the facts come along."""
     sync_file.share("send")
-    facts = sync_file.facts().pack() if sync_file.domain.path is None and not sync_file.kernel else b""
+    facts = sync_file.record().pack() if sync_file.domain.path is None and not sync_file.kernel else b""
     pieces = [facts[at : at + 64].ljust(64, b"\0") for at in range(0, len(facts), 64)]
     domain = sync_file.domain
     return [_item(_SYNC_FILE, domain, _SYNC.pack(len(facts)), len(pieces)), *(_item(_MORE, domain, piece) for piece in pieces)]
@@ -225,7 +225,7 @@ def things_of(sock: socket.socket, items: list[tuple[Any, ...]], fds: list[int],
         elif kind == _SYNC_FILE:
             length = _SYNC.unpack(body)[0]
             facts = b"".join(item[5] for item in items[at + 1 : at + 1 + index])[:length]
-            made.append(SyncFile.from_owned_fd(fds[places[at]], domain, Facts.unpack(facts) if length else None))
+            made.append(SyncFile.from_owned_fd(fds[places[at]], domain, SyncFileRecord.unpack(facts) if length else None))
             fds[places[at]] = -1
         elif kind in (_SW_SYNC, _SEMAPHORE):
             made.append((SwSync if kind == _SW_SYNC else TimelineSemaphore).from_owned_fd(fds[places[at]], domain))

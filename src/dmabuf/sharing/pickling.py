@@ -31,7 +31,7 @@ from dmabuf.core.sync.semaphore import TimelineSemaphore
 from dmabuf.core.sync.sw_sync import SwFence, SwSync
 from dmabuf.core.sync.sync_file import SyncFile
 from dmabuf.domain.domain import Domain, known
-from dmabuf.domain.sync_files import Facts
+from dmabuf.domain.sync_files import SyncFileRecord
 from dmabuf.errors import fail
 from dmabuf.sharing.items import check_fence, timeline_place
 from dmabuf.sharing.remote_timeline import RemoteTimeline
@@ -65,7 +65,7 @@ def _reduce_fence(fence: DmaFence) -> tuple[Callable[..., Any], tuple[Any, ...]]
 
 def _reduce_sync_file(sync_file: SyncFile) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     sync_file.share("pickle")
-    facts = None if sync_file.kernel else sync_file.facts().pack()
+    facts = None if sync_file.kernel else sync_file.record().pack()
     return _make_sync_file, (sys.modules[_MODULE].DupFd(sync_file.fileno()), sync_file.domain, facts)
 
 
@@ -101,7 +101,7 @@ def _make_fence(domain: Domain, handle: int, past: tuple[int, int, int]) -> DmaF
 def _make_sync_file(there: Any, domain: Domain, facts: bytes | None) -> SyncFile:
     fd = there.detach()
     try:
-        return SyncFile.from_owned_fd(fd, domain, None if facts is None else Facts.unpack(facts))
+        return SyncFile.from_owned_fd(fd, domain, None if facts is None else SyncFileRecord.unpack(facts))
     except BaseException:
         os.close(fd)
         raise

@@ -374,7 +374,7 @@ class _Notice:
                     return
         except OSError as e:
             if e.errno == errno.EDEADLK:  # a fence that is ended by a signal handler or a finaliser, in the middle of a call
-                self.semaphore.domain.later(self._again)
+                self.semaphore.domain.retries.later(self._again)
                 return
             cancelled = self.fd < 0
             self.end()

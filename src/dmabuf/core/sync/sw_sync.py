@@ -128,7 +128,7 @@ class SwSync(SharedObject):
             except OSError as e:
                 if e.errno != errno.EDEADLK:
                     raise
-                self.domain.later(self._end_later)  # called by a signal handler in the middle of a call: when that is over
+                self.domain.retries.later(self._end_later)  # called by a signal handler in the middle of a call: when that is over
                 return
         elif guarded and self._own_pending():
             _Guard(self, self._file).watch()
@@ -170,7 +170,7 @@ class SwSync(SharedObject):
         self.domain.join()
         with self._file.locked():
             # Who ended fences died before it had rung all that waits for them?
-            if self._file.read(_ENDING, 4) == _U32.pack(1) and self.domain.ring_all():
+            if self._file.read(_ENDING, 4) == _U32.pack(1) and self.domain.sync_directory.wake_all(self.domain.shm):
                 self._file.write(_ENDING, _U32.pack(0))
             yield
 

@@ -41,7 +41,7 @@ from dmabuf.domain import sync_files
 from dmabuf.domain.domain import Domain, known
 from dmabuf.domain.forks import fork_lock
 from dmabuf.domain.local import Local
-from dmabuf.domain.sync_files import Facts, Leaf
+from dmabuf.domain.sync_files import Leaf, SyncFileRecord
 from dmabuf.errors import fail
 from dmabuf.uapi import sync_file as uapi
 
@@ -137,8 +137,10 @@ class SyncFile(Closing):
             raise
 
     @classmethod
-    def from_owned_fd(cls, fd: int, domain: Domain | None = None, facts: Facts | None = None, *, named: int | None = None) -> Self:
-        """:meth:`from_fd` that takes over the fd, unless it raises. ``facts``: if they came along. ``named``: what messages call the fd."""
+    def from_owned_fd(
+        cls, fd: int, domain: Domain | None = None, record: SyncFileRecord | None = None, *, named: int | None = None
+    ) -> Self:
+        """:meth:`from_fd` that takes over the fd, unless it raises. ``record``: if they came along. ``named``: what messages call the fd."""
         said = f"fd {fd if named is None else named}"
         if kernel_sync.is_kernel_sync_file(fd):
             return cls._of_kernel(fd, domain or Domain.default())
@@ -151,21 +153,21 @@ class SyncFile(Closing):
         if domain.id != identity:
             remedy = "start both processes with the same DMABUF_DOMAIN, or send the domain along: dmabuf.send(sock, domain, sync_file)"
             raise fail(errno.EXDEV, "from_fd", f"sync file of domain {identity}", remedy, what="this process does not have its domain")
-        if facts is None:
+        if record is None:
             if private:
                 remedy = "send the SyncFile with dmabuf.send() or through multiprocessing"
                 raise fail(errno.EXDEV, "from_fd", said, remedy, what="a private domain has no place to look it up in")
-            with domain.directory() as directory:
-                facts = sync_files.find(stem, directory or 0)
+            with domain.sync_directory.opened() as directory:
+                record = sync_files.find(stem, directory or 0)
         self = cls.__new__(cls)
         shm = domain.join()
-        if facts is None:  # everybody had left the domain, so all its fences have ended; how, nobody knows
+        if record is None:  # everybody had left the domain, so all its fences have ended; how, nobody knows
             ended = private_stub(0, domain=domain, error=-errno.EOWNERDEAD)
             self._set(domain, ended, (ended,), stem.encode()[:NAME_BYTES], fd, stem)
             return self
-        leaves = tuple(_fence_of(domain, shm, leaf) for leaf in facts.leaves)
+        leaves = tuple(_fence_of(domain, shm, leaf) for leaf in record.leaves)
         fence = leaves[0] if len(leaves) == 1 else DmaFenceArray(leaves)
-        self._set(domain, fence, leaves, facts.name, fd, stem)
+        self._set(domain, fence, leaves, record.name, fd, stem)
         try:
             self._look()
         except BaseException:
@@ -218,13 +220,13 @@ class SyncFile(Closing):
                 raise fail(errno.EPERM, operation, self, "what a fork inherits is inert once its domain is gone")
             leaf.shm.fence_mark(leaf.handle, "shared", 1)
 
-    def facts(self) -> Facts:
+    def record(self) -> SyncFileRecord:
         """What goes along with the descriptor, for whoever receives it."""
         found = []
         for leaf in self._leaves:
             names = os.fsencode(leaf.driver_name), os.fsencode(leaf.timeline_name)
             found.append(Leaf(leaf.handle, leaf.context, leaf.seqno, leaf.timeline_index, leaf.status, leaf.timestamp, *names))
-        return Facts(self._name, tuple(found))
+        return SyncFileRecord(self._name, tuple(found))
 
     def _open(self) -> None:
         domain = self._domain
@@ -232,13 +234,13 @@ class SyncFile(Closing):
         for leaf in self._leaves:
             leaf.publish()
         if next(_OPENED.of(domain)) % _TIDY_EVERY == 0:
-            domain.tidy()
+            domain.sync_directory.tidy()
         stem = sync_files.new_stem(domain.id)
-        with domain.directory() as directory:
+        with domain.sync_directory.opened() as directory:
             fd = sync_files.listen(stem, directory)
             try:
                 if directory is not None:
-                    sync_files.register(shm, stem, directory, self.facts())
+                    sync_files.register(shm, stem, directory, self.record())
             except BaseException:
                 os.close(fd)
                 if directory is not None:
@@ -275,7 +277,7 @@ class SyncFile(Closing):
             # Of what is pending every fence is ours; who ended the one before may have died before it handed on the duty to ring.
             domain, stem, over = self._domain, self._stem, all(ended)
             if not _rung(domain, stem, over):
-                domain.later(lambda: _rung(domain, stem, over))
+                domain.retries.later(lambda: _rung(domain, stem, over))
 
     def kernel_fileno(self) -> int:
         """The borrowed descriptor of a sync_file of the kernel's, to be given to a driver.
@@ -308,8 +310,8 @@ class SyncFile(Closing):
     def _forget(self) -> None:
         """Remove its names if that was the last descriptor of it."""
         try:
-            with self._domain.directory() as directory:
-                if directory is not None and not sync_files.held(self._stem, directory):
+            with self._domain.sync_directory.opened() as directory:
+                if directory is not None and not sync_files.is_open(self._stem, directory):
                     sync_files.remove(self._stem, directory)
         except OSError:
             pass  # whoever tidies the next time does it
@@ -471,11 +473,11 @@ def _duplicate(fd: int, operation: str) -> int:
 def _rung(domain: Domain, stem: str, over: bool) -> bool:
     """See to it that a sync file is rung, now if all its fences have ended (``over``); False when no descriptor is free for that."""
     try:
-        with domain.directory() as directory:
+        with domain.sync_directory.opened() as directory:
             for name in [] if directory is None else sync_files.waiting(directory, stem):
-                sync_files.go_on(domain.shm, name, directory or 0)
+                sync_files.advance(domain.shm, name, directory or 0)
             if over:
-                sync_files.ring(stem, directory)
+                sync_files.make_readable(stem, directory)
     except FileNotFoundError:
         pass  # the directory is gone, and with it the socket's name
     except OSError:
