@@ -48,7 +48,7 @@ def test_forks_never_share_the_lock_of_a_life_that_is_being_made() -> None:
         stop.set()
         assert job.result() > 0
     theirs.close()
-    assert not any(lives.breathes(domain.fileno(), index) for index in range(64))
+    assert not any(lives.is_alive(domain.fileno(), index) for index in range(64))
     ours.close()
     for pid in children:
         assert reap(pid) == 0
@@ -117,10 +117,10 @@ def test_a_raw_fork_in_the_middle_keeps_neither_a_reapers_lock_nor_the_door(monk
     monkeypatch.undo()
     theirs.close()
     assert len(children) == 2
-    assert not place.ofd_locked(domain.fileno(), place.DOOR_BYTE)
+    assert not place.ofd_locked(domain.fileno(), place.LIFECYCLE_BYTE)
     assert lives.index_of(domain.shm.life) == dead  # its slot could be used again at once
     domain.leave()
-    assert not lives.breathes(domain.fileno(), dead)
+    assert not lives.is_alive(domain.fileno(), dead)
     ours.close()
     for pid in children:
         assert reap(pid) == 0

@@ -14,7 +14,7 @@ import click
 from dmabuf.domain import place
 from dmabuf.domain.domain import Domain
 from dmabuf.errors import fail
-from dmabuf.observe.records import BufferRecord, FenceRecord, Look, look
+from dmabuf.observe.records import BufferRecord, BufferSnapshot, FenceRecord, snapshots
 
 as_json = click.option("--json", "as_json", is_flag=True, help="JSON for programs.")
 in_domain: Callable[[Any], Any] = click.option(
@@ -27,7 +27,7 @@ def domain_path(path: Path | None) -> Path:
     return (path or place.default_path()).absolute()
 
 
-def look_at(path: Path | None) -> tuple[Domain | None, list[Look]]:
+def snapshots_at(path: Path | None) -> tuple[Domain | None, list[BufferSnapshot]]:
     """The domain and what is in it; (None, []) when nobody has made this user's yet.
 
     Errors: ENOENT a directory that was asked for and has no domain; those of opening one.
@@ -40,7 +40,7 @@ def look_at(path: Path | None) -> tuple[Domain | None, list[Look]]:
             )
         return None, []
     domain = Domain.open(where)
-    return domain, look(domain)
+    return domain, snapshots(domain)
 
 
 def heading(domain: Domain | None, path: Path | None) -> dict[str, Any]:

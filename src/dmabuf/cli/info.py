@@ -18,7 +18,7 @@ from dmabuf.cli.ls import NOBODY, counted, name_of, torn_text
 from dmabuf.cli.show import safe
 from dmabuf.domain.domain import Domain
 from dmabuf.errors import fail
-from dmabuf.observe.records import FenceRecord, Look
+from dmabuf.observe.records import BufferSnapshot, FenceRecord
 from dmabuf.observe.units import age, size
 
 _PID_FD = re.compile(r"(\d+):(\d+)\Z", re.ASCII)
@@ -34,7 +34,7 @@ def command(buffer: str, path: Path | None, as_json: bool) -> None:
     BUFFER is an inode number as `dmabuf ls` shows it, PID:FD for a descriptor of a process, or a name; looked for in this order. A
     name that several buffers bear is an error that lists their inode numbers.
     """
-    domain, seen = data.look_at(path)
+    domain, seen = data.snapshots_at(path)
     found = _find(buffer, seen, domain)
     if as_json:
         fences = [data.fence_json(fence) for fence in found.fences]
@@ -43,7 +43,7 @@ def command(buffer: str, path: Path | None, as_json: bool) -> None:
         _print(show.console(), found, data.domain_path(path))
 
 
-def _find(wanted: str, seen: list[Look], domain: Domain | None) -> Look:
+def _find(wanted: str, seen: list[BufferSnapshot], domain: Domain | None) -> BufferSnapshot:
     """The buffer that the argument means.
 
     Errors: ENOENT none; ENOTUNIQ several of the name; what looking at a process's descriptor answers (ENOENT, EACCES, EINVAL, EXDEV).
@@ -63,7 +63,7 @@ def _find(wanted: str, seen: list[Look], domain: Domain | None) -> Look:
     return named[0]
 
 
-def _by_descriptor(pid: int, fd: int, seen: list[Look], domain: Domain | None) -> Look:
+def _by_descriptor(pid: int, fd: int, seen: list[BufferSnapshot], domain: Domain | None) -> BufferSnapshot:
     link = f"/proc/{pid}/fd/{fd}"
     what = f"{pid}:{fd}"
     try:
@@ -83,7 +83,7 @@ def _by_descriptor(pid: int, fd: int, seen: list[Look], domain: Domain | None) -
     raise fail(errno.EINVAL, "info", what, "`dmabuf ls` lists the buffers", what=f"it is no buffer of this domain but {target}")
 
 
-def _print(out: Console, found: Look, path: Path) -> None:
+def _print(out: Console, found: BufferSnapshot, path: Path) -> None:
     buf, monotonic = found.record, time.monotonic_ns()
     made = datetime.fromtimestamp(buf.created / 1e9).astimezone().isoformat(sep=" ", timespec="seconds")
     grid = show.Grid("", "")

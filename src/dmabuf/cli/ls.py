@@ -30,7 +30,7 @@ def command(path: Path | None, as_json: bool) -> None:
     Newest first. Below a buffer stands whom a new reader or writer would wait for, and since when. A new writer waits for readers and
     writers, a new reader for writers only.
     """
-    domain, seen = data.look_at(path)
+    domain, seen = data.snapshots_at(path)
     buffers = [one.record for one in seen]
     if as_json:
         data.print_json(data.heading(domain, path) | {"buffers": [data.buffer_json(record) for record in buffers]})

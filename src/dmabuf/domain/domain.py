@@ -165,7 +165,7 @@ class Domain:
             if self._life is not None:
                 self._forget()
             if self.path is None:
-                with place.door(self.shm.fd):
+                with place.lifecycle_lock(self.shm.fd):
                     return self._join_here()
             with place.entered(self.path) as (fd, identity):
                 here, there = os.fstat(self.shm.fd), os.fstat(fd)
@@ -208,7 +208,7 @@ class Domain:
             if self.path is None:
                 life.leave()
                 return
-            with place.door(self.shm.fd):
+            with place.lifecycle_lock(self.shm.fd):
                 if hooked:
                     self.forget_socket(life.id)
                 self.sync_directory.tidy()
@@ -270,7 +270,7 @@ class Domain:
         with contextlib.suppress(OSError):  # the wait is not to blame; the next tick, or another process, tries again
             if kind == _native.TICK_CHECK:  # value: a life that is about to be yielded to
                 index = lives.index_of(value)
-                if value != self.shm.life and not lives.breathes(self.shm.fd, index) and lives.reap(self.shm, index, self.forget_socket):
+                if value != self.shm.life and not lives.is_alive(self.shm.fd, index) and lives.reap(self.shm, index, self.forget_socket):
                     self.sync_directory.wake_all(self.shm)
                 return
             self.sweep_if_due()
@@ -292,7 +292,7 @@ class Domain:
         """Reap every life whose process is gone; returns how many."""
         shm = self.shm
         mine = lives.index_of(shm.life) if shm.life else -1
-        count = sum(lives.reap(shm, i, self.forget_socket) for i in lives.alive_slots(shm) if i != mine and not lives.breathes(shm.fd, i))
+        count = sum(lives.reap(shm, i, self.forget_socket) for i in lives.alive_slots(shm) if i != mine and not lives.is_alive(shm.fd, i))
         if count:
             self.sync_directory.wake_all(self.shm)
         return count

@@ -55,7 +55,7 @@ def alive_slots(shm: Shm) -> list[int]:
     return [i for i in range(high) if shm.load32(slot_offset(i) + _native.LIFE_STATE) == _native.LIFE_ALIVE]
 
 
-def breathes(fd: int, index: int) -> bool:
+def is_alive(fd: int, index: int) -> bool:
     """Is the life's byte locked? fd: any description of the domain's file but the life's own."""
     return ofd_locked(fd, LIFE_BYTE + index)
 

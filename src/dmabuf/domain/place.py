@@ -34,7 +34,7 @@ FILE = f"domain-{_native.VERSION}"
 SOCKET = "server-"  # and the life's id, 8 hexadecimal digits: where that process answers requests
 OFD_GETLK, OFD_SETLK, OFD_SETLKW = 36, 37, 38  # fcntl(2); Python 3.11 has no names for them
 LIFE_BYTE = 1 << 40  # byte of the first life's lock, far behind any data
-DOOR_BYTE = 1 << 41
+LIFECYCLE_BYTE = 1 << 41
 _FLOCK = "hhqqi4x"  # struct flock of 64-bit Linux
 
 
@@ -70,19 +70,19 @@ def reopen(fd: int) -> int:
 
 
 @contextmanager
-def door(fd: int) -> Iterator[int]:
+def lifecycle_lock(fd: int) -> Iterator[int]:
     """Hold the door lock of the domain file behind fd; yields the description that holds it."""
     # A description of its own: the domain's fd is shared with forked children, and so would its locks be.
     own = reopen(fd)
     try:
-        if not ofd_lock(own, fcntl.F_WRLCK, DOOR_BYTE):
+        if not ofd_lock(own, fcntl.F_WRLCK, LIFECYCLE_BYTE):
             _native.step("~door")
-            ofd_lock(own, fcntl.F_WRLCK, DOOR_BYTE, wait=True)
+            ofd_lock(own, fcntl.F_WRLCK, LIFECYCLE_BYTE, wait=True)
         yield own
     finally:
         try:
             # A child forked meanwhile shares the description, and so the lock: closing ours would not end it.
-            ofd_lock(own, fcntl.F_UNLCK, DOOR_BYTE)
+            ofd_lock(own, fcntl.F_UNLCK, LIFECYCLE_BYTE)
         finally:
             os.close(own)
 
@@ -248,7 +248,7 @@ def entered(path: Path) -> Iterator[tuple[int, bytes]]:
         while True:
             fd = os.open(FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600, dir_fd=directory)
             try:
-                with door(fd):
+                with lifecycle_lock(fd):
                     if not is_current(fd, directory):
                         continue  # replaced while we stood at the door
                     identity, wrong = read_header(fd)

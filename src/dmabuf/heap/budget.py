@@ -81,7 +81,7 @@ class _Group(NamedTuple):
     files: _Files
 
 
-class _Room(NamedTuple):
+class Room(NamedTuple):
     """Bytes left of one limit (below 0 when it was lowered under its use), and the words for it."""
 
     left: int
@@ -132,7 +132,7 @@ class Budget:
     def left(self) -> int:
         """Bytes that the limits leave now, for whoever sizes a cache by it. Errors: ENOENT without ``/proc``."""
         with self._lock:
-            return max(0, self._look().left - self._claimed)
+            return max(0, self.least().left - self._claimed)
 
     @contextlib.contextmanager
     def claim(self, size: int) -> Iterator[None]:
@@ -167,7 +167,7 @@ class Budget:
                 return 0
             while True:
                 looked = self._clock()
-                room = self._look()
+                room = self.least()
                 if need > room.left:
                     self._granted = 0
                     break
@@ -183,13 +183,15 @@ class Budget:
         what = f"{room.limit}, which leaves {max(0, room.left)}; needed with bookkeeping: {need}"
         raise fail(errno.ENOMEM, "allocate", f"{size} bytes", room.remedy, what=what)
 
-    def _look(self) -> _Room:
-        """The limit with the least room."""
-        rooms = [self._machine()]
-        rooms.extend(room for group in self._find_groups() if (room := _group_room(group)) is not None)
-        return min(rooms, key=operator.attrgetter("left"))
+    def least(self) -> Room:
+        """Return the limit that leaves the least. Errors: ENOENT without ``/proc``."""
+        return min([self._machine(), *self.groups().values()], key=operator.attrgetter("left"))
 
-    def _machine(self) -> _Room:
+    def groups(self) -> dict[str, Room]:
+        """Return what the limit of each cgroup leaves, by its directory, innermost first."""
+        return {group.path: room for group in self._find_groups() if (room := _group_room(group)) is not None}
+
+    def _machine(self) -> Room:
         path = self._proc + "/meminfo"
         try:
             available = _field(_read(path), b"MemAvailable:")
@@ -198,7 +200,7 @@ class Budget:
         if available is None:
             raise fail(errno.ENODATA, "allocate", path, "dmabuf needs Linux 3.14 or newer", what="it has no MemAvailable")
         left = available << 10  # the file counts in KiB
-        return _Room(left, f"MemAvailable of this machine is {left} bytes", "ask for less, or free memory")
+        return Room(left, f"MemAvailable of this machine is {left} bytes", "ask for less, or free memory")
 
     def _find_groups(self) -> tuple[_Group, ...]:
         """Every directory whose limit binds this process, innermost first.
@@ -283,7 +285,7 @@ def _unescape(text: bytes) -> bytes:
     return first + b"".join(bytes([int(part[:3], 8) & 255]) + part[3:] if part[:3].isdigit() else b"\\" + part for part in rest)
 
 
-def _group_room(group: _Group) -> _Room | None:
+def _group_room(group: _Group) -> Room | None:
     """What a cgroup's limit leaves; None when it limits nothing."""
     limit = _number(group.limit)
     if limit is None or limit >= _UNLIMITED:
@@ -297,7 +299,7 @@ def _group_room(group: _Group) -> _Room | None:
         stat = b""
     cache = sum(_field(stat, name) or 0 for name in group.files.reclaimable)
     used = max(0, usage - cache)  # the counters are read one after the other
-    return _Room(
+    return Room(
         limit - used,
         f"{group.files.limit} of cgroup {group.path} is {limit} bytes, of which {used} are used",
         "ask for less, close buffers, or raise the limit",

@@ -23,7 +23,7 @@ class Node:
     denied: bool = False
 
 
-def look(node: Path, gives: str, remedy: str) -> Node:
+def examine(node: Path, gives: str, remedy: str) -> Node:
     """``gives``: what it is good for; ``remedy``: what would make it appear."""
     try:
         st = os.stat(node)

@@ -39,7 +39,7 @@ def names(directory: Path = DIRECTORY) -> list[str]:
 
 def node(name: str) -> devices.Node:
     """The device of a heap."""
-    return devices.look(DIRECTORY / name, GIVES, REMEDY)
+    return devices.examine(DIRECTORY / name, GIVES, REMEDY)
 
 
 def unavailable(name: str) -> str | None:

@@ -51,7 +51,7 @@ def _number(path: Path) -> int | None:
 
 def node(device: Path = DEVICE) -> devices.Node:
     """The device."""
-    return devices.look(device, GIVES, REMEDY)
+    return devices.examine(device, GIVES, REMEDY)
 
 
 def unavailable() -> str | None:

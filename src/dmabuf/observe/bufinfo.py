@@ -22,7 +22,7 @@ import os
 from dmabuf.core.buffer.backing import devices_of
 from dmabuf.core.buffer.identity import is_kernel_home
 from dmabuf.domain.domain import Domain
-from dmabuf.observe.records import BufferRecord, FenceRecord, Look, look
+from dmabuf.observe.records import BufferRecord, BufferSnapshot, FenceRecord, snapshots
 from dmabuf.uapi.dma_buf import FdInfo, fdinfo
 
 _HEADER = "\nDma-buf Objects:\nsize    \tflags   \tmode    \tcount   \texp_name\tino     \tname\n"
@@ -36,7 +36,7 @@ def bufinfo(*, domain: Domain | None = None) -> str:
     ``domain``: None for this user's. Errors: as :func:`dmabuf.buffers`.
     """
     domain = domain or Domain.default()
-    seen = look(domain)
+    seen = snapshots(domain)
     total = sum(one.record.size for one in seen)
     return (
         _HEADER
@@ -45,7 +45,7 @@ def bufinfo(*, domain: Domain | None = None) -> str:
     )
 
 
-def _buffer(seen: Look, devices: list[str]) -> str:
+def _buffer(seen: BufferSnapshot, devices: list[str]) -> str:
     record = seen.record
     count, named = max(1, sum(holder.fds + holder.maps for holder in record.holders)), record.name
     info = _by_the_kernel(record)

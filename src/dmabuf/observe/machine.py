@@ -160,15 +160,14 @@ def _memory() -> Iterator[Check]:
     """What an allocation may take now, and which limit says so."""
     here = budget.Budget()
     try:
-        room = here._look()
-        rooms = [(group.path, left) for group in here._find_groups() if (left := budget._group_room(group)) is not None]
+        room, rooms = here.least(), here.groups()
     except OSError as e:
         yield Check("memory", MISSING, True, str(e), "mount /proc")
         return
     status = OK if room.left >= 64 * _MIB else WARNING
     yield Check("memory", status, False, f"{size(max(0, room.left))} can be promised: {room.limit}", "" if status == OK else room.remedy)
     if rooms:
-        path, left = min(rooms, key=lambda r: r[1].left)
+        path, left = min(rooms.items(), key=lambda r: r[1].left)
         yield Check("cgroup", OK if left.left >= 64 * _MIB else WARNING, False, f"{size(max(0, left.left))} left in {path}", "")
     else:
         yield Check("cgroup", OK, False, "no memory limit")
@@ -267,7 +266,7 @@ def _devices(dev: Path, name: str, pattern: str, gives: str, remedy: str, *more:
 
 
 def _device(node: Path, name: str, gives: str, remedy: str) -> Check:
-    found = devices.look(node, gives, remedy)
+    found = devices.examine(node, gives, remedy)
     return Check(name, OK if found.usable else MISSING, False, found.detail, found.remedy)
 
 

@@ -24,7 +24,7 @@ from dmabuf.domain import lives, records
 from dmabuf.domain.domain import Domain
 from dmabuf.domain.holders import Holder, holders
 
-__all__ = ["BufferRecord", "FenceRecord", "Holder", "Torn", "buffers", "look"]
+__all__ = ["BufferRecord", "FenceRecord", "Holder", "Torn", "buffers", "snapshots"]
 
 _WRITE, _READ = 1, 2
 _USAGES = ("kernel", "write", "read", "bookkeep")
@@ -91,7 +91,7 @@ class BufferRecord:
 
 
 @dataclass(frozen=True)
-class Look:
+class BufferSnapshot:
     """A buffer's record together with every fence on its list up to BOOKKEEP, in the list's order, signalled ones too."""
 
     record: BufferRecord
@@ -103,10 +103,10 @@ def buffers(*, domain: Domain | None = None) -> list[BufferRecord]:
 
     ``domain``: None for this user's. Errors: those of opening a domain (EACCES, EUCLEAN, ENOSPC, ENOSYS without /proc).
     """
-    return [seen.record for seen in look(domain or Domain.default())]
+    return [seen.record for seen in snapshots(domain or Domain.default())]
 
 
-def look(domain: Domain) -> list[Look]:
+def snapshots(domain: Domain) -> list[BufferSnapshot]:
     """:func:`buffers`, with all the fences."""
     domain.sweep()
     if "records" not in domain.sweep_hooks:  # a process that only looks has no buffers, and installs no hook for them
@@ -118,7 +118,7 @@ def look(domain: Domain) -> list[Look]:
         del infos[i]
     names = _Names(domain)
     newest = sorted(infos.items(), key=lambda item: (item[1]["created"], item[0]), reverse=True)
-    return [_look_at(shm, names, i, info, held.get((info["dev"], info["ino"]), [])) for i, info in newest]
+    return [_snapshot(shm, names, i, info, held.get((info["dev"], info["ino"]), [])) for i, info in newest]
 
 
 def _consistent(shm: Shm, index: int) -> dict[str, Any] | None:
@@ -143,7 +143,7 @@ def _unheld(infos: dict[int, dict[str, Any]], held: dict[tuple[int, int], list[H
     return gone
 
 
-def _look_at(shm: Shm, names: _Names, index: int, info: dict[str, Any], held: list[Holder]) -> Look:
+def _snapshot(shm: Shm, names: _Names, index: int, info: dict[str, Any], held: list[Holder]) -> BufferSnapshot:
     resv = info["resv"] - 1 if info["resv"] else index
     fences: list[FenceRecord] = []
     pending: list[FenceRecord] = []
@@ -167,7 +167,7 @@ def _look_at(shm: Shm, names: _Names, index: int, info: dict[str, Any], held: li
         pid=info["pid"],
         locked_by=names.owner(word) if word else 0,
     )
-    return Look(record, fences)
+    return BufferSnapshot(record, fences)
 
 
 class _Names:

@@ -140,7 +140,7 @@ class SyncFile(Closing):
     def from_owned_fd(
         cls, fd: int, domain: Domain | None = None, record: SyncFileRecord | None = None, *, named: int | None = None
     ) -> Self:
-        """:meth:`from_fd` that takes over the fd, unless it raises. ``record``: if they came along. ``named``: what messages call the fd."""
+        """:meth:`from_fd` that takes over the fd, unless it raises. ``record``: if it came along. ``named``: the fd in messages."""
         said = f"fd {fd if named is None else named}"
         if kernel_sync.is_kernel_sync_file(fd):
             return cls._of_kernel(fd, domain or Domain.default())
