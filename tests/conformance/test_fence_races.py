@@ -86,7 +86,7 @@ def test_a_descriptor_that_could_not_be_taken_is_closed_once(sf: SyncFile, monke
 
     fd = sf.fileno()
     with monkeypatch.context() as patched:
-        patched.setattr(SyncFile, "_look", fails)
+        patched.setattr(SyncFile, "_watch_next", fails)
         with pytest.raises(Interrupt):
             SyncFile.from_fd(fd)
         ends = os.pipe()  # has the number now

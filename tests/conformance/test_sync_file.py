@@ -45,7 +45,7 @@ def test_info_of_a_pending_fence(sf: SyncFile, fence: DmaFence) -> None:
     assert (one.obj_name, one.driver_name, one.status, one.flags, one.timestamp_ns) == ("test", "dmabuf", 0, 0, 0)
 
 
-@pytest.mark.parametrize(("error", "status"), [(0, 1), (-errno.EIO, -errno.EIO)], ids=["signalled", "failed"])
+@pytest.mark.parametrize(("error", "status"), [(0, 1), (-errno.EIO, -errno.EIO)], ids=["signaled", "failed"])
 def test_info_of_an_ended_fence(sf: SyncFile, fence: DmaFence, error: int, status: int) -> None:
     fence.signal(error)
     info = sf.info()
@@ -118,7 +118,7 @@ def test_statistics(merged: tuple[SyncFile, DmaFence, DmaFence]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("state", "end"), [("pending", None), ("signalled", 0), (str(-errno.EIO), -errno.EIO)], ids=["pending", "signalled", "failed"]
+    ("state", "end"), [("pending", None), ("signaled", 0), (str(-errno.EIO), -errno.EIO)], ids=["pending", "signaled", "failed"]
 )
 def test_its_repr_says_its_state(sf: SyncFile, fence: DmaFence, state: str, end: int | None) -> None:
     if end is not None:
@@ -270,7 +270,7 @@ def test_it_is_not_pickled_to_bytes(sf: SyncFile, pickle: str) -> None:
 
 
 def test_from_fd_names_the_descriptor_that_it_was_given() -> None:
-    with open(os.devnull) as other, pytest.raises(OSError, match=rf"from_fd: fd {other.fileno()}: it is no sync file"):
+    with open(os.devnull) as other, pytest.raises(OSError, match=rf"from_fd: fd {other.fileno()}: not a sync file"):
         SyncFile.from_fd(other.fileno())
 
 

@@ -86,7 +86,7 @@ class SyncFileRecord(NamedTuple):
 
 
 def _nonsense(what: str) -> OSError:
-    return fail(errno.EUCLEAN, "look up", "a sync file", "the domain's directory was changed from outside", what=f"its record are {what}")
+    return fail(errno.EUCLEAN, "look up", "a sync file", "the domain's directory was changed from outside", what=f"its record is {what}")
 
 
 def with_results(shm: Shm, record: SyncFileRecord) -> SyncFileRecord:

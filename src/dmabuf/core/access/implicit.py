@@ -75,7 +75,7 @@ def import_sync_file(buf: DmaBuf, sync_file: SyncFile | int, write: bool) -> Non
 
 
 def _not_one(buf: DmaBuf, what: str) -> DmaBufError:
-    return fail(errno.EINVAL, "import_sync_file", buf, "pass an open SyncFile, or its descriptor", what=f"{what} is no sync file")
+    return fail(errno.EINVAL, "import_sync_file", buf, "pass an open SyncFile, or its descriptor", what=f"{what} is not a sync file")
 
 
 def _add(buf: DmaBuf, sync_file: SyncFile, write: bool) -> None:

@@ -1,8 +1,8 @@
 """The kernel's ``sync_file`` descriptors as fences of this process (spec 5.10).
 
-One thread polls all of them; it starts with the first and ends with the last. When a descriptor becomes readable, the fence that stands for
-it here ends with the kernel fence's error. The fence belongs to this process like any other: when the process dies, whoever waits for it
-elsewhere gets ``-EOWNERDEAD``, whatever the kernel's fence does.
+One thread polls all of them. It starts with the first descriptor and ends with the last. When a descriptor becomes readable, the fence that
+stands for it in this process is signaled with the kernel fence's error. The fence belongs to this process like any other. If the process
+dies, waiters in other processes get ``-EOWNERDEAD``, whatever the kernel's fence does.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _LINK = "anon_inode:sync_file"
 
 
 def is_kernel_sync_file(fd: int) -> bool:
-    """Is it a sync_file of the kernel's?"""
+    """Return True for a kernel sync_file."""
     try:
         return os.readlink(f"/proc/self/fd/{fd}") == _LINK
     except OSError:
@@ -31,18 +31,20 @@ def is_kernel_sync_file(fd: int) -> bool:
 
 
 def fence_of(fd: int, domain: Domain) -> DmaFence:
-    """A fence of this process that ends when the kernel's sync_file does, with its error. The descriptor stays the caller's.
+    """Return a fence of this process that is signaled when a kernel sync_file is, with its error. The caller keeps the descriptor.
 
-    Errors: EMFILE; ENOSPC the domain is full.
+    Raises:
+        DmaBufError: No descriptor is free (EMFILE).
+        NoSpaceError: The domain is full (ENOSPC).
     """
     info = uapi.file_info(fd)
     one = info.fences[0] if len(info.fences) == 1 else None
     driver, name = (one.driver_name, one.obj_name) if one else (b"dma_fence_array", b"unbound")
-    # A context of its own: fences of one context end in order, and of the kernel's order nothing is known here.
+    # A context of its own: fences of one context are signaled in order, and the kernel's order is unknown.
     timeline = Timeline(name, driver=driver, domain=domain)
     fence = timeline.fence()
 
-    def ended(own: int) -> None:
+    def signaled(own: int) -> None:
         status = uapi.file_info(own).status
         if domain.shm.life == life and not fence.is_signaled():
             fence.signal(min(status, 0))
@@ -51,15 +53,15 @@ def fence_of(fd: int, domain: Domain) -> DmaFence:
     if info.status:
         fence.signal(min(info.status, 0))
     else:
-        watch(fd, ended)
+        watch(fd, signaled)
     return fence
 
 
 class _Poller:
-    """The thread, and the descriptors that it waits for. Each is a duplicate, closed once it was readable."""
+    """The thread, and the descriptors that it waits for. Each is a duplicate, which it closes when it was readable."""
 
     def __init__(self) -> None:
-        self.lock = threading.RLock()  # a signal handler or a finaliser may come in the middle
+        self.lock = threading.RLock()  # a signal handler or a finalizer may run in the middle
         self.calls: dict[int, Callable[[int], None]] = {}
         self.wake = -1
 
@@ -81,7 +83,7 @@ class _Poller:
     def _start(self) -> None:
         try:
             threading.Thread(target=self.run, name="dmabuf-kernel-sync", daemon=True).start()
-        except RuntimeError:  # no thread can be started: the next descriptor tries again
+        except RuntimeError:  # no thread can be started; the next descriptor tries again
             os.close(self.wake)
             self.wake = -1
             raise
@@ -104,7 +106,7 @@ class _Poller:
                 with self.lock:
                     call = self.calls.pop(fd, None)
                 if call is None:
-                    continue  # taken back by whoever added it, in a signal handler's exception
+                    continue  # its adder removed it, because a signal handler raised
                 try:
                     call(fd)
                 except BaseException as e:
@@ -117,7 +119,7 @@ _poller = _Poller()
 
 
 def _after_fork() -> None:
-    """A fork takes no thread along, and the fences are the parent's."""
+    """Forget everything: a fork takes no thread along, and the fences are the parent's."""
     for fd in (*_poller.calls, _poller.wake):
         if fd >= 0:
             os.close(fd)

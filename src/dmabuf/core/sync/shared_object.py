@@ -13,7 +13,10 @@ from dmabuf.errors import fail
 
 
 class SharedObject(Closing):
-    """An object whose state every holder of its descriptor shares. Closed: EBADF, except ``close()``, ``closed`` and ``repr``."""
+    """An object whose state all holders of its descriptor share.
+
+    Using a closed one raises ClosedError (EBADF), except ``close()``, ``closed`` and ``repr``.
+    """
 
     __slots__ = ("__weakref__", "_file", "closed", "domain")
 
@@ -25,7 +28,7 @@ class SharedObject(Closing):
     closed: bool
 
     def _set(self, file: SharedFile) -> None:
-        """Begin with a file, which is ours from now on."""
+        """Begin with a file, which this object owns from now on."""
         self._file, self.domain, self.closed = file, file.domain, False
 
     @classmethod
@@ -42,15 +45,23 @@ class SharedObject(Closing):
 
     @classmethod
     def from_fd(cls, fd: int, *, domain: Domain | None = None) -> Self:
-        """The object behind a descriptor that came as a plain number; the caller keeps the descriptor.
+        """Return the object behind a descriptor that came as a plain number. The caller keeps the descriptor.
 
-        Errors: EBADF no open fd; EINVAL something else; EXDEV one of another domain; EUCLEAN somebody else wrote to it; EMFILE.
+        Args:
+            fd: The descriptor.
+            domain: The domain to look in; None means one that this process has open, or the user's default domain.
+
+        Raises:
+            ClosedError: ``fd`` is not open (EBADF).
+            InvalidError: It is something else (EINVAL).
+            CrossDomainError: It belongs to another domain (EXDEV).
+            DmaBufError: Another program wrote to it (EUCLEAN), or no descriptor is free (EMFILE).
         """
         return cls._of(SharedFile.of_fd(fd, cls.KIND, domain, "from_fd"), callers_fd=False)
 
     @classmethod
     def from_owned_fd(cls, fd: int, domain: Domain | None = None) -> Self:
-        """:meth:`from_fd` that takes over the fd, unless it raises."""
+        """Return the object behind a descriptor as :meth:`from_fd` does, and own the descriptor unless this raises."""
         return cls._of(SharedFile.from_owned_fd(fd, cls.KIND, domain, "from_fd"), callers_fd=True)
 
     def _check(self, operation: str) -> None:
@@ -58,12 +69,21 @@ class SharedObject(Closing):
             raise fail(errno.EBADF, operation, self, "make or receive it again", what=f"the {self.NOUN} is closed")
 
     def fileno(self) -> int:
-        """The descriptor, borrowed. It is for handing on, not for polling. Errors: EBADF."""
+        """Return the descriptor, which the object keeps owning. It is for passing on, not for polling.
+
+        Raises:
+            ClosedError: The object is closed (EBADF).
+        """
         self._check("fileno")
         return self._file.fd
 
     def dup(self) -> int:
-        """A new descriptor, owned by the caller. Errors: EBADF; EMFILE."""
+        """Return a new descriptor, which the caller owns.
+
+        Raises:
+            ClosedError: The object is closed (EBADF).
+            DmaBufError: No descriptor is free (EMFILE).
+        """
         self._check("dup")
         try:
             return os.dup(self._file.fd)

@@ -1,13 +1,15 @@
-"""``SwSync``: a timeline that programs move on by hand, for tests and for pacing (spec 5.11).
+"""``SwSync``: a timeline that a program advances by hand, for tests and for pacing (spec 5.11).
 
-It counts from 0, in 32 bits that wrap. ``create_fence(value)`` gives a sync file that ends when the count reaches the value (compared as
-signed 32-bit numbers, spec 3.10), ended from the start if it is there already; two for the same pending value share one fence. ``inc(n)``
-moves the count on. When the last holder of the timeline's descriptor has closed it, what is pending ends with ``-ENOENT``.
+It counts from 0, in 32 bits that wrap. ``create_fence(value)`` gives a sync file that is signaled when the count reaches the value
+(compared as signed 32-bit numbers, spec 3.10), or from the start if the count is already there. Two for the same pending value share one
+fence. ``inc(n)`` advances the count. When the last holder of the timeline's descriptor closes it, the pending fences are signaled with
+``-ENOENT``.
 
-It is a descriptor: it can be sent, inherited, and given to any process of the domain, and every holder may do everything. The count and the
-list of pending fences are shared (``domain/shared_file.py``), so an ``inc`` anywhere ends the fences of all, before it returns. One thing
-is not as in the kernel: a fence belongs to the process that created it, and when that dies its pending fences end with ``-EOWNERDEAD``,
-whoever holds the timeline. A process that dies in the middle of an ``inc`` leaves it done up to a value, with every fence up to it ended.
+It is a descriptor: it can be sent, inherited, and given to any process of the domain, and every holder may do everything. All share the
+count and the list of pending fences (``domain/shared_file.py``), so an ``inc`` in any process signals the fences of all before it returns.
+One thing differs from the kernel: a fence belongs to the process that created it. When that process dies, its pending fences are signaled
+with ``-EOWNERDEAD``, whoever holds the timeline. A process that dies in the middle of an ``inc`` leaves it done up to some value, with
+every fence up to that value signaled.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 from dmabuf._native import FF_ANYBODY, OFF_CONTEXT, step
 from dmabuf.core.fence.fence import KNOWN, DmaFence, Origin, flagged, register, wrap
@@ -44,12 +46,12 @@ _ENTRY: Final = struct.Struct("=QQ")  # handle, value
 _MAGIC: Final = b"dmabufW\1"
 _VALUE, _CLOSED, _COUNT, _ENDING = 8, 12, 24, 44  # offsets
 _U32: Final = struct.Struct("=I")
-_LIVE: weakref.WeakSet[SwSync] = weakref.WeakSet()
+_OPEN: weakref.WeakSet[SwSync] = weakref.WeakSet()
 
 
 @dataclass(frozen=True)
 class SwSyncStatistics:
-    """What a timeline says of itself. ``pending``: fences that have not ended, of every holder."""
+    """A snapshot of a timeline. ``pending``: the pending fences of all holders."""
 
     name: str
     context: int
@@ -58,7 +60,7 @@ class SwSyncStatistics:
 
 
 class SwFence(DmaFence):
-    """A fence of a software timeline. Every holder of the timeline ends it, so its maker keeps it while others may wait for it."""
+    """A fence of a software timeline. Any holder of the timeline signals it, so its maker keeps it while others may wait for it."""
 
     __slots__ = ("_keep",)
 
@@ -67,7 +69,7 @@ class SwFence(DmaFence):
     def __del__(self) -> None:
         if self.owned and not flagged(self):
             if not self.shm.fence_drop(self.handle, -errno.ENOENT) and not flagged(self):
-                self._keep[self.handle] = _fence(self.domain, self.handle, self._timeline, self._keep)  # somebody else has it
+                self._keep[self.handle] = _fence(self.domain, self.handle, self._timeline, self._keep)  # another process references it
 
 
 def _fence(domain: Domain, handle: int, timeline: Origin | None, keep: dict[int, SwFence]) -> SwFence:
@@ -78,14 +80,21 @@ def _fence(domain: Domain, handle: int, timeline: Origin | None, keep: dict[int,
 
 
 def _ahead(value: int, of: int) -> int:
-    """How far a value is ahead of another, as a signed 32-bit number."""
+    """Return how far a value is ahead of another, as a signed 32-bit number."""
     return (value - of + 0x80000000 & UINT_MAX) - 0x80000000
 
 
 class SwSync(SharedObject):
-    """A software timeline. ``name``: at most 15 bytes, the process's own name if not given.
+    """A software timeline.
 
-    Errors: EINVAL a name that is too long or has a NUL; EMFILE; ENOSPC the domain is full.
+    Args:
+        name: At most 15 bytes; None for the name of the process.
+        domain: The domain to make it in; None means the user's default domain.
+
+    Raises:
+        InvalidError: The name is too long or has a NUL (EINVAL).
+        NoSpaceError: The domain is full (ENOSPC).
+        DmaBufError: No descriptor is free (EMFILE).
     """
 
     __slots__ = ("_keep", "_timeline", "context", "name")
@@ -96,26 +105,27 @@ class SwSync(SharedObject):
         domain = domain or Domain.default()
         raw = place.comm() if name is None else os.fsencode(name)
         if len(raw) > 15 or b"\0" in raw:
-            raise fail(errno.EINVAL, "SwSync", f"name {name!r}", "at most 15 bytes, without a NUL")
+            wrong = "it has a NUL" if b"\0" in raw else f"it has {len(raw)} bytes"
+            raise fail(errno.EINVAL, "SwSync", f"name {name!r}", "use at most 15 bytes, without a NUL", what=wrong)
         context = domain.join().add64(OFF_CONTEXT, 1)
         self._set(SharedFile.make(KIND, domain, _HEAD.pack(_MAGIC, 0, 0, context, 0, raw)))
 
     def _set(self, file: SharedFile) -> None:
         head = file.read(0, _HEAD.size)
         if len(head) != _HEAD.size or not head.startswith(_MAGIC):
-            raise fail(errno.EUCLEAN, "from_fd", "a SwSync", "somebody else wrote to its descriptor", what="it begins like none")
+            raise fail(errno.EUCLEAN, "from_fd", "a SwSync", "make a new one", what="another program wrote to its descriptor")
         _, _, _, self.context, _, name = _HEAD.unpack(head)
         self.name = os.fsdecode(name.rstrip(b"\0"))
         super()._set(file)
         self._timeline: Timeline | None = None
         self._keep: dict[int, SwFence] = {}
-        _LIVE.add(self)
+        _OPEN.add(self)
 
     def __repr__(self) -> str:
         return f"<dmabuf.SwSync {self.name!r} {'closed' if self.closed else f'at {self.value}'}>"
 
     def close(self) -> None:
-        """Close the descriptor; as its last holder, end what is pending with ``-ENOENT``. Again: nothing."""
+        """Close the descriptor. The last holder signals the pending fences with ``-ENOENT``. Closing twice has no effect."""
         self._close(guarded=True)
 
     def _close(self, *, guarded: bool) -> None:
@@ -124,11 +134,11 @@ class SwSync(SharedObject):
         self.closed = True
         if self._file.close_fd():
             try:
-                self._end_all()
+                self._signal_all()
             except OSError as e:
                 if e.errno != errno.EDEADLK:
                     raise
-                self.domain.retries.later(self._end_later)  # called by a signal handler in the middle of a call: when that is over
+                self.domain.retries.later(self._signal_later)  # a signal handler called it in the middle of a call
                 return
         elif guarded and self._own_pending():
             _Guard(self, self._file).watch()
@@ -138,12 +148,12 @@ class SwSync(SharedObject):
     def _own_pending(self) -> list[int]:
         if self._timeline is None or inherited(self._timeline):
             return []
-        # Without the lock: what others add is not ours.
+        # Without the lock, because entries that others add now are not ours.
         found = [handle for handle, _ in self._entries()]
         known = KNOWN.of(self.domain)
         return [handle for handle in found if isinstance(fence := known.get(handle), SwFence) and fence.owned and not flagged(fence)]
 
-    def _end_all(self) -> None:
+    def _signal_all(self) -> None:
         with self._file.locked():
             self._file.write(_CLOSED, _U32.pack(1))
             value = self._value()
@@ -151,9 +161,9 @@ class SwSync(SharedObject):
                 self.domain.join().fence_end_any(handle, -errno.ENOENT)
         self._keep.clear()
 
-    def _end_later(self) -> bool:
+    def _signal_later(self) -> bool:
         try:
-            self._end_all()
+            self._signal_all()
         finally:
             self._file.close()
         return True
@@ -169,7 +179,7 @@ class SwSync(SharedObject):
         self._check(operation)
         self.domain.join()
         with self._file.locked():
-            # Who ended fences died before it had rung all that waits for them?
+            # Did a process that signaled fences die before it woke everything that waits for them?
             if self._file.read(_ENDING, 4) == _U32.pack(1) and self.domain.sync_directory.wake_all(self.domain.shm):
                 self._file.write(_ENDING, _U32.pack(0))
             yield
@@ -181,50 +191,53 @@ class SwSync(SharedObject):
         return min(int(_U32.unpack(self._file.read(_COUNT, 4))[0]), MAX_PENDING)
 
     def _entries(self) -> list[tuple[int, int]]:
-        """(handle, value) of the pending fences."""
+        """Return (handle, value) of the pending fences."""
         raw = self._file.read(_HEAD.size, self._used() * _ENTRY.size)
         shm = self.domain.shm
         whole = len(raw) // _ENTRY.size * _ENTRY.size
         return [(handle, value) for handle, value in _ENTRY.iter_unpack(raw[:whole]) if handle and shm.fence_pending(handle)]
 
     def _enter(self, handle: int, value: int) -> None:
-        """Put a pending fence on the list: at the end, or, when half of it has ended, on a list made anew."""
+        """Append a pending fence to the list, which is compacted first if half of its fences are signaled."""
         used, pending = self._used(), self._entries()
         if used >= 64 and len(pending) <= used // 2:
-            # Shorter from the front: whatever of it is written when we die, each pending fence is there at its old or its new place.
+            # Compact from the front. If this process dies partway, every pending fence is still at its old offset or at its new one.
             self._file.write(_HEAD.size, b"".join(_ENTRY.pack(*entry) for entry in pending))
             step("sw_compacted")
             self._file.write(_COUNT, _U32.pack(len(pending)))
             used = len(pending)
         if used >= MAX_PENDING:
-            raise fail(errno.ENOSPC, "create_fence", self, "let some end first", what=f"{MAX_PENDING} fences are pending")
+            raise fail(errno.ENOSPC, "create_fence", self, "signal some first", what=f"{MAX_PENDING} fences are pending")
         self._file.write(_HEAD.size + used * _ENTRY.size, _ENTRY.pack(handle, value))
-        step("sw_entered")  # behind the end: not on the list yet; the fence ends with us
+        step("sw_entered")  # past the end, so not on the list yet; the fence is signaled when this process dies
         self._file.write(_COUNT, _U32.pack(used + 1))
 
     # ---- using it ----
 
     @property
     def value(self) -> int:
-        """The count, 0 to 2³²-1. Errors: EBADF."""
+        """The count, 0 to 2³²-1."""
         with self._locked("value"):
             return self._value()
 
     def create_fence(self, value: int) -> SyncFile:
-        """A sync file that ends when the count reaches ``value``; one for the same pending value is shared (SW_SYNC_IOC_CREATE_FENCE).
+        """Return a sync file that is signaled when the count reaches a value (SW_SYNC_IOC_CREATE_FENCE).
 
-        Errors: EBADF; EINVAL not a number of 32 bits; ENOSPC the domain is full.
+        Raises:
+            ClosedError: The timeline is closed (EBADF).
+            InvalidError: The value is not a number of 32 bits (EINVAL).
+            NoSpaceError: The domain is full (ENOSPC).
         """
         if not 0 <= value <= UINT_MAX:
-            raise fail(errno.EINVAL, "create_fence", f"value {value}", f"a value is 0 to {UINT_MAX}")
+            raise fail(errno.EINVAL, "create_fence", f"value {value}", f"pass 0 to {UINT_MAX}", what="it is not a number of 32 bits")
         with self._locked("create_fence"):
-            self._forget_ended()
+            self._forget_signaled()
             if _ahead(value, self._value()) <= 0:
                 fence = self._make(value)
                 self.domain.shm.fence_end_any(fence.handle, 0)
                 return SyncFile(fence)
             for handle, at in self._entries():
-                if at == value and self.domain.shm.fence_mark(handle, "shared", 1):  # else it is just being dropped
+                if at == value and self.domain.shm.fence_mark(handle, "shared", 1):  # else its owner is dropping it now
                     found = wrap(self.domain, handle, (self.context, value, 0))
                     if not flagged(found):
                         return SyncFile(found)
@@ -240,24 +253,28 @@ class SwSync(SharedObject):
         handle = shm.fence_alloc(slot_of(timeline) + 1, self.context, value, FF_ANYBODY, 0, 0)
         return _fence(self.domain, handle, timeline, self._keep)
 
-    def _forget_ended(self) -> None:
+    def _forget_signaled(self) -> None:
         for handle in list(self._keep):  # a fence that is collected meanwhile may add itself
             if flagged(self._keep[handle]):
                 del self._keep[handle]
 
     def inc(self, n: int = 1) -> None:
-        """Move the count on by n; more than 2³¹-1 in steps, so that no fence is passed over (SW_SYNC_IOC_INC).
+        """Advance the count by n, and signal the fences that are due, in the order of their values (SW_SYNC_IOC_INC).
 
-        The fences that are due have ended, in the order of their values, when it returns. Errors: EBADF; EINVAL not a number of 32 bits.
+        More than 2³¹-1 is done in steps, so that no fence is passed over.
+
+        Raises:
+            ClosedError: The timeline is closed (EBADF).
+            InvalidError: ``n`` is not a number of 32 bits (EINVAL).
         """
         if not 0 <= n <= UINT_MAX:
-            raise fail(errno.EINVAL, "inc", f"by {n}", f"a step is 0 to {UINT_MAX}")
+            raise fail(errno.EINVAL, "inc", f"by {n}", f"pass 0 to {UINT_MAX}", what="it is not a number of 32 bits")
         with self._locked("inc"):
             while n > INT_MAX:
                 self._step(INT_MAX)
                 n -= INT_MAX
             self._step(n)
-            self._forget_ended()
+            self._forget_signaled()
 
     def _step(self, n: int) -> None:
         value, shm = self._value(), self.domain.shm
@@ -268,31 +285,41 @@ class SwSync(SharedObject):
         for ahead, at, handle in sorted(due):
             if ahead > 0:
                 self._file.write(_VALUE, _U32.pack(at))
-                step("sw_counted")  # this one is due and pending: the next holder's inc ends it, or its owner's death
+                step("sw_counted")  # this one is due and pending: the next inc of any holder signals it, or its owner's death
             shm.fence_end_any(handle, 0)
-            step("sw_ended")  # an inc by less
+            step("sw_ended")  # as after an inc by less
         self._file.write(_VALUE, _U32.pack(target))
         if due:
             self._file.write(_ENDING, _U32.pack(0))
 
     def get_deadline(self, sync_file: SyncFile) -> int:
-        """The earliest deadline set on a fence of a software timeline, CLOCK_MONOTONIC ns (SW_SYNC_GET_DEADLINE).
+        """Return the earliest deadline of a fence of a software timeline, in CLOCK_MONOTONIC ns (SW_SYNC_GET_DEADLINE).
 
-        Errors: EBADF; EINVAL no sync file, or not of one such fence; ENOENT none was set.
+        Args:
+            sync_file: What :meth:`create_fence` returned.
+
+        Raises:
+            ClosedError: The timeline is closed (EBADF).
+            InvalidError: It is not a sync file of one such fence (EINVAL).
+            NotFoundError: No deadline was set (ENOENT).
         """
         self._check("get_deadline")
-        given: Any = sync_file
+        given: object = sync_file
         fence = given.fence if isinstance(given, SyncFile) and not given.closed and not given.kernel else None
         if fence is None or not fence.flags & FF_ANYBODY or fence.driver_name != KIND:
-            what = "it is no sync file of one fence of a software timeline"
-            raise fail(errno.EINVAL, "get_deadline", sync_file, "pass what create_fence() gave", what=what)
+            what = "not a sync file of one fence of a software timeline"
+            raise fail(errno.EINVAL, "get_deadline", sync_file, "pass what create_fence() returned", what=what)
         deadline = fence.deadline
         if deadline is None:
             raise fail(errno.ENOENT, "get_deadline", sync_file, "set one with set_deadline()", what="no deadline was set")
         return deadline
 
     def statistics(self) -> SwSyncStatistics:
-        """A snapshot for programs. Errors: EBADF."""
+        """Return a snapshot for programs.
+
+        Raises:
+            ClosedError: The timeline is closed (EBADF).
+        """
         with self._locked("statistics"):
             return SwSyncStatistics(self.name, self.context, self._value(), len(self._entries()))
 
@@ -305,20 +332,21 @@ class SwSync(SharedObject):
 
 
 class _Guard:
-    """Of a timeline that was closed here while others hold it, with fences of ours pending: ends those if the last holder dies."""
+    """For a timeline that this process closed while others hold it, with its own fences pending: signals them if the last holder dies."""
 
     def __init__(self, timeline: SwSync, file: SharedFile) -> None:
         self.timeline, self.file, self.domain = timeline, file, timeline.domain
         self.name = f"SwSync {timeline.context} {id(timeline):x}"  # one process can have a timeline open more than once
-        self.lock = threading.RLock()  # a signal handler may come in the middle
+        self.lock = threading.RLock()  # a signal handler may run in the middle
         self.ending = False
 
     def watch(self) -> None:
+        """Begin, with a hook of the tick."""
         self.domain.on_tick(self.name, self.tick)
         self.next(0)
 
     def next(self, _: int) -> None:
-        """Keep the dispatcher's thread ticking while a fence of ours is pending."""
+        """Keep the dispatcher's thread ticking while one of the fences is pending."""
         if self.ending:
             return
         watching = dispatcher(self.domain)
@@ -328,43 +356,46 @@ class _Guard:
         self.end()
 
     def tick(self, _: int, __: int) -> None:
+        """Signal the fences if no process has a descriptor of the timeline."""
         if not self.lock.acquire(blocking=False):
-            return  # another thread looks already
+            return  # another thread already checks
         try:
             if self.file.is_last():
-                self.ending = True  # the ends call next()
-                self.timeline._end_all()
+                self.ending = True  # the signals call next()
+                self.timeline._signal_all()
                 self.off()
         finally:
             self.lock.release()
 
     def end(self) -> None:
+        """Stop: none of the fences is pending."""
         with self.lock:
             self.off()
 
     def off(self) -> None:
+        """Remove the hook and close the file. The lock is held."""
         if self.name in self.domain.tick_hooks:
             self.domain.tick_hooks.remove(self.name)
             self.file.close()
 
 
 def sync_info() -> str:
-    """The text of debugfs ``sync/info``: the software timelines that this process holds, the oldest first, and their pending fences.
+    """Return the text of debugfs ``sync/info``: the software timelines that this process holds, oldest first, with their pending fences.
 
     As in Linux 6.8, the list of sync files under it is always empty (spec 6.2).
     """
-    timelines = sorted((timeline for timeline in list(_LIVE) if not timeline.closed), key=lambda timeline: timeline.context)
+    timelines = sorted((timeline for timeline in list(_OPEN) if not timeline.closed), key=lambda timeline: timeline.context)
     rule = "-" * 14 + "\n"
     return "objs:\n" + rule + "".join(timeline._info() for timeline in timelines) + "fences:\n" + rule
 
 
 def _close_all() -> None:
-    """At exit, as the kernel closes a timeline's descriptor with its process: before the domain is left."""
-    for timeline in list(_LIVE):
+    """Close every timeline at exit, before this process leaves the domain, as the kernel does with the descriptors of a process."""
+    for timeline in list(_OPEN):
         try:
             timeline._close(guarded=False)
         except OSError:
-            pass  # its fences end with the process's life
+            pass  # its fences are signaled when the process is reaped
 
 
 atexit.register(_close_all)

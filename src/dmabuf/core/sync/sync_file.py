@@ -1,93 +1,73 @@
 """``SyncFile``: a fence as a file descriptor (spec 1.10, 5.5, 5.10).
 
 It wraps one fence, as it is at that moment, for good. The descriptor (``fileno()``, made when it is first asked for) is readable once the
-fence has ended, with an error or without, and stays so; it is never writable and never hung up. It can be polled, added to an event
-loop, duplicated, inherited, and sent to any program; whoever gets it can make a ``SyncFile`` of it (``SyncFile.from_fd``), with the names,
-the fences and, once they have ended, the results. It needs neither its maker nor any other process that has it: who ends the last of its
-fences rings it, or who reaps the owner of that one (``domain/sync_files.py`` says how).
+fence is signaled, with an error or without, and stays so. It is never writable and never hung up. It can be polled, added to an event
+loop, duplicated, inherited, and sent to any program. Its receiver can make a ``SyncFile`` of it (``SyncFile.from_fd``), with the names, the
+fences and, once they are signaled, the results. It needs neither its maker nor any other process that has it: the process that signals the
+last of its fences makes it readable, or the process that reaps that fence's owner (``domain/sync_files.py`` says how).
 
-What it waits for are the plain fences inside of containers, so it outlives the container's maker too; of an array that any member ends
-it waits for the array itself.
+It waits for the plain fences inside containers, so it outlives a container's maker. Of an array that any member signals, it waits for the
+array itself.
 
-A ``sync_file`` of the kernel (from a driver) is wrapped by the same class: its descriptor is the kernel's, and ``fence`` is a fence of this
-process that ends when the descriptor becomes readable, with the kernel fence's error. The other way there is none: a fence of this
-library is never given to the kernel, which may wait for it where it must not (spec 3.11).
+The same class wraps a ``sync_file`` of the kernel (from a driver). Its descriptor is the kernel's. ``fence`` is then a fence of this
+process that is signaled when the descriptor becomes readable, with the kernel fence's error. There is no way back: a fence of this library
+is never given to the kernel, which may wait for it where it must not (spec 3.11).
 
-Using a closed one is EBADF, except ``close()``, ``closed`` and ``repr``. Any thread may call anything, with or without a reservation lock.
+Using a closed one raises ClosedError (EBADF), except ``close()``, ``closed`` and ``repr``. Any thread may call anything, with or without a
+reservation lock.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import itertools
 import os
-import select
 import sys
 import weakref
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass
 from typing import Any, Self
 
-from dmabuf._native import FF_ANYBODY, Shm
+from dmabuf._native import FF_ANYBODY
 from dmabuf.core.base.closing import Closing
 from dmabuf.core.fence.array import DmaFenceArray
 from dmabuf.core.fence.container import is_container
-from dmabuf.core.fence.fence import DmaFence, flagged, wrap
+from dmabuf.core.fence.fence import DmaFence, flagged
 from dmabuf.core.fence.stub import private_stub
 from dmabuf.core.fence.unwrap import leaves_of, merge
-from dmabuf.core.sync import kernel_fences as kernel_sync
+from dmabuf.core.sync import kernel_fences
+from dmabuf.core.sync.descriptors import advance, duplicate, forget_if_last, is_readable
+from dmabuf.core.sync.sync_file_info import (
+    NAME_BYTES,
+    SyncFenceInfo,
+    SyncFileInfo,
+    SyncFileStatistics,
+    cut_name,
+    fence_info,
+    fence_of,
+    leaf_of,
+    name_of,
+)
 from dmabuf.domain import sync_files
 from dmabuf.domain.domain import Domain, known
 from dmabuf.domain.forks import fork_lock
 from dmabuf.domain.local import Local
-from dmabuf.domain.sync_files import Leaf, SyncFileRecord
+from dmabuf.domain.sync_files import SyncFileRecord
 from dmabuf.errors import fail
 from dmabuf.uapi import sync_file as uapi
 
-NAME_BYTES = 31  # of a char[32] with its NUL (spec 5.1)
 _OPENED: Local[Iterator[int]] = Local(lambda _: itertools.count(1))
-_TIDY_EVERY = 64  # descriptors made between two looks for names that nobody holds
-
-
-@dataclass(frozen=True)
-class SyncFenceInfo:
-    """One fence of a sync file (struct sync_fence_info): ``obj_name`` its timeline's name. ``timestamp_ns``: CLOCK_MONOTONIC, 0 pending."""
-
-    obj_name: str
-    driver_name: str
-    status: int
-    flags: int
-    timestamp_ns: int
-
-
-@dataclass(frozen=True)
-class SyncFileInfo:
-    """What FILE_INFO says. ``status``: 1 signalled, 0 pending, else the errno of the first that failed."""
-
-    name: str
-    status: int
-    flags: int
-    num_fences: int
-    fences: tuple[SyncFenceInfo, ...]
-
-
-@dataclass(frozen=True)
-class SyncFileStatistics:
-    """A snapshot. ``descriptor``: was it asked for? ``kernel``: is it a sync_file of the kernel's?"""
-
-    name: str
-    status: int
-    fences: int
-    pending: int
-    descriptor: bool
-    kernel: bool
+_TIDY_EVERY = 64  # descriptors made between two scans for names of closed sync files
 
 
 class SyncFile(Closing):
-    """A fence as a descriptor. ``name``: shown by ``info()``, cut to 31 bytes; None or "" for ``driver-timeline<context>-<seqno>``.
+    """A fence as a descriptor.
 
-    Errors: TypeError no fence; EINVAL a name with a NUL.
+    Args:
+        fence: The fence.
+        name: What ``info()`` shows, cut to 31 bytes; None or "" for ``driver-timeline<context>-<seqno>``.
+
+    Raises:
+        InvalidError: The name has a NUL (EINVAL).
 
     Kernel: sync_file (file as fileno, user_name as name, fence), sync_file_create, sync_file_get_name as name.
     """
@@ -113,7 +93,7 @@ class SyncFile(Closing):
     def __init__(self, fence: DmaFence, name: str | bytes | None = None) -> None:
         if not isinstance(fence, DmaFence):
             raise TypeError(f"SyncFile: a DmaFence is expected, not {type(fence).__name__}")
-        self._set(fence.domain, fence, leaves_of(fence), _cut(name) or _generated(fence))
+        self._set(fence.domain, fence, leaves_of(fence), cut_name(name) or name_of(fence))
 
     def _set(self, domain: Domain, fence: DmaFence | None, leaves: tuple[DmaFence, ...], name: bytes, fd: int = -1, stem: str = "") -> None:
         self._domain, self._fence, self._leaves, self._name = domain, fence, leaves, name
@@ -124,12 +104,21 @@ class SyncFile(Closing):
 
     @classmethod
     def from_fd(cls, fd: int, *, domain: Domain | None = None) -> Self:
-        """The sync file behind a descriptor that came as a plain number; the caller keeps the descriptor.
+        """Return the sync file behind a descriptor that came as a plain number. The caller keeps the descriptor.
 
-        Errors: EBADF no open fd; EINVAL no sync file; EXDEV one of another domain, or of a private domain (send those with
-        ``dmabuf.send``); EMFILE. Kernel: sync_file_get_fence.
+        Args:
+            fd: The descriptor, of this library or of the kernel.
+            domain: The domain to look in; None means one that this process has open, or the user's default domain.
+
+        Raises:
+            ClosedError: ``fd`` is not open (EBADF).
+            InvalidError: It is not a sync file (EINVAL).
+            CrossDomainError: It belongs to another domain, or to a private one: send those with ``dmabuf.send`` (EXDEV).
+            DmaBufError: No descriptor is free (EMFILE).
+
+        Kernel: sync_file_get_fence.
         """
-        own = _duplicate(fd, "from_fd")
+        own = duplicate(fd, "from_fd")
         try:
             return cls.from_owned_fd(own, domain, named=fd)
         except BaseException:
@@ -140,36 +129,43 @@ class SyncFile(Closing):
     def from_owned_fd(
         cls, fd: int, domain: Domain | None = None, record: SyncFileRecord | None = None, *, named: int | None = None
     ) -> Self:
-        """:meth:`from_fd` that takes over the fd, unless it raises. ``record``: if it came along. ``named``: the fd in messages."""
+        """Return the sync file behind a descriptor, and own the descriptor unless this raises.
+
+        Args:
+            fd: The descriptor.
+            domain: As for :meth:`from_fd`.
+            record: The record, if it came along.
+            named: The number that messages name; None for ``fd``.
+        """
         said = f"fd {fd if named is None else named}"
-        if kernel_sync.is_kernel_sync_file(fd):
+        if kernel_fences.is_kernel_sync_file(fd):
             return cls._of_kernel(fd, domain or Domain.default())
         found = sync_files.stem_of(fd)
         if found is None:
-            raise fail(errno.EINVAL, "from_fd", said, "pass the descriptor of a SyncFile", what="it is no sync file")
+            raise fail(errno.EINVAL, "from_fd", said, "pass the descriptor of a SyncFile", what="not a sync file")
         stem, private = found
         identity = sync_files.identity_of(stem)
         domain = domain if domain is not None and domain.id == identity else known(identity) or Domain.default()
         if domain.id != identity:
             remedy = "start both processes with the same DMABUF_DOMAIN, or send the domain along: dmabuf.send(sock, domain, sync_file)"
-            raise fail(errno.EXDEV, "from_fd", f"sync file of domain {identity}", remedy, what="this process does not have its domain")
+            raise fail(errno.EXDEV, "from_fd", f"sync file of domain {identity}", remedy, what="this process doesn't have its domain")
         if record is None:
             if private:
                 remedy = "send the SyncFile with dmabuf.send() or through multiprocessing"
-                raise fail(errno.EXDEV, "from_fd", said, remedy, what="a private domain has no place to look it up in")
+                raise fail(errno.EXDEV, "from_fd", said, remedy, what="its private domain has no directory to find it in")
             with domain.sync_directory.opened() as directory:
                 record = sync_files.find(stem, directory or 0)
         self = cls.__new__(cls)
-        shm = domain.join()
-        if record is None:  # everybody had left the domain, so all its fences have ended; how, nobody knows
-            ended = private_stub(0, domain=domain, error=-errno.EOWNERDEAD)
-            self._set(domain, ended, (ended,), stem.encode()[:NAME_BYTES], fd, stem)
+        domain.join()
+        if record is None:  # every process had left the domain: all its fences are signaled, with results that nobody knows
+            lost = private_stub(0, domain=domain, error=-errno.EOWNERDEAD)
+            self._set(domain, lost, (lost,), stem.encode()[:NAME_BYTES], fd, stem)
             return self
-        leaves = tuple(_fence_of(domain, shm, leaf) for leaf in record.leaves)
+        leaves = tuple(fence_of(domain, leaf) for leaf in record.leaves)
         fence = leaves[0] if len(leaves) == 1 else DmaFenceArray(leaves)
         self._set(domain, fence, leaves, record.name, fd, stem)
         try:
-            self._look()
+            self._watch_next()
         except BaseException:
             self._fd, self.closed = -1, True  # the descriptor is the caller's again
             raise
@@ -184,7 +180,7 @@ class SyncFile(Closing):
         return self
 
     def __repr__(self) -> str:
-        state = "closed" if self.closed else {0: "pending", 1: "signalled"}.get(self.status, str(self.status))
+        state = "closed" if self.closed else {0: "pending", 1: "signaled"}.get(self.status, str(self.status))
         return f"<dmabuf.SyncFile {os.fsdecode(self._name)!r}{' of the kernel' if self._kernel else ''} {state}>"
 
     def _check(self, operation: str) -> None:
@@ -194,7 +190,13 @@ class SyncFile(Closing):
     # ---- the descriptor ----
 
     def fileno(self) -> int:
-        """The descriptor, borrowed: readable once the fence has ended. Made at the first call. Errors: EBADF; EMFILE; ENOSPC."""
+        """Return the descriptor, which the sync file keeps owning. It is readable once the fence is signaled. Made at the first call.
+
+        Raises:
+            ClosedError: The sync file is closed (EBADF).
+            DmaBufError: No descriptor is free (EMFILE).
+            NoSpaceError: The domain's file system is full (ENOSPC).
+        """
         self._check("fileno")
         if self._fd < 0:
             with self._lock:
@@ -204,29 +206,33 @@ class SyncFile(Closing):
         return self._fd
 
     def dup(self) -> int:
-        """A new descriptor of the same sync file, owned by the caller, not inherited by exec. Errors: EBADF, EMFILE."""
+        """Return a new descriptor of the same sync file, which the caller owns and exec doesn't inherit.
+
+        Raises:
+            ClosedError: The sync file is closed (EBADF).
+            DmaBufError: No descriptor is free (EMFILE).
+        """
         self.share("dup")
-        with self._lock:  # closed meanwhile, the number would be somebody else's
-            return _duplicate(self.fileno(), "dup")
+        with self._lock:  # if another thread closed it now, the number could become somebody else's
+            return duplicate(self.fileno(), "dup")
 
     def share(self, operation: str) -> None:
-        """Somebody else is about to wait: to drop a pending fence from now on hurts.
+        """Note that another process is about to wait: dropping a pending fence is an error from now on.
 
-        Errors: EBADF; EPERM fences from before a fork, whose domain began anew since.
+        Raises:
+            ClosedError: The sync file is closed (EBADF).
+            NotPermittedError: Its fences are from before a fork, and the domain began again since (EPERM).
         """
         self._check(operation)
         for leaf in self._leaves:
             if leaf.shm is not self._domain.shm:
-                raise fail(errno.EPERM, operation, self, "what a fork inherits is inert once its domain is gone")
+                remedy = "make or receive a new one"
+                raise fail(errno.EPERM, operation, self, remedy, what="its fences are from before a fork, and their domain is gone")
             leaf.shm.fence_mark(leaf.handle, "shared", 1)
 
     def record(self) -> SyncFileRecord:
-        """What goes along with the descriptor, for whoever receives it."""
-        found = []
-        for leaf in self._leaves:
-            names = os.fsencode(leaf.driver_name), os.fsencode(leaf.timeline_name)
-            found.append(Leaf(leaf.handle, leaf.context, leaf.seqno, leaf.timeline_index, leaf.status, leaf.timestamp, *names))
-        return SyncFileRecord(self._name, tuple(found))
+        """Return what goes along with the descriptor to its receiver."""
+        return SyncFileRecord(self._name, tuple(map(leaf_of, self._leaves)))
 
     def _open(self) -> None:
         domain = self._domain
@@ -247,11 +253,14 @@ class SyncFile(Closing):
                     sync_files.remove(stem, directory)
                 raise
         self._fd, self._stem = fd, stem
-        self._look()
+        self._watch_next()
 
-    def _look(self) -> None:
-        """Watch a pending fence that another process ends, so that somebody looks after its death; in a private domain, where who ends a
-        fence rings nothing, any pending fence. None: see that it was rung."""
+    def _watch_next(self) -> None:
+        """Watch a pending fence that another process signals, so that this process acts if that one dies. If there is none, see to it that
+        the descriptor becomes readable.
+
+        In a private domain no signaler makes a descriptor readable, so there any pending fence is watched.
+        """
         with self._lock:
             self._watch = None
             if self.closed or self._fd < 0 or self._kernel:
@@ -261,37 +270,40 @@ class SyncFile(Closing):
             def again(_: int) -> None:
                 this = me()
                 if this is not None:
-                    this._look()
+                    this._watch_next()
 
             private = self._domain.path is None
             for leaf in self._leaves:
-                # One that anybody ends is ours, and who ends it may die before it rings.
+                # Any process may signal some of our own, and may die before it makes the descriptor readable.
                 watched = private or not leaf.owned or leaf.flags & FF_ANYBODY
                 token = leaf.listen(again) if watched else None
                 if token is not None:
                     self._watch = (leaf, token)
                     return
-            ended = [flagged(leaf) for leaf in self._leaves]
-            if not any(ended) or _readable(self._fd):
+            signaled = [flagged(leaf) for leaf in self._leaves]
+            if not any(signaled) or is_readable(self._fd):
                 return
-            # Of what is pending every fence is ours; who ended the one before may have died before it handed on the duty to ring.
-            domain, stem, over = self._domain, self._stem, all(ended)
-            if not _rung(domain, stem, over):
-                domain.retries.later(lambda: _rung(domain, stem, over))
+            # Every pending fence is ours. But the signaler of an earlier one may have died before it handed on the duty to make the
+            # descriptor readable.
+            domain, stem, over = self._domain, self._stem, all(signaled)
+            if not advance(domain, stem, over):
+                domain.retries.later(lambda: advance(domain, stem, over))
 
     def kernel_fileno(self) -> int:
-        """The borrowed descriptor of a sync_file of the kernel's, to be given to a driver.
+        """Return the descriptor of a kernel sync_file for a driver. The sync file keeps owning it.
 
-        Errors: EBADF; EINVAL a sync file of this library: the kernel would wait for a process.
+        Raises:
+            ClosedError: The sync file is closed (EBADF).
+            InvalidError: It is one of this library, and the kernel would wait for a process (EINVAL).
         """
         self._check("kernel_fileno")
         if not self._kernel:
-            remedy = "wait for it here, then submit: a fence of a process may come late or never, and the kernel must not wait for one"
-            raise fail(errno.EINVAL, "kernel_fileno", self, remedy, what="it is no sync_file of the kernel's")
+            remedy = "wait for it first, then submit: the kernel must not wait for a process, which may signal late or never"
+            raise fail(errno.EINVAL, "kernel_fileno", self, remedy, what="not a kernel sync_file")
         return self._fd
 
     def close(self) -> None:
-        """Close the descriptor, if it was made, and let go of the fence; again: nothing."""
+        """Close the descriptor, if it was made, and drop the fence. Closing twice has no effect."""
         with self._lock:
             if self.closed:
                 return
@@ -305,19 +317,10 @@ class SyncFile(Closing):
         if fd >= 0:
             os.close(fd)
             if not self._kernel and self._domain.path is not None:
-                self._forget()
-
-    def _forget(self) -> None:
-        """Remove its names if that was the last descriptor of it."""
-        try:
-            with self._domain.sync_directory.opened() as directory:
-                if directory is not None and not sync_files.is_open(self._stem, directory):
-                    sync_files.remove(self._stem, directory)
-        except OSError:
-            pass  # whoever tidies the next time does it
+                forget_if_last(self._domain, self._stem)
 
     def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
-        # Nothing is taken back from the dispatcher, whose lock this thread may hold; what is registered there does nothing any more.
+        # The callback stays in the dispatcher, whose lock this thread may hold. It has no effect any more.
         if not getattr(self, "closed", True) and not ending():
             self._watch = None
             self.close()
@@ -329,13 +332,13 @@ class SyncFile(Closing):
 
     @property
     def name(self) -> str:
-        """Its name, at most 31 bytes. Errors: EBADF."""
+        """Its name, at most 31 bytes."""
         self._check("name")
         return os.fsdecode(self._name)
 
     @property
     def kernel(self) -> bool:
-        """Is it a sync_file of the kernel's?"""
+        """Whether it is a kernel sync_file."""
         return self._kernel
 
     @property
@@ -345,53 +348,67 @@ class SyncFile(Closing):
 
     @property
     def fence(self) -> DmaFence:
-        """The fence. Of a kernel's: a fence of this process that ends with it. Errors: EBADF."""
+        """The fence. For a kernel sync_file: a fence of this process that is signaled with it."""
         self._check("fence")
         with self._lock:
             if self._fence is None:
-                self._fence = kernel_sync.fence_of(self._fd, self._domain)
+                self._fence = kernel_fences.fence_of(self._fd, self._domain)
                 self._leaves = (self._fence,)
             return self._fence
 
     @property
     def status(self) -> int:
-        """0 pending, 1 signalled, or the negative errno that the fence ended with. Errors: EBADF."""
+        """0 pending, 1 signaled, or the negative errno that the fence was signaled with."""
         self._check("status")
         if self._kernel and self._fence is None:
             return uapi.file_info(self._fd).status
         fence = self.fence
         if is_container(fence) and not fence.is_signaled() and not any(not leaf.is_signaled() for leaf in self._leaves):
-            fence.enable_signaling()  # an array that nobody asked yet doesn't look at its members (spec 3.15)
+            fence.enable_signaling()  # an array that is not enabled doesn't look at its members (spec 3.15)
         return fence.status
 
     def is_signaled(self) -> bool:
-        """Has the fence ended? Errors: EBADF."""
+        """Return True if the fence is signaled.
+
+        Raises:
+            ClosedError: The sync file is closed (EBADF).
+        """
         return self.status != 0
 
     def info(self, num_fences: int | None = None) -> SyncFileInfo:
-        """FILE_INFO. ``num_fences``: the room that the caller has; None for enough, 0 for the count and the whole's status alone.
+        """Return what FILE_INFO says.
 
-        Errors: EBADF; EINVAL not enough room, or a negative one.
+        Args:
+            num_fences: The caller's room for fences; None for enough, 0 for the count and the status of the whole.
+
+        Raises:
+            ClosedError: The sync file is closed (EBADF).
+            InvalidError: The room is too small, or negative (EINVAL).
         """
         self._check("info")
         if self._kernel:
-            told = uapi.file_info(self._fd, of=self)
+            answer = uapi.file_info(self._fd, of=self)
             fences = tuple(
                 SyncFenceInfo(os.fsdecode(one.obj_name), os.fsdecode(one.driver_name), one.status, one.flags, one.timestamp_ns)
-                for one in told.fences
+                for one in answer.fences
             )
-            name, status = told.name, told.status
+            name, status = answer.name, answer.status
         else:
-            fences = tuple(map(_fence_info, self._leaves))
+            fences = tuple(map(fence_info, self._leaves))
             name, status = self._name, next((one.status for one in fences if one.status <= 0), 1)
         if num_fences is not None and (num_fences < 0 or 0 < num_fences < len(fences)):
-            raise fail(errno.EINVAL, "info", self, f"there are {len(fences)} fences: ask with None, or with that many")
+            remedy = f"pass None, or at least {len(fences)}"
+            raise fail(errno.EINVAL, "info", self, remedy, what=f"no room: {num_fences} for {len(fences)} fences")
         if num_fences == 0:
             return SyncFileInfo(os.fsdecode(name), self.status, 0, len(fences), ())
         return SyncFileInfo(os.fsdecode(name), status, 0, len(fences), fences)
 
     def statistics(self) -> SyncFileStatistics:
-        """A snapshot for programs. Errors: EBADF."""
+        """Return a snapshot for programs.
+
+        Raises:
+            ClosedError: The sync file is closed (EBADF).
+        """
         seen = self.info()
         pending = sum(not one.status for one in seen.fences)
         return SyncFileStatistics(seen.name, seen.status, seen.num_fences, pending, self._fd >= 0, self._kernel)
@@ -399,14 +416,22 @@ class SyncFile(Closing):
     # ---- using it ----
 
     def merge(self, other: SyncFile | int, name: str | bytes | None = None) -> SyncFile:
-        """A new sync file of the pending fences of both; they stay as they are (SYNC_IOC_MERGE; spec 3.17).
+        """Return a new sync file of the pending fences of both, which stay as they are (SYNC_IOC_MERGE; spec 3.17).
 
-        ``other``: a SyncFile, or a descriptor of one. Signalled fences, failed ones too, are left out, and of one timeline only the latest
-        is kept. Two of the kernel's give one of the kernel's.
+        Signaled fences, failed ones too, are left out, and of one timeline only the latest is kept. Two kernel sync_files give one of the
+        kernel's.
 
-        Errors: EBADF; ENOENT ``other`` is closed or no sync file; EXDEV of another domain; EINVAL a name with a NUL.
+        Args:
+            other: A SyncFile, or a descriptor of one.
+            name: As for the constructor.
+
+        Raises:
+            ClosedError: This sync file is closed (EBADF).
+            NotFoundError: ``other`` is closed, or not a sync file (ENOENT).
+            CrossDomainError: ``other`` belongs to another domain (EXDEV).
+            InvalidError: The name has a NUL (EINVAL).
         """
-        cut = _cut(name)
+        cut = cut_name(name)
         self._check("merge")
         what = f"fd {other}" if isinstance(other, int) else f"a {type(other).__name__}"
         if isinstance(other, int) and not isinstance(other, bool):
@@ -420,7 +445,7 @@ class SyncFile(Closing):
             if not other.closed:
                 return self._merge(other, cut)
             what = "a closed SyncFile"
-        raise fail(errno.ENOENT, "merge", what, "merge with an open SyncFile, or its descriptor", what="it is no sync file")
+        raise fail(errno.ENOENT, "merge", what, "merge with an open SyncFile, or its descriptor", what="not an open sync file")
 
     def _merge(self, other: SyncFile, name: bytes) -> SyncFile:
         if self._kernel and other._kernel:
@@ -429,13 +454,15 @@ class SyncFile(Closing):
         return SyncFile(merge(self.fence, other.fence), name or None)
 
     def set_deadline(self, ns: int) -> None:
-        """Hint that somebody wants it by this CLOCK_MONOTONIC time in ns, for every fence in it (SET_DEADLINE; spec 3.12).
+        """Hint that somebody wants every fence in it by a time, in CLOCK_MONOTONIC ns (SET_DEADLINE; spec 3.12).
 
-        Errors: EBADF; EINVAL a negative time.
+        Raises:
+            ClosedError: The sync file is closed (EBADF).
+            InvalidError: The time is negative (EINVAL).
         """
         self._check("set_deadline")
         if ns < 0:
-            raise fail(errno.EINVAL, "set_deadline", self, "a deadline is CLOCK_MONOTONIC nanoseconds")
+            raise fail(errno.EINVAL, "set_deadline", self, "pass CLOCK_MONOTONIC ns", what=f"the time {ns} is negative")
         if self._kernel:
             uapi.set_deadline(self._fd, ns, of=self)
             return
@@ -443,74 +470,29 @@ class SyncFile(Closing):
             leaf.set_deadline(ns)
 
     def wait(self, timeout: float | None = None, *, interruptible: bool = False) -> float:
-        """Wait until the fence has ended; the seconds left (> 0; inf for None), 0.0 when timed out. Its error is what ``status`` says.
+        """Wait until the fence is signaled. Its error is not raised; see ``status``.
 
-        Errors: EBADF; EINVAL a negative timeout; EINTR a signal, if ``interruptible``.
+        Args:
+            timeout: Seconds; None waits without a limit.
+            interruptible: Let a signal end the wait.
+
+        Returns:
+            The seconds left: more than 0 (inf without a timeout), or 0.0 when the time is over.
+
+        Raises:
+            ClosedError: The sync file is closed (EBADF).
+            InvalidError: The timeout is negative (EINVAL).
+            InterruptedWaitError: A signal arrived (EINTR).
         """
         self._check("wait")
         return self.fence.wait(timeout, interruptible=interruptible)
 
     def __await__(self) -> Generator[Any, None, int]:
-        """Wait in a coroutine; the result is ``status``. Cancelling leaves nothing registered. Errors: EBADF."""
+        """Wait in a task of asyncio or trio. The result is ``status``. Canceling leaves nothing registered."""
         self._check("await")
         return self.fence.__await__()
 
 
 def get_sync_file(fd: int, *, domain: Domain | None = None) -> SyncFile:
-    """The sync file behind a descriptor, which the caller keeps: :meth:`SyncFile.from_fd`."""
+    """Return the sync file behind a descriptor, as :meth:`SyncFile.from_fd` does. The caller keeps the descriptor."""
     return SyncFile.from_fd(fd, domain=domain)
-
-
-def _duplicate(fd: int, operation: str) -> int:
-    try:
-        return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0)
-    except (OSError, OverflowError, ValueError) as e:
-        number = e.errno if isinstance(e, OSError) and e.errno else errno.EBADF
-        remedy = "pass an open file descriptor" if number == errno.EBADF else "raise RLIMIT_NOFILE or close descriptors"
-        raise fail(number, operation, f"fd {fd}", remedy) from None
-
-
-def _rung(domain: Domain, stem: str, over: bool) -> bool:
-    """See to it that a sync file is rung, now if all its fences have ended (``over``); False when no descriptor is free for that."""
-    try:
-        with domain.sync_directory.opened() as directory:
-            for name in [] if directory is None else sync_files.waiting(directory, stem):
-                sync_files.advance(domain.shm, name, directory or 0)
-            if over:
-                sync_files.make_readable(stem, directory)
-    except FileNotFoundError:
-        pass  # the directory is gone, and with it the socket's name
-    except OSError:
-        return False
-    return True
-
-
-def _readable(fd: int) -> bool:
-    asked = select.poll()
-    asked.register(fd, select.POLLIN)
-    return bool(asked.poll(0))
-
-
-def _generated(fence: DmaFence) -> bytes:
-    seqno = fence.seqno - (1 << 64) if fence.seqno >= 1 << 63 else fence.seqno
-    return os.fsencode(f"{fence.driver_name}-{fence.timeline_name}{fence.context}-{seqno}")[:NAME_BYTES]
-
-
-def _cut(name: str | bytes | None) -> bytes:
-    raw = b"" if name is None else os.fsencode(name)
-    if b"\0" in raw:
-        raise fail(errno.EINVAL, "name", "a sync file", "a name has no NUL")
-    return raw[:NAME_BYTES]
-
-
-def _fence_of(domain: Domain, shm: Shm, leaf: Leaf) -> DmaFence:
-    past = leaf.context, leaf.seqno, leaf.timeline, leaf.status, leaf.timestamp
-    return wrap(domain, leaf.handle, past, (os.fsdecode(leaf.driver), os.fsdecode(leaf.name)))
-
-
-def _fence_info(leaf: DmaFence) -> SyncFenceInfo:
-    def cut(text: str) -> str:
-        return os.fsdecode(os.fsencode(text)[:NAME_BYTES])
-
-    status = leaf.status  # before the timestamp, which comes with it
-    return SyncFenceInfo(cut(leaf.timeline_name), cut(leaf.driver_name), status, 0, leaf.timestamp)
