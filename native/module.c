@@ -1,12 +1,13 @@
-/* module.c - dmabuf._native: the only place with raw memory. */
+/* module.c - dmabuf._native: the only place with raw memory. It puts the parts together, and is the only file that knows all of them. */
 #include "domain/access.h"
 #include "domain/fence_methods.h"
 #include "domain/fence_type.h"
 #include "domain/lend.h"
+#include "domain/pools.h"
 #include "domain/reap.h"
+#include "domain/records.h"
 #include "domain/resv.h"
 #include "domain/resv_lock.h"
-#include "domain/shm.h"
 #include "domain/sleep.h"
 #include "domain/step.h"
 #include "domain/table.h"
@@ -16,104 +17,110 @@
 #include "memory/mapping.h"
 #include "memory/window.h"
 
-/* Python code can't call sys.unraisablehook: the default hook takes nothing but a structure that only the interpreter makes. */
-static PyObject *unraisable(PyObject *self, PyObject *args) {
+/* Python code can't call sys.unraisablehook itself: the default hook takes only a structure that the interpreter makes. */
+static PyObject *unraisable(PyObject *module, PyObject *args) {
   PyObject *error, *where;
-  (void)self;
   if (!PyArg_ParseTuple(args, "OO", &error, &where)) return NULL;
-  if (!PyExceptionInstance_Check(error)) return PyErr_Format(PyExc_TypeError, "unraisable: an exception is expected");
+  if (!PyExceptionInstance_Check(error)) return PyErr_Format(PyExc_TypeError, "unraisable() takes an exception");
   PyErr_SetObject((PyObject *)Py_TYPE(error), error);
   PyErr_WriteUnraisable(where);
   Py_RETURN_NONE;
 }
 
-static PyMethodDef methods[] = {
-    {"unraisable", unraisable, METH_VARARGS, "Tell sys.unraisablehook of an exception, and where it was raised."}, {0}};
+static PyMethodDef functions[] = {
+    METHOD(unraisable, METH_VARARGS, "($module, error, where, /)", "Report an exception, and where it was raised, to sys.unraisablehook."),
+    {0}};
 static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT,
                                         "dmabuf._native",
-                                        "Mapping, atomics, futex and the shared lock of a domain.",
+                                        "Mappings, atomics, the futex, and the fences and locks of a domain.",
                                         -1,
-                                        methods,
+                                        functions,
                                         NULL,
                                         NULL,
                                         NULL,
                                         NULL};
-
-static int constants(PyObject *m) {
-  static const struct {
-    const char *name;
-    long long value;
-  } table[] = {{"VERSION", DB_VERSION},
-               {"HEADER_BYTES", DB_HEADER_BYTES},
-               {"CHUNK_BYTES", DB_CHUNK},
-               {"MAX_CHUNKS", DB_MAX_CHUNKS},
-               {"LIVES", DB_LIVES},
-               {"BUCKETS", DB_BUCKETS},
-               {"OFF_LIVES", OFF_LIVES},
-               {"OFF_CHUNKTAB", OFF_CHUNKTAB},
-               {"OFF_NCHUNKS", offsetof(db_header, nchunks)},
-               {"OFF_TABLE_LOCK", offsetof(db_header, table_lock)},
-               {"OFF_CONTEXT", offsetof(db_header, next_context)},
-               {"OFF_STAMP", offsetof(db_header, next_stamp)},
-               {"OFF_SWEEP", offsetof(db_header, sweep_ns)},
-               {"OFF_LIFE_HIGH", offsetof(db_header, life_high)},
-               {"OFF_ID", offsetof(db_header, id)},
-               {"OFF_GEOMETRY", offsetof(db_header, chunk_bytes)},
-               {"LIFE_STATE", offsetof(db_life, state)},
-               {"LIFE_GEN", offsetof(db_life, gen)},
-               {"LIFE_PID", offsetof(db_life, pid)},
-               {"LIFE_CHUNK", offsetof(db_life, chunk)},
-               {"LIFE_START", offsetof(db_life, start)},
-               {"LIFE_BELL", offsetof(db_life, doorbell)},
-               {"LIFE_SERVED", offsetof(db_life, served)},
-               {"LIFE_UID", offsetof(db_life, uid)},
-               {"LIFE_JOINED", offsetof(db_life, joined)},
-               {"LIFE_COMM", offsetof(db_life, comm)},
-               {"LIFE_BYTES", sizeof(db_life)},
-               {"LIFE_CLEAN", LIFE_CLEAN},
-               {"LIFE_ALIVE", LIFE_ALIVE},
-               {"CH_LIFE", CH_LIFE},
-               {"CH_FENCE", CH_FENCE},
-               {"CH_REC", CH_REC},
-               {"CH_BLOCK", CH_BLOCK},
-               {"CH_TIMELINE", CH_TIMELINE},
-               {"CH_CTX", CH_CTX},
-               {"CTX_PER", CTX_PER},
-               {"CTX_FIRST_IN_LIFE", CTX_FIRST_IN_LIFE},
-               {"TIMELINES_PER", TIMELINES_PER},
-               {"FENCES_PER", FENCES_PER},
-               {"RECS_PER", RECS_PER},
-               {"SLOT_MASK", SLOT_MASK},
-               {"FF_ACCESS", FF_ACCESS},
-               {"FF_WRITE", FF_WRITE},
-               {"FF_GRANTED", FF_GRANTED},
-               {"FF_SEQNO64", FF_SEQNO64},
-               {"FF_CONTAINER", FF_CONTAINER},
-               {"FF_HASTY", FF_WATCH_DEADLINE},
-               {"FF_ANYBODY", FF_ANYBODY},
-               {"TICK_FENCE", TICK_FENCE},
-               {"TICK_RESV", TICK_RESV},
-               {"TICK_TABLE", TICK_TABLE},
-               {"TICK_BELL", TICK_BELL},
-               {"TICK_POLL", TICK_POLL},
-               {"TICK_CHECK", TICK_CHECK}};
-
-  for (size_t i = 0; i < sizeof table / sizeof *table; i++)
-    if (PyModule_AddIntConstant(m, table[i].name, (long)table[i].value)) return -1;
-  return PyModule_AddStringConstant(m, "MAGIC", DB_MAGIC);
-}
-
 static PyMethodDef *const shm_methods[] = {word_methods, table_methods,  record_methods, pool_methods, fence_methods, resv_lock_methods,
                                            resv_methods, access_methods, lend_methods,   reap_methods, NULL};
 
+static int add_constants(PyObject *module) {
+  static const struct {
+    const char *name;
+    long long value;
+  } table[] = {
+
+#define VALUE(name)         {#name, name}
+#define NAMED(name, value)  {#name, value}
+#define HEADER(name, field) {#name, offsetof(db_header, field)}
+#define LIFE(name, field)   {#name, offsetof(db_life, field)}
+      NAMED(VERSION, DB_VERSION),
+      NAMED(HEADER_BYTES, DB_HEADER_BYTES),
+      NAMED(CHUNK_BYTES, DB_CHUNK),
+      NAMED(MAX_CHUNKS, DB_MAX_CHUNKS),
+      NAMED(LIVES, DB_LIVES),
+      NAMED(BUCKETS, DB_BUCKETS),
+      VALUE(OFF_LIVES),
+      VALUE(OFF_CHUNKTAB),
+      HEADER(OFF_NCHUNKS, nchunks),
+      HEADER(OFF_TABLE_LOCK, table_lock),
+      HEADER(OFF_CONTEXT, next_context),
+      HEADER(OFF_STAMP, next_stamp),
+      HEADER(OFF_SWEEP, sweep_ns),
+      HEADER(OFF_LIFE_HIGH, life_high),
+      HEADER(OFF_ID, id),
+      HEADER(OFF_GEOMETRY, chunk_bytes),
+      LIFE(LIFE_STATE, state),
+      LIFE(LIFE_GEN, gen),
+      LIFE(LIFE_PID, pid),
+      LIFE(LIFE_CHUNK, chunk),
+      LIFE(LIFE_START, start),
+      LIFE(LIFE_BELL, doorbell),
+      LIFE(LIFE_SERVED, served),
+      LIFE(LIFE_UID, uid),
+      LIFE(LIFE_JOINED, joined),
+      LIFE(LIFE_COMM, comm),
+      NAMED(LIFE_BYTES, sizeof(db_life)),
+      VALUE(LIFE_CLEAN),
+      VALUE(LIFE_ALIVE),
+      VALUE(CH_LIFE),
+      VALUE(CH_FENCE),
+      VALUE(CH_REC),
+      VALUE(CH_BLOCK),
+      VALUE(CH_TIMELINE),
+      VALUE(CH_CTX),
+      VALUE(CTX_PER),
+      VALUE(CTX_FIRST_IN_LIFE),
+      VALUE(TIMELINES_PER),
+      VALUE(FENCES_PER),
+      VALUE(RECS_PER),
+      VALUE(SLOT_MASK),
+      VALUE(FF_ACCESS),
+      VALUE(FF_WRITE),
+      VALUE(FF_GRANTED),
+      VALUE(FF_SEQNO64),
+      VALUE(FF_CONTAINER),
+      NAMED(FF_HASTY, FF_WATCH_DEADLINE),
+      VALUE(FF_ANYBODY),
+      VALUE(TICK_FENCE),
+      VALUE(TICK_RESV),
+      VALUE(TICK_TABLE),
+      VALUE(TICK_BELL),
+      VALUE(TICK_POLL),
+      VALUE(TICK_CHECK),
+  };
+  for (size_t i = 0; i < sizeof table / sizeof *table; i++)
+    if (PyModule_AddIntConstant(module, table[i].name, (long)table[i].value)) return -1;
+  return PyModule_AddStringConstant(module, "MAGIC", DB_MAGIC);
+}
+
 PyMODINIT_FUNC PyInit__native(void) {
   if (ticker_prepare()) return PyErr_SetFromErrno(PyExc_OSError);
-  PyObject *m = PyModule_Create(&definition);
-  if (!m) return NULL;
-  if (constants(m) || shm_register(m, shm_methods) || fence_register(m) || step_register(m) || mapping_register(m) || window_register(m) ||
-      probe_register(m) || passing_register(m) || descriptor_register(m) || file_register(m)) {
-    Py_DECREF(m);
+  PyObject *module = PyModule_Create(&definition);
+  if (!module) return NULL;
+  if (add_constants(module) || shm_register(module, shm_methods) || fence_register(module) || step_register(module) ||
+      mapping_register(module) || window_register(module) || passing_register(module) || descriptor_register(module) ||
+      probe_register(module) || file_register(module)) {
+    Py_DECREF(module);
     return NULL;
   }
-  return m;
+  return module;
 }

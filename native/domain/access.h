@@ -1,7 +1,7 @@
-/* access.h - an access: what read() and write() do most. */
+/* access.h - methods of Shm for read() and write() blocks. */
 #ifndef DMABUF_ACCESS_H
 #define DMABUF_ACCESS_H
-#include "domain/shm.h"
+#include "python.h"
 
 extern PyMethodDef access_methods[];
 #endif

@@ -1,14 +1,14 @@
-/* fence.c - fences: slots owned by one life, signalled by it (or by anybody, if it says so), waited for and rung across processes.
+/* fence.c - fences: slots that one life owns, that it (or with FF_ANYBODY every process) signals, and for which every process can wait.
  *
- * Signalling is: how it ends into the slot (an error into the timeline's ring too), then the time, then one compare-and-swap that
- * makes it signalled, then the sleepers are woken, then the dispatchers are rung. A death before it is signalled leaves a pending
- * fence that the reaper ends with -EOWNERDEAD; a death after it leaves sleepers and dispatchers that look again at their next tick.
+ * Signaling stores how the fence ends (an error into the timeline's ring too), then the time, and then makes the fence signaled by one
+ * compare-and-swap. After that it wakes the sleepers, and then the dispatchers. A death before the compare-and-swap leaves a pending fence,
+ * which the reaper signals with -EOWNERDEAD. A death after it leaves sleepers and dispatchers that look again at their next tick.
  *
- * A fence of FF_ANYBODY can be ended by several processes at once, and under the hands of a slow one the owner may die and the slot be
- * another's. So each of its words is changed by a compare-and-swap from a value that no other generation has, and changes once: who
- * comes later finds how it ends decided, and only helps to make it known. What is decided stays so, whoever dies: the reaper ends such
- * a fence as it was decided, else with -EOWNERDEAD. Whatever else a stranger writes to a slot (fence_mark) names the generation too, or
- * does nobody harm in another one.
+ * Several processes can signal a fence of FF_ANYBODY at once. While a slow one does, the owner may die and the slot be used for another
+ * fence. Each word of such a fence therefore changes once, by a compare-and-swap from a value that no other generation has. A process that
+ * comes later finds the end decided and only helps to make it known. A decision stands whoever dies: the reaper signals the fence as it was
+ * decided, and with -EOWNERDEAD only if nothing was. Whatever else a stranger writes into a slot (fence_methods.c) names the generation
+ * too, or does no harm in another one.
  */
 #include "domain/fence.h"
 #include "domain/sleep.h"
@@ -16,10 +16,11 @@
 #include "domain/ticker.h"
 #include <sched.h>
 
-#define SPIN_NS     20000ll /* a wait spins this long at most before it sleeps */
-#define SPIN_GIL_NS 1000ll  /* and this long of it without releasing the GIL */
+#define SPIN_NS     20000ll /* a wait spins at most this long before it sleeps */
+#define SPIN_GIL_NS 1000ll  /* and this long of it with the GIL */
 
-/* 1 pending, 0 signalled; *out is the slot while the handle's generation is the present one, else NULL */
+/* ---- state ---- */
+
 int fence_pending(Shm *s, uint64_t handle, db_fence **out) {
   db_fence *f = fence_at(s, H_SLOT(handle));
   if (out) *out = NULL;
@@ -30,67 +31,25 @@ int fence_pending(Shm *s, uint64_t handle, db_fence **out) {
   return !(w & FW_SIGNALED);
 }
 
-int ring_error(Shm *s, uint32_t timeline, uint64_t seqno, uint64_t handle) { /* error of a past fence, 0 when it is not in the ring */
+int fence_past_error(Shm *s, uint64_t handle, uint32_t timeline, uint64_t seqno) {
+  db_fence *f = fence_at(s, H_SLOT(handle));
+  for (uint32_t i = 0; f && i < FENCE_PAST; i++) {
+    uint64_t e = atomic_load(&f->past[i]);
+    if (e >> 12 == H_GEN(handle) && END_ERROR(e)) return END_ERROR(e);
+  }
   db_timeline *t = timeline ? timeline_at(s, timeline - 1) : NULL;
   uint64_t e = t ? atomic_load(&t->ring[seqno % RING_SLOTS]) : 0;
   return (e & ~0xfffull) == RING_TAG(handle) ? END_ERROR(e) : 0;
 }
 
-static void past_keep(db_fence *f) { /* the slot is about to be used again: who has not looked yet must still find a failure */
+/* The slot is about to be used again: keep its error for a process that has not looked yet. */
+static void keep_error(db_fence *f) {
   uint64_t end = atomic_load(&f->end);
   if (!END_ERROR(end)) return;
   a64 *oldest = &f->past[0];
   for (uint32_t i = 1; i < FENCE_PAST; i++)
     if (atomic_load(&f->past[i]) < atomic_load(oldest)) oldest = &f->past[i];
-  atomic_store(oldest, END_GEN(end) << 12 | (end & 0xfff)); /* dying now leaves it for a generation that still is the present one */
-}
-
-int past_error(Shm *s, uint64_t handle) {
-  db_fence *f = fence_at(s, H_SLOT(handle));
-  for (uint32_t i = 0; f && i < FENCE_PAST; i++) {
-    uint64_t e = atomic_load(&f->past[i]);
-    if (e >> 12 == H_GEN(handle)) return END_ERROR(e);
-  }
-  return 0;
-}
-
-void ring_life(db_life *l, uint64_t handle) {
-  uint32_t b = atomic_load(&l->doorbell); /* [rings 10 | slot 22]: who was rung once since it looked need look at one slot only */
-  while (!atomic_compare_exchange_weak(&l->doorbell, &b, (b & ~(uint32_t)SLOT_MASK) + ((uint32_t)SLOT_MASK + 1) + H_SLOT(handle))) {}
-  word_wake(&l->doorbell, INT32_MAX);
-}
-
-static void ring_bells(Shm *s, uint64_t bells, uint64_t handle) {
-  uint32_t me = my_life(s), high = atomic_load(&hdr(s)->life_high);
-  if (high > DB_LIVES) high = DB_LIVES;
-  for (uint32_t i = 0; i < high; i++) {
-    db_life *l = (db_life *)(s->base + OFF_LIVES) + i;
-    if (!(bells >> (i & 63) & 1) || atomic_load(&l->state) != LIFE_ALIVE || !atomic_load(&l->served)) continue;
-    if (me && i == LIFE_INDEX(me)) continue; /* callbacks of this process run in the signaller, below */
-    ring_life(l, handle);
-  }
-  if (me && (bells >> (LIFE_INDEX(me) & 63) & 1) && s->on_local) {
-    for (int k = 0; k < 2;
-         k++) { /* a signal handler may raise before a call has begun what it is for: once more, then it is there or done */
-      PyObject *x = PyObject_CallFunction(s->on_local, "K", (unsigned long long)handle);
-      if (x) {
-        Py_DECREF(x);
-        break;
-      }
-      PyErr_WriteUnraisable(s->on_local);
-    }
-  }
-}
-
-void ring_syncs(Shm *s, uint64_t handle, db_fence *f) { /* the descriptors of sync files that wait for an ended fence */
-  PyObject *x = NULL;
-  for (int k = 0; k < 2 && !x && s->on_sync; k++) /* again if a signal handler raised in the middle: ringing twice is ringing once */
-    if (!(x = PyObject_CallFunction(s->on_sync, "K", (unsigned long long)handle))) PyErr_WriteUnraisable(s->on_sync);
-  if (x == Py_True) { /* the bit is the duty: while it is there, whoever reaps the slot rings again */
-    uint32_t w = atomic_load(&f->word);
-    while (FW_GEN(w) == WORD_OF(H_GEN(handle)) && (w & FW_SYNC) && !atomic_compare_exchange_weak(&f->word, &w, w & ~FW_SYNC)) {}
-  }
-  Py_XDECREF(x);
+  atomic_store(oldest, END_GEN(end) << 12 | (end & 0xfff)); /* a death here leaves it for a generation that is still the present one */
 }
 
 int fence_flag(uint64_t handle, db_fence *f, uint32_t bit) {
@@ -100,53 +59,108 @@ int fence_flag(uint64_t handle, db_fence *f, uint32_t bit) {
   return 0;
 }
 
-/* End a fence: 0; 1: it has ended already, or otherwise. anybody: others may be ending it at this moment, and it may be theirs to finish */
-int fence_finish(Shm *s, uint64_t handle, db_fence *f, int error, uint64_t stamp, int anybody) {
+/* ---- waking ---- */
+
+/* The doorbell counts its wake-ups beside the slot, so after exactly one the dispatcher needs to look at that slot only. */
+void fence_wake_dispatcher(db_life *l, uint64_t handle) {
+  uint32_t b = atomic_load(&l->doorbell);
+  while (!atomic_compare_exchange_weak(&l->doorbell, &b, (b & ~(uint32_t)SLOT_MASK) + ((uint32_t)SLOT_MASK + 1) + H_SLOT(handle))) {}
+  word_wake(&l->doorbell, INT32_MAX);
+}
+
+static void wake_dispatchers(Shm *s, uint64_t mask, uint64_t handle) {
+  uint32_t me = my_life(s);
+  for (uint32_t i = 0, high = life_high(s); i < high; i++) {
+    db_life *l = life_at(s, i);
+    if (!(mask >> (i & 63) & 1) || atomic_load(&l->state) != LIFE_ALIVE || !atomic_load(&l->served)) continue;
+    if (me && i == LIFE_INDEX(me)) continue; /* the signaler runs the callbacks of this process itself, below */
+    fence_wake_dispatcher(l, handle);
+  }
+  if (!me || !(mask >> (LIFE_INDEX(me) & 63) & 1) || !s->on_local) return;
+  /* A signal handler may raise before the call has begun its work. After a second call that work is begun, or done. */
+  for (int k = 0; k < 2; k++) {
+    PyObject *x = PyObject_CallFunction(s->on_local, "K", (unsigned long long)handle);
+    if (x) {
+      Py_DECREF(x);
+      break;
+    }
+    PyErr_WriteUnraisable(s->on_local);
+  }
+}
+
+void fence_wake_sync_files(Shm *s, uint64_t handle, db_fence *f) {
+  PyObject *x = NULL;
+  /* Call again if a signal handler raised in the middle: to wake twice is to wake once. */
+  for (int k = 0; k < 2 && !x && s->on_sync; k++)
+    if (!(x = PyObject_CallFunction(s->on_sync, "K", (unsigned long long)handle))) PyErr_WriteUnraisable(s->on_sync);
+  if (x == Py_True) { /* while the bit is set, the process that reaps the slot wakes them again */
+    uint32_t w = atomic_load(&f->word);
+    while (FW_GEN(w) == WORD_OF(H_GEN(handle)) && (w & FW_SYNC) && !atomic_compare_exchange_weak(&f->word, &w, w & ~FW_SYNC)) {}
+  }
+  Py_XDECREF(x);
+}
+
+/* ---- signaling ---- */
+
+int fence_finish(Shm *s, uint64_t handle, db_fence *f, int error, uint64_t stamp, int shared) {
   if (atomic_load(&f->word) & FW_SIGNALED) return 1;
-  if (anybody) STEP(fence_ending);                             /* nothing has been done */
-  int e = error ? error : atomic_load(&f->error), decided = 1; /* if that was another generation's, the next step is in vain */
+  if (shared) STEP(fence_ending);                              /* pending: nothing has been done */
+  int e = error ? error : atomic_load(&f->error), decided = 1; /* of another generation: then the next step is in vain */
   uint64_t open = END_OPEN(H_GEN(handle)), none = STAMP_NONE(H_GEN(handle));
   uint64_t end = open | END_DECIDED | (e < 0 && e >= -4095 ? (uint32_t)-e : 0);
-  if (!anybody)
+  if (!shared)
     atomic_store(&f->end, end); /* a reaper overrides what the dead owner had not made known */
   else if (!atomic_compare_exchange_strong(&f->end, &open, end)) {
     if (END_GEN(open) != H_GEN(handle)) return 1;
-    end = open; /* somebody was quicker, and may be dead: it ends as that one said */
+    end = open; /* another process was quicker, and may be dead: the fence ends as that one decided */
     decided = 0;
   }
   if (END_ERROR(end)) {
     db_timeline *t = atomic_load(&f->timeline) ? timeline_at(s, atomic_load(&f->timeline) - 1) : NULL;
-    uint64_t q = atomic_load(&f->seqno);
-    if (t && atomic_load(&f->end) == end)
-      atomic_store(&t->ring[q % RING_SLOTS], RING_TAG(handle) | (end & 0xfff)); /* says whose it is, wherever it comes to lie */
-    STEP(fence_error);                                                          /* pending, with an error that shows once it is signalled */
+    uint64_t seqno = atomic_load(&f->seqno);
+    /* The tag says whose error it is, so it may come to lie in a slot of the ring that another fence has used. */
+    if (t && atomic_load(&f->end) == end) atomic_store(&t->ring[seqno % RING_SLOTS], RING_TAG(handle) | (end & 0xfff));
+    STEP(fence_error); /* pending, with an error that shows once it is signaled */
   }
   if (!stamp) stamp = (uint64_t)now_ns();
-  if (!anybody)
+  if (!shared)
     atomic_store(&f->timestamp, stamp);
   else
     atomic_compare_exchange_strong(&f->timestamp, &none, stamp);
-  STEP(fence_stamped); /* pending, with an end and a time that show once it is signalled */
+  STEP(fence_stamped); /* pending, with an end and a time that show once it is signaled */
   uint32_t w = atomic_load(&f->word);
   do {
-    if ((w & FW_SIGNALED) || FW_GEN(w) != WORD_OF(H_GEN(handle))) return !decided; /* somebody made it known for us, and rings */
+    if ((w & FW_SIGNALED) || FW_GEN(w) != WORD_OF(H_GEN(handle))) return !decided; /* another process made it known, and wakes the others */
   } while (!atomic_compare_exchange_weak(&f->word, &w, w | FW_SIGNALED));
-  STEP(fence_signaled); /* done; sleepers find out at their tick if we die now */
+  STEP(fence_signaled); /* signaled: sleepers look again at their next tick */
   if (w & FW_WAITERS) word_wake(&f->word, INT32_MAX);
-  STEP(fence_woken);
-  uint64_t bells = atomic_load(&f->wake_mask);
-  if (bells) ring_bells(s, bells, handle);
-  STEP(fence_rung);
-  if (w & FW_SYNC) ring_syncs(s, handle, f);
+  STEP(fence_woken); /* signaled: dispatchers look again at their next tick, and the reaper wakes the sync files */
+  uint64_t mask = atomic_load(&f->wake_mask);
+  if (mask) wake_dispatchers(s, mask, handle);
+  STEP(fence_rung); /* signaled: the reaper wakes the sync files */
+  if (w & FW_SYNC) fence_wake_sync_files(s, handle, f);
   return !decided;
 }
 
-int for_anybody(db_fence *f) {
-  return (atomic_load(&f->flags) & FF_ANYBODY) != 0;
-} /* its owner asks, or the reaper: nobody uses the slot again meanwhile */
+void fence_note_cpu(Shm *s) { atomic_store_explicit(&life_slot(s, my_life(s))->cpu, (uint32_t)sched_getcpu() + 1, memory_order_relaxed); }
 
-/* ---- allocation: the owner's first-in first-out list ---- */
-int fifo_push(Shm *s, uint32_t slot) {
+int fence_end_own(Shm *s, uint64_t handle, int error, int drop, uint64_t stamp) {
+  if (!my_life(s)) return 0; /* a forked child inherited it: no effect */
+  db_fence *f;
+  int pending = fence_pending(s, handle, &f);
+  if (!f || fence_owner(s, handle) != my_life(s)) return 0;
+  fence_note_cpu(s);
+  if (pending) pending = !fence_finish(s, handle, f, error, stamp, fence_for_all(f));
+  return drop && fence_free_slot(s, H_SLOT(handle)) ? -1 : pending;
+}
+
+void fence_end(Shm *s, uint64_t handle, int error) {
+  if (fence_end_own(s, handle, error, 1, 0) < 0) PyErr_Clear(); /* no memory to remember the slot: it returns with its chunk */
+}
+
+/* ---- slots: the life's first-in first-out list of free ones ---- */
+
+int fence_free_slot(Shm *s, uint32_t slot) {
   if (s->fifo_count == s->fifo_cap) {
     uint32_t cap = s->fifo_cap ? s->fifo_cap * 2 : 512;
     uint64_t *q = PyMem_Malloc(cap * sizeof *q);
@@ -164,7 +178,7 @@ int fifo_push(Shm *s, uint32_t slot) {
   return 0;
 }
 
-static int fifo_ready(Shm *s) { /* a slot is there; a child starts with an empty list */
+static int slots_ready(Shm *s) { /* Have at least one free slot. A forked child begins without any. */
   if (s->fifo_life != my_life(s)) {
     s->fifo_life = my_life(s);
     s->fifo_count = 0;
@@ -173,7 +187,7 @@ static int fifo_ready(Shm *s) { /* a slot is there; a child starts with an empty
   int64_t c = chunk_claim(s, CH_FENCE, my_life(s));
   if (c < 0) return -1;
   for (uint32_t i = 0; i < FENCES_PER; i++)
-    if (fifo_push(s, (uint32_t)c * FENCES_PER + i)) return -1;
+    if (fence_free_slot(s, (uint32_t)c * FENCES_PER + i)) return -1;
   return 0;
 }
 
@@ -181,21 +195,21 @@ uint64_t fence_make(Shm *s, uint32_t timeline, uint64_t context, uint64_t seqno,
   db_fence *f;
   uint32_t slot;
   do {
-    if (fifo_ready(s)) return 0;
+    if (slots_ready(s)) return 0;
     slot = (uint32_t)s->fifo[s->fifo_head];
     s->fifo_head = (s->fifo_head + 1) % s->fifo_cap;
     s->fifo_count--;
     f = fence_at(s, slot);
     if (!f) {
-      shm_corrupt(s, "a fence outside of the file");
+      shm_corrupt(s, "a fence lies outside of it");
       return 0;
     }
-  } while (!(atomic_load(&f->word) & FW_SIGNALED)); /* never hand out a slot that is still pending */
+  } while (!(atomic_load(&f->word) & FW_SIGNALED)); /* a slot that is still pending is never used again */
   uint64_t gen = (END_GEN(atomic_load(&f->end)) + 1) & GEN_MASK;
   if (!gen) gen = 1;
   db_rec *r = rec ? rec_at(s, rec - 1) : NULL;
-  past_keep(f);
-  atomic_store(&f->end, END_OPEN(gen)); /* from here the old handle is past: signalled, whatever the fields say */
+  keep_error(f);
+  atomic_store(&f->end, END_OPEN(gen)); /* from here on the last handle is past: signaled, whatever the fields say */
   atomic_store(&f->context, context);
   atomic_store(&f->seqno, seqno);
   atomic_store(&f->timestamp, STAMP_NONE(gen));
@@ -208,70 +222,63 @@ uint64_t fence_make(Shm *s, uint32_t timeline, uint64_t context, uint64_t seqno,
   atomic_store(&f->rec_gen, r ? atomic_load(&r->gen) : 0);
   atomic_store(&f->flags, flags);
   atomic_store(&f->created, (uint64_t)now_ns());
-  STEP(fence_filled); /* the word still says signalled: the slot is free */
+  STEP(fence_filled); /* the word says signaled: the slot is free, and returns with its chunk */
   atomic_store(&f->word, WORD_OF(gen));
-  STEP(fence_published); /* pending and known to nobody: ends with its owner */
+  STEP(fence_published); /* pending, and known to nobody: the reaper signals it */
   return H_MAKE(slot, gen);
 }
 
-/* ---- the wait ---- */
-int wait_pending(Shm *s, uint64_t handle, int64_t until, int interruptible) {
-  /* 1 signalled, 0 timed out, -1 exception, -4 interrupted */
+/* ---- waiting ---- */
+
+static inline void cpu_relax(void) {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  __asm__ volatile("yield");
+#endif
+}
+
+/* Spin for a moment if the owner last signaled from another CPU: it may be done before a sleep would even begin. On its own CPU the spin
+ * would keep it from running. 1: the word says signaled. */
+static int spin(Shm *s, db_fence *f, uint32_t owner, int64_t until) {
+  uint32_t cpu = atomic_load_explicit(&life_slot(s, owner)->cpu, memory_order_relaxed);
+  if (!cpu || cpu == (uint32_t)sched_getcpu() + 1 || owner == my_life(s)) return 0;
+  int64_t start = now_ns(), end = start + SPIN_NS;
+  if (until >= 0 && until < end) end = until;
+  do {
+    for (int k = 0; k < 32; k++) {
+      if (atomic_load(&f->word) & FW_SIGNALED) return 1;
+      cpu_relax();
+    }
+  } while (now_ns() < start + SPIN_GIL_NS);
+  Py_BEGIN_ALLOW_THREADS
+  do {
+    for (int k = 0; k < 32 && !(atomic_load(&f->word) & FW_SIGNALED); k++) cpu_relax();
+  } while (!(atomic_load(&f->word) & FW_SIGNALED) && now_ns() < end);
+  Py_END_ALLOW_THREADS
+  return 0;
+}
+
+int fence_wait_for(Shm *s, uint64_t handle, int64_t until, int interruptible) {
   db_fence *f;
   if (!fence_pending(s, handle, &f)) return 1;
   if (until >= 0 && now_ns() >= until) {
-    int k = shm_polled(s);
-    return k < 0 ? -1 : k && !fence_pending(s, handle, NULL);
+    int k = shm_notice_deaths(s);
+    return k < 0 ? RAISED : k && !fence_pending(s, handle, NULL);
   }
-  uint64_t e = atomic_load(chunk_entry(s, H_SLOT(handle) / FENCES_PER));
-  uint32_t cpu = atomic_load_explicit(&life_slot(s, CT_LIFE(e))->cpu, memory_order_relaxed);
-  if (cpu && cpu != (uint32_t)sched_getcpu() + 1 && CT_LIFE(e) != my_life(s)) {
-    /* the signaller runs elsewhere: it may be done before a sleep would even begin */
-    int64_t start = now_ns(), end = start + SPIN_NS;
-    if (until >= 0 && until < end) end = until;
-    do {
-      for (int k = 0; k < 32; k++) {
-        if (atomic_load(&f->word) & FW_SIGNALED) return 1;
-        cpu_relax();
-      }
-    } while (now_ns() < start + SPIN_GIL_NS);
-    Py_BEGIN_ALLOW_THREADS
-    do {
-      for (int k = 0; k < 32 && !(atomic_load(&f->word) & FW_SIGNALED); k++) cpu_relax();
-    } while (!(atomic_load(&f->word) & FW_SIGNALED) && now_ns() < end);
-    Py_END_ALLOW_THREADS
-  }
+  if (spin(s, f, fence_owner(s, handle), until)) return 1;
   for (;;) {
     uint32_t w = atomic_load(&f->word);
     if (!fence_pending(s, handle, NULL)) return 1;
     if (!(w & FW_WAITERS) && !atomic_compare_exchange_strong(&f->word, &w, w | FW_WAITERS)) continue;
     if (until >= 0 && now_ns() >= until) return 0;
-    step_armed ? step_sleeping(STEP_fence_woken) : (void)0;
+    STEP_SLEEPING(fence_woken);
     int r = shm_sleep(s, &f->word, w | FW_WAITERS, until, TICK_FENCE, handle);
-    if (r == -1) return fence_pending(s, handle, NULL) ? -1 : (PyErr_Occurred() ? -1 : 1);
-    if (r == 1 && !life_current(s, CT_LIFE(atomic_load(chunk_entry(s, H_SLOT(handle) / FENCES_PER)))) && fence_pending(s, handle, NULL)) {
-      shm_corrupt(s, "a pending fence of nobody"); /* a reaper ends a life's fences before it gives back their chunk */
-      return -1;
+    if (r == SLEEP_RAISED) return fence_pending(s, handle, NULL) || PyErr_Occurred() ? RAISED : 1;
+    if (r == SLEEP_TICK && !life_current(s, fence_owner(s, handle)) && fence_pending(s, handle, NULL)) {
+      shm_corrupt(s, "a pending fence has no owner"); /* a reaper signals a life's fences before it returns their chunk */
+      return RAISED;
     }
-    if (r == -2 && interruptible && fence_pending(s, handle, NULL)) return -4;
+    if (r == SLEEP_SIGNAL && interruptible && fence_pending(s, handle, NULL)) return -EINTR;
   }
-}
-
-uint64_t stamp_of(db_fence *f, uint64_t handle) { /* 0 while pending */
-  uint64_t t = atomic_load(&f->timestamp);
-  return t == STAMP_NONE(H_GEN(handle)) ? 0 : t;
-}
-
-int own_end(Shm *s, uint64_t h, int error, int drop, uint64_t stamp) { /* 1: it was pending; 0; -1 exception */
-  if (!my_life(s)) return 0;                                           /* inherited by a fork: inert */
-  db_fence *f;
-  int pending = fence_pending(s, h, &f);
-  if (!f || CT_LIFE(atomic_load(chunk_entry(s, H_SLOT(h) / FENCES_PER))) != my_life(s)) return 0;
-  leave_cpu(s);
-  if (pending) pending = !fence_finish(s, h, f, error, stamp, for_anybody(f));
-  return drop && fifo_push(s, H_SLOT(h)) ? -1 : pending;
-}
-
-void fence_end(Shm *s, uint64_t handle, int error) {
-  if (own_end(s, handle, error, 1, 0) < 0) PyErr_Clear(); /* no memory to remember the slot: it comes back with the chunk */
 }

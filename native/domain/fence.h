@@ -1,27 +1,54 @@
-/* fence.h - fences by their handle: slots owned by one life, signalled by it, waited for by all. */
+/* fence.h - fences by their handle: slots that one life owns, that it signals, and for which every process can wait. */
 #ifndef DMABUF_FENCE_H
 #define DMABUF_FENCE_H
 #include "domain/table.h"
-#include <sched.h>
 
-int fence_pending(Shm *s, uint64_t handle, db_fence **out); /* 1 pending, 0 signalled or gone; out may be NULL slot */
-int fence_flag(uint64_t handle, db_fence *f, uint32_t bit); /* set in the word of this generation alone; 0: it is past, or being dropped */
-uint64_t fence_make(Shm *s, uint32_t timeline, uint64_t context, uint64_t seqno, uint32_t flags, uint64_t owner,
-                    uint32_t rec);                  /* 0: exception */
-void fence_end(Shm *s, uint64_t handle, int error); /* signal and drop an own fence */
-int fence_finish(Shm *s, uint64_t handle, db_fence *f, int error, uint64_t stamp, int anybody);
-int for_anybody(db_fence *f);
-void ring_syncs(Shm *s, uint64_t handle, db_fence *f);
+/* ---- the state of a fence ---- */
 
-static inline void leave_cpu(Shm *s) {
-  atomic_store_explicit(&life_slot(s, my_life(s))->cpu, (uint32_t)sched_getcpu() + 1, memory_order_relaxed);
+/* 1: pending; 0: signaled or past. *out (may be NULL): its slot while the handle is of the present generation, else NULL. */
+int fence_pending(Shm *s, uint64_t handle, db_fence **out);
+
+static inline uint32_t fence_owner(Shm *s, uint64_t handle) { /* the life that owns the slot, 0: none */
+  return CT_LIFE(atomic_load(chunk_entry(s, H_SLOT(handle) / FENCES_PER)));
 }
 
-int ring_error(Shm *s, uint32_t timeline, uint64_t seqno, uint64_t handle);
-int past_error(Shm *s, uint64_t handle);
-void ring_life(db_life *l, uint64_t handle);
-int wait_pending(Shm *s, uint64_t handle, int64_t until, int interruptible);
-int fifo_push(Shm *s, uint32_t slot);
-uint64_t stamp_of(db_fence *f, uint64_t handle);
-int own_end(Shm *s, uint64_t h, int error, int drop, uint64_t stamp);
+static inline uint64_t fence_stamp(db_fence *f, uint64_t handle) { /* when it was signaled, 0: not yet */
+  uint64_t t = atomic_load(&f->timestamp);
+  return t == STAMP_NONE(H_GEN(handle)) ? 0 : t;
+}
+
+static inline int fence_for_all(db_fence *f) { return (atomic_load(&f->flags) & FF_ANYBODY) != 0; } /* May every process signal it? */
+
+/* The error of a past fence, from its slot or from its timeline; 0 if neither knows of one. */
+int fence_past_error(Shm *s, uint64_t handle, uint32_t timeline, uint64_t seqno);
+
+/* Set a bit in the word, in this generation only. 1; 0: the fence is past, or its owner is dropping it. */
+int fence_flag(uint64_t handle, db_fence *f, uint32_t bit);
+
+/* ---- its life ---- */
+
+/* A new pending fence of this life. 0: an exception is set. */
+uint64_t fence_make(Shm *s, uint32_t timeline, uint64_t context, uint64_t seqno, uint32_t flags, uint64_t owner, uint32_t rec);
+
+/* Signal a fence. shared: other processes may signal it at this moment (fence_for_all). 0; 1: it was signaled before, or otherwise. */
+int fence_finish(Shm *s, uint64_t handle, db_fence *f, int error, uint64_t stamp, int shared);
+
+/* Signal a fence of this life; drop: its slot is free afterwards. 1: it was pending; 0: it was not; -1: an exception is set. */
+int fence_end_own(Shm *s, uint64_t handle, int error, int drop, uint64_t stamp);
+
+/* Signal a fence of this life and free its slot. Raises nothing. */
+void fence_end(Shm *s, uint64_t handle, int error);
+
+int fence_free_slot(Shm *s, uint32_t slot); /* This life may use the slot again, after all that are free now. */
+
+/* Note from which CPU this process signals, for waiters that spin. */
+void fence_note_cpu(Shm *s);
+
+/* ---- waiting and waking ---- */
+
+/* Wait until `until` (CLOCK_MONOTONIC ns, -1: no limit). 1: signaled; 0: out of time; -EINTR, if interruptible; RAISED. */
+int fence_wait_for(Shm *s, uint64_t handle, int64_t until, int interruptible);
+
+void fence_wake_dispatcher(db_life *l, uint64_t handle);          /* wake the dispatcher of that process to look at the fence */
+void fence_wake_sync_files(Shm *s, uint64_t handle, db_fence *f); /* make the sync files readable that wait for the signaled fence */
 #endif

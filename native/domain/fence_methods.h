@@ -1,7 +1,7 @@
-/* fence_methods.h - methods of Shm that work on handles of fences. */
+/* fence_methods.h - methods of Shm on handles of fences. */
 #ifndef DMABUF_FENCE_METHODS_H
 #define DMABUF_FENCE_METHODS_H
-#include "domain/shm.h"
+#include "python.h"
 
 extern PyMethodDef fence_methods[];
 #endif

@@ -1,4 +1,4 @@
-/* fence_type.c - the Fence type: what DmaFence inherits its fast paths from. */
+/* fence_type.c - the Fence type, from which DmaFence inherits its fast paths. */
 #include "domain/fence_type.h"
 #include "domain/fence.h"
 #include "domain/sleep.h"
@@ -7,13 +7,16 @@ typedef struct {
   PyObject_HEAD
   Shm *s;
   uint64_t handle, context, seqno, timestamp;
-  uint32_t timeline, life, flags; /* life: of the process that owns the fence, if that is this one; else 0 */
-  int status, error;              /* what was seen: status 0 not yet, 1, or negative */
+  uint32_t timeline, flags;
+  uint32_t life;     /* of the fence's owner, if that is this process; else 0 */
+  int status, error; /* what was seen: status 0 is pending, 1 or negative is signaled */
 } Fence;
 
-static PyTypeObject *Fence_Type;
+static PyTypeObject *fence_type;
 
-static int fence_look(Fence *x) { /* 1 once signalled; remembers */
+static int owned_here(Fence *x) { return x->life && x->life == my_life(x->s); }
+
+static int refresh(Fence *x) { /* 1: signaled, which the object remembers from then on; 0: pending */
   if (x->status) return 1;
   db_fence *f;
   for (;;) {
@@ -22,12 +25,12 @@ static int fence_look(Fence *x) { /* 1 once signalled; remembers */
     uint64_t stamp = 0;
     if (f) {
       error = END_ERROR(atomic_load(&f->end));
-      stamp = stamp_of(f, x->handle);
+      stamp = fence_stamp(f, x->handle);
       db_fence *again;
       fence_pending(x->s, x->handle, &again);
-      if (!again) continue; /* the slot was used again while we read it */
-    } else if (!(error = past_error(x->s, x->handle)))
-      error = ring_error(x->s, x->timeline, x->seqno, x->handle);
+      if (!again) continue; /* the slot was used again during the reading */
+    } else
+      error = fence_past_error(x->s, x->handle, x->timeline, x->seqno);
     x->error = error;
     x->timestamp = stamp;
     x->status = error ? error : 1;
@@ -35,7 +38,13 @@ static int fence_look(Fence *x) { /* 1 once signalled; remembers */
   }
 }
 
-/* Fence(shm, handle, owned=False, context, seqno, timeline, status, timestamp): the last five for a past generation */
+static int check(Fence *x) { /* refresh(), and notice the death of the owner too. -1: an exception is set */
+  if (refresh(x)) return 1;
+  if (owned_here(x)) return 0; /* no other process could have signaled it */
+  int k = shm_notice_deaths(x->s);
+  return k > 0 ? refresh(x) : k;
+}
+
 static PyObject *fence_new(PyTypeObject *type, PyObject *args, PyObject *kw) {
   static char *names[] = {"shm", "handle", "owned", "context", "seqno", "timeline", "status", "timestamp", NULL};
   Shm *s;
@@ -47,8 +56,7 @@ static PyObject *fence_new(PyTypeObject *type, PyObject *args, PyObject *kw) {
     return NULL;
   Fence *x = (Fence *)type->tp_alloc(type, 0);
   if (!x) return NULL;
-  Py_INCREF(s);
-  x->s = s;
+  x->s = (Shm *)Py_NewRef(s);
   x->handle = handle;
   if (owned) x->life = my_life(s);
   db_fence *f;
@@ -58,159 +66,160 @@ static PyObject *fence_new(PyTypeObject *type, PyObject *args, PyObject *kw) {
     x->seqno = atomic_load(&f->seqno);
     x->timeline = atomic_load(&f->timeline);
     x->flags = atomic_load(&f->flags);
-    fence_pending(s, handle, &f);
+    fence_pending(s, handle, &f); /* NULL: the slot was used again during the reading */
   }
   if (!f) {
     x->context = context;
     x->seqno = seqno;
     x->timeline = timeline;
-    if (status == 1 || (status < 0 && status >= -4095)) { /* somebody has seen its end */
+    if (status == 1 || (status < 0 && status >= -4095)) { /* the caller knows how it ended */
       x->status = status;
       x->error = status < 0 ? status : 0;
       x->timestamp = stamp;
     }
   }
-  fence_look(x);
+  refresh(x);
   return (PyObject *)x;
 }
 
 static void fence_dealloc(Fence *x) {
   PyTypeObject *type = Py_TYPE(x);
   if (x->s) {
-    if (x->life && x->life == my_life(x->s)) { /* signalled (DmaFence saw to it) and dropped by its owner: free */
-      db_fence *f;
-      if (!fence_pending(x->s, x->handle, &f) && f && fifo_push(x->s, H_SLOT(x->handle))) PyErr_Clear();
-    }
+    db_fence *f;
+    /* DmaFence has seen to it that a fence of this process is signaled by now. */
+    if (owned_here(x) && !fence_pending(x->s, x->handle, &f) && f && fence_free_slot(x->s, H_SLOT(x->handle))) PyErr_Clear();
     Py_DECREF(x->s);
   }
   type->tp_free(x);
   Py_DECREF(type);
 }
 
-static PyObject *f_signal(Fence *x, PyObject *const *args, Py_ssize_t n, PyObject *kwnames) {
+static PyObject *fence_signal(Fence *x, PyObject *const *args, Py_ssize_t n, PyObject *names) {
   long error = 0;
-  if (n + (kwnames ? PyTuple_GET_SIZE(kwnames) : 0) > 1 ||
-      (kwnames && PyTuple_GET_SIZE(kwnames) && PyUnicode_CompareWithASCIIString(PyTuple_GET_ITEM(kwnames, 0), "error"))) {
+  Py_ssize_t named = names ? PyTuple_GET_SIZE(names) : 0;
+  if (n + named > 1 || (named && PyUnicode_CompareWithASCIIString(PyTuple_GET_ITEM(names, 0), "error"))) {
     PyErr_SetString(PyExc_TypeError, "signal() takes one optional argument, error");
     return NULL;
   }
-  if (n || (kwnames && PyTuple_GET_SIZE(kwnames))) {
+  if (n + named) {
     error = PyLong_AsLong(args[0]);
     if (error == -1 && PyErr_Occurred()) return NULL;
     if (error > 0 || error < -4095) {
-      shm_fail(x->s, EINVAL, "signal", "error", "a fence's error is a negative errno, or 0");
+      shm_fail(x->s, EINVAL, "signal", "error", "not a negative errno, and not 0", "negate the errno: -errno.EIO");
       return NULL;
     }
   }
-  if (!x->life || x->life != my_life(x->s)) {
-    shm_fail(x->s, EPERM, "signal", "a fence of another process", "signal it in the process that made its timeline");
+  if (!owned_here(x)) {
+    shm_fail(x->s, EPERM, "signal", "fence", "another process owns it", "signal it in the process that made its timeline");
     return NULL;
   }
   db_fence *f;
-  leave_cpu(x->s);
-  int past = !fence_pending(x->s, x->handle, &f) || fence_finish(x->s, x->handle, f, (int)error, 0, for_anybody(f));
+  fence_note_cpu(x->s);
+  int past = !fence_pending(x->s, x->handle, &f) || fence_finish(x->s, x->handle, f, (int)error, 0, fence_for_all(f));
   if (PyErr_Occurred()) return NULL;
   if (past) {
-    shm_fail(x->s, EINVAL, "signal", "a signaled fence", "signal a fence once");
+    shm_fail(x->s, EINVAL, "signal", "fence", "it is signaled already", "signal a fence once");
     return NULL;
   }
   Py_RETURN_NONE;
 }
 
-static PyObject *f_wait(Fence *x, PyObject *const *args, Py_ssize_t n, PyObject *kwnames) {
-  PyObject *timeout = NULL;
-  int interruptible = 0;
-  Py_ssize_t nk = kwnames ? PyTuple_GET_SIZE(kwnames) : 0;
-  if (n > 1) {
+static PyObject *fence_wait(Fence *x, PyObject *const *args, Py_ssize_t n, PyObject *names) {
+  PyObject *timeout = n ? args[0] : NULL;
+  int interruptible = 0, known = n <= 1;
+  for (Py_ssize_t i = 0; known && names && i < PyTuple_GET_SIZE(names); i++) {
+    PyObject *name = PyTuple_GET_ITEM(names, i);
+    if (!PyUnicode_CompareWithASCIIString(name, "timeout") && !timeout)
+      timeout = args[n + i];
+    else if (!PyUnicode_CompareWithASCIIString(name, "interruptible"))
+      interruptible = PyObject_IsTrue(args[n + i]);
+    else
+      known = 0;
+  }
+  if (!known) {
     PyErr_SetString(PyExc_TypeError, "wait(timeout=None, *, interruptible=False)");
     return NULL;
   }
-  if (n) timeout = args[0];
-  for (Py_ssize_t i = 0; i < nk; i++) {
-    PyObject *k = PyTuple_GET_ITEM(kwnames, i);
-    if (!PyUnicode_CompareWithASCIIString(k, "timeout") && !timeout)
-      timeout = args[n + i];
-    else if (!PyUnicode_CompareWithASCIIString(k, "interruptible"))
-      interruptible = PyObject_IsTrue(args[n + i]);
-    else {
-      PyErr_SetString(PyExc_TypeError, "wait(timeout=None, *, interruptible=False)");
-      return NULL;
-    }
-  }
   int64_t until;
   if (parse_timeout(x->s, timeout, &until, "wait")) return NULL;
-  int r = fence_look(x) ? 1 : wait_pending(x->s, x->handle, until, interruptible);
-  if (r == -1) return NULL;
-  if (r == -4) {
-    shm_fail(x->s, EINTR, "wait", "a fence", "a signal arrived; wait again");
+  int r = refresh(x) ? 1 : fence_wait_for(x->s, x->handle, until, interruptible);
+  if (r == RAISED) return NULL;
+  if (r == -EINTR) {
+    shm_fail(x->s, EINTR, "wait", "fence", "a signal arrived", "wait again");
     return NULL;
   }
-  if (r == 1) fence_look(x);
+  if (r == 1) refresh(x);
   return PyFloat_FromDouble(r ? remaining_s(until) : 0.0);
 }
 
-static int fence_poll(Fence *x) { /* a look that may find out about a death; -1 exception */
-  if (fence_look(x)) return 1;
-  if (x->life && x->life == my_life(x->s)) return 0; /* ours: nobody else could have ended it */
-  int k = shm_polled(x->s);
-  return k > 0 ? fence_look(x) : k;
-}
-
-static PyObject *f_is_signaled(Fence *x, PyObject *u) {
-  int r = fence_poll(x);
+static PyObject *fence_is_signaled(Fence *x, PyObject *unused) {
+  int r = check(x);
   return r < 0 ? NULL : PyBool_FromLong(r);
 }
 
-static PyObject *f_status(Fence *x, void *u) {
-  if (fence_poll(x) < 0) return NULL;
-  return PyLong_FromLong(x->status);
-}
+static PyObject *fence_get_status(Fence *x, void *unused) { return check(x) < 0 ? NULL : PyLong_FromLong(x->status); }
 
-static PyObject *f_error(Fence *x, void *u) {
-  fence_look(x);
+static PyObject *fence_get_error(Fence *x, void *unused) {
+  refresh(x);
   return PyLong_FromLong(x->error);
 }
 
-static PyObject *f_timestamp(Fence *x, void *u) {
-  fence_look(x);
+static PyObject *fence_get_timestamp(Fence *x, void *unused) {
+  refresh(x);
   return PyLong_FromUnsignedLongLong(x->timestamp);
 }
 
-static PyObject *f_owned(Fence *x, void *u) { return PyBool_FromLong(x->life && x->life == my_life(x->s)); }
+static PyObject *fence_get_owned(Fence *x, void *unused) { return PyBool_FromLong(owned_here(x)); }
 
-static PyMethodDef fence_type_methods[] = {{"signal", (PyCFunction)(void *)f_signal, METH_FASTCALL | METH_KEYWORDS,
-                                            "signal(error=0)\n--\n\nEnd the fence, once. error: a negative errno. EINVAL when signalled "
-                                            "before, EPERM from another process (spec 3.4)."},
-                                           {"wait", (PyCFunction)(void *)f_wait, METH_FASTCALL | METH_KEYWORDS,
-                                            "wait(timeout=None, *, interruptible=False)\n--\n\nWait until signalled; returns the seconds "
-                                            "left (> 0; inf for None), 0.0 when timed out. EINVAL for a negative timeout (spec 3.9)."},
-                                           {"is_signaled", (PyCFunction)f_is_signaled, METH_NOARGS,
-                                            "is_signaled()\n--\n\nTrue once the fence has ended, with or without an error (spec 3.6)."},
-                                           {0}};
-static PyGetSetDef fence_getset[] = {
-    {"status", (getter)f_status, NULL, "0 pending, 1 signalled, or the negative errno it ended with (spec 3.5)", NULL},
-    {"error", (getter)f_error, NULL, "the negative errno it ended with, else 0", NULL},
-    {"timestamp", (getter)f_timestamp, NULL, "CLOCK_MONOTONIC ns of signalling; 0 while pending", NULL},
-    {"owned", (getter)f_owned, NULL, "does this process own the fence's timeline?", NULL},
+static PyMethodDef methods[] = {
+    {"signal", (PyCFunction)(void *)fence_signal, METH_FASTCALL | METH_KEYWORDS,
+     "signal($self, error=0)\n--\n\n"
+     "Signal the fence, once. Only the process that owns its timeline can.\n\n"
+     "Args:\n"
+     "    error: A negative errno if the work failed, or 0.\n\n"
+     "Raises:\n"
+     "    InvalidError: It is signaled already, or error is not a negative errno (EINVAL).\n"
+     "    NotPermittedError: Another process owns the timeline (EPERM).\n\n"
+     "See semantics 3.4."},
+    {"wait", (PyCFunction)(void *)fence_wait, METH_FASTCALL | METH_KEYWORDS,
+     "wait($self, timeout=None, *, interruptible=False)\n--\n\n"
+     "Wait until the fence is signaled.\n\n"
+     "Args:\n"
+     "    timeout: Seconds to wait; None waits forever.\n"
+     "    interruptible: Whether a signal whose handler does not raise ends the wait.\n\n"
+     "Returns:\n"
+     "    The seconds that were left, more than 0 (inf for None); 0.0 if the time was over.\n\n"
+     "Raises:\n"
+     "    InvalidError: timeout is negative or not a number (EINVAL).\n"
+     "    InterruptedWaitError: A signal ended an interruptible wait (EINTR).\n\n"
+     "See semantics 3.9."},
+    {"is_signaled", (PyCFunction)fence_is_signaled, METH_NOARGS,
+     "is_signaled($self)\n--\n\nReturn True if the fence is signaled, with or without an error. See semantics 3.6."},
     {0}};
-static PyMemberDef fence_members[] = {
-    {"shm", T_OBJECT, offsetof(Fence, s), READONLY, NULL},
-    {"handle", T_ULONGLONG, offsetof(Fence, handle), READONLY, "slot and generation in the domain"},
-    {"context", T_ULONGLONG, offsetof(Fence, context), READONLY, "the fence context (timeline) it belongs to"},
-    {"seqno", T_ULONGLONG, offsetof(Fence, seqno), READONLY, "its number on the timeline"},
-    {"timeline_index", T_UINT, offsetof(Fence, timeline), READONLY, NULL},
-    {"flags", T_UINT, offsetof(Fence, flags), READONLY, NULL},
+static PyGetSetDef getset[] = {
+    {"status", (getter)fence_get_status, NULL,
+     "0 while pending, 1 once signaled, or the negative errno it was signaled with. See semantics 3.5.", NULL},
+    {"error", (getter)fence_get_error, NULL, "The negative errno it was signaled with, else 0.", NULL},
+    {"timestamp", (getter)fence_get_timestamp, NULL, "When it was signaled, CLOCK_MONOTONIC ns; 0 while pending.", NULL},
+    {"owned", (getter)fence_get_owned, NULL, "Whether this process owns the fence's timeline.", NULL},
     {0}};
+static PyMemberDef members[] = {{"shm", T_OBJECT, offsetof(Fence, s), READONLY, NULL},
+                                {"handle", T_ULONGLONG, offsetof(Fence, handle), READONLY, "Its slot and generation in the domain."},
+                                {"context", T_ULONGLONG, offsetof(Fence, context), READONLY, "The fence context (timeline) it belongs to."},
+                                {"seqno", T_ULONGLONG, offsetof(Fence, seqno), READONLY, "Its number on the timeline."},
+                                {"timeline_index", T_UINT, offsetof(Fence, timeline), READONLY, NULL},
+                                {"flags", T_UINT, offsetof(Fence, flags), READONLY, NULL},
+                                {0}};
+static PyType_Slot slots[] = {{Py_tp_doc, "A fence by its handle; the base class of DmaFence."},
+                              {Py_tp_new, fence_new},
+                              {Py_tp_dealloc, fence_dealloc},
+                              {Py_tp_methods, methods},
+                              {Py_tp_getset, getset},
+                              {Py_tp_members, members},
+                              {0, NULL}};
+static PyType_Spec spec = {"dmabuf._native.Fence", sizeof(Fence), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE, slots};
 
 int fence_register(PyObject *module) {
-  PyType_Slot slots[] = {{Py_tp_doc, "A fence by its handle: what DmaFence is built on."},
-                         {Py_tp_new, fence_new},
-                         {Py_tp_dealloc, fence_dealloc},
-                         {Py_tp_methods, fence_type_methods},
-                         {Py_tp_getset, fence_getset},
-                         {Py_tp_members, fence_members},
-                         {0, NULL}};
-  PyType_Spec spec = {"dmabuf._native.Fence", sizeof(Fence), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE, slots};
-  Fence_Type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &spec, NULL);
-  return Fence_Type ? PyModule_AddObjectRef(module, "Fence", (PyObject *)Fence_Type) : -1;
+  fence_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &spec, NULL);
+  return fence_type ? PyModule_AddObjectRef(module, "Fence", (PyObject *)fence_type) : -1;
 }

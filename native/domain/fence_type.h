@@ -1,4 +1,4 @@
-/* fence_type.h - the type that DmaFence inherits its fast paths from. */
+/* fence_type.h - the Fence type, from which DmaFence inherits its fast paths. */
 #ifndef DMABUF_FENCE_TYPE_H
 #define DMABUF_FENCE_TYPE_H
 #include "python.h"

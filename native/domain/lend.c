@@ -1,69 +1,74 @@
-/* lend.c - a reservation lock that is lent: to another process, for a call that is carried there under the lock.
+/* lend.c - a reservation lock on loan: another process holds it during a remote call that is made under the lock.
  *
- * The borrower's context names its heir, the lender, before it has the lock and until it has it no more. Whoever reaps the borrower's life
- * gives the lock to the heir before the borrower's generation moves, so that nobody else comes in between. An heir that is no more is
- * passed over, and then the lock is free, as after every owner's end. */
+ * The borrower's context names the context that gets the lock back (`return_to`) before it has the lock, and until it no longer has it. The
+ * process that reaps a borrower returns the lock before the generation of the borrower's context moves, so that no other process can take
+ * it in between. If the context to return it to is closed, the lock is free, as after the end of any owner.
+ */
 #include "domain/lend.h"
 #include "domain/resv_lock.h"
 #include "domain/step.h"
 #include "domain/table.h"
 
-static PyObject *resv_pass(Shm *s, PyObject *args) { /* (rec, holder, ctx) -> holder held it, and now ctx does */
+static db_ctx *own_ctx(Shm *s, uint64_t word) { /* the context, if it is open and this life's */
+  db_ctx *c = ctx_open_at(s, word);
+  return c && my_life(s) && atomic_load(&c->life) == my_life(s) ? c : NULL;
+}
+
+static PyObject *resv_pass(Shm *s, PyObject *args) {
   unsigned rec;
   unsigned long long from, to;
   if (!PyArg_ParseTuple(args, "IKK", &rec, &from, &to)) return NULL;
   db_resv *r = resv_of(s, rec);
-  if (!r) return NULL;
-  return PyBool_FromLong(my_life(s) && resv_hand(s, r, from, to));
+  return r ? PyBool_FromLong(my_life(s) && resv_transfer(s, r, from, to)) : NULL;
 }
 
-static PyObject *resv_borrow(Shm *s, PyObject *args) { /* (rec, holder, ctx) -> holder held it, and has lent it to ctx, one of this life */
+static PyObject *resv_borrow(Shm *s, PyObject *args) {
   unsigned rec;
   unsigned long long from, me;
   if (!PyArg_ParseTuple(args, "IKK", &rec, &from, &me)) return NULL;
   db_resv *r = resv_of(s, rec);
   if (!r) return NULL;
-  db_ctx *c = ctx_alive(s, me);
-  if (!c || !my_life(s) || atomic_load(&c->life) != my_life(s) || atomic_load(&c->return_to)) Py_RETURN_FALSE;
+  db_ctx *c = own_ctx(s, me);
+  if (!c || atomic_load(&c->return_to)) Py_RETURN_FALSE;
   atomic_store(&c->return_rec, rec);
   atomic_store(&c->return_to, from & ~CTX_WAITERS);
-  STEP(resv_heir); /* an heir of what it doesn't have: bequeathing looks at the lock */
-  int got = resv_hand(s, r, from, me);
-  if (!got)
+  STEP(resv_heir); /* it names what it does not have: returning looks at the lock */
+  int borrowed = resv_transfer(s, r, from, me);
+  if (!borrowed)
     atomic_store(&c->return_to, 0);
   else
-    STEP(resv_borrowed);
-  return PyBool_FromLong(got);
+    STEP(resv_borrowed); /* borrowed: the reaper returns it */
+  return PyBool_FromLong(borrowed);
 }
 
-static PyObject *resv_return(Shm *s, PyObject *args) { /* (rec, ctx) -> what ctx borrowed is its heir's again; else it is free */
+static PyObject *resv_return(Shm *s, PyObject *args) {
   unsigned rec;
   unsigned long long me;
   if (!PyArg_ParseTuple(args, "IK", &rec, &me)) return NULL;
   db_resv *r = resv_of(s, rec);
   if (!r) return NULL;
-  db_ctx *c = ctx_alive(s, me);
-  if (!c || !my_life(s) || atomic_load(&c->life) != my_life(s)) Py_RETURN_FALSE;
-  int back = resv_hand(s, r, me, atomic_load(&c->return_to));
-  STEP(resv_returned); /* still with an heir, but without the lock */
-  if (!back) resv_give(r, me);
+  db_ctx *c = own_ctx(s, me);
+  if (!c) Py_RETURN_FALSE;
+  int returned = resv_transfer(s, r, me, atomic_load(&c->return_to));
+  STEP(resv_returned); /* it names what it no longer has, or, if `return_to` was closed, still has: the reaper looks at the lock */
+  if (!returned) resv_release(r, me);
   atomic_store(&c->return_to, 0);
-  return PyBool_FromLong(back);
+  return PyBool_FromLong(returned);
 }
 
-/* The life of a context ends: what it has borrowed goes back. Its generation moves after that, so the lock was never free. */
-void resv_bequeath(Shm *s, db_ctx *c, uint64_t word) {
-  uint64_t heir = atomic_load(&c->return_to);
-  db_rec *rec = heir ? rec_at(s, atomic_load(&c->return_rec)) : NULL;
+void resv_return_dead(Shm *s, db_ctx *c, uint64_t word) {
+  uint64_t to = atomic_load(&c->return_to);
+  db_rec *rec = to ? rec_at(s, atomic_load(&c->return_rec)) : NULL;
   if (!rec) return;
-  resv_hand(s, &rec->resv, word, heir);
-  STEP(reap_heir);
+  resv_transfer(s, &rec->resv, word, to);
+  STEP(reap_heir); /* it names what it no longer has: the next reaper looks at the lock */
   atomic_store(&c->return_to, 0);
 }
 
-PyMethodDef lend_methods[] = {
-#define M(n, flags, doc) {#n, (PyCFunction)n, flags, doc}
-    M(resv_pass, METH_VARARGS, "Hand the lock of (rec) from (holder) to (ctx) -> it was the holder's."),
-    M(resv_borrow, METH_VARARGS, "Borrow the lock of (rec) from (holder) for (ctx) -> it was the holder's."),
-    M(resv_return, METH_VARARGS, "Give what (rec, ctx) borrowed back -> its lender has it."),
-    {0}};
+PyMethodDef lend_methods[] = {METHOD(resv_pass, METH_VARARGS, "($self, rec, holder, ctx, /)",
+                                     "Let ctx hold the lock instead of holder. Return whether holder held it."),
+                              METHOD(resv_borrow, METH_VARARGS, "($self, rec, holder, ctx, /)",
+                                     "Borrow the lock from holder for ctx, a context of this life. Return whether holder held it."),
+                              METHOD(resv_return, METH_VARARGS, "($self, rec, ctx, /)",
+                                     "Return the lock that ctx borrowed. Return True if its lender holds it again; else it is free."),
+                              {0}};

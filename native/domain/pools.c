@@ -1,13 +1,16 @@
-/* pools.c - slots that one life owns: contexts and timelines. Only the owner writes them, and the reaper once the owner is dead. */
+/* pools.c - contexts and timelines: slots that one life owns. Only the owner writes them, and once it is dead its reaper. */
+#include "domain/pools.h"
 #include "domain/table.h"
 
-static PyObject *ctx_open(Shm *s, PyObject *args) { /* ctx_open(index, tid, real, stamp) -> word */
+#define NAME_MAX_BYTES 63
+
+static PyObject *ctx_open(Shm *s, PyObject *args) {
   unsigned i, tid, real;
   unsigned long long stamp;
   if (!PyArg_ParseTuple(args, "IIIK", &i, &tid, &real, &stamp)) return NULL;
   db_ctx *c = ctx_at(s, i);
   if (!c) {
-    shm_corrupt(s, "a context outside of the file");
+    shm_corrupt(s, "a context lies outside of it");
     return NULL;
   }
   uint32_t gen = atomic_load(&c->gen) + 1;
@@ -18,23 +21,23 @@ static PyObject *ctx_open(Shm *s, PyObject *args) { /* ctx_open(index, tid, real
   atomic_store(&c->waits_on, 0);
   atomic_store(&c->return_to, 0);
   atomic_store(&c->gen, gen);
-  atomic_store(&c->life, my_life(s));
+  atomic_store(&c->life, my_life(s)); /* last: a context without a life is closed, whatever the other fields say */
   return PyLong_FromUnsignedLongLong((uint64_t)gen << 32 | i);
 }
 
 static PyObject *ctx_close(Shm *s, PyObject *arg) {
-  unsigned long long w = PyLong_AsUnsignedLongLong(arg);
-  if (w == (unsigned long long)-1 && PyErr_Occurred()) return NULL;
+  uint64_t w;
+  if (arg_u64(arg, &w)) return NULL;
   db_ctx *c = ctx_at(s, CTX_INDEX(w));
   if (c && my_life(s) && atomic_load(&c->gen) == CTX_GEN(w)) {
-    atomic_fetch_add(&c->gen, 1);
+    atomic_fetch_add(&c->gen, 1); /* from here on every lock that it named can be taken */
     atomic_store(&c->waits_on, 0);
     atomic_store(&c->life, 0);
   }
   Py_RETURN_NONE;
 }
 
-static PyObject *ctx_waits(Shm *s, PyObject *args) { /* ctx_waits(word, handle, stamp): published while waiting; 0 after */
+static PyObject *ctx_waits(Shm *s, PyObject *args) {
   unsigned long long w, h, stamp;
   if (!PyArg_ParseTuple(args, "KKK", &w, &h, &stamp)) return NULL;
   db_ctx *c = ctx_at(s, CTX_INDEX(w));
@@ -45,56 +48,57 @@ static PyObject *ctx_waits(Shm *s, PyObject *args) { /* ctx_waits(word, handle, 
   Py_RETURN_NONE;
 }
 
-static PyObject *ctx_info(Shm *s, PyObject *arg) { /* (life, tid, real, stamp, waits_on, wait_stamp) | None */
-  unsigned long long w = PyLong_AsUnsignedLongLong(arg);
-  if (w == (unsigned long long)-1 && PyErr_Occurred()) return NULL;
+static PyObject *ctx_info(Shm *s, PyObject *arg) {
+  uint64_t w;
+  if (arg_u64(arg, &w)) return NULL;
   db_ctx *c = ctx_at(s, CTX_INDEX(w));
   if (!c || atomic_load(&c->gen) != CTX_GEN(w)) Py_RETURN_NONE;
   return Py_BuildValue("IIIKKK", atomic_load(&c->life), atomic_load(&c->tid), atomic_load(&c->real), atomic_load(&c->stamp),
                        atomic_load(&c->waits_on), atomic_load(&c->wait_stamp));
 }
 
-static PyObject *timeline_open(Shm *s, PyObject *args) { /* timeline_open(index, context, driver, name) -> gen */
+static PyObject *timeline_open(Shm *s, PyObject *args) {
   unsigned i;
   unsigned long long context;
   const char *driver, *name;
-  Py_ssize_t nd, nn;
-  if (!PyArg_ParseTuple(args, "IKy#y#", &i, &context, &driver, &nd, &name, &nn)) return NULL;
+  Py_ssize_t ndriver, nname;
+  if (!PyArg_ParseTuple(args, "IKy#y#", &i, &context, &driver, &ndriver, &name, &nname)) return NULL;
   db_timeline *t = timeline_at(s, i);
   if (!t) {
-    shm_corrupt(s, "a timeline outside of the file");
+    shm_corrupt(s, "a timeline lies outside of it");
     return NULL;
   }
-  if (nd > 63 || nn > 63) {
-    PyErr_SetString(PyExc_ValueError, "timeline_open: names are at most 63 bytes");
+  if (ndriver > NAME_MAX_BYTES || nname > NAME_MAX_BYTES) {
+    PyErr_SetString(PyExc_ValueError, "timeline_open: a name must have at most 63 bytes");
     return NULL;
   }
   atomic_fetch_add(&t->gen, 1);
   bytes_follow();
-  memset(t->driver, 0, 128);
-  memcpy(t->driver, driver, (size_t)nd);
-  memcpy(t->name, name, (size_t)nn);
-  for (int k = 0; k < 64; k++) atomic_store(&t->ring[k], 0);
+  memset(t->driver, 0, sizeof t->driver);
+  memset(t->name, 0, sizeof t->name);
+  memcpy(t->driver, driver, (size_t)ndriver);
+  memcpy(t->name, name, (size_t)nname);
+  for (uint32_t k = 0; k < RING_SLOTS; k++) atomic_store(&t->ring[k], 0);
   atomic_store(&t->context, context);
   atomic_store(&t->life, my_life(s));
-  atomic_store(&t->open, 1);
+  atomic_store(&t->open, 1); /* last: a timeline that is not open is free, whatever the other fields say */
   return PyLong_FromUnsignedLong(atomic_load(&t->gen));
 }
 
 static PyObject *timeline_close(Shm *s, PyObject *arg) {
-  unsigned long i = PyLong_AsUnsignedLong(arg);
-  if (i == (unsigned long)-1 && PyErr_Occurred()) return NULL;
-  db_timeline *t = timeline_at(s, (uint32_t)i);
+  uint32_t i;
+  if (arg_u32(arg, &i)) return NULL;
+  db_timeline *t = timeline_at(s, i);
   if (t) atomic_store(&t->open, 0);
   Py_RETURN_NONE;
 }
 
-static PyObject *timeline_info(Shm *s, PyObject *arg) { /* (gen, open, context, life, driver, name) of one use of the slot | None */
-  unsigned long i = PyLong_AsUnsignedLong(arg);
-  if (i == (unsigned long)-1 && PyErr_Occurred()) return NULL;
-  db_timeline *t = timeline_at(s, (uint32_t)i);
+static PyObject *timeline_info(Shm *s, PyObject *arg) {
+  uint32_t i;
+  if (arg_u32(arg, &i)) return NULL;
+  db_timeline *t = timeline_at(s, i);
   if (!t) Py_RETURN_NONE;
-  char driver[64], name[64];
+  char driver[sizeof t->driver], name[sizeof t->name];
   uint32_t gen, open, life;
   uint64_t context;
   for (int tries = 0;; tries++) {
@@ -105,22 +109,23 @@ static PyObject *timeline_info(Shm *s, PyObject *arg) { /* (gen, open, context, 
     memcpy(driver, t->driver, sizeof driver);
     memcpy(name, t->name, sizeof name);
     bytes_read();
-    if (atomic_load(&t->gen) == gen) break; /* else it was opened anew while we copied */
+    if (atomic_load(&t->gen) == gen) break; /* else the slot was opened again during the copy */
     if (tries < 1000) continue;
     *driver = *name = 0;
     break;
   }
-  return Py_BuildValue("IIKIy#y#", gen, open, (unsigned long long)context, life, driver, (Py_ssize_t)strnlen(driver, 63), name,
-                       (Py_ssize_t)strnlen(name, 63));
+  return Py_BuildValue("IIKIy#y#", gen, open, (unsigned long long)context, life, driver, (Py_ssize_t)strnlen(driver, NAME_MAX_BYTES), name,
+                       (Py_ssize_t)strnlen(name, NAME_MAX_BYTES));
 }
 
 PyMethodDef pool_methods[] = {
-#define M(n, flags, doc) {#n, (PyCFunction)n, flags, doc}
-    M(ctx_open, METH_VARARGS, "Open a context (index, tid, real, stamp) -> word."),
-    M(ctx_close, METH_O, "Close a context."),
-    M(ctx_waits, METH_VARARGS, "Publish (word, handle, stamp)."),
-    M(ctx_info, METH_O, "What a context says."),
-    M(timeline_open, METH_VARARGS, "Open (index, context, driver, name) -> generation."),
-    M(timeline_close, METH_O, "Close a timeline."),
-    M(timeline_info, METH_O, "What a timeline says."),
+    METHOD(ctx_open, METH_VARARGS, "($self, index, tid, real, stamp, /)",
+           "Open a context and return its word; real: a WwAcquireContext, not one made for a single lock or access."),
+    METHOD(ctx_close, METH_O, "($self, ctx, /)", "Close a context: every lock that it holds can be taken from then on."),
+    METHOD(ctx_waits, METH_VARARGS, "($self, ctx, handle, stamp, /)", "Publish for which fence a context waits, 0: none."),
+    METHOD(ctx_info, METH_O, "($self, ctx, /)", "Return (life, tid, real, stamp, waits_on, wait_stamp), None for a closed context."),
+    METHOD(timeline_open, METH_VARARGS, "($self, index, context, driver, name, /)", "Open a timeline and return its generation."),
+    METHOD(timeline_close, METH_O, "($self, index, /)", "Close a timeline: its slot can be used again."),
+    METHOD(timeline_info, METH_O, "($self, index, /)",
+           "Return (gen, open, context, life, driver, name), all of one use of the slot; None if there is no such slot."),
     {0}};

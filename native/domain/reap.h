@@ -1,7 +1,7 @@
-/* reap.h - what a dead life left in the domain is ended. */
+/* reap.h - methods of Shm that end what a dead life left. */
 #ifndef DMABUF_REAP_H
 #define DMABUF_REAP_H
-#include "domain/shm.h"
+#include "python.h"
 
 extern PyMethodDef reap_methods[];
 #endif

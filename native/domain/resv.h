@@ -3,11 +3,15 @@
 #define DMABUF_RESV_H
 #include "domain/shm.h"
 
+/* A walk along the list. */
 typedef struct {
   Shm *s;
   db_resv *r;
-  uint32_t i, block, blocks, rec;
+  uint32_t i, block, blocks; /* the next entry; the present block + 1, and how many there were */
+  uint32_t rec;
 } cursor;
+
+static inline cursor cursor_of(Shm *s, db_resv *r, uint32_t rec) { return (cursor){.s = s, .r = r, .rec = rec}; }
 
 a64 *entry_in_block(cursor *c, uint32_t i);
 
@@ -16,7 +20,10 @@ static inline a64 *entry_next(cursor *c) { /* NULL at the end of the capacity */
   return i < INLINE_ENTRIES ? &c->r->entry[i] : entry_in_block(c, i - INLINE_ENTRIES);
 }
 
-int make_room(Shm *s, db_resv *r, uint32_t rec, uint32_t n);
-int put(Shm *s, db_resv *r, uint32_t rec, uint64_t handle, uint32_t usage, long room);
+/* With the lock: have room for n more entries. 0, -errno or RAISED. */
+int entries_reserve(Shm *s, db_resv *r, uint32_t rec, uint32_t n);
+/* With the lock: add a fence, or let it replace an earlier one of its context. 1: it took room; 0: it replaced; -1: there is no room. */
+int entries_add(Shm *s, db_resv *r, uint32_t rec, uint64_t handle, uint32_t usage, long room);
+
 extern PyMethodDef resv_methods[];
 #endif

@@ -1,73 +1,70 @@
-/* resv_lock.c - the lock of a reservation object.
+/* resv_lock.c - the lock of a reservation object: the wait-die ww_mutex of semantics 4.10.
  *
- * The lock is the wait-die ww_mutex of spec 4.10. It is one word; it goes from 0 to its owner's context in one
- * compare-and-swap, so there is no instant at which it is held by nobody in particular; a lock whose owner's context has
- * another generation by now belongs to a dead process and is taken the same way. `next` names the oldest waiter, which
- * nobody younger overtakes. Whoever sleeps looks at everything again when woken, which is how a waiter is "woken to die". */
+ * The lock is one word. It goes from 0 to its owner's context by one compare-and-swap, so at no instant does it belong to nobody in
+ * particular. A lock whose owner's context has another generation by now belonged to a dead process, and is taken in the same way. `next`
+ * names the oldest waiter, which no younger one overtakes. A waiter that wakes looks at everything again, and may find that it must die.
+ */
 #include "domain/resv_lock.h"
 #include "domain/sleep.h"
 #include "domain/step.h"
 #include "domain/table.h"
 #include "domain/ticker.h"
 
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "the futex is the low half of the lock word: little-endian only"
+#endif
+
 db_resv *resv_of(Shm *s, uint32_t rec) {
   db_rec *r = rec_at(s, rec);
-  if (!r) {
-    shm_corrupt(s, "a record outside of the file");
-    return NULL;
-  }
-  return &r->resv;
+  if (r) return &r->resv;
+  shm_corrupt(s, "a record lies outside of it");
+  return NULL;
 }
 
-db_ctx *ctx_alive(Shm *s, uint64_t word) {
+db_ctx *ctx_open_at(Shm *s, uint64_t word) {
   db_ctx *c = ctx_at(s, CTX_INDEX(word));
   return c && atomic_load(&c->gen) == CTX_GEN(word) && atomic_load(&c->life) ? c : NULL;
 }
 
-static inline a32 *lock_futex(db_resv *r) {
-#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
-  return (a32 *)&r->lock;
-#else
-#error "the futex is the low half of the lock word: little-endian only"
-#endif
-}
+static inline a32 *lock_futex(db_resv *r) { return (a32 *)&r->lock; }
+
+static inline void wake_waiters(db_resv *r) { word_wake(lock_futex(r), INT32_MAX); }
 
 static inline int older(db_ctx *a, db_ctx *b) { return (int64_t)(atomic_load(&a->stamp) - atomic_load(&b->stamp)) < 0; }
 
-/* 0 locked, 1 taken from a dead owner, a negative errno, or RAISED */
-int take(Shm *s, db_resv *r, uint64_t me, int acquired, int interruptible, int try, int64_t until) {
+int resv_take(Shm *s, db_resv *r, uint64_t me, int acquired, int interruptible, int try, int64_t until) {
   db_ctx *mine = ctx_at(s, CTX_INDEX(me));
   if (!mine) {
-    shm_corrupt(s, "a context outside of the file");
+    shm_corrupt(s, "a context lies outside of it");
     return RAISED;
   }
   uint64_t w = 0;
   if (!atomic_load(&r->next) && atomic_compare_exchange_strong(&r->lock, &w, me)) {
-    STEP(resv_locked);
+    STEP(resv_locked); /* locked: a death frees it, by the context's generation */
     return 0;
   }
   int real = (int)atomic_load(&mine->real), result = 0, waited = 0;
   for (;;) {
     w = atomic_load(&r->lock);
-    uint64_t owner = w & ~CTX_WAITERS, nx = atomic_load(&r->next);
+    uint64_t owner = w & ~CTX_WAITERS, next = atomic_load(&r->next);
     if (owner == me) {
       result = real ? -EALREADY : -EDEADLK;
       break;
     }
-    db_ctx *holder = owner ? ctx_alive(s, owner) : NULL, *first = nx && nx != me ? ctx_alive(s, nx) : NULL;
+    db_ctx *holder = owner ? ctx_open_at(s, owner) : NULL, *first = next && next != me ? ctx_open_at(s, next) : NULL;
     if (!holder) {
       if (!first || try || older(mine, first)) {
         if (!atomic_compare_exchange_strong(&r->lock, &w, me | (w & CTX_WAITERS))) continue;
-        if (owner) {
-          STEP(resv_stolen);
-        } else
+        if (owner)
+          STEP(resv_stolen); /* locked, as above: the dead owner left a whole list of fences */
+        else
           STEP(resv_locked);
-        if (nx == me) atomic_compare_exchange_strong(&r->next, &nx, 0);
-        if (w & CTX_WAITERS) word_wake(lock_futex(r), INT32_MAX); /* they look again: some must die, one becomes next */
+        if (next == me) atomic_compare_exchange_strong(&r->next, &next, 0);
+        if (w & CTX_WAITERS) wake_waiters(r); /* they look again: some must die, and one becomes the next */
         return owner ? 1 : 0;
       }
     } else if (try) {
-      int k = waited ? 0 : shm_polled(s);
+      int k = waited ? 0 : shm_notice_deaths(s);
       if (k < 0) {
         result = RAISED;
         break;
@@ -75,17 +72,19 @@ int take(Shm *s, db_resv *r, uint64_t me, int acquired, int interruptible, int t
       if (k && !waited++) continue;
       result = -EBUSY;
       break;
-    } else if (real && acquired > 0) { /* wait-die: who holds locks does not wait for an older one */
-      db_ctx *elder = atomic_load(&holder->real) && older(holder, mine)          ? holder
-                      : first && atomic_load(&first->real) && older(first, mine) ? first
-                                                                                 : NULL;
+    } else if (real && acquired > 0) { /* wait-die: a context that holds locks does not wait for an older one */
+      db_ctx *elder = NULL;
+      if (atomic_load(&holder->real) && older(holder, mine))
+        elder = holder;
+      else if (first && atomic_load(&first->real) && older(first, mine))
+        elder = first;
       if (elder) {
-        uint64_t word = elder == holder ? owner : nx;
+        uint64_t word = elder == holder ? owner : next;
         if (shm_tick(s, TICK_CHECK, atomic_load(&elder->life))) {
           result = RAISED;
           break;
         }
-        if (!ctx_alive(s, word)) continue; /* a dead process is no older context */
+        if (!ctx_open_at(s, word)) continue; /* its process was dead */
         result = -EDEADLK;
         break;
       }
@@ -94,53 +93,52 @@ int take(Shm *s, db_resv *r, uint64_t me, int acquired, int interruptible, int t
       result = -ETIMEDOUT;
       break;
     }
-    if (nx != me && (!first || older(mine, first))) {
-      if (!atomic_compare_exchange_strong(&r->next, &nx, me)) continue;
-      STEP(resv_next); /* named as next; a death leaves a name whose context is no longer alive */
-      if (w & CTX_WAITERS) word_wake(lock_futex(r), INT32_MAX);
+    if (next != me && (!first || older(mine, first))) {
+      if (!atomic_compare_exchange_strong(&r->next, &next, me)) continue;
+      STEP(resv_next); /* named as the next: a death leaves the name of a closed context, which counts for nothing */
+      if (w & CTX_WAITERS) wake_waiters(r);
       waited = 1;
       continue;
     }
     if (!(w & CTX_WAITERS) && !atomic_compare_exchange_strong(&r->lock, &w, w | CTX_WAITERS)) continue;
     waited = 1;
-    STEP(resv_waiting);
-    if (step_armed) step_sleeping(STEP_resv_waiting);
-    int k = shm_sleep(s, lock_futex(r), (uint32_t)(w | CTX_WAITERS), until, TICK_RESV, owner ? owner : nx);
-    if (k == -1) {
+    STEP(resv_waiting); /* the bit for waiters is set: a death leaves one wake-up too many */
+    STEP_SLEEPING(resv_waiting);
+    int k = shm_sleep(s, lock_futex(r), (uint32_t)(w | CTX_WAITERS), until, TICK_RESV, owner ? owner : next);
+    if (k == SLEEP_RAISED) {
       result = RAISED;
       break;
     }
-    if (k == -2 && interruptible) {
+    if (k == SLEEP_SIGNAL && interruptible) {
       result = -EINTR;
       break;
     }
   }
-  if (waited) { /* leave without a trace, and let the others choose anew */
-    uint64_t nx = me;
-    if (atomic_compare_exchange_strong(&r->next, &nx, 0)) word_wake(lock_futex(r), INT32_MAX);
+  if (waited) { /* leave no name behind, and let the others choose again */
+    uint64_t next = me;
+    if (atomic_compare_exchange_strong(&r->next, &next, 0)) wake_waiters(r);
   }
   return result;
 }
 
-int resv_give(db_resv *r, uint64_t me) { /* 1: it was ours */
+int resv_release(db_resv *r, uint64_t me) {
   uint64_t w = atomic_load(&r->lock);
   if ((w & ~CTX_WAITERS) != me) return 0;
   w = atomic_exchange(&r->lock, 0);
-  STEP(resv_unlocked); /* free; who sleeps finds out at the next tick if we die now */
-  if ((w & CTX_WAITERS) || atomic_load(&r->next)) word_wake(lock_futex(r), INT32_MAX);
+  STEP(resv_unlocked); /* free: a waiter finds out at its next tick */
+  if ((w & CTX_WAITERS) || atomic_load(&r->next)) wake_waiters(r);
   return 1;
 }
 
-/* One compare-and-swap hands a held lock from one context to another, so at every instant it has a living owner, or one whose death frees
- * it. Who sleeps looks again: the new owner may be older or younger than the last. */
-int resv_hand(Shm *s, db_resv *r, uint64_t from, uint64_t to) { /* 1: `from` held it, and now `to` does */
-  if (!from || !ctx_alive(s, to)) return 0;
+/* By one compare-and-swap, so that at every instant the lock has an owner that is alive or whose death frees it. */
+int resv_transfer(Shm *s, db_resv *r, uint64_t from, uint64_t to) {
+  if (!from || !ctx_open_at(s, to)) return 0;
   uint64_t w = atomic_load(&r->lock);
   do {
     if ((w & ~CTX_WAITERS) != (from & ~CTX_WAITERS)) return 0;
   } while (!atomic_compare_exchange_strong(&r->lock, &w, to | (w & CTX_WAITERS)));
-  STEP(resv_passed);
-  if (w & CTX_WAITERS) word_wake(lock_futex(r), INT32_MAX);
+  STEP(resv_passed);                    /* the lock is the new owner's */
+  if (w & CTX_WAITERS) wake_waiters(r); /* they look again: the new owner may be older or younger than the last */
   return 1;
 }
 
@@ -153,31 +151,36 @@ static PyObject *resv_lock(Shm *s, PyObject *args) {
   if (shm_need_life(s, "lock")) return NULL;
   db_resv *r = resv_of(s, rec);
   if (!r) return NULL;
-  int result = take(s, r, me, acquired, interruptible, try, until);
+  int result = resv_take(s, r, me, acquired, interruptible, try, until);
   return result == RAISED ? NULL : PyLong_FromLong(result);
 }
 
-static PyObject *resv_unlock(Shm *s, PyObject *args) { /* (rec, ctx) -> it was ours */
+static PyObject *resv_unlock(Shm *s, PyObject *args) {
   unsigned rec;
   unsigned long long me;
   if (!PyArg_ParseTuple(args, "IK", &rec, &me)) return NULL;
   db_resv *r = resv_of(s, rec);
-  if (!r) return NULL;
-  return PyBool_FromLong(my_life(s) && resv_give(r, me));
+  return r ? PyBool_FromLong(my_life(s) && resv_release(r, me)) : NULL;
 }
 
-static PyObject *resv_owner(Shm *s, PyObject *arg) { /* the living owner's ctx word, 0: unlocked */
-  unsigned long rec = PyLong_AsUnsignedLong(arg);
-  if (rec == (unsigned long)-1 && PyErr_Occurred()) return NULL;
-  db_resv *r = resv_of(s, (uint32_t)rec);
+static PyObject *resv_owner(Shm *s, PyObject *arg) {
+  uint32_t rec;
+  if (arg_u32(arg, &rec)) return NULL;
+  db_resv *r = resv_of(s, rec);
   if (!r) return NULL;
   uint64_t owner = atomic_load(&r->lock) & ~CTX_WAITERS;
-  if (owner && ctx_alive(s, owner) && shm_polled(s) < 0) return NULL;
-  return PyLong_FromUnsignedLongLong(owner && ctx_alive(s, owner) ? owner : 0);
+  if (owner && ctx_open_at(s, owner) && shm_notice_deaths(s) < 0) return NULL;
+  return PyLong_FromUnsignedLongLong(owner && ctx_open_at(s, owner) ? owner : 0);
 }
 
 PyMethodDef resv_lock_methods[] = {
-    METHOD(resv_lock, METH_VARARGS, "Lock (rec, ctx, acquired, interruptible, try, until) -> 0, 1 from a dead owner, or -errno."),
-    METHOD(resv_unlock, METH_VARARGS, "Unlock (rec, ctx) -> it was ours."),
-    METHOD(resv_owner, METH_O, "The living owner's context word, or 0."),
+    METHOD(resv_lock, METH_VARARGS, "($self, rec, ctx, acquired, interruptible, trylock, until, /)",
+           "Lock a reservation object. Return 0, 1 if it was taken from a dead owner, or -errno.\n\n"
+           "Args:\n"
+           "    ctx: The word of the context that locks.\n"
+           "    acquired: How many locks it holds already.\n"
+           "    trylock: Return -EBUSY instead of waiting.\n"
+           "    until: CLOCK_MONOTONIC ns, or -1 for no limit."),
+    METHOD(resv_unlock, METH_VARARGS, "($self, rec, ctx, /)", "Unlock. Return False if the context does not hold the lock."),
+    METHOD(resv_owner, METH_O, "($self, rec, /)", "Return the word of the living owner's context, 0: unlocked."),
     {0}};

@@ -1,16 +1,22 @@
-/* shm.c - the mapped domain: bounded loads and stores, the sleep that every wait is built of, the token that tells a
- * forked child from its parent, and the page that holds a life's lock. */
+/* shm.c - Shm: a domain's file, mapped whole. module.c lists the tables of its methods. */
 #include "domain/shm.h"
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
+PyTypeObject *Shm_Type;
+
 /* ---- errors ---- */
-int shm_fail(Shm *s, int err, const char *op, const char *obj, const char *remedy) {
-  PyObject *e = s->fail ? PyObject_CallFunction(s->fail, "isss", err, op, obj, remedy) : NULL;
-  if (e) {
-    PyErr_SetObject((PyObject *)Py_TYPE(e), e);
-    Py_DECREF(e);
+
+int shm_fail(Shm *s, int err, const char *op, const char *obj, const char *what, const char *remedy) {
+  PyObject *args = s->fail ? Py_BuildValue("(isss)", err, op, obj, remedy) : NULL;
+  PyObject *names = args && what ? Py_BuildValue("{ss}", "what", what) : NULL;
+  PyObject *error = args && (names || !what) ? PyObject_Call(s->fail, args, names) : NULL;
+  Py_XDECREF(args);
+  Py_XDECREF(names);
+  if (error) {
+    PyErr_SetObject((PyObject *)Py_TYPE(error), error);
+    Py_DECREF(error);
   } else if (!PyErr_Occurred()) {
     errno = err;
     PyErr_SetFromErrno(PyExc_OSError);
@@ -19,27 +25,27 @@ int shm_fail(Shm *s, int err, const char *op, const char *obj, const char *remed
 }
 
 int shm_corrupt(Shm *s, const char *what) {
-  return shm_fail(s, EUCLEAN, "domain", what,
-                  "the domain file holds impossible values: end its processes and let the next opener set it aside");
+  return shm_fail(s, EUCLEAN, "domain", "the domain's file", what, "end the processes that use it; the next opener sets it aside");
 }
 
 int shm_need_life(Shm *s, const char *op) {
   if (my_life(s)) return 0;
-  return shm_fail(s, EPERM, op, "an object of another process",
-                  "what a fork inherits is inert in the child: make the object in this process");
+  return shm_fail(s, EPERM, op, "an object of the parent process", "a forked child inherited it", "make the object in this process");
 }
 
 /* ---- bounds ---- */
-static int refresh(Shm *s, uint32_t want) { /* make chunks below the published count known, if the file really has them */
+
+static int refresh(Shm *s,
+                   uint32_t wanted) { /* Learn how many chunks are published now. 0, or -1: not that many, or the file lacks some. */
   uint32_t n = atomic_load(&hdr(s)->nchunks);
-  if (n > DB_MAX_CHUNKS || want >= n) return -1;
+  if (n > DB_MAX_CHUNKS || wanted >= n) return -1;
   struct stat st;
   if (fstat(s->fd, &st) || (uint64_t)st.st_size < DB_HEADER_BYTES + (uint64_t)n * DB_CHUNK) return -1;
   s->known = n;
   return 0;
 }
 
-int chunks_known(Shm *s, uint32_t n) { /* can n be the published count? It never shrinks, and the file has what it counts */
+int chunks_known(Shm *s, uint32_t n) {
   if (n > DB_MAX_CHUNKS || n < s->known) return 0;
   return n == s->known || !refresh(s, n - 1);
 }
@@ -50,20 +56,21 @@ char *chunk_at(Shm *s, uint32_t i, uint32_t type) {
   return s->base + DB_HEADER_BYTES + (size_t)i * DB_CHUNK;
 }
 
-char *bounded(Shm *s, unsigned long long off, size_t n) {
-  uint64_t end = off + n;
-  if (end < off || end > s->length) goto bad;
+char *shm_bytes(Shm *s, unsigned long long offset, size_t n) {
+  uint64_t end = offset + n;
+  if (end < offset || end > s->length) goto bad;
   if (end > DB_HEADER_BYTES) {
     uint32_t last = (uint32_t)((end - 1 - DB_HEADER_BYTES) / DB_CHUNK);
     if (last >= s->known && refresh(s, last)) goto bad;
   }
-  return s->base + off;
+  return s->base + offset;
 bad:
-  shm_corrupt(s, "an offset outside of the domain");
+  shm_corrupt(s, "an offset lies outside of it");
   return NULL;
 }
 
 /* ---- the type ---- */
+
 static PyObject *shm_new(PyTypeObject *type, PyObject *args, PyObject *kw) {
   static char *names[] = {"fd", "fail", NULL};
   int fd;
@@ -73,12 +80,11 @@ static PyObject *shm_new(PyTypeObject *type, PyObject *args, PyObject *kw) {
   if (!s) return NULL;
   s->fd = fd;
   s->length = DB_HEADER_BYTES + (size_t)DB_MAX_CHUNKS * DB_CHUNK;
-  Py_XINCREF(fail);
-  s->fail = fail;
+  s->fail = Py_XNewRef(fail);
   struct stat st;
   if (fstat(fd, &st)) goto os;
   if ((uint64_t)st.st_size < DB_HEADER_BYTES) {
-    shm_corrupt(s, "a file shorter than its header");
+    shm_corrupt(s, "it is shorter than its header");
     goto out;
   }
   void *p = mmap(NULL, s->length, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd, 0);
@@ -92,7 +98,7 @@ static PyObject *shm_new(PyTypeObject *type, PyObject *args, PyObject *kw) {
   db_header *h = hdr(s);
   if (memcmp(h->magic, DB_MAGIC, 8) || h->version != DB_VERSION || h->header_bytes != DB_HEADER_BYTES || h->chunk_bytes != DB_CHUNK ||
       h->max_chunks != DB_MAX_CHUNKS || h->lives != DB_LIVES || h->buckets != DB_BUCKETS) {
-    shm_corrupt(s, "a header of another layout");
+    shm_corrupt(s, "its header is of another layout");
     goto out;
   }
   return (PyObject *)s;
@@ -116,7 +122,7 @@ static int shm_clear(Shm *s) {
   Py_CLEAR(s->tick);
   Py_CLEAR(s->on_local);
   Py_CLEAR(s->on_sync);
-  return 0;
+  return 0; /* not fail: a finalizer that runs after this may still have something to say */
 }
 
 static void shm_dealloc(Shm *s) {
@@ -133,51 +139,50 @@ static void shm_dealloc(Shm *s) {
   Py_DECREF(type);
 }
 
-static PyObject *get_life(Shm *s, void *u) { return PyLong_FromUnsignedLong(my_life(s)); }
+static PyObject *get_life(Shm *s, void *unused) { return PyLong_FromUnsignedLong(my_life(s)); }
 
-static int set_life(Shm *s, PyObject *v, void *u) {
-  unsigned long id = v ? PyLong_AsUnsignedLong(v) : 0;
+static int set_life(Shm *s, PyObject *value, void *unused) {
+  unsigned long id = value ? PyLong_AsUnsignedLong(value) : 0;
   if (PyErr_Occurred()) return -1;
   atomic_store(s->token, id);
   return 0;
 }
 
-static PyMemberDef shm_members[] = {
-    {"tick", T_OBJECT, offsetof(Shm, tick), 0, "called at each tick of a wait"},
-    {"on_local", T_OBJECT, offsetof(Shm, on_local), 0, "called when a fence with callbacks here is signalled here"},
-    {"on_sync", T_OBJECT, offsetof(Shm, on_sync), 0, "called when a fence that a sync file's descriptor waits for has ended -> done"},
-    {"fail", T_OBJECT, offsetof(Shm, fail), 0, "makes an error: fail(errno, operation, object, remedy)"},
+static PyMemberDef members[] = {
+    {"tick", T_OBJECT, offsetof(Shm, tick), 0, "tick(kind, value), called at each tick of a wait"},
+    {"on_local", T_OBJECT, offsetof(Shm, on_local), 0,
+     "on_local(handle), called when this process signals a fence that has callbacks here"},
+    {"on_sync", T_OBJECT, offsetof(Shm, on_sync), 0, "on_sync(handle) -> done, called when a fence that a sync file waits for is signaled"},
+    {"fail", T_OBJECT, offsetof(Shm, fail), 0, "fail(errno, operation, object, remedy, *, what), which makes an error"},
     {"fd", T_INT, offsetof(Shm, fd), READONLY, "the domain's fd"},
-    {"owns_fd", T_BOOL, offsetof(Shm, owns_fd), 0, "is the fd closed with the mapping?"},
+    {"owns_fd", T_BOOL, offsetof(Shm, owns_fd), 0, "whether the fd is closed with the mapping"},
     {"__weaklistoffset__", T_PYSSIZET, offsetof(Shm, weakrefs), READONLY, NULL},
     {0}};
-static PyGetSetDef shm_getset[] = {
-    {"life", (getter)get_life, (setter)set_life, "this process's life in the domain; 0: none, or forked since", NULL}, {0}};
-
-PyTypeObject *Shm_Type;
+static PyGetSetDef getset[] = {
+    {"life", (getter)get_life, (setter)set_life, "this process's life id in the domain; 0: none, or forked since", NULL}, {0}};
 
 int shm_register(PyObject *module, PyMethodDef *const *sets) {
-  size_t n = 0;
   static PyMethodDef all[96];
+  size_t n = 0;
   for (; *sets; sets++)
     for (PyMethodDef *d = *sets; d->ml_name; d++) {
       if (n + 1 >= sizeof all / sizeof *all) {
-        PyErr_SetString(PyExc_SystemError, "more methods of Shm than there is room for");
+        PyErr_SetString(PyExc_SystemError, "Shm has more methods than its table has room for");
         return -1;
       }
       all[n++] = *d;
     }
-  PyType_Slot slots[] = {{Py_tp_doc, "A domain's file, mapped: bounded atomics, pools, fences and reservation locks."},
-                         {Py_tp_new, shm_new},
-                         {Py_tp_dealloc, shm_dealloc},
-                         {Py_tp_traverse, shm_traverse},
-                         {Py_tp_clear, shm_clear},
-                         {Py_tp_methods, all},
-                         {Py_tp_members, shm_members},
-                         {Py_tp_getset, shm_getset},
-                         {0, NULL}};
+  PyType_Slot slots[] = {
+      {Py_tp_doc, "Shm(fd, fail=None)\n--\n\nA domain's file, mapped: bounded atomics, pools, fences and reservation locks."},
+      {Py_tp_new, shm_new},
+      {Py_tp_dealloc, shm_dealloc},
+      {Py_tp_traverse, shm_traverse},
+      {Py_tp_clear, shm_clear},
+      {Py_tp_methods, all},
+      {Py_tp_members, members},
+      {Py_tp_getset, getset},
+      {0, NULL}};
   PyType_Spec spec = {"dmabuf._native.Shm", sizeof(Shm), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_BASETYPE, slots};
   Shm_Type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &spec, NULL);
-  if (!Shm_Type) return -1;
-  return PyModule_AddObjectRef(module, "Shm", (PyObject *)Shm_Type);
+  return Shm_Type ? PyModule_AddObjectRef(module, "Shm", (PyObject *)Shm_Type) : -1;
 }

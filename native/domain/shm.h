@@ -1,4 +1,7 @@
-/* shm.h - the object of a mapped domain, and bounded ways to what is in it. */
+/* shm.h - Shm, the object of a mapped domain, and bounded ways to what is in it.
+ *
+ * Functions that return int and take no errno return 0, or -1 with an exception set, unless their comment says otherwise.
+ */
 #ifndef DMABUF_SHM_H
 #define DMABUF_SHM_H
 #include "domain/layout.h"
@@ -10,17 +13,17 @@ typedef struct {
   char *base;
   size_t length;
   int fd;
-  char owns_fd;       /* closed with the mapping: after every finaliser, whichever order the garbage collector takes */
-  uint32_t known;     /* chunks this process has checked against the file's size */
-  a64 *token;         /* a page that fork wipes: our life id, 0 in a child */
-  PyObject *tick;     /* tick(kind, value): a wait lasted TICK_NS; may raise */
-  PyObject *on_local; /* on_local(handle): a fence with callbacks in this process was signalled here */
-  PyObject *on_sync;  /* on_sync(handle) -> done: a fence that a sync file's descriptor waits for has ended */
+  char owns_fd;       /* close the fd with the mapping: after every finalizer, whatever order the garbage collector takes */
+  uint32_t known;     /* chunks that this process has checked against the size of the file */
+  a64 *token;         /* in a page that fork wipes: this process's life id, 0 in a child */
+  PyObject *tick;     /* tick(kind, value): a wait has lasted TICK_NS; may raise */
+  PyObject *on_local; /* on_local(handle): this process signaled a fence that has callbacks here */
+  PyObject *on_sync;  /* on_sync(handle) -> done: a fence that a sync file waits for has been signaled */
   PyObject *fail;     /* errors.fail */
   PyObject *weakrefs;
-  uint64_t *fifo; /* free fence slots of this life, oldest first: a slot rests as long as possible */
+  uint64_t *fifo; /* free fence slots of this life, oldest first, so that a slot rests as long as possible */
   uint32_t fifo_cap, fifo_head, fifo_count, fifo_life;
-  uint32_t claim_hint[8];
+  uint32_t claim_hint[8]; /* by chunk type: where to begin to look for an ownerless chunk */
 } Shm;
 
 extern PyTypeObject *Shm_Type;
@@ -31,34 +34,46 @@ static inline int64_t now_ns(void) {
   return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
 }
 
-static inline void cpu_relax(void) {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  __asm__ volatile("yield");
-#endif
-}
-
 static inline db_header *hdr(Shm *s) { return (db_header *)s->base; }
 
-static inline db_life *life_slot(Shm *s, uint32_t id) { return (db_life *)(s->base + OFF_LIVES) + LIFE_INDEX(id); }
+static inline db_life *life_at(Shm *s, uint32_t index) { return (db_life *)(s->base + OFF_LIVES) + index; } /* index < DB_LIVES */
 
-static inline a64 *chunk_entry(Shm *s, uint32_t i) { return (a64 *)(s->base + OFF_CHUNKTAB) + i; }
+static inline db_life *life_slot(Shm *s, uint32_t id) { return life_at(s, LIFE_INDEX(id)); }
+
+static inline uint32_t life_high(Shm *s) { /* slots below this one have been used; bounded */
+  uint32_t high = atomic_load(&hdr(s)->life_high);
+  return high < DB_LIVES ? high : DB_LIVES;
+}
+
+static inline a64 *chunk_entry(Shm *s, uint32_t i) { return (a64 *)(s->base + OFF_CHUNKTAB) + i; } /* i < DB_MAX_CHUNKS */
+
+static inline uint32_t chunk_count(Shm *s) { /* published chunks; bounded */
+  uint32_t n = atomic_load(&hdr(s)->nchunks);
+  return n < DB_MAX_CHUNKS ? n : DB_MAX_CHUNKS;
+}
 
 static inline a32 *bucket(Shm *s, uint32_t i) { return (a32 *)(s->base + OFF_BUCKETS) + (i & (DB_BUCKETS - 1)); }
 
 static inline uint32_t my_life(Shm *s) { return (uint32_t)atomic_load(s->token); }
 
-static inline int life_current(Shm *s, uint32_t id) { /* is this id the slot's present one (not: does the process live)? */
+static inline int life_current(Shm *s, uint32_t id) { /* Is this the id of its slot's present life? Its process may be dead. */
   db_life *l = life_slot(s, id);
   return id && atomic_load(&l->state) == LIFE_ALIVE && LIFE_ID(LIFE_INDEX(id), atomic_load(&l->gen)) == id;
 }
 
+/* The address of a chunk; NULL if there is no such chunk of that type. */
+char *chunk_at(Shm *s, uint32_t i, uint32_t type);
+/* Can n be the count of published chunks? The count never shrinks, and the file has the memory for it. */
 int chunks_known(Shm *s, uint32_t n);
-char *chunk_at(Shm *s, uint32_t i, uint32_t type);                                  /* NULL: no such chunk of that type */
-int shm_corrupt(Shm *s, const char *what);                                          /* raises EUCLEAN, returns -1 */
-int shm_fail(Shm *s, int err, const char *op, const char *obj, const char *remedy); /* raises, returns -1 */
-int shm_need_life(Shm *s, const char *op);                                          /* 0, or raises EPERM in a forked child */
-char *bounded(Shm *s, unsigned long long off, size_t n);
-int shm_register(PyObject *module, PyMethodDef *const *sets); /* sets: the methods of the type, ended by NULL */
+/* The address of n bytes at an offset of the file; NULL with an exception set. */
+char *shm_bytes(Shm *s, unsigned long long offset, size_t n);
+
+/* Raise the error for an errno, in words: "op: obj: what (ERRNO); remedy". what: NULL for the C library's text. -1. */
+int shm_fail(Shm *s, int err, const char *op, const char *obj, const char *what, const char *remedy);
+/* Raise EUCLEAN: the file holds something impossible. -1. */
+int shm_corrupt(Shm *s, const char *what);
+/* 0, or raise EPERM in a forked child, whose parent's life is not its own. */
+int shm_need_life(Shm *s, const char *op);
+
+int shm_register(PyObject *module, PyMethodDef *const *sets); /* sets: the method tables of the type, ended by NULL */
 #endif

@@ -1,4 +1,4 @@
-/* sleep.c - the sleep that every wait of a domain is built of: until woken, a tick, a signal or a time. */
+/* sleep.c - the one sleep of which every wait in a domain is built. */
 #include "domain/sleep.h"
 #include "domain/ticker.h"
 #include <linux/futex.h>
@@ -6,11 +6,12 @@
 #include <pthread.h>
 #include <signal.h>
 
-static int signal_pending(const sigset_t *blocked) { /* is there one that waits only because this thread blocks more than these? */
+/* Is a signal pending only because this thread blocks more signals than these? One without a handler ends the process or has no effect. */
+static int signal_pending(const sigset_t *blocked) {
   sigset_t found;
   struct sigaction act;
   sigpending(&found);
-  for (int i = 1; i < NSIG; i++) /* one without a handler ends the process or nothing */
+  for (int i = 1; i < NSIG; i++)
     if (sigismember(&found, i) == 1 && !sigismember(blocked, i) && !sigaction(i, NULL, &act) && act.sa_handler != SIG_DFL &&
         act.sa_handler != SIG_IGN)
       return 1;
@@ -21,39 +22,37 @@ int shm_sleep(Shm *s, a32 *word, uint32_t expected, int64_t until, int kind, uin
   int64_t limit = -1;
   if (until >= 0) {
     limit = until - now_ns();
-    if (limit <= 0) return 0;
+    if (limit <= 0) return SLEEP_AGAIN;
   }
   uint32_t before = ticker_ticks();
   int slot = sleeper_enter(word), alone = 0;
-  if (slot < 0 && (limit < 0 || limit > TICK_NS)) {
+  if (slot < 0 && (limit < 0 || limit > TICK_NS)) { /* the ticker does not know of this sleep: it ticks by itself */
     limit = TICK_NS;
     alone = 1;
   }
   struct timespec t = {limit / 1000000000, limit % 1000000000};
   long r;
-  int err, tick, signalled;
+  int err, tick, signaled;
   sigset_t all, old;
   Py_BEGIN_ALLOW_THREADS
   r = futex(word, FUTEX_WAIT, expected, limit < 0 ? NULL : &t);
   err = errno;
-  signalled = r < 0 && err == EINTR;
+  signaled = r < 0 && err == EINTR;
   tick = ticker_ticks() != before || (alone && r < 0 && err == ETIMEDOUT);
-  if (tick && !signalled) { /* the GIL may be long in coming: a signal in that time ends the sleep as one before it does */
+  if (tick && !signaled) { /* The GIL may take long to come: a signal in that time must end the sleep like one before it. */
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &old);
   }
   Py_END_ALLOW_THREADS
   if (slot >= 0) sleeper_leave(slot);
-  if (tick && !signalled) {
-    signalled = signal_pending(&old);
+  if (tick && !signaled) {
+    signaled = signal_pending(&old);
     pthread_sigmask(SIG_SETMASK, &old, NULL);
   }
-  if (signalled) return PyErr_CheckSignals() ? -1 : -2;
-  if (tick) {
-    if (PyErr_CheckSignals()) return -1; /* a signal that came just before the sleep did not end it */
-    return shm_tick(s, kind, value) ? -1 : 1;
-  }
-  return 0;
+  if (signaled) return PyErr_CheckSignals() ? SLEEP_RAISED : SLEEP_SIGNAL;
+  if (!tick) return SLEEP_AGAIN;
+  if (PyErr_CheckSignals()) return SLEEP_RAISED; /* a signal just before the sleep did not end it */
+  return shm_tick(s, kind, value) ? SLEEP_RAISED : SLEEP_TICK;
 }
 
 int shm_tick(Shm *s, int kind, uint64_t value) {
@@ -63,16 +62,10 @@ int shm_tick(Shm *s, int kind, uint64_t value) {
   return x ? 0 : -1;
 }
 
-int shm_polled(Shm *s) { /* who only polls must find out about deaths too, though no sleep of his ever ticks */
+int shm_notice_deaths(Shm *s) {
   int64_t age = now_ns() - (int64_t)atomic_load(&hdr(s)->sweep_ns);
   if (age >= 0 && age < TICK_NS) return 0;
   return shm_tick(s, TICK_POLL, 0) ? -1 : 1;
-}
-
-double remaining_s(int64_t until) {
-  if (until < 0) return HUGE_VAL;
-  int64_t left = until - now_ns();
-  return left > 0 ? left / 1e9 : 1e-9; /* success is always > 0 */
 }
 
 int parse_timeout(Shm *s, PyObject *obj, int64_t *until, const char *op) {
@@ -80,7 +73,13 @@ int parse_timeout(Shm *s, PyObject *obj, int64_t *until, const char *op) {
   if (!obj || obj == Py_None) return 0;
   double t = PyFloat_AsDouble(obj);
   if (t == -1.0 && PyErr_Occurred()) return -1;
-  if (!(t >= 0)) return shm_fail(s, EINVAL, op, "timeout", "a timeout is seconds >= 0, or None for ever");
+  if (!(t >= 0)) return shm_fail(s, EINVAL, op, "timeout", "not a number of seconds >= 0", "pass seconds, or None to wait forever");
   if (t < 4e9) *until = now_ns() + (int64_t)(t * 1e9);
   return 0;
+}
+
+double remaining_s(int64_t until) {
+  if (until < 0) return HUGE_VAL;
+  int64_t left = until - now_ns();
+  return left > 0 ? left / 1e9 : 1e-9;
 }

@@ -1,34 +1,41 @@
-/* table.h - what changes under the table lock: chunks, the lists of records and of blocks. */
+/* table.h - chunks, records and blocks: bounded addresses of slots, the table lock, and what changes under it. */
 #ifndef DMABUF_TABLE_H
 #define DMABUF_TABLE_H
 #include "domain/shm.h"
 
-int table_lock(Shm *s);
-void table_unlock(Shm *s);
-int64_t chunk_claim(Shm *s, uint32_t type, uint32_t owner); /* chunk, or -1 with an exception */
+/* ---- addresses; NULL: there is no such slot of that type ---- */
+db_fence *fence_at(Shm *s, uint32_t slot);
 db_rec *rec_at(Shm *s, uint32_t rec);
 db_block *block_at(Shm *s, uint32_t block);
 db_ctx *ctx_at(Shm *s, uint32_t index);
 db_timeline *timeline_at(Shm *s, uint32_t index);
-int blocks_add(Shm *s, uint32_t rec, a32 *link, uint32_t count); /* 0 or -1 with an exception */
+a64 *ref_word(Shm *s, uint32_t life_index, uint32_t rec); /* the word of that life's bitmap that has the record's bit */
 
-db_fence *fence_at(Shm *s, uint32_t slot);
+static inline uint64_t ref_bit(uint32_t rec) { return 1ull << (rec % RECS_PER); } /* the record's bit in that word */
 
-/* With the table lock held, but held_word, held_by_living and find_rec. */
+int rec_referenced(Shm *s, uint32_t rec); /* Does a living process reference the record? */
 
-a64 *held_word(Shm *s, uint32_t life_index, uint32_t rec); /* the word of that life's bitmap with rec's bit; NULL: none */
-int held_by_living(Shm *s, uint32_t rec);
+/* ---- the table lock ---- */
+int table_lock(Shm *s);
+void table_unlock(Shm *s);
 
-/* The chunk, or why not, to be raised by grow_failed once the lock is free (raising runs Python). */
-int64_t chunk_grow(Shm *s, uint32_t type, uint32_t owner);
-int grow_failed(Shm *s, int64_t why); /* -1 */
+/* ---- chunks ---- */
+int64_t chunk_claim(Shm *s, uint32_t type, uint32_t owner); /* a chunk for this life, or -1 with an exception set */
+int64_t chunk_grow(Shm *s, uint32_t type, uint32_t owner);  /* with the table lock: a new chunk, or a reason for grow_failed() */
+int grow_failed(Shm *s, int64_t reason);                    /* raise it, once the lock is free: raising runs Python. -1 */
 
-void link_rec(Shm *s, uint32_t i, db_rec *r); /* into the chain of its bucket */
-void unlink_rec(Shm *s, uint32_t i, db_rec *r);
-db_rec *find_rec(Shm *s, uint64_t dev, uint64_t ino, uint32_t *at); /* NULL: no live record; without the lock, perhaps not for long */
-void clear_rec(Shm *s, uint32_t i, db_rec *r);                      /* DYING -> FREE; not in any chain */
-void table_rebuild(Shm *s);                                         /* makes anew what is derived: chains, free list, ownerless blocks */
+/* ---- with the table lock, except rec_by_inode ---- */
+void rec_link(Shm *s, uint32_t i, db_rec *r);   /* put it into the chain of its bucket */
+void rec_unlink(Shm *s, uint32_t i, db_rec *r); /* take it out of that chain */
+void rec_clear(Shm *s, uint32_t i, db_rec *r);  /* DYING -> FREE, of a record that is in no chain */
+void rec_push(Shm *s, uint32_t i, db_rec *r);   /* put it at the head of the free list */
+void table_rebuild(Shm *s);                     /* make what is derived again: chains, the free list, blocks without an owner */
+
+/* The live record of an inode; NULL: none. Without the lock it may be freed at any time. */
+db_rec *rec_by_inode(Shm *s, uint64_t dev, uint64_t ino, uint32_t *at);
+
+/* With the reservation lock: append `count` blocks of the record behind *link. */
+int blocks_add(Shm *s, uint32_t rec, a32 *link, uint32_t count);
+
 extern PyMethodDef table_methods[];
-extern PyMethodDef record_methods[];
-extern PyMethodDef pool_methods[];
 #endif

@@ -1,4 +1,8 @@
-/* ticker.c - the ticker: one thread a process, only while somebody sleeps. */
+/* ticker.c - one plain thread a process, and only while something sleeps.
+ *
+ * A wake-up can be lost with the process that died before sending it. The ticker wakes every sleeper each TICK_NS, so that a sleeping call
+ * needs no timeout of its own: an armed timer costs 0.3 us a sleep. Without sleepers the thread parks after 25 ticks.
+ */
 #include "domain/ticker.h"
 #include <linux/futex.h>
 #include <pthread.h>
@@ -7,21 +11,22 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#define SLEEPERS   256
+#define IDLE_TICKS 25
+
+/* In a page that fork wipes: the child has no ticker, whatever the parent has. */
+static struct {
+  a32 running;
+} *state;
+
+static _Atomic(a32 *) sleepers[SLEEPERS];
+static a32 ticks, parked;
+
 long futex(a32 *word, int op, uint32_t value, const struct timespec *timeout) {
   return syscall(SYS_futex, word, op, value, timeout, NULL, 0);
 }
 
 void word_wake(a32 *word, int n) { futex(word, FUTEX_WAKE, (uint32_t)n, NULL); }
-
-#define SLEEPERS 256
-
-typedef struct {
-  a32 running;
-} proc_page; /* wiped by fork: the child has no such thread */
-
-static proc_page *proc;
-static _Atomic(a32 *) sleepers[SLEEPERS];
-static a32 ticks, parked;
 
 static void *ticker(void *unused) {
   (void)unused;
@@ -31,18 +36,15 @@ static void *ticker(void *unused) {
     atomic_fetch_add(&ticks, 1);
     int busy = 0;
     for (int i = 0; i < SLEEPERS; i++) {
-      a32 *w = atomic_load(&sleepers[i]);
-      if (w) {
-        busy = 1;
-        word_wake(w, INT32_MAX);
-      }
+      a32 *word = atomic_load(&sleepers[i]);
+      if (!word) continue;
+      busy = 1;
+      word_wake(word, INT32_MAX);
     }
-    if (busy) {
-      idle = 0;
-      continue;
-    }
-    if (++idle < 25) continue;
-    atomic_store(&parked, 1); /* a sleeper that comes now either sees this or is seen by the look below */
+    idle = busy ? 0 : idle + 1;
+    if (idle < IDLE_TICKS) continue;
+    /* Say so first and look after that: a sleeper that comes now either sees `parked` or is seen. */
+    atomic_store(&parked, 1);
     for (int i = 0; i < SLEEPERS; i++) busy |= atomic_load(&sleepers[i]) != NULL;
     while (!busy && atomic_load(&parked)) futex(&parked, FUTEX_WAIT_PRIVATE, 1, NULL);
     atomic_store(&parked, 0);
@@ -51,7 +53,7 @@ static void *ticker(void *unused) {
   return NULL;
 }
 
-static int ticker_start(void) {                                        /* GIL held */
+static int ticker_start(void) {                                        /* The caller holds the GIL. */
   for (int i = 0; i < SLEEPERS; i++) atomic_store(&sleepers[i], NULL); /* after a fork these are the parent's */
   atomic_store(&parked, 0);
   pthread_t thread;
@@ -61,34 +63,35 @@ static int ticker_start(void) {                                        /* GIL he
   pthread_attr_init(&attr);
   pthread_attr_setdetachstate(&attr, PTHREAD_CREATE_DETACHED);
   pthread_attr_setstacksize(&attr, 65536);
-  pthread_sigmask(SIG_SETMASK, &all, &old); /* Python's signals belong to Python's threads */
+  pthread_sigmask(SIG_SETMASK, &all, &old); /* signals are for Python's threads */
   int r = pthread_create(&thread, &attr, ticker, NULL);
   pthread_sigmask(SIG_SETMASK, &old, NULL);
   pthread_attr_destroy(&attr);
-  if (!r) atomic_store(&proc->running, 1);
+  if (!r) atomic_store(&state->running, 1);
   return r;
 }
 
-int sleeper_enter(a32 *word) { /* GIL held; -1: no room or no thread, the caller sleeps with a timeout */
-  if (!atomic_load(&proc->running) && ticker_start()) return -1;
+int ticker_prepare(void) {
+  void *page = mmap(NULL, DB_PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (page == MAP_FAILED || madvise(page, DB_PAGE, MADV_WIPEONFORK)) return -1;
+  state = page;
+  return 0;
+}
+
+uint32_t ticker_ticks(void) { return atomic_load(&ticks); }
+
+int sleeper_enter(a32 *word) {
+  if (!atomic_load(&state->running) && ticker_start()) return -1;
   for (int i = 0; i < SLEEPERS; i++) {
     a32 *none = NULL;
-    if (!atomic_load(&sleepers[i]) && atomic_compare_exchange_strong(&sleepers[i], &none, word)) {
-      if (atomic_load(&parked)) {
-        atomic_store(&parked, 0);
-        futex(&parked, FUTEX_WAKE_PRIVATE, 1, NULL);
-      }
-      return i;
+    if (atomic_load(&sleepers[i]) || !atomic_compare_exchange_strong(&sleepers[i], &none, word)) continue;
+    if (atomic_load(&parked)) {
+      atomic_store(&parked, 0);
+      futex(&parked, FUTEX_WAKE_PRIVATE, 1, NULL);
     }
+    return i;
   }
   return -1;
 }
 
 void sleeper_leave(int slot) { atomic_store(&sleepers[slot], NULL); }
-
-uint32_t ticker_ticks(void) { return atomic_load(&ticks); }
-
-int ticker_prepare(void) {
-  proc = mmap(NULL, DB_PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  return proc == MAP_FAILED || madvise(proc, DB_PAGE, MADV_WIPEONFORK) ? -1 : 0;
-}

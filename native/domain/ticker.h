@@ -1,4 +1,4 @@
-/* ticker.h - sleeping on a word that processes share: a futex, and the thread that wakes sleepers to look again. */
+/* ticker.h - the futex, and a thread that wakes the sleepers of this process at every tick so that they look again. No Python. */
 #ifndef DMABUF_TICKER_H
 #define DMABUF_TICKER_H
 #include "domain/layout.h"
@@ -6,10 +6,11 @@
 
 #define TICK_NS 40000000ll /* a sleeper looks again at least this often */
 
-long futex(a32 *word, int op, uint32_t value, const struct timespec *timeout);
-void word_wake(a32 *word, int n);
-int ticker_prepare(void); /* once a process, before all others: 0, or -1 with errno */
-uint32_t ticker_ticks(void);
-int sleeper_enter(a32 *word);
+long futex(a32 *word, int op, uint32_t value, const struct timespec *timeout); /* futex(2) */
+void word_wake(a32 *word, int n);                                              /* wake up to n sleepers of any process */
+
+int ticker_prepare(void);     /* before anything else here, once a process: 0, or -1 with errno */
+uint32_t ticker_ticks(void);  /* ticks so far */
+int sleeper_enter(a32 *word); /* wake the word at every tick. A slot, or -1: no room or no thread. The caller holds the GIL */
 void sleeper_leave(int slot);
 #endif

@@ -1,4 +1,4 @@
-/* words.c - the words of a domain by their offset: bounded loads and stores, and sleeping on one. */
+/* words.c - methods of Shm on the words of a domain: bounded loads, stores and atomics by offset, and sleeping on one. */
 #include "domain/words.h"
 #include "domain/sleep.h"
 #include "domain/ticker.h"
@@ -7,10 +7,10 @@
 #define WORD_METHODS(bits, type)                                                           \
   static type *word##bits(Shm *s, unsigned long long off) {                                \
     if (off % sizeof(type)) {                                                              \
-      shm_corrupt(s, "an unaligned offset");                                               \
+      shm_corrupt(s, "an offset is not aligned");                                          \
       return NULL;                                                                         \
     }                                                                                      \
-    return (type *)bounded(s, off, sizeof(type));                                          \
+    return (type *)shm_bytes(s, off, sizeof(type));                                        \
   }                                                                                        \
   static PyObject *shm_load##bits(Shm *s, PyObject *arg) {                                 \
     unsigned long long off = PyLong_AsUnsignedLongLong(arg);                               \
@@ -46,7 +46,7 @@ WORD_METHODS(64, a64)
 static PyObject *shm_read(Shm *s, PyObject *args) {
   unsigned long long off, n;
   if (!PyArg_ParseTuple(args, "KK", &off, &n)) return NULL;
-  char *p = bounded(s, off, n);
+  char *p = shm_bytes(s, off, n);
   return p ? PyBytes_FromStringAndSize(p, (Py_ssize_t)n) : NULL;
 }
 
@@ -59,7 +59,7 @@ static PyObject *shm_wake(Shm *s, PyObject *arg) {
   Py_RETURN_NONE;
 }
 
-static PyObject *shm_wait(Shm *s, PyObject *args) { /* wait32(off, expected, timeout, ticking): one sleep */
+static PyObject *shm_wait(Shm *s, PyObject *args) {
   unsigned long long off, expected;
   PyObject *timeout;
   int64_t until;
@@ -67,10 +67,10 @@ static PyObject *shm_wait(Shm *s, PyObject *args) { /* wait32(off, expected, tim
   a32 *w = word32(s, off);
   if (!w || parse_timeout(s, timeout, &until, "wait")) return NULL;
   int r = shm_sleep(s, w, (uint32_t)expected, until, TICK_BELL, off);
-  return r == -1 ? NULL : PyLong_FromLong(r);
+  return r == SLEEP_RAISED ? NULL : PyLong_FromLong(r);
 }
 
-static PyObject *shm_idle(Shm *s, PyObject *args) { /* idle(off, expected): sleep without a bound and without ticks */
+static PyObject *shm_idle(Shm *s, PyObject *args) {
   unsigned long long off, expected;
   if (!PyArg_ParseTuple(args, "KK", &off, &expected)) return NULL;
   a32 *w = word32(s, off);
@@ -82,18 +82,22 @@ static PyObject *shm_idle(Shm *s, PyObject *args) { /* idle(off, expected): slee
   Py_RETURN_NONE;
 }
 
+/* The C library has read(), wait() and the like, so these functions have a prefix. */
+#define WORD_METHOD(name, flags, signature, doc) {#name, (PyCFunction)shm_##name, flags, #name signature "\n--\n\n" doc}
 PyMethodDef word_methods[] = {
-#define M(n, flags, doc) {#n, (PyCFunction)shm_##n, flags, doc}
-    M(load32, METH_O, "Load the word at an offset."),
-    M(store32, METH_VARARGS, "Store (offset, value)."),
-    M(cas32, METH_VARARGS, "Compare and swap (offset, old, new) -> done."),
-    M(add32, METH_VARARGS, "Fetch and add (offset, n)."),
-    M(load64, METH_O, "Load the word at an offset."),
-    M(store64, METH_VARARGS, "Store (offset, value)."),
-    M(cas64, METH_VARARGS, "Compare and swap (offset, old, new) -> done."),
-    M(add64, METH_VARARGS, "Fetch and add (offset, n)."),
-    M(read, METH_VARARGS, "Bytes (offset, n)."),
-    M(wake, METH_O, "Wake everybody who sleeps on the word."),
-    M(wait, METH_VARARGS, "One sleep (offset, expected, timeout) with ticks."),
-    M(idle, METH_VARARGS, "One sleep (offset, expected) without ticks."),
+    WORD_METHOD(load32, METH_O, "($self, offset, /)", "Load a word of 32 bits."),
+    WORD_METHOD(store32, METH_VARARGS, "($self, offset, value, /)", "Store a word of 32 bits."),
+    WORD_METHOD(cas32, METH_VARARGS, "($self, offset, old, new, /)", "Store new if the word of 32 bits is old. Return whether it was."),
+    WORD_METHOD(add32, METH_VARARGS, "($self, offset, n, /)", "Add n to a word of 32 bits. Return what it was before."),
+    WORD_METHOD(load64, METH_O, "($self, offset, /)", "Load a word of 64 bits."),
+    WORD_METHOD(store64, METH_VARARGS, "($self, offset, value, /)", "Store a word of 64 bits."),
+    WORD_METHOD(cas64, METH_VARARGS, "($self, offset, old, new, /)", "Store new if the word of 64 bits is old. Return whether it was."),
+    WORD_METHOD(add64, METH_VARARGS, "($self, offset, n, /)", "Add n to a word of 64 bits. Return what it was before."),
+    WORD_METHOD(read, METH_VARARGS, "($self, offset, n, /)", "Return n bytes."),
+    WORD_METHOD(wake, METH_O, "($self, offset, /)", "Wake every sleeper on a word of 32 bits."),
+    WORD_METHOD(wait, METH_VARARGS, "($self, offset, expected, timeout, /)",
+                "Sleep once if the word of 32 bits has the expected value.\n\n"
+                "Return 0 or 1 (a tick passed): look again; -2: a signal arrived."),
+    WORD_METHOD(idle, METH_VARARGS, "($self, offset, expected, /)",
+                "Sleep once if the word has the expected value, without limit or ticks."),
     {0}};

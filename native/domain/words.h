@@ -1,7 +1,7 @@
-/* words.h - the words of a domain by their offset. */
+/* words.h - methods of Shm on the words of a domain. */
 #ifndef DMABUF_WORDS_H
 #define DMABUF_WORDS_H
-#include "domain/shm.h"
+#include "python.h"
 
 extern PyMethodDef word_methods[];
 #endif

@@ -1,7 +1,8 @@
-/* descriptor.c - OwnedFd: a descriptor that is closed with its last reference, in C.
+/* descriptor.c - OwnedFd: a descriptor that is closed with the last reference to the object, in C.
  *
- * A __del__ in Python would not do: a signal handler that raises may end it before its first line. Whoever makes descriptors by system
- * calls puts them into one of these without a line of Python in between, see dmabuf/uapi/call.py. */
+ * A __del__ in Python would not do: a signal handler that raises may end it before its first line. Code that makes descriptors by system
+ * calls puts them into one of these without a line of Python in between, see dmabuf/uapi/call.py.
+ */
 #include "fds/fds.h"
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -12,7 +13,7 @@
 
 typedef struct {
   PyObject_HEAD
-  int number; /* -1: given on or closed */
+  int number; /* -1: taken or closed */
 } OwnedFd;
 
 /* One interpreter (sub-interpreters are not supported), so one type. */
@@ -22,23 +23,22 @@ static PyObject *owned_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
   int number;
   if (!PyArg_ParseTuple(args, "i:OwnedFd", &number)) return NULL;
   if (number < 0) {
-    PyErr_Format(PyExc_ValueError, "OwnedFd: %d is no descriptor", number);
+    PyErr_Format(PyExc_ValueError, "OwnedFd: %d is not a descriptor", number);
     return NULL;
   }
   OwnedFd *self = (OwnedFd *)type->tp_alloc(type, 0);
-  if (!self) {
+  if (self)
+    self->number = number;
+  else
     close(number);
-    return NULL;
-  }
-  self->number = number;
   return (PyObject *)self;
 }
 
-static void owned_close(OwnedFd *self) {
+static void owned_shut(OwnedFd *self) {
   int number = self->number;
   self->number = -1;
   if (number < 0) return;
-  Py_BEGIN_ALLOW_THREADS /* a last reference may free much memory */
+  Py_BEGIN_ALLOW_THREADS /* to close the last descriptor of a file may free much memory */
   close(number);
   Py_END_ALLOW_THREADS
 }
@@ -47,14 +47,15 @@ static void owned_dealloc(OwnedFd *self) {
   PyTypeObject *type = Py_TYPE(self);
   PyObject *kind, *value, *trace;
   PyErr_Fetch(&kind, &value, &trace);
-  owned_close(self);
+  owned_shut(self);
   PyErr_Restore(kind, value, trace);
   type->tp_free(self);
   Py_DECREF(type);
 }
 
 static PyObject *owned_repr(OwnedFd *self) {
-  return self->number < 0 ? PyUnicode_FromString("<dmabuf fd, given on or closed>") : PyUnicode_FromFormat("<dmabuf fd %d>", self->number);
+  if (self->number < 0) return PyUnicode_FromString("<dmabuf fd, taken or closed>");
+  return PyUnicode_FromFormat("<dmabuf fd %d>", self->number);
 }
 
 static PyObject *owned_fileno(OwnedFd *self, PyObject *unused) { return PyLong_FromLong(self->number); }
@@ -65,20 +66,16 @@ static PyObject *owned_take(OwnedFd *self, PyObject *unused) {
   return PyLong_FromLong(number);
 }
 
-static PyObject *owned_close_py(OwnedFd *self, PyObject *unused) {
-  owned_close(self);
+static PyObject *owned_close(OwnedFd *self, PyObject *unused) {
+  owned_shut(self);
   Py_RETURN_NONE;
 }
 
 static PyObject *owned_enter(PyObject *self, PyObject *unused) { return Py_NewRef(self); }
 
-static PyObject *owned_exit(OwnedFd *self, PyObject *args) {
-  owned_close(self);
-  Py_RETURN_NONE;
-}
+static PyObject *owned_exit(OwnedFd *self, PyObject *args) { return owned_close(self, NULL); }
 
-/* Another process's descriptor, if ptrace(2) would allow a look into it (pidfd_getfd(2), Linux 5.6). */
-static PyObject *fd_of(PyObject *m, PyObject *args) { /* (pidfd, number) -> OwnedFd */
+static PyObject *fd_of(PyObject *module, PyObject *args) {
   int pidfd, theirs;
   if (!PyArg_ParseTuple(args, "ii", &pidfd, &theirs)) return NULL;
   OwnedFd *self = (OwnedFd *)owned_type->tp_alloc(owned_type, 0);
@@ -90,17 +87,23 @@ static PyObject *fd_of(PyObject *m, PyObject *args) { /* (pidfd, number) -> Owne
   return NULL;
 }
 
-static PyMethodDef functions[] = {{"fd_of", fd_of, METH_VARARGS, "(pidfd, number) -> OwnedFd: another process's descriptor."}, {0}};
+static PyMethodDef functions[] = {
+    METHOD(
+        fd_of, METH_VARARGS, "($module, pidfd, number, /)",
+        "Return a duplicate of another process's descriptor, as OwnedFd. The kernel asks the rights of ptrace(2) for it (pidfd_getfd(2))."),
+    {0}};
 static PyMethodDef methods[] = {
-    {"fileno", (PyCFunction)owned_fileno, METH_NOARGS, "The descriptor, borrowed; -1 when it was given on or closed."},
-    {"take", (PyCFunction)owned_take, METH_NOARGS, "Give it on: the caller closes it from now on; -1 when it was before."},
-    {"close", (PyCFunction)owned_close_py, METH_NOARGS, "Close it now; again: nothing."},
+    {"fileno", (PyCFunction)owned_fileno, METH_NOARGS,
+     "fileno($self, /)\n--\n\nReturn the descriptor, which the object keeps owning; -1 once it was taken or closed."},
+    {"take", (PyCFunction)owned_take, METH_NOARGS,
+     "take($self, /)\n--\n\nReturn the descriptor, which the caller owns from now on; -1 if it was taken or closed before."},
+    {"close", (PyCFunction)owned_close, METH_NOARGS, "close($self, /)\n--\n\nClose the descriptor. Closing twice has no effect."},
     {"__enter__", owned_enter, METH_NOARGS, NULL},
     {"__exit__", (PyCFunction)owned_exit, METH_VARARGS, NULL},
     {0}};
-static PyMemberDef members[] = {{"number", T_INT, offsetof(OwnedFd, number), READONLY, "fileno(), as an attribute."}, {0}};
+static PyMemberDef members[] = {{"number", T_INT, offsetof(OwnedFd, number), READONLY, "What fileno() returns."}, {0}};
 static PyType_Slot slots[] = {
-    {Py_tp_doc, (void *)"OwnedFd(number)\n--\n\nA descriptor that is closed with its last reference, unless somebody took it."},
+    {Py_tp_doc, "OwnedFd(number)\n--\n\nA descriptor that is closed with the last reference to the object, unless it was taken."},
     {Py_tp_new, owned_new},
     {Py_tp_dealloc, owned_dealloc},
     {Py_tp_repr, owned_repr},
@@ -108,7 +111,11 @@ static PyType_Slot slots[] = {
     {Py_tp_members, members},
     {0, NULL}};
 static PyType_Spec spec = {
-    .name = "dmabuf._native.OwnedFd", .basicsize = sizeof(OwnedFd), .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE, .slots = slots};
+    .name = "dmabuf._native.OwnedFd",
+    .basicsize = sizeof(OwnedFd),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE,
+    .slots = slots,
+};
 
 int descriptor_register(PyObject *module) {
   if (!owned_type && !(owned_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &spec, NULL))) return -1;

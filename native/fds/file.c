@@ -1,13 +1,11 @@
-/* file.c - what Python's os module leaves out about files: to give a range of one back to the system (fallocate(2)).
- *
- * The range reads as zeros afterwards, in every mapping too; the size stays. */
+/* file.c - what Python's os module leaves out: holes, pages that carry a lock, and inotify. */
 #include "domain/layout.h"
 #include "fds/fds.h"
 #include <fcntl.h>
 #include <sys/inotify.h>
 #include <sys/mman.h>
 
-static PyObject *punch(PyObject *m, PyObject *args) { /* punch(fd, start, length); OSError */
+static PyObject *punch(PyObject *module, PyObject *args) {
   int fd, r, error;
   long long start, length;
   if (!PyArg_ParseTuple(args, "iLL:punch", &fd, &start, &length)) return NULL;
@@ -23,32 +21,31 @@ static PyObject *punch(PyObject *m, PyObject *args) { /* punch(fd, start, length
   return PyErr_SetFromErrno(PyExc_OSError);
 }
 
-static PyObject *hold_page(PyObject *m, PyObject *arg) {
+/* The mapping refers to the fd's open file description, so the OFD locks of that description last as long as the mapping. */
+static PyObject *hold_page(PyObject *module, PyObject *arg) {
   int fd = (int)PyLong_AsLong(arg);
   if (fd == -1 && PyErr_Occurred()) return NULL;
-  void *p = mmap(NULL, DB_PAGE, PROT_READ, MAP_SHARED, fd, 0);
-  if (p == MAP_FAILED) return PyErr_SetFromErrno(PyExc_OSError);
-  if (madvise(p, DB_PAGE, MADV_DONTFORK)) {
-    PyErr_SetFromErrno(PyExc_OSError);
-    munmap(p, DB_PAGE);
-    return NULL;
-  }
-  return PyLong_FromVoidPtr(p);
+  void *page = mmap(NULL, DB_PAGE, PROT_READ, MAP_SHARED, fd, 0);
+  if (page == MAP_FAILED) return PyErr_SetFromErrno(PyExc_OSError);
+  if (!madvise(page, DB_PAGE, MADV_DONTFORK)) return PyLong_FromVoidPtr(page);
+  PyErr_SetFromErrno(PyExc_OSError);
+  munmap(page, DB_PAGE);
+  return NULL;
 }
 
-static PyObject *drop_page(PyObject *m, PyObject *arg) {
-  void *p = PyLong_AsVoidPtr(arg);
-  if (!p && PyErr_Occurred()) return NULL;
-  munmap(p, DB_PAGE);
+static PyObject *drop_page(PyObject *module, PyObject *arg) {
+  void *page = PyLong_AsVoidPtr(arg);
+  if (!page && PyErr_Occurred()) return NULL;
+  munmap(page, DB_PAGE);
   Py_RETURN_NONE;
 }
 
-static PyObject *watch_open(PyObject *m, PyObject *unused) {
+static PyObject *watch_open(PyObject *module, PyObject *unused) {
   int fd = inotify_init1(IN_CLOEXEC | IN_NONBLOCK);
   return fd < 0 ? PyErr_SetFromErrno(PyExc_OSError) : PyLong_FromLong(fd);
 }
 
-static PyObject *watch_add(PyObject *m, PyObject *args) {
+static PyObject *watch_add(PyObject *module, PyObject *args) {
   int watch, fd;
   if (!PyArg_ParseTuple(args, "ii", &watch, &fd)) return NULL;
   char path[40];
@@ -57,11 +54,14 @@ static PyObject *watch_add(PyObject *m, PyObject *args) {
   return wd < 0 ? PyErr_SetFromErrno(PyExc_OSError) : PyLong_FromLong(wd);
 }
 
-static PyMethodDef methods[] = {METHOD(punch, METH_VARARGS, "Give a range of a file's memory or disk space back."),
-                                METHOD(watch_open, METH_NOARGS, "A non-blocking inotify descriptor."),
-                                METHOD(watch_add, METH_VARARGS, "Watch (inotify, fd) for the end of fd's inode -> watch descriptor."),
-                                METHOD(hold_page, METH_O, "Map one page of fd that no fork inherits; returns its address."),
-                                METHOD(drop_page, METH_O, "Unmap a page that hold_page mapped."),
-                                {0}};
+static PyMethodDef functions[] = {
+    METHOD(punch, METH_VARARGS, "($module, fd, start, length, /)",
+           "Free the memory or disk space of a range of a file. It reads as zeros then, in every mapping too, and the size stays."),
+    METHOD(hold_page, METH_O, "($module, fd, /)", "Map the first page of fd, which no fork inherits, and return its address."),
+    METHOD(drop_page, METH_O, "($module, address, /)", "Unmap a page that hold_page() mapped."),
+    METHOD(watch_open, METH_NOARGS, "($module, /)", "Return a new inotify descriptor, which doesn't block."),
+    METHOD(watch_add, METH_VARARGS, "($module, watch, fd, /)",
+           "Watch for the end of fd's inode with an inotify descriptor. Return the watch descriptor."),
+    {0}};
 
-int file_register(PyObject *module) { return PyModule_AddFunctions(module, methods); }
+int file_register(PyObject *module) { return PyModule_AddFunctions(module, functions); }

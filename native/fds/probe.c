@@ -1,70 +1,82 @@
-/* probe.c - what is behind a descriptor: asked in one call, and leased when it is a buffer. */
+/* probe.c - what is behind a descriptor, asked in one call; and the reference lock on it if it is a buffer. */
 #include "fds/fds.h"
 #include <fcntl.h>
-#include <sys/stat.h>
 #include <sys/vfs.h>
 #include <unistd.h>
 
-static PyObject *probe_fd(PyObject *m, PyObject *arg) {
+#define LINK_PREFIX "/memfd:dmabuf:" /* then 16 digits of the domain's identity, a colon, 32 of the nonce, and perhaps " (deleted)" */
+#define LINK_BYTES  63
+
+int buffer_is_sealed(int fd, struct stat *st) {
+  int wanted = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL, seals = fcntl(fd, F_GET_SEALS);
+  return seals >= 0 && (seals & wanted) == wanted && !fstat(fd, st);
+}
+
+int buffer_reference(int fd) {
+  struct flock lock = {.l_type = F_RDLCK, .l_whence = SEEK_SET, .l_start = 0, .l_len = 1};
+  return !fcntl(fd, F_OFD_SETLK, &lock);
+}
+
+static ssize_t link_of(int fd, char *link, size_t size) {
+  char path[40];
+  snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
+  return readlink(path, link, size);
+}
+
+static PyObject *probe_fd(PyObject *module, PyObject *arg) {
   int fd = (int)PyLong_AsLong(arg);
   if (fd == -1 && PyErr_Occurred()) return NULL;
   struct stat st;
   if (fstat(fd, &st)) return PyErr_SetFromErrno(PyExc_OSError);
-  char path[40], link[256];
-  snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
-  ssize_t n = readlink(path, link, sizeof link);
-  if (n < 0) n = 0; /* closed by another thread meanwhile, or no /proc: not recognised */
+  char link[256];
+  ssize_t n = link_of(fd, link, sizeof link);
+  if (n < 0) n = 0; /* another thread has closed it, or there is no /proc: it is not recognized */
   int seals = fcntl(fd, F_GET_SEALS);
   struct statfs fs;
   if (fstatfs(fd, &fs)) fs.f_type = 0;
   return Py_BuildValue("KKKiy#k", (unsigned long long)st.st_dev, (unsigned long long)st.st_ino, (unsigned long long)st.st_size, seals, link,
-                       (Py_ssize_t)n, (unsigned long)fs.f_type);
+                       n, (unsigned long)fs.f_type);
 }
 
-static PyObject *take_buffer(PyObject *m, PyObject *args) { /* (fd, domain id) -> (dev, ino, size, nonce) | None: judge it slowly */
+static int hex_digit(char c) { return c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : -1; }
+
+static PyObject *take_buffer(PyObject *module, PyObject *args) {
   int fd;
   const char *id;
   Py_ssize_t nid;
   if (!PyArg_ParseTuple(args, "is#", &fd, &id, &nid)) return NULL;
-  struct stat st;
-  char path[40], link[80];
-  unsigned char nonce[16];
-  snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
-  ssize_t n = nid == 16 ? readlink(path, link, sizeof link - 1) : -1; /* /memfd:dmabuf:<16>:<32> (deleted) */
-  if (n < 63 || memcmp(link, "/memfd:dmabuf:", 14) || memcmp(link + 14, id, 16) || link[30] != ':') Py_RETURN_NONE;
+  char link[80];
+  ssize_t n = nid == 16 ? link_of(fd, link, sizeof link - 1) : -1;
+  if (n < LINK_BYTES || memcmp(link, LINK_PREFIX, 14) || memcmp(link + 14, id, 16) || link[30] != ':') Py_RETURN_NONE;
   link[n] = 0;
-  if (link[63] && strcmp(link + 63, " (deleted)")) Py_RETURN_NONE;
-  for (int i = 0; i < 32; i++) {
-    char c = link[31 + i];
-    int digit = c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : -1;
-    if (digit < 0) Py_RETURN_NONE;
-    nonce[i / 2] = (unsigned char)(i & 1 ? nonce[i / 2] | digit : digit << 4);
+  if (link[LINK_BYTES] && strcmp(link + LINK_BYTES, " (deleted)")) Py_RETURN_NONE;
+  unsigned char nonce[16];
+  for (int i = 0; i < 16; i++) {
+    int high = hex_digit(link[31 + 2 * i]), low = hex_digit(link[32 + 2 * i]);
+    if (high < 0 || low < 0) Py_RETURN_NONE;
+    nonce[i] = (unsigned char)(high << 4 | low);
   }
-  int want = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL, seals = fcntl(fd, F_GET_SEALS);
-  if (seals < 0 || (seals & want) != want || fstat(fd, &st)) Py_RETURN_NONE;
-  struct flock lease = {.l_type = F_RDLCK, .l_whence = SEEK_SET, .l_start = 0, .l_len = 1};
-  if (fcntl(fd, F_OFD_SETLK, &lease)) Py_RETURN_NONE;
+  struct stat st;
+  if (!buffer_is_sealed(fd, &st) || !buffer_reference(fd)) Py_RETURN_NONE;
   return Py_BuildValue("KKKy#", (unsigned long long)st.st_dev, (unsigned long long)st.st_ino, (unsigned long long)st.st_size, nonce,
                        (Py_ssize_t)16);
 }
 
-static PyObject *lease_buffer(PyObject *m, PyObject *args) { /* (fd, dev, ino) -> size, -1: not that inode, judge it slowly */
+static PyObject *lease_buffer(PyObject *module, PyObject *args) {
   int fd;
   unsigned long long dev, ino;
   if (!PyArg_ParseTuple(args, "iKK", &fd, &dev, &ino)) return NULL;
   struct stat st;
-  struct flock lease = {.l_type = F_RDLCK, .l_whence = SEEK_SET, .l_start = 0, .l_len = 1};
-  int want = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL, seals = fcntl(fd, F_GET_SEALS);
-  if (seals < 0 || (seals & want) != want || fstat(fd, &st) || st.st_dev != dev || st.st_ino != ino || fcntl(fd, F_OFD_SETLK, &lease))
-    return PyLong_FromLong(-1);
+  if (!buffer_is_sealed(fd, &st) || st.st_dev != dev || st.st_ino != ino || !buffer_reference(fd)) return PyLong_FromLong(-1);
   return PyLong_FromLongLong((long long)st.st_size);
 }
 
 static PyMethodDef functions[] = {
-    METHOD(take_buffer, METH_VARARGS,
-           "Put the lease on a buffer of (fd, domain id) -> (dev, ino, size, nonce), None when something is unusual."),
-    METHOD(lease_buffer, METH_VARARGS, "Put the lease on the buffer with (fd, dev, ino) -> its size, -1 when it is something else."),
-    METHOD(probe_fd, METH_O, "(st_dev, st_ino, st_size, seals or -1, link text, fstatfs f_type) of an fd."),
+    METHOD(probe_fd, METH_O, "($module, fd, /)", "Return (st_dev, st_ino, st_size, seals or -1, link text, f_type of fstatfs(2))."),
+    METHOD(take_buffer, METH_VARARGS, "($module, fd, domain_id, /)",
+           "Put the reference lock on a buffer of the domain and return (dev, ino, size, nonce); None if anything about it is unusual."),
+    METHOD(lease_buffer, METH_VARARGS, "($module, fd, dev, ino, /)",
+           "Put the reference lock on the buffer with that inode and return its size; -1 if it is anything else."),
     {0}};
 
 int probe_register(PyObject *module) { return PyModule_AddFunctions(module, functions); }
