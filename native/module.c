@@ -15,7 +15,7 @@
 #include "domain/words.h"
 #include "fds/fds.h"
 #include "memory/mapping.h"
-#include "memory/window.h"
+#include "memory/view.h"
 
 /* Python code can't call sys.unraisablehook itself: the default hook takes only a structure that the interpreter makes. */
 static PyObject *unraisable(PyObject *module, PyObject *args) {
@@ -117,7 +117,7 @@ PyMODINIT_FUNC PyInit__native(void) {
   PyObject *module = PyModule_Create(&definition);
   if (!module) return NULL;
   if (add_constants(module) || shm_register(module, shm_methods) || fence_register(module) || step_register(module) ||
-      mapping_register(module) || window_register(module) || passing_register(module) || descriptor_register(module) ||
+      mapping_register(module) || view_register(module) || passing_register(module) || descriptor_register(module) ||
       probe_register(module) || file_register(module)) {
     Py_DECREF(module);
     return NULL;

@@ -1,14 +1,11 @@
-/* The bytes of a Mapping by index and by slice, as bytearray has them, but that
- * the size never changes.
+/* mapping_items.c - the bytes of a Mapping by index and by slice: as of a bytearray, but the size never changes.
  *
- * An index or a value is any Python object, and asking it may close the mapping:
- * after each call into Python the mapping is looked at again before it is touched.
+ * An index or a value may be any Python object, and its methods may close the mapping. After each call into Python the mapping is checked
+ * again before it is touched.
  */
 #include "memory/mapping.h"
 
-#include <string.h>
-
-/* The byte a Python index names; false with an exception set. */
+/* The byte that an index names; false with an exception set. */
 static bool byte_index(Mapping *self, PyObject *key, Py_ssize_t *index) {
   Py_ssize_t i = PyNumber_AsSsize_t(key, PyExc_IndexError);
   if (i == -1 && PyErr_Occurred()) return false;
@@ -18,7 +15,7 @@ static bool byte_index(Mapping *self, PyObject *key, Py_ssize_t *index) {
     return false;
   }
   *index = i;
-  return mapping_is_open(self); /* __index__ may have closed it */
+  return mapping_is_open(self);
 }
 
 static bool byte_range(Mapping *self, PyObject *key, Py_ssize_t *start, Py_ssize_t *step, Py_ssize_t *count) {
@@ -36,10 +33,11 @@ PyObject *mapping_subscript(PyObject *op, PyObject *key) {
     if (!byte_index(self, key, &start)) return NULL;
     return PyLong_FromLong((unsigned char)self->base[start]);
   }
-  if (!PySlice_Check(key)) return PyErr_Format(PyExc_TypeError, "mapping indices are integers or slices, not %s", Py_TYPE(key)->tp_name);
+  if (!PySlice_Check(key))
+    return PyErr_Format(PyExc_TypeError, "mapping indices must be integers or slices, not %s", Py_TYPE(key)->tp_name);
   if (!byte_range(self, key, &start, &step, &count)) return NULL;
   PyObject *bytes = PyBytes_FromStringAndSize(NULL, count);
-  if (bytes == NULL) return NULL;
+  if (!bytes) return NULL;
   char *out = PyBytes_AS_STRING(bytes);
   if (step == 1)
     memcpy(out, self->base + start, (size_t)count);
@@ -54,8 +52,8 @@ static int mapping_store(Mapping *self, PyObject *key, PyObject *value) {
     int overflow;
     long byte = PyLong_AsLongAndOverflow(value, &overflow);
     if (byte == -1 && PyErr_Occurred()) return -1;
-    if (overflow != 0 || byte < 0 || byte > 255) {
-      PyErr_SetString(PyExc_ValueError, "a byte is 0 to 255");
+    if (overflow || byte < 0 || byte > 255) {
+      PyErr_SetString(PyExc_ValueError, "a byte must be 0 to 255");
       return -1;
     }
     if (!byte_index(self, key, &start)) return -1;
@@ -63,7 +61,7 @@ static int mapping_store(Mapping *self, PyObject *key, PyObject *value) {
     return 0;
   }
   if (!PySlice_Check(key)) {
-    PyErr_Format(PyExc_TypeError, "mapping indices are integers or slices, not %s", Py_TYPE(key)->tp_name);
+    PyErr_Format(PyExc_TypeError, "mapping indices must be integers or slices, not %s", Py_TYPE(key)->tp_name);
     return -1;
   }
   Py_buffer source;
@@ -71,7 +69,7 @@ static int mapping_store(Mapping *self, PyObject *key, PyObject *value) {
   int result = -1;
   if (!byte_range(self, key, &start, &step, &count)) goto out;
   if (count != source.len) {
-    PyErr_Format(PyExc_ValueError, "a mapping keeps its size: %zd bytes for a slice of %zd", source.len, count);
+    PyErr_Format(PyExc_ValueError, "%zd bytes don't fit a slice of %zd: the size of a mapping never changes", source.len, count);
     goto out;
   }
   if (step == 1)
@@ -87,8 +85,8 @@ out:
 int mapping_ass_subscript(PyObject *op, PyObject *key, PyObject *value) {
   Mapping *self = (Mapping *)op;
   if (!mapping_is_open(self)) return -1;
-  if (value == NULL) {
-    PyErr_SetString(PyExc_TypeError, "a mapping keeps its size: bytes can't be deleted");
+  if (!value) {
+    PyErr_SetString(PyExc_TypeError, "bytes can't be deleted: the size of a mapping never changes");
     return -1;
   }
   if (!self->writable) {
