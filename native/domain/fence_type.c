@@ -198,7 +198,7 @@ static PyMethodDef methods[] = {
     {0}};
 static PyGetSetDef getset[] = {
     {"status", (getter)fence_get_status, NULL,
-     "0 while pending, 1 once signaled, or the negative errno it was signaled with. See semantics 3.5.", NULL},
+     "0 while pending, 1 once signaled, or the negative errno it was signaled with. is_signaled() asks for less. See semantics 3.5.", NULL},
     {"error", (getter)fence_get_error, NULL, "The negative errno it was signaled with, else 0.", NULL},
     {"timestamp", (getter)fence_get_timestamp, NULL, "When it was signaled, CLOCK_MONOTONIC ns; 0 while pending.", NULL},
     {"owned", (getter)fence_get_owned, NULL, "Whether this process owns the fence's timeline.", NULL},
