@@ -50,6 +50,7 @@ lint: $(DEV)
 	$(PY) -m ruff format --check .
 	$(PY) tools/check_layers.py
 	$(VENV)/bin/clang-format --dry-run --Werror $(NATIVE)
+	$(PY) tools/check_native.py
 	$(PY) -m tools.citations
 	$(PY) -m tools.links
 
