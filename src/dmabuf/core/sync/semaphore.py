@@ -1,12 +1,12 @@
-"""``TimelineSemaphore``: a place for fences that may not be there yet, as DRM's sync objects (spec 5.14).
+"""``TimelineSemaphore``: a place for fences that may not be there yet, as DRM's sync objects are (spec 5.14).
 
-It holds nothing, one fence (binary use, point 0), or a timeline of points, each of which stands for its fences and those of all points
-before. ``signal`` and ``import_fence`` put something there; who waits names a point, and can also wait for it to be *submitted*. Points
-should rise; one that does not is taken as the highest so far, and ``query`` begins anew (spec 3.16).
+It holds nothing, one fence (binary use, point 0), or a timeline of points. Each point stands for its own fences and those of all points
+before. ``signal`` and ``import_fence`` put something there. A waiter names a point, and can also wait until it is *submitted*. Points
+should rise. A point that doesn't is taken as the highest so far, and ``query`` begins again (spec 3.16).
 
-It is a descriptor, shared like a :class:`~dmabuf.SwSync`: every holder may do everything, and sees what the others do. What is in it
-belongs to those who made the fences: one whose owner dies ends with ``-EOWNERDEAD``, and counts as ended like every other. The state is
-changed under its lock, in one step that a death leaves done or not done.
+It is a descriptor, shared like a :class:`~dmabuf.SwSync`: every holder may do everything, and sees what the others do. Its fences belong to
+the processes that made them: a fence whose owner dies is signaled with ``-EOWNERDEAD``, and counts like every other. A change of the state
+is made under its lock, in one step that a death leaves done or not done.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import math
 import os
 import struct
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -26,14 +25,14 @@ from typing import Final
 from dmabuf._native import FF_ANYBODY, OFF_CONTEXT, Shm, step
 from dmabuf.core.base.clock import monotonic_deadline, seconds_left
 from dmabuf.core.fence.array import DmaFenceArray
-from dmabuf.core.fence.fence import DmaFence, flagged, unbound_timeline, wrap
+from dmabuf.core.fence.fence import DmaFence, unbound_timeline, wrap
 from dmabuf.core.fence.stub import private_stub
 from dmabuf.core.fence.unwrap import leaves_of
 from dmabuf.core.fence.wait_any import wait_any
-from dmabuf.core.sync.semaphore_state import EMPTY, TIMELINE, Leaf, State, added, leaves_at, packed, settled, unpacked
+from dmabuf.core.sync.eventfd_notice import EventfdNotice, deferring
+from dmabuf.core.sync.semaphore_state import EMPTY, TIMELINE, Leaf, State, added, leaves_at, packed, unpacked, without_signaled
 from dmabuf.core.sync.shared_object import SharedObject
 from dmabuf.core.sync.sync_file import SyncFile
-from dmabuf.domain.dispatcher import report
 from dmabuf.domain.domain import Domain
 from dmabuf.domain.local import Local
 from dmabuf.domain.shared_file import SharedFile
@@ -42,17 +41,16 @@ from dmabuf.errors import fail, needing_descriptors
 KIND: Final = "semaphore"
 MAX_POINT: Final = 0xFFFFFFFFFFFFFFFF
 _MAGIC: Final = b"dmabufT\1"
-_EVENT: Final = 8  # offset of the handle of the fence that ends when something is submitted
+_EVENT: Final = 8  # offset of the handle of the fence that is signaled at the next change
 _HANDLE: Final = struct.Struct("=Q")
 # Handles of the fences of this process that stand for a submission to a semaphore.
 EVENTS: Local[set[int]] = Local(lambda _: set())
 _EVENTFD: Final = "anon_inode:[eventfd]"
-_here = threading.local()  # looks: the notices that are to look again when this thread has given back the lock
 
 
 @dataclass(frozen=True)
 class SemaphoreStatistics:
-    """A snapshot. ``point``: reached; ``submitted``: the last that has a fence; ``pending``: fences that have not ended."""
+    """A snapshot. ``point``: the last that is reached; ``submitted``: the last that has a fence; ``pending``: how many fences are."""
 
     point: int
     submitted: int
@@ -60,12 +58,18 @@ class SemaphoreStatistics:
 
 
 class TimelineSemaphore(SharedObject):
-    """A semaphore of points. ``signaled``: begin with an ended fence, for binary use.
+    """A semaphore of points.
 
-    Errors: EMFILE; ENOSPC the domain is full.
+    Args:
+        signaled: Begin with a signaled fence, for binary use.
+        domain: The domain to make it in; None means the user's default domain.
+
+    Raises:
+        DmaBufError: No descriptor is free (EMFILE).
+        NoSpaceError: The domain is full (ENOSPC).
     """
 
-    __slots__ = ("_watching",)
+    __slots__ = ("_notices",)
 
     KIND, NOUN = KIND, "semaphore"
 
@@ -76,27 +80,27 @@ class TimelineSemaphore(SharedObject):
 
     def _set(self, file: SharedFile) -> None:
         super()._set(file)
-        self._watching: set[_Notice] = set()
+        self._notices: set[EventfdNotice] = set()
 
     def __repr__(self) -> str:
         return f"<dmabuf.TimelineSemaphore {'closed' if self.closed else f'at {self.query()} of {self.query(submitted=True)}'}>"
 
     def close(self) -> None:
-        """Close the descriptor, and take back what ``eventfd`` asked for; again: nothing. Fences in it go on by themselves."""
+        """Close the descriptor, and cancel what ``eventfd`` asked for. Closing twice has no effect. The fences in it stay as they are."""
         if self.closed:
             return
         self.closed = True
-        for notice in list(self._watching):
+        for notice in list(self._notices):
             notice.cancel()
-        self._let_go()
+        self._close_file()
 
-    def _let_go(self) -> None:
-        """The last holder ends the fence that stands for a submission: there will be none, and its slot is its maker's again."""
+    def _close_file(self) -> None:
+        """Close the file. The last holder signals the fence that stands for a submission, so that its maker gets the slot back."""
         shm = self.domain.shm
         try:
             if self._file.close_fd() and shm.life:
                 shm.fence_end_any(self._event(), 0)
-        except OSError:  # no descriptor to look with: it ends with its maker
+        except OSError:  # no descriptor is free to look with; it is signaled when its maker dies
             pass
         finally:
             self._file.close()
@@ -104,43 +108,33 @@ class TimelineSemaphore(SharedObject):
     def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
         if not getattr(self, "closed", True) and not ending():
             self.closed = True
-            self._let_go()
+            self._close_file()
 
     # ---- the state, under the lock ----
 
     def _load(self) -> State:
-        """What is there; what has ended is left out."""
+        """Return the state without what is signaled."""
         data = self._file.load()
         if not data:
             return State(EMPTY, 0, 0, [])
         try:
-            return settled(self.domain.shm.fence_pending, *unpacked(data))
+            return without_signaled(self.domain.shm.fence_pending, *unpacked(data))
         except (struct.error, IndexError):
-            raise fail(
-                errno.EUCLEAN, "look up", "a semaphore", "somebody else wrote to its descriptor", what="its state is nonsense"
-            ) from None
+            raise fail(errno.EUCLEAN, "look up", "a semaphore", "make a new one", what="another program wrote to its descriptor") from None
 
     def _change(self, operation: str, change: Callable[[State], State]) -> None:
         self._check(operation)
         shm = self.domain.join()
-        before: list[_Notice] | None = getattr(_here, "looks", None)  # of a change that this one came in the middle of
-        looks: list[_Notice] = []
-        try:
-            _here.looks = looks
-            self._change_locked(shm, change)
-        finally:
-            _here.looks = before
-            for notice in looks:
-                notice.next()
+        deferring(lambda: self._change_locked(shm, change))
 
     def _change_locked(self, shm: Shm, change: Callable[[State], State]) -> None:
         with self._file.locked():
             state = change(self._load())
             data = packed(state)
-            # Who waits for something to be submitted is woken first, and then stands at the lock: if we die now, he looks and waits again.
+            # Wake the waiters before storing. They block on the lock; if this process dies here, they look again and go back to sleep.
             event = self._event()
             if event:
-                shm.fence_end_any(event, 0)  # first: a death in here leaves it to the next change
+                shm.fence_end_any(event, 0)  # a death before the next line leaves that to the next change
                 self._file.write(_EVENT, _HANDLE.pack(0))
                 step("sem_woken")
             self._file.store(data)
@@ -150,7 +144,7 @@ class TimelineSemaphore(SharedObject):
         return int(_HANDLE.unpack(raw)[0]) if len(raw) == 8 else 0
 
     def _submission(self) -> DmaFence:
-        """A fence that ends at the next change; of whoever first waited for one. Any holder ends it."""
+        """Return a fence that any holder signals at the next change. The first waiter makes it."""
         shm, domain = self.domain.shm, self.domain
         mine = EVENTS.of(domain)
         for handle in list(mine):  # those of other semaphores too, whose locks other threads hold
@@ -167,7 +161,7 @@ class TimelineSemaphore(SharedObject):
         return wrap(domain, handle)
 
     def _blocking(self, point: int, operation: str, *, for_submit: bool, available: bool) -> DmaFence | None:
-        """What to wait for next; None when there is nothing more. Errors: EINVAL the point has no fence; EBADF closed meanwhile."""
+        """Return the fence to wait for next, None when there is none. Raises EINVAL if the point has no fence, EBADF if it was closed."""
         self._check(operation)
         with self._file.locked():
             leaves = leaves_at(self._load(), point)
@@ -188,18 +182,24 @@ class TimelineSemaphore(SharedObject):
     # ---- putting something there ----
 
     def signal(self, point: int = 0) -> None:
-        """Put an ended fence there: for binary use, or at a point of the timeline (SYNCOBJ_SIGNAL, TIMELINE_SIGNAL).
+        """Put a signaled fence at a point of the timeline, or at 0 for binary use (SYNCOBJ_SIGNAL, TIMELINE_SIGNAL).
 
-        Errors: EBADF; EINVAL no point.
+        Raises:
+            ClosedError: The semaphore is closed (EBADF).
+            InvalidError: The point is out of range (EINVAL).
         """
         _checked(point, "signal")
         self._change("signal", lambda state: added(state, point, []))
 
     def import_fence(self, fence: DmaFence, point: int = 0) -> None:
-        """Put a fence there. Point 0 replaces all that was there.
+        """Put a fence at a point. Point 0 replaces everything.
 
-        The fence's owner keeps it: one that is dropped unsignalled ends with ``-EDEADLK``. Errors: EBADF; EINVAL no point; EXDEV a fence of
-        another domain; TypeError no fence.
+        The fence's owner must keep it: a fence that is dropped unsignaled is signaled with ``-EDEADLK``.
+
+        Raises:
+            ClosedError: The semaphore is closed (EBADF).
+            InvalidError: The point is out of range (EINVAL).
+            CrossDomainError: The fence belongs to another domain (EXDEV).
         """
         _checked(point, "import_fence")
         if not isinstance(fence, DmaFence):
@@ -214,9 +214,16 @@ class TimelineSemaphore(SharedObject):
         self._change("import_fence", lambda state: added(state, point, leaves))
 
     def import_sync_file(self, sync_file: SyncFile | int, point: int = 0) -> None:
-        """Put a sync file's fences there; ``sync_file``: or a descriptor of one.
+        """Put the fences of a sync file at a point.
 
-        Errors: EBADF this semaphore is closed; EINVAL no point, no sync file; EXDEV of another domain.
+        Args:
+            sync_file: A SyncFile, or a descriptor of one.
+            point: As for :meth:`import_fence`.
+
+        Raises:
+            ClosedError: The semaphore is closed (EBADF).
+            InvalidError: The point is out of range, or ``sync_file`` is closed or not a sync file (EINVAL).
+            CrossDomainError: The sync file belongs to another domain (EXDEV).
         """
         self._check("import_sync_file")
         _checked(point, "import_sync_file")
@@ -232,17 +239,31 @@ class TimelineSemaphore(SharedObject):
                 if e.errno != errno.EBADF:
                     raise
         raise fail(
-            errno.EINVAL, "import_sync_file", self, "pass an open SyncFile, or its descriptor", what="what it was given is no sync file"
+            errno.EINVAL, "import_sync_file", self, "pass an open SyncFile, or its descriptor", what="the argument is not a sync file"
         )
 
     def reset(self) -> None:
-        """Take everything out (SYNCOBJ_RESET). Errors: EBADF."""
+        """Take everything out (SYNCOBJ_RESET).
+
+        Raises:
+            ClosedError: The semaphore is closed (EBADF).
+        """
         self._change("reset", lambda _: State(EMPTY, 0, 0, []))
 
     def transfer(self, source: TimelineSemaphore, source_point: int = 0, point: int = 0, *, for_submit: bool = False) -> None:
-        """Put here what is at a point of another (SYNCOBJ_TRANSFER). ``for_submit``: wait until it is there.
+        """Put at a point what is at a point of another semaphore (SYNCOBJ_TRANSFER).
 
-        Errors: EBADF; ENOENT the source is closed; EINVAL no point, or the source's has no fence; EXDEV another domain's.
+        Args:
+            source: The other semaphore.
+            source_point: Its point.
+            point: As for :meth:`import_fence`.
+            for_submit: Wait until the source's point is submitted.
+
+        Raises:
+            ClosedError: This semaphore is closed (EBADF).
+            NotFoundError: The source is closed (ENOENT).
+            InvalidError: A point is out of range, or the source's has no fence (EINVAL).
+            CrossDomainError: The source belongs to another domain (EXDEV).
         """
         self._check("transfer")
         _checked(point, "transfer")
@@ -251,9 +272,11 @@ class TimelineSemaphore(SharedObject):
     # ---- taking something out ----
 
     def export_fence(self, point: int = 0) -> DmaFence:
-        """The fence that a point stands for; an ended one where it has been reached. Point 0: all that is there.
+        """Return the fence that a point stands for, a signaled one if the point is reached. Point 0 stands for everything.
 
-        Errors: EBADF; EINVAL no point, or one that has no fence yet.
+        Raises:
+            ClosedError: The semaphore is closed (EBADF).
+            InvalidError: The point is out of range, or has no fence yet (EINVAL).
         """
         return self._fence_at(point, "export_fence", False)
 
@@ -273,11 +296,23 @@ class TimelineSemaphore(SharedObject):
         return fences[0] if len(fences) == 1 else DmaFenceArray(fences)
 
     def export_sync_file(self, point: int = 0) -> SyncFile:
-        """:meth:`export_fence` as a sync file, a snapshot. Errors: as there."""
+        """Return what :meth:`export_fence` does as a sync file, which is a snapshot.
+
+        Raises:
+            ClosedError: The semaphore is closed (EBADF).
+            InvalidError: The point is out of range, or has no fence yet (EINVAL).
+        """
         return SyncFile(self._fence_at(point, "export_sync_file", False))
 
     def query(self, *, submitted: bool = False) -> int:
-        """The last point that was reached; ``submitted``: that has a fence. 0 in binary use (SYNCOBJ_QUERY). Errors: EBADF."""
+        """Return the last point that is reached, 0 in binary use (SYNCOBJ_QUERY).
+
+        Args:
+            submitted: Return the last point that has a fence.
+
+        Raises:
+            ClosedError: The semaphore is closed (EBADF).
+        """
         self._check("query")
         self.domain.join()
         with self._file.locked():
@@ -289,7 +324,11 @@ class TimelineSemaphore(SharedObject):
         return 0 if any(node.point == 0 for node in state.nodes) else state.reached
 
     def statistics(self) -> SemaphoreStatistics:
-        """A snapshot for programs. Errors: EBADF."""
+        """Return a snapshot for programs.
+
+        Raises:
+            ClosedError: The semaphore is closed (EBADF).
+        """
         self._check("statistics")
         with self._file.locked():
             pending = sum(len(node.leaves) for node in self._load().nodes)
@@ -306,16 +345,28 @@ class TimelineSemaphore(SharedObject):
         available: bool = False,
         interruptible: bool = False,
     ) -> float:
-        """Wait until a point is reached; the seconds left (> 0; inf for None). See :func:`wait_semaphores`.
+        """Wait until a point is reached. See :func:`wait_semaphores` for the arguments.
 
-        Errors: EBADF; ETIME (also ``TimeoutError``); EINVAL no point, one without a fence and neither ``for_submit`` nor ``available``, a
-        negative timeout; EINTR a signal, if ``interruptible``.
+        Returns:
+            The seconds left: more than 0, inf without a timeout.
+
+        Raises:
+            ClosedError: The semaphore is closed (EBADF).
+            DmaBufTimeout: The time is over (ETIME).
+            InvalidError: The point is out of range, or has no fence and neither ``for_submit`` nor ``available`` is set, or the timeout is
+                negative (EINVAL).
+            InterruptedWaitError: A signal arrived, and ``interruptible`` is set (EINTR).
         """
         self._check("wait")
         return wait_semaphores([self], [point], timeout, for_submit=for_submit, available=available, interruptible=interruptible)[1]
 
     async def reached(self, point: int = 0, *, for_submit: bool = True, available: bool = False) -> None:
-        """Wait in a coroutine until a point is reached. Cancelling leaves nothing registered. Errors: EBADF; EINVAL as :meth:`wait`."""
+        """Wait in a task of asyncio or trio until a point is reached. Canceling leaves nothing registered.
+
+        Raises:
+            ClosedError: The semaphore is closed (EBADF).
+            InvalidError: As :meth:`wait` (EINVAL).
+        """
         self._check("reached")
         _checked(point, "reached")
         self.domain.join()
@@ -323,9 +374,17 @@ class TimelineSemaphore(SharedObject):
             await fence
 
     def eventfd(self, fd: int, point: int = 0, *, available: bool = False) -> None:
-        """Add 1 to an eventfd when a point is reached, or with ``available`` when it is submitted (SYNCOBJ_EVENTFD).
+        """Add 1 to an eventfd when a point is reached (SYNCOBJ_EVENTFD). :meth:`close` cancels it.
 
-        The descriptor stays the caller's. What was asked for ends with :meth:`close`. Errors: EBADF; EINVAL no point, no eventfd; EMFILE.
+        Args:
+            fd: The eventfd. The caller keeps it.
+            point: The point.
+            available: Add 1 as soon as the point is submitted.
+
+        Raises:
+            ClosedError: The semaphore is closed, or ``fd`` is not open (EBADF).
+            InvalidError: The point is out of range, or ``fd`` is not an eventfd (EINVAL).
+            DmaBufError: No descriptor is free (EMFILE).
         """
         self._check("eventfd")
         _checked(point, "eventfd")
@@ -335,68 +394,18 @@ class TimelineSemaphore(SharedObject):
         except OSError:
             raise fail(errno.EBADF, "eventfd", f"fd {fd}", "pass an open eventfd") from None
         if kind != _EVENTFD:
-            raise fail(errno.EINVAL, "eventfd", f"fd {fd}", "pass what os.eventfd() gave", what="it is no eventfd")
+            raise fail(errno.EINVAL, "eventfd", f"fd {fd}", "pass what os.eventfd() returned", what="not an eventfd")
         with needing_descriptors("eventfd", f"fd {fd}"):
             own = os.dup(fd)
-        notice = _Notice(self, own, point, available)
-        self._watching.add(notice)
-        notice.next()
-
-
-class _Notice:
-    """Who tells an eventfd."""
-
-    def __init__(self, semaphore: TimelineSemaphore, fd: int, point: int, available: bool) -> None:
-        self.semaphore, self.fd, self.point, self.available = semaphore, fd, point, available
-        self.lock = threading.RLock()  # a signal handler may come in the middle
-        self.waits: tuple[DmaFence, int] | None = None
-
-    def next(self, _: int = 0) -> None:
-        """Look again; another fence has ended."""
-        looks: list[_Notice] | None = getattr(_here, "looks", None)
-        if looks is not None:  # this thread holds the lock
-            looks.append(self)
-            return
-        try:
-            while self.fd >= 0:
-                fence = self.semaphore._blocking(self.point, "eventfd", for_submit=True, available=self.available)
-                if fence is None:
-                    with self.lock:  # cancelled meanwhile, the number would be somebody else's
-                        if self.fd >= 0:
-                            os.eventfd_write(self.fd, 1)
-                    self.end()
-                    return
-                token = fence.listen(self.next)
-                if token is not None:
-                    self.waits = (fence, token)
-                    if self.fd < 0:  # cancelled before it could see that
-                        fence.remove_callback(token)
-                    return
-        except OSError as e:
-            if e.errno == errno.EDEADLK:  # a fence that is ended by a signal handler or a finaliser, in the middle of a call
-                self.semaphore.domain.retries.later(self._again)
-                return
-            cancelled = self.fd < 0
-            self.end()
-            if not cancelled:
-                report(e, self.semaphore.eventfd)
-
-    def _again(self) -> bool:
-        self.next()
-        return True
-
-    def end(self) -> None:
-        with self.lock:
-            fd, self.fd = self.fd, -1
-        if fd >= 0:
-            os.close(fd)
-        self.semaphore._watching.discard(self)
-
-    def cancel(self) -> None:
-        waits, self.waits = self.waits, None
-        if waits is not None and not flagged(waits[0]):
-            waits[0].remove_callback(waits[1])
-        self.end()
+        notice = EventfdNotice(
+            own,
+            self.domain,
+            lambda: self._blocking(point, "eventfd", for_submit=True, available=available),
+            self._notices.discard,
+            self.eventfd,
+        )
+        self._notices.add(notice)
+        notice.advance()
 
 
 def wait_semaphores(
@@ -412,25 +421,39 @@ def wait_semaphores(
 ) -> tuple[int, float]:
     """Wait for points of semaphores: for all of them, or with ``all=False`` for the first (SYNCOBJ_WAIT, TIMELINE_WAIT).
 
-    ``points``: one for each, None for 0 everywhere. ``for_submit``: a point that has no fence yet is waited for too; ``available``: to have
-    a fence is enough. ``deadline``: CLOCK_MONOTONIC ns, told to the fences as a hint. Returns (the lowest index that is reached, the
-    seconds left); (0, …) for all, and for no semaphores at all.
+    Args:
+        semaphores: Semaphores of one domain.
+        points: One for each; None for 0 everywhere.
+        timeout: Seconds; None waits without a limit.
+        all: False to wait for the first one only.
+        for_submit: Wait for a point that has no fence yet, too.
+        available: It is enough that a point has a fence.
+        deadline: CLOCK_MONOTONIC ns, passed to the fences as a hint.
+        interruptible: Let a signal end the wait.
 
-    Errors: ETIME the time is over; EINVAL as many points as semaphores are needed, no point, a point without a fence and neither
-    ``for_submit`` nor ``available``, a negative timeout or deadline; ENOENT a closed semaphore; EXDEV of several domains; EINTR a signal,
-    if ``interruptible``.
+    Returns:
+        The lowest index that is reached, and the seconds left. The index is 0 for all, and for no semaphores.
+
+    Raises:
+        DmaBufTimeout: The time is over (ETIME).
+        InvalidError: There is not one point for each semaphore; a point is out of range, or has no fence and neither ``for_submit`` nor
+            ``available`` is set; the timeout or the deadline is negative (EINVAL).
+        NotFoundError: A semaphore is closed (ENOENT).
+        CrossDomainError: They belong to several domains (EXDEV).
+        InterruptedWaitError: A signal arrived (EINTR).
     """
     found = [_held(semaphore, "wait") for semaphore in semaphores]
     wanted = [0] * len(found) if points is None else list(points)
-    until = monotonic_deadline(timeout, "wait", f"{len(found)} semaphores")
+    named = f"{len(found)} semaphores"
+    until = monotonic_deadline(timeout, "wait", named)
     if len(wanted) != len(found):
-        raise fail(errno.EINVAL, "wait", f"{len(found)} semaphores", f"give a point for each, not {len(wanted)}")
+        raise fail(errno.EINVAL, "wait", named, "pass one point for each", what=f"there are {len(wanted)} points")
     for point in wanted:
         _checked(point, "wait")
     if deadline is not None and deadline < 0:
-        raise fail(errno.EINVAL, "wait", f"deadline {deadline}", "a deadline is CLOCK_MONOTONIC nanoseconds")
+        raise fail(errno.EINVAL, "wait", f"deadline {deadline}", "pass CLOCK_MONOTONIC ns", what="it is negative")
     if len({semaphore.domain.id for semaphore in found}) > 1:
-        raise fail(errno.EXDEV, "wait", f"{len(found)} semaphores", "wait for those of each domain by themselves")
+        raise fail(errno.EXDEV, "wait", named, "wait for those of each domain separately", what="they belong to several domains")
     for semaphore in found:
         semaphore.domain.join()
     while True:
@@ -448,7 +471,7 @@ def wait_semaphores(
             return 0, seconds_left(until)
         left = math.inf if until < 0 else max(0.0, (until - time.monotonic_ns()) / 1e9)
         if not left:
-            raise fail(errno.ETIME, "wait", f"{len(found)} semaphores", "wait longer, or see with query() who is late")
+            raise fail(errno.ETIME, "wait", named, "wait longer, or see with query() which one is late", what="timed out")
         waits = blocking[:1] if all else blocking
         wait_any(waits, None if until < 0 else left, interruptible=interruptible)
 
@@ -463,4 +486,4 @@ def _held(semaphore: TimelineSemaphore, operation: str) -> TimelineSemaphore:
 
 def _checked(point: int, operation: str) -> None:
     if not 0 <= point <= MAX_POINT:
-        raise fail(errno.EINVAL, operation, f"point {point}", f"a point is 0 to {MAX_POINT}")
+        raise fail(errno.EINVAL, operation, f"point {point}", f"pass 0 to {MAX_POINT}", what="the point is out of range")

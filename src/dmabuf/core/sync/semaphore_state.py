@@ -1,6 +1,6 @@
-"""What a ``TimelineSemaphore`` holds, as a value: which fences stand at which points, what a change makes of it, and its bytes.
+"""The state of a ``TimelineSemaphore`` as a value: which fences stand at which points, what a change makes of it, and its bytes.
 
-Nothing in here touches shared memory: the semaphore loads the bytes under its lock, and stores what came of them in one step.
+Nothing in here touches shared memory. The semaphore loads the bytes under its lock, and stores the new ones in one step.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ EMPTY, BINARY, TIMELINE = range(3)
 
 
 class Leaf(NamedTuple):
-    """A fence by itself: neither an array nor a chain."""
+    """A plain fence, neither an array nor a chain."""
 
     handle: int
     context: int
@@ -32,9 +32,9 @@ class Node(NamedTuple):
 
 
 class State(NamedTuple):
-    """``nodes``: with something pending, oldest first; points of 0 are what stood there before the timeline began anew.
+    """``nodes``: those with something pending, oldest first; points of 0 are what stood there before the timeline began again.
 
-    ``reached``: the point before the first node of the timeline; ``head``: the last that was submitted.
+    ``reached``: the point before the first node of the timeline. ``head``: the last that was submitted.
     """
 
     kind: int
@@ -43,8 +43,8 @@ class State(NamedTuple):
     nodes: list[Node]
 
 
-def settled(pending: Callable[[int], bool], kind: int, reached: int, head: int, nodes: list[Node]) -> State:
-    """The state without what has ended; ``pending``: of a fence's handle."""
+def without_signaled(pending: Callable[[int], bool], kind: int, reached: int, head: int, nodes: list[Node]) -> State:
+    """Return the state without what is signaled. ``pending`` says whether the fence of a handle is pending."""
     left = [Node(node.point, [leaf for leaf in node.leaves if pending(leaf.handle)]) for node in nodes]
     while left and not left[0].leaves:
         reached = max(reached, left.pop(0).point)
@@ -54,7 +54,7 @@ def settled(pending: Callable[[int], bool], kind: int, reached: int, head: int, 
 
 
 def leaves_at(state: State, point: int) -> list[Leaf] | None:
-    """The pending fences that a point stands for; None when it was not submitted yet (dma_fence_chain_find_seqno)."""
+    """Return the pending fences that a point stands for, None if it is not submitted yet (dma_fence_chain_find_seqno)."""
     if state.kind == EMPTY or point > (state.head if state.kind == TIMELINE else 0):
         return None
     found: list[Leaf] = []
@@ -68,19 +68,19 @@ def leaves_at(state: State, point: int) -> list[Leaf] | None:
 
 
 def added(state: State, point: int, leaves: list[Leaf]) -> State:
-    """The state once these fences were put at a point (drm_syncobj_replace_fence, drm_syncobj_add_point)."""
+    """Return the state with these fences put at a point (drm_syncobj_replace_fence, drm_syncobj_add_point)."""
     if point == 0:
         return State(BINARY, 0, 0, [Node(0, leaves)])
     if state.kind == TIMELINE and point > state.head:
         return State(TIMELINE, state.reached, point, [*state.nodes, Node(point, leaves)])
-    # A new chain, after all that was there: a number that does not rise is raised.
+    # A new chain, after everything that was there. A number that doesn't rise is raised.
     before = [leaf for node in state.nodes for leaf in node.leaves]
     number = max(point, state.head) if state.kind == TIMELINE else point
     return State(TIMELINE, 0, number, [*([Node(0, before)] if before else []), Node(number, leaves)])
 
 
 def packed(state: State) -> bytes:
-    """Its bytes, for :func:`unpacked`."""
+    """Return its bytes, for :func:`unpacked`."""
     parts = [_HEAD.pack(state.kind, len(state.nodes), state.reached, state.head)]
     for node in state.nodes:
         parts.append(_NODE.pack(node.point, len(node.leaves)))
@@ -89,7 +89,7 @@ def packed(state: State) -> bytes:
 
 
 def unpacked(data: bytes) -> tuple[int, int, int, list[Node]]:
-    """What :func:`settled` takes, besides ``pending``. Errors: struct.error, IndexError nonsense."""
+    """Return what :func:`without_signaled` takes besides ``pending``. Nonsense raises struct.error or IndexError."""
     kind, count, reached, head = _HEAD.unpack_from(data)
     at, nodes = _HEAD.size, []
     if kind not in (EMPTY, BINARY, TIMELINE) or count > len(data):

@@ -1,0 +1,95 @@
+"""``EventfdNotice``: what adds 1 to an eventfd when a point of a semaphore is reached (spec 5.14)."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections.abc import Callable
+
+from dmabuf.core.fence.fence import DmaFence, flagged
+from dmabuf.domain.dispatcher import report
+from dmabuf.domain.domain import Domain
+
+_here = threading.local()  # deferred: the notices to advance when this thread has released the semaphore's lock
+
+
+class EventfdNotice:
+    """One request: waits for one fence after another, and then writes to the eventfd.
+
+    Args:
+        fd: A descriptor of the eventfd, which the notice owns.
+        domain: The semaphore's domain.
+        blocking: Returns the fence to wait for next, None when the point is reached.
+        over: Called when the notice is done or canceled.
+        where: Named when the semaphore fails and nobody is there to catch the error.
+    """
+
+    def __init__(
+        self, fd: int, domain: Domain, blocking: Callable[[], DmaFence | None], over: Callable[[EventfdNotice], object], where: object
+    ) -> None:
+        self.fd, self.domain, self.blocking, self.over, self.where = fd, domain, blocking, over, where
+        self.lock = threading.RLock()  # a signal handler may run in the middle
+        self.waits: tuple[DmaFence, int] | None = None
+
+    def advance(self, _: int = 0) -> None:
+        """Wait for the next fence, or write to the eventfd. Called when a fence is signaled."""
+        deferred: list[EventfdNotice] | None = getattr(_here, "deferred", None)
+        if deferred is not None:  # this thread holds the lock
+            deferred.append(self)
+            return
+        try:
+            while self.fd >= 0:
+                fence = self.blocking()
+                if fence is None:
+                    with self.lock:  # if another thread canceled it now, the number could become somebody else's
+                        if self.fd >= 0:
+                            os.eventfd_write(self.fd, 1)
+                    self.end()
+                    return
+                token = fence.listen(self.advance)
+                if token is not None:
+                    self.waits = (fence, token)
+                    if self.fd < 0:  # canceled before that could find the callback
+                        fence.remove_callback(token)
+                    return
+        except OSError as e:
+            if e.errno == errno.EDEADLK:  # a signal handler or a finalizer signaled the fence in the middle of a call
+                self.domain.retries.later(self._again)
+                return
+            canceled = self.fd < 0
+            self.end()
+            if not canceled:
+                report(e, self.where)
+
+    def _again(self) -> bool:
+        self.advance()
+        return True
+
+    def end(self) -> None:
+        """Close the descriptor."""
+        with self.lock:
+            fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+        self.over(self)
+
+    def cancel(self) -> None:
+        """Stop waiting, and close the descriptor."""
+        waits, self.waits = self.waits, None
+        if waits is not None and not flagged(waits[0]):
+            waits[0].remove_callback(waits[1])
+        self.end()
+
+
+def deferring(change: Callable[[], object]) -> None:
+    """Call ``change``, which takes a semaphore's lock, and advance the notices whose fences it signals after it has released the lock."""
+    before: list[EventfdNotice] | None = getattr(_here, "deferred", None)  # of a change that this one interrupted
+    deferred: list[EventfdNotice] = []
+    try:
+        _here.deferred = deferred
+        change()
+    finally:
+        _here.deferred = before
+        for notice in deferred:
+            notice.advance()
