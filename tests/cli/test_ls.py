@@ -258,7 +258,7 @@ def test_a_corrupt_domain_is_set_aside_in_one_line(script: Run, tmp_path: Path) 
     (tmp_path / place.FILE).write_bytes(b"nonsense" * 1000)
     ran = script("ls", "--domain", tmp_path)
     assert (ran.status, ran.out) == (0, f"No buffers in {tmp_path}.\n")
-    assert re.fullmatch(rf"dmabuf: the domain {tmp_path}/.* was corrupt .*; set aside as .*\n", ran.err)
+    assert re.fullmatch(rf"dmabuf: the domain {tmp_path}/.* was corrupt .*; renamed to .*\n", ran.err)
 
 
 def test_another_domain_can_be_named(script: Run, child: Spawn) -> None:

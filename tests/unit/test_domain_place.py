@@ -217,7 +217,7 @@ def empty_domain() -> bytes:
 
 
 def opened_with_a_warning(path: Path) -> None:
-    with pytest.warns(RuntimeWarning, match=r"corrupt.*set aside"):
+    with pytest.warns(RuntimeWarning, match=r"corrupt.*renamed to"):
         visit(path)
 
 
@@ -326,7 +326,7 @@ def test_a_header_spoilt_under_a_living_process_is_euclean_and_touches_nothing(w
             f.flush()
             error = refused(where)
             assert error.errno == errno.EUCLEAN
-            assert "next opener" in str(error)
+            assert "end the processes" in str(error)
             f.seek(at)
             f.write(right)
     assert left(where) == [FILE]

@@ -1,1 +1,1 @@
-"""The domain: the shared facts of all buffers, and the lives of the processes that take part."""
+"""The domain: the state that processes share, in one file, and the slots of the processes that take part."""

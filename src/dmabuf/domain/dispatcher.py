@@ -1,9 +1,9 @@
-"""Callbacks, awaits and pollable fds: one dispatcher a process and domain, with a thread only while others' fences are watched.
+"""``Dispatcher``: callbacks, awaits and pollable descriptors of one process in one domain.
 
-Who registers sets this life's bit in the fence and then looks at its state again; who signals stores the state and then reads the
-bits. So one of the two sees the other. Fences of this process run their callbacks in the signaller, as in the kernel; fences of other
-processes run them in the dispatcher's thread, which their signaller rings. A signaller that dies between storing and ringing is made
-up for at the next tick.
+A process that registers sets this life's bit in the fence and then checks the fence's state. A process that signals stores the state and
+then reads the bits. So at least one of the two notices the other. A fence of this process runs its callbacks in the thread that signals, as
+in the kernel. A fence of another process runs them in the dispatcher's thread, which the signaling process wakes. If that process dies
+before it wakes the thread, the thread notices at the next tick. The thread exists only while fences of other processes are watched.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from dmabuf.domain.domain import Domain
 from dmabuf.domain.local import Local
 
 _tokens = itertools.count(1)
-_here = threading.local()  # running: is this thread inside of a callback?
+_here = threading.local()  # running: whether this thread is inside a callback
 
 
 class Dispatcher:
-    """Who waits for which fence without sleeping on it."""
+    """The callbacks that are registered with fences."""
 
     def __init__(self, domain: Domain) -> None:
         self.domain = domain
         self.shm = domain.join()
         self.life = self.shm.life
-        # Re-entered by a signal handler, or by a fence that the garbage collector takes, in the middle of what it guards.
+        # Re-entrant, because a signal handler or the finalizer of a fence may run in the middle of what it guards.
         self._lock = threading.RLock()
         self._watched: dict[int, dict[int, Callable[[int], object]]] = {}
         self._foreign: dict[int, int] = {}  # slot -> the handle watched there; a slot has one pending fence at a time
         self._past: list[int] = []
-        self._hasty: dict[int, Callable[[], None]] = {}  # slot -> what to call when another process has set a deadline
+        self._deadlines: dict[int, Callable[[], None]] = {}  # slot -> what to call when another process has set a deadline
         self._thread: threading.Thread | None = None
         self._running = True
         self._doorbell = lives.slot_offset(lives.index_of(self.life)) + _native.LIFE_BELL
@@ -53,7 +53,7 @@ class Dispatcher:
         atexit.register(_stop, me)
 
     def watch(self, handle: int, call: Callable[[int], object], *, foreign: bool) -> int | None:
-        """Call ``call(handle)`` once when the fence is signalled; a token to take that back, None when it is signalled already."""
+        """Call ``call(handle)`` once the fence is signaled. Return a token for :meth:`unwatch`, None if the fence is signaled already."""
         token = next(_tokens)
         idle = False
         with self._lock:
@@ -61,7 +61,7 @@ class Dispatcher:
             if foreign:
                 idle = not self._foreign
                 before = self._foreign.setdefault(handle & _native.SLOT_MASK, handle)
-                if before != handle:  # its slot was used again: it has ended, whatever else happens
+                if before != handle:  # the slot was used again, so the fence before is signaled
                     self._past.append(before)
                     self._foreign[handle & _native.SLOT_MASK] = handle
                 if self._thread is None and self._running:
@@ -72,13 +72,13 @@ class Dispatcher:
                         raise
         if self.shm.fence_mark(handle, "bell", 1):
             if idle:
-                self._wake()  # watching nothing, it sleeps without a bound; while it watches anything it looks at every tick
+                self._wake()  # while it watches nothing it sleeps without a limit, and else it checks at every tick
             return token
-        # Signalled before the bit: nobody will ring. If somebody ran it all the same, it was registered in time.
+        # The fence was signaled before the bit was set, so no process will wake this one. If the callback ran, it was registered in time.
         return None if self.unwatch(handle, token) else token
 
     def unwatch(self, handle: int, token: int) -> bool:
-        """Take a registration back; False when it ran already (or never was)."""
+        """Remove a registration. Return False if its callback ran already, or there was none."""
         with self._lock:
             calls = self._watched.get(handle)
             if calls is None or calls.pop(token, None) is None:
@@ -88,23 +88,23 @@ class Dispatcher:
                 self._forget(handle)
             return True
 
-    def hurry(self, handle: int, call: Callable[[], None] | None) -> None:
-        """Call ``call()`` whenever another process may have set a deadline for this fence of ours; None: no more."""
+    def watch_deadline(self, handle: int, call: Callable[[], None] | None) -> None:
+        """Call ``call()`` whenever another process may have set a deadline for this fence of this process; None ends that."""
         with self._lock:
             if call is None:
-                self._hasty.pop(handle & _native.SLOT_MASK, None)
+                self._deadlines.pop(handle & _native.SLOT_MASK, None)
                 return
-            self._hasty[handle & _native.SLOT_MASK] = call
+            self._deadlines[handle & _native.SLOT_MASK] = call
             if self._thread is None and self._running:
                 self._start()
 
     def _forget(self, handle: int) -> None:
-        """The lock is held: nobody watches it any more."""
+        """Stop watching a fence. The lock is held."""
         if self._foreign.get(handle & _native.SLOT_MASK) == handle:
             del self._foreign[handle & _native.SLOT_MASK]
 
     def run(self, handle: int) -> None:
-        """The fence is signalled: run its callbacks in the order of registration."""
+        """Run the callbacks of a signaled fence in the order of registration."""
         with self._lock:
             self._forget(handle)
             left = iter(self._watched.pop(handle, {}).values())
@@ -112,7 +112,7 @@ class Dispatcher:
         try:
             _here.running = 1
             self._run(left, handle)
-        finally:  # whatever a signal handler raises between two of them, the others are called
+        finally:  # if a signal handler raises between two callbacks, the others are called all the same
             try:
                 self._run(left, handle)
                 if not before:
@@ -128,12 +128,12 @@ class Dispatcher:
                 report(e, call)
 
     def watches(self, handle: int) -> int:
-        """How many registrations there are for one fence."""
+        """Return how many callbacks are registered with one fence."""
         return len(self._watched.get(handle, ()))
 
     @property
     def watching(self) -> int:
-        """How many registrations there are."""
+        """The number of registered callbacks."""
         with self._lock:
             return sum(map(len, self._watched.values()))
 
@@ -142,7 +142,7 @@ class Dispatcher:
         self._thread = threading.Thread(target=self._serve, name="dmabuf-dispatcher", daemon=True)
         try:
             self._thread.start()
-        except RuntimeError:  # none can be started: whoever watches next tries again
+        except RuntimeError:  # no thread can be started: the next watch() tries again
             self._thread = None
             raise
 
@@ -157,16 +157,16 @@ class Dispatcher:
             seen = shm.load32(self._doorbell)
             with self._lock:
                 if not ticked and not self._past and (seen // one - last // one) % 1024 == 1:
-                    # Rung once: that slot, or none. A count that came round in between is caught at the next tick.
+                    # After one wake-up check that slot. If the count wrapped meanwhile, the next tick checks the others.
                     hinted = self._foreign.get(seen % one)
                     handles = [] if hinted is None else [hinted]
-                    hasty = [self._hasty[seen % one]] if seen % one in self._hasty else []
+                    deadlines = [self._deadlines[seen % one]] if seen % one in self._deadlines else []
                 else:
                     handles, self._past = [*self._foreign.values(), *self._past], []
-                    hasty = list(self._hasty.values())
+                    deadlines = list(self._deadlines.values())
             for handle in shm.fences_done(handles):
                 self.run(handle)
-            for call in hasty:
+            for call in deadlines:
                 try:
                     call()
                 except BaseException as e:
@@ -177,12 +177,12 @@ class Dispatcher:
                     ticked = shm.wait(self._doorbell, seen, None) != 0
                 else:
                     shm.idle(self._doorbell, seen)
-            except Exception as e:  # a tick's error belongs to no wait of ours; the thread must go on
+            except Exception as e:  # the error of a hook at a tick: the thread must go on
                 report(e, self._serve)
                 ticked = True
 
     def stop(self) -> None:
-        """End the thread; what is still watched stays unserved."""
+        """End the thread. Callbacks that are still registered don't run."""
         self._running = False
         thread, self._thread = self._thread, None
         if thread is not None and self.shm.life == self.life and thread is not threading.current_thread():
@@ -192,12 +192,12 @@ class Dispatcher:
 
 
 def in_callback() -> bool:
-    """Does the running thread run a fence's callback?"""
+    """Return True if the running thread runs a fence's callback."""
     return bool(getattr(_here, "running", 0))
 
 
 def defer(work: Callable[[], object]) -> None:
-    """Do this when the callbacks that run in this thread are over; at once when there are none."""
+    """Call ``work`` after the callbacks that run in this thread, or at once if none run."""
     if in_callback():
         _deferred().append(work)
         return
@@ -227,7 +227,7 @@ def _work_off() -> None:
 
 
 def report(error: BaseException, where: Any) -> None:
-    """An exception that nobody is there to catch, for sys.unraisablehook. Raises nothing, whatever the hook does."""
+    """Pass an exception that no caller can catch to ``sys.unraisablehook``. What the hook raises is dropped."""
     _native.unraisable(error, where)
 
 

@@ -1,7 +1,7 @@
-"""A domain as one process sees it: the mapped file, this process's life in it, ticks, sweeps and the pools it owns.
+"""``Domain``: the mapped file of a group of processes, this process's life in it, ticks, sweeps, and the pools of the life.
 
-Everything else of the package reaches shared memory through a :class:`Domain`. A process joins at the first operation that needs a
-life, and again after a fork; until then (and for good in a child that never asks) it only looks.
+Everything else in the package reaches shared memory through a `Domain`. A process joins at the first operation that needs a life, and a
+forked child joins again. A process that has not joined can only read.
 """
 
 from __future__ import annotations
@@ -34,14 +34,17 @@ _default: Domain | None = None
 
 
 class Domain:
-    """The place where a group of processes keeps the facts about its buffers.
+    """The place where a group of processes keeps the state of its buffers.
 
-    ``Domain.default()`` is this user's, ``Domain.open(path)`` another directory's, ``Domain.private()`` one without a name, which
-    reaches other processes by fork, by :func:`dmabuf.send` or pickled to a child being spawned. ``id`` is part of the name of every
-    buffer that belongs to it.
+    ``Domain.default()`` is this user's domain, and ``Domain.open(path)`` is another directory's. ``Domain.private()`` makes one without a
+    name, which reaches other processes by fork, by `dmabuf.send`, or as an argument of a child process. ``id`` is part of the name of
+    every buffer in the domain.
 
-    Errors: EACCES a directory that is not ours alone; EUCLEAN a file that makes no sense while processes use it (without one it is
-    set aside); ENOSPC no room to make or grow it; ENOSYS no /proc.
+    Raises:
+        NotPermittedError: The directory doesn't belong to this user alone (EACCES).
+        DmaBufError: The file makes no sense while processes use it (EUCLEAN), or there is no /proc (ENOSYS). A file that makes no sense
+            and isn't in use is renamed to ``….corrupt``.
+        NoSpaceError: There is no room to make the file or to make it larger (ENOSPC).
     """
 
     def __init__(self, path: Path | None, shm: Shm, identity: str) -> None:
@@ -49,7 +52,7 @@ class Domain:
         self.id = identity
         self.shm = shm
         self._life: lives.Life | None = None
-        self.lock = fork_lock()  # of what this object keeps; nobody waits with it held, but for the door
+        self.lock = fork_lock()  # of this object's fields; a thread that holds it waits for nothing but the lifecycle lock
         self.tick_hooks: Hooks[[int, int]] = Hooks("tick")
         self.sweep_hooks: Hooks[[]] = Hooks("sweep")
         self.reset_hooks: Hooks[[]] = Hooks("reset")
@@ -59,7 +62,7 @@ class Domain:
         self.sync_directory = SyncDirectory(path)
         me = weakref.ref(self)
         self.retries = Retries(lambda: domain.shm.life if (domain := me()) is not None else 0, TICK_NS / 1e9)
-        # What the layers above keep for this domain in this process (domain/local.py); thrown away after a fork.
+        # What the layers above keep for this domain in this process (domain/local.py). A forked child starts with nothing.
         self.local: dict[object, Any] = {}
         self._wire(shm)
         _ALL.add(self)
@@ -68,7 +71,7 @@ class Domain:
 
     @classmethod
     def default(cls) -> Domain:
-        """This user's domain, or the one ``DMABUF_DOMAIN`` names; opened once in a process."""
+        """Return this user's domain, or the one that ``DMABUF_DOMAIN`` names. A process opens it once."""
         global _default
         if _default is not None:
             return _default
@@ -79,7 +82,7 @@ class Domain:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Domain:
-        """The domain in this directory, made if it is not there; the same object while it is in use."""
+        """Return the domain in a directory, which is made if it doesn't exist. While the domain is in use, the object is the same."""
         where = Path(path).absolute()
         with _lock:
             for known in _ALL:
@@ -93,7 +96,7 @@ class Domain:
 
     @classmethod
     def private(cls) -> Domain:
-        """A domain without a name, gone with its last process."""
+        """Return a new domain without a name. It ends with its last process."""
         identity = place.new_identity()
         with needing_descriptors("make domain", "a private domain"):
             fd = os.memfd_create(f"dmabuf-domain:{identity.decode()}", os.MFD_CLOEXEC)
@@ -106,11 +109,11 @@ class Domain:
 
     @classmethod
     def adopt(cls, fd: int) -> Domain:
-        """The private domain behind a received fd, which is consumed."""
+        """Return the private domain behind a received descriptor, which is consumed."""
         identity, wrong = place.read_header(fd)
         if wrong or not os.readlink(f"/proc/self/fd/{fd}").startswith("/memfd:dmabuf-domain:"):
             os.close(fd)
-            raise fail(errno.EINVAL, "open domain", "the received fd", "it is not a private domain")
+            raise fail(errno.EINVAL, "open domain", "the received fd", "send a private Domain", what="not a private domain")
         with _lock:
             for known in _ALL:
                 if known.id == identity.decode() and known.path is None:
@@ -122,7 +125,7 @@ class Domain:
         return f"<dmabuf.Domain {self.id} {self.path or 'private'}>"
 
     def fileno(self) -> int:
-        """The borrowed fd of the domain's file."""
+        """Return the descriptor of the domain's file, which the domain keeps."""
         return self.shm.fd
 
     # ---- life ----
@@ -146,11 +149,11 @@ class Domain:
 
     @property
     def life(self) -> int:
-        """This process's life id; joins if it has none yet (or was forked since)."""
+        """The id of this process's life. A process without a life joins first, and so does a forked child."""
         return self.shm.life or self._join()
 
     def join(self) -> Shm:
-        """The mapped domain, with a life of ours in it."""
+        """Join the domain unless this process has a life in it, and return the mapped file."""
         shm = self.shm
         return shm if shm.life else self._rejoined()
 
@@ -170,14 +173,14 @@ class Domain:
             with place.entered(self.path) as (fd, identity):
                 here, there = os.fstat(self.shm.fd), os.fstat(fd)
                 if (here.st_dev, here.st_ino) != (there.st_dev, there.st_ino):
-                    # The last process left between our fork and now: a fresh file of the same id. What maps the old one is inert.
+                    # The last process left since the fork, so there is a fresh file with the same id. The old one is no longer used.
                     self.shm = _shm_of(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3))
                     self.id = identity.decode()
                     self._wire(self.shm)
                 return self._join_here()
 
     def _join_here(self) -> int:
-        """Claim a life; the door is held. Who finds the dead reaps them."""
+        """Reap the dead and claim a life. The lifecycle lock is held."""
         self.reap_dead()
         self._life = life = lives.Life(self.shm)
         first = life.chunk * _native.CTX_PER
@@ -190,7 +193,7 @@ class Domain:
         return life.id
 
     def _forget(self) -> None:
-        """After a fork: what the parent owned is the parent's."""
+        """In a forked child, forget what the parent owns."""
         self._life = None
         self._free_ctx, self._free_timelines = [], []
         self.retries.reset()
@@ -199,7 +202,7 @@ class Domain:
         self.local.clear()
 
     def leave(self) -> None:
-        """End this process's life in the domain; what it still owns ends with -EOWNERDEAD. The last one out empties the file."""
+        """End this process's life in the domain. Its pending fences are signaled with -EOWNERDEAD. The last process empties the file."""
         with self.lock:
             life, self._life = self._life, None
             if life is None or self.shm.life != life.id:
@@ -217,20 +220,20 @@ class Domain:
                     try:
                         directory = place.open_directory(self.path, make=False)
                     except OSError:
-                        return  # somebody removed it: nothing to empty
+                        return  # the directory was removed: there is nothing to empty
                     try:
                         if place.is_current(self.shm.fd, directory):
                             place.replace_file(directory, self.id.encode())
                     except OSError:
-                        pass  # no room for a fresh file: the next opener empties this one
+                        pass  # there is no room for a fresh file: the next opener empties this one
                     finally:
                         os.close(directory)
 
     def forget_socket(self, life: int) -> None:
-        """Remove the socket of a life that is over, if it had one."""
+        """Remove the socket of a life that has ended, if it had one."""
         if self.path is None:
-            return  # its name went with its process
-        with contextlib.suppress(OSError):  # the directory is gone, or not ours any more
+            return  # the abstract name ended with the process
+        with contextlib.suppress(OSError):  # the directory is gone, or no longer this user's
             directory = place.open_directory(self.path, make=False)
             try:
                 os.unlink(place.socket_name(life), dir_fd=directory)
@@ -238,7 +241,7 @@ class Domain:
                 os.close(directory)
 
     def __del__(self) -> None:
-        # Nobody has anything of it any more: a private domain's memory goes, a directory's domain has one process less.
+        # Nothing of this process uses the domain. A private domain's memory is freed with its last process.
         if getattr(self, "_life", None) is not None and not sys.is_finalizing():
             self.leave()
 
@@ -265,10 +268,9 @@ class Domain:
         self.leave_hooks.add(name, hook)
 
     def tick(self, kind: int, value: int) -> None:
-        """A wait of this process lasted another 40 ms (or a poll came after that time): look after the dead, and let the layers above
-        look too. May raise."""
-        with contextlib.suppress(OSError):  # the wait is not to blame; the next tick, or another process, tries again
-            if kind == _native.TICK_CHECK:  # value: a life that is about to be yielded to
+        """Reap the dead and call the hooks, because a wait has lasted another 40 ms or a poll came after that time. A hook may raise."""
+        with contextlib.suppress(OSError):  # the error has nothing to do with the wait; the next tick, or another process, tries again
+            if kind == _native.TICK_CHECK:  # value: a life that the waiter is about to yield to
                 index = lives.index_of(value)
                 if value != self.shm.life and not lives.is_alive(self.shm.fd, index) and lives.reap(self.shm, index, self.forget_socket):
                     self.sync_directory.wake_all(self.shm)
@@ -280,7 +282,7 @@ class Domain:
         self.tick_hooks(kind, value)
 
     def sweep_if_due(self) -> None:
-        """One process a tick reaps the dead: who moves the shared time forward does it."""
+        """Reap the dead if no process has done so within this tick. The process that moves the shared time forward does it."""
         shm = self.shm
         now, last = time.monotonic_ns(), shm.load64(_native.OFF_SWEEP)
         if 0 <= now - last < TICK_NS * 9 // 10:
@@ -289,7 +291,7 @@ class Domain:
             self.reap_dead()
 
     def reap_dead(self) -> int:
-        """Reap every life whose process is gone; returns how many."""
+        """Reap every life whose process is gone. Return how many."""
         shm = self.shm
         mine = lives.index_of(shm.life) if shm.life else -1
         count = sum(lives.reap(shm, i, self.forget_socket) for i in lives.alive_slots(shm) if i != mine and not lives.is_alive(shm.fd, i))
@@ -298,13 +300,13 @@ class Domain:
         return count
 
     def sweep(self) -> None:
-        """Look after everything that nobody waits for: the dead, and records of buffers that are gone."""
+        """Clean up after the dead, after closed sync files, and after buffers that are gone, although no process waits for that."""
         self.reap_dead()
         self.sync_directory.tidy()
         self.sweep_hooks()
 
     def pid_of(self, life: int) -> int:
-        """The pid of a life, 0 when it is no longer current."""
+        """Return the pid of a life, 0 if the life has ended."""
         if not self.shm.life_current(life):
             return 0
         return self.shm.load32(lives.slot_offset(lives.index_of(life)) + _native.LIFE_PID)
@@ -312,7 +314,7 @@ class Domain:
     # ---- pools of this life ----
 
     def ctx_open(self, tid: int, real: bool, stamp: int = 0) -> int:
-        """A context of this life: its word."""
+        """Open a context of this life and return its word."""
         shm = self.join()
         with self.lock:
             if not self._free_ctx:
@@ -322,39 +324,43 @@ class Domain:
         return shm.ctx_open(index, tid, real, stamp or shm.add64(_native.OFF_STAMP, 1))
 
     def ctx_close(self, word: int, life: int) -> None:
-        """Give a context back; nothing happens in a forked child."""
+        """Close a context. In a forked child this has no effect."""
         if life and self.shm.life == life:
             self.shm.ctx_close(word)
             self._free_ctx.append(word & 0x7FFFFFFF)
 
     def timeline_open(self, driver: bytes, name: bytes, context: int = 0) -> tuple[int, int]:
-        """(index, context) of a new timeline of this life. ``context``: a number that it shares with others, 0 for one of its own."""
+        """Open a timeline of this life. Return (index, context).
+
+        Args:
+            context: The context number that it shares with other timelines, 0 for a number of its own.
+        """
         shm = self.join()
         with self.lock:
             if not self._free_timelines:
                 first = shm.chunk_claim(_native.CH_TIMELINE) * _native.TIMELINES_PER
                 self._free_timelines = [first + i for i in range(_native.TIMELINES_PER - 1, -1, -1)]
-            # The one that rested longest: its names and errors stay readable for those who still know its fences.
+            # The slot that was closed longest ago. Names and errors of the others stay readable for processes that know their fences.
             index = self._free_timelines.pop()
         context = context or shm.add64(_native.OFF_CONTEXT, 1)
         shm.timeline_open(index, context, driver, name)
         return index, context
 
     def timeline_close(self, index: int, life: int) -> None:
-        """Close a timeline of this process's life, whose slot is used again first; of another life it is nothing."""
+        """Close a timeline of this life. On a timeline of another life this has no effect."""
         if life and self.shm.life == life:
             self.shm.timeline_close(index)
             self._free_timelines.insert(0, index)
 
 
 def known(identity: str) -> Domain | None:
-    """The domain of this id, if this process has it open."""
+    """Return the domain with this id, None if this process doesn't have it open."""
     with _lock:
         return next((domain for domain in _ALL if domain.id == identity), None)
 
 
 def _shm_of(fd: int) -> Shm:
-    """Map the file behind fd, which the Shm's end closes."""
+    """Map the file behind a descriptor, which the Shm closes at its end."""
     try:
         shm = Shm(fd, fail)
     except BaseException:
@@ -375,7 +381,7 @@ def _leave_all() -> None:
         try:
             domain.leave()
         except OSError:
-            pass  # at exit: whoever comes next reaps us
+            pass  # the process ends, and the next process that opens the domain reaps this life
 
 
 def _after_fork() -> None:

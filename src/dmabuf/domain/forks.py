@@ -1,10 +1,10 @@
 """Locks that are free in a forked child, unless the thread that forked holds them.
 
-A fork takes one thread along. A lock that another thread held, the dispatcher's or one of the program's, would never be released in the
-child, and whoever closes an inherited buffer there would wait for ever. What such a lock guards is the parent's, or is looked at anew by
-the child; so there it starts free.
+A forked child has only one thread. A lock that another thread held, such as the dispatcher's, would never be released in the child, and a
+child that closes an inherited buffer would wait for ever. What such a lock guards belongs to the parent, or the child reads it again. So in
+the child the lock starts free.
 
-A raw fork system call runs none of this.
+None of this runs in a process that a raw fork system call made.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _locks: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def fork_lock() -> Any:
-    """A re-entrant lock; see the module."""
+    """Return a re-entrant lock that is free in a forked child, see the module."""
     made = threading.RLock()
     _locks.add(made)
     return made
@@ -27,7 +27,7 @@ def fork_lock() -> Any:
 def _after_fork() -> None:
     for lock in list(_locks):
         if not lock._is_owned():
-            lock._at_fork_reinit()  # what threading does with its own
+            lock._at_fork_reinit()  # as threading does with its own locks
 
 
 os.register_at_fork(after_in_child=_after_fork)

@@ -1,4 +1,4 @@
-"""Who holds a buffer: every process of which /proc lets us see the descriptors and mappings (proc(5))."""
+"""``holders``: the processes that have a buffer open or mapped, as far as /proc shows their descriptors and mappings (proc(5))."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dmabuf.errors import needing_descriptors
 
 
 class Holder(NamedTuple):
-    """A process that holds a buffer. ``fds``: descriptors; ``maps``: mappings."""
+    """A process that has a buffer open or mapped. ``fds``: its descriptors of the buffer; ``maps``: its mappings."""
 
     pid: int
     comm: str
@@ -20,10 +20,7 @@ class Holder(NamedTuple):
 
 
 def holders(wanted: Collection[tuple[int, int]]) -> dict[tuple[int, int], list[Holder]]:
-    """Holders by (st_dev, st_ino), for the inodes in ``wanted``; one walk over /proc, of the processes that we may look into.
-
-    Errors: EMFILE.
-    """
+    """Return the holders of some inodes by (st_dev, st_ino), after one walk over the processes that /proc shows. Errors: EMFILE."""
     found: dict[tuple[int, int], list[Holder]] = {}
     if wanted:
         with needing_descriptors("look up", "holders of buffers in /proc"):
@@ -48,9 +45,9 @@ def _walk(wanted: Collection[tuple[int, int]], found: dict[tuple[int, int], list
                 for key, (fds, maps) in counts.items():
                     found.setdefault(key, []).append(Holder(int(pid), comm, fds, maps))
         except OSError as e:
-            if e.errno in (errno.EMFILE, errno.ENFILE):  # a buffer whose holders were not seen would be taken for one that is gone
+            if e.errno in (errno.EMFILE, errno.ENFILE):  # a buffer whose holders aren't found would be taken for a buffer that is gone
                 raise
-            # else not ours to look into, or gone meanwhile
+            # Otherwise this process may not read them, or the other process has ended.
 
 
 def _fds(process: str) -> list[tuple[int, int]]:

@@ -1,11 +1,12 @@
-"""A process's life in a domain: claimed, kept by a lock, ended by whoever notices.
+"""A life: a process's membership in a domain, which a lock proves, and which another process ends if the process dies.
 
-A life is one slot of the table and one byte of the file that the process holds a write lock on. The lock hangs on a one-page mapping
-that forks don't inherit and whose fd is closed, so the kernel drops it with the process's memory, however that ends: nothing can fake
-or lose it. The slot says ALIVE from the moment after the lock is taken until the moment before a reaper gives it back.
+A life is one process slot and one byte of the file on which the process holds a write lock. The lock belongs to the description behind a
+one-page mapping, which forks don't inherit and whose descriptor is closed. The kernel therefore drops the lock with the process's memory,
+however the process ends, and nothing else can take or lose it. The slot says ALIVE from just after the lock is taken until a reaper has
+finished.
 
-Reaping takes the write lock of the dead life's byte (proof and exclusivity in one, freed if the reaper dies), ends what the dead left,
-each part idempotent, and stores CLEAN last. A newcomer takes only CLEAN slots.
+A reaper takes the write lock of the dead life's byte. That proves the death, keeps other reapers out, and is freed if the reaper dies. Then
+it ends everything that the dead process left, in idempotent steps, and stores CLEAN last. A new process claims only CLEAN slots.
 """
 
 from __future__ import annotations
@@ -22,26 +23,29 @@ from dmabuf._native import Shm
 from dmabuf.domain.place import LIFE_BYTE, comm, ofd_lock, ofd_locked, reopen
 from dmabuf.errors import fail
 
-# A fork between "a description is open" and "it is closed" would give the child a share in the lock: forks wait for these moments.
+# A fork while the description of a lock is open would give the child a share in the lock. Forks wait until it is closed.
 FORK_GUARD = threading.RLock()
 
 _LIFE_ID_GEN = 0xFFFFF
 
 
 def slot_offset(index: int) -> int:
+    """Return the offset of a process slot in the file."""
     return _native.OFF_LIVES + index * _native.LIFE_BYTES
 
 
 def life_id(index: int, gen: int) -> int:
+    """Return the id of the life with this slot and generation."""
     return (gen & _LIFE_ID_GEN) << 11 | index
 
 
 def index_of(life: int) -> int:
+    """Return the slot of a life."""
     return life & (_native.LIVES - 1)
 
 
 def start_time(pid: int) -> int:
-    """Clock ticks after boot at which a process started, 0 when there is none (proc(5), stat field 22)."""
+    """Return the start time of a process in clock ticks after boot, 0 if there is no such process (proc(5), stat field 22)."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as f:
             return int(f.read().rpartition(b")")[2].split()[19])
@@ -50,18 +54,23 @@ def start_time(pid: int) -> int:
 
 
 def alive_slots(shm: Shm) -> list[int]:
-    """Indices of the slots that say ALIVE, whoever holds their bytes."""
+    """Return the slots that say ALIVE, whether or not their bytes are locked."""
     high = min(shm.load32(_native.OFF_LIFE_HIGH), _native.LIVES)
     return [i for i in range(high) if shm.load32(slot_offset(i) + _native.LIFE_STATE) == _native.LIFE_ALIVE]
 
 
 def is_alive(fd: int, index: int) -> bool:
-    """Is the life's byte locked? fd: any description of the domain's file but the life's own."""
+    """Return True if the process that owns this slot is alive.
+
+    Args:
+        fd: Any description of the domain's file, except the life's own.
+        index: The slot.
+    """
     return ofd_locked(fd, LIFE_BYTE + index)
 
 
 class Life:
-    """This process's life in one domain file: claimed at once, ended by :meth:`leave` or by death."""
+    """This process's life in one domain file. It begins at once, and ends with `leave` or with the process."""
 
     def __init__(self, shm: Shm) -> None:
         self.shm = shm
@@ -84,9 +93,9 @@ class Life:
                 break
             else:
                 raise fail(
-                    errno.ENOSPC, "join", "the domain", f"it has room for {_native.LIVES} processes: use a second domain (DMABUF_DOMAIN)"
+                    errno.ENOSPC, "join", "the domain", "use a second domain (DMABUF_DOMAIN)", what=f"it has {_native.LIVES} processes"
                 )
-            _native.step("life_locked")  # a locked byte of a CLEAN slot: free again when we die
+            _native.step("life_locked")  # a locked byte of a CLEAN slot: the kernel frees it if this process dies
             page = _native.hold_page(own)
         finally:
             os.close(own)
@@ -102,7 +111,7 @@ class Life:
         for word in (_native.LIFE_CHUNK, _native.LIFE_BELL, _native.LIFE_SERVED):
             shm.store32(at + word, 0)
         shm.store32(at + _native.LIFE_STATE, _native.LIFE_ALIVE)
-        _native.step("life_alive")  # ALIVE with nothing: the reaper has nothing to end
+        _native.step("life_alive")  # ALIVE without a chunk: the reaper has nothing to end
         while (high := shm.load32(_native.OFF_LIFE_HIGH)) <= index:
             shm.cas32(_native.OFF_LIFE_HIGH, high, index + 1)
         self.index, self.id = index, life_id(index, gen)
@@ -114,13 +123,13 @@ class Life:
             shm.store32(at + _native.LIFE_STATE, _native.LIFE_CLEAN)
             _native.drop_page(page)
             raise
-        _native.step("life_chunk")  # the chunk names us as owner: the reaper returns it
+        _native.step("life_chunk")  # the chunk names this life as its owner: the reaper returns it
         shm.store32(at + _native.LIFE_CHUNK, chunk + 1)
         self.chunk = chunk
         return page
 
     def leave(self) -> None:
-        """End this life in order: what it still owns ends as if it had died. Does nothing in a forked child."""
+        """End this life. What it still owns ends as if the process had died. In a forked child this has no effect."""
         if self.shm.life != self.id:
             return
         with FORK_GUARD:
@@ -130,7 +139,13 @@ class Life:
 
 
 def reap(shm: Shm, index: int, ended: Callable[[int], None]) -> bool:
-    """End a dead life if nobody else is doing so; False when it lives or is being reaped. ``ended``: removes what it left outside."""
+    """End a dead life. Return False if it is alive or another process reaps it.
+
+    Args:
+        shm: The domain.
+        index: The life's slot.
+        ended: Called with the life's id, to remove what it left outside of the file.
+    """
     with FORK_GUARD:
         own = _spare(shm.fd)
         try:
@@ -139,20 +154,20 @@ def reap(shm: Shm, index: int, ended: Callable[[int], None]) -> bool:
             _native.step("reap_locked")
             at = slot_offset(index)
             if shm.load32(at + _native.LIFE_STATE) != _native.LIFE_ALIVE:
-                return False  # another reaper was here before us
+                return False  # another reaper was faster
             life = life_id(index, shm.load32(at + _native.LIFE_GEN))
-            ended(life)  # before CLEAN: a reaper that dies in the middle is followed by another
+            ended(life)  # before CLEAN is stored: if this reaper dies, the next one does it again
             _native.step("reap_outside")
             _end(shm, index, life)
             return True
         finally:
-            ofd_lock(own, fcntl.F_UNLCK, LIFE_BYTE + index)  # not just closed: a raw fork may have shared the description
+            ofd_lock(own, fcntl.F_UNLCK, LIFE_BYTE + index)  # closing would not be enough, as a raw fork may share the description
             if own != shm.fd:
                 os.close(own)
 
 
 def _spare(fd: int) -> int:
-    """A description to hold a reaper's lock: one of its own, or, with no descriptor left, the domain's."""
+    """Return a description for a reaper's lock: its own, or the domain's if no descriptor is left."""
     try:
         return reopen(fd)
     except OSError as e:
@@ -162,7 +177,7 @@ def _spare(fd: int) -> int:
 
 
 def _end(shm: Shm, index: int, life: int) -> None:
-    """Everything of a life ends; a death between any two lines leaves it for the next reaper to do again."""
+    """End everything of a life. If this process dies between two lines, the next reaper does all of it again."""
     at = slot_offset(index)
     shm.store32(at + _native.LIFE_SERVED, 0)
     chunks = shm.chunks_of(life)

@@ -1,25 +1,27 @@
-"""The descriptors of sync files: how they are recognised, and how they ring whoever is left.
+"""The descriptors of sync files: what they are, how a process recognizes one, and what makes them readable.
 
-A sync file's descriptor is a listening socket, unix(7), bound in the domain's directory: a connection that waits in its queue makes it
-readable, for good, in every process that holds it, and nothing else does (it is never writable and never hung up, as the kernel's
-sync_file). So anybody of the domain can ring it, the maker may be dead, and ``getsockname`` tells whoever received the bare descriptor
-which sync file it is. A socket that nobody holds any more refuses connections, which is how its last holder's end is seen.
+A sync file's descriptor is a listening socket (unix(7)) bound in the domain's directory. A connection that waits in its queue makes the
+descriptor readable in every process that has it, for good, and nothing else does. Like the kernel's sync_file it is never writable and
+never hung up. Any process of the domain can therefore make it readable, even if its maker is dead, and ``getsockname`` tells a process that
+received the bare descriptor which sync file it is. A socket that no process has open refuses connections, which shows that the last
+descriptor is closed.
 
 In the directory a sync file has up to three names:
 
 ====================  =====================================================================================
 ``STEM.sock``         the socket
-``STEM.HANDLE``       its record (:class:`SyncFileRecord`); the fence of this handle is the one that is being waited for
-``STEM.done``         its record with the results: all fences have ended
+``STEM.HANDLE``       its record (`SyncFileRecord`); the sync file waits for the fence with this handle
+``STEM.done``         its record with the results: all fences are signaled
 ====================  =====================================================================================
 
-One pending fence at a time is waited for, as the kernel does with chains: its slot has the mark "sync", and who ends it (its owner, or
-who reaps the owner) finds ``*.HANDLE``, marks the next pending fence and renames, or rings. The mark is cleared last, so a death in
-the middle leaves the duty to the next reaper, who looks at every name. ``STEM.sock`` is made first and removed last.
+A sync file waits for one pending fence at a time, as the kernel does with chains. The fence's slot has the mark "sync". The process that
+signals the fence (its owner, or the reaper of the owner) finds ``*.HANDLE``. It marks the next pending fence and renames the record, or
+makes the descriptor readable. It clears the mark last, so if it dies in the middle, the next reaper, which checks every name, does the
+rest. ``STEM.sock`` is made first and removed last.
 
-In a private domain, which has no directory, the socket has an abstract name and the record travel with the sync file alone; there the
-living who have the ``SyncFile`` ring. Abstract names are open to every user of the machine: one who connects makes such a descriptor
-readable early (``wait`` and ``status`` look at the fences and are not deceived).
+A private domain has no directory. There the socket has an abstract name, the record travels with the sync file, and a living process that
+has the ``SyncFile`` makes it readable. Every user of the machine can connect to an abstract name and so make such a descriptor readable
+early. ``wait`` and ``status`` check the fences and are not deceived.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ _MAGIC: Final = b"dmabufS\1"  # the last byte is the version
 
 
 class Leaf(NamedTuple):
-    """A fence that a sync file waits for. ``status``: 0 unless it is known to have ended."""
+    """A fence of a sync file. ``status``: 0 unless the fence is known to be signaled."""
 
     handle: int
     context: int
@@ -59,62 +61,65 @@ class Leaf(NamedTuple):
 
 
 class SyncFileRecord(NamedTuple):
-    """What a sync file is, in every process."""
+    """What every process knows of a sync file: its name and its fences."""
 
     name: bytes
     leaves: tuple[Leaf, ...]
 
     def pack(self) -> bytes:
+        """Return the record as bytes."""
         head = _HEAD.pack(_MAGIC, self.name[: NAME_BYTES - 1], len(self.leaves))
         return head + b"".join(_LEAF.pack(*leaf) for leaf in self.leaves)
 
     @classmethod
     def unpack(cls, data: bytes) -> SyncFileRecord:
-        """Errors: EUCLEAN what is no record."""
+        """Return the record in some bytes. Errors: EUCLEAN they are not a record."""
         if len(data) < _HEAD.size or not data.startswith(_MAGIC):
-            raise _nonsense(f"{len(data)} bytes that do not begin like one")
+            raise _nonsense(f"{len(data)} bytes that don't begin like a record")
         _, name, count = _HEAD.unpack_from(data)
         if not 1 <= count <= MAX_LEAVES or len(data) != _HEAD.size + count * _LEAF.size:
-            raise _nonsense(f"{len(data)} bytes that count {count} fences")
+            raise _nonsense(f"{len(data)} bytes for {count} fences")
         leaves = (Leaf(*found[:6], *(text.rstrip(b"\0") for text in found[6:])) for found in _LEAF.iter_unpack(data[_HEAD.size :]))
         return cls(name.rstrip(b"\0"), tuple(leaves))
 
     @property
     def ended(self) -> bool:
-        """Are the results of all fences known?"""
+        """Whether the results of all fences are known."""
         return all(leaf.status for leaf in self.leaves)
 
 
 def _nonsense(what: str) -> OSError:
-    return fail(errno.EUCLEAN, "look up", "a sync file", "the domain's directory was changed from outside", what=f"its record is {what}")
+    remedy = "make a new one; another program wrote into the domain's directory"
+    return fail(errno.EUCLEAN, "look up", "a sync file", remedy, what=f"its record has {what}")
 
 
 def with_results(shm: Shm, record: SyncFileRecord) -> SyncFileRecord:
-    """The record with what every ended fence ended with."""
+    """Return the record with the result of every fence that is signaled."""
 
-    def look(leaf: Leaf) -> Leaf:
+    def result(leaf: Leaf) -> Leaf:
         fence = None if leaf.status else _native.Fence(shm, leaf.handle, False, leaf.context, leaf.seqno, leaf.timeline)
         if fence is None or not fence.is_signaled():
             return leaf
-        return leaf._replace(status=fence.status, timestamp=fence.timestamp)
+        return Leaf(leaf.handle, leaf.context, leaf.seqno, leaf.timeline, fence.status, fence.timestamp, leaf.driver, leaf.name)
 
-    return SyncFileRecord(record.name, tuple(map(look, record.leaves)))
+    return SyncFileRecord(record.name, tuple(map(result, record.leaves)))
 
 
 # ---- the socket ----
 
 
 def new_stem(identity: str) -> str:
+    """Return a new stem for the names of a sync file of this domain."""
     return f"{PREFIX}{identity}-{secrets.token_hex(8)}"
 
 
 def stem_of(fd: int) -> tuple[str, bool] | None:
-    """(stem, in a private domain?) of a sync file's descriptor; None for anything else. Errors: EBADF no open descriptor."""
+    """Return (stem, whether the domain is private) of a sync file's descriptor, None of any other. Errors: EBADF it is not open."""
     if not os.fstat(fd).st_mode & 0o170000 == 0o140000:  # S_IFSOCK
         return None
     own = os.dup(fd)
     try:
-        sock = socket.socket(fileno=own)  # which may raise: then the number is still ours
+        sock = socket.socket(fileno=own)  # if this raises, the descriptor still has to be closed
     except BaseException:
         os.close(own)
         raise
@@ -134,21 +139,21 @@ def stem_of(fd: int) -> tuple[str, bool] | None:
 
 
 def identity_of(stem: str) -> str:
-    """The id of the domain that a sync file belongs to."""
+    """Return the id of the domain that a sync file belongs to."""
     return stem.split("-")[1]
 
 
 def _address(stem: str, directory: int | None) -> str:
-    # Through the directory's descriptor: a path of a socket has 107 bytes at most.
+    # The path goes through the directory's descriptor, because a socket's path has at most 107 bytes.
     return f"\0dmabuf/{stem}.sock" if directory is None else f"/proc/self/fd/{directory}/{stem}.sock"
 
 
 def listen(stem: str, directory: int | None) -> int:
-    """Make the socket; its descriptor belongs to the caller. Errors: EMFILE, ENOSPC, … as the kernel's, in our words."""
+    """Make the socket and return its descriptor, which the caller owns. Errors: EMFILE, ENOSPC, … of the system."""
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC) as sock:
             sock.bind(_address(stem, directory))
-            _native.step("sync_bound")  # a socket file without a socket when we die: whoever tidies removes it
+            _native.step("sync_bound")  # if this process dies here, the name of a socket is left that refuses: tidy() removes it
             sock.listen(0)
             return sock.detach()
     except OSError as e:
@@ -156,16 +161,16 @@ def listen(stem: str, directory: int | None) -> int:
 
 
 def make_readable(stem: str, directory: int | None) -> bool:
-    """Make it readable; False when nobody holds it any more."""
-    return _knock(stem, directory, socket.SOCK_STREAM)
+    """Make the descriptor readable. Return False if no process has it open."""
+    return _connect(stem, directory, socket.SOCK_STREAM)
 
 
 def is_open(stem: str, directory: int | None) -> bool:
-    """Does anybody hold the descriptor, in flight too? Rings nothing: a socket of another type is refused as one of that type."""
-    return _knock(stem, directory, socket.SOCK_DGRAM)
+    """Return True if a process has the descriptor open, or it is in flight. A socket of another type is refused, so this wakes nobody."""
+    return _connect(stem, directory, socket.SOCK_DGRAM)
 
 
-def _knock(stem: str, directory: int | None, kind: int) -> bool:
+def _connect(stem: str, directory: int | None, kind: int) -> bool:
     with socket.socket(socket.AF_UNIX, kind | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC) as sock:
         answer = sock.connect_ex(_address(stem, directory))
     if answer in (0, errno.EAGAIN, errno.EPROTOTYPE):  # EAGAIN: a connection is waiting already
@@ -179,14 +184,14 @@ def _knock(stem: str, directory: int | None, kind: int) -> bool:
 
 
 def register(shm: Shm, stem: str, directory: int, record: SyncFileRecord) -> None:
-    """Enter a sync file whose socket is there, and see to it that it will be rung, or ring it."""
+    """Enter a sync file whose socket exists, and mark its first pending fence, or make the descriptor readable at once."""
     temporary = f"{stem}.new{secrets.token_hex(4)}"
     first = next((leaf.handle for leaf in record.leaves if not leaf.status), 0)
     _write(temporary, directory, record)
-    _native.step("sync_written")  # record under no name that counts: removed with the socket
+    _native.step("sync_written")  # a record without a name that counts: removed with the socket
     name = f"{stem}.{first:016x}" if first else f"{stem}.done"
     os.rename(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)
-    _native.step("sync_registered")  # nobody has the descriptor yet: removed with the socket
+    _native.step("sync_registered")  # no other process has the descriptor yet: removed with the socket
     if first:
         advance(shm, name, directory)
     else:
@@ -212,27 +217,33 @@ def _read(name: str, directory: int) -> SyncFileRecord:
 
 
 def advance(shm: Shm, name: str, directory: int) -> None:
-    """Wait for the next pending fence of a sync file, or ring it. ``name``: ``STEM.HANDLE``. Any process, any number at once."""
+    """Mark the next pending fence of a sync file, or make the descriptor readable. Any number of processes may do so at once.
+
+    Args:
+        shm: The domain.
+        name: ``STEM.HANDLE``.
+        directory: The descriptor of the domain's directory.
+    """
     stem, _, waited = name.rpartition(".")
     try:
         record = _read(name, directory)
         while pending := next((leaf.handle for leaf in record.leaves if not leaf.status and shm.fence_pending(leaf.handle)), 0):
             shm.fence_mark(pending, "sync", 1)
-            _native.step("sync_marked")  # the mark alone rings nothing; the name still says the one before
+            _native.step("sync_marked")  # the mark alone has no effect, and the name still says the fence before
             if f"{pending:016x}" != waited:
                 waited = f"{pending:016x}"
                 os.rename(name, f"{stem}.{waited}", src_dir_fd=directory, dst_dir_fd=directory)
                 name = f"{stem}.{waited}"
-                _native.step("sync_moved")  # it may have ended between mark and name: we look again, or our reaper does
+                _native.step("sync_moved")  # the fence may have been signaled in between: this process, or its reaper, checks again
             if shm.fence_mark(pending, "sync", 1):
                 return
         _finish(shm, stem, name, directory, record)
     except FileNotFoundError:
-        pass  # somebody else moved it on, or nobody holds it any more
+        pass  # another process advanced it, or no process has it open
     except OSError as e:
         if e.errno != errno.EUCLEAN:
             raise
-        make_readable(stem, directory)  # nonsense: whoever waits shall look
+        make_readable(stem, directory)  # the record makes no sense: waiters check the fences
         with contextlib.suppress(FileNotFoundError):
             os.unlink(name, dir_fd=directory)
 
@@ -241,7 +252,7 @@ def _finish(shm: Shm, stem: str, name: str, directory: int, record: SyncFileReco
     temporary = f"{stem}.new{secrets.token_hex(4)}"
     _write(temporary, directory, with_results(shm, record))
     os.rename(temporary, f"{stem}.done", src_dir_fd=directory, dst_dir_fd=directory)
-    _native.step("sync_done")  # the results are known, the name that waits is still there: done again
+    _native.step("sync_done")  # both the results and the name that waits are there: done again
     if make_readable(stem, directory):
         _native.step("sync_rung")
         os.unlink(name, dir_fd=directory)
@@ -251,8 +262,8 @@ def _finish(shm: Shm, stem: str, name: str, directory: int, record: SyncFileReco
 
 
 def find(stem: str, directory: int) -> SyncFileRecord | None:
-    """The record of a sync file; None when its domain began anew since."""
-    for _ in range(100):  # it may be moved on while we look; each time one fence more has ended
+    """Return the record of a sync file, None if all processes have left its domain since."""
+    for _ in range(100):  # it may be advanced meanwhile, each time because one more fence is signaled
         for name in _names(directory, f"{stem}."):
             kind = name.rpartition(".")[2]
             if kind != "sock" and not kind.startswith("new"):
@@ -264,12 +275,12 @@ def find(stem: str, directory: int) -> SyncFileRecord | None:
 
 
 def waiting_for(handle: int, directory: int) -> list[str]:
-    """The names that wait for a fence."""
+    """Return the names that wait for a fence."""
     return [name for name in _names(directory, PREFIX) if name.endswith(f".{handle:016x}")]
 
 
 def waiting(directory: int, stem: str = PREFIX) -> list[str]:
-    """The names that wait for any fence; ``stem``: of one sync file."""
+    """Return the names that wait for any fence. With ``stem``, only those of one sync file."""
     return [name for name in _names(directory, stem) if len(name.rpartition(".")[2]) == 16]
 
 
@@ -278,7 +289,7 @@ def _names(directory: int, prefix: str) -> Iterator[str]:
 
 
 def remove(stem: str, directory: int) -> None:
-    """Remove the names of a sync file that nobody holds; the socket's last."""
+    """Remove the names of a sync file that no process has open, the socket's last."""
     found = [name for name in _names(directory, f"{stem}.") if not name.endswith(".sock")]
     for name in [*found, f"{stem}.sock"]:
         with contextlib.suppress(FileNotFoundError):
@@ -290,7 +301,7 @@ def _stems(directory: int) -> Iterable[str]:
 
 
 def tidy(directory: int) -> int:
-    """Remove what nobody holds; how many sync files are left."""
+    """Remove the sync files that no process has open. Return how many are left."""
     left = 0
     for stem in _stems(directory):
         if is_open(stem, directory):
@@ -301,7 +312,7 @@ def tidy(directory: int) -> int:
 
 
 def make_all_readable(directory: int) -> None:
-    """Ring and remove every sync file: nobody lives in the domain, so every fence has ended."""
+    """Make every sync file readable and remove it. No process lives in the domain, so every fence is signaled."""
     for stem in _stems(directory):
         with contextlib.suppress(OSError):
             make_readable(stem, directory)

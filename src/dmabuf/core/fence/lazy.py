@@ -149,13 +149,13 @@ class CustomFence(LazyFence):
                         fence._earliest = earliest
                         fence.ops.set_deadline(fence, earliest)
 
-            dispatcher(self.domain).hurry(self.handle, heard)
+            dispatcher(self.domain).watch_deadline(self.handle, heard)
 
     def __del__(self) -> None:
         super().__del__()
         if self.owned:
             if self.flags & FF_HASTY and (local := DISPATCHER.peek(self.domain)) is not None:
-                local.hurry(self.handle, None)
+                local.watch_deadline(self.handle, None)
             try:
                 self.ops.release(self)
             except Exception as e:  # a finalizer has no caller to raise to
