@@ -68,58 +68,67 @@ static PyObject *fence_info(Shm *s, PyObject *arg) {
 /* ---- marks
  *
  * The slot of another process's fence may be used again between any two lines. A mark is for its generation, or does no harm in another.
- * Each of these returns whether the fence is pending.
  */
 
-/* Wake this process's dispatcher when the fence is signaled. */
-static int mark_watched(Shm *s, uint64_t h, db_fence *f) {
+/* The slot of a fence that is to be marked, NULL: it is past. */
+static db_fence *fence_to_mark(Shm *s, uint64_t h, int *pending) {
+  db_fence *f;
+  *pending = fence_pending(s, h, &f);
+  if (f) STEP(fence_marking);
+  return f;
+}
+
+static PyObject *fence_share(Shm *s, PyObject *arg) {
+  uint64_t h;
+  if (arg_u64(arg, &h)) return NULL;
+  int pending;
+  db_fence *f = fence_to_mark(s, h, &pending);
+  return PyBool_FromLong(f && fence_flag(h, f, FW_SHARED) && pending);
+}
+
+static PyObject *fence_watch(Shm *s, PyObject *arg) {
+  uint64_t h;
+  if (arg_u64(arg, &h)) return NULL;
+  int pending;
+  db_fence *f = fence_to_mark(s, h, &pending);
+  if (!f) Py_RETURN_FALSE;
   if (fence_owner(s, h) != my_life(s)) fence_flag(h, f, FW_SHARED);
   atomic_fetch_or(&f->wake_mask, 1ull << (LIFE_INDEX(my_life(s)) & 63)); /* in another generation: woken once for nothing */
-  return fence_pending(s, h, NULL); /* after the bit: the signaler sees the bit, or this process sees that it is signaled */
+  return PyBool_FromLong(fence_pending(s, h, NULL)); /* after the bit: the signaler sees the bit, or this process that it is signaled */
 }
 
-/* A sync file waits for it. */
-static int mark_sync(Shm *s, uint64_t h, db_fence *f) {
+static PyObject *fence_watch_sync(Shm *s, PyObject *arg) {
+  uint64_t h;
+  if (arg_u64(arg, &h)) return NULL;
+  int pending;
+  db_fence *f = fence_to_mark(s, h, &pending);
+  if (!f) Py_RETURN_FALSE;
   fence_flag(h, f, FW_SYNC); /* in the same word: the signaler sees the bit, or this process sees that it is signaled */
-  return fence_pending(s, h, NULL);
+  return PyBool_FromLong(fence_pending(s, h, NULL));
 }
 
-static void mark_deadline(Shm *s, uint64_t h, db_fence *f, uint64_t ns) {
+static PyObject *fence_set_error(Shm *s, PyObject *args) {
+  unsigned long long h;
+  int error, pending;
+  if (!PyArg_ParseTuple(args, "Ki", &h, &error)) return NULL;
+  db_fence *f = fence_to_mark(s, h, &pending);
+  if (f) atomic_store(&f->error, error);
+  return PyBool_FromLong(pending);
+}
+
+static PyObject *fence_set_deadline(Shm *s, PyObject *args) {
+  unsigned long long h, ns;
+  if (!PyArg_ParseTuple(args, "KK", &h, &ns)) return NULL;
+  int pending, earlier;
+  db_fence *f = fence_to_mark(s, h, &pending);
+  if (!f) Py_RETURN_FALSE;
   uint32_t owner = fence_owner(s, h);
   uint64_t old = atomic_load(&f->deadline);
-  int earlier;
   /* The first deadline can only meet this generation. A later one could meet another, if that had the same deadline to the nanosecond. */
   while ((earlier = fence_pending(s, h, NULL) && (old == STAMP_NONE(H_GEN(h)) || (!(old >> 63) && ns < old))) &&
          !atomic_compare_exchange_weak(&f->deadline, &old, ns)) {}
   if (earlier && (atomic_load(&f->flags) & FF_WATCH_DEADLINE) && owner != my_life(s) && life_current(s, owner))
     fence_wake_dispatcher(life_slot(s, owner), h); /* a hint, which is lost if this process dies here */
-}
-
-static PyObject *fence_mark(Shm *s, PyObject *args) {
-  unsigned long long h;
-  const char *what;
-  long long v;
-  if (!PyArg_ParseTuple(args, "KsL", &h, &what, &v)) return NULL;
-  db_fence *f;
-  int pending = fence_pending(s, h, &f);
-  if (!f) Py_RETURN_FALSE;
-  STEP(fence_marking);
-  if (!strcmp(what, "granted"))
-    atomic_fetch_or(&f->flags, FF_GRANTED);
-  else if (!strcmp(what, "error"))
-    atomic_store(&f->error, (int32_t)v);
-  else if (!strcmp(what, "shared"))
-    pending = fence_flag(h, f, FW_SHARED) && pending;
-  else if (!strcmp(what, "sync"))
-    pending = mark_sync(s, h, f);
-  else if (!strcmp(what, "bell"))
-    pending = mark_watched(s, h, f);
-  else if (!strcmp(what, "deadline"))
-    mark_deadline(s, h, f, (uint64_t)v);
-  else {
-    PyErr_SetString(PyExc_ValueError, "fence_mark: no such mark");
-    return NULL;
-  }
   return PyBool_FromLong(pending);
 }
 
@@ -172,7 +181,14 @@ PyMethodDef fence_methods[] = {
     {"fence_pending", (PyCFunction)py_fence_pending, METH_O,
      "fence_pending($self, handle, /)\n--\n\nReturn True if the fence is pending, False if it is signaled or past."},
     METHOD(fence_info, METH_O, "($self, handle, /)", "Return what the fence's slot says, None for a past generation."),
-    METHOD(fence_mark, METH_VARARGS, "($self, handle, what, value, /)", "Mark a fence. Return whether it is pending."),
+    METHOD(fence_share, METH_O, "($self, handle, /)", "Note that others than the owner may know a fence. Return whether it is pending."),
+    METHOD(fence_watch, METH_O, "($self, handle, /)",
+           "Let the signaler wake this process's dispatcher, or call on_local() in this process. Return whether the fence is pending."),
+    METHOD(fence_watch_sync, METH_O, "($self, handle, /)", "Let the signaler call on_sync(). Return whether the fence is pending."),
+    METHOD(fence_set_error, METH_VARARGS, "($self, handle, error, /)",
+           "Set the error with which the owner will signal a fence. Return whether it is pending."),
+    METHOD(fence_set_deadline, METH_VARARGS, "($self, handle, ns, /)",
+           "Set the deadline of a fence, if it has none or a later one. Return whether it is pending."),
     METHOD(fence_shared, METH_O, "($self, handle, /)",
            "Return True if others than the owner may know the fence: it was listed, sent, waited for or watched elsewhere."),
     METHOD(fence_drop, METH_VARARGS, "($self, handle, error, /)",

@@ -10,7 +10,7 @@ import errno
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import pytest
@@ -140,10 +140,18 @@ def test_who_ends_a_fence_too_late_touches_no_stranger_in_its_slot(owner: Owner,
         assert look(owner.fence) == decided
 
 
-@pytest.mark.parametrize("mark", ["shared", "sync", "bell", "deadline"])
+MARKS: dict[str, Callable[[_native.Shm, int], bool]] = {
+    "shared": lambda shm, handle: shm.fence_share(handle),
+    "sync": lambda shm, handle: shm.fence_watch_sync(handle),
+    "watched": lambda shm, handle: shm.fence_watch(handle),
+    "deadline": lambda shm, handle: shm.fence_set_deadline(handle, 1),
+}
+
+
+@pytest.mark.parametrize("mark", MARKS)
 def test_who_marks_a_fence_too_late_touches_no_stranger_in_its_slot(owner: Owner, mark: str) -> None:
     def late() -> None:
-        marked = shm_here().fence_mark(owner.fence.handle, mark, 1)
+        marked = MARKS[mark](shm_here(), owner.fence.handle)
         assert not marked or mark == "deadline"  # a hint, of which nothing is promised
 
     with Held(late, "fence_marking") as slow:

@@ -71,7 +71,7 @@ class AfterDeath(Scenario):
         with world.bufs[1].resv.locked():
             world.bufs[1].resv.reserve(1)
             shm.resv_add(torn, self.access, Usage.WRITE, 1)
-        shm.fence_mark(self.access, "granted", 1)
+        assert shm.access_grant(self.access, torn, True) == 0
         assert shm.resv_lock(locked, context, 0, False, False, -1) == 0
         self.slot = lives.index_of(self.life)
         ghost.die()

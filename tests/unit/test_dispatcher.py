@@ -57,7 +57,7 @@ def test_a_slot_that_is_used_again_while_it_is_watched_calls_both() -> None:
         with here._lock:  # the thread looks at nothing meanwhile
             here._watched[first] = {0: order.append}
             here._foreign[slot] = first
-        here.shm.fence_mark(first, "bell", 1)
+        here.shm.fence_watch(first)
         ended_without_a_ring(here, first)
         again = next(handle for handle in iter(lambda: _freed(here), None) if handle & _native.SLOT_MASK == slot)
         assert again != first

@@ -62,7 +62,7 @@ def test_a_fence_of_its_owners_alone_is_not(shm: _native.Shm) -> None:
 @pytest.mark.parametrize("handle", GARBAGE)
 def test_no_fence_is_not(shm: _native.Shm, handle: int) -> None:
     assert shm.fence_end_any(handle, 0) is False
-    assert shm.fence_mark(handle, "sync", 1) is False
+    assert shm.fence_watch_sync(handle) is False
 
 
 def test_a_slot_that_was_used_again_is_not(shm: _native.Shm) -> None:
@@ -80,7 +80,7 @@ def test_a_slot_that_was_used_again_is_not(shm: _native.Shm) -> None:
 def test_who_ends_a_marked_fence_rings_and_clears_the_mark_when_it_is_done(shm: _native.Shm, answer: bool) -> None:
     seen = rung(shm, answer)
     handle = fence(shm)
-    assert shm.fence_mark(handle, "sync", 1) is True
+    assert shm.fence_watch_sync(handle) is True
     shm.fence_signal(handle, 0, False)
     assert seen == [handle]
     assert marked(shm, handle) is not answer
@@ -96,14 +96,14 @@ def test_an_unmarked_fence_rings_nothing(shm: _native.Shm) -> None:
 def test_a_mark_after_the_end_is_told_so(shm: _native.Shm) -> None:
     handle = fence(shm)
     shm.fence_signal(handle, 0, False)
-    assert shm.fence_mark(handle, "sync", 1) is False
+    assert shm.fence_watch_sync(handle) is False
     shm.fence_signal(handle, 0, True)
 
 
 @pytest.mark.parametrize("ended", [True, False], ids=["ended", "pending"])
 def test_the_reaper_rings_what_is_marked(shm: _native.Shm, ended: bool) -> None:
     handle = fence(shm)
-    shm.fence_mark(handle, "sync", 1)
+    shm.fence_watch_sync(handle)
     if ended:
         rung(shm, False)
         shm.fence_signal(handle, 0, False)
@@ -122,7 +122,7 @@ def test_a_ring_that_raises_is_reported_and_leaves_the_mark(shm: _native.Shm, mo
 
     shm.on_sync = on_sync
     handle = fence(shm)
-    shm.fence_mark(handle, "sync", 1)
+    shm.fence_watch_sync(handle)
     shm.fence_signal(handle, 0, False)
     # Tried once more: what raised may have been a signal's handler.
     assert (told, shm.fence_pending(handle), marked(shm, handle)) == ([KeyError, KeyError], False, True)

@@ -70,7 +70,7 @@ class Dispatcher:
                     except RuntimeError:
                         self.unwatch(handle, token)
                         raise
-        if self.shm.fence_mark(handle, "bell", 1):
+        if self.shm.fence_watch(handle):
             if idle:
                 self._wake()  # while it watches nothing it sleeps without a limit, and else it checks at every tick
             return token

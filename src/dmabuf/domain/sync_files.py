@@ -228,14 +228,14 @@ def advance(shm: Shm, name: str, directory: int) -> None:
     try:
         record = _read(name, directory)
         while pending := next((leaf.handle for leaf in record.leaves if not leaf.status and shm.fence_pending(leaf.handle)), 0):
-            shm.fence_mark(pending, "sync", 1)
+            shm.fence_watch_sync(pending)
             _native.step("sync_marked")  # the mark alone has no effect, and the name still says the fence before
             if f"{pending:016x}" != waited:
                 waited = f"{pending:016x}"
                 os.rename(name, f"{stem}.{waited}", src_dir_fd=directory, dst_dir_fd=directory)
                 name = f"{stem}.{waited}"
                 _native.step("sync_moved")  # the fence may have been signaled in between: this process, or its reaper, checks again
-            if shm.fence_mark(pending, "sync", 1):
+            if shm.fence_watch_sync(pending):
                 return
         _finish(shm, stem, name, directory, record)
     except FileNotFoundError:

@@ -133,7 +133,7 @@ def send(sock: socket.socket, *things: Sent) -> None:
         for fd in opened:
             os.close(fd)
     for fence in fences:
-        fence.shm.fence_mark(fence.handle, "shared", 1)  # to drop it unsignalled now hurts somebody
+        fence.shm.fence_share(fence.handle)  # to drop it unsignalled now hurts somebody
 
 
 def recv(sock: socket.socket) -> list[Any]:

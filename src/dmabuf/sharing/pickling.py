@@ -59,7 +59,7 @@ def _reduce_fence(fence: DmaFence) -> tuple[Callable[..., Any], tuple[Any, ...]]
     if structure is not None:
         return unpack, (fence.domain, structure)
     fence.publish()
-    fence.shm.fence_mark(fence.handle, "shared", 1)  # to drop it unsignalled from now on hurts somebody
+    fence.shm.fence_share(fence.handle)  # to drop it unsignalled from now on hurts somebody
     return _make_fence, (fence.domain, fence.handle, (fence.context, fence.seqno, fence.timeline_index))
 
 

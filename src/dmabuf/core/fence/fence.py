@@ -138,7 +138,7 @@ class DmaFence(Fence):
             return
         if not -MAX_ERRNO <= error < 0:
             contract_warning(f"set_error: {self!r}: {error} is not a negative errno; pass -errno.EIO or the like", 2)
-        self.shm.fence_mark(self.handle, "error", error)
+        self.shm.fence_set_error(self.handle, error)
 
     def signal_timestamp(self, timestamp: int, error: int = 0) -> None:
         """Signal the fence with the time at which its work was done (spec 3.4).
@@ -276,7 +276,7 @@ class DmaFence(Fence):
         if ns < 0:
             raise fail(errno.EINVAL, "set_deadline", self, "pass CLOCK_MONOTONIC ns", what=f"the time {ns} is negative")
         if not self.is_signaled():
-            self.shm.fence_mark(self.handle, "deadline", max(ns, 1))
+            self.shm.fence_set_deadline(self.handle, max(ns, 1))
 
     @property
     def deadline(self) -> int | None:

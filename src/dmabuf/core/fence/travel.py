@@ -73,7 +73,7 @@ def _packed(fence: DmaFence) -> Iterator[bytes]:
             yield from _packed(point.fence)
     else:
         fence.publish()
-        fence.shm.fence_mark(fence.handle, "shared", 1)  # from now on a drop of the pending fence is an error to others
+        fence.shm.fence_share(fence.handle)  # from now on a drop of the pending fence is an error to others
         yield _RECORD.pack(_LEAF, 0, 0, fence.timeline_index, fence.handle, fence.context, fence.seqno, 0)
 
 

@@ -209,7 +209,7 @@ class TimelineSemaphore(SharedObject):
         leaves = []
         for leaf in leaves_of(fence):
             leaf.publish()
-            leaf.shm.fence_mark(leaf.handle, "shared", 1)
+            leaf.shm.fence_share(leaf.handle)
             leaves.append(Leaf(leaf.handle, leaf.context, leaf.seqno, leaf.timeline_index))
         self._change("import_fence", lambda state: added(state, point, leaves))
 

@@ -237,7 +237,7 @@ class SwSync(SharedObject):
                 self.domain.shm.fence_end_any(fence.handle, 0)
                 return SyncFile(fence)
             for handle, at in self._entries():
-                if at == value and self.domain.shm.fence_mark(handle, "shared", 1):  # else its owner is dropping it now
+                if at == value and self.domain.shm.fence_share(handle):  # else its owner is dropping it now
                     found = wrap(self.domain, handle, (self.context, value, 0))
                     if not flagged(found):
                         return SyncFile(found)

@@ -228,7 +228,7 @@ class SyncFile(Closing):
             if leaf.shm is not self._domain.shm:
                 remedy = "make or receive a new one"
                 raise fail(errno.EPERM, operation, self, remedy, what="its fences are from before a fork, and their domain is gone")
-            leaf.shm.fence_mark(leaf.handle, "shared", 1)
+            leaf.shm.fence_share(leaf.handle)
 
     def record(self) -> SyncFileRecord:
         """Return what goes along with the descriptor to its receiver."""
