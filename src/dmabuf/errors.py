@@ -42,7 +42,7 @@
 ``operation: object: what (ERRNO); remedy``. An errno without a class of its own gives a plain ``DmaBufError``. The number, the
 message and the parts of the message survive pickling, so an error means the same in the process that asked.
 
-Source: errno numbers and severities from spec 0.2; the builtin twins from PEP 3151.
+Source: errno numbers and severities from semantics 0.2; the builtin twins from PEP 3151.
 """
 
 from __future__ import annotations

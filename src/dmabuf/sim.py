@@ -1,4 +1,4 @@
-"""``dmabuf.sim``: a software DMA engine: an asynchronous device that copies, fills and checksums (spec 4.11).
+"""``dmabuf.sim``: a software DMA engine: an asynchronous device that copies, fills and checksums (semantics 4.11).
 
     with dmabuf.sim.Engine("dma0") as engine:
         queue = engine.queue(timeout=1.0)

@@ -1,4 +1,4 @@
-"""Attachments: the mapping matrix, waits, failures that leave nothing, the lock table (spec 2.8–2.14, 2.19)."""
+"""Attachments: the mapping matrix, waits, failures that leave nothing, the lock table (semantics 2.8–2.14, 2.19)."""
 
 import errno
 import os

@@ -1,4 +1,4 @@
-"""Devices in another process: the mapping matrix, what the device sees, and failures that leave nothing (spec 2.8–2.14)."""
+"""Devices in another process: the mapping matrix, what the device sees, and failures that leave nothing (semantics 2.8–2.14)."""
 
 import errno
 from typing import Any

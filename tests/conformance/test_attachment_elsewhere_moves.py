@@ -1,4 +1,4 @@
-"""Devices in another process: moves, deaths, and forks (spec 2.14, 2.18)."""
+"""Devices in another process: moves, deaths, and forks (semantics 2.14, 2.18)."""
 
 import errno
 import os

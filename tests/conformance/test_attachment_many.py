@@ -1,4 +1,4 @@
-"""Attaching a hundred thousand times leaves nothing behind: no memory, descriptor, mapping, or slot of the domain (spec 8, F50)."""
+"""Attaching a hundred thousand times leaves nothing behind: no memory, descriptor, mapping, or slot of the domain (semantics 8, F50)."""
 
 import gc
 import os
@@ -89,7 +89,7 @@ def test_attaching_a_hundred_thousand_times_leaves_nothing(buf: DmaBuf, dev: Dev
 
 @pytest.fixture(params=["plain", "static", "dynamic", "dynamic, cached", "move notify"])
 def kind(request: pytest.FixtureRequest, buf: DmaBuf) -> Iterator[tuple[DmaBuf, Importer | None]]:
-    """A buffer and an importer for each line of the mapping matrix (spec 2.13a)."""
+    """A buffer and an importer for each line of the mapping matrix (semantics 2.13a)."""
     if request.param == "plain":
         yield buf, None
         return

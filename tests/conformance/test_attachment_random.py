@@ -1,4 +1,4 @@
-"""Random attaching, mapping, pinning and failing against a model of the mapping matrix (spec 2.8–2.13a)."""
+"""Random attaching, mapping, pinning and failing against a model of the mapping matrix (semantics 2.8–2.13a)."""
 
 import errno
 import os

@@ -1,4 +1,4 @@
-"""begin_cpu_access, end_cpu_access and SYNC (spec 2.15, 2.16, 5.3): who waits for what, and what is refused."""
+"""begin_cpu_access, end_cpu_access and SYNC (semantics 2.15, 2.16, 5.3): who waits for what, and what is refused."""
 
 import errno
 import os
@@ -25,7 +25,7 @@ WRITES = {Direction.TO_DEVICE, Direction.BIDIRECTIONAL}
 
 
 def waits(direction: Direction, usage: Usage) -> bool:
-    """Spec 2.15: a write waits for all up to READ, everything else up to WRITE."""
+    """Semantics 2.15: a write waits for all up to READ, everything else up to WRITE."""
     return usage <= (Usage.READ if direction in WRITES else Usage.WRITE)
 
 

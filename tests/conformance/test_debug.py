@@ -1,4 +1,4 @@
-"""The debug layer: hidden pages, brackets, made-up deadlocks, signalling sections (spec 6.7, 6.8, 3.11)."""
+"""The debug layer: hidden pages, brackets, made-up deadlocks, signalling sections (semantics 6.7, 6.8, 3.11)."""
 
 import asyncio
 import errno

@@ -1,4 +1,4 @@
-"""Fences: the kernel's own tests (spec 7.1, by their names), on fences of this process and of another; and the rules of spec 3.4-3.10."""
+"""The kernel's own tests of fences (semantics 7.1, by name), for fences of this process and others, and semantics 3.4-3.10."""
 
 import errno
 import os
@@ -19,7 +19,7 @@ from tests.support.waiting import Background
 LONG = 3600.0
 
 
-# -- spec 7.1, by name
+# -- semantics 7.1, by name
 
 
 def test_sanitycheck(line: Here) -> None:

@@ -1,4 +1,4 @@
-"""Chains: the kernel's own tests (spec 7.2, by their names) and the rules of spec 3.16."""
+"""Chains: the kernel's own tests (semantics 7.2, by their names) and the rules of semantics 3.16."""
 
 import contextlib
 import errno
@@ -30,7 +30,7 @@ class Chain:
         self.tail = self.points[-1]
 
 
-# -- spec 7.2, by name
+# -- semantics 7.2, by name
 
 
 def test_sanitycheck(line: Here) -> None:

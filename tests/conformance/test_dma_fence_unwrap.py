@@ -1,4 +1,4 @@
-"""Taking containers apart and merging fences: the kernel's own tests (spec 7.3, by their names) and the rules of spec 3.17."""
+"""Taking containers apart and merging fences: the kernel's own tests (semantics 7.3, by their names) and the rules of semantics 3.17."""
 
 import errno
 from collections.abc import Iterator
@@ -38,7 +38,7 @@ def done(*lines: Timeline) -> None:
         line.close()
 
 
-# -- spec 7.3, by name
+# -- semantics 7.3, by name
 
 
 def test_sanitycheck(pair: tuple[DmaFence, DmaFence]) -> None:
@@ -82,7 +82,7 @@ def test_unwrap_merge_seqno(contexts: list[list[DmaFence]]) -> None:
 
 
 def test_unwrap_merge_order(pair: tuple[DmaFence, DmaFence]) -> None:
-    """Linux 6.13 and later yield both once whatever their order; 6.8 drops duplicates only from inputs ordered by context (spec 3.17)."""
+    """Linux 6.13 and later yield both once in any order; 6.8 drops duplicates only from inputs ordered by context (semantics 3.17)."""
     f1, f2 = pair
     array = DmaFenceArray([f1, f2])
     chain = DmaFenceChain(f1, f2, 1)  # unwrapped newest first: f2, f1
@@ -361,7 +361,7 @@ def test_first_and_next_of_an_array(tl: Timeline) -> None:
 
 
 def test_stub() -> None:
-    """By the kernel's name (spec 7.1): 64 stubs, each signalled."""
+    """By the kernel's name (semantics 7.1): 64 stubs, each signalled."""
     stubs = [dmabuf.stub_fence() for _ in range(64)]
     assert all(stub.is_signaled() and stub is stubs[0] for stub in stubs)
     assert (stubs[0].context, stubs[0].seqno, stubs[0].describe()) == (0, 0, "stub stub seq 0 signalled\n")

@@ -1,4 +1,4 @@
-"""Waiting for fences in one process, deadlines, and the end of fences that nobody signals (spec 3.2, 3.9, 3.12)."""
+"""Waiting for fences in one process, deadlines, and the end of fences that nobody signals (semantics 3.2, 3.9, 3.12)."""
 
 import asyncio
 import ctypes

@@ -1,4 +1,4 @@
-"""Reservation objects in one process: the kernel's own tests (spec 7.4) and the rules of spec 4.1, 4.6, 4.7."""
+"""Reservation objects in one process: the kernel's own tests (semantics 7.4) and the rules of semantics 4.1, 4.6, 4.7."""
 
 import errno
 import math
@@ -16,7 +16,7 @@ from tests.support.waiting import Background
 LONG = 3600.0
 
 
-# -- spec 7.4, by name, for each usage
+# -- semantics 7.4, by name, for each usage
 
 
 @USAGES
@@ -236,7 +236,7 @@ def test_describe_is_the_text_of_the_kernel(resv: DmaResv) -> None:
     fences[Usage.WRITE].signal()
     with resv.locked():
         text = resv.describe()
-    # Spec 3.14 and 4.7; BOOKKEEP is not shown.
+    # Semantics 3.14 and 4.7; BOOKKEEP is not shown.
     assert text == (
         "\tkernel fence:dmabuf mover seq 1 unsignalled\n"
         "\twrite fence:dmabuf camera seq 1 signalled\n"

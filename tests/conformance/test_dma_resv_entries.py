@@ -1,4 +1,4 @@
-"""Entries of a reservation object: adding, reserving, replacing (spec 4.3-4.5)."""
+"""Entries of a reservation object: adding, reserving, replacing (semantics 4.3-4.5)."""
 
 import errno
 
@@ -184,7 +184,7 @@ def test_reserving_nothing_reserves_nothing(resv: DmaResv, tl: Timeline, usage: 
 
 @pytest.mark.parametrize(("seqno64", "kept"), [(False, 1), (True, 2)], ids=["32 bits wrap", "64 bits don't"])
 def test_later_is_by_the_width_of_the_timelines_numbers(resv: DmaResv, seqno64: bool, kept: int) -> None:
-    """1 comes after 0xFFFFFFFF where numbers have 32 bits (spec 3.10), and replaces it."""
+    """1 comes after 0xFFFFFFFF where numbers have 32 bits (semantics 3.10), and replaces it."""
     line = Timeline("wraps", seqno64=seqno64)
     before, after = line.fence(seqno=0xFFFFFFFF), line.fence(seqno=1)
     attach(resv, before, Usage.WRITE)

@@ -61,7 +61,7 @@ def adds_what_it_found(parent: Parent, usage: Usage) -> None:
     parent.recv()
 
 
-# -- spec 7.4, by name: the fences are another process's, which adds them
+# -- semantics 7.4, by name: the fences are another process's, which adds them
 
 
 def adds_one_by_one(parent: Parent) -> None:

@@ -1,4 +1,4 @@
-"""Sync files out of buffers and into them: IGT's dmabuf_sync_file by its names (spec 7.7), in one process and across two.
+"""Sync files out of buffers and into them: IGT's dmabuf_sync_file by its names (semantics 7.7), in one process and across two.
 
 One process has the timelines and moves them on, one has the fences put on the buffer and takes sync files out of it; both look at it.
 """

@@ -1,4 +1,4 @@
-"""export and what it checks, and the exporter's ops behind CPU access (spec 2.1–2.6, 2.15, 2.16)."""
+"""export and what it checks, and the exporter's ops behind CPU access (semantics 2.1–2.6, 2.15, 2.16)."""
 
 import errno
 import os

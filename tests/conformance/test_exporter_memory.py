@@ -1,4 +1,4 @@
-"""What an exporter's mmap and vmap give, and what they may not (spec 2.17, 2.18)."""
+"""What an exporter's mmap and vmap give, and what they may not (semantics 2.17, 2.18)."""
 
 import errno
 from typing import Any

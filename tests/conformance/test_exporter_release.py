@@ -1,4 +1,4 @@
-"""The one release of an exporter's buffer, and what keeps it away; owners and reservation objects (spec 2.1-2.6)."""
+"""The one release of an exporter's buffer, and what keeps it away; owners and reservation objects (semantics 2.1-2.6)."""
 
 import errno
 import gc

@@ -1,4 +1,4 @@
-"""One test for each row of the kernel's history of dma-buf.h (spec 8), in the words of its acceptance test.
+"""One test for each row of the kernel's history of dma-buf.h (semantics 8), in the words of its acceptance test.
 
 A row is named by its test, ``test_F11_…``; ``NOT_YET`` names the rows that need what is not built, and why. ``docs/features.md`` is made of
 both by ``tools/features.py``. Rows F35 and later are in test_features_dynamic.py; the rows S of what that history doesn't show are in

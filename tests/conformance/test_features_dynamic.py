@@ -1,4 +1,4 @@
-"""Rows F35 and later of the history of dma-buf.h (spec 8), which begin with memory that may move; see test_features.py."""
+"""Rows F35 and later of the history of dma-buf.h (semantics 8), which begin with memory that may move; see test_features.py."""
 
 import errno
 import os

@@ -1,4 +1,4 @@
-"""One test for each feature that the history of dma-buf.h does not show (spec 8b), in the words of its acceptance test.
+"""One test for each feature that the history of dma-buf.h does not show (semantics 8b), in the words of its acceptance test.
 
 Rows are named as in test_features.py; those of what other modules test at length have their test there, or here in short.
 """

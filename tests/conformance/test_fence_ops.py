@@ -1,4 +1,4 @@
-"""Custom fences: when their operations are called, the two notions of "signalled", waits of their own (spec 3.1, 3.6-3.9, 3.12)."""
+"""Custom fences: when their operations are called, the two notions of "signalled", waits of their own (semantics 3.1, 3.6-3.9, 3.12)."""
 
 import asyncio
 import errno
@@ -228,7 +228,7 @@ def test_a_reservation_object_asks(buf: dmabuf.DmaBuf, tl: Timeline, look: str) 
     assert fence.is_signaled()
 
 
-# -- wait (3.9; spec 7.1 by name: its mock fences wait with -ETIME)
+# -- wait (3.9; semantics 7.1 by name: its mock fences wait with -ETIME)
 
 
 @pytest.mark.parametrize(

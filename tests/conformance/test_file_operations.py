@@ -1,4 +1,4 @@
-"""What the fd of a dma-buf does, through our API: lseek, mmap and the name, by the kernel's answers (spec 5.2, 5.4, 2.17)."""
+"""What the fd of a dma-buf does, through our API: lseek, mmap and the name, by the kernel's answers (semantics 5.2, 5.4, 2.17)."""
 
 import errno
 import os

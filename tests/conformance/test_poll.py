@@ -1,4 +1,4 @@
-"""Polling a buffer (spec 5.6): what is ready, waiting for it, and the pollable fd and awaitables made from it.
+"""Polling a buffer (semantics 5.6): what is ready, waiting for it, and the pollable fd and awaitables made from it.
 
 What the kernels were asked is in tests/conformance/cases.
 """

@@ -1,4 +1,4 @@
-"""What a poll leaves behind: a slot for each direction, and a reference until its fence ends (spec 5.6, appendix A)."""
+"""What a poll leaves behind: a slot for each direction, and a reference until its fence ends (semantics 5.6, appendix A)."""
 
 import errno
 import gc

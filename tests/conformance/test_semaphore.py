@@ -1,4 +1,4 @@
-"""Timeline semaphores: points, and how they are set, moved and asked for (spec 5.14)."""
+"""Timeline semaphores: points, and how they are set, moved and asked for (semantics 5.14)."""
 
 import errno
 import math

@@ -1,4 +1,4 @@
-"""Timeline semaphores across processes, deaths and threads (spec 5.14)."""
+"""Timeline semaphores across processes, deaths and threads (semantics 5.14)."""
 
 import gc
 import math

@@ -1,4 +1,4 @@
-"""Waiting for the points of timeline semaphores that may not be there yet, and being told of them (spec 5.14)."""
+"""Waiting for the points of timeline semaphores that may not be there yet, and being told of them (semantics 5.14)."""
 
 import asyncio
 import errno

@@ -1,4 +1,4 @@
-"""Software timelines: what they count, and what ends when; expected values are the kernel's (spec 5.11)."""
+"""Software timelines: what they count, and what ends when; expected values are the kernel's (semantics 5.11)."""
 
 import errno
 import fcntl

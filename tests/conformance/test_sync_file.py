@@ -1,4 +1,4 @@
-"""A sync file: one fence, or several, as a descriptor; expected values are the kernel's (spec 5.5, 5.10)."""
+"""A sync file: one fence, or several, as a descriptor; expected values are the kernel's (semantics 5.5, 5.10)."""
 
 import errno
 import gc

@@ -1,4 +1,4 @@
-"""Sync files that go into a buffer and come out of it; expected values are the kernel's (spec 5.10)."""
+"""Sync files that go into a buffer and come out of it; expected values are the kernel's (semantics 5.10)."""
 
 import errno
 import os

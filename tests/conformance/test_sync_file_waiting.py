@@ -1,4 +1,4 @@
-"""The descriptor of a sync file, polled and waited for in every way (spec 5.5)."""
+"""The descriptor of a sync file, polled and waited for in every way (semantics 5.5)."""
 
 import asyncio
 import errno

@@ -57,7 +57,7 @@ class Buffer:
     slots: dict[int, Fence] = field(default_factory=dict)
 
     def add(self, fence: Fence, usage: int) -> None:
-        """Spec 4.4."""
+        """Semantics 4.4."""
         for at, (old, used) in enumerate(self.entries):
             later = old.timeline == fence.timeline and used >= usage and (old is fence or fence.value > old.value)
             if later or old.status:
@@ -66,7 +66,7 @@ class Buffer:
         self.entries.append((fence, usage))
 
     def poll(self) -> int:
-        """Spec 5.6: a direction that was found busy waits for the fence that it was found with."""
+        """Semantics 5.6: a direction that was found busy waits for the fence that it was found with."""
         found = 0
         for event, usage in ((select.POLLIN, 1), (select.POLLOUT, 2)):
             if event in self.slots and not self.slots[event].status:

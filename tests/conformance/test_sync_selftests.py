@@ -1,4 +1,4 @@
-"""The kernel's selftests of sync_file and sw_sync by their names, written anew (spec 7.5), on timelines of one process and of several.
+"""The kernel's selftests of sync_file and sw_sync by their names, written anew (semantics 7.5), on timelines of one process and of several.
 
 The stresses are short here and as long as the kernel's in ``make test-long``.
 """

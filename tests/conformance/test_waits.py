@@ -141,7 +141,7 @@ def test_a_wait_whose_time_is_over_says_so(child: Spawn, buf: DmaBuf, name: str)
             row.call(made, SHORT)
     else:
         assert row.call(made, SHORT) == row.over
-    # An enabled container watches its members until they end, and a direction that was polled its fence (spec 5.6).
+    # An enabled container watches its members until they end, and a direction that was polled its fence (semantics 5.6).
     if name not in ("array.wait", "chain.wait", "merge.wait", "poll"):
         left_nothing(made, still_in_the_way(made))
     other.send("go")

@@ -1,4 +1,4 @@
-"""The lock of reservations, between threads: wait-die, its errnos, and the misuse it names (spec 4.8, 4.10)."""
+"""The lock of reservations, between threads: wait-die, its errnos, and the misuse it names (semantics 4.8, 4.10)."""
 
 import errno
 import os

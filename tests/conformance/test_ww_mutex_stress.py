@@ -1,4 +1,4 @@
-"""The kernel's own tests of the ww_mutex (spec 7.6), bounded by rounds: between threads, and between processes.
+"""The kernel's own tests of the ww_mutex (semantics 7.6), bounded by rounds: between threads, and between processes.
 
 Every one is written once, against locks that the workers are given: reservation objects for threads, buffers for processes, which find
 the same lock in the buffer's reservation object.

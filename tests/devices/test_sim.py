@@ -120,7 +120,7 @@ def test_queues_of_an_engine_run_side_by_side(engine: sim.Engine, buf: DmaBuf, o
     assert not stuck.done
 
 
-# ---- implicit synchronisation (spec 4.11) ----
+# ---- implicit synchronisation (semantics 4.11) ----
 
 WAITS = [
     ("checksum", True, KERNEL), ("checksum", True, WRITE), ("fill", True, KERNEL), ("fill", True, WRITE), ("fill", True, READ),

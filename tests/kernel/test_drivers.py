@@ -39,7 +39,7 @@ def test_a_node_is_found_by_its_driver(node: DrmNode) -> None:
 
 def test_a_dumb_buffer_has_lines_and_a_size(node: DrmNode) -> None:
     with node.create_dumb(100, 10, 24) as dumb:
-        # Spec 5.12: pitch = ceil(width * bpp / 8), size = pitch * height rounded up to pages.
+        # Semantics 5.12: pitch = ceil(width * bpp / 8), size = pitch * height rounded up to pages.
         assert (dumb.pitch, dumb.size) == (300, 4096)
         with dumb.export() as buf:
             assert (buf.home, buf.exp_name, buf.size) == ("imported", "drm", 4096)

@@ -1,4 +1,4 @@
-"""The rows S03, S04 and S14 to S16 of the features: what only a real kernel has, by its own lists of tests (spec 7.5, 7.7)."""
+"""The rows S03, S04 and S14 to S16 of the features: what only a real kernel has, by its own lists of tests (semantics 7.5, 7.7)."""
 
 import errno
 import fcntl

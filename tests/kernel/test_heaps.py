@@ -1,4 +1,4 @@
-"""What the kernel's heaps and drivers refuse, argument by argument (spec 5.8, 5.9, 5.12, 5.13).
+"""What the kernel's heaps and drivers refuse, argument by argument (semantics 5.8, 5.9, 5.12, 5.13).
 
 Beside the rows of test_features_kernel.py.
 """

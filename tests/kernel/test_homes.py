@@ -1,4 +1,4 @@
-"""The kernel's own dma-bufs as buffers: identity, names, memory, brackets (spec 5.2–5.9; design: one object)."""
+"""The kernel's own dma-bufs as buffers: identity, names, memory, brackets (semantics 5.2–5.9; design: one object)."""
 
 import asyncio
 import errno

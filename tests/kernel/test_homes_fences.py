@@ -1,4 +1,4 @@
-"""The kernel's own dma-bufs as buffers: the kernel's fences and the domain's (spec 5.2–5.9; design: one object)."""
+"""The kernel's own dma-bufs as buffers: the kernel's fences and the domain's (semantics 5.2–5.9; design: one object)."""
 
 import errno
 import os

@@ -1,4 +1,4 @@
-"""The kernel's own dma-bufs as buffers: other processes, and the end (spec 5.2–5.9; design: one object)."""
+"""The kernel's own dma-bufs as buffers: other processes, and the end (semantics 5.2–5.9; design: one object)."""
 
 import ctypes
 import errno

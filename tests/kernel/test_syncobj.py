@@ -1,4 +1,4 @@
-"""Sync objects on a driver that has them: virtio_gpu's, for which QEMU has a device (spec 5.14)."""
+"""Sync objects on a driver that has them: virtio_gpu's, for which QEMU has a device (semantics 5.14)."""
 
 import errno
 import math

@@ -1,4 +1,4 @@
-"""Fences, containers and reservation objects in plain Python: what the framework promises, from spec 3 and 4, without any of its code.
+"""Fences, containers and reservation objects in plain Python: what the framework promises, from semantics 3 and 4, without any of its code.
 
 A status is 0 (pending), 1 (signalled) or a negative errno. Timelines signal in order, as the kernel's contract wants. A container's error
 may depend on which of several members another process was told of first, so a container says which endings it may have.
@@ -132,7 +132,7 @@ Any_ = Fence | Array | Chain
 
 
 class Resv:
-    """A reservation object: the slots of spec 4.4."""
+    """A reservation object: the slots of semantics 4.4."""
 
     def __init__(self) -> None:
         self.slots: list[tuple[Fence, int]] = []

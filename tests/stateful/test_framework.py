@@ -471,7 +471,7 @@ class Framework(RuleBasedStateMachine):
             for event, usage in ((select.POLLIN, WRITE), (select.POLLOUT, READ)):
                 pending = {fence for fence, _ in resv.pending(usage)}
                 polled = self.polled.setdefault((buf, event), set())
-                # Once polled, a direction waits for the fence that it found, though that may be gone by now (spec 5.6).
+                # Once polled, a direction waits for the fence that it found, though that may be gone by now (semantics 5.6).
                 if pending or all(fence.done for fence in polled):
                     assert bool(found & event) == (not pending)
                 polled |= pending

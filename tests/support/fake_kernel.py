@@ -1,7 +1,7 @@
 """A kernel with dma-bufs where there is none: memfds that the package takes for the kernel's own.
 
 It stands in at the places where the package calls the system (``dmabuf.uapi.call.system`` and its like), and knows what the scenarios of
-the home tests need: heap, udmabuf, SYNC with the checks of spec 5.3, names, sync files. It has no fences: polls are always ready.
+the home tests need: heap, udmabuf, SYNC with the checks of semantics 5.3, names, sync files. It has no fences: polls are always ready.
 What it proves is the logic above; that the real kernel answers so is proven in tests/kernel.
 """
 

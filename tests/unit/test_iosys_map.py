@@ -1,4 +1,4 @@
-"""IosysMap does what the kernel's does (spec 1.11), and answers where the kernel would fault."""
+"""IosysMap does what the kernel's does (semantics 1.11), and answers where the kernel would fault."""
 
 from __future__ import annotations
 

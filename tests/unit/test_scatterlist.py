@@ -1,4 +1,4 @@
-"""SgTable: how pages become entries, and that the two sides are kept apart (spec 1.7)."""
+"""SgTable: how pages become entries, and that the two sides are kept apart (semantics 1.7)."""
 
 import errno
 import re

@@ -232,7 +232,7 @@ def test_fences_of_a_sync_file_are_asked_for_with_room_for_all(monkeypatch: pyte
     assert (info.name, info.status, len(info.fences)) == (b"both", 1, 2)
 
 
-# ---- fdinfo, spec 5.7 ----
+# ---- fdinfo, semantics 5.7 ----
 
 FDINFO = b"pos:\t0\nflags:\t02000002\nmnt_id:\t15\nino:\t7\nsize:\t4096\ncount:\t2\nexp_name:\tudmabuf\n"
 

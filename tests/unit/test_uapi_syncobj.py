@@ -17,7 +17,7 @@ from tests.support.errnos import raises_errno
 
 
 class Server:
-    """Sync objects of spec 5.14, as far as these calls go: a point is signalled, has a fence, or not yet."""
+    """Sync objects of semantics 5.14, as far as these calls go: a point is signalled, has a fence, or not yet."""
 
     def __init__(self) -> None:
         self.objects: dict[int, dict[int, bool]] = {}  # handle: {point: signalled}

@@ -12,7 +12,7 @@ from dmabuf.uapi import layout, structures, table
 from dmabuf.uapi.layout import Ioctl, Layout
 from tests.support.errnos import raises_errno
 
-# Spec 5.1, "Number table"; V4L2 from the Linux UAPI documentation of each ioctl.
+# Semantics 5.1, "Number table"; V4L2 from the Linux UAPI documentation of each ioctl.
 VALUES = {
     "DMA_BUF_IOCTL_SYNC": 0x40086200,
     "DMA_BUF_SET_NAME": 0x40086201,

@@ -1,4 +1,4 @@
-"""What exporters and importers promise each other: ``Exporter``, ``Importer``, and what each is handed (spec 1.5, 1.6, 2.20).
+"""What exporters and importers promise each other: ``Exporter``, ``Importer``, and what each is handed (semantics 1.5, 1.6, 2.20).
 
 An exporter owns memory and answers for it: it is the kernel's ``dma_buf_ops`` and its private pointer in one object, which the framework
 never writes to. It says what it can do by what it overrides. ``map``, ``unmap`` and ``release`` are mandatory; an exporter with ``pin`` and

@@ -1,4 +1,4 @@
-"""Submission: where a job meets the reservation objects of its buffers (spec 4.11). Used by every device of ours.
+"""Submission: where a job meets the reservation objects of its buffers (semantics 4.11). Used by every device of ours.
 
 Under the locks of all reservation objects at once, so that jobs of all processes have one order: what is in the way is collected, then the
 job's own fence is added. A job that reads a buffer waits for its KERNEL and WRITE fences and adds READ; one that writes also waits for

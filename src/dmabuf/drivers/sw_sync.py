@@ -1,4 +1,4 @@
-"""``SwSyncTimeline``: the kernel's software timeline, for tests of what waits for the kernel's fences (spec 5.11).
+"""``SwSyncTimeline``: the kernel's software timeline, for tests of what waits for the kernel's fences (semantics 5.11).
 
 It needs a kernel with CONFIG_SW_SYNC and the right to use debugfs. A library's own is ``dmabuf.Timeline``.
 """

@@ -1,4 +1,4 @@
-"""``Syncobj``: a container of the kernel's fences on a DRM node, binary or a timeline of points (spec 5.14).
+"""``Syncobj``: a container of the kernel's fences on a DRM node, binary or a timeline of points (semantics 5.14).
 
 Point 0 is the binary use. A sync_file goes in and out as a descriptor. A handle belongs to the node's descriptor, which a fork shares: in a
 forked child, closing and garbage collection leave it to the parent.

@@ -1,4 +1,4 @@
-"""The kernel's dma-heaps: ``dma_heap:<name>`` is ``/dev/dma_heap/<name>`` (spec 5.8).
+"""The kernel's dma-heaps: ``dma_heap:<name>`` is ``/dev/dma_heap/<name>`` (semantics 5.8).
 
 For buffers that go to a driver. Zeroed, whole pages. ``system`` takes pages wherever they are, a CMA heap (``reserved``,
 ``default_cma_region``, …) one contiguous range. The kernel itself refuses no size that is merely too large: it kills. So a request is

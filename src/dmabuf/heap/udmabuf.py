@@ -1,4 +1,4 @@
-"""The udmabuf heap: memfds of ours that the kernel makes real dma-bufs of (``/dev/udmabuf``; spec 5.9).
+"""The udmabuf heap: memfds of ours that the kernel makes real dma-bufs of (``/dev/udmabuf``; semantics 5.9).
 
 For buffers that go to a driver. Memory as in the memfd heap: zeroed, whole pages, promised, accounted to this cgroup. The kernel pins the
 pages, and limits the size of a buffer and the number of its ranges by parameters of its module; root can raise them.

@@ -1,7 +1,8 @@
 """How an ioctl is called: restarted where the kernel asks for it, and with an owner for the descriptor that it may give.
 
 *Restarts.* EINTR is restarted after Python's signal handlers have run; a handler that raises ends the call. EAGAIN is restarted where the
-kernel means "again" (dma-buf's SYNC, all of DRM; spec 5.3), and not where it means "nothing there" (V4L2's DQBUF on a non-blocking fd).
+kernel means "again" (dma-buf's SYNC, all of DRM; semantics 5.3), and not where it means "nothing there" (V4L2's DQBUF on a non-blocking
+fd).
 
 *Descriptors.* An ioctl that makes a descriptor hands back an ``OwnedFd``, which closes it with its last reference unless it was given on.
 Between the system call and the owner there is no Python code, so no signal handler that raises can come in between.
@@ -103,7 +104,7 @@ def obtain(fd: int, ioctl: Ioctl[T], value: T, field: str, *, restart: bool = Tr
 
 
 def obtain_result(fd: int, number: int, argument: bytearray, *, restart: bool = True) -> OwnedFd:
-    """Call it with a buffer; the ioctl's own result is the new descriptor (spec 5.9). Errors: as :func:`perform`."""
+    """Call it with a buffer; the ioctl's own result is the new descriptor (semantics 5.9). Errors: as :func:`perform`."""
     _descriptor(fd)
     tried = 0
     while True:

@@ -1,4 +1,4 @@
-"""The ioctls of a dma-buf's descriptor, and what its fdinfo says (spec 5.2–5.7). ``of``: what the message of an error names."""
+"""The ioctls of a dma-buf's descriptor, and what its fdinfo says (semantics 5.2–5.7). ``of``: what the message of an error names."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _NO_SYNC_FILE = {errno.ENOTTY: "it needs Linux 6.0 or newer, with CONFIG_SYNC_FI
 
 
 def sync(fd: int, flags: int, *, interruptible: bool = False, of: object = None) -> None:
-    """DMA_BUF_IOCTL_SYNC: START waits for the kernel's fences, END for nothing (spec 5.3).
+    """DMA_BUF_IOCTL_SYNC: START waits for the kernel's fences, END for nothing (semantics 5.3).
 
     EINTR and EAGAIN are restarted, EINTR not if ``interruptible``.
 
@@ -32,7 +32,7 @@ def sync(fd: int, flags: int, *, interruptible: bool = False, of: object = None)
 
 
 def set_name(fd: int, name: bytes, *, of: object = None) -> None:
-    """DMA_BUF_SET_NAME (spec 5.4). Errors: EINVAL more than 31 bytes, or a NUL in it, which would cut it; ENOMEM."""
+    """DMA_BUF_SET_NAME (semantics 5.4). Errors: EINVAL more than 31 bytes, or a NUL in it, which would cut it; ENOMEM."""
     try:
         if b"\0" in name or len(name) >= NAME_BYTES:
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
@@ -42,7 +42,7 @@ def set_name(fd: int, name: bytes, *, of: object = None) -> None:
 
 
 def export_sync_file(fd: int, flags: int, *, of: object = None) -> OwnedFd:
-    """A sync_file of the fences that a reader (READ) or writer (WRITE, RW) would wait for now (spec 5.5).
+    """A sync_file of the fences that a reader (READ) or writer (WRITE, RW) would wait for now (semantics 5.5).
 
     Errors: EINVAL flags 0 or beyond RW; ENOTTY the kernel has none; EMFILE; ENOMEM.
     """
@@ -53,7 +53,7 @@ def export_sync_file(fd: int, flags: int, *, of: object = None) -> OwnedFd:
 
 
 def import_sync_file(fd: int, flags: int, sync_file: int, *, of: object = None) -> None:
-    """Add a sync_file's fences, as a writer's with WRITE, else as a reader's (spec 5.5).
+    """Add a sync_file's fences, as a writer's with WRITE, else as a reader's (semantics 5.5).
 
     Errors: EINVAL flags 0 or beyond RW, or no sync_file; ENOTTY the kernel has none; ENOMEM.
     """
@@ -82,7 +82,7 @@ def fdinfo(fd: int, *, process: str = "self") -> FdInfo:
 
 
 def parse_fdinfo(text: bytes) -> FdInfo:
-    """From the kernel's text (spec 5.7). The name comes last and may hold any byte, a line feed too. Errors: EINVAL."""
+    """From the kernel's text (semantics 5.7). The name comes last and may hold any byte, a line feed too. Errors: EINVAL."""
     head, separator, rest = text.partition(b"\nexp_name:\t")
     fields = dict(line.split(b":\t", 1) for line in head.split(b"\n") if b":\t" in line)
     exp_name, _, tail = rest.partition(b"\n")

@@ -1,4 +1,4 @@
-"""DRM: dumb buffers, PRIME, and vgem's fences (spec 5.12, 5.13). ``node``: a descriptor of /dev/dri/card* or renderD*."""
+"""DRM: dumb buffers, PRIME, and vgem's fences (semantics 5.12, 5.13). ``node``: a descriptor of /dev/dri/card* or renderD*."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The devices that make dma-bufs: ``/dev/dma_heap/<name>`` and ``/dev/udmabuf`` (spec 5.8, 5.9)."""
+"""The devices that make dma-bufs: ``/dev/dma_heap/<name>`` and ``/dev/udmabuf`` (semantics 5.8, 5.9)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The structures of the ioctls, as NamedTuples with the kernel's field names (spec 5.1); their bytes are in ``table``.
+"""The structures of the ioctls, as NamedTuples with the kernel's field names (semantics 5.1); their bytes are in ``table``.
 
 ``count`` and ``index`` are methods of every tuple: those fields are called ``how_many`` and ``which``.
 """

@@ -1,4 +1,4 @@
-"""The kernel's software timeline for tests: ``sync/sw_sync`` in debugfs (spec 5.11)."""
+"""The kernel's software timeline for tests: ``sync/sw_sync`` in debugfs (semantics 5.11)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ioctls of a sync_file: one fence, or several merged, as a descriptor (spec 5.10)."""
+"""The ioctls of a sync_file: one fence, or several merged, as a descriptor (semantics 5.10)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DRM sync objects, binary and timeline (spec 5.14). ``node``: a descriptor of a DRM node whose driver has them."""
+"""DRM sync objects, binary and timeline (semantics 5.14). ``node``: a descriptor of a DRM node whose driver has them."""
 
 from __future__ import annotations
 

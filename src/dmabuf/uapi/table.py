@@ -1,4 +1,4 @@
-"""Every ioctl that the library makes or serves: name, direction, letter, number, structure (spec 5.1). Numbers are computed from these."""
+"""Every ioctl that the library makes or serves: name, direction, letter, number, structure (semantics 5.1); its value is computed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _U32 = Layout(s.Pointer, "I")
 # ---- dma-buf ----
 
 DMA_BUF_SYNC: Final = Ioctl("DMA_BUF_IOCTL_SYNC", W, "b", 0, Layout(s.Sync, "Q"))
-# The argument is a pointer to the name; A and B differ by the pointer's size in the number and do the same (spec 5.4).
+# The argument is a pointer to the name; A and B differ by the pointer's size in the number and do the same (semantics 5.4).
 DMA_BUF_SET_NAME: Final = Ioctl("DMA_BUF_SET_NAME", W, "b", 1, _POINTER)
 DMA_BUF_SET_NAME_A: Final = Ioctl("DMA_BUF_SET_NAME_A", W, "b", 1, _POINTER, 4)
 DMA_BUF_SET_NAME_B: Final = Ioctl("DMA_BUF_SET_NAME_B", W, "b", 1, _POINTER, 8)

@@ -1,4 +1,4 @@
-"""A dma-buf as a file (spec 5.2, 5.7): lseek, fdinfo, references, identity."""
+"""A dma-buf as a file (semantics 5.2, 5.7): lseek, fdinfo, references, identity."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""Allocation (spec 5.8): `dmabuf.allocate()`, and what a descriptor's access mode allows."""
+"""Allocation (semantics 5.8): `dmabuf.allocate()`, and what a descriptor's access mode allows."""
 
 import os
 from collections.abc import Callable

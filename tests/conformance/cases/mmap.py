@@ -1,4 +1,4 @@
-"""mmap (spec 2.17, 5.2): `buf.mmap(offset, length)`, always shared."""
+"""mmap (semantics 2.17, 5.2): `buf.mmap(offset, length)`, always shared."""
 
 import os
 import tempfile

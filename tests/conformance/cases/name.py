@@ -1,4 +1,4 @@
-"""DMA_BUF_SET_NAME (spec 5.4): `buf.name`, and where it shows."""
+"""DMA_BUF_SET_NAME (semantics 5.4): `buf.name`, and where it shows."""
 
 import os
 from typing import Any

@@ -1,4 +1,4 @@
-"""poll (spec 5.6): `buf.poll(events)`, `buf.poll_fd(events)`, and the descriptor of a sync file."""
+"""poll (semantics 5.6): `buf.poll(events)`, `buf.poll_fd(events)`, and the descriptor of a sync file."""
 
 import os
 import select
@@ -13,7 +13,7 @@ from tests.support.waiting import Background
 
 IN, OUT = select.POLLIN, select.POLLOUT
 BITS = {"rw": IN | OUT, "in": IN, "out": OUT, "0": 0, "pri": select.POLLPRI, "rdnorm": 0x40, "wrnorm": 0x100, "all": 0x3FF}
-# What IMPORT_SYNC_FILE adds for its flags (spec 5.5).
+# What IMPORT_SYNC_FILE adds for its flags (semantics 5.5).
 USAGES = {"write": Usage.WRITE, "read": Usage.READ, "rw": Usage.WRITE}
 
 

@@ -1,4 +1,4 @@
-"""sw_sync (spec 5.11): `SwSync`."""
+"""sw_sync (semantics 5.11): `SwSync`."""
 
 import re
 import select

@@ -1,4 +1,4 @@
-"""DMA_BUF_IOCTL_SYNC (spec 5.3): `buf.sync(flags)`."""
+"""DMA_BUF_IOCTL_SYNC (semantics 5.3): `buf.sync(flags)`."""
 
 import errno
 import os

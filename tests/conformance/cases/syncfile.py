@@ -1,4 +1,4 @@
-"""sync_file (spec 5.5, 5.10): `SyncFile`, `buf.export_sync_file()`, `buf.import_sync_file()`."""
+"""sync_file (semantics 5.5, 5.10): `SyncFile`, `buf.export_sync_file()`, `buf.import_sync_file()`."""
 
 import os
 import re

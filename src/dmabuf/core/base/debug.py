@@ -1,11 +1,12 @@
-"""The debug layer: what a production kernel compiles out and a developer wants told (spec 3.11, 6.7, 6.8).
+"""The debug layer: what a production kernel compiles out and a developer wants told (semantics 3.11, 6.7, 6.8).
 
 On with ``DMABUF_DEBUG=1`` in the environment when the process starts, or by :func:`debugging`. Then
 
 - a table that an importer gets from ``map`` hides its CPU side: looking at its pages raises ``ContractError``, and the DMA side works.
   The exporter sees it whole again in ``unmap``;
-- an exporter that returns one table for two maps at a time is a ``ContractWarning`` (spec 2.20);
-- a table with DMA addresses or lengths that are no whole pages is reported to the logger ``dmabuf`` at level DEBUG (no error: spec 2.11);
+- an exporter that returns one table for two maps at a time is a ``ContractWarning`` (semantics 2.20);
+- a table with DMA addresses or lengths that are no whole pages is reported to the logger ``dmabuf`` at level DEBUG (no error, see
+  semantics 2.11);
 - a ``vmap`` reports bytes that are read or written through it outside of ``begin_cpu_access`` … ``end_cpu_access`` or an own
   ``read()`` or ``write()`` block: ``ContractWarning`` with the line that made the mapping. The raw memoryview of ``map.vaddr`` and bare
   ``mmap()`` mappings are memory and report nothing; no page protection is played with;
@@ -15,7 +16,7 @@ Two aids have a switch of their own. ``inject_deadlocks`` (``dmabuf.core.resv.ww
 under each context answer EDEADLK without need, so that the back-off of a program runs. ``with dmabuf.signalling():`` marks code on the way
 to a fence's signal, always: taking a reservation lock in it is a ``ContractWarning``, because the lock's holder may wait for this very
 fence; ``read()``, ``write()`` and ``access()`` take the lock too. A trylock is allowed. That slots reserved and not used are forgotten at
-unlock (spec 4.3), and that locks are held where they must be, is checked always and needs no switch.
+unlock (semantics 4.3), and that locks are held where they must be, is checked always and needs no switch.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from dmabuf.errors import fail
 
 
 class Usage(IntEnum):
-    """What a fence on a reservation object stands for; a query at one level sees all lower ones too (spec 4.1).
+    """What a fence on a reservation object stands for; a query at one level sees all lower ones too (semantics 4.1).
 
     Kernel: dma_resv_usage, DMA_RESV_USAGE_KERNEL as KERNEL, DMA_RESV_USAGE_WRITE as WRITE, DMA_RESV_USAGE_READ as READ,
     DMA_RESV_USAGE_BOOKKEEP as BOOKKEEP.

@@ -1,4 +1,4 @@
-"""``DmaFenceArray``: several fences as one (spec 3.15).
+"""``DmaFenceArray``: several fences as one (semantics 3.15).
 
 It is signaled when all its members are, or with ``signal_on_any`` when the first one is. It watches nothing until somebody waits, adds a
 callback or enables signaling. So, as up to Linux 6.12, an array that nobody enabled isn't signaled even when all its members are (from
@@ -92,7 +92,7 @@ class DmaFenceArray(Container):
         return next(iter(self._errors), 0)
 
     def set_deadline(self, ns: int) -> None:
-        """Set the deadline of the array and of every member (spec 3.12).
+        """Set the deadline of the array and of every member (semantics 3.12).
 
         Raises:
             InvalidError: The time is negative (EINVAL).
@@ -112,7 +112,7 @@ def array_as_sent(members: Sequence[DmaFence], signal_on_any: bool, context: int
 
 
 def array_first(head: DmaFence | None) -> DmaFence | None:
-    """Return the first member of an array, any other fence itself, and None for None (spec 3.15).
+    """Return the first member of an array, any other fence itself, and None for None (semantics 3.15).
 
     Kernel: dma_fence_array_first.
     """

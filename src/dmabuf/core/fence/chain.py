@@ -1,4 +1,4 @@
-"""``DmaFenceChain``: a growing timeline as one fence, in which each point is a fence and all points before it (spec 3.16).
+"""``DmaFenceChain``: a growing timeline as one fence, in which each point is a fence and all points before it (semantics 3.16).
 
 A point is signaled when the fence that it contains and all earlier ones are. Numbers have 64 bits and never fall. A point made with a
 number that isn't higher than its predecessor's begins a context of its own, with the predecessor's number.
@@ -127,7 +127,7 @@ class DmaFenceChain(Container):
         return all(contained(point).is_signaled() for point in self)
 
     def set_deadline(self, ns: int) -> None:
-        """Set the deadline of the point and of every pending fence of the chain (spec 3.12).
+        """Set the deadline of the point and of every pending fence of the chain (semantics 3.12).
 
         Raises:
             InvalidError: The time is negative (EINVAL).

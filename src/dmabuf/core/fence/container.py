@@ -1,4 +1,4 @@
-"""``Container``: what the fences that stand for other fences share (spec 3.15, 3.16).
+"""``Container``: what the fences that stand for other fences share (semantics 3.15, 3.16).
 
 A container belongs to the process that made it: callbacks of its members, which run there, signal its slot. A forked child can't signal
 that slot. So it makes a copy of the container over the same members, and asks the copy.
@@ -40,7 +40,7 @@ class Container(LazyFence):
             return self._copied
 
     def enable_signaling(self) -> None:
-        """Ask that the container be signaled when its members are (spec 3.8)."""
+        """Ask that the container be signaled when its members are (semantics 3.8)."""
         copy = self._local_copy()
         super().enable_signaling() if copy is None else copy.enable_signaling()
 
@@ -51,7 +51,7 @@ class Container(LazyFence):
 
     @property
     def status(self) -> int:
-        """0 pending, 1 signaled, or the negative errno that it was signaled with (spec 3.5)."""
+        """0 pending, 1 signaled, or the negative errno that it was signaled with (semantics 3.5)."""
         copy = self._local_copy()
         return super().status if copy is None else copy.status
 
@@ -65,7 +65,7 @@ class Container(LazyFence):
         return super().listen(call) if copy is None else copy.listen(call)
 
     def remove_callback(self, handle: int) -> bool:
-        """Remove a callback. Return False if it has already run (spec 3.7)."""
+        """Remove a callback. Return False if it has already run (semantics 3.7)."""
         if self.owned or self._copied is None:
             return super().remove_callback(handle)
         return self._copied.remove_callback(handle)

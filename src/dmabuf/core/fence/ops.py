@@ -1,4 +1,4 @@
-"""``FenceOps``: the operations of a fence with behavior of its own (spec 3.1, 3.6-3.9).
+"""``FenceOps``: the operations of a fence with behavior of its own (semantics 3.1, 3.6-3.9).
 
 ``Timeline.fence(ops=…)`` makes one. Every operation is optional, and runs in the process that made the fence:
 

@@ -1,4 +1,4 @@
-"""``signalling``: marks code that a fence's signal depends on (spec 3.11)."""
+"""``signalling``: marks code that a fence's signal depends on (semantics 3.11)."""
 
 from __future__ import annotations
 

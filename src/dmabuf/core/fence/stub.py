@@ -1,4 +1,4 @@
-"""``stub_fence`` and ``private_stub``: fences that were signaled from the start (spec 3.13)."""
+"""``stub_fence`` and ``private_stub``: fences that were signaled from the start (semantics 3.13)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``Timeline``: a fence context of this process, which makes fences with rising numbers (spec 3.2, 3.10)."""
+"""``Timeline``: a fence context of this process, which makes fences with rising numbers (semantics 3.2, 3.10)."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class TimelineStatistics:
 
 
 class Timeline:
-    """A fence context of this process: makes fences with rising numbers, and signals them (spec 3.2, 3.10).
+    """A fence context of this process: makes fences with rising numbers, and signals them (semantics 3.2, 3.10).
 
     ``close()``, or the end of a ``with`` block, signals the pending fences with ``-ENOENT``. A fence keeps its timeline alive. In a forked
     child the timeline has no effect.
@@ -43,7 +43,7 @@ class Timeline:
     Args:
         name: At most 63 bytes, which ``describe`` and ``dmabuf ls`` show.
         driver: At most 63 bytes, likewise.
-        seqno64: False for numbers of 32 bits that wrap, as most drivers and sw_sync have them (spec 3.10).
+        seqno64: False for numbers of 32 bits that wrap, as most drivers and sw_sync have them (semantics 3.10).
         domain: The domain to make it in; None means the user's default domain.
 
     Raises:

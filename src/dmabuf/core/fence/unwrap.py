@@ -1,4 +1,4 @@
-"""``unwrap`` and ``merge``: the plain fences inside of containers, and one fence that stands for several (spec 3.17)."""
+"""``unwrap`` and ``merge``: the plain fences inside of containers, and one fence that stands for several (semantics 3.17)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``wait_any``: wait for the first of several fences (spec 3.9)."""
+"""``wait_any``: wait for the first of several fences (semantics 3.9)."""
 
 from __future__ import annotations
 

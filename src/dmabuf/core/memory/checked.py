@@ -1,4 +1,4 @@
-"""What the debug layer does with memory: maps that know whether they may be used, tables whose pages are hidden (spec 6.7)."""
+"""What the debug layer does with memory: maps that know whether they may be used, tables whose pages are hidden (semantics 6.7)."""
 
 from __future__ import annotations
 
@@ -52,10 +52,10 @@ def hide(table: SgTable) -> None:
     if debug.enabled:
         if guarded(table):
             contract_warning(f"map: {table!r}: its exporter returned a table that an importer has already: make a new one each time", 4)
-        guard(table, "an importer uses the DMA addresses, vmap() or mmap(), never the pages (spec 1.1)")
+        guard(table, "an importer uses the DMA addresses, vmap() or mmap(), never the pages (semantics 1.1)")
         for address, length in table:
             if address % PAGE or length % PAGE:
-                LOGGER.debug("map: %r: DMA address %#x, %d bytes: not whole pages (spec 2.11)", table, address, length)
+                LOGGER.debug("map: %r: DMA address %#x, %d bytes: not whole pages (semantics 2.11)", table, address, length)
 
 
 def show(table: SgTable) -> None:

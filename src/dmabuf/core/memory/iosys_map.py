@@ -13,7 +13,7 @@ kernel would fault, nothing is touched. EACCES: writing to memory that is mapped
 
 Numbers are in the machine's byte order and need no alignment. ``ctypes`` structures describe fields.
 
-Source: spec 1.11, include/linux/iosys-map.h (called ``dma_buf_map`` before commit 7938f421).
+Source: semantics 1.11, include/linux/iosys-map.h (called ``dma_buf_map`` before commit 7938f421).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``SgTable``: which memory a mapping covers, as the CPU sees it and as a device does (spec 1.7).
+"""``SgTable``: which memory a mapping covers, as the CPU sees it and as a device does (semantics 1.7).
 
 A table has two sides, kept apart. The *CPU side* is what the exporter built it from: ``orig_nents`` entries of (page, offset, length).
 There are no physical addresses in user space: a *page* is a number that counts the whole pages of the table's ``memory``, which for plain

@@ -1,4 +1,4 @@
-"""The lock of a reservation object (spec 4.8, 4.10).
+"""The lock of a reservation object (semantics 4.8, 4.10).
 
 A thread, or a task of asyncio or trio, holds the lock; the word in the domain file names it. A lock whose holder died is free. With a
 :class:`~dmabuf.WwAcquireContext` an owner takes several locks without a deadlock (``core/resv/ww_mutex.py``).
@@ -59,7 +59,7 @@ class ResvLock:
         self._lost: HeldLock | None = None  # lent to a process that died with it; one unlock() of its owner is forgiven
 
     def lock(self, ctx: WwAcquireContext | None = None) -> None:
-        """Take the lock, and wait for it as long as it takes (spec 4.8, 4.10).
+        """Take the lock, and wait for it as long as it takes (semantics 4.8, 4.10).
 
         Args:
             ctx: The context under which the caller takes several locks; None for this one alone.
@@ -85,7 +85,7 @@ class ResvLock:
         self._lock(ctx, "lock_interruptible", interruptible=True)
 
     def lock_slow(self, ctx: WwAcquireContext, *, interruptible: bool = False) -> None:
-        """Take the contended lock after EDEADLK, holding no other: waits, and can't fail with EDEADLK (spec 4.10).
+        """Take the contended lock after EDEADLK, holding no other: waits, and can't fail with EDEADLK (semantics 4.10).
 
         Args:
             ctx: The context that got EDEADLK from this lock.
@@ -165,7 +165,7 @@ class ResvLock:
         raise fail(errno.EDEADLK, operation, self, remedy, what="this thread or task already holds it")
 
     def trylock(self, ctx: WwAcquireContext | None = None) -> bool:
-        """Take the lock if it is free. Never waits, and never fails with EDEADLK (spec 4.10).
+        """Take the lock if it is free. Never waits, and never fails with EDEADLK (semantics 4.10).
 
         Returns:
             True if the caller holds the lock now, False if somebody already held it.
@@ -236,7 +236,7 @@ class ResvLock:
         return shm.resv_owner(index) != 0
 
     def locking_ctx(self) -> WwAcquireContext | None:
-        """Return the context under which this thread or task holds the lock; None without one (spec 4.8).
+        """Return the context under which this thread or task holds the lock; None without one (semantics 4.8).
 
         Kernel: dma_resv_locking_ctx.
         """

@@ -1,4 +1,4 @@
-"""``DmaResv``: the reservation object, which is a lock and the fences of one buffer or of several (spec 4).
+"""``DmaResv``: the reservation object, which is a lock and the fences of one buffer or of several (semantics 4).
 
 A thread, or a task of asyncio or trio, holds the lock (``core/resv/lock.py``). ``reserve``, ``add``, ``replace``, ``copy``, ``iterate`` and
 ``describe`` need it: without it they raise ``ContractError`` and do nothing. ``fences``, ``iterate_unlocked``, ``test_signaled`` and
@@ -61,7 +61,7 @@ class DmaResv(ResvLock):
     # ---- the list, lock held ----
 
     def reserve(self, n: int) -> None:
-        """Make room for n fences, until the lock is released (spec 4.3). Zero is allowed and has no effect (EINVAL from Linux 6.12 on).
+        """Make room for n fences, until the lock is released (semantics 4.3). Zero has no effect (EINVAL from Linux 6.12 on).
 
         Raises:
             ContractError: The caller doesn't hold the lock.
@@ -82,7 +82,7 @@ class DmaResv(ResvLock):
         held.room = max(held.room, n)
 
     def add(self, fence: DmaFence, usage: int) -> None:
-        """Add a fence, in place of one that it makes superfluous (spec 4.4). Can't fail after :meth:`reserve`.
+        """Add a fence, in place of one that it makes superfluous (semantics 4.4). Can't fail after :meth:`reserve`.
 
         A fence with operations of its own is enabled. An array or a chain gets a ``ContractWarning``: add what ``unwrap`` yields.
 
@@ -107,7 +107,7 @@ class DmaResv(ResvLock):
         held.room -= taken
 
     def replace(self, context: int, fence: DmaFence, usage: int) -> None:
-        """Put ``fence``, with ``usage``, in the place of every fence of a context (spec 4.5).
+        """Put ``fence``, with ``usage``, in the place of every fence of a context (semantics 4.5).
 
         Raises:
             ContractError: The caller doesn't hold the lock.
@@ -121,7 +121,7 @@ class DmaResv(ResvLock):
         self._record.shm.resv_replace(self._record.index, context, self._handle(fence, "replace"), level)
 
     def copy(self, source: DmaResv) -> None:
-        """Replace the fences by those that are pending on another reservation object, of every usage (spec 4.7).
+        """Replace the fences by those that are pending on another reservation object, of every usage (semantics 4.7).
 
         The caller holds this object's lock. A reader without the lock misses none of the new fences, and may see some of the old ones.
 
@@ -155,7 +155,7 @@ class DmaResv(ResvLock):
         return fence.handle
 
     def iterate(self, usage: int) -> Iterator[tuple[DmaFence, Usage]]:
-        """Yield (fence, usage) of every entry up to ``usage``, signaled ones too (spec 4.6). The caller holds the lock.
+        """Yield (fence, usage) of every entry up to ``usage``, signaled ones too (semantics 4.6). The caller holds the lock.
 
         Raises:
             ContractError: The caller doesn't hold the lock.
@@ -169,7 +169,7 @@ class DmaResv(ResvLock):
             yield wrap(self.domain, handle), Usage(entry)
 
     def describe(self) -> str:
-        """Return the text that debugfs prints, a line for each fence up to READ (spec 4.7, 3.14). The caller holds the lock.
+        """Return the text that debugfs prints, a line for each fence up to READ (semantics 4.7, 3.14). The caller holds the lock.
 
         Raises:
             ContractError: The caller doesn't hold the lock.
@@ -188,7 +188,7 @@ class DmaResv(ResvLock):
     # ---- queries, no lock needed ----
 
     def iterate_unlocked(self, usage: int) -> Iterator[tuple[DmaFence, Usage, bool]]:
-        """Yield (fence, usage, restarted) of every pending fence up to ``usage``; the first one is marked restarted (spec 4.6).
+        """Yield (fence, usage, restarted) of every pending fence up to ``usage``; the first one is marked restarted (semantics 4.6).
 
         Raises:
             InvalidError: ``usage`` is not a level (EINVAL).
@@ -205,7 +205,7 @@ class DmaResv(ResvLock):
                 first = False
 
     def fences(self, usage: int) -> list[DmaFence]:
-        """Return the pending fences up to ``usage`` (spec 4.7).
+        """Return the pending fences up to ``usage`` (semantics 4.7).
 
         Raises:
             InvalidError: ``usage`` is not a level (EINVAL).
@@ -216,7 +216,7 @@ class DmaResv(ResvLock):
         return [wrap(self.domain, handle) for handle in pending(self, level)]
 
     def test_signaled(self, usage: int) -> bool:
-        """Return True if no fence up to ``usage`` is pending (spec 4.7).
+        """Return True if no fence up to ``usage`` is pending (semantics 4.7).
 
         Raises:
             InvalidError: ``usage`` is not a level (EINVAL).
@@ -228,7 +228,7 @@ class DmaResv(ResvLock):
         return not shm.resv_busy(index, level) or (asks(self.domain) and not pending(self, level))
 
     def singleton(self, usage: int) -> DmaFence | None:
-        """Return one fence for all that are pending up to ``usage`` (spec 4.7). Don't add it to a reservation object.
+        """Return one fence for all that are pending up to ``usage`` (semantics 4.7). Don't add it to a reservation object.
 
         Returns:
             None if nothing is pending, the fence if it is the only one, or an array that is signaled with the last.
@@ -243,7 +243,7 @@ class DmaResv(ResvLock):
         return DmaFenceArray(found) if len(found) > 1 else next(iter(found), None)
 
     def set_deadline(self, usage: int, ns: int) -> None:
-        """Hint that somebody wants the pending fences up to ``usage`` by a time, in CLOCK_MONOTONIC ns (spec 4.7).
+        """Hint that somebody wants the pending fences up to ``usage`` by a time, in CLOCK_MONOTONIC ns (semantics 4.7).
 
         Raises:
             InvalidError: The time is negative, or ``usage`` is not a level (EINVAL).
@@ -254,7 +254,7 @@ class DmaResv(ResvLock):
             fence.set_deadline(ns)
 
     def wait(self, usage: int, timeout: float | None = None, *, interruptible: bool = False) -> float:
-        """Wait for every fence up to ``usage`` (spec 4.7). A fence's own error is not raised.
+        """Wait for every fence up to ``usage`` (semantics 4.7). A fence's own error is not raised.
 
         Args:
             usage: The highest level to wait for.

@@ -1,4 +1,4 @@
-"""``WwAcquireContext`` and ``lock_all``: many reservation locks at once without a deadlock (spec 4.10).
+"""``WwAcquireContext`` and ``lock_all``: many reservation locks at once without a deadlock (semantics 4.10).
 
 The lock of a reservation object is a ww_mutex in wait-die mode. A context has a stamp, and a smaller stamp is older. An owner that holds
 locks under a context, and meets a lock whose holder or waiter is older, gets EDEADLK. It then releases every lock of the context, takes
@@ -76,7 +76,7 @@ class WwAcquireContext:
         return info[3] if info else 0
 
     def check(self, lock: Lock, operation: str, *, slow: bool) -> None:
-        """Check the rules that the kernel's lock debugging knows (spec 4.10, last paragraph).
+        """Check the rules that the kernel's lock debugging knows (semantics 4.10, last paragraph).
 
         Raises:
             ContractError: The context is finished, or belongs to another thread, task or process.

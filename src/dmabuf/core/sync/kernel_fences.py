@@ -1,4 +1,4 @@
-"""The kernel's ``sync_file`` descriptors as fences of this process (spec 5.10).
+"""The kernel's ``sync_file`` descriptors as fences of this process (semantics 5.10).
 
 One thread polls all of them. It starts with the first descriptor and ends with the last. When a descriptor becomes readable, the fence that
 stands for it in this process is signaled with the kernel fence's error. The fence belongs to this process like any other. If the process

@@ -1,4 +1,4 @@
-"""What a sync file says of itself: names, states and snapshots (spec 5.10)."""
+"""What a sync file says of itself: names, states and snapshots (semantics 5.10)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dmabuf.domain.domain import Domain
 from dmabuf.domain.sync_files import Leaf
 from dmabuf.errors import fail
 
-NAME_BYTES = 31  # of a char[32] with its NUL (spec 5.1)
+NAME_BYTES = 31  # of a char[32] with its NUL (semantics 5.1)
 
 
 @dataclass(frozen=True)
