@@ -39,7 +39,7 @@ test: $(DEV) $(EXT)
 
 # The fault handler's hard end is for the short tests: these set their own watchdogs.
 test-long: $(DEV) $(EXT)
-	$(PY) -m pytest -m long -o faulthandler_timeout=0 -o timeout=7200 $(ARGS)
+	$(PY) -m pytest -m long --fresh-children -o faulthandler_timeout=0 -o timeout=7200 $(ARGS)
 
 # A real Linux kernel as the judge: fetched and built once (minutes), kept in the user's cache; see tools/kernel.
 test-kernel: $(DEV) $(EXT)

@@ -3,7 +3,8 @@
 A run gets a domain of its own (``DMABUF_DOMAIN``), which no other program sees and which goes with the run. The fixtures:
 
 - `leaves_nothing` fails a test that leaves a descriptor, mapping, process, thread or file behind;
-- `child` starts functions in child processes that end with the test.
+- `child` starts functions in child processes that end with the test. They are forked from a zygote (tests/support/zygote.py);
+  with ``--fresh-children`` each is a fresh interpreter.
 """
 
 import ctypes
@@ -13,15 +14,22 @@ from collections.abc import Generator, Iterator
 
 import pytest
 
-from tests.support.children import Nursery, Spawn
+from tests.support.children import ENTRY, Nursery, Spawn
 from tests.support.directory import RunDirectory
 from tests.support.leaks import LeakCheck, warm_up
+from tests.support.zygote import Zygote
 
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
 _DIRECTORY = pytest.StashKey[RunDirectory]()
 _CHECK = pytest.StashKey[LeakCheck]()
 _FAILED = pytest.StashKey[bool]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.getgroup("dmabuf").addoption(
+        "--fresh-children", action="store_true", help="start a fresh interpreter for each child process, instead of forking a zygote"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -100,8 +108,19 @@ def leaves_nothing(request: pytest.FixtureRequest, leak_check: LeakCheck) -> Ite
         pytest.fail("the test left something behind:\n  " + "\n  ".join(lost), pytrace=False)
 
 
+@pytest.fixture(scope="session")
+def zygote(request: pytest.FixtureRequest) -> Iterator[Zygote | None]:
+    """The process that forks the children of this run; None with ``--fresh-children``."""
+    if request.config.getoption("--fresh-children"):
+        yield None
+        return
+    made = Zygote(ENTRY)
+    yield made
+    made.close()
+
+
 @pytest.fixture
-def child() -> Iterator[Spawn]:
+def child(zygote: Zygote | None) -> Iterator[Spawn]:
     """Start functions in child processes that end with the test; see tests/support/children.py."""
-    with Nursery() as nursery:
+    with Nursery(zygote) as nursery:
         yield nursery

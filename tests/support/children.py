@@ -12,10 +12,10 @@
         assert other.recv() == "mapped"
         other.kill()                      # or other.send("go on"), and other.result() == "done"
 
-A child is a fresh interpreter (nothing is inherited by accident) in a process group of its own. Messages are pickled as multiprocessing
-does; `sock` is a SOCK_SEQPACKET socket pair for descriptors. There is no timeout: whoever waits for a message of a dead child gets
-EOFError at once, and the test's watchdog ends the rest. At the end of the test every child, and whatever it forked, is killed and
-reaped; an exception that nobody asked about fails the test.
+A child inherits nothing by accident: it is a fork of the zygote (tests/support/zygote.py) or a fresh interpreter. It has a process group of
+its own. Messages are pickled as multiprocessing does; `sock` is a SOCK_SEQPACKET socket pair for descriptors. There is no timeout:
+`recv()` from a dead child raises EOFError at once, and the test's watchdog ends the rest. At the end of the test every child, and
+whatever it forked, is killed and reaped; an exception that the test didn't ask about fails the test.
 """
 
 import contextlib
@@ -33,7 +33,12 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any, Concatenate, ParamSpec, Protocol, Self
 
+from tests.support.zygote import Forked, Zygote
+
 P = ParamSpec("P")
+
+# What a child runs: `run(messages_fd, sock_fd)`.
+ENTRY = f"{__name__}:run"
 
 
 class ChildFailed(AssertionError):
@@ -86,20 +91,16 @@ class Parent(_Link):
 class Child(_Link):
     """What the test holds: its line to the child, and the child's process."""
 
-    def __init__(self, function: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+    def __init__(
+        self, function: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any], zygote: Zygote | None = None
+    ) -> None:
         here, there = multiprocessing.Pipe()
         sock, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         super().__init__(here, sock)
         self._outcome: _Returned | _Raised | None = None
         self._asked = False
         try:
-            self._process = subprocess.Popen(
-                [sys.executable, "-X", "faulthandler", "-m", __name__, str(there.fileno()), str(other.fileno())],
-                stdin=subprocess.DEVNULL,
-                pass_fds=(there.fileno(), other.fileno()),
-                process_group=0,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-            )
+            self._process = _start(function.__module__, there.fileno(), other.fileno(), zygote)
         except BaseException:
             self.close()
             raise
@@ -184,6 +185,18 @@ class Child(_Link):
         return self._outcome.text if isinstance(self._outcome, _Raised) and not self._asked else None
 
 
+def _start(module: str, messages: int, sock: int, zygote: Zygote | None) -> "subprocess.Popen[bytes] | Forked":
+    if zygote is not None and zygote.usable():
+        return zygote.fork(module, (messages, sock))
+    return subprocess.Popen(
+        [sys.executable, "-X", "faulthandler", "-m", __name__, str(messages), str(sock)],
+        stdin=subprocess.DEVNULL,
+        pass_fds=(messages, sock),
+        process_group=0,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )
+
+
 class Spawn(Protocol):
     """The `child` fixture: starts `function(parent, *arguments)` in a new process."""
 
@@ -191,16 +204,17 @@ class Spawn(Protocol):
 
 
 class Nursery:
-    """All children of one test."""
+    """All children of one test. ``zygote``: forks them; None: each is a fresh interpreter."""
 
-    def __init__(self) -> None:
+    def __init__(self, zygote: Zygote | None = None) -> None:
+        self._zygote = zygote
         self._children: list[Child] = []
 
     def __enter__(self) -> Self:
         return self
 
     def __call__(self, function: Callable[Concatenate[Parent, P], Any], /, *arguments: P.args, **keywords: P.kwargs) -> Child:
-        child = Child(function, arguments, keywords)
+        child = Child(function, arguments, keywords, self._zygote)
         self._children.append(child)
         return child
 
@@ -210,7 +224,8 @@ class Nursery:
             raise ChildFailed("\n".join(texts))
 
 
-def _main(messages_fd: int, sock_fd: int) -> None:
+def run(messages_fd: int, sock_fd: int) -> None:
+    """Run the function that the first message names, in the child."""
     for fd in (messages_fd, sock_fd):
         os.set_inheritable(fd, False)
     messages: Connection[Any, Any] = Connection(messages_fd)
@@ -237,4 +252,4 @@ def _main(messages_fd: int, sock_fd: int) -> None:
 
 if __name__ == "__main__":
     # Under its real name, so that what it pickles is what the test unpickles.
-    importlib.import_module("tests.support.children")._main(int(sys.argv[1]), int(sys.argv[2]))
+    importlib.import_module("tests.support.children").run(int(sys.argv[1]), int(sys.argv[2]))

@@ -46,11 +46,13 @@ class World:
         self.records: set[int] = set()
 
     def _find_resv(self) -> int:
-        """Where in a record the lock word is: lock one and look for its owner's word."""
-        resv = self.bufs[0].resv
-        with resv.locked():
-            word = struct.pack("<Q", self.shm.resv_owner(self.index[0]))
-            return self.shm.read(self._record(0), 512).index(word)
+        """The offset of the lock word in a record: the word that is 0, and has the owner while the lock is held."""
+        at = self._record(0)
+        free = struct.unpack("<64Q", self.shm.read(at, 512))
+        with self.bufs[0].resv.locked():
+            owner = self.shm.resv_owner(self.index[0])
+            held = struct.unpack("<64Q", self.shm.read(at, 512))
+        return 8 * next(i for i in range(64) if free[i] == 0 and held[i] == owner)
 
     def _record(self, which: int) -> int:
         chunk, slot = divmod(self.index[which], _native.RECS_PER)
