@@ -240,9 +240,9 @@ class Domain:
             finally:
                 os.close(directory)
 
-    def __del__(self) -> None:
+    def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:  # bound: at the interpreter's end modules are empty
         # Nothing of this process uses the domain. A private domain's memory is freed with its last process.
-        if getattr(self, "_life", None) is not None and not sys.is_finalizing():
+        if getattr(self, "_life", None) is not None and not ending():
             self.leave()
 
     # ---- ticks, sweeps and hooks ----

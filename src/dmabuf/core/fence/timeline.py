@@ -140,9 +140,9 @@ class Timeline:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def __del__(self) -> None:
+    def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:  # bound: at the interpreter's end modules are empty
         # Fences keep their timeline, so none is pending here, and only the slot is left to free.
-        if hasattr(self, "closed") and not sys.is_finalizing():
+        if hasattr(self, "closed") and not ending():
             self.close()
 
 
