@@ -1,4 +1,4 @@
-"""What every object with a ``close()`` has in common: a ``with`` block closes it, and is not entered when it is closed."""
+"""What every object with a ``close()`` has in common: a ``with`` block closes it, and a closed object refuses the block."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from typing import Self
 
 
 class Closing:
-    """The block's part; the object says how it is closed, and what tells that it is."""
+    """The ``with`` block of an object, which says how it is closed and whether it is."""
 
     __slots__ = ()
 
     def _check(self, operation: str) -> object:
-        """Errors: EBADF closed."""
+        """Raise ClosedError if the object is closed (EBADF)."""
         raise NotImplementedError
 
     def close(self) -> None:
-        """Close it; again: nothing."""
+        """Close it. Closing twice has no effect."""
         raise NotImplementedError
 
     def __enter__(self) -> Self:

@@ -1,22 +1,21 @@
-"""The debug layer: what a production kernel compiles out and a developer wants told (semantics 3.11, 6.7, 6.8).
+"""The switch of the debug layer: what a production kernel compiles out and a developer wants to be told (semantics 3.11, 6.7, 6.8).
 
-On with ``DMABUF_DEBUG=1`` in the environment when the process starts, or by :func:`debugging`. Then
+It is on with ``DMABUF_DEBUG=1`` in the environment when the process starts, or by :func:`debugging`. Then
 
-- a table that an importer gets from ``map`` hides its CPU side: looking at its pages raises ``ContractError``, and the DMA side works.
-  The exporter sees it whole again in ``unmap``;
-- an exporter that returns one table for two maps at a time is a ``ContractWarning`` (semantics 2.20);
-- a table with DMA addresses or lengths that are no whole pages is reported to the logger ``dmabuf`` at level DEBUG (no error, see
-  semantics 2.11);
-- a ``vmap`` reports bytes that are read or written through it outside of ``begin_cpu_access`` … ``end_cpu_access`` or an own
-  ``read()`` or ``write()`` block: ``ContractWarning`` with the line that made the mapping. The raw memoryview of ``map.vaddr`` and bare
-  ``mmap()`` mappings are memory and report nothing; no page protection is played with;
-- ``detach`` with a mapping of one's own left is a ``ContractWarning``.
+- a table that an importer gets from ``map`` hides its CPU side: reading its pages raises ``ContractError``, and the DMA side works. The
+  exporter sees it whole again in ``unmap``;
+- an exporter that returns one table for two maps at a time gets a ``ContractWarning`` (semantics 2.20);
+- a table with DMA addresses or lengths that are not whole pages is logged by the logger ``dmabuf`` at level DEBUG (semantics 2.11);
+- a ``vmap`` reports bytes that are read or written through it outside of ``begin_cpu_access`` … ``end_cpu_access``, or of a ``read()`` or
+  ``write()`` block of the same owner: a ``ContractWarning`` with the line that made the mapping. The memoryview of ``map.vaddr`` and bare
+  ``mmap()`` mappings are memory and report nothing. Page protection is not used;
+- ``detach`` with a mapping of its own left is a ``ContractWarning``.
 
 Two aids have a switch of their own. ``inject_deadlocks`` (``dmabuf.core.resv.ww_mutex``, or ``DMABUF_DEBUG_WW=n``) makes the n-th lock
-under each context answer EDEADLK without need, so that the back-off of a program runs. ``with dmabuf.signalling():`` marks code on the way
-to a fence's signal, always: taking a reservation lock in it is a ``ContractWarning``, because the lock's holder may wait for this very
-fence; ``read()``, ``write()`` and ``access()`` take the lock too. A trylock is allowed. That slots reserved and not used are forgotten at
-unlock (semantics 4.3), and that locks are held where they must be, is checked always and needs no switch.
+under each context answer EDEADLK without need, so that a program's back-off runs. ``with dmabuf.signalling():`` marks code on the way to a
+fence's signal, and works always: taking a reservation lock in it is a ``ContractWarning``, because the lock's holder may wait for this very
+fence. ``read()``, ``write()`` and ``access()`` take the lock too. A trylock is allowed. Two checks need no switch: that reserved slots
+which aren't used are forgotten at unlock (semantics 4.3), and that locks are held where they must be.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ enabled = setting("DMABUF_DEBUG") > 0
 
 @contextmanager
 def debugging(on: bool = True) -> Iterator[None]:
-    """Switch the layer for a block, in the whole process."""
+    """Switch the layer on or off for a block, in the whole process."""
     global enabled
     before, enabled = enabled, on
     try:

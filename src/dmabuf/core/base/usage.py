@@ -10,7 +10,7 @@ from dmabuf.errors import fail
 
 
 class Usage(IntEnum):
-    """What a fence on a reservation object stands for; a query at one level sees all lower ones too (semantics 4.1).
+    """What a fence on a reservation object stands for. A query at one level includes all lower ones (semantics 4.1).
 
     Kernel: dma_resv_usage, DMA_RESV_USAGE_KERNEL as KERNEL, DMA_RESV_USAGE_WRITE as WRITE, DMA_RESV_USAGE_READ as READ,
     DMA_RESV_USAGE_BOOKKEEP as BOOKKEEP.
@@ -23,7 +23,7 @@ class Usage(IntEnum):
 
     @staticmethod
     def rw(write: bool) -> Usage:
-        """The level to *query* before an access: a new writer waits for readers and writers, a new reader for writers.
+        """Return the level to *query* before an access: a new writer waits for readers and writers, a new reader for writers.
 
         Kernel: dma_resv_usage_rw.
         """
@@ -31,7 +31,7 @@ class Usage(IntEnum):
 
 
 class Direction(IntEnum):
-    """Which way data goes in a DMA transfer (include/linux/dma-direction.h)."""
+    """The direction of data in a DMA transfer (include/linux/dma-direction.h)."""
 
     BIDIRECTIONAL = 0
     TO_DEVICE = 1
@@ -40,18 +40,18 @@ class Direction(IntEnum):
 
 
 def checked_usage(usage: int, operation: str, obj: object) -> int:
-    """usage as a plain int. Errors: EINVAL when it is no level."""
+    """Return a usage as a plain int. Raises InvalidError if it is not a level."""
     if isinstance(usage, Usage):
         return cast(int, usage)
     try:
         return int(Usage(usage))
     except ValueError:
-        raise fail(errno.EINVAL, operation, obj, "usage is Usage.KERNEL, WRITE, READ or BOOKKEEP") from None
+        raise fail(errno.EINVAL, operation, obj, "pass Usage.KERNEL, WRITE, READ or BOOKKEEP", what=f"not a usage: {usage!r}") from None
 
 
 def checked_direction(direction: int, operation: str, obj: object) -> Direction:
-    """Errors: EINVAL when it is no direction."""
+    """Return a direction. Raises InvalidError if it is none."""
     try:
         return Direction(direction)
     except ValueError:
-        raise fail(errno.EINVAL, operation, obj, "direction is a dmabuf.Direction") from None
+        raise fail(errno.EINVAL, operation, obj, "pass a dmabuf.Direction", what=f"not a direction: {direction!r}") from None

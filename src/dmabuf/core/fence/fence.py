@@ -1,4 +1,4 @@
-"""``DmaFence``: an object that says when work is done (spec 3).
+"""``DmaFence``: an object that says when work is done (semantics 3).
 
 A fence is pending until it is signaled, once, with or without an error. It never becomes pending again. It belongs to a timeline (a fence
 context), and the timeline to the process that made it: only that process signals the fence, and any process waits for it. Every fence is
@@ -34,7 +34,7 @@ MAX_ERRNO = 4095  # include/linux/err.h
 _NOT_OURS = "another process owns its timeline"
 _OWNER_SIGNALS = "signal it in the process that made its timeline"
 
-flagged = Fence.is_signaled  # the flag alone; a fence with operations of its own may know more when it is asked (spec 3.6)
+flagged = Fence.is_signaled  # the flag alone; a fence with operations of its own may know more when it is asked (semantics 3.6)
 
 
 class Origin(Protocol):
@@ -64,7 +64,7 @@ class DmaFence(Fence):
     ``context``, ``seqno``: its timeline, and its number there. ``status``: 0 pending, 1 signaled, or the negative errno that it was
     signaled with. ``error``: that errno, or 0. ``timestamp``: CLOCK_MONOTONIC ns of the signal. It is 0 while the fence is pending, and for
     a fence of another process whose slot was reused before this process looked. Fences are equal if they are the same fence of the domain
-    (spec 3).
+    (semantics 3).
 
     Kernel: dma_fence (context, seqno, error, timestamp), dma_fence_signal as signal, dma_fence_is_signaled as is_signaled,
     dma_fence_get_status as status, dma_fence_timestamp as timestamp, dma_fence_wait as wait, dma_fence_wait_timeout as wait,
@@ -120,7 +120,7 @@ class DmaFence(Fence):
     # ---- signaling it ----
 
     def set_error(self, error: int) -> None:
-        """Set the negative errno that the fence will be signaled with (spec 3.5). Call it before ``signal``.
+        """Set the negative errno that the fence will be signaled with (semantics 3.5). Call it before ``signal``.
 
         A ``ContractWarning`` tells of a signaled fence, which keeps its status, and of an ``error`` outside of -4095…-1, which is stored as
         the kernel does.
@@ -141,7 +141,7 @@ class DmaFence(Fence):
         self.shm.fence_set_error(self.handle, error)
 
     def signal_timestamp(self, timestamp: int, error: int = 0) -> None:
-        """Signal the fence with the time at which its work was done (spec 3.4).
+        """Signal the fence with the time at which its work was done (semantics 3.4).
 
         Args:
             timestamp: CLOCK_MONOTONIC ns.
@@ -165,7 +165,7 @@ class DmaFence(Fence):
     # ---- callbacks ----
 
     def add_callback(self, fn: Callable[[DmaFence], object]) -> int:
-        """Call ``fn(fence)`` once, when the fence is signaled (spec 3.7).
+        """Call ``fn(fence)`` once, when the fence is signaled (semantics 3.7).
 
         Returns:
             A number for :meth:`remove_callback`.
@@ -198,7 +198,7 @@ class DmaFence(Fence):
         return dispatcher(self.domain).watch(self.handle, call, foreign=foreign)
 
     def remove_callback(self, handle: int) -> bool:
-        """Remove a callback (spec 3.7).
+        """Remove a callback (semantics 3.7).
 
         Returns:
             False if it has already run.
@@ -208,7 +208,7 @@ class DmaFence(Fence):
         return dispatcher(self.domain).unwatch(self.handle, handle)
 
     def enable_signaling(self) -> None:
-        """Ask that the fence be signaled by itself. A fence without operations of its own always is (spec 3.8).
+        """Ask that the fence be signaled by itself. A fence without operations of its own always is (semantics 3.8).
 
         Kernel: dma_fence_enable_sw_signaling.
         """
@@ -220,7 +220,7 @@ class DmaFence(Fence):
         """
         self.enable_signaling()
 
-    # ---- numbers (spec 3.10) ----
+    # ---- numbers (semantics 3.10) ----
 
     def is_later(self, other: DmaFence) -> bool:
         """Return True if this fence comes after the other on their timeline. Numbers of 32 bits wrap, and equal ones are not later.
@@ -257,7 +257,7 @@ class DmaFence(Fence):
         return None if found.is_signaled() else found
 
     def match_context(self, context: int) -> bool:
-        """Return True if the fence is of this context; for an array, if every member is (spec 3.15).
+        """Return True if the fence is of this context; for an array, if every member is (semantics 3.15).
 
         Kernel: dma_fence_match_context.
         """
@@ -266,7 +266,7 @@ class DmaFence(Fence):
     # ---- hints ----
 
     def set_deadline(self, ns: int) -> None:
-        """Hint that somebody wants the fence by a time, in CLOCK_MONOTONIC ns. The earliest of all hints counts (spec 3.12).
+        """Hint that somebody wants the fence by a time, in CLOCK_MONOTONIC ns. The earliest of all hints counts (semantics 3.12).
 
         Raises:
             InvalidError: The time is negative (EINVAL).
@@ -297,7 +297,7 @@ class DmaFence(Fence):
         return self.status
 
     def describe(self) -> str:
-        """Return one line of text as the kernel's debugfs prints a fence (spec 3.14).
+        """Return one line of text as the kernel's debugfs prints a fence (semantics 3.14).
 
         Kernel: dma_fence_describe.
         """

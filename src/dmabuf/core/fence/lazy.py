@@ -1,4 +1,4 @@
-"""Fences that have to be asked, the base of custom fences and containers (spec 3.1, 3.6-3.9)."""
+"""Fences that have to be asked, the base of custom fences and containers (semantics 3.1, 3.6-3.9)."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class LazyFence(DmaFence):
         self.shm.fence_signal(self.handle, self._error(), False)
 
     def enable_signaling(self) -> None:
-        """Ask that the fence be signaled by itself (spec 3.8). The first call counts; in a forked child it has no effect."""
+        """Ask that the fence be signaled by itself (semantics 3.8). The first call counts; in a forked child it has no effect."""
         if self.enabled or not self.owned or flagged(self):
             return
         try:
@@ -62,7 +62,7 @@ class LazyFence(DmaFence):
         return not hasattr(self, "_unasked")
 
     def is_signaled(self) -> bool:
-        """Return True if the fence is signaled, or says that its work is done, and is then signaled here (spec 3.6).
+        """Return True if the fence is signaled, or says that its work is done, and is then signaled here (semantics 3.6).
 
         Never enables signaling.
         """
@@ -75,12 +75,12 @@ class LazyFence(DmaFence):
 
     @property
     def status(self) -> int:
-        """0 pending, 1 signaled, or the negative errno that it was signaled with. Asks as :meth:`is_signaled` does (spec 3.5)."""
+        """0 pending, 1 signaled, or the negative errno that it was signaled with. Asks as :meth:`is_signaled` does (semantics 3.5)."""
         self.is_signaled()
         return super().status
 
     def wait(self, timeout: float | None = None, *, interruptible: bool = False) -> float:
-        """Enable signaling, then wait until the fence is signaled (spec 3.9).
+        """Enable signaling, then wait until the fence is signaled (semantics 3.9).
 
         Args:
             timeout: Seconds; None waits without a limit.

@@ -1,4 +1,4 @@
-"""What the debug layer does with memory: maps that know whether they may be used, tables whose pages are hidden (semantics 6.7)."""
+"""What the debug layer does with memory: maps that know whether they may be used, and tables whose pages are hidden (semantics 6.7)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LOGGER = logging.getLogger("dmabuf")
 
 
 class CheckedMap(IosysMap):
-    """A ``vmap`` that knows where it was made and asks whether the CPU may access the buffer now."""
+    """A ``vmap`` that knows where it was made, and asks whether the CPU may access the buffer now."""
 
     __slots__ = ("_allowed", "_made")
 
@@ -24,7 +24,7 @@ class CheckedMap(IosysMap):
 
     @classmethod
     def of(cls, plain: IosysMap, allowed: Callable[[], bool], made: str) -> CheckedMap:
-        """The same mapping, watched."""
+        """Return the same mapping, watched."""
         new = cls(allowed, made)
         new.assign(plain)
         return new
@@ -48,16 +48,16 @@ class CheckedMap(IosysMap):
 
 
 def hide(table: SgTable) -> None:
-    """Before a table is handed to its importer (mangle_sg_table)."""
+    """Hide the CPU side of a table from its importer (mangle_sg_table)."""
     if debug.enabled:
         if guarded(table):
-            contract_warning(f"map: {table!r}: its exporter returned a table that an importer has already: make a new one each time", 4)
-        guard(table, "an importer uses the DMA addresses, vmap() or mmap(), never the pages (semantics 1.1)")
+            contract_warning(f"map: {table!r}: its exporter returned a table that an importer already has; make a new one each time", 4)
+        guard(table, "its pages are hidden from the importer (semantics 1.1); use the DMA addresses, vmap() or mmap()")
         for address, length in table:
             if address % PAGE or length % PAGE:
                 LOGGER.debug("map: %r: DMA address %#x, %d bytes: not whole pages (semantics 2.11)", table, address, length)
 
 
 def show(table: SgTable) -> None:
-    """Before a table goes back to its exporter."""
+    """Show the CPU side again, to its exporter."""
     guard(table, None)

@@ -1,17 +1,16 @@
-"""``Device``: who uses buffers by DMA address: its limits, its IOMMU, and what is mapped for it right now.
+"""``Device``: what uses buffers by DMA address, with its limits, its IOMMU, and what is mapped for it now.
 
-A device is software that plays hardware: it reads and writes memory by DMA address alone (:meth:`Device.read`, :meth:`Device.write`,
-and :meth:`Device.views` for I/O without a copy), and any address that no mapping covers at that moment, or that is mapped for the other
-direction, *faults*: EFAULT, and nothing of that access was done. So a program that unmaps too early, or keeps an address over a move, is
-found out.
+A device is software that plays hardware. It reads and writes memory by DMA address alone (:meth:`Device.read`, :meth:`Device.write`, and
+:meth:`Device.views` for I/O without a copy). An address that no mapping covers at that moment, or that is mapped for the other direction,
+*faults*: EFAULT, and nothing of that access is done. So a program that unmaps too early, or keeps an address over a move, gets an error.
 
-With the IOMMU (the default) a mapping's pages lie side by side in an address range of the device, below ``dma_mask``, which begins with a
-page never mapped and is not used again soon. Without one, a DMA address is where this process sees the memory: a mask smaller than that
-address space then refuses (EIO), as the kernel's direct mapping does.
+With the IOMMU (the default) the pages of a mapping lie side by side in a range of the device's addresses, below ``dma_mask``. The range
+comes after a page that is never mapped, and is not reused soon. Without an IOMMU a DMA address is where this process sees the memory. A
+mask smaller than that address space then refuses (EIO), as the kernel's direct mapping does.
 
-*Who may call what.* An exporter's ``map`` calls :meth:`Device.map_sgtable`, its ``unmap`` :meth:`Device.unmap_sgtable`. No lock of ours is
-needed; a device has its own. The memory of a mapping can't go away before it is unmapped, and ``unmap_sgtable`` waits for an access that
-is under way, as hardware does before it forgets an address.
+*Who may call what.* An exporter's ``map`` calls :meth:`Device.map_sgtable`, and its ``unmap`` calls :meth:`Device.unmap_sgtable`. The
+caller needs no lock, because a device has its own. The memory of a mapping can't go away before it is unmapped, and ``unmap_sgtable`` waits
+for an access that is under way, as hardware does before it forgets an address.
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ _ALL: weakref.WeakSet[Device] = weakref.WeakSet()
 
 @dataclass(frozen=True)
 class DeviceStatistics:
-    """What a device says of itself. ``mapped``: bytes that it can reach now; ``windows``: pieces; ``faults``: accesses refused so far."""
+    """A snapshot of a device. ``mapped``: bytes that it reaches now; ``windows``: their pieces; ``faults``: refused accesses so far."""
 
     name: str
     mapped: int
@@ -68,24 +67,29 @@ class DeviceStatistics:
 class Device:
     """A device that buffers are attached for.
 
-    ``name``: shown in listings. ``dma_mask``: the highest address it can use, 2**n - 1. ``max_segment``: the longest entry that it takes,
-    in bytes. ``iommu``: whether it has one.
+    Args:
+        name: What listings show.
+        dma_mask: The highest address that it can use, 2**n - 1.
+        max_segment: The longest entry that it takes, in bytes.
+        iommu: Whether it has one.
 
-    Errors: EINVAL an empty name, a mask that is none; ``ContractWarning`` and EINVAL a ``max_segment`` below a page.
+    Raises:
+        InvalidError: The name is empty or has a NUL, the mask is not 2**n - 1, or, with a ``ContractWarning``, ``max_segment`` is below a
+            page (EINVAL).
     """
 
     def __init__(self, name: str, *, dma_mask: int = ALL_ADDRESSES, max_segment: int = MAX_SEGMENT, iommu: bool = True) -> None:
         if not name or "\0" in name:
-            raise fail(errno.EINVAL, "device", repr(name), "give the device a name")
+            raise fail(errno.EINVAL, "device", repr(name), "use a name without a NUL", what="the name is empty or has a NUL")
         if dma_mask & (dma_mask + 1) or not 2 * PAGE <= dma_mask <= ALL_ADDRESSES:
-            raise fail(errno.EINVAL, "device", name, "dma_mask is 2**n - 1, n at most 64", what=f"no DMA mask: {dma_mask:#x}")
+            raise fail(errno.EINVAL, "device", name, "pass 2**n - 1, with n at most 64", what=f"not a DMA mask: {dma_mask:#x}")
         self.name, self.dma_mask, self.iommu = name, dma_mask, iommu
         self.max_segment = checked_segment(max_segment, "device", 3)
         self._lock = threading.Lock()
         self._calm = threading.Condition(self._lock)
-        self._users: dict[int, list[int]] = {}  # serial of a window -> threads inside of views() of it
+        self._users: dict[int, list[int]] = {}  # by the serial of a range: the threads inside views() of it
         self._ranges: list[IovaRange] = []
-        self._next = PAGE  # address 0 is never given: it is what a forgotten field holds
+        self._next = PAGE  # address 0 is never given, because an unset field holds it
         self._serial = 0
         self._faults = 0
         _ALL.add(self)
@@ -96,24 +100,38 @@ class Device:
     # ---- mapping, for exporters ----
 
     def map_sgtable(self, sgt: SgTable, direction: int) -> SgTable:
-        """Make a table's memory reachable and fill its DMA side (dma_map_sgtable). Returns the table.
+        """Make the memory of a table reachable, and fill its DMA side (dma_map_sgtable).
 
-        Errors, with nothing mapped: EINVAL no direction or NONE, an entry longer than ``max_segment``, a table without memory or mapped
-        already; EACCES a direction that writes, and read-only memory; ENOMEM no addresses left below ``dma_mask``; EIO (without IOMMU)
-        memory above ``dma_mask``.
+        Args:
+            sgt: The table.
+            direction: A :class:`~dmabuf.Direction`, except NONE.
+
+        Returns:
+            The table.
+
+        Raises:
+            InvalidError: The direction is NONE or not a direction; an entry is longer than ``max_segment``; the table has no memory, or is
+                already mapped (EINVAL). Nothing is mapped after this or any other error.
+            NotPermittedError: The device would write, and the memory is read-only (EACCES).
+            NoMemoryError: No addresses are left below ``dma_mask`` (ENOMEM).
+            DmaBufError: There is no IOMMU, and the memory is above ``dma_mask`` (EIO).
         """
         way = checked_direction(direction, "map_sgtable", self)
         if way is Direction.NONE:
-            raise fail(errno.EINVAL, "map_sgtable", self, "a mapping has a direction")
+            raise fail(errno.EINVAL, "map_sgtable", self, "pass TO_DEVICE, FROM_DEVICE or BIDIRECTIONAL", what="the direction is NONE")
         if mapping_of(sgt) is not None:
-            raise fail(errno.EINVAL, "map_sgtable", sgt, "unmap it first", what="the table is mapped already")
+            raise fail(errno.EINVAL, "map_sgtable", sgt, "unmap it first", what="the table is already mapped")
         views = pieces_of(sgt)
         if not views:
-            raise fail(errno.EINVAL, "map_sgtable", sgt, "its exporter fills the DMA side (from_dma)", what="the table has no CPU side")
+            raise fail(errno.EINVAL, "map_sgtable", sgt, "let its exporter fill the DMA side (from_dma)", what="the table has no CPU side")
         for view in views:
             if len(view) > self.max_segment:
                 raise fail(
-                    errno.EINVAL, "map_sgtable", self, f"build the table with max_segment={self.max_segment}", what="a segment too long"
+                    errno.EINVAL,
+                    "map_sgtable",
+                    self,
+                    f"build the table with max_segment={self.max_segment}",
+                    what=f"an entry has {len(view)} bytes",
                 )
             if way in _WRITES and view.readonly:
                 raise fail(
@@ -131,31 +149,34 @@ class Device:
         return sgt
 
     def unmap_sgtable(self, sgt: SgTable, direction: int) -> None:
-        """Take the addresses back; from now on they fault. Waits for what is inside of :meth:`views` of them.
+        """Take the addresses back: from now on they fault. Waits for threads inside :meth:`views` of them.
 
-        Errors: ``ContractError`` not mapped by this device, or the other direction, or this thread is inside of such views itself.
+        Raises:
+            ContractError: The device hasn't mapped the table, or for another direction, or this thread is inside such views itself.
         """
         mapping = mapping_of(sgt)
         if mapping is None or mapping.device is not self:
-            raise ContractError(f"unmap_sgtable: {sgt!r} is not mapped by {self!r}")
+            raise ContractError(f"unmap_sgtable: {sgt!r}: {self!r} hasn't mapped it; unmap it for the device that mapped it")
         _, made, way = mapping
         if way != direction:
-            raise ContractError(f"unmap_sgtable: {sgt!r} was mapped {way.name}: unmap it with the same direction")
+            raise ContractError(f"unmap_sgtable: {sgt!r}: it was mapped {way.name}; unmap it with the same direction")
         try:
             with self._calm:
                 if any(threading.get_ident() in self._users.get(iova.serial, ()) for iova in made):
-                    raise ContractError(f"unmap_sgtable: {sgt!r}: this thread is inside of views() of it, which it would wait for")
+                    raise ContractError(
+                        f"unmap_sgtable: {sgt!r}: this thread is inside views() of it, which it would wait for; leave that block first"
+                    )
                 for iova in made:
                     del self._ranges[bisect.bisect_left(self._ranges, iova)]
                 set_mapping(sgt, None, ())
                 self._calm.wait_for(lambda: not any(iova.serial in self._users for iova in made))
         finally:
-            if mapping_of(sgt) is None:  # also when a signal handler ended the wait: no new access begins, and what is shown stays memory
+            if mapping_of(sgt) is None:  # also when a signal handler ended the wait: no access begins, and a view in use stays valid
                 for iova in made:
                     iova.view.release()
 
     def _place(self, sgt: SgTable, views: list[memoryview]) -> list[int]:
-        """Addresses for the pieces, side by side by whole pages; the lock is held."""
+        """Return addresses for the pieces, side by side by whole pages. The lock is held."""
         offsets, total = [], 0
         for (_, offset, length), _ in zip(cpu_side(sgt), views, strict=True):
             offsets.append(total + offset)
@@ -166,25 +187,25 @@ class Device:
         after = self._ranges[i].start - PAGE if i < len(self._ranges) else self.dma_mask + 1
         if before > base or base + total > min(after, self.dma_mask + 1):
             base = self._gap(total)
-        self._next = base + total + PAGE  # a page between: what runs over the end faults
+        self._next = base + total + PAGE  # a page between, so that an access past the end faults
         return [base + offset for offset in offsets]
 
     def _gap(self, total: int) -> int:
-        """The addresses are through once: the lowest gap that is long enough."""
+        """Return the lowest gap that is long enough, when all addresses were given out once."""
         base = PAGE
         for iova in self._ranges:
             if iova.start - base >= total + PAGE:
                 break
             base = max(base, -(-iova.end // PAGE) * PAGE + PAGE)
         if base + total - 1 > self.dma_mask:
-            raise fail(errno.ENOMEM, "map_sgtable", self, "unmap something, or give it a larger dma_mask", what="no DMA addresses left")
+            raise fail(errno.ENOMEM, "map_sgtable", self, "unmap something, or give it a larger dma_mask", what="no DMA addresses are left")
         return base
 
     def _direct(self, views: list[memoryview]) -> list[int]:
         starts = [buffer_address(view) for view in views]
         for start, view in zip(starts, views, strict=True):
             if start + len(view) - 1 > self.dma_mask:
-                raise fail(errno.EIO, "map_sgtable", self, "give the device an IOMMU", what="memory above its dma_mask")
+                raise fail(errno.EIO, "map_sgtable", self, "give the device an IOMMU", what="the memory is above its dma_mask")
         return starts
 
     def _merged(self, starts: list[int], views: list[memoryview]) -> tuple[DmaEntry, ...]:
@@ -199,16 +220,23 @@ class Device:
     # ---- access by address, for what plays the hardware ----
 
     def read(self, address: int, length: int) -> bytes:
-        """What the device sees at a DMA address. Errors: EFAULT some of it is not mapped now for reading by the device; EINVAL a
-        negative length.
+        """Return the bytes that the device sees at a DMA address.
+
+        Raises:
+            DmaBufError: Some of it is not mapped now for reading by the device (EFAULT).
+            InvalidError: The length is negative (EINVAL).
         """
         if length < 0:
-            raise fail(errno.EINVAL, "read", self, "a length is not negative")
+            raise fail(errno.EINVAL, "read", self, "pass 0 or more bytes", what=f"the length {length} is negative")
         with self._lock:
             return b"".join(piece for _, piece in self._pieces("read", address, length, _READS))
 
     def write(self, address: int, data: ReadableBuffer) -> None:
-        """Store bytes at a DMA address. Errors: EFAULT some of it is not mapped now for writing by the device; nothing was stored."""
+        """Store bytes at a DMA address.
+
+        Raises:
+            DmaBufError: Some of it is not mapped now for writing by the device (EFAULT). Nothing is stored.
+        """
         source = memoryview(data).cast("B")
         with self._lock:
             at = 0
@@ -218,15 +246,22 @@ class Device:
 
     @contextmanager
     def views(self, address: int, length: int, direction: int) -> Iterator[list[memoryview]]:
-        """``with dev.views(address, length, Direction.FROM_DEVICE) as pieces``: the bytes behind a DMA address, in order, for the block.
+        """Give a ``with`` block the bytes behind a DMA address, in order, for I/O that must not copy.
 
-        For I/O that must not copy. TO_DEVICE: the device reads, and the pieces are read-only; FROM_DEVICE: it writes; BIDIRECTIONAL:
-        both. While the block is open an unmap of what it shows waits, so leave it soon, and keep no piece. Errors: EINVAL no direction,
-        or NONE; EFAULT as :meth:`read` and :meth:`write`.
+        An unmap of the memory waits until the block is left, so leave it soon, and keep no piece.
+
+        Args:
+            address: The first DMA address.
+            length: In bytes.
+            direction: TO_DEVICE if the device reads, and the pieces are read-only; FROM_DEVICE if it writes; or BIDIRECTIONAL.
+
+        Raises:
+            InvalidError: The direction is NONE or not a direction (EINVAL).
+            DmaBufError: As :meth:`read` and :meth:`write` (EFAULT).
         """
         way = checked_direction(direction, "views", self)
         if way is Direction.NONE:
-            raise fail(errno.EINVAL, "views", self, "an access has a direction")
+            raise fail(errno.EINVAL, "views", self, "pass TO_DEVICE, FROM_DEVICE or BIDIRECTIONAL", what="the direction is NONE")
         me = threading.get_ident()
         with self._lock:
             found = self._pieces("views", address, length, _WAYS[way])
@@ -243,7 +278,7 @@ class Device:
                 with self._calm:
                     for iova, _ in found:
                         inside = self._users.get(iova.serial, [])
-                        if me in inside:  # not in a child that was forked inside of the block
+                        if me in inside:  # not in a child that was forked inside the block
                             inside.remove(me)
                         if not inside:
                             self._users.pop(iova.serial, None)
@@ -259,7 +294,7 @@ class Device:
                     errno.EFAULT,
                     operation,
                     self,
-                    "map the buffer for this direction, and use its addresses before unmap only",
+                    "map the buffer for this direction, and use its addresses only before unmap",
                     what=f"DMA fault: {address:#x} is not mapped",
                 )
             n = min(length, iova.end - address)
@@ -276,13 +311,13 @@ class Device:
         return next((w for w in near if w.start <= address < w.end and w.direction in ways), None)
 
     def statistics(self) -> DeviceStatistics:
-        """A snapshot for programs."""
+        """Return a snapshot for programs."""
         with self._lock:
             return DeviceStatistics(self.name, sum(w.end - w.start for w in self._ranges), len(self._ranges), self._faults)
 
 
 def _forked() -> None:
-    """The threads that held a lock, or were inside of an access, are not in the child."""
+    """Free the locks: the threads that held one, or were inside an access, are not in the child."""
     for device in list(_ALL):
         device._lock = threading.Lock()
         device._calm = threading.Condition(device._lock)

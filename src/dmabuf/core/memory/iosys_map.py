@@ -1,15 +1,15 @@
 """``IosysMap``: an address together with whether it is system or I/O memory.
 
-What ``vmap`` gives out, and what tells its users how the bytes may be touched. The kernel's is a tagged pointer; here a map holds
-the buffer whose memory it points into, so that the memory can't go while the map is set, and knows where that ends.
+``vmap`` returns one, and it says how its users may touch the bytes. The kernel's is a tagged pointer. Here a map references the buffer
+whose memory it points into, so that the memory can't go while the map is set, and knows where that memory ends.
 
-*Who may call what.* A map belongs to its holder; there is no lock. Two threads that change one map need their own.
+*Who may call what.* A map belongs to its holder, and has no lock. Two threads that change one map need a lock of their own.
 
-*Identity.* Two maps are equal when the kind is the same **and** the address is: a system and an I/O mapping never are, not even two
-NULL ones. The address is where this process sees the memory, unless another is given.
+*Identity.* Two maps are equal when both the kind and the address are the same. So a system and an I/O mapping never are, not even two NULL
+ones. The address is where this process sees the memory, unless another one is given.
 
-*Errors.* EINVAL: an argument of the wrong size, sign or kind. EFAULT: bytes outside of the mapping, or a NULL map; where the
-kernel would fault, nothing is touched. EACCES: writing to memory that is mapped read-only. TypeError: not a buffer, not an int.
+*Errors.* EINVAL: an argument has the wrong size, sign or kind. EFAULT: bytes outside of the mapping, or a NULL map; nothing is touched
+where the kernel would fault. EACCES: a write to memory that is mapped read-only. TypeError: not a buffer, not an int.
 
 Numbers are in the machine's byte order and need no alignment. ``ctypes`` structures describe fields.
 
@@ -41,8 +41,8 @@ _INTEGERS: Final = {code: struct.Struct("@" + code) for code in "bBhHiIlLqQ"}
 class IosysMap:
     """A mapping of memory: NULL at first, set by ``set_vaddr`` or ``set_vaddr_iomem``.
 
-    ``address``: int, 0 for NULL. ``is_iomem``: bool. ``vaddr``, ``vaddr_iomem``: the bytes from the address to the end of the
-    mapping as a memoryview; None when the map is NULL or of the other kind.
+    ``vaddr``, ``vaddr_iomem``: the bytes from the address to the end of the mapping as a memoryview; None when the map is NULL or of the
+    other kind.
 
     Kernel: iosys_map (vaddr, vaddr_iomem, is_iomem).
     """
@@ -57,21 +57,27 @@ class IosysMap:
 
     @classmethod
     def init_vaddr(cls, memory: ReadableBuffer | None, *, address: int | None = None) -> IosysMap:
-        """A map of system memory. Arguments and errors: as :meth:`set_vaddr`. Kernel: IOSYS_MAP_INIT_VADDR."""
+        """Return a map of system memory. Arguments and errors are those of :meth:`set_vaddr`.
+
+        Kernel: IOSYS_MAP_INIT_VADDR.
+        """
         new = cls()
         new.set_vaddr(memory, address=address)
         return new
 
     @classmethod
     def init_vaddr_iomem(cls, memory: ReadableBuffer | None, *, address: int | None = None) -> IosysMap:
-        """A map of I/O memory. Arguments and errors: as :meth:`set_vaddr`. Kernel: IOSYS_MAP_INIT_VADDR_IOMEM."""
+        """Return a map of I/O memory. Arguments and errors are those of :meth:`set_vaddr`.
+
+        Kernel: IOSYS_MAP_INIT_VADDR_IOMEM.
+        """
         new = cls()
         new.set_vaddr_iomem(memory, address=address)
         return new
 
     @classmethod
     def init_offset(cls, map_: IosysMap, offset: int) -> IosysMap:
-        """A map ``offset`` bytes into another, which stays as it is. Errors: as :meth:`incr`.
+        """Return a map ``offset`` bytes into another, which stays as it is. The errors are those of :meth:`incr`.
 
         Kernel: IOSYS_MAP_INIT_OFFSET.
         """
@@ -80,13 +86,13 @@ class IosysMap:
         return new
 
     def copy(self) -> IosysMap:
-        """Another map of the same address and kind (assignment of the structure in C)."""
+        """Return another map of the same address and kind (assignment of the structure in C)."""
         new = type(self)()
         new.assign(self)
         return new
 
     def assign(self, other: IosysMap) -> None:
-        """Become the same mapping as another."""
+        """Take the address and kind of another map."""
         self._memory, self._address, self._position, self._is_iomem = other._memory, other._address, other._position, other._is_iomem
 
     __copy__ = copy
@@ -94,32 +100,51 @@ class IosysMap:
     def set_vaddr(self, memory: ReadableBuffer | None, *, address: int | None = None) -> None:
         """Point to system memory.
 
-        ``memory``: a contiguous buffer of at least one byte, kept until the map is set anew or cleared; None is NULL. ``address``: its
-        identity, a positive int, where that isn't the address of the buffer in this process.
+        Args:
+            memory: A contiguous buffer of at least one byte, which the map references until it is set again or cleared; None is NULL.
+            address: Its identity, a positive int, if that isn't the address of the buffer in this process.
 
-        Errors, with the map unchanged: TypeError (no buffer); EINVAL (empty or not contiguous, address not positive or given with None).
+        Raises:
+            InvalidError: The buffer is empty or not contiguous, or the address is not positive or given with None (EINVAL). The map is
+                unchanged.
+
         Kernel: iosys_map_set_vaddr.
         """
         self._set(memory, address, False)
 
     def set_vaddr_iomem(self, memory: ReadableBuffer | None, *, address: int | None = None) -> None:
-        """Point to I/O memory. Arguments and errors: as :meth:`set_vaddr`. Kernel: iosys_map_set_vaddr_iomem."""
+        """Point to I/O memory. Arguments and errors are those of :meth:`set_vaddr`.
+
+        Kernel: iosys_map_set_vaddr_iomem.
+        """
         self._set(memory, address, True)
 
     def clear(self) -> None:
-        """Make the map NULL and of the system kind; its buffer is let go. Kernel: iosys_map_clear."""
+        """Make the map NULL and of the system kind, and drop its buffer.
+
+        Kernel: iosys_map_clear.
+        """
         self._memory, self._address, self._position, self._is_iomem = None, 0, 0, False
 
     def is_null(self) -> bool:
-        """Whether the address of the active kind is NULL. Kernel: iosys_map_is_null."""
+        """Return True if the address of the active kind is NULL.
+
+        Kernel: iosys_map_is_null.
+        """
         return self._memory is None
 
     def is_set(self) -> bool:
-        """Not :meth:`is_null`. Kernel: iosys_map_is_set."""
+        """Return True if the address of the active kind is not NULL.
+
+        Kernel: iosys_map_is_set.
+        """
         return self._memory is not None
 
     def is_equal(self, other: IosysMap) -> bool:
-        """Whether kind and address are the same. Errors: TypeError (not a map). Kernel: iosys_map_is_equal."""
+        """Return True if kind and address are the same. Raises TypeError for anything else than a map.
+
+        Kernel: iosys_map_is_equal.
+        """
         if not isinstance(other, IosysMap):
             raise TypeError(f"is_equal compares with an IosysMap, not {type(other).__name__}")
         return self._is_iomem == other._is_iomem and self.address == other.address
@@ -131,7 +156,7 @@ class IosysMap:
 
     @property
     def address(self) -> int:
-        """Where the map points to; 0 for NULL."""
+        """The address that the map points to, 0 for NULL."""
         return self._address + self._position
 
     @property
@@ -152,73 +177,109 @@ class IosysMap:
     def incr(self, n: int) -> None:
         """Advance the address by ``n`` bytes, at most to the end of the mapping.
 
-        Errors, with the map unchanged: EINVAL (negative), EFAULT (NULL, or beyond the end). Kernel: iosys_map_incr.
+        Raises:
+            InvalidError: ``n`` is negative (EINVAL).
+            DmaBufError: The map is NULL, or ``n`` goes beyond the end (EFAULT). The map is unchanged.
+
+        Kernel: iosys_map_incr.
         """
         _, self._position = self._range("incr", n, 0)
 
     def memcpy_to(self, dst_offset: int, src: ReadableBuffer, length: int | None = None) -> None:
         """Copy the first ``length`` bytes of ``src`` (None: all of it) to ``dst_offset``.
 
-        Errors: EINVAL (negative, ``src`` shorter or not contiguous), EFAULT, EACCES. Kernel: iosys_map_memcpy_to.
+        Raises:
+            InvalidError: A number is negative, or ``src`` is shorter or not contiguous (EINVAL).
+            DmaBufError: The bytes are outside of the mapping (EFAULT).
+            NotPermittedError: The memory is read-only (EACCES).
+
+        Kernel: iosys_map_memcpy_to.
         """
         source = _flat("memcpy_to", src)
         length = _count("memcpy_to", "length", len(source) if length is None else length)
         if length > len(source):
-            _invalid("memcpy_to", f"{length} bytes of a buffer of {len(source)}")
+            _invalid("memcpy_to", f"the source has {len(source)} bytes, not {length}", "pass a smaller length")
         memory, start = self._range("memcpy_to", dst_offset, length, write=True)
         memory[start : start + length] = source[:length]
 
     def memcpy_from(self, dst: WriteableBuffer, src_offset: int, length: int | None = None) -> None:
         """Copy ``length`` bytes from ``src_offset`` to the start of ``dst`` (None: as many as ``dst`` takes).
 
-        Errors: EINVAL (negative, ``dst`` shorter, read-only or not contiguous), EFAULT. Kernel: iosys_map_memcpy_from.
+        Raises:
+            InvalidError: A number is negative, or ``dst`` is shorter, read-only or not contiguous (EINVAL).
+            DmaBufError: The bytes are outside of the mapping (EFAULT).
+
+        Kernel: iosys_map_memcpy_from.
         """
         target = _flat("memcpy_from", dst)
         length = _count("memcpy_from", "length", len(target) if length is None else length)
         if length > len(target):
-            _invalid("memcpy_from", f"{length} bytes into a buffer of {len(target)}")
+            _invalid("memcpy_from", f"the destination has {len(target)} bytes, not {length}", "pass a smaller length")
         if target.readonly:
-            _invalid("memcpy_from", "the destination is read-only")
+            _invalid("memcpy_from", "the destination is read-only", "pass a writable buffer")
         memory, start = self._range("memcpy_from", src_offset, length)
         target[:length] = memory[start : start + length]
 
     def memset(self, offset: int, value: int, length: int) -> None:
-        """Set ``length`` bytes from ``offset`` to ``value``, 0 to 255. Errors: EINVAL (negative, not a byte), EFAULT, EACCES.
+        """Set ``length`` bytes from ``offset`` to ``value``, 0 to 255.
+
+        Raises:
+            InvalidError: A number is negative, or ``value`` is not a byte (EINVAL).
+            DmaBufError: The bytes are outside of the mapping (EFAULT).
+            NotPermittedError: The memory is read-only (EACCES).
 
         Kernel: iosys_map_memset.
         """
         value = operator.index(value)
         if not 0 <= value <= 255:
-            _invalid("memset", f"{value} is not a byte")
+            _invalid("memset", f"{value} is not a byte", "pass 0 to 255")
         length = _count("memset", "length", length)
         memory, start = self._range("memset", offset, length, write=True)
         memory[start : start + length] = bytes((value,)) * length
 
     def rd(self, offset: int, type_: Width) -> int:
-        """The number of kind ``type_`` ("u8", "u16", "u32", "u64") at ``offset``. Errors: EINVAL (negative, unknown kind), EFAULT.
+        """Return the number of a kind ("u8", "u16", "u32" or "u64") at ``offset``.
+
+        Raises:
+            InvalidError: ``offset`` is negative, or the kind is unknown (EINVAL).
+            DmaBufError: The bytes are outside of the mapping (EFAULT).
 
         Kernel: iosys_map_rd.
         """
         return self._read("rd", offset, _width("rd", type_))
 
     def wr(self, offset: int, type_: Width, value: int) -> None:
-        """Store ``value`` as ``type_`` at ``offset``. Errors: EINVAL (negative, unknown kind, value too large), EFAULT, EACCES.
+        """Store ``value`` as a number of a kind ("u8", "u16", "u32" or "u64") at ``offset``.
+
+        Raises:
+            InvalidError: ``offset`` is negative, the kind is unknown, or the value doesn't fit (EINVAL).
+            DmaBufError: The bytes are outside of the mapping (EFAULT).
+            NotPermittedError: The memory is read-only (EACCES).
 
         Kernel: iosys_map_wr.
         """
         self._write("wr", offset, _width("wr", type_), value)
 
     def rd_field(self, struct_offset: int, struct_type: type[ctypes.Structure], field: str) -> int:
-        """The integer field ``field`` ("a" or "a.b") of a structure at ``struct_offset``.
+        """Return an integer field of a structure.
 
-        ``struct_type``: a ctypes.Structure in the machine's byte order.
-        Errors: EINVAL (negative, no such field, bit field, not an integer, other byte order), EFAULT. Kernel: iosys_map_rd_field.
+        Args:
+            struct_offset: Where the structure begins.
+            struct_type: A ctypes.Structure in the machine's byte order.
+            field: The name, "a" or "a.b".
+
+        Raises:
+            InvalidError: ``struct_offset`` is negative; the field doesn't exist, or is a bit field, not an integer, or of the other byte
+                order (EINVAL).
+            DmaBufError: The bytes are outside of the mapping (EFAULT).
+
+        Kernel: iosys_map_rd_field.
         """
         offset, number = _field("rd_field", struct_type, field)
         return self._read("rd_field", _count("rd_field", "offset", struct_offset) + offset, number)
 
     def wr_field(self, struct_offset: int, struct_type: type[ctypes.Structure], field: str, value: int) -> None:
-        """Store ``value`` in a field. Arguments and errors: as :meth:`rd_field` and :meth:`wr`.
+        """Store ``value`` in a field of a structure. Arguments and errors are those of :meth:`rd_field` and :meth:`wr`.
 
         Kernel: iosys_map_wr_field.
         """
@@ -235,27 +296,29 @@ class IosysMap:
         operation = "set_vaddr_iomem" if is_iomem else "set_vaddr"
         if memory is None:
             if address is not None:
-                _invalid(operation, "an address without memory")
+                _invalid(operation, "an address without memory", "pass the memory too, or neither")
             self._memory, self._address, self._position, self._is_iomem = None, 0, 0, is_iomem
             return
         view = _flat(operation, memory)
         if len(view) == 0:
-            _invalid(operation, "an empty buffer has no address")
+            _invalid(operation, "an empty buffer has no address", "pass None for NULL")
         if address is None:
             address = buffer_address(view)
         elif (address := operator.index(address)) <= 0:
-            _invalid(operation, f"address {address} is not positive")
+            _invalid(operation, f"address {address} is not positive", "pass a positive address, or none")
         self._memory, self._address, self._position, self._is_iomem = view, address, 0, is_iomem
 
     def _range(self, operation: str, offset: int, length: int, *, write: bool = False) -> tuple[memoryview, int]:
-        """The memory and where in it ``offset`` is, once ``length`` bytes there are known to exist."""
+        """Return the memory, and where ``offset`` is in it, with ``length`` bytes there."""
         offset = _count(operation, "offset", offset)
         memory = self._memory
         if memory is None:
             raise fail(errno.EFAULT, operation, self, "set the map first", what="the address is NULL")
         start = self._position + offset
         if length > len(memory) - start:
-            raise fail(errno.EFAULT, operation, self, what=f"{length} bytes at {offset} lie outside of the mapping")
+            raise fail(
+                errno.EFAULT, operation, self, "stay inside the mapping", what=f"{length} bytes at {offset} are outside of the mapping"
+            )
         if write and memory.readonly:
             raise fail(errno.EACCES, operation, self, "map the buffer writable", what="the memory is read-only")
         return memory, start
@@ -270,38 +333,38 @@ class IosysMap:
         try:
             packed = number.pack(value)
         except struct.error:
-            _invalid(operation, f"{value} does not fit in {number.size} bytes")
+            _invalid(operation, f"{value} doesn't fit in {number.size} bytes", "use a wider kind")
         memory, start = self._range(operation, offset, number.size, write=True)
         memory[start : start + number.size] = packed
 
 
-def _invalid(operation: str, what: str) -> NoReturn:
-    raise fail(errno.EINVAL, operation, "IosysMap", what=what)
+def _invalid(operation: str, what: str, remedy: str | None = None) -> NoReturn:
+    raise fail(errno.EINVAL, operation, "IosysMap", remedy, what=what)
 
 
 def _count(operation: str, name: str, value: int) -> int:
     value = operator.index(value)
     if value < 0:
-        _invalid(operation, f"{name} {value} is negative")
+        _invalid(operation, f"{name} {value} is negative", "pass 0 or more")
     return value
 
 
 def _flat(operation: str, buffer: ReadableBuffer) -> memoryview:
     view = memoryview(buffer)
     if not view.c_contiguous:
-        _invalid(operation, "the buffer is not contiguous")
+        _invalid(operation, "the buffer is not contiguous", "pass a contiguous one")
     return view.cast("B")
 
 
 def _width(operation: str, type_: str) -> struct.Struct:
     number = _WIDTHS.get(type_)
     if number is None:
-        _invalid(operation, f"{type_!r} is none of {', '.join(_WIDTHS)}")
+        _invalid(operation, f"{type_!r} is not a kind of number", f"pass one of {', '.join(_WIDTHS)}")
     return number
 
 
 def _field(operation: str, struct_type: type[ctypes.Structure], field: str) -> tuple[int, struct.Struct]:
-    """Offset in the structure and number format of an integer field."""
+    """Return the offset in the structure, and the number format, of an integer field."""
     checked: object = struct_type
     if not (isinstance(checked, type) and issubclass(checked, ctypes.Structure)):
         raise TypeError(f"{operation} needs a ctypes.Structure class, not {struct_type!r}")
@@ -310,23 +373,23 @@ def _field(operation: str, struct_type: type[ctypes.Structure], field: str) -> t
     for name in field.split("."):
         entry = _entry(current, name)
         if entry is None:
-            _invalid(operation, f"{struct_type.__name__} has no field {field!r}")
+            _invalid(operation, f"{struct_type.__name__} has no field {field!r}", "name a field of the structure")
         if len(entry) > 2:
-            _invalid(operation, f"{struct_type.__name__}.{field} is a bit field")
+            _invalid(operation, f"{struct_type.__name__}.{field} is a bit field", "name a whole integer")
         if hasattr(current, "_swappedbytes_"):
-            _invalid(operation, f"{struct_type.__name__}.{field} is not in the machine's byte order")
+            _invalid(operation, f"{struct_type.__name__}.{field} is not in the machine's byte order", "use ctypes.Structure")
         offset += getattr(current, name).offset
         current = entry[1]
     # Pointers and arrays have a _type_ too, which is a class.
     code = getattr(current, "_type_", None)
     number = _INTEGERS.get(code) if isinstance(code, str) else None
     if number is None:
-        _invalid(operation, f"{struct_type.__name__}.{field} is not an integer")
+        _invalid(operation, f"{struct_type.__name__}.{field} is not an integer", "name an integer field")
     return offset, number
 
 
 def _entry(struct_type: object, name: str) -> tuple[object, ...] | None:
-    """The entry of ``name`` in the ``_fields_`` of a structure or of one that it extends."""
+    """Return the entry of ``name`` in the ``_fields_`` of a structure, or of one that it extends."""
     for kind in getattr(struct_type, "__mro__", ()):
         for entry in vars(kind).get("_fields_", ()):
             if entry[0] == name:

@@ -1,17 +1,18 @@
-"""``SgTable``: which memory a mapping covers, as the CPU sees it and as a device does (semantics 1.7).
+"""``SgTable``: the memory that a mapping covers, as the CPU and as a device see it (semantics 1.7).
 
-A table has two sides, kept apart. The *CPU side* is what the exporter built it from: ``orig_nents`` entries of (page, offset, length).
-There are no physical addresses in user space: a *page* is a number that counts the whole pages of the table's ``memory``, which for plain
-buffers is the memfd (page n begins n pages into the file), and for an exporter of its own whatever it passes. The *DMA side* is what a
-device uses: ``nents`` entries of (address, length), filled by :meth:`dmabuf.Device.map_sgtable` with addresses of that device, or by an
-exporter that knows better. Mapping may merge, so ``nents <= orig_nents``.
+A table has two sides. The exporter builds it from the *CPU side*: ``orig_nents`` entries of (page, offset, length). User space has no
+physical addresses, so a *page* is a number that counts the whole pages of the table's ``memory``. For plain buffers that is the memfd (page
+n begins n pages into the file), and for another exporter it is whatever the exporter passes. A device uses the *DMA side*: ``nents``
+entries of (address, length), which :meth:`dmabuf.Device.map_sgtable` fills with addresses of that device, or an exporter by itself. Mapping
+may merge, so ``nents <= orig_nents``.
 
-Neighbouring pages become one entry, up to ``max_segment`` bytes, rounded down to whole pages.
+Neighboring pages become one entry of up to ``max_segment`` bytes, rounded down to whole pages.
 
-*Who may call what.* A table belongs to the exporter until ``map`` returns it, then to the importer until ``unmap``. The importer uses the
-DMA side alone (iterating a table gives that); with the debug layer on, the CPU side raises ``ContractError`` in its hands.
+*Who may call what.* A table belongs to the exporter until ``map`` returns it, and then to the importer until ``unmap``. The importer uses
+the DMA side alone, which iterating over a table gives. With the debug layer on, the CPU side raises ``ContractError`` in the importer's
+hands.
 
-*Errors.* EINVAL: no entries, an empty range, or one that is no range; a ``max_segment`` below one page also warns (``ContractWarning``).
+*Errors.* EINVAL: there are no entries, or a range is empty or negative. A ``max_segment`` below one page also is a ``ContractWarning``.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ MAX_SEGMENT: Final = 0xFFFFFFFF // PAGE * PAGE  # SCATTERLIST_MAX_SEGMENT, inclu
 
 
 class SgEntry(NamedTuple):
-    """One piece of memory on the CPU side: ``page`` counts whole pages of the table's memory, ``offset`` and ``length`` are bytes."""
+    """One piece of memory on the CPU side. ``page`` counts whole pages of the table's memory; ``offset`` and ``length`` are bytes."""
 
     page: int
     offset: int
@@ -73,7 +74,7 @@ class SgTable:
 
     def __init__(self, cpu: Sequence[SgEntry], dma: Sequence[DmaEntry], memory: ReadableBuffer | None) -> None:
         if not cpu and not dma:
-            raise fail(errno.EINVAL, "sg_table", "a table", "give it at least one page or range", what="a table of zero entries")
+            raise fail(errno.EINVAL, "sg_table", "a table", "pass at least one page or range", what="it has no entries")
         self._cpu, self._dma, self._memory = tuple(cpu), tuple(dma), memory
         self._guard: str | None = None
         self._mapping: TableMapping | None = None
@@ -88,16 +89,30 @@ class SgTable:
         max_segment: int = MAX_SEGMENT,
         memory: ReadableBuffer | None = None,
     ) -> SgTable:
-        """A table of whole pages, by number (sg_alloc_table_from_pages_segment).
+        """Make a table of whole pages, by number (sg_alloc_table_from_pages_segment).
 
-        ``offset``: bytes of the first page to leave out; ``size``: bytes altogether, None for all to the end of the last page.
-        Errors: EINVAL no page, a negative one, an offset beyond the first page, a size that the pages don't hold; see the module.
+        Args:
+            pages: The numbers, in order.
+            offset: Bytes of the first page to leave out.
+            size: Bytes in all; None for everything to the end of the last page.
+            max_segment: The longest entry, in bytes.
+            memory: What the pages are pages of.
+
+        Raises:
+            InvalidError: There is no page, a number is negative, ``offset`` is beyond the first page, or the pages don't hold ``size``
+                (EINVAL). See also the module.
         """
         numbers = [operator.index(page) for page in pages]
         room = len(numbers) * PAGE - offset
         left = room if size is None else size
         if not numbers or min(numbers) < 0 or not 0 <= offset < PAGE or not 0 < left <= room:
-            raise fail(errno.EINVAL, "sg_table", f"{len(numbers)} pages", "pages >= 0, 0 <= offset < a page, size within the pages")
+            raise fail(
+                errno.EINVAL,
+                "sg_table",
+                f"{len(numbers)} pages",
+                "pass numbers of 0 or more, an offset inside the first page, and a size that the pages hold",
+                what=f"no table has offset {offset} and size {size} there",
+            )
         ranges = []
         for number in numbers:
             if left <= 0:
@@ -112,12 +127,21 @@ class SgTable:
     def from_ranges(
         cls, ranges: Iterable[tuple[int, int]], *, max_segment: int = MAX_SEGMENT, memory: ReadableBuffer | None = None
     ) -> SgTable:
-        """A table of (first byte, length) ranges of the memory, in the order given. Errors: see the module."""
+        """Make a table of (first byte, length) ranges of the memory, in the order given.
+
+        Args:
+            ranges: The ranges.
+            max_segment: The longest entry, in bytes.
+            memory: What the ranges are ranges of.
+
+        Raises:
+            InvalidError: See the module (EINVAL).
+        """
         limit = checked_segment(max_segment, "sg_table", 3)
         joined: list[list[int]] = []
         for start, length in ranges:
             if start < 0 or length <= 0:
-                raise fail(errno.EINVAL, "sg_table", f"range ({start}, {length})", "0 <= start, 0 < length")
+                raise fail(errno.EINVAL, "sg_table", f"range ({start}, {length})", "pass 0 <= start, 0 < length", what="not a range")
             if joined and joined[-1][0] + joined[-1][1] == start:
                 joined[-1][1] += length
             else:
@@ -132,34 +156,48 @@ class SgTable:
 
     @classmethod
     def from_dma(cls, entries: Iterable[tuple[int, int]]) -> SgTable:
-        """A table of memory that no CPU sees (a device's own, for peer-to-peer): (address, length) entries. Errors: see the module."""
+        """Make a table of memory that no CPU sees, such as a device's own for peer-to-peer.
+
+        Args:
+            entries: (address, length) of each piece.
+
+        Raises:
+            InvalidError: See the module (EINVAL).
+        """
         return cls((), _dma(entries), None)
 
     # ---- the DMA side ----
 
     def __iter__(self) -> Iterator[DmaEntry]:
-        """The DMA entries (for_each_sgtable_dma_sg)."""
+        """Yield the DMA entries (for_each_sgtable_dma_sg)."""
         return iter(self._dma)
 
     @property
     def nents(self) -> int:
-        """Entries of the DMA side; 0 until it is mapped."""
+        """The number of DMA entries, 0 until the table is mapped."""
         return len(self._dma)
 
     @property
     def dma_entries(self) -> tuple[DmaEntry, ...]:
-        """What iterating gives, at once."""
+        """The DMA entries."""
         return self._dma
 
     def set_dma(self, entries: Iterable[tuple[int, int]]) -> None:
-        """Fill the DMA side by hand, for an exporter that maps by itself. Errors: EINVAL none, more than CPU entries, or an empty one."""
+        """Fill the DMA side, for an exporter that maps by itself.
+
+        Args:
+            entries: (address, length) of each piece.
+
+        Raises:
+            InvalidError: There are none, more than CPU entries, or an empty one (EINVAL).
+        """
         made = _dma(entries)
         if not made or len(made) > max(len(self._cpu), 1):
-            raise fail(errno.EINVAL, "set_dma", self, f"between 1 and {len(self._cpu)} entries")
+            raise fail(errno.EINVAL, "set_dma", self, f"pass 1 to {len(self._cpu)} entries", what=f"{len(made)} entries don't fit")
         self._dma = made
 
     def dma_array(self) -> np.ndarray[Any, Any]:
-        """The DMA side as a structured array of (address, length), both u64. Needs numpy."""
+        """Return the DMA side as a structured array of (address, length), both u64. Needs numpy."""
         return _array(self._dma, [("address", "u8"), ("length", "u8")])
 
     # ---- the CPU side ----
@@ -170,34 +208,44 @@ class SgTable:
 
     @property
     def orig_nents(self) -> int:
-        """Entries of the CPU side."""
+        """The number of CPU entries."""
         return len(self._cpu)
 
     @property
     def entries(self) -> tuple[SgEntry, ...]:
-        """The CPU entries (for_each_sgtable_sg). Errors: ``ContractError`` hidden by the debug layer."""
+        """The CPU entries (for_each_sgtable_sg). ContractError when the debug layer hides them."""
         self._seen("entries")
         return self._cpu
 
     @property
     def memory(self) -> ReadableBuffer | None:
-        """What the pages are pages of. Errors: as :attr:`entries`."""
+        """What the pages are pages of. ContractError when the debug layer hides it."""
         self._seen("memory")
         return self._memory
 
     def pages(self) -> Iterator[int]:
-        """Every page that the table touches, in order (for_each_sgtable_page). Errors: as :attr:`entries`."""
+        """Yield the number of every page that the table touches, in order (for_each_sgtable_page).
+
+        Raises:
+            ContractError: The debug layer hides the CPU side.
+        """
         for page, offset, length in self.entries:
             yield from range(page, page + -(-(offset + length) // PAGE))
 
     def view(self, index: int) -> memoryview:
-        """The bytes of one CPU entry. Errors: as :attr:`entries`; EINVAL the table has no memory; IndexError no such entry."""
+        """Return the bytes of one CPU entry.
+
+        Raises:
+            ContractError: The debug layer hides the CPU side.
+            InvalidError: The table has no memory, or the entry ends outside of it (EINVAL).
+            IndexError: There is no such entry.
+        """
         self._seen("view")
         return self._piece(index)
 
     def _piece(self, index: int) -> memoryview:
         if self._memory is None:
-            raise fail(errno.EINVAL, "view", self, "give memory= when the table is made", what="the table's pages are of no known memory")
+            raise fail(errno.EINVAL, "view", self, "pass memory= when the table is made", what="the table has no memory")
         page, offset, length = self._cpu[index]
         start = page * PAGE + offset
         whole = memoryview(self._memory).cast("B")
@@ -208,12 +256,16 @@ class SgTable:
         return whole[start : start + length]
 
     def cpu_array(self) -> np.ndarray[Any, Any]:
-        """The CPU side as a structured array of (page, offset, length), u64, u4, u4. Needs numpy. Errors: as :attr:`entries`."""
+        """Return the CPU side as a structured array of (page, offset, length), u64, u32 and u32. Needs numpy.
+
+        Raises:
+            ContractError: The debug layer hides the CPU side.
+        """
         return _array(self.entries, [("page", "u8"), ("offset", "u4"), ("length", "u4")])
 
     @property
     def size(self) -> int:
-        """Bytes altogether."""
+        """The number of bytes in all."""
         return sum(entry.length for entry in self._cpu or self._dma)
 
     def __len__(self) -> int:
@@ -265,17 +317,17 @@ def set_mapping(sgt: SgTable, mapping: TableMapping | None, dma: tuple[DmaEntry,
 
 
 def checked_segment(max_segment: int, operation: str, level: int) -> int:
-    """A segment limit in whole pages. Errors: ``ContractWarning`` and EINVAL below one page."""
+    """Return a segment limit in whole pages. Raises InvalidError, with a ``ContractWarning``, below one page."""
     if max_segment < PAGE:
-        contract_warning(f"{operation}: max_segment {max_segment} is below a page of {PAGE} bytes", level)
-        raise fail(errno.EINVAL, operation, f"max_segment {max_segment}", f"at least {PAGE}")
+        contract_warning(f"{operation}: max_segment {max_segment}: it is below a page of {PAGE} bytes; pass at least a page", level)
+        raise fail(errno.EINVAL, operation, f"max_segment {max_segment}", f"pass at least {PAGE}", what="it is below a page")
     return min(max_segment, MAX_SEGMENT) // PAGE * PAGE
 
 
 def _dma(entries: Iterable[tuple[int, int]]) -> tuple[DmaEntry, ...]:
     made = tuple(DmaEntry(operator.index(address), operator.index(length)) for address, length in entries)
     if any(address < 0 or length <= 0 for address, length in made):
-        raise fail(errno.EINVAL, "sg_table", "DMA entries", "0 <= address, 0 < length")
+        raise fail(errno.EINVAL, "sg_table", "DMA entries", "pass 0 <= address, 0 < length", what="one is empty or negative")
     return made
 
 

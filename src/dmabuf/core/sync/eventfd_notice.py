@@ -1,4 +1,4 @@
-"""``EventfdNotice``: what adds 1 to an eventfd when a point of a semaphore is reached (spec 5.14)."""
+"""``EventfdNotice``: what adds 1 to an eventfd when a point of a semaphore is reached (semantics 5.14)."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""``TimelineSemaphore``: a place for fences that may not be there yet, as DRM's sync objects are (spec 5.14).
+"""``TimelineSemaphore``: a place for fences that may not be there yet, as DRM's sync objects are (semantics 5.14).
 
 It holds nothing, one fence (binary use, point 0), or a timeline of points. Each point stands for its own fences and those of all points
 before. ``signal`` and ``import_fence`` put something there. A waiter names a point, and can also wait until it is *submitted*. Points
-should rise. A point that doesn't is taken as the highest so far, and ``query`` begins again (spec 3.16).
+should rise. A point that doesn't is taken as the highest so far, and ``query`` begins again (semantics 3.16).
 
 It is a descriptor, shared like a :class:`~dmabuf.SwSync`: every holder may do everything, and sees what the others do. Its fences belong to
 the processes that made them: a fence whose owner dies is signaled with ``-EOWNERDEAD``, and counts like every other. A change of the state

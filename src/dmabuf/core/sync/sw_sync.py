@@ -1,8 +1,8 @@
-"""``SwSync``: a timeline that a program advances by hand, for tests and for pacing (spec 5.11).
+"""``SwSync``: a timeline that a program advances by hand, for tests and for pacing (semantics 5.11).
 
 It counts from 0, in 32 bits that wrap. ``create_fence(value)`` gives a sync file that is signaled when the count reaches the value
-(compared as signed 32-bit numbers, spec 3.10), or from the start if the count is already there. Two for the same pending value share one
-fence. ``inc(n)`` advances the count. When the last holder of the timeline's descriptor closes it, the pending fences are signaled with
+(compared as signed 32-bit numbers, semantics 3.10), or from the start if the count is already there. Two for the same pending value share
+one fence. ``inc(n)`` advances the count. When the last holder of the timeline's descriptor closes it, the pending fences are signaled with
 ``-ENOENT``.
 
 It is a descriptor: it can be sent, inherited, and given to any process of the domain, and every holder may do everything. All share the
@@ -382,7 +382,7 @@ class _Guard:
 def sync_info() -> str:
     """Return the text of debugfs ``sync/info``: the software timelines that this process holds, oldest first, with their pending fences.
 
-    As in Linux 6.8, the list of sync files under it is always empty (spec 6.2).
+    As in Linux 6.8, the list of sync files under it is always empty (semantics 6.2).
     """
     timelines = sorted((timeline for timeline in list(_OPEN) if not timeline.closed), key=lambda timeline: timeline.context)
     rule = "-" * 14 + "\n"

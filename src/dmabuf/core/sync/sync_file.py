@@ -1,4 +1,4 @@
-"""``SyncFile``: a fence as a file descriptor (spec 1.10, 5.5, 5.10).
+"""``SyncFile``: a fence as a file descriptor (semantics 1.10, 5.5, 5.10).
 
 It wraps one fence, as it is at that moment, for good. The descriptor (``fileno()``, made when it is first asked for) is readable once the
 fence is signaled, with an error or without, and stays so. It is never writable and never hung up. It can be polled, added to an event
@@ -11,7 +11,7 @@ array itself.
 
 The same class wraps a ``sync_file`` of the kernel (from a driver). Its descriptor is the kernel's. ``fence`` is then a fence of this
 process that is signaled when the descriptor becomes readable, with the kernel fence's error. There is no way back: a fence of this library
-is never given to the kernel, which may wait for it where it must not (spec 3.11).
+is never given to the kernel, which may wait for it where it must not (semantics 3.11).
 
 Using a closed one raises ClosedError (EBADF), except ``close()``, ``closed`` and ``repr``. Any thread may call anything, with or without a
 reservation lock.
@@ -364,7 +364,7 @@ class SyncFile(Closing):
             return uapi.file_info(self._fd).status
         fence = self.fence
         if is_container(fence) and not fence.is_signaled() and not any(not leaf.is_signaled() for leaf in self._leaves):
-            fence.enable_signaling()  # an array that is not enabled doesn't look at its members (spec 3.15)
+            fence.enable_signaling()  # an array that is not enabled doesn't look at its members (semantics 3.15)
         return fence.status
 
     def is_signaled(self) -> bool:
@@ -416,7 +416,7 @@ class SyncFile(Closing):
     # ---- using it ----
 
     def merge(self, other: SyncFile | int, name: str | bytes | None = None) -> SyncFile:
-        """Return a new sync file of the pending fences of both, which stay as they are (SYNC_IOC_MERGE; spec 3.17).
+        """Return a new sync file of the pending fences of both, which stay as they are (SYNC_IOC_MERGE; semantics 3.17).
 
         Signaled fences, failed ones too, are left out, and of one timeline only the latest is kept. Two kernel sync_files give one of the
         kernel's.
@@ -454,7 +454,7 @@ class SyncFile(Closing):
         return SyncFile(merge(self.fence, other.fence), name or None)
 
     def set_deadline(self, ns: int) -> None:
-        """Hint that somebody wants every fence in it by a time, in CLOCK_MONOTONIC ns (SET_DEADLINE; spec 3.12).
+        """Hint that somebody wants every fence in it by a time, in CLOCK_MONOTONIC ns (SET_DEADLINE; semantics 3.12).
 
         Raises:
             ClosedError: The sync file is closed (EBADF).

@@ -1,7 +1,7 @@
 """Who holds a lock or an access: a thread, or the task of asyncio or trio that runs in it.
 
-An owner has one context in the domain, which names it in lock words and access fences, and in which it publishes the fence that it
-waits for. So any process can follow "waits for" edges from owner to owner, and a cycle is found by whoever looks at a tick.
+An owner has one context in the domain, which names it in lock words and in fences of accesses, and in which it publishes the fence that it
+waits for. So any process can follow "waits for" edges from owner to owner. At a tick each waiting process looks for a cycle.
 """
 
 from __future__ import annotations
@@ -40,11 +40,17 @@ class Owner:
             self.domain.ctx_close(self.word, self.life)
 
 
+class _Here(threading.local):
+    """The owner that stands for the running thread."""
+
+    owner: Owner | None = None
+
+
 class _Owners:
     """The owners of this process in one domain. ``waiting``: those that wait for an access."""
 
     def __init__(self, domain: Domain) -> None:
-        self.threads = threading.local()
+        self.here = _Here()
         self.tasks: weakref.WeakKeyDictionary[object, Owner] = weakref.WeakKeyDictionary()
         self.waiting: dict[Owner, None] = {}
         me = weakref.ref(domain)
@@ -71,32 +77,24 @@ def current(domain: Domain) -> Owner:
         if owner is None or owner.life != life:
             owner = owners.tasks[task] = Owner(domain, waiting.name_of(task))
         return owner
-    try:
-        mine: Owner = owners.threads.owner
-        if mine.life == life:
-            return mine
-    except AttributeError:
-        pass
-    mine = owners.threads.owner = Owner(domain, threading.current_thread().name)
+    mine = owners.here.owner
+    if mine is None or mine.life != life:
+        mine = owners.here.owner = Owner(domain, threading.current_thread().name)
     return mine
 
 
 def acting(owner: Owner, call: Callable[[], object]) -> None:
-    """Do it in this thread, in which no task runs, as the owner who waits for it. Errors: those of the call."""
-    threads = _OWNERS.of(owner.domain).threads
-    before = getattr(threads, "owner", None)
-    threads.owner = owner
+    """Call ``call`` in this thread, in which no task runs, as the owner that waits for it. Raises what the call raises."""
+    here = _OWNERS.of(owner.domain).here
+    before, here.owner = here.owner, owner
     try:
         call()
     finally:
-        if before is None:
-            del threads.owner
-        else:
-            threads.owner = before
+        here.owner = before
 
 
 def publish(owner: Owner, handle: int) -> None:
-    """Say which fence the owner is about to wait for; 0: none any more."""
+    """Publish the fence that the owner is about to wait for; 0 when it waits no more."""
     shm = owner.domain.shm
     owners = _OWNERS.of(owner.domain)
     if handle:
@@ -110,7 +108,7 @@ def publish(owner: Owner, handle: int) -> None:
 
 
 def youngest_in_cycle(owner: Owner) -> bool:
-    """Is the owner in a cycle of waits through access fences, and began its wait last of all in it?"""
+    """Return True if the owner is in a cycle of waits for accesses, and began its wait last of all in it."""
     shm = owner.domain.shm
     word, youngest = owner.word, owner.wait_stamp
     for _ in range(_CYCLE_LIMIT):
@@ -128,22 +126,17 @@ def youngest_in_cycle(owner: Owner) -> bool:
 
 
 def deadlock(operation: str, obj: object) -> OSError:
-    """The error of an owner that waits for itself, directly or around a cycle."""
-    return fail(
-        errno.EDEADLK,
-        operation,
-        obj,
-        "take all buffers at once with dmabuf.access(read=[…], write=[…])",
-        what="waiting would never end: accesses wait for each other in a circle",
-    )
+    """Return the error of an owner that waits for itself, directly or around a cycle."""
+    remedy = "take all buffers at once with dmabuf.access(read=[…], write=[…])"
+    return fail(errno.EDEADLK, operation, obj, remedy, what="accesses wait for each other in a circle")
 
 
 def _end_deadlocks(domain: Domain, kind: int) -> None:
-    """At a tick: the thread that ticks may be in a cycle itself; so may tasks, which don't tick."""
+    """Let the youngest owner of a cycle fail, at a tick. It may be the thread that ticks, or a task, which doesn't tick itself."""
     owners = _OWNERS.peek(domain)
     if owners is None:
         return
-    mine = getattr(owners.threads, "owner", None)
+    mine = owners.here.owner
     for owner in list(owners.waiting):
         if owner.life != domain.shm.life or not youngest_in_cycle(owner):
             continue
