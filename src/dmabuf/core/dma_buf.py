@@ -1,4 +1,4 @@
-"""``DmaBuf``: a buffer is a file descriptor (semantics 2, 5.2–5.7).
+"""``DmaBuf``: a buffer is a file descriptor (spec 2, 5.2–5.7).
 
 A ``DmaBuf`` owns one fd and closes it once. ``get(fd)`` and ``get_dma_buf()`` give handles of their own to the same buffer; they are equal
 and hash alike, and share the reservation object and the count of vmaps inside the process. Using a closed handle is EBADF, except
@@ -7,9 +7,9 @@ and hash alike, and share the reservation object and the count of vmaps inside t
 Must be called *without* the buffer's reservation lock held by the caller: ``read``, ``write``, ``begin_cpu_access``, ``end_cpu_access``,
 ``sync``, ``mmap``, ``dma_mmap``, ``attach``, ``vmap_unlocked``, ``vunmap_unlocked`` (else ``ContractWarning`` and EDEADLK). Must be called
 *with* it: ``vmap``, ``vunmap``, ``move_notify`` (else ``ContractError``). The rest doesn't care: in particular a handle may be closed,
-because the exporter's ``release`` never runs under a lock (semantics 2.4).
+because the exporter's ``release`` never runs under a lock (spec 2.4).
 
-Where a buffer has an exporter (``dmabuf.export``), memory and brackets are its ops (semantics 2.15–2.18); plain memory needs none. A real
+Where a buffer has an exporter (``dmabuf.export``), memory and brackets are its ops (spec 2.15–2.18); plain memory needs none. A real
 dma-buf is the kernel's: see ``dmabuf.core.buffer.backing_kernel``.
 """
 
@@ -79,33 +79,33 @@ class DmaBuf(Handle):
     # ---- references ----
 
     def get_dma_buf(self) -> DmaBuf:
-        """Another reference: a handle with an fd and a close of its own (semantics 2.5). Errors: EBADF, EMFILE.
+        """Another reference: a handle with an fd and a close of its own (spec 2.5). Errors: EBADF, EMFILE.
 
         Kernel: get_dma_buf.
         """
         return DmaBuf._make(self.dup(), self._record)
 
     def put(self) -> None:
-        """Drop a reference: ``close()`` by the kernel's name (semantics 2.4). Kernel: dma_buf_put."""
+        """Drop a reference: ``close()`` by the kernel's name (spec 2.4). Kernel: dma_buf_put."""
         self.close()
 
     # ---- what it is ----
 
     @property
     def size(self) -> int:
-        """Bytes; never changes (semantics 1.2). Kernel: dma_buf.size."""
+        """Bytes; never changes (spec 1.2). Kernel: dma_buf.size."""
         self._check("size")
         return self._size
 
     @property
     def ino(self) -> int:
-        """The inode number: the same in every process, for every fd of the buffer (semantics 1.2)."""
+        """The inode number: the same in every process, for every fd of the buffer (spec 1.2)."""
         self._check("ino")
         return self._record.ino
 
     @property
     def exp_name(self) -> str:
-        """The exporter's name (semantics 1.2). Kernel: dma_buf.exp_name."""
+        """The exporter's name (spec 1.2). Kernel: dma_buf.exp_name."""
         self._check("exp_name")
         return os.fsdecode(self._record.exp_name)
 
@@ -117,7 +117,7 @@ class DmaBuf(Handle):
 
     @property
     def name(self) -> str | None:
-        """The name that users gave, None when never set. Settable, from any process: at most 31 bytes (semantics 5.4).
+        """The name that users gave, None when never set. Settable, from any process: at most 31 bytes (spec 5.4).
 
         Errors on setting: EINVAL longer, or with a NUL; TypeError neither str nor bytes. Kernel: dma_buf.name.
         """
@@ -177,7 +177,7 @@ class DmaBuf(Handle):
         return self._window_source(fcntl.fcntl(self._check("attach"), fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY)
 
     def mmap(self, offset: int = 0, length: int | None = None, writable: bool = True) -> _native.Mapping:
-        """The bare mapping, MAP_SHARED, which waits for nobody and excludes nobody (semantics 2.17, 5.2).
+        """The bare mapping, MAP_SHARED, which waits for nobody and excludes nobody (spec 2.17, 5.2).
 
         ``offset``: a multiple of the page size; ``length``: None for the rest of the buffer, whole pages of which can be mapped. The
         mapping outlives ``close()``; close it yourself. Errors: EBADF; EINVAL out of bounds, unaligned or empty, or the exporter offers
@@ -213,7 +213,7 @@ class DmaBuf(Handle):
         return BufferRange(self, offset, length)
 
     def dma_mmap(self, offset: int, length: int) -> _native.Mapping:
-        """The mapping an importer gets that redirects its own mmap here (semantics 2.17).
+        """The mapping an importer gets that redirects its own mmap here (spec 2.17).
 
         Errors: as :meth:`mmap`; EOVERFLOW when offset + length passes the address range. Kernel: dma_buf_mmap.
         """
@@ -223,7 +223,7 @@ class DmaBuf(Handle):
         return self._mmap("dma_mmap", offset, length, True)
 
     def lseek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """The kernel's lseek on a dma-buf: (0, SEEK_SET) is 0, (0, SEEK_END) the size, all else EINVAL; no position moves (semantics 5.2)."""
+        """The kernel's lseek on a dma-buf: (0, SEEK_SET) is 0, (0, SEEK_END) the size, all else EINVAL; no position moves (spec 5.2)."""
         self._check("lseek")
         kernel = self._kernel()
         if kernel is not None:
@@ -235,7 +235,7 @@ class DmaBuf(Handle):
         raise fail(errno.EINVAL, "lseek", self, "only (0, SEEK_SET) and (0, SEEK_END)")
 
     def vmap(self, into: IosysMap | None = None) -> IosysMap:
-        """The whole buffer as a kernel mapping, counted: n calls need n ``vunmap`` (semantics 2.18). The reservation lock is held.
+        """The whole buffer as a kernel mapping, counted: n calls need n ``vunmap`` (spec 2.18). The reservation lock is held.
 
         ``into``: a map to fill and return; it is NULL after every failure. Errors: ``ContractError`` without the lock; EBADF; EINVAL the
         exporter offers none; the exporter's, with a ``ContractWarning``. Kernel: dma_buf_vmap.
@@ -266,7 +266,7 @@ class DmaBuf(Handle):
     def vunmap(self, map: IosysMap) -> None:
         """End one ``vmap``; the map must be equal to what it gave. The reservation lock is held.
 
-        Errors: ``ContractError`` without the lock, for another map, or for one vunmap too many (semantics 2.18: BUG). Kernel: dma_buf_vunmap.
+        Errors: ``ContractError`` without the lock, for another map, or for one vunmap too many (spec 2.18: BUG). Kernel: dma_buf_vunmap.
         """
         self._locked("vunmap")
         backing_of(self._record).vunmap(self, map)
@@ -283,7 +283,7 @@ class DmaBuf(Handle):
     # ---- devices ----
 
     def attach(self, dev: Device, importer: Importer | None = None, *, interruptible: bool = False) -> DmaBufAttachment:
-        """Attach a device (semantics 2.8); with an importer the attachment is dynamic. See ``dmabuf.core.attach.attachment``.
+        """Attach a device (spec 2.8); with an importer the attachment is dynamic. See ``dmabuf.core.attach.attachment``.
 
         ``interruptible``: a signal ends the wait for KERNEL fences, where one is needed, with EINTR. Errors, with nothing attached: the
         exporter's (EBUSY: the memory is where the device can't reach it); ``ContractWarning`` and EINVAL no device, an importer without
@@ -296,7 +296,7 @@ class DmaBuf(Handle):
         return attachment.attach(self, dev, importer, interruptible)
 
     def move_notify(self) -> None:
-        """Tell every dynamic importer, the newest attachment first, that the memory is about to move (semantics 2.14). The lock is held.
+        """Tell every dynamic importer, the newest attachment first, that the memory is about to move (spec 2.14). The lock is held.
 
         For the exporter. What a callback raises goes to ``sys.unraisablehook``. Errors: ``ContractError`` without the lock; EBADF.
         Kernel: dma_buf_move_notify.
@@ -327,7 +327,7 @@ class DmaBuf(Handle):
             raise fail(errno.EDEADLK, operation, self, "unlock the reservation object first")
 
     def begin_cpu_access(self, direction: int, *, timeout: float | None = None, interruptible: bool = False) -> None:
-        """Wait for the implicit fences in the way of a CPU access (semantics 2.15); excludes nobody: for that there is ``read()``/``write()``.
+        """Wait for the implicit fences in the way of a CPU access (spec 2.15); excludes nobody: for that there is ``read()``/``write()``.
 
         TO_DEVICE and BIDIRECTIONAL wait for writers and readers, FROM_DEVICE and NONE for writers. A failed fence does not fail the
         call. An exporter's op comes first; when it fails, nothing is waited for. Errors: EBADF; the exporter's; EINVAL no direction;
@@ -337,7 +337,7 @@ class DmaBuf(Handle):
         cpu_access.begin(self, direction, timeout, interruptible)
 
     def end_cpu_access(self, direction: int) -> None:
-        """End a CPU access: waits for nothing, and nothing counts begin against end (semantics 2.16). Errors: as begin.
+        """End a CPU access: waits for nothing, and nothing counts begin against end (spec 2.16). Errors: as begin.
 
         Kernel: dma_buf_end_cpu_access.
         """
@@ -345,7 +345,7 @@ class DmaBuf(Handle):
         cpu_access.end(self, direction)
 
     def sync(self, flags: int) -> None:
-        """DMA_BUF_IOCTL_SYNC: READ 1, WRITE 2, both 3, with END 4 for the end (semantics 5.3). Errors: EINVAL other flags, or neither."""
+        """DMA_BUF_IOCTL_SYNC: READ 1, WRITE 2, both 3, with END 4 for the end (spec 5.3). Errors: EINVAL other flags, or neither."""
         self._check("sync")
         way = cpu_access.sync_direction(flags, self)
         if flags & cpu_access.SYNC_END:
@@ -373,7 +373,7 @@ class DmaBuf(Handle):
     # ---- waiting ----
 
     def poll(self, events: int, timeout: float | None = 0) -> int:
-        """Which of select.POLLIN and POLLOUT are ready, waiting up to ``timeout`` seconds (None: for ever) for one (semantics 5.6).
+        """Which of select.POLLIN and POLLOUT are ready, waiting up to ``timeout`` seconds (None: for ever) for one (spec 5.6).
 
         Other events are ignored. Errors: EBADF; EINVAL a negative timeout.
         """
@@ -408,7 +408,7 @@ class DmaBuf(Handle):
         return polling.poll_async(self, select.POLLOUT)
 
     def export_sync_file(self, write: bool = False, *, flags: int | None = None) -> SyncFile:
-        """What an access would wait for now, as a sync file (EXPORT_SYNC_FILE; semantics 5.5): for reading the pending writes, for writing
+        """What an access would wait for now, as a sync file (EXPORT_SYNC_FILE; spec 5.5): for reading the pending writes, for writing
         the reads too. A snapshot; already signalled if nothing is pending.
 
         ``flags``: READ 1, WRITE 2 or both, in place of ``write``. Errors: EBADF; EINVAL other flags.
@@ -417,7 +417,7 @@ class DmaBuf(Handle):
         return implicit.export_sync_file(self, implicit.writes(self, "export_sync_file", write, flags))
 
     def import_sync_file(self, sync_file: SyncFile | int, write: bool = False, *, flags: int | None = None) -> None:
-        """Let later accesses wait for a sync file: for a write (``write``), or for a read (IMPORT_SYNC_FILE; semantics 5.5).
+        """Let later accesses wait for a sync file: for a write (``write``), or for a read (IMPORT_SYNC_FILE; spec 5.5).
 
         ``sync_file``: a SyncFile, or a descriptor of one; ``flags`` as in :meth:`export_sync_file`. Errors: EBADF this buffer is closed;
         EINVAL no sync file, or other flags; EXDEV of another domain; ENOMEM, ENOSPC; ``ContractWarning`` and EDEADLK with the lock held.
@@ -429,7 +429,7 @@ class DmaBuf(Handle):
     # ---- seeing ----
 
     def fdinfo(self) -> str:
-        """The text of /proc/PID/fdinfo/FD for a dma-buf (semantics 5.7). ``count`` is what this user may see of fds and mappings.
+        """The text of /proc/PID/fdinfo/FD for a dma-buf (spec 5.7). ``count`` is what this user may see of fds and mappings.
 
         A name may be any bytes; they are decoded with ``os.fsdecode``. Errors: EBADF.
         """

@@ -1,4 +1,4 @@
-"""How a descriptor becomes a handle: ``get``, and what heaps and receivers use (semantics 2.3).
+"""How a descriptor becomes a handle: ``get``, and what heaps and receivers use (spec 2.3).
 
 Each way checks that it is a buffer and of which domain, takes the lease on it, and finds or makes its record, in this order. What takes a
 descriptor over closes it when a step fails.
@@ -20,7 +20,7 @@ from dmabuf.uapi.call import OwnedFd
 
 
 def get(fd: int, *, domain: Domain | None = None) -> DmaBuf:
-    """An own reference to the buffer behind an fd that came as a plain number; the caller keeps the fd (semantics 2.3).
+    """An own reference to the buffer behind an fd that came as a plain number; the caller keeps the fd (spec 2.3).
 
     A real dma-buf, whoever made it, is taken into the domain. Errors: EBADF no open fd; EINVAL no dma-buf; EXDEV a buffer of another
     domain; ENODEV its exporter has released it; EACCES a real one that is open for writing only; EMFILE.

@@ -2,7 +2,7 @@
 
 It keeps a reference of its own to the buffer until ``detach()``, as a driver does. The table is made, under the reservation lock, when the
 first job is submitted and stays until ``detach()``. When a dynamic exporter moves the memory, the next submission maps anew; jobs
-submitted before keep the old addresses, which stay valid because the exporter waits for their fences (semantics 4.11), and the old table is
+submitted before keep the old addresses, which stay valid because the exporter waits for their fences (spec 4.11), and the old table is
 unmapped when the last of them has ended.
 
 Who ends a job must not take a reservation lock: its holder may wait for the next job's fence. So tables are given back by the device's

@@ -1,4 +1,4 @@
-"""``begin_cpu_access`` and ``end_cpu_access``: the bracket around what the CPU does with a buffer (semantics 2.15, 2.16, 5.3).
+"""``begin_cpu_access`` and ``end_cpu_access``: the bracket around what the CPU does with a buffer (spec 2.15, 2.16, 5.3).
 
 Begin calls the exporter's op, or the kernel's, then waits for the implicit fences in the way; it adds no fence and excludes nobody. An
 owner's own access fences are passed over. Nothing counts begin against end but the debug layer, which wants to know whether a vmap may be

@@ -1,4 +1,4 @@
-"""Between implicit and explicit sync: a buffer's fences as a sync file, and the other way (semantics 5.5).
+"""Between implicit and explicit sync: a buffer's fences as a sync file, and the other way (spec 5.5).
 
 Export takes a snapshot: what is pending now and up to the usage that the access would have to wait for. Import adds every plain fence of a
 sync file to the buffer's reservation object, so that later accesses wait for it. Export, submit and import are three steps; whoever

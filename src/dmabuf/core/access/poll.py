@@ -1,4 +1,4 @@
-"""Polling a buffer: POLLIN when no write is pending, POLLOUT when no fence is (semantics 5.6).
+"""Polling a buffer: POLLIN when no write is pending, POLLOUT when no fence is (spec 5.6).
 
 POLLIN is ready when no pending fence of usage KERNEL or WRITE is there, POLLOUT when none up to READ is; BOOKKEEP never counts. Other
 bits are ignored. Readiness is of the moment: it says that the fences are done, not that nobody adds another; for access there is

@@ -1,7 +1,7 @@
-"""``DmaBufAttachment``: one device's use of one buffer: map, pin, and hear of moves (semantics 1.4, 2.8–2.14).
+"""``DmaBufAttachment``: one device's use of one buffer: map, pin, and hear of moves (spec 1.4, 2.8–2.14).
 
 Made by ``buf.attach(dev, importer=None)``: without an importer *static*, with one *dynamic*. A device may attach more than once. Static and
-dynamic are matched with the exporter (semantics 2.13a, Linux 6.8):
+dynamic are matched with the exporter (spec 2.13a, Linux 6.8):
 
 | exporter | importer | at attach | map | unmap | at detach |
 |---|---|---|---|---|---|
@@ -105,7 +105,7 @@ class DmaBufAttachment:
         """Was it attached with an importer? Kernel: dma_buf_attachment_is_dynamic."""
         return self.importer is not None
 
-    # ---- the lock table (semantics 2.19) ----
+    # ---- the lock table (spec 2.19) ----
 
     def _check(self, operation: str, level: int = 4) -> None:
         if not self.attached:
@@ -128,7 +128,7 @@ class DmaBufAttachment:
     # ---- mapping ----
 
     def map(self, direction: int, *, interruptible: bool = False) -> SgTable:
-        """The table of DMA addresses for the device (semantics 2.11); the lock is held. A static importer waits for KERNEL fences.
+        """The table of DMA addresses for the device (spec 2.11); the lock is held. A static importer waits for KERNEL fences.
 
         ``interruptible``: a signal ends that wait with EINTR, mapped nothing. Errors: the exporter's, ENOMEM when it returned no table;
         EBUSY the kept table is of another direction; EINVAL no direction, detached (with ``ContractWarning``); ``ContractError`` without
@@ -157,7 +157,7 @@ class DmaBufAttachment:
         return sgt
 
     def _map(self, way: Direction, interruptible: bool) -> SgTable:
-        """The exporter's op, the wait, and the debug layer (semantics 2.11, step M)."""
+        """The exporter's op, the wait, and the debug layer (spec 2.11, step M)."""
         exporter = self._backing.exporter
         sgt = exporter.map(self, way)
         if sgt is None:
@@ -175,7 +175,7 @@ class DmaBufAttachment:
         return sgt
 
     def unmap(self, sgt: SgTable | None, direction: int) -> None:
-        """Give a table back; a kept one stays (semantics 2.13). The lock is held; ``direction`` as for map.
+        """Give a table back; a kept one stays (spec 2.13). The lock is held; ``direction`` as for map.
 
         Errors: ``ContractWarning``, and nothing is done, for None; ``ContractError``, and nothing is done, without the lock, for a table
         that this attachment has not mapped or has unmapped, and for another direction than map's; EINVAL as :meth:`map`.
@@ -234,7 +234,7 @@ class DmaBufAttachment:
     # ---- pinning ----
 
     def pin(self) -> None:
-        """Keep the memory where it is (semantics 2.10), for long uses such as scanout; the lock is held. Nothing without the exporter's op.
+        """Keep the memory where it is (spec 2.10), for long uses such as scanout; the lock is held. Nothing without the exporter's op.
 
         Errors: the exporter's; ``ContractError`` without the lock. ``ContractWarning`` on a static attachment, which is pinned anyhow.
         Kernel: dma_buf_pin.
@@ -258,7 +258,7 @@ class DmaBufAttachment:
     # ---- the end ----
 
     def detach(self) -> None:
-        """End the attachment (semantics 2.9): what is kept is unmapped and unpinned, the exporter's ``detach`` runs. The lock is not held.
+        """End the attachment (spec 2.9): what is kept is unmapped and unpinned, the exporter's ``detach`` runs. The lock is not held.
 
         Errors: ``ContractWarning``, and nothing is done, when it is detached already; ``ContractWarning`` and EDEADLK with the lock held.
         Kernel: dma_buf_detach.
@@ -302,7 +302,7 @@ def make(buf: DmaBuf, dev: Device, importer: Importer | None, backing: Backing) 
 
 
 def attach(buf: DmaBuf, dev: object, importer: object, interruptible: bool) -> DmaBufAttachment:
-    """What ``DmaBuf.attach`` does after the check of the lock (semantics 2.8)."""
+    """What ``DmaBuf.attach`` does after the check of the lock (spec 2.8)."""
     if dev is None:
         contract_warning(f"attach: {buf!r}: no device", 3)
         raise fail(errno.EINVAL, "attach", buf, "pass a dmabuf.Device")
@@ -337,7 +337,7 @@ def attach(buf: DmaBuf, dev: object, importer: object, interruptible: bool) -> D
 
 
 def _match(att: DmaBufAttachment, interruptible: bool) -> None:
-    """One side is dynamic and the other not: map now, for all directions, until detach (semantics 2.8, step 6)."""
+    """One side is dynamic and the other not: map now, for all directions, until detach (spec 2.8, step 6)."""
     exporter, dynamic = att._backing.exporter, att._backing.dynamic
     if dynamic:
         exporter.pin(att)
@@ -350,7 +350,7 @@ def _match(att: DmaBufAttachment, interruptible: bool) -> None:
 
 
 def move_notify(backing: Backing) -> None:
-    """What ``DmaBuf.move_notify`` does after the check of the lock (semantics 2.14)."""
+    """What ``DmaBuf.move_notify`` does after the check of the lock (spec 2.14)."""
     for att in list(backing.attachments):
         if att.importer is not None:
             try:

@@ -1,4 +1,4 @@
-"""What stands behind a buffer in this process: its exporter's ops, its attachments and its vmap count (semantics 1.2).
+"""What stands behind a buffer in this process: its exporter's ops, its attachments and its vmap count (spec 1.2).
 
 ``Plain`` backs a buffer of the memfd heap, whose memory every process can map; it is made when somebody attaches or vmaps. A buffer of
 :func:`dmabuf.export` has an ``Exported`` behind it (core/export/exported.py): it is ``record.live``, the one attribute that the paths of

@@ -1,4 +1,4 @@
-"""What /proc/PID/fdinfo/FD would say of a buffer (semantics 5.7)."""
+"""What /proc/PID/fdinfo/FD would say of a buffer (spec 5.7)."""
 
 from __future__ import annotations
 
