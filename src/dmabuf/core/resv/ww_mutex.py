@@ -139,7 +139,8 @@ class WwAcquireContext:
         self.fini()
 
     def __del__(self) -> None:
-        if not getattr(self, "closed", True) and not self.acquired:
+        # After the process has left the domain nothing is to be closed, and at the interpreter's end the module may be empty.
+        if not getattr(self, "closed", True) and not self.acquired and not self.inherited:
             self._close()
 
 
