@@ -98,7 +98,7 @@ static int add_constants(PyObject *module) {
       VALUE(FF_GRANTED),
       VALUE(FF_SEQNO64),
       VALUE(FF_CONTAINER),
-      NAMED(FF_HASTY, FF_WATCH_DEADLINE),
+      VALUE(FF_WATCH_DEADLINE),
       VALUE(FF_ANYBODY),
       VALUE(TICK_FENCE),
       VALUE(TICK_RESV),

@@ -61,7 +61,7 @@ class DmaFenceArray(Container):
         handle = shm.fence_alloc(unbound_timeline(domain, "dma_fence_array"), context, seqno, FF_CONTAINER, 0, 0)
         self = super().__new__(cls, shm, handle, True)
         register(self, domain, None)
-        self.fences, self.signal_on_any, self._unasked, self._copied = tuple(members), signal_on_any, True, None
+        self.fences, self.signal_on_any, self._not_enabled, self._copied = tuple(members), signal_on_any, True, None
         self._left, self._errors = dict.fromkeys(range(len(members))), []
         return self
 

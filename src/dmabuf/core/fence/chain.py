@@ -70,7 +70,7 @@ class DmaFenceChain(Container):
         handle = shm.fence_alloc(unbound_timeline(domain, "dma_fence_chain"), context, seqno, _FLAGS, 0, 0)
         self = super().__new__(cls, shm, handle, True)
         register(self, domain, None)
-        self._prev, self.fence, self.prev_seqno, self._unasked, self._copied = prev, fence, prev_seqno, True, None
+        self._prev, self.fence, self.prev_seqno, self._not_enabled, self._copied = prev, fence, prev_seqno, True, None
         return self
 
     def _copy(self) -> Self:

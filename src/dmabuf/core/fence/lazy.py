@@ -6,7 +6,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterable
 
-from dmabuf._native import FF_HASTY, Shm
+from dmabuf._native import FF_WATCH_DEADLINE, Shm
 from dmabuf.core.base.clock import monotonic_deadline
 from dmabuf.core.fence.fence import DmaFence, flagged
 from dmabuf.core.fence.ops import FenceOps
@@ -20,9 +20,9 @@ class LazyFence(DmaFence):
 
     # The attribute is there until somebody enables the fence. Deleting it is one step, so only one thread enables. It needs no lock, which
     # a signal handler or a finalizer that comes to the same fence in the middle would wait for.
-    __slots__ = ("_unasked",)
+    __slots__ = ("_not_enabled",)
 
-    _unasked: bool
+    _not_enabled: bool
 
     def _enable(self) -> bool:
         """Begin to watch. Return False if the work is already done."""
@@ -45,13 +45,13 @@ class LazyFence(DmaFence):
         if self.enabled or not self.owned or flagged(self):
             return
         try:
-            del self._unasked
+            del self._not_enabled
         except AttributeError:
             return
         try:
             going = self._enable()
         except BaseException:
-            self._unasked = True
+            self._not_enabled = True
             raise
         if not going:
             self._finish()
@@ -59,7 +59,7 @@ class LazyFence(DmaFence):
     @property
     def enabled(self) -> bool:
         """Whether signaling was asked for."""
-        return not hasattr(self, "_unasked")
+        return not hasattr(self, "_not_enabled")
 
     def is_signaled(self) -> bool:
         """Return True if the fence is signaled, or says that its work is done, and is then signaled here (semantics 3.6).
@@ -129,7 +129,7 @@ class CustomFence(LazyFence):
     def set_deadline(self, ns: int) -> None:
         """Set a deadline as :meth:`DmaFence.set_deadline` does, and tell the operations while the fence is pending."""
         pending = self.owned and ns >= 0 and not self.is_signaled()
-        if pending:  # noted first, so that `heard`, which another process's deadline may call now, doesn't tell this one again
+        if pending:  # noted first, so that `pass_on`, which another process's deadline may call now, doesn't tell this one again
             self._earliest = min(self._earliest or ns, ns)
         super().set_deadline(ns)
         if pending and not flagged(self):
@@ -138,10 +138,10 @@ class CustomFence(LazyFence):
     def publish(self) -> None:
         """Enable signaling, and from now on pass on deadlines that other processes set."""
         super().publish()
-        if self.owned and self.flags & FF_HASTY and not flagged(self):
+        if self.owned and self.flags & FF_WATCH_DEADLINE and not flagged(self):
             me = weakref.ref(self)
 
-            def heard() -> None:
+            def pass_on() -> None:
                 fence = me()
                 if fence is not None and not flagged(fence):
                     earliest = fence.deadline
@@ -149,12 +149,12 @@ class CustomFence(LazyFence):
                         fence._earliest = earliest
                         fence.ops.set_deadline(fence, earliest)
 
-            dispatcher(self.domain).watch_deadline(self.handle, heard)
+            dispatcher(self.domain).watch_deadline(self.handle, pass_on)
 
     def __del__(self) -> None:
         super().__del__()
         if self.owned:
-            if self.flags & FF_HASTY and (local := DISPATCHER.peek(self.domain)) is not None:
+            if self.flags & FF_WATCH_DEADLINE and (local := DISPATCHER.peek(self.domain)) is not None:
                 local.watch_deadline(self.handle, None)
             try:
                 self.ops.release(self)
@@ -173,11 +173,11 @@ def custom(ops: object, domain: Domain) -> tuple[Callable[[Shm, int, bool], Cust
 
     def make(shm: Shm, handle: int, owned: bool) -> CustomFence:
         fence = CustomFence(shm, handle, owned)
-        fence.ops, fence._unasked, fence._earliest = ops, True, 0
+        fence.ops, fence._not_enabled, fence._earliest = ops, True, 0
         CUSTOM.of(domain)[handle] = fence
         return fence
 
-    return make, 0 if type(ops).set_deadline is FenceOps.set_deadline else FF_HASTY
+    return make, 0 if type(ops).set_deadline is FenceOps.set_deadline else FF_WATCH_DEADLINE
 
 
 def asks(domain: Domain) -> bool:
