@@ -1,7 +1,7 @@
 """``DmaFenceArray``: several fences as one (semantics 3.15).
 
-It is signaled when all its members are, or with ``signal_on_any`` when the first one is. It watches nothing until somebody waits, adds a
-callback or enables signaling. So, as up to Linux 6.12, an array that nobody enabled isn't signaled even when all its members are (from
+It is signaled when all its members are, or with ``signal_on_any`` when the first one is. It watches nothing until a caller waits, adds
+a callback or enables signaling. So, as up to Linux 6.12, an array that isn't enabled isn't signaled even when all its members are (from
 6.13 on it polls them). Its error is that of the first member that fails before the array is signaled.
 
 It belongs to the process that made it, and has a slot, a context and a number like any fence, so others may wait for it. It learns of a
@@ -43,7 +43,7 @@ class DmaFenceArray(Container):
     fences: tuple[DmaFence, ...]
     signal_on_any: bool
     # Adding to these and taking from them are single steps: any thread, signal handler or finalizer may signal a member.
-    _left: dict[int, None]  # the members, by their places, that are not known to be signaled: each counts once, however often it is told
+    _left: dict[int, None]  # the members, by their places, that are not known to be signaled: each counts once
     _errors: list[int]  # of the members that failed, in the order in which they were signaled
 
     def __new__(cls, fences: Iterable[DmaFence], signal_on_any: bool = False) -> Self:

@@ -266,7 +266,7 @@ class DmaFence(Fence):
     # ---- hints ----
 
     def set_deadline(self, ns: int) -> None:
-        """Hint that somebody wants the fence by a time, in CLOCK_MONOTONIC ns. The earliest of all hints counts (semantics 3.12).
+        """Hint that the fence is wanted by a time, in CLOCK_MONOTONIC ns. The earliest of all hints counts (semantics 3.12).
 
         Raises:
             InvalidError: The time is negative (EINVAL).
@@ -325,7 +325,7 @@ class DmaFence(Fence):
                     stacklevel=2,
                     source=self,
                 )
-            # A failure is kept for those who look late. Of a fence that nobody knew, nobody will ask.
+            # A failure is kept for processes that look late. No process looks for a fence that none knew.
             self.shm.fence_signal(self.handle, -errno.EDEADLK if shared else 0, False)
 
 
@@ -386,6 +386,6 @@ def wrap(domain: Domain, handle: int, past: tuple[int, ...] = (0, 0, 0), names: 
             fence._look_up()  # its names are gone once its slot is reused
     if names is not None:
         driver, name, pid = fence._look_up()
-        if not driver and not name:  # nobody else remembers them
+        if not driver and not name:  # the slot no longer has them
             fence._names = *names, pid
     return fence

@@ -18,7 +18,7 @@ from dmabuf.domain.local import Local
 class LazyFence(DmaFence):
     """A fence that watches nothing until it is enabled, and that may be done before anybody signals it."""
 
-    # The attribute is there until somebody enables the fence. Deleting it is one step, so only one thread enables. It needs no lock, which
+    # The attribute is there until the fence is enabled. Deleting it is one step, so only one thread enables. It needs no lock, which
     # a signal handler or a finalizer that comes to the same fence in the middle would wait for.
     __slots__ = ("_not_enabled",)
 
@@ -37,7 +37,7 @@ class LazyFence(DmaFence):
         return 0
 
     def _finish(self) -> None:
-        """Signal the fence, unless somebody already did."""
+        """Signal the fence, unless it is already signaled."""
         self.shm.fence_signal(self.handle, self._error(), False)
 
     def enable_signaling(self) -> None:
@@ -62,7 +62,7 @@ class LazyFence(DmaFence):
         return not hasattr(self, "_not_enabled")
 
     def is_signaled(self) -> bool:
-        """Return True if the fence is signaled, or says that its work is done, and is then signaled here (semantics 3.6).
+        """Return True if the fence is signaled, or says that its work is done; this call then signals it (semantics 3.6).
 
         Never enables signaling.
         """
@@ -186,7 +186,7 @@ def asks(domain: Domain) -> bool:
 
 
 def ask(domain: Domain, handles: Iterable[int]) -> None:
-    """Poll the fences among ``handles`` that this process made with operations: they may be done though nobody signaled them.
+    """Poll the fences among ``handles`` that this process made with operations: their work may be done though they aren't signaled.
 
     Cheap where there are none. Every place that reads slots alone may ask first.
     """

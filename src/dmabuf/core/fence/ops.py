@@ -6,10 +6,10 @@
 ``enable_signaling``  called once: before the first wait, callback or await, or before the fence becomes known to other processes
                       (added to a reservation object, sent). See to it that the fence will be signaled. False: it is done, or can't
                       be enabled; the fence is then signaled at once, with the error that ``set_error`` has set
-``signaled``          is the work done, though nobody signaled the fence? ``is_signaled``, ``status`` and ``describe`` ask. Once
+``signaled``          is the work done, though the fence isn't signaled? ``is_signaled``, ``status`` and ``describe`` ask. Once
                       True, always True. It never enables anything, so a fence may answer True only after it was enabled
 ``wait``              a wait of its own instead of the futex
-``set_deadline``      a hint that somebody wants the fence by a time; called any number of times. Of other processes' hints it gets
+``set_deadline``      a hint that the fence is wanted by a time; called any number of times. Of other processes' hints it gets
                       the earliest, in the dispatcher's thread, once the fence is known to them
 ``release``           the last reference is gone
 ====================  ========================================================================================================
@@ -59,7 +59,7 @@ class FenceOps:
         raise NotImplementedError
 
     def set_deadline(self, fence: DmaFence, ns: int) -> None:
-        """Take the hint that somebody wants the fence by this CLOCK_MONOTONIC time in ns. Optional.
+        """Take the hint that the fence is wanted by this CLOCK_MONOTONIC time in ns. Optional.
 
         Kernel: dma_fence_ops.set_deadline.
         """

@@ -71,7 +71,7 @@ def merge(*fences: DmaFence, domain: Domain | None = None) -> DmaFence:
     if not pending:
         return private_stub(latest, domain=common)
     found = _merged([unwrap(fence) for fence in fences])
-    if not found:  # the last ones were signaled meanwhile
+    if not found:  # the last ones were signaled while it looked
         return private_stub(0, domain=common)
     return found[0] if len(found) == 1 else DmaFenceArray(found)
 

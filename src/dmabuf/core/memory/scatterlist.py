@@ -60,7 +60,7 @@ class IovaRange(NamedTuple):
 
 
 class TableMapping(NamedTuple):
-    """Who has mapped a table, to which addresses."""
+    """The device that has mapped a table, and the addresses."""
 
     device: object
     ranges: list[IovaRange]

@@ -3,8 +3,8 @@
 A thread, or a task of asyncio or trio, holds the lock; the word in the domain file names it. A lock whose holder died is free. With a
 :class:`~dmabuf.WwAcquireContext` an owner takes several locks without a deadlock (``core/resv/ww_mutex.py``).
 
-``ResvLock`` is the base of :class:`~dmabuf.DmaResv`. The functions are for the package: they take the lock as somebody else sees it, lend
-it to a remote call, and find the record that bears it.
+``ResvLock`` is the base of :class:`~dmabuf.DmaResv`. The functions are for the package: they say who holds the
+lock, lend it to a remote call, and find the record that has it.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ class ResvLock:
         """Take the lock if it is free. Never waits, and never fails with EDEADLK (semantics 4.10).
 
         Returns:
-            True if the caller holds the lock now, False if somebody already held it.
+            True if the caller holds the lock now, False if it was already held.
 
         Kernel: dma_resv_trylock.
         """
@@ -267,7 +267,7 @@ LockT = TypeVar("LockT", bound=ResvLock)
 class _LockedBlock(Generic[LockT]):
     """The block of :meth:`ResvLock.locked`.
 
-    Not a generator: what a signal handler raises between the lock and the block must find the lock noted here.
+    Not a generator: what a signal handler raises between the lock and the block must find the lock noted in this object.
     """
 
     __slots__ = ("_ctx", "_held", "_resv")
@@ -299,7 +299,7 @@ class _LockedBlock(Generic[LockT]):
 
 
 def record_of(resv: ResvLock) -> Record:
-    """Return the record in the domain that bears the lock."""
+    """Return the record in the domain that has the lock."""
     return resv._record
 
 

@@ -243,7 +243,7 @@ class DmaResv(ResvLock):
         return DmaFenceArray(found) if len(found) > 1 else next(iter(found), None)
 
     def set_deadline(self, usage: int, ns: int) -> None:
-        """Hint that somebody wants the pending fences up to ``usage`` by a time, in CLOCK_MONOTONIC ns (semantics 4.7).
+        """Hint that the pending fences up to ``usage`` are wanted by a time, in CLOCK_MONOTONIC ns (semantics 4.7).
 
         Raises:
             InvalidError: The time is negative, or ``usage`` is not a level (EINVAL).

@@ -34,7 +34,8 @@ async def until_free(resv: ResvLock, timeout: float | None) -> bool:
         stops = _waiting.get(resv)
         if stops is None:
             stops = {}
-            # The thread comes first, and looks when the guard is free: what a signal handler raises in here leaves no lock without one.
+            # The thread comes first, and looks when the guard is free. So an exception of a signal handler in this block leaves no lock
+            # without a thread.
             threading.Thread(target=_wait, args=(resv, stops), name="dmabuf-lock", daemon=True).start()
             _waiting[resv] = stops
         stops[stop] = None

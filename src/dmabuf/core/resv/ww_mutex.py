@@ -1,9 +1,9 @@
 """``WwAcquireContext`` and ``lock_all``: many reservation locks at once without a deadlock (semantics 4.10).
 
 The lock of a reservation object is a ww_mutex in wait-die mode. A context has a stamp, and a smaller stamp is older. An owner that holds
-locks under a context, and meets a lock whose holder or waiter is older, gets EDEADLK. It then releases every lock of the context, takes
-the contended one with ``lock_slow``, and takes the others again. The stamp stays the same meanwhile, so the oldest context always gets
-through. An owner that holds no lock waits.
+locks under a context, and meets a lock whose holder or waiter is older, gets EDEADLK. It then releases every lock of the context, takes the
+contended one with ``lock_slow``, and takes the others again. The stamp stays the same, so the oldest context always gets through. An owner
+that holds no lock waits.
 
 A thread or task has at most one open context, and only its maker uses it.
 """
@@ -88,7 +88,7 @@ class WwAcquireContext:
             remedy = "make the context in the lock's domain (domain=)"
             raise fail(errno.EXDEV, operation, lock, remedy, what="the context belongs to another domain")
         if self.owner is not current(self.domain):
-            raise ContractError(f"{operation}: {lock!r}: the context belongs to another thread or task; make one here")
+            raise ContractError(f"{operation}: {lock!r}: the context belongs to another thread or task; make one in this one")
         if self.is_done:
             contract_warning(f"{operation}: {lock!r}: done() declared the lock phase over", 3)
         if slow:

@@ -22,7 +22,7 @@ class EventfdNotice:
         domain: The semaphore's domain.
         blocking: Returns the fence to wait for next, None when the point is reached.
         over: Called when the notice is done or canceled.
-        where: Named when the semaphore fails and nobody is there to catch the error.
+        where: Named by ``sys.unraisablehook`` when the semaphore fails, since no caller catches the error.
     """
 
     def __init__(

@@ -1,6 +1,6 @@
 """The state of a ``TimelineSemaphore`` as a value: which fences stand at which points, what a change makes of it, and its bytes.
 
-Nothing in here touches shared memory. The semaphore loads the bytes under its lock, and stores the new ones in one step.
+This module doesn't touch shared memory. The semaphore loads the bytes under its lock, and stores the new ones in one step.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import struct
 from collections.abc import Callable
 from typing import Final, NamedTuple
 
-_HEAD: Final = struct.Struct("=IIQQ")  # kind of content, nodes, signalled before the first, submitted
+_HEAD: Final = struct.Struct("=IIQQ")  # kind of content, nodes, reached, submitted
 _NODE: Final = struct.Struct("=QI")  # point, leaves
 _LEAF: Final = struct.Struct("=QQQI")  # handle, context, seqno, timeline_index
 EMPTY, BINARY, TIMELINE = range(3)

@@ -8,8 +8,8 @@ one fence. ``inc(n)`` advances the count. When the last holder of the timeline's
 It is a descriptor: it can be sent, inherited, and given to any process of the domain, and every holder may do everything. All share the
 count and the list of pending fences (``domain/shared_file.py``), so an ``inc`` in any process signals the fences of all before it returns.
 One thing differs from the kernel: a fence belongs to the process that created it. When that process dies, its pending fences are signaled
-with ``-EOWNERDEAD``, whoever holds the timeline. A process that dies in the middle of an ``inc`` leaves it done up to some value, with
-every fence up to that value signaled.
+with ``-EOWNERDEAD``, even if others hold the timeline. A process that dies in the middle of an ``inc`` leaves it done up to some value,
+with every fence up to that value signaled.
 """
 
 from __future__ import annotations
@@ -254,7 +254,7 @@ class SwSync(SharedObject):
         return _fence(self.domain, handle, timeline, self._keep)
 
     def _forget_signaled(self) -> None:
-        for handle in list(self._keep):  # a fence that is collected meanwhile may add itself
+        for handle in list(self._keep):  # a copy, because a fence that is collected now may add itself
             if flagged(self._keep[handle]):
                 del self._keep[handle]
 

@@ -157,7 +157,7 @@ class SyncFile(Closing):
                 record = sync_files.find(stem, directory or 0)
         self = cls.__new__(cls)
         domain.join()
-        if record is None:  # every process had left the domain: all its fences are signaled, with results that nobody knows
+        if record is None:  # every process had left the domain: all its fences are signaled, and their results are lost
             lost = private_stub(0, domain=domain, error=-errno.EOWNERDEAD)
             self._set(domain, lost, (lost,), stem.encode()[:NAME_BYTES], fd, stem)
             return self
@@ -454,7 +454,7 @@ class SyncFile(Closing):
         return SyncFile(merge(self.fence, other.fence), name or None)
 
     def set_deadline(self, ns: int) -> None:
-        """Hint that somebody wants every fence in it by a time, in CLOCK_MONOTONIC ns (SET_DEADLINE; semantics 3.12).
+        """Hint that every fence in it is wanted by a time, in CLOCK_MONOTONIC ns (SET_DEADLINE; semantics 3.12).
 
         Raises:
             ClosedError: The sync file is closed (EBADF).

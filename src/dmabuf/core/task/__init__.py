@@ -1,1 +1,1 @@
-"""Who waits, and how each framework of tasks does it."""
+"""The threads and tasks that wait, and how each framework of tasks does it."""

@@ -1,4 +1,4 @@
-"""Tasks of asyncio. Never imports asyncio: where no task of it can run, nothing here is called.
+"""Tasks of asyncio. Never imports asyncio: where no task of it can run, nothing in this module is called.
 
 Ends from outside of a task reach a loop in batches. However many pauses end before the loop turns again, it is woken once.
 """
@@ -75,8 +75,8 @@ class AsyncioPause(Pause):
     def end(self, error: BaseException | None = None) -> None:
         asyncio = sys.modules["asyncio"]
         if asyncio._get_running_loop() is self._loop and asyncio.current_task(self._loop) is not None:
-            # A task of this loop runs here, so the loop looks at what is ready before it sleeps. (A signal handler or a finalizer may run
-            # here while the loop is about to sleep: then no task is current.)
+            # A task of this loop runs here, so the loop looks at what is ready before it sleeps. (In a signal
+            # handler or a finalizer, which may run while the loop is about to sleep, no task is current.)
             _resolve(self.future, error)
         else:
             self._waker.post(self._loop, self.future, error)
@@ -152,7 +152,7 @@ class Asyncio(Framework):
     def _begun(self, fn: Callable[[], object]) -> tuple[AsyncioPause, list[BaseException]]:
         """Start a thread that calls ``fn``. Return what ends with it, and the list that gets what it raised.
 
-        The error is not put into the future, which its traceback would keep. If no thread can be started, ``fn`` is called here.
+        The error is not put into the future, which its traceback would keep. If no thread can be started, this thread calls ``fn``.
         """
         over = self.pause()
         failed: list[BaseException] = []

@@ -1,4 +1,4 @@
-"""Tasks of trio. Never imports trio: where no task of it can run, nothing here is called."""
+"""Tasks of trio. Never imports trio: where no task of it can run, nothing in this module is called."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who holds a lock or an access: a thread, or the task of asyncio or trio that runs in it.
+"""The owner of a lock or an access: a thread, or the task of asyncio or trio that runs in it.
 
 An owner has one context in the domain, which names it in lock words and in fences of accesses, and in which it publishes the fence that it
 waits for. So any process can follow "waits for" edges from owner to owner. At a tick each waiting process looks for a cycle.
@@ -40,7 +40,7 @@ class Owner:
             self.domain.ctx_close(self.word, self.life)
 
 
-class _Here(threading.local):
+class _Thread(threading.local):
     """The owner that stands for the running thread."""
 
     owner: Owner | None = None
@@ -50,17 +50,17 @@ class _Owners:
     """The owners of this process in one domain. ``waiting``: those that wait for an access."""
 
     def __init__(self, domain: Domain) -> None:
-        self.here = _Here()
+        self.thread = _Thread()
         self.tasks: weakref.WeakKeyDictionary[object, Owner] = weakref.WeakKeyDictionary()
         self.waiting: dict[Owner, None] = {}
         me = weakref.ref(domain)
 
         def look_for_cycles(kind: int, value: int) -> None:
-            here = me()
-            if here is not None:
-                _end_deadlocks(here, kind)
+            this = me()
+            if this is not None:
+                _end_deadlocks(this, kind)
 
-        # Once a domain: after a fork the owners begin anew, and the hook stays. No owner exists, so none waits, without the hook.
+        # Once a domain: after a fork there are new owners, and the hook stays. It comes first, so that no owner waits without it.
         domain.tick_hooks.ensure("cycles", look_for_cycles)
 
 
@@ -70,31 +70,31 @@ _OWNERS: Local[_Owners] = Local(_Owners)
 def current(domain: Domain) -> Owner:
     """Return the owner that runs now: the task, or else the thread."""
     life = domain.shm.life or domain.life
-    owners: _Owners = domain.local.get(_OWNERS) or _OWNERS.of(domain)  # each access and each lock comes here: one call less than peek()
+    owners: _Owners = domain.local.get(_OWNERS) or _OWNERS.of(domain)  # not peek(): each access and each lock makes this call
     task = waiting.running()
     if task is not None:
         owner = owners.tasks.get(task)
         if owner is None or owner.life != life:
             owner = owners.tasks[task] = Owner(domain, waiting.name_of(task))
         return owner
-    mine = owners.here.owner
+    mine = owners.thread.owner
     if mine is None or mine.life != life:
-        mine = owners.here.owner = Owner(domain, threading.current_thread().name)
+        mine = owners.thread.owner = Owner(domain, threading.current_thread().name)
     return mine
 
 
 def acting(owner: Owner, call: Callable[[], object]) -> None:
     """Call ``call`` in this thread, in which no task runs, as the owner that waits for it. Raises what the call raises."""
-    here = _OWNERS.of(owner.domain).here
-    before, here.owner = here.owner, owner
+    thread = _OWNERS.of(owner.domain).thread
+    before, thread.owner = thread.owner, owner
     try:
         call()
     finally:
-        here.owner = before
+        thread.owner = before
 
 
 def publish(owner: Owner, handle: int) -> None:
-    """Publish the fence that the owner is about to wait for; 0 when it waits no more."""
+    """Publish the fence that the owner is about to wait for; 0 when it no longer waits."""
     shm = owner.domain.shm
     owners = _OWNERS.of(owner.domain)
     if handle:
@@ -136,7 +136,7 @@ def _end_deadlocks(domain: Domain, kind: int) -> None:
     owners = _OWNERS.peek(domain)
     if owners is None:
         return
-    mine = owners.here.owner
+    mine = owners.thread.owner
     for owner in list(owners.waiting):
         if owner.life != domain.shm.life or not youngest_in_cycle(owner):
             continue

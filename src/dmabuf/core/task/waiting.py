@@ -16,7 +16,7 @@ from dmabuf.core.task.pause import Framework, Pause
 def running() -> object | None:
     """Return the task of asyncio or trio that runs in this thread, or None outside of one.
 
-    Each access and each lock asks, so ``runs_here`` of both frameworks is written out here.
+    Each access and each lock calls this, so it repeats ``runs_here`` of both frameworks.
     """
     asyncio = sys.modules.get("asyncio")
     if asyncio is not None and (loop := asyncio._get_running_loop()) is not None:
@@ -41,7 +41,7 @@ def _framework() -> Framework:
         return ASYNCIO
     if TRIO.runs_here():
         return TRIO
-    raise RuntimeError("await: no event loop that dmabuf knows runs here: await in a task of asyncio or trio (pip install 'dmabuf[async]')")
+    raise RuntimeError("await: no event loop that dmabuf knows runs here; await in a task of asyncio or trio (pip install 'dmabuf[async]')")
 
 
 def pause() -> Pause:
