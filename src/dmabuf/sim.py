@@ -1,18 +1,18 @@
-"""``dmabuf.sim``: a software DMA engine: an asynchronous device that copies, fills and checksums (semantics 4.11).
+"""``dmabuf.sim``: a software DMA engine, an asynchronous device that copies, fills and computes checksums (semantics 4.11).
 
     with dmabuf.sim.Engine("dma0") as engine:
         queue = engine.queue(timeout=1.0)
-        job = queue.copy(source, destination)      # at once: the work is done later, by the queue's thread
+        job = queue.copy(source, destination)      # returns at once; the queue's thread does the work later
         job.fence                                  # on both buffers' reservation objects; any process can wait for it
-        job.wait()                                 # or `await job`: bytes moved
+        job.wait()                                 # or `await job`; returns the bytes moved
 
-It touches memory by DMA address alone, through the IOMMU of its ``device``, in pieces of at most 256 KiB; what is not mapped faults, and
-the job's fence ends with -EFAULT. Jobs are ordered with those of other devices and processes, and with CPU accesses, by implicit
-synchronisation (see ``dmabuf.devices.submission``), by explicit fences (``wait=``), and, within a queue, by their submission. Queues run
-side by side.
+The engine accesses memory by DMA address only, through the IOMMU of its ``device``, in pieces of at most 256 KiB. An address that is not
+mapped faults, and the job's fence is signaled with -EFAULT. Jobs are ordered with those of other devices and processes, and with CPU
+accesses, by implicit synchronization (see ``dmabuf.devices.submission``), by explicit fences (``wait=``), and within a queue by their
+submission. Queues run side by side.
 
-*Misbehaving on purpose*, for tests of programs: a queue can be slow (``delay``, ``bandwidth``); a job can hang (``hang=True``) until the
-queue's ``timeout`` ends it with -ETIME and the queue goes on with the next; the engine can lose power (``power_off()``). What a failed
+For tests of programs, an engine can misbehave. A queue can be slow (``delay``, ``bandwidth``). A job can hang (``hang=True``) until the
+queue's ``timeout`` ends it with -ETIME and the queue goes on with the next job. The engine can lose power (``power_off()``). What a failed
 job has written is undefined.
 """
 
@@ -45,24 +45,32 @@ __all__ = [
     "Range",
 ]
 
-CHUNK = 256 * 1024  # bytes: small enough to stop at soon, large enough that the look-up of the address costs nothing
+CHUNK = 256 * 1024  # bytes: small enough to stop soon, large enough that looking up the address costs nothing
 
 
 class EngineQueue(Queue):
     """A queue of an :class:`Engine`, made by :meth:`Engine.queue`.
 
-    Every job takes the options of ``JobOptions`` (``wait``, ``implicit``, ``delay``, ``hang``). Errors of every job, at once and with
-    nothing added: EINVAL no target, an attachment of another device, a negative delay; EBADF the queue or a buffer is closed; ENODEV no
-    power; EPERM in a forked child; TypeError something that is no target, no fence or no option; those of ``attach`` and ``map``;
-    ``ContractWarning`` and EDEADLK the reservation lock of a buffer is held. Later, by its fence: see ``dmabuf.devices.queue``.
+    Every job takes the options of ``JobOptions`` (``wait``, ``implicit``, ``delay``, ``hang``). Later errors come from the job, see
+    ``dmabuf.devices.queue``. The following ones are raised at once by every method, and nothing is added.
+
+    Raises:
+        InvalidError: There is no target, an attachment belongs to another device, or the delay is negative (EINVAL).
+        ClosedError: The queue or a buffer is closed (EBADF).
+        NoDeviceError: The device has no power (ENODEV).
+        NotPermittedError: This is a forked child (EPERM).
+        DeadlockError: The caller holds the reservation lock of a buffer (EDEADLK, and a ``ContractWarning``).
+        TypeError: Something is not a target, not a fence or not an option.
+        DmaBufError: An error of ``attach`` or ``map``.
     """
 
     owner: Engine
 
     def copy(self, source: Target | Sequence[Target], destination: Target | Sequence[Target], **options: Unpack[JobOptions]) -> Job:
-        """Copy the source's bytes to the destination; the result: how many. Either may be several targets.
+        """Copy the source's bytes to the destination. Either may be several targets. The job's result is the number of bytes.
 
-        Errors besides those of every job: EINVAL lengths that differ, ranges that overlap.
+        Raises:
+            InvalidError: The lengths differ, or the ranges overlap (EINVAL).
         """
         device = self.owner.device
 
@@ -76,9 +84,13 @@ class EngineQueue(Queue):
         return submit_work(self.owner, self, "copy", work, _targets("copy", source), _targets("copy", destination), options, check=_fits)
 
     def fill(self, destination: Target | Sequence[Target], value: int = 0, **options: Unpack[JobOptions]) -> Job:
-        """Set every byte of the destination to ``value``; the result: how many. Errors besides those of every job: EINVAL no byte."""
+        """Set every byte of the destination to ``value``. The job's result is the number of bytes.
+
+        Raises:
+            InvalidError: The value is not a byte (EINVAL).
+        """
         if not 0 <= operator.index(value) <= 255:
-            raise fail(errno.EINVAL, "fill", self, "a byte is 0 to 255")
+            raise fail(errno.EINVAL, "fill", self, "pass 0 to 255", what=f"{value} is not a byte")
         device = self.owner.device
 
         def work(job: Job) -> int:
@@ -92,7 +104,7 @@ class EngineQueue(Queue):
         return submit_work(self.owner, self, "fill", work, (), _targets("fill", destination), options)
 
     def checksum(self, source: Target | Sequence[Target], **options: Unpack[JobOptions]) -> Job:
-        """The CRC-32 (``zlib.crc32``) of the source's bytes, its targets one after the other, is the result."""
+        """Compute the CRC-32 (``zlib.crc32``) of the source's bytes, its targets one after the other. It is the job's result."""
         device = self.owner.device
 
         def work(job: Job) -> int:
@@ -107,9 +119,14 @@ class EngineQueue(Queue):
 
 
 class Engine(Importing):
-    """A software DMA engine. ``device``: a ``Device`` with the limits it shall have, or the name of one.
+    """A software DMA engine. A ``with`` block closes it at the end: it waits for the jobs or, if the block raises, cancels them.
 
-    ``with`` closes it at the end: waits for its jobs, or, left by an exception, cancels them. Errors: EINVAL a bad name.
+    Args:
+        device: A `Device` with the limits of the engine, or a name for one.
+        domain: The domain of its buffers; None means the user's default domain.
+
+    Raises:
+        InvalidError: The name is bad (EINVAL).
     """
 
     driver = "dmabuf-sim"
@@ -121,9 +138,19 @@ class Engine(Importing):
     def queue(
         self, name: str | None = None, *, timeout: float | None = None, delay: float = 0.0, bandwidth: float | None = None
     ) -> EngineQueue:
-        """Another queue. ``name``: of its timeline, None: the device's with a number. The rest: see ``dmabuf.devices.queue.Queue``.
+        """Return a new queue.
 
-        Errors: EBADF closed; EPERM in a forked child; EINVAL, as there; ENOSPC the domain is full.
+        Args:
+            name: The name of its timeline; None means the device's name with a number.
+            timeout: Seconds that a job may take once it has begun; None sets no limit.
+            delay: Seconds that each job waits before its work.
+            bandwidth: Bytes per second; None sets no limit.
+
+        Raises:
+            ClosedError: The engine is closed (EBADF).
+            NotPermittedError: This is a forked child (EPERM).
+            InvalidError: The timeout or bandwidth is not positive, the delay is negative, or the name is too long (EINVAL).
+            NoSpaceError: The domain is full (ENOSPC).
         """
         self.check_usable("queue")
         name = f"{self.device.name}.{next(self._numbers)}" if name is None else name
@@ -135,15 +162,15 @@ class Engine(Importing):
 def _targets(operation: str, given: Target | Sequence[Target]) -> Sequence[Target]:
     found = [given] if isinstance(given, Target) else given
     if not isinstance(found, (list, tuple)):
-        raise TypeError(f"{operation}: a DmaBuf, an attached buffer, a range of one, or a list of these, not {type(given).__name__}")
+        raise TypeError(f"{operation}: expected a DmaBuf, Attached, range of one, or a list of these, not {type(given).__name__}")
     if not found:
-        raise fail(errno.EINVAL, operation, "no buffer", "name at least one")
+        raise fail(errno.EINVAL, operation, "an empty list", "name at least one buffer", what="there is no target")
     return found
 
 
 def _fits(read: list[Range], written: list[Range]) -> None:
     if sum(part.length for part in read) != sum(part.length for part in written):
-        raise fail(errno.EINVAL, "copy", written[0].attached, "name ranges of one length", what="source and destination differ in length")
+        raise fail(errno.EINVAL, "copy", written[0].attached, "pass ranges of one length", what="source and destination differ in length")
     for i, part in enumerate(written):
         for other in (*read, *written[:i]):
             apart = part.offset + part.length <= other.offset or other.offset + other.length <= part.offset
@@ -158,7 +185,7 @@ def _chunks(entries: Iterable[DmaEntry]) -> Iterator[tuple[int, int]]:
 
 
 def _pairs(sources: Iterable[DmaEntry], destinations: Iterable[DmaEntry]) -> Iterator[tuple[int, int, int]]:
-    """(source, destination, length) of pieces that lie in one entry on either side, which are as long as each other altogether."""
+    """Yield (source, destination, length) of pieces that lie in one entry on either side. Both sides have the same length."""
     to = iter(destinations)
     target, room = 0, 0
     for address, left in sources:

@@ -100,7 +100,7 @@ def test_whole_blocks_bypass_the_page_cache_where_the_file_system_takes_that(pla
     job.wait()
     stats = plain.statistics()
     if job.note is not None:
-        assert job.note.startswith("its file system takes no O_DIRECT: ")
+        assert job.note.startswith("its file system has no O_DIRECT: ")
         assert (stats.direct, stats.buffered) == (0, BIG - 200)
     else:
         assert (stats.direct, stats.buffered) == (BIG - 2 * BLOCK, 2 * BLOCK - 200)
@@ -116,7 +116,7 @@ def test_memory_and_file_aligned_differently_go_through_the_page_cache_and_it_is
     assert plain.statistics().direct == 0
     assert job.note == plain.statistics().note
     assert job.note is not None
-    assert "aligned" in job.note or "takes no O_DIRECT" in job.note
+    assert "aligned" in job.note or "has no O_DIRECT" in job.note
 
 
 @pytest.mark.parametrize("where", ["switching it on", "the first use"])
@@ -147,7 +147,7 @@ def test_a_file_system_without_o_direct_is_read_and_written_all_the_same(
     job = plain.submit_write(big, file) if write else plain.submit_read(big, file)
     assert job.wait() == BIG
     assert refused == [where]
-    assert job.note == "its file system takes no O_DIRECT: Invalid argument"
+    assert job.note == "its file system has no O_DIRECT: Invalid argument"
     assert (plain.statistics().direct, plain.statistics().buffered) == (0, BIG)
     assert file.read_bytes()[:BIG] == got(big)
 
@@ -342,7 +342,7 @@ def test_a_path_of_the_wrong_type_is_a_type_error(plain: DiskDevice, big: DmaBuf
 
 @pytest.mark.parametrize("wrong", [7, None, b"frame"])
 def test_a_target_of_the_wrong_type_is_a_type_error_in_a_coroutine_too(plain: DiskDevice, file: Path, wrong: Any) -> None:
-    with pytest.raises(TypeError, match="read_into: a DmaBuf"):
+    with pytest.raises(TypeError, match="read_into: expected a DmaBuf"):
         asyncio.run(plain.read_into(wrong, file))
 
 

@@ -1,12 +1,12 @@
-"""``Attached``: a buffer that a device of ours uses: its attachment, the table mapped now, and the jobs that use it.
+"""``Attached``: a buffer attached to a device of this library, with its mapped table and the jobs that use it.
 
-It keeps a reference of its own to the buffer until ``detach()``, as a driver does. The table is made, under the reservation lock, when the
-first job is submitted and stays until ``detach()``. When a dynamic exporter moves the memory, the next submission maps anew; jobs
-submitted before keep the old addresses, which stay valid because the exporter waits for their fences (spec 4.11), and the old table is
-unmapped when the last of them has ended.
+It keeps its own handle of the buffer until ``detach()``, as a driver does. The table is mapped under the reservation lock when the first
+job is submitted, and stays until ``detach()``. When a dynamic exporter moves the memory, the next submission maps again. Earlier jobs keep
+the old addresses, which stay valid because the exporter waits for their fences (semantics 4.11). The old table is unmapped when the last of
+these jobs has ended.
 
-Who ends a job must not take a reservation lock: its holder may wait for the next job's fence. So tables are given back by the device's
-*janitor*, a thread that signals nothing.
+The thread that ends a job must not take a reservation lock, because the holder of the lock may be waiting for the next job's fence. So the
+device's *janitor*, a thread that signals no fence, unmaps tables.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Range(NamedTuple):
     length: int
 
     def range(self, offset: int = 0, length: int | None = None) -> Range:
-        """A part of it. Errors: EINVAL not within it, or empty."""
+        """Return a part of this range. Errors: EINVAL not within it, or empty."""
         offset = operator.index(offset)
         length = self.length - offset if length is None else operator.index(length)
         if not 0 <= offset < offset + length <= self.length:
@@ -58,15 +58,15 @@ class Range(NamedTuple):
                 errno.EINVAL,
                 "range",
                 self.attached,
-                f"0 <= offset < offset + length <= {self.length}",
-                what=f"{length} bytes from {offset} are outside of it, or none",
+                f"stay within 0 to {self.length}, with at least one byte",
+                what=f"bytes {offset} to {offset + length} are not inside of its {self.length}",
             )
         return Range(self.attached, self.offset + offset, length)
 
 
 @dataclass(frozen=True)
 class AttachedStatistics:
-    """What an attached buffer says of itself. ``jobs``: submitted and not ended; ``maps``: tables made so far; ``moves``: heard of."""
+    """The state of an attached buffer. ``jobs``: that have not ended; ``maps``: tables made so far; ``moves``: notified so far."""
 
     size: int
     dynamic: bool
@@ -77,7 +77,7 @@ class AttachedStatistics:
 
 
 class _Table:
-    """One mapping and who uses it."""
+    """A mapped table, and how many jobs use it."""
 
     __slots__ = ("entries", "sgt", "starts", "users")
 
@@ -88,7 +88,7 @@ class _Table:
         self.users = 0
 
     def addresses(self, offset: int, length: int) -> list[DmaEntry]:
-        """The pieces of a range of the buffer, as the device addresses them."""
+        """Return the DMA addresses of a range of the buffer."""
         pieces = []
         i = bisect.bisect_right(self.starts, offset) - 1
         while length > 0:
@@ -100,7 +100,7 @@ class _Table:
 
 
 class _Moves(Importer):
-    """What makes the attachment dynamic."""
+    """The importer that makes the attachment dynamic."""
 
     __slots__ = ("_attached",)
 
@@ -112,11 +112,10 @@ class _Moves(Importer):
 
 
 class Attached:
-    """A buffer attached to a device of ours; made by its ``attach()``. ``with`` detaches at the end.
+    """A buffer attached to a device, made by the device's ``attach()``. A ``with`` block detaches it at the end.
 
-    ``buf``: a handle of its own. ``direction``: which way its tables are mapped. ``device``, ``janitor``: of the device that attached it.
-    ``forget``: called once it is detached. Errors of :meth:`range`: EINVAL outside of the buffer,
-    or empty.
+    ``buf``: its own handle of the buffer. ``direction``: the direction of its tables. ``device`` and ``janitor`` belong to the device that
+    attached it, and ``forget`` is called once it is detached.
     """
 
     def __init__(
@@ -131,7 +130,8 @@ class Attached:
     ) -> None:
         self.direction = checked_direction(direction, "attach", buf)
         if self.direction is Direction.NONE:
-            raise fail(errno.EINVAL, "attach", buf, "a mapping has a direction")
+            remedy = "pass TO_DEVICE, FROM_DEVICE or BIDIRECTIONAL"
+            raise fail(errno.EINVAL, "attach", buf, remedy, what="Direction.NONE is not a direction of a mapping")
         self.device, self.janitor, self._forget = device, janitor, forget
         self.buf = buf.get_dma_buf()
         try:
@@ -148,29 +148,36 @@ class Attached:
         self._counts = threading.Lock()
         self._table: _Table | None = None
         self._stale = False
-        self._old: list[_Table] = []  # shown the place before a move; under the reservation lock
+        self._old: list[_Table] = []  # of the memory before a move; under the reservation lock
         self._jobs: dict[Job, None] = {}
         self._maps = self._moves = 0
-        self._leaving = self._gone = False  # no job may come any more; detached
+        self._leaving = self._gone = False  # no job may be submitted any more; it is detached
 
     def __repr__(self) -> str:
         state = "detached" if self._gone else "dynamic" if self.dynamic else "static"
         return f"<dmabuf Attached {self.device.name} on ino {self._ino} {state}>"
 
     def range(self, offset: int = 0, length: int | None = None) -> Range:
-        """``length`` bytes from ``offset``; None: the rest of the buffer. Errors: EINVAL not within the buffer, or empty."""
+        """Return a range of ``length`` bytes from ``offset``, with None the rest of the buffer.
+
+        Raises:
+            InvalidError: The range is empty, or not within the buffer (EINVAL).
+        """
         return Range(self, 0, self.size).range(offset, length)
 
     # ---- for submission ----
 
     def prepare(self) -> None:
-        """Have it mapped. No lock is held: a static importer's map waits for KERNEL fences, with this one's lock and no other."""
+        """Map a table.
+
+        The caller holds no lock, because the map of a static importer waits for KERNEL fences, under this buffer's lock only.
+        """
         if self._table is None:
             with self.resv.locked():
                 self._current()
 
     def _current(self) -> _Table:
-        """The table that shows where the memory is; the lock is held."""
+        """Return the table of the memory's present place. The lock is held."""
         if self._leaving:
             raise fail(errno.EINVAL, "submit", self, "attach the buffer again", what="it was detached")
         table = self._table
@@ -185,9 +192,9 @@ class Attached:
         return table
 
     def enter(self, job: Job, offset: int, length: int) -> tuple[object, list[DmaEntry]]:
-        """Count a job in: a token for :meth:`leave`, and the addresses of a range; the lock is held.
+        """Count a job.
 
-        Errors: those of ``map``; EINVAL detached.
+        Return a token for :meth:`leave`, and the addresses of a range. The lock is held. Errors: as ``map``; EINVAL detached.
         """
         table = self._current()
         with self._counts:
@@ -196,28 +203,28 @@ class Attached:
         return table, table.addresses(offset, length)
 
     def _moved(self) -> None:
-        """The memory is about to move."""
+        """Map again at the next submission, because the memory is about to move."""
         self._stale = True
         self._moves += 1
         self.janitor.later(self.sweep)
 
-    # ---- a real dma-buf ----
+    # ---- a kernel dma-buf ----
 
     def kernels_fence(self, write: bool) -> DmaFence | None:
-        """What such an access has to wait for in the kernel, as a fence of this process; None: nothing, or not to be had as one."""
+        """Return what such an access waits for in the kernel as a fence of this process, None if there is nothing, or no such fence."""
         if self._kernel is None or self._kernel.ready(self.buf, select.POLLOUT if write else select.POLLIN):
             return None
         try:
             with self._kernel.export_sync_file(self.buf, write) as sync_file:
                 return fence_of(sync_file.number, self.buf.domain)
         except OSError as e:
-            if e.errno != errno.ENOTTY:  # before Linux 6.0: then the bracket waits
+            if e.errno != errno.ENOTTY:  # before Linux 6.0, where the bracket waits instead
                 raise
             return None
 
     @contextlib.contextmanager
     def bracket(self, write: bool) -> Iterator[None]:
-        """While a job works. To the kernel, a device of ours is the CPU."""
+        """Bracket the work of a job. For the kernel, a device of this library is the CPU."""
         if self._kernel is None:
             yield
             return
@@ -228,10 +235,10 @@ class Attached:
         finally:
             self._kernel.end(self.buf, way)
 
-    # ---- for whoever ends a job: no lock is taken that others hold for long ----
+    # ---- for the thread that ends a job: it takes no lock that others hold for long ----
 
     def leave(self, job: Job, token: object) -> None:
-        """Count a job out again."""
+        """Uncount a job."""
         assert isinstance(token, _Table)
         with self._counts:
             token.users -= 1
@@ -242,7 +249,7 @@ class Attached:
     # ---- for the janitor, and detach ----
 
     def sweep(self) -> None:
-        """Give back the tables of places that the memory has left."""
+        """Unmap the tables of memory that has moved."""
         with self.resv.locked():
             if self._gone:
                 return
@@ -254,10 +261,13 @@ class Attached:
                 self._attachment.unmap(table.sgt, self.direction)
 
     def detach(self, *, wait: bool = True) -> None:
-        """End it; again: nothing. The reservation lock is not held.
+        """Detach the buffer. Calling it twice has no effect. The caller doesn't hold the reservation lock.
 
-        ``wait``: for the jobs that use it. False unplugs it under them: they fault, and their fences end with -EFAULT. Errors:
-        ``ContractWarning`` and EDEADLK with the lock held.
+        Args:
+            wait: Whether to wait for the jobs that use it. With False they fault, and their fences are signaled with -EFAULT.
+
+        Raises:
+            DeadlockError: The caller holds the lock (EDEADLK, and a ``ContractWarning``).
         """
         if self._gone:
             return
@@ -266,7 +276,7 @@ class Attached:
         if wait:
             for job in list(self._jobs):
                 job.fence.wait()
-        with contextlib.ExitStack() as rest:  # whatever the exporter's ops raise, all of it is done
+        with contextlib.ExitStack() as rest:  # if an op of the exporter raises, the rest is done all the same
             with self.resv.locked():
                 if self._go():
                     return
@@ -279,7 +289,7 @@ class Attached:
                     self._old, self._table = [], None
 
     def _go(self) -> bool:
-        """It is gone from now on; was it already?"""
+        """Mark it as detached. Return True if it was already."""
         was, self._gone = self._gone, True
         return was
 
@@ -290,5 +300,5 @@ class Attached:
         self.detach()
 
     def statistics(self) -> AttachedStatistics:
-        """A snapshot for programs."""
+        """Return the counters at this moment."""
         return AttachedStatistics(self.size, self.dynamic, self._table is not None, len(self._jobs), self._maps, self._moves)

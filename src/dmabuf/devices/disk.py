@@ -1,18 +1,17 @@
-"""``DiskDevice``: reads files straight into buffers and writes buffers straight into files.
+"""``DiskDevice``: reads files into buffers and writes buffers into files, without a copy in between.
 
-A job's fence is on the buffer's reservation object from its submission, so whoever reads the buffer, by CPU or by device, in whatever
-process, waits for the file to be in it; and a file is written after the buffer's writers have ended. The rules are those of every device
-(``dmabuf.devices.submission``). Jobs are done by one thread, in any order but one at a time: a job that waits holds up nobody.
+A job's fence is on the buffer's reservation object from its submission on. A process or device that reads the buffer therefore waits until
+the file is in it, and a file is written after the buffer's writers have ended. The rules are those of every device
+(``dmabuf.devices.submission``). One thread does the jobs, one at a time and in any order, so a job that waits delays no other.
 
-*How the bytes go.* The file is read and written by the memory behind the DMA addresses of the mapped table, without a copy of ours. Blocks
-of 4 KiB bypass the page cache (O_DIRECT) where the file system takes that and memory and file are aligned alike; what is left at both ends,
-and everything else, goes through the page cache. ``job.note`` and ``statistics().note`` say why O_DIRECT was not used. Both ways give the
-same bytes. Data is on the disk for good only with ``sync=True``.
+*The way of the bytes.* The system call reads and writes the memory behind the DMA addresses of the mapped table. Blocks of 4 KiB bypass the
+page cache (O_DIRECT) if the file system supports that and memory and file are aligned alike. The rest at both ends, and everything else,
+goes through the page cache. ``job.note`` and ``statistics().note`` say why O_DIRECT was not used. Both ways give the same bytes. The data
+is durable only with ``sync=True``.
 
-*Results.* The number of bytes. Fewer than asked for is a read that met the end of the file; the rest of the range is untouched (unless the
-file is shortened while it is read). An error
-names the file, has it as ``filename``, and says how many bytes had gone before; the fence ends with the same errno. A path is resolved when
-the job is submitted, and opened when it is done.
+*Results.* A job's result is the number of bytes. A read that reaches the end of the file returns fewer bytes than asked for, and leaves the
+rest of the range as it was (unless the file is shortened during the read). An error names the file, has it as ``filename``, and says how
+many bytes were moved before. The fence has the same errno. A path is resolved when the job is submitted, and opened when it is done.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ CHUNK: Final = 4 << 20  # bytes in one system call: a job can end only between t
 PIECES: Final = 1024  # IOV_MAX, linux/uio.h
 _LAST: Final = (1 << 63) - 1
 _REMEDY: Final = {
-    errno.ENOENT: "name a file that is there",
+    errno.ENOENT: "name a file that exists",
     errno.EISDIR: "name a file",
     errno.ENOSPC: "make room on its file system",
     errno.EDQUOT: "make room within the quota",
@@ -57,14 +56,14 @@ Path = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 
 
 class ReadOptions(JobOptions, total=False):
-    """What :meth:`DiskDevice.submit_read` takes."""
+    """The options of :meth:`DiskDevice.submit_read`."""
 
     length: int | None
     at: int
 
 
 class WriteOptions(ReadOptions, total=False):
-    """What :meth:`DiskDevice.submit_write` takes."""
+    """The options of :meth:`DiskDevice.submit_write`."""
 
     truncate: bool
     sync: bool
@@ -72,8 +71,10 @@ class WriteOptions(ReadOptions, total=False):
 
 @dataclass(frozen=True)
 class DiskStatistics(ImportingStatistics):
-    """What a disk says of itself. ``direct``, ``buffered``: bytes that bypassed the page cache, and that did not; ``note``: why not, of
-    the last job of which it had to be said."""
+    """The state of a disk.
+
+    ``direct`` and ``buffered``: bytes that bypassed the page cache, and bytes that did not. ``note``: why the last of these did not.
+    """
 
     direct: int
     buffered: int
@@ -81,7 +82,13 @@ class DiskStatistics(ImportingStatistics):
 
 
 class DiskDevice(Importing):
-    """A disk. ``direct``: try O_DIRECT. ``with`` closes it at the end: waits for its jobs, or, left by an exception, cancels them."""
+    """A disk. A ``with`` block closes it at the end: it waits for the jobs or, if the block raises, cancels them.
+
+    Args:
+        device: The `Device`, or a name for it.
+        direct: Whether to try O_DIRECT.
+        domain: The domain of its buffers; None means the user's default domain.
+    """
 
     driver = "dmabuf-disk"
 
@@ -98,10 +105,20 @@ class DiskDevice(Importing):
     def submit_read(
         self, buf: Target, path: Path, offset: int = 0, *, length: int | None = None, at: int = 0, **options: Unpack[JobOptions]
     ) -> Job:
-        """Read a file from byte ``offset`` into a buffer from byte ``at``; ``length``: None for the rest of the buffer.
+        """Read a file into a buffer later, and return the job at once.
 
-        Errors at once, with nothing added: EINVAL a negative offset, a range outside of the buffer or empty, a path with a NUL; those of
-        every job (``submit_work``). Later, by the fence: ENOENT, EISDIR, ESPIPE, EACCES, EIO, …
+        Args:
+            buf: The buffer, or a range of one.
+            path: The file.
+            offset: The first byte of the file.
+            length: The number of bytes; None means the rest of the buffer.
+            at: The first byte of the buffer.
+            **options: See `JobOptions`.
+
+        Raises:
+            InvalidError: The offset is negative, the range is empty or outside of the buffer, or the path has a NUL (EINVAL).
+            DmaBufError: An error of every job, see `dmabuf.sim.EngineQueue`. Errors of the file (ENOENT, EISDIR, ESPIPE, EACCES, EIO, …)
+                come from the job.
         """
         name, first = _checked(path, offset, "read_into")
 
@@ -122,10 +139,21 @@ class DiskDevice(Importing):
         sync: bool = False,
         **options: Unpack[JobOptions],
     ) -> Job:
-        """Write a buffer from byte ``at`` into a file from byte ``offset``; the file is made if it is not there.
+        """Write a buffer into a file later, and return the job at once. The file is made if it doesn't exist.
 
-        ``truncate``: the file ends where the data ends. ``sync``: it is on the disk when the job ends. Errors as :meth:`submit_read`; later
-        also ENOSPC, EFBIG, EROFS, ….
+        Args:
+            buf: The buffer, or a range of one.
+            path: The file.
+            offset: The first byte of the file.
+            length: The number of bytes; None means the rest of the buffer.
+            at: The first byte of the buffer.
+            truncate: Whether the file ends where the data ends.
+            sync: Whether the data is on the disk when the job ends.
+            **options: See `JobOptions`.
+
+        Raises:
+            InvalidError: The offset is negative, the range is empty or outside of the buffer, or the path has a NUL (EINVAL).
+            DmaBufError: As :meth:`submit_read`. From the job also ENOSPC, EFBIG, EROFS, ….
         """
         name, first = _checked(path, offset, "write_from")
 
@@ -138,12 +166,18 @@ class DiskDevice(Importing):
     # ---- in a coroutine ----
 
     async def read_into(self, buf: Target, path: Path, offset: int = 0, **options: Unpack[ReadOptions]) -> int:
-        """:meth:`submit_read`, and its result. Cancelling leaves nothing registered; the job goes on, and its fence ends."""
+        """Read a file into a buffer, and return the number of bytes. Arguments and errors are those of :meth:`submit_read`.
+
+        If the coroutine is canceled, nothing stays registered, and the job goes on.
+        """
         self._free(buf, "read_into")
         return await self._done(lambda: self.submit_read(buf, path, offset, **options))
 
     async def write_from(self, buf: Target, path: Path, offset: int = 0, **options: Unpack[WriteOptions]) -> int:
-        """:meth:`submit_write`, and its result. Cancelling leaves nothing registered; the job goes on, and its fence ends."""
+        """Write a buffer into a file, and return the number of bytes. Arguments and errors are those of :meth:`submit_write`.
+
+        If the coroutine is canceled, nothing stays registered, and the job goes on.
+        """
         self._free(buf, "write_from")
         return await self._done(lambda: self.submit_write(buf, path, offset, **options))
 
@@ -153,11 +187,12 @@ class DiskDevice(Importing):
         return int(await made[0])
 
     def _free(self, target: Target, operation: str) -> None:
-        """The submission waits for the lock in a thread, so that the loop goes on; it would wait for ever for this task's own."""
+        """Errors: EDEADLK this task holds the lock, for which the submission, in another thread, would wait forever."""
         whole: object = target.attached if isinstance(target, Range) else target.buf if isinstance(target, BufferRange) else target
-        if isinstance(whole, (DmaBuf, Attached)) and whole.resv.held_here():  # anything else is refused by the submission
-            contract_warning(f"{operation}: {target!r}: its reservation lock is held by this thread or task", 3)
-            raise fail(errno.EDEADLK, operation, target, "unlock the reservation object first")
+        if isinstance(whole, (DmaBuf, Attached)) and whole.resv.held_here():  # the submission refuses anything else
+            contract_warning(f"{operation}: {target!r}: this thread or task holds its reservation lock", 3)
+            what = "this thread or task holds the buffer's reservation lock"
+            raise fail(errno.EDEADLK, operation, target, "unlock the reservation object first", what=what)
 
     # ---- in the queue's thread ----
 
@@ -173,7 +208,7 @@ class DiskDevice(Importing):
                         straight = file.straight(position, views)
                         gone = file.move(views, position)
                     if gone < 0:
-                        continue  # refused as O_DIRECT: once more, without
+                        continue  # O_DIRECT was refused: try again without it
                     if not gone:
                         return job.moved
                     direct += gone * straight
@@ -182,7 +217,7 @@ class DiskDevice(Importing):
             file.finish(position)
             return job.moved
         except DmaBufError:
-            raise  # a fault, or the end of the queue: nothing of the file's
+            raise  # a fault, or the end of the queue: not an error of the file
         except OSError as e:
             raise file.error(e, job.moved) from None
         finally:
@@ -193,7 +228,7 @@ class DiskDevice(Importing):
             self._buffered += job.moved - direct
 
     def statistics(self) -> DiskStatistics:
-        """A snapshot for programs."""
+        """Return the disk's state at this moment."""
         base = super().statistics()
         return DiskStatistics(base.device, base.attached, base.powered, base.queues, self._direct, self._buffered, self._note)
 
@@ -207,11 +242,11 @@ class _File:
         self.writes = flags & os.O_ACCMODE == os.O_WRONLY
         self.note: str | None = None
         self._fd = -1
-        self._end = 0  # of the file that is read
-        self._direct = self._is_direct = False  # may be tried; is on now
+        self._end = 0  # the size of a file that is read
+        self._direct = self._is_direct = False  # O_DIRECT may be tried; it is on now
 
     def open(self, direct: bool) -> None:
-        # Not blocking: a FIFO without another end would hold up every job after this one.
+        # Not blocking, because the open of a FIFO without another end would delay every job after this one.
         self._fd = os.open(self.path, self.flags | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK, 0o666)
         mode = os.fstat(self._fd).st_mode
         if stat.S_ISDIR(mode):
@@ -223,22 +258,22 @@ class _File:
         if not direct:
             self.note = "O_DIRECT is switched off"
         elif not self.writes:
-            with contextlib.suppress(OSError):  # a device without a size has no blocks either
+            with contextlib.suppress(OSError):  # a device without a size has no blocks
                 self._end = os.lseek(self._fd, 0, os.SEEK_END)
 
     def piece(self, position: int, length: int) -> int:
-        """How much of what is left to take next, so that blocks are whole blocks of the file."""
+        """Return how many bytes to move next, so that blocks are whole blocks of the file."""
         if not self._direct:
             return min(length, CHUNK)
         head = -position % BLOCK
         if head:
             return min(head, length)
-        # O_DIRECT reads whole blocks of the disk: behind the end of the file it would put zeros into the buffer.
+        # O_DIRECT reads whole blocks of the disk, so behind the end of the file it would write zeros into the buffer.
         room = length if self.writes else max(0, min(length, self._end - position))
         return min(room, CHUNK) // BLOCK * BLOCK or min(length, CHUNK)
 
     def straight(self, position: int, views: list[memoryview]) -> bool:
-        """Choose the way for one piece: True past the page cache."""
+        """Choose the way of one piece. Return True if it bypasses the page cache."""
         n = sum(map(len, views))
         wanted = self._direct and position % BLOCK == 0 and n % BLOCK == 0 and (self.writes or position + n <= self._end)
         if wanted and any(len(view) % BLOCK or buffer_address(view) % BLOCK for view in views):
@@ -254,11 +289,11 @@ class _File:
         return self._is_direct
 
     def _no(self, error: OSError) -> None:
-        self.note = f"its file system takes no O_DIRECT: {error.strerror}"
+        self.note = f"its file system has no O_DIRECT: {error.strerror}"
         self._direct = False
 
     def move(self, views: list[memoryview], position: int) -> int:
-        """Bytes moved; 0 at the end of the file; -1 refused as O_DIRECT."""
+        """Move one piece. Return the bytes moved, 0 at the end of the file, -1 if O_DIRECT was refused."""
         try:
             if not self.writes:
                 return os.preadv(self._fd, views[:PIECES], position)
@@ -273,7 +308,7 @@ class _File:
         return gone
 
     def finish(self, end: int) -> None:
-        """Everything was moved."""
+        """Truncate and sync the file as asked, after everything was moved."""
         if self.truncate:
             os.ftruncate(self._fd, end)
         if self.sync:
@@ -295,8 +330,8 @@ class _File:
 def _checked(path: Path, offset: int, operation: str) -> tuple[str | bytes, int]:
     name = os.fspath(path)
     if "\0" in os.fsdecode(name):
-        raise fail(errno.EINVAL, operation, repr(path), "a path has no NUL")
+        raise fail(errno.EINVAL, operation, repr(path), "remove it", what="the path contains a NUL")
     first = operator.index(offset)
     if not 0 <= first <= _LAST >> 1:
-        raise fail(errno.EINVAL, operation, f"offset {offset}", "an offset is bytes >= 0")
+        raise fail(errno.EINVAL, operation, f"offset {offset}", f"pass 0 to {_LAST >> 1}", what="the offset is out of range")
     return os.path.abspath(name) if name else name, first

@@ -1,14 +1,14 @@
-"""``Importing``: what every device of ours is made of: attached buffers, queues of jobs, a janitor, power, and an end.
+"""``Importing``: the base of this library's devices: attached buffers, queues of jobs, a janitor, power, and an end.
 
-A target of a job is a ``DmaBuf``, a ``BufferRange`` of one, an ``Attached`` or a ``Range`` of one. A buffer is attached for the one job and
-given back by the janitor when it has ended: attach it yourself if it is used often. Call the methods without a reservation lock of the
-buffers held.
+The target of a job is a ``DmaBuf``, a ``BufferRange`` of one, an ``Attached`` or a ``Range`` of one. A buffer is attached for one job, and
+the janitor detaches it when the job has ended. Attach a buffer yourself if you use it often. Call the methods without a reservation lock of
+the buffers.
 
-*Power.* ``power_off()`` ends everything pending with -ENODEV, in its turn, and returns when nothing is left; what is submitted then is
-ENODEV until ``power_on()``. Mappings stay.
+*Power.* ``power_off()`` ends every pending job with -ENODEV, in its turn, and returns when none is left. From then on submitting is ENODEV
+until ``power_on()``. Mappings stay.
 
-*The end.* ``close()`` waits for the jobs, or cancels them, and detaches what is attached. Who forgets to close has it cancelled at the end
-of the interpreter: every fence ends. In a forked child the device is inert.
+*The end.* ``close()`` waits for the jobs, or cancels them, and detaches what is attached. At the end of the interpreter a device that was
+not closed cancels its jobs, so that every fence is signaled. In a forked child the device is inert.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Target = DmaBuf | BufferRange | Attached | Range
 
 @dataclass(frozen=True)
 class ImportingStatistics:
-    """What a device of ours says of itself. ``attached``: buffers attached now, those of jobs that have just ended included."""
+    """The state of a device. ``attached``: buffers attached now, including those of jobs that have just ended."""
 
     device: DeviceStatistics
     attached: int
@@ -48,7 +48,7 @@ class ImportingStatistics:
 
 
 class Importing(Powered):
-    """Base class of devices that are importers. ``device``: what its buffers are mapped for, or its name."""
+    """A device that imports buffers. ``device``: the `Device` that its buffers are mapped for, or its name."""
 
     def __init__(self, device: Device | str, *, domain: Domain | None = None) -> None:
         if isinstance(device, str):
@@ -64,7 +64,8 @@ class Importing(Powered):
         self._exit = lambda: _at_exit(me)
         self._finalizer: Any = None
         atexit.register(self._exit)
-        if "multiprocessing.util" in sys.modules:  # its children end by os._exit; before the domain is left, which ends our fences
+        # Children of multiprocessing end with os._exit. This comes before they leave the domain, which signals the fences.
+        if "multiprocessing.util" in sys.modules:
             from multiprocessing import util
 
             self._finalizer = util.Finalize(None, self._exit, exitpriority=-900)
@@ -75,19 +76,26 @@ class Importing(Powered):
     # ---- buffers ----
 
     def attach(self, buf: DmaBuf, *, direction: int = Direction.BIDIRECTIONAL, dynamic: bool | None = None) -> Attached:
-        """Attach a buffer, to be used by many jobs; detach it, or close the device.
+        """Attach a buffer for many jobs. Detach it, or close the device, at the end.
 
-        ``direction``: what the device may do: TO_DEVICE read, FROM_DEVICE write, BIDIRECTIONAL both; a job that does otherwise faults.
-        ``dynamic``: attach as a dynamic importer, which hears of moves; None: as the exporter is. Errors: those of ``DmaBuf.attach`` and,
-        at the first job, of ``map``; EINVAL no direction, or NONE; EXDEV a buffer of another domain; EBADF; EPERM in a forked child.
+        Args:
+            buf: The buffer.
+            direction: What the device may do: TO_DEVICE to read, FROM_DEVICE to write, BIDIRECTIONAL for both. A job that does something
+                else faults.
+            dynamic: Whether to attach as a dynamic importer, which is notified of moves; None does as the exporter does.
+
+        Raises:
+            InvalidError: The direction is NONE or unknown (EINVAL).
+            CrossDomainError: The buffer belongs to another domain (EXDEV).
+            ClosedError: The buffer or the device is closed (EBADF).
+            NotPermittedError: This is a forked child (EPERM).
+            DmaBufError: An error of ``DmaBuf.attach``. Errors of ``map`` come with the first job.
         """
         self.check_usable("attach")
         if not isinstance(buf, DmaBuf):
             raise TypeError(f"attach: a DmaBuf, not {type(buf).__name__}")
         if buf.domain is not self.domain:
-            raise fail(
-                errno.EXDEV, "attach", buf, "make the device in the buffer's domain (domain=)", what="the buffer is of another domain"
-            )
+            raise fail(errno.EXDEV, "attach", buf, "make the device with domain=buf.domain", what="the buffer belongs to another domain")
         made = Attached(buf, self.device, self.janitor, direction, dynamic, forget=self._detached)
         with self._changing:
             late = self.closed
@@ -112,7 +120,7 @@ class Importing(Powered):
     # ---- power ----
 
     def power_off(self) -> None:
-        """Lose power: what is pending ends with -ENODEV; returns when all of it has. Again: nothing."""
+        """Lose power: end every pending job with -ENODEV, and wait for that. Calling it twice has no effect."""
         self.check_usable("power_off")
         self.lose_power()
         for queue in list(self._queues):
@@ -121,27 +129,32 @@ class Importing(Powered):
             queue.drain()
 
     def power_on(self) -> None:
-        """Get power again. Again: nothing."""
+        """Get power again. Calling it twice has no effect."""
         self.check_usable("power_on")
         self.regain_power()
 
     # ---- the end ----
 
     def close(self, *, cancel: bool = False) -> None:
-        """Wait for every job, detach every buffer, stop. ``cancel``: end the jobs with -ECANCELED instead of waiting. Again: nothing.
+        """Wait for every job, detach every buffer, and stop. In a forked child, and when called twice, this has no effect.
 
-        Without ``cancel`` it waits as long as the jobs' dependencies take. In a forked child: nothing. Errors: ``ContractWarning`` and
-        EDEADLK the reservation lock of a buffer is held; what an exporter's ops raise, after everything is detached.
+        Args:
+            cancel: End the jobs with -ECANCELED. Without it, the call waits as long as the jobs' dependencies take.
+
+        Raises:
+            DeadlockError: The caller holds the reservation lock of a buffer (EDEADLK, and a ``ContractWarning``).
+            OSError: An op of an exporter raised. Everything is detached all the same.
         """
         if self._over or self.inherited:
             return
         for attached in list(self._attached):
             if attached.resv.held_here():
-                contract_warning(f"close: {self!r}: the reservation lock of {attached.buf!r} is held by this thread or task", 2)
-                raise fail(errno.EDEADLK, "close", self, "unlock the reservation object first")
+                contract_warning(f"close: {self!r}: this thread or task holds the reservation lock of {attached.buf!r}", 2)
+                what = "this thread or task holds the reservation lock of a buffer"
+                raise fail(errno.EDEADLK, "close", self, "unlock the reservation object first", what=what)
         with self._changing:
             self.closed = True
-        # A signal handler that raises in one of the waits leaves the rest to the next close().
+        # If a signal handler raises in one of the waits, the next close() does the rest.
         for queue in list(self._queues):
             queue.close(cancel=cancel)
         self.janitor.close()  # detaching does what is left
@@ -154,7 +167,7 @@ class Importing(Powered):
             self._finalizer.cancel()
 
     def stop(self) -> None:
-        """At the end of the interpreter: every fence ends, no thread is left. Nothing is detached any more."""
+        """At the end of the interpreter, end every job and every thread. Nothing is detached."""
         if self._over or self.inherited:
             return
         self.closed = self._over = True
@@ -169,7 +182,7 @@ class Importing(Powered):
         self.close(cancel=kind is not None)
 
     def statistics(self) -> ImportingStatistics:
-        """A snapshot for programs."""
+        """Return the device's state at this moment."""
         queues = tuple(queue.statistics() for queue in list(self._queues))
         return ImportingStatistics(self.device.statistics(), len(self._attached), self.powered, queues)
 
@@ -186,13 +199,13 @@ def submit_work(
     within: tuple[int, int | None] = (0, None),
     check: Callable[[list[Range], list[Range]], object] | None = None,
 ) -> Job:
-    """Queue ``work`` on these targets, whose addresses it finds in ``job.reads`` and ``job.writes``.
+    """Queue ``work`` on some targets. It finds their addresses in ``job.reads`` and ``job.writes``.
 
-    ``within``: which bytes (offset, length) of each target. ``check`` may refuse the ranges.
+    ``within``: the bytes (offset, length) of each target. ``check`` may refuse the ranges.
 
     Errors, with nothing added: EBADF the queue or a buffer is closed; ENODEV no power; EPERM in a forked child; EINVAL an attachment
-    of another device, a negative delay; TypeError something that is no target, no fence, or no option; those of :meth:`attach`, of
-    ``map`` and of ``dmabuf.devices.submission.submit``.
+    of another device, a negative delay; TypeError for something that is not a target, a fence or an option; those of ``attach``, ``map``
+    and `submission.submit`.
     """
     unknown = options.keys() - JobOptions.__annotations__
     if unknown:
@@ -232,7 +245,7 @@ def _range(device: Importing, job: Job, target: Target, direction: Direction) ->
         return attached.range(*within)
     part = target.range() if isinstance(target, Attached) else target
     if not isinstance(part, Range):
-        raise TypeError(f"{job.operation}: a DmaBuf, an attached buffer, or a range of one, not {type(target).__name__}")
+        raise TypeError(f"{job.operation}: expected a DmaBuf, an attached buffer, or a range of one, not {type(target).__name__}")
     if part.attached.janitor is not device.janitor:
         raise fail(errno.EINVAL, job.operation, part.attached, "attach the buffer to this device", what="it is attached to another device")
     return part

@@ -28,21 +28,21 @@ class Powered:
 
     @property
     def inherited(self) -> bool:
-        """Is this a forked child's copy, which does nothing?"""
+        """Whether this is the copy of a forked child, which does nothing."""
         return self.domain.shm.life != self._life
 
     def check_usable(self, operation: str) -> None:
         """Errors: EPERM in a forked child; EBADF closed."""
         if self.inherited:
-            raise fail(errno.EPERM, operation, self, "what a fork inherits is inert in the child: make a device in this process")
+            raise fail(errno.EPERM, operation, self, "make a device in this process", what="a forked child can't use its parent's device")
         if self.closed:
             raise fail(errno.EBADF, operation, self, "make a new one", what="the device is closed")
 
     def lose_power(self) -> None:
-        """Nothing can be submitted from now on, and what is pending must end."""
+        """Refuse jobs from now on, and end those that are pending."""
         self.powered = False
         self.epoch += 1
 
     def regain_power(self) -> None:
-        """Jobs can be submitted again."""
+        """Accept jobs again."""
         self.powered = True

@@ -1,14 +1,15 @@
 """``Job`` and ``Queue``: work that a device does later, each with a fence that always ends.
 
-A queue has a thread, which does one job after the other. An *ordered* queue does them in the order of submission and has one timeline; a
-job whose dependencies are pending holds up those behind it, as on hardware. Otherwise whichever is ready comes first, and each job has
-a timeline of its own (a later fence of one timeline stands for the earlier ones).
+A queue has a thread, which does one job after the other. An *ordered* queue does them in the order of submission and has one timeline. A
+job whose dependencies are pending delays the jobs behind it, as on hardware. In an unordered queue the first job that is ready comes next,
+and each job has its own timeline, because a later fence of one timeline stands for the earlier ones.
 
-A job's fence ends without error, or with the negative errno of what went wrong: -EFAULT an address that is not mapped, -ETIME the queue's
-timeout, -ENODEV the device lost its power, -ECANCELED the queue was closed, else what the work raised, -EIO if that was no ``OSError``. It
-ends in its turn, and only when the device no longer touches the memory. A failed dependency does not fail a job.
+A job's fence is signaled without error, or with a negative errno: -EFAULT for an address that is not mapped, -ETIME for the queue's
+timeout, -ENODEV if the device lost its power, -ECANCELED if the queue was closed, else the errno that the work raised, or -EIO if that was
+not an ``OSError``. The fences are signaled in the order of the queue, and only when the device no longer touches the memory. A failed
+dependency does not fail a job.
 
-The thread never takes a reservation lock, so whoever waits for a fence with one held gets it. In a forked child a queue is inert (EPERM).
+The thread never takes a reservation lock, so a process that holds one can wait for a fence. In a forked child a queue is inert (EPERM).
 """
 
 from __future__ import annotations
@@ -38,11 +39,11 @@ from dmabuf.errors import fail
 
 
 class JobOptions(TypedDict, total=False):
-    """What every job can be told; the defaults are what a submission means without it.
+    """The options of every job.
 
-    ``wait``: fences to wait for, whatever ``implicit`` says. ``implicit``: False opts out of implicit synchronisation: WRITE and READ
-    fences are not waited for, KERNEL fences are, and the job's own fence is BOOKKEEP. ``delay``: seconds to wait before the work, None:
-    the queue's. ``hang``: never do it.
+    ``wait``: fences that the job waits for, whatever ``implicit`` says. ``implicit=False`` opts out of implicit synchronization: the job
+    waits for KERNEL fences, but not for WRITE and READ fences, and its own fence is BOOKKEEP. ``delay``: seconds that the job waits before
+    its work, None for the queue's delay. ``hang=True``: the job never does its work.
     """
 
     wait: Iterable[DmaFence]
@@ -52,10 +53,10 @@ class JobOptions(TypedDict, total=False):
 
 
 class Job:
-    """Work on its way; made by the methods of a device. ``await job``, or :meth:`wait`, gives its result.
+    """Work that a device will do, made by the methods of the device. ``await job``, or :meth:`wait`, returns its result.
 
-    ``fence``: ends with it. ``done``: has ended. ``operation``: what it does. ``moved``: bytes that it has moved so far. ``note``: what
-    the device has to say of how it was done, or None.
+    ``fence``: is signaled when the job ends. ``operation``: the method that made it. ``moved``: the bytes that it has moved so far.
+    ``note``: how the device did it, if there is something to say, else None.
     """
 
     def __init__(self, queue: Queue, operation: str, work: Callable[[Job], Any], delay: float | None, hang: bool) -> None:
@@ -69,11 +70,11 @@ class Job:
         self.note: str | None = None
         self.placed = self.canceled = False
         self.epoch = 0
-        self.temporary: list[Attached] = []  # attached for this job alone
+        self.temporary: list[Attached] = []  # attached for this job only
         self._uses: list[tuple[Attached, object, bool]] = []
         self._tokens: list[tuple[DmaFence, int]] = []
         self._until = self._begun = 0
-        self._unready: BaseException | None = None  # what looking at its dependencies raised
+        self._unready: BaseException | None = None  # what the check of its dependencies raised
         self._result: Any = None
         self._failure: OSError | None = None
 
@@ -81,33 +82,40 @@ class Job:
         fence = getattr(self, "fence", None)
         return f"<dmabuf Job {self.operation} on {self.queue.name}{'' if fence is None else f' {fence.context}:{fence.seqno}'}>"
 
-    # ---- for whoever submitted it ----
+    # ---- for the submitter ----
 
     @property
     def done(self) -> bool:
-        """Has it ended?"""
+        """Whether the job has ended."""
         return self.fence.is_signaled()
 
     def wait(self, timeout: float | None = None) -> Any:
-        """Wait for the end; the result. ``timeout``: seconds, None for ever.
+        """Wait until the job ends, and return its result.
 
-        Errors: what the job ended with; ETIMEDOUT (also ``TimeoutError``); EDEADLK it waits for an access block of this thread or task.
+        Args:
+            timeout: Seconds to wait; None waits forever.
+
+        Raises:
+            DmaBufTimeout: The job did not end in time (ETIMEDOUT).
+            DeadlockError: The job waits for the end of an access of this thread or task (EDEADLK).
+            OSError: The error with which the job ended.
         """
-        self._not_for_us()
+        self._check_own_accesses()
         if not self.fence.wait(timeout) and not self.fence.is_signaled():
-            raise fail(errno.ETIMEDOUT, self.operation, self, "`dmabuf ls` shows whose fences are in the way")
+            what = None if timeout is None else f"timed out after {timeout} s"
+            raise fail(errno.ETIMEDOUT, self.operation, self, "run `dmabuf ls` to see what blocks its buffers", what=what)
         return self._outcome()
 
     def __await__(self) -> Generator[Any, None, Any]:
-        """:meth:`wait` in a coroutine. Cancelling leaves nothing registered; the job goes on, and its fence ends."""
-        self._not_for_us()
+        """Wait for the job in a coroutine. If the wait is canceled, nothing stays registered, and the job goes on."""
+        self._check_own_accesses()
         yield from self.fence.__await__()
         return self._outcome()
 
-    def _not_for_us(self) -> None:
-        """Who waits inside of an access block for a job that waits for the end of the block would wait for ever."""
+    def _check_own_accesses(self) -> None:
+        """Errors: EDEADLK the job waits for the end of an access block of the caller, who would wait for ever."""
         shm, word = self.fence.shm, current(self.fence.domain).word
-        for fence in self.queue.in_the_way(self):
+        for fence in self.queue.blocking(self):
             info = shm.fence_info(fence.handle) if fence.shm is shm else None
             if info is not None and info["pending"] and info["owner"] == word:
                 raise fail(
@@ -120,7 +128,7 @@ class Job:
 
     def _outcome(self) -> Any:
         if self._failure is not None:
-            raise copy.copy(self._failure)  # each who waits gets one of his own: a traceback keeps what its frames show
+            raise copy.copy(self._failure)  # each waiter gets its own copy, because a traceback keeps the objects of its frames
         status = self.fence.status
         if status < 0:
             raise fail(-status, self.operation, self)
@@ -129,18 +137,18 @@ class Job:
     # ---- for the work, in the queue's thread ----
 
     def checkpoint(self) -> None:
-        """Errors: ECANCELED, ENODEV, ETIME when the job must end now; to be called often."""
+        """Raise the error with which the job must end now, if any; the work calls it often. Errors: ECANCELED, ENODEV, ETIME."""
         if self.canceled or self.queue.canceling:
             raise fail(errno.ECANCELED, self.operation, self, "submit it again elsewhere", what="its queue was closed")
         if self.epoch != self.queue.owner.epoch:
-            raise fail(errno.ENODEV, self.operation, self, "submit it again when the power is back", what="the device lost its power")
+            raise fail(errno.ENODEV, self.operation, self, "submit it again after power_on()", what="the device lost its power")
         if self._until and time.monotonic_ns() >= self._until:
             raise fail(
-                errno.ETIME, self.operation, self, "a longer timeout= of the queue, or less work a job", what="not done within the timeout"
+                errno.ETIME, self.operation, self, "raise the queue's timeout, or do less in a job", what="not done within the timeout"
             )
 
     def pause(self, until: int | None) -> None:
-        """Wait for a CLOCK_MONOTONIC time in ns, None: for ever. Errors: as :meth:`checkpoint`."""
+        """Wait until a CLOCK_MONOTONIC time in ns, None: for ever. Errors: as :meth:`checkpoint`."""
         while True:
             self.checkpoint()
             ends = [end for end in (until, self._until or None) if end is not None]
@@ -150,7 +158,7 @@ class Job:
             self.queue.sleep(None if left is None else max(left, 0) / 1e9)
 
     def progress(self, n: int) -> None:
-        """Some bytes more are moved: be as slow as the queue is told to be. Errors: as :meth:`checkpoint`."""
+        """Count ``n`` more bytes as moved, and wait as the queue's bandwidth demands. Errors: as :meth:`checkpoint`."""
         self.moved += n
         if self.queue.bandwidth is not None:
             self.pause(self._begun + int(self.moved / self.queue.bandwidth * 1e9))
@@ -165,33 +173,33 @@ class Job:
         (self.writes if write else self.reads).extend(addresses)
 
     def uses(self) -> dict[Attached, bool]:
-        """The buffers that it uses, True: writes."""
+        """Return the buffers that it uses, True for those that it writes."""
         found: dict[Attached, bool] = {}
         for attached, _, write in self._uses:
             found[attached] = write or found.get(attached, False)
         return found
 
     def leave(self) -> None:
-        """Use nothing any more."""
+        """Stop using its buffers."""
         uses, self._uses = self._uses, []
         for attached, token, _ in uses:
             attached.leave(self, token)
 
     def must_end(self) -> bool:
-        """Will :meth:`checkpoint` raise, whatever it waits for?"""
+        """Return True if the job ends with an error, whatever it waits for."""
         return self.canceled or self.queue.canceling or self.epoch != self.queue.owner.epoch
 
     def ready(self) -> bool:
-        """Is nothing in the way any more? The queue is woken when that may have changed."""
+        """Return True if no dependency is pending. The queue is woken when that may have changed."""
         if not self._tokens:
             for fence in self.dependencies:
-                with contextlib.suppress(FileNotFoundError):  # signalled
+                with contextlib.suppress(FileNotFoundError):  # it is signaled
                     self._tokens.append((fence, fence.add_callback(self.queue.wake)))
         self.dependencies = [fence for fence in self.dependencies if not fence.is_signaled()]
         return not self.dependencies
 
-    def looked(self) -> bool:
-        """:meth:`ready`, or what it waits for can't be waited for: then it fails, and the queue goes on."""
+    def can_run(self) -> bool:
+        """Return True if no dependency is pending, or the check fails: then the job fails, and the queue goes on."""
         try:
             return self.ready()
         except BaseException as e:
@@ -199,7 +207,7 @@ class Job:
             return True
 
     def run(self) -> None:
-        """Do the work, and end the fence."""
+        """Do the work, and signal the fence."""
         tokens, self._tokens = self._tokens, []
         for fence, token in tokens:
             try:
@@ -229,9 +237,9 @@ class Job:
         except BaseException as e:
             report(e, self._work)
             error = errno.EIO
-            self._failure = fail(errno.EIO, self.operation, self, what=f"a mistake in the device: {e!r}")
+            self._failure = fail(errno.EIO, self.operation, self, what=f"the device has a bug: {e!r}")
         if self._failure is not None:
-            self._failure.__traceback__ = self._failure.__context__ = None  # they keep frames, and these the memory
+            self._failure.__traceback__ = self._failure.__context__ = None  # they would keep frames, and the frames memory
         del self._work
         try:
             self.queue.ended(self, error)
@@ -245,8 +253,11 @@ class Job:
 
 @dataclass(frozen=True)
 class QueueStatistics:
-    """What a queue says of itself. ``pending``: jobs not ended; ``completed``, ``failed``: ended without and with an error; ``resets``: of
-    the failed, those that its timeout ended; ``bytes``: moved so far."""
+    """The state of a queue.
+
+    ``pending``: jobs that have not ended. ``completed`` and ``failed``: jobs that ended without and with an error. ``resets``: failed jobs
+    that reached the timeout. ``bytes``: moved so far.
+    """
 
     name: str
     pending: int
@@ -257,11 +268,18 @@ class QueueStatistics:
 
 
 class Queue:
-    """What a device does one after the other; ``with`` closes it at the end.
+    """Jobs that a device does one after the other. A ``with`` block closes it at the end.
 
-    ``name``: of its timeline. ``timeout``: seconds that a job may take once it has begun, None: any. ``delay``: seconds that each job
-    waits before its work; ``bandwidth``: bytes a second, None: as fast as it goes. Errors: EINVAL a timeout or bandwidth that is not
-    positive, a negative delay, a name that is too long.
+    Args:
+        owner: The device.
+        name: The name of its timeline.
+        ordered: Whether jobs are done in the order of submission.
+        timeout: Seconds that a job may take once it has begun; None sets no limit.
+        delay: Seconds that each job waits before its work.
+        bandwidth: Bytes per second; None sets no limit.
+
+    Raises:
+        InvalidError: The timeout or bandwidth is not positive, the delay is negative, or the name is too long (EINVAL).
     """
 
     def __init__(
@@ -275,15 +293,15 @@ class Queue:
         bandwidth: float | None = None,
     ) -> None:
         if timeout is not None and not timeout > 0:
-            raise fail(errno.EINVAL, "queue", name, "a timeout is seconds > 0, or None")
+            raise fail(errno.EINVAL, "queue", name, "pass seconds > 0, or None", what=f"timeout={timeout} is not positive")
         if bandwidth is not None and not bandwidth > 0:
-            raise fail(errno.EINVAL, "queue", name, "a bandwidth is bytes a second > 0, or None")
+            raise fail(errno.EINVAL, "queue", name, "pass bytes per second > 0, or None", what=f"bandwidth={bandwidth} is not positive")
         self.owner, self.name, self.ordered = owner, name, ordered
         self.timeout, self.delay, self.bandwidth = timeout, checked_delay(delay, name), bandwidth
         self._timeline = self._new_timeline()
         self._life = owner.domain.shm.life
         self._jobs: deque[Job] = deque()
-        self._order = threading.Lock()  # fences are numbered as jobs are queued
+        self._order = threading.Lock()  # fences get their numbers in the order in which jobs are queued
         self._event = AutoResetEvent()  # may be set by the garbage collector
         self._thread: threading.Thread | None = None
         self._served = threading.Event()  # the thread has ended its last job
@@ -298,26 +316,26 @@ class Queue:
 
     @property
     def inherited(self) -> bool:
-        """Is this a forked child's copy, which does nothing?"""
+        """Whether this is the copy of a forked child, which does nothing."""
         return self.owner.domain.shm.life != self._life
 
     def check(self, operation: str) -> None:
         """Errors: EPERM in a forked child; EBADF closed; ENODEV the device has no power."""
         if self.inherited:
-            raise fail(errno.EPERM, operation, self, "what a fork inherits is inert in the child: make a device in this process")
+            raise fail(errno.EPERM, operation, self, "make a device in this process", what="a forked child can't use its parent's queue")
         if self.closed or self.owner.closed:
             raise fail(errno.EBADF, operation, self, "make a new one", what="the queue is closed")
         if not self.owner.powered:
-            raise fail(errno.ENODEV, operation, self, "power_on() first", what="the device has no power")
+            raise fail(errno.ENODEV, operation, self, "call power_on() first", what="the device has no power")
 
     @contextmanager
     def placing(self, job: Job) -> Iterator[DmaFence]:
-        """Queue a job; its fence. It begins when the block is left; left by an exception, it ends in its turn with ECANCELED.
+        """Queue a job and yield its fence. The job begins after the block. If the block raises, the job ends in its turn with ECANCELED.
 
         Errors: as :meth:`check`; ENOSPC no fence left; RuntimeError no thread can be started.
         """
         with self._order:
-            job.epoch = self.owner.epoch  # before the look at the power: who loses it in between ends the job
+            job.epoch = self.owner.epoch  # before the check of the power, so that a loss in between ends the job
             self.check(job.operation)
             if self._thread is None:
                 thread = threading.Thread(target=self._serve, name=f"dmabuf-{self.name}", daemon=True)
@@ -344,8 +362,8 @@ class Queue:
         """Wait until the queue is woken, or so long."""
         self._event.wait(seconds)
 
-    def in_the_way(self, job: Job) -> list[DmaFence]:
-        """What a job waits for, and in an ordered queue those before it."""
+    def blocking(self, job: Job) -> list[DmaFence]:
+        """Return the fences that a job waits for. In an ordered queue that includes those of the jobs before it."""
         found: list[DmaFence] = []
         for before in list(self._jobs):
             if before is job or self.ordered:
@@ -356,7 +374,7 @@ class Queue:
 
     def _next(self) -> Job | None:
         for job in list(self._jobs):
-            if job.placed and (job.must_end() or job.looked()):
+            if job.placed and (job.must_end() or job.can_run()):
                 return job
             if self.ordered:
                 break
@@ -374,7 +392,7 @@ class Queue:
                 self.sleep(None)
 
     def ended(self, job: Job, error: int) -> None:
-        """A job is over but for its fence."""
+        """Count a job as ended; its fence is signaled next."""
         self._jobs.remove(job)
         self._bytes += job.moved
         self._completed += not error
@@ -384,18 +402,19 @@ class Queue:
     # ---- the end ----
 
     def drain(self) -> None:
-        """Wait until every job submitted so far has ended. In a forked child: nothing."""
+        """Wait until every job submitted so far has ended. In a forked child this has no effect."""
         if self.inherited:
             return
-        with self._order:  # what is just being submitted counts
+        with self._order:  # a job that is being submitted counts
             jobs = list(self._jobs)
         for job in jobs:
             job.fence.wait()
 
     def close(self, *, cancel: bool = False) -> None:
-        """No job from now on; wait until those submitted have ended. Again, and in a forked child: nothing.
+        """Accept no more jobs, and wait until those submitted have ended. In a forked child, and when called twice, this has no effect.
 
-        ``cancel``: end them with -ECANCELED instead, the running one as soon as it can stop.
+        Args:
+            cancel: End the jobs with -ECANCELED instead, the running one as soon as it can stop.
         """
         if self.inherited:
             return
@@ -405,7 +424,7 @@ class Queue:
         thread = self._thread
         self.wake()
         if thread is not None and thread is not threading.current_thread():
-            self._served.wait()  # not join(): up to Python 3.12, one that a signal breaks off takes the thread for ended
+            self._served.wait()  # not join(): up to Python 3.12, a join() that a signal handler ends takes the thread for ended
             thread.join()
             self._thread = None
         self._timeline.close()
@@ -417,12 +436,12 @@ class Queue:
         self.close(cancel=kind is not None)
 
     def statistics(self) -> QueueStatistics:
-        """A snapshot for programs."""
+        """Return the queue's counters at this moment."""
         return QueueStatistics(self.name, len(self._jobs), self._completed, self._failed, self._resets, self._bytes)
 
 
 def checked_delay(delay: float, obj: object) -> float:
     """Errors: EINVAL a negative delay, or a NaN."""
     if not delay >= 0:
-        raise fail(errno.EINVAL, "queue", obj, "a delay is seconds >= 0")
+        raise fail(errno.EINVAL, "queue", obj, "pass seconds >= 0", what=f"delay={delay} is negative or not a number")
     return delay

@@ -1,14 +1,15 @@
-"""Submission: where a job meets the reservation objects of its buffers (semantics 4.11). Used by every device of ours.
+"""Submission: how a job gets its dependencies, and its buffers the job's fence (semantics 4.11). Every device of this library uses it.
 
-Under the locks of all reservation objects at once, so that jobs of all processes have one order: what is in the way is collected, then the
-job's own fence is added. A job that reads a buffer waits for its KERNEL and WRITE fences and adds READ; one that writes also waits for
-READ fences and adds WRITE. With ``implicit=False`` it waits for KERNEL fences only, which are never skipped, and adds BOOKKEEP, which
-nobody waits for but who moves or frees the memory. Explicit fences are waited for either way.
+A submission holds the locks of all its reservation objects at once, so the jobs of all processes have one order. Under the locks it
+collects the job's dependencies, and then adds the job's own fence. A job that reads a buffer waits for its KERNEL and WRITE fences and adds
+READ. A job that writes also waits for READ fences and adds WRITE. With ``implicit=False`` a job waits for KERNEL fences only, which nothing
+can skip, and adds BOOKKEEP, for which only an exporter that moves or frees the memory waits. In both cases the job also waits for the
+fences in ``wait=[…]``.
 
-A failed dependency does not fail the job, as in the kernel: who cares looks at the fence.
+A failed dependency does not fail the job, as in the kernel. A program that needs to know checks the fence.
 
-For a real dma-buf the kernel's fences are waited for as well. The kernel does not tell its KERNEL fences from WRITE ones, so
-``implicit=False`` waits for both there. The job's own fence does not go into the kernel.
+A job on a kernel dma-buf also waits for the kernel's fences. The kernel does not tell KERNEL fences from WRITE fences, so there
+``implicit=False`` waits for both. The job's own fence does not go into the kernel.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from dmabuf.devices.queue import Job, Queue
 
 
 def checked_wait(wait: Iterable[DmaFence]) -> list[DmaFence]:
-    """The explicit dependencies. Errors: TypeError one fence, or something that is none."""
+    """Return the explicit dependencies. Errors: TypeError for one fence, or for something that is not a fence."""
     if isinstance(wait, DmaFence):
         raise TypeError("submit: wait= takes a list of DmaFences, as wait=[fence], not one")
     found = list(wait)
@@ -53,7 +54,7 @@ def submit(
                 if fence is not None:
                     found[fence] = None
             job.dependencies = list(found)
-            # From here a signal handler that raises can't lose the job: it is in its queue, and ends there in its turn.
+            # If a signal handler raises from here on, the job is in its queue and ends there in its turn.
             with queue.placing(job) as fence:
                 for resv, write in resvs.items():
                     resv.add(fence, (Usage.WRITE if write else Usage.READ) if implicit else Usage.BOOKKEEP)
