@@ -129,10 +129,10 @@ static PyObject *rec_find(Shm *s, PyObject *args) {
   return Py_BuildValue("IIy#", i, gen, nonce, (Py_ssize_t)16);
 }
 
-static PyObject *rec_hold(Shm *s, PyObject *args) {
+static PyObject *rec_get(Shm *s, PyObject *args) {
   unsigned i, gen;
   if (!PyArg_ParseTuple(args, "II", &i, &gen)) return NULL;
-  if (shm_need_life(s, "hold")) return NULL;
+  if (shm_need_life(s, "reference")) return NULL;
   db_rec *r = rec_at(s, i);
   a64 *w = r ? ref_word(s, LIFE_INDEX(my_life(s)), i) : NULL;
   if (!w) Py_RETURN_FALSE;
@@ -143,7 +143,7 @@ static PyObject *rec_hold(Shm *s, PyObject *args) {
   Py_RETURN_FALSE;
 }
 
-static PyObject *rec_drop(Shm *s, PyObject *arg) {
+static PyObject *rec_put(Shm *s, PyObject *arg) {
   uint32_t i;
   if (arg_u32(arg, &i)) return NULL;
   if (!my_life(s)) Py_RETURN_TRUE; /* a forked child has no reference, and nothing to do when it was the last */
@@ -241,30 +241,29 @@ static PyObject *rec_name(Shm *s, PyObject *args) {
   Py_RETURN_NONE;
 }
 
-static PyObject *rec_set(Shm *s, PyObject *args) {
-  unsigned i;
-  const char *field;
-  long long v;
-  if (!PyArg_ParseTuple(args, "IsL", &i, &field, &v)) return NULL;
+static PyObject *rec_set_absent(Shm *s, PyObject *args) {
+  unsigned i, passes;
+  unsigned long long ns;
+  if (!PyArg_ParseTuple(args, "IIK", &i, &passes, &ns)) return NULL;
   db_rec *r = rec_at(s, i);
   if (!r) {
     shm_corrupt(s, "a record lies outside of it");
     return NULL;
   }
-  if (!strcmp(field, "torn"))
-    atomic_store(&r->torn, (int32_t)v);
-  else if (!strcmp(field, "torn_pid"))
-    r->torn_pid = (uint32_t)v;
-  else if (!strcmp(field, "absent"))
-    r->absent = (uint32_t)v;
-  else if (!strcmp(field, "absent_ns"))
-    r->absent_ns = (uint64_t)v;
-  else if (!strcmp(field, "resv"))
-    r->foreign_resv = (uint32_t)v;
-  else {
-    PyErr_SetString(PyExc_ValueError, "rec_set: not a field");
+  r->absent_ns = ns; /* first: a death before the next store makes the record stay longer, not shorter */
+  r->absent = passes;
+  Py_RETURN_NONE;
+}
+
+static PyObject *rec_set_resv(Shm *s, PyObject *args) {
+  unsigned i, resv;
+  if (!PyArg_ParseTuple(args, "II", &i, &resv)) return NULL;
+  db_rec *r = rec_at(s, i);
+  if (!r) {
+    shm_corrupt(s, "a record lies outside of it");
     return NULL;
   }
+  r->foreign_resv = resv;
   Py_RETURN_NONE;
 }
 
@@ -322,15 +321,16 @@ PyMethodDef record_methods[] = {
            "Make or find the record of a buffer and reference it. Return (rec, gen, whether it was made)."),
     METHOD(rec_find, METH_VARARGS, "($self, dev, ino, /)",
            "Return (rec, gen, nonce) of the record of an inode, or None. Takes no lock: the record may be freed at any time."),
-    METHOD(rec_hold, METH_VARARGS, "($self, rec, gen, /)",
-           "Reference a record for this life. Return False if it is another record by now."),
-    METHOD(rec_drop, METH_O, "($self, rec, /)", "Drop this life's reference. Return True if a living process still references the record."),
+    METHOD(rec_get, METH_VARARGS, "($self, rec, gen, /)", "Reference a record for this life. Return False if it is another record by now."),
+    METHOD(rec_put, METH_O, "($self, rec, /)", "Drop this life's reference. Return True if a living process still references the record."),
     METHOD(rec_free, METH_VARARGS, "($self, rec, gen, /)",
            "Free a record unless a living process references it. Return whether it was freed."),
     METHOD(rec_info, METH_O, "($self, rec, /)",
            "Return what a record says, all of it of one buffer; None if it is free or another one by now."),
     METHOD(rec_name, METH_VARARGS, "($self, rec, name, /)", "Rename a buffer."),
-    METHOD(rec_set, METH_VARARGS, "($self, rec, field, value, /)", "Set one field of a record."),
+    METHOD(rec_set_absent, METH_VARARGS, "($self, rec, passes, ns, /)",
+           "Note how many passes found no reference lock on the buffer, and when the last one was (CLOCK_MONOTONIC ns)."),
+    METHOD(rec_set_resv, METH_VARARGS, "($self, rec, resv, /)", "Note the record + 1 of the reservation object that the exporter gave."),
     METHOD(rec_torn, METH_O, "($self, rec, /)", "Return the errno of the write() that did not end well, 0: the content is whole."),
     METHOD(rec_holders, METH_O, "($self, rec, /)", "Return the slot indices of the living processes that reference a record."),
     METHOD(rec_list, METH_NOARGS, "($self, /)", "Return the numbers of all live records."),

@@ -149,7 +149,7 @@ class Receive(Program):
             shm = self.buf.domain.shm
             self.buf.close()
             self.buf = None
-            assert not shm.rec_drop(index)
+            assert not shm.rec_put(index)
             shm.rec_free(index, gen)
 
 
@@ -164,12 +164,12 @@ class _InFlight(Scenario):
         index, gen = buf._record.index, buf._record.gen
         buf.close()
         del buf
-        world.shm.rec_drop(index)
+        world.shm.rec_put(index)
         world.shm.rec_free(index, gen)
 
     def prepare(self) -> None:
         index, _, _ = self.world.shm.rec_create(*self.arguments)
-        self.world.shm.rec_drop(index)
+        self.world.shm.rec_put(index)
 
     def close(self) -> None:
         os.close(self.fd)
@@ -218,7 +218,7 @@ class ReceiveFirst(Receive):
             shm = self.buf.domain.shm
             self.buf.close()
             self.buf = None
-            shm.rec_drop(index)
+            shm.rec_put(index)
 
 
 class Claim(Program):

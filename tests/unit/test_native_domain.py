@@ -91,12 +91,13 @@ def test_the_last_word_of_the_file_can_be_read(domain: dmabuf.Domain) -> None:
 
 NUMBERS = (0, 1, 63, 255, 1 << 20, (1 << 22) - 1, 1 << 31, (1 << 32) - 1)
 INDEX_CALLS: dict[str, Callable[[_native.Shm, int], object]] = {
-    "rec_hold": lambda s, i: s.rec_hold(i, 1),
-    "rec_drop": lambda s, i: s.rec_drop(i),
+    "rec_get": lambda s, i: s.rec_get(i, 1),
+    "rec_put": lambda s, i: s.rec_put(i),
     "rec_free": lambda s, i: s.rec_free(i, 1),
     "rec_info": lambda s, i: s.rec_info(i),
     "rec_name": lambda s, i: s.rec_name(i, b"name"),
-    "rec_set": lambda s, i: s.rec_set(i, "torn", 1),
+    "rec_set_absent": lambda s, i: s.rec_set_absent(i, 1, 1),
+    "rec_set_resv": lambda s, i: s.rec_set_resv(i, 1),
     "rec_torn": lambda s, i: s.rec_torn(i),
     "rec_holders": lambda s, i: s.rec_holders(i),
     "chunks_of": lambda s, i: s.chunks_of(i),
@@ -425,14 +426,14 @@ def test_65536_buffers_have_records_and_are_found(domain: dmabuf.Domain) -> None
     for n in range(1, 65_537, 997):
         assert shm.rec_find(1, n) == (*made[n - 1][:2], n.to_bytes(16, "little"))
     for index, gen, _ in made:
-        shm.rec_drop(index)
+        shm.rec_put(index)
         assert shm.rec_free(index, gen)
     assert shm.rec_list() == []
     size = os.fstat(domain.fileno()).st_size
     index, gen, fresh = shm.rec_create(*record_of(1))
     assert fresh
     assert os.fstat(domain.fileno()).st_size == size
-    shm.rec_drop(index)
+    shm.rec_put(index)
     shm.rec_free(index, gen)
 
 

@@ -43,7 +43,7 @@ def make_records(parent: Parent, rounds: int) -> None:
         index, gen, _ = shm.rec_create(0, k, k, k.to_bytes(16, "little"), b"%d" % k, b"%d" % k, b"%d" % k, 0, k, k)
         if k == 1:
             parent.send(index)
-        shm.rec_drop(index)
+        shm.rec_put(index)
         assert shm.rec_free(index, gen)
 
 

@@ -55,7 +55,7 @@ class Record:
         """Find or make the record and set our bit."""
         shm = self.domain.join()
         found = shm.rec_find(self.dev, self.ino) if self.ino else None
-        if found and found[2] == self.nonce and shm.rec_hold(found[0], found[1]):
+        if found and found[2] == self.nonce and shm.rec_get(found[0], found[1]):
             self.index, self.gen = found[0], found[1]
             info = shm.rec_info(self.index)
             if info is not None:  # who made it knows better than who only holds its fd
@@ -93,7 +93,7 @@ class Record:
         shm = self.domain.join()
         if shm is self.shm and self.life == shm.life:
             return
-        if shm is self.shm and shm.rec_hold(self.index, self.gen):
+        if shm is self.shm and shm.rec_get(self.index, self.gen):
             self.life = shm.life
         else:
             self.hold(name)
@@ -146,7 +146,7 @@ class Record:
             warm = local["warm"] = deque(maxlen=WARM)
         warm.append(self)
         self.life = 0
-        if shm.rec_drop(self.index):
+        if shm.rec_put(self.index):
             return None
         if self.last is not None:  # the end of its inode can't be watched, but the kernel counts
             if closing and self.last(fd):
@@ -164,7 +164,7 @@ class Record:
     def __del__(self) -> None:
         # Only a reservation object that outlived its buffer's handles comes here with a hold.
         shm = self.shm
-        if self.life and shm.life == self.life and not shm.rec_drop(self.index) and self.kind == KIND_RESV:
+        if self.life and shm.life == self.life and not shm.rec_put(self.index) and self.kind == KIND_RESV:
             shm.rec_free(self.index, self.gen)
 
 
@@ -279,7 +279,7 @@ def foreign_resv(record: Record) -> Record | None:
     found = known.get((index, info["gen"]))
     if found is None:
         found = Record(record.domain, 0, 0, 0, info["nonce"], b"", b"", KIND_RESV)
-        if not shm.rec_hold(index, info["gen"]):
+        if not shm.rec_get(index, info["gen"]):
             raise fail(errno.ENODEV, "resv", f"buffer ino {record.ino}", what="its reservation object is gone")
         found.index, found.gen, found.shm, found.life = index, info["gen"], shm, shm.life
         known[index, info["gen"]] = found
@@ -312,13 +312,12 @@ def sweep(domain: Domain) -> int:
             freed += shm.rec_free(index, gen)
         elif (dev, ino) in held:
             if absent:
-                shm.rec_set(index, "absent", 0)
+                shm.rec_set_absent(index, 0, since)
         elif not 0 <= now - since < TICK_NS:
             if absent + 1 >= ABSENT_PASSES:
                 freed += shm.rec_free(index, gen)
             else:
-                shm.rec_set(index, "absent_ns", now)
-                shm.rec_set(index, "absent", absent + 1)
+                shm.rec_set_absent(index, absent + 1, now)
     return freed
 
 

@@ -142,7 +142,7 @@ def make(
     record = buf._record
     try:
         if resv is not None:
-            shm.rec_set(record.index, "resv", record_of(resv).ensure() + 1)
+            shm.rec_set_resv(record.index, record_of(resv).ensure() + 1)
             record.resv_ref = weakref.ref(resv)
         exported = Exported(exporter, ops, record, cache, buf.resv, owner, private, prepare is not None)
         SERVERS.find("exported")(domain)
