@@ -73,7 +73,7 @@ static int add_constants(PyObject *module) {
       LIFE(LIFE_PID, pid),
       LIFE(LIFE_CHUNK, chunk),
       LIFE(LIFE_START, start),
-      LIFE(LIFE_BELL, doorbell),
+      LIFE(LIFE_DOORBELL, doorbell),
       LIFE(LIFE_SERVED, served),
       LIFE(LIFE_UID, uid),
       LIFE(LIFE_JOINED, joined),
@@ -103,7 +103,7 @@ static int add_constants(PyObject *module) {
       VALUE(TICK_FENCE),
       VALUE(TICK_RESV),
       VALUE(TICK_TABLE),
-      VALUE(TICK_BELL),
+      VALUE(TICK_DOORBELL),
       VALUE(TICK_POLL),
       VALUE(TICK_CHECK),
   };

@@ -66,7 +66,7 @@ static PyObject *shm_wait(Shm *s, PyObject *args) {
   if (!PyArg_ParseTuple(args, "KKO", &off, &expected, &timeout)) return NULL;
   a32 *w = word32(s, off);
   if (!w || parse_timeout(s, timeout, &until, "wait")) return NULL;
-  int r = shm_sleep(s, w, (uint32_t)expected, until, TICK_BELL, off);
+  int r = shm_sleep(s, w, (uint32_t)expected, until, TICK_DOORBELL, off);
   return r == SLEEP_RAISED ? NULL : PyLong_FromLong(r);
 }
 

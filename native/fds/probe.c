@@ -40,7 +40,7 @@ static PyObject *probe_fd(PyObject *module, PyObject *arg) {
 
 static int hex_digit(char c) { return c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : -1; }
 
-static PyObject *take_buffer(PyObject *module, PyObject *args) {
+static PyObject *recognize_buffer(PyObject *module, PyObject *args) {
   int fd;
   const char *id;
   Py_ssize_t nid;
@@ -62,7 +62,7 @@ static PyObject *take_buffer(PyObject *module, PyObject *args) {
                        (Py_ssize_t)16);
 }
 
-static PyObject *lease_buffer(PyObject *module, PyObject *args) {
+static PyObject *reference_buffer(PyObject *module, PyObject *args) {
   int fd;
   unsigned long long dev, ino;
   if (!PyArg_ParseTuple(args, "iKK", &fd, &dev, &ino)) return NULL;
@@ -73,9 +73,9 @@ static PyObject *lease_buffer(PyObject *module, PyObject *args) {
 
 static PyMethodDef functions[] = {
     METHOD(probe_fd, METH_O, "($module, fd, /)", "Return (st_dev, st_ino, st_size, seals or -1, link text, f_type of fstatfs(2))."),
-    METHOD(take_buffer, METH_VARARGS, "($module, fd, domain_id, /)",
+    METHOD(recognize_buffer, METH_VARARGS, "($module, fd, domain_id, /)",
            "Put the reference lock on a buffer of the domain and return (dev, ino, size, nonce); None if anything about it is unusual."),
-    METHOD(lease_buffer, METH_VARARGS, "($module, fd, dev, ino, /)",
+    METHOD(reference_buffer, METH_VARARGS, "($module, fd, dev, ino, /)",
            "Put the reference lock on the buffer with that inode and return its size; -1 if it is anything else."),
     {0}};
 

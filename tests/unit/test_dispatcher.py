@@ -83,7 +83,7 @@ def _freed(here: Dispatcher) -> int:
 def test_rings_count_and_name_the_slot() -> None:
     with private() as here:
         bell = here._doorbell
-        here.shm.store32(bell - _native.LIFE_BELL + _native.LIFE_SERVED, 0)
+        here.shm.store32(bell - _native.LIFE_DOORBELL + _native.LIFE_SERVED, 0)
         before = here.shm.load32(bell)
         here._wake()
         after = here.shm.load32(bell)

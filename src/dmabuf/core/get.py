@@ -39,7 +39,7 @@ def received(fd: int, domain: Domain, dev: int, ino: int, nonce: bytes, name: by
     Then the link in /proc, which is the dearest of all looks at a fresh descriptor, need not be read.
     """
     try:
-        size = _native.lease_buffer(fd, dev, ino)
+        size = _native.reference_buffer(fd, dev, ino)
         record = confirmed(domain, dev, ino, size, nonce) if size >= 0 else None
     except BaseException:
         os.close(fd)
@@ -51,7 +51,7 @@ def from_fd(fd: int | OwnedFd, domain: Domain, *, exp_name: bytes = MEMFD, home:
     """A handle that takes over fd; on an error the fd is closed."""
     try:
         number = fd if isinstance(fd, int) else fd.number
-        taken = _native.take_buffer(number, domain.id)
+        taken = _native.recognize_buffer(number, domain.id)
         if taken is None:  # a real dma-buf, or what the slow way says it isn't
             found = identify(number, domain)
             taken = found[:4]

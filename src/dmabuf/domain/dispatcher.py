@@ -40,7 +40,7 @@ class Dispatcher:
         self._deadlines: dict[int, Callable[[], None]] = {}  # slot -> what to call when another process has set a deadline
         self._thread: threading.Thread | None = None
         self._running = True
-        self._doorbell = lives.slot_offset(lives.index_of(self.life)) + _native.LIFE_BELL
+        self._doorbell = lives.slot_offset(lives.index_of(self.life)) + _native.LIFE_DOORBELL
         self._served = lives.slot_offset(lives.index_of(self.life)) + _native.LIFE_SERVED
         me = weakref.ref(self)
 

@@ -108,7 +108,7 @@ class Life:
         name = comm().ljust(16, b"\0")
         for i in (0, 8):
             shm.store64(at + _native.LIFE_COMM + i, int.from_bytes(name[i : i + 8], "little"))
-        for word in (_native.LIFE_CHUNK, _native.LIFE_BELL, _native.LIFE_SERVED):
+        for word in (_native.LIFE_CHUNK, _native.LIFE_DOORBELL, _native.LIFE_SERVED):
             shm.store32(at + word, 0)
         shm.store32(at + _native.LIFE_STATE, _native.LIFE_ALIVE)
         _native.step("life_alive")  # ALIVE without a chunk: the reaper has nothing to end
