@@ -292,7 +292,7 @@ def test_the_own_access_of_a_task_is_edeadlk_and_anothers_is_not(run: Run, buf: 
     run(main)
 
 
-def test_two_tasks_that_wait_for_each_other_are_told(run: Run, buf: DmaBuf, other_buf: DmaBuf) -> None:
+def test_two_tasks_that_wait_for_each_other_get_edeadlk(run: Run, buf: DmaBuf, other_buf: DmaBuf) -> None:
     outcomes: list[Any] = []
 
     async def main() -> None:
@@ -392,7 +392,7 @@ async def in_the_frameworks_pool() -> None:
         await loop.run_in_executor(None, int)
 
 
-def test_tasks_that_wait_for_a_lock_leave_the_frameworks_threads_to_its_holder(run: Run, buf: DmaBuf) -> None:
+def test_tasks_that_wait_for_a_lock_use_no_thread_of_the_pool(run: Run, buf: DmaBuf) -> None:
     many = 50  # more than either framework's pool has
     begun: list[int] = []
     entered: list[int] = []

@@ -45,7 +45,7 @@ def test_off_the_pages_are_seen(static: Static, dev: Device) -> None:
         att.detach()
 
 
-def test_a_dma_side_without_whole_pages_is_reported_and_no_failure(dev: Device, caplog: pytest.LogCaptureFixture) -> None:
+def test_dma_side_without_whole_pages_is_logged(dev: Device, caplog: pytest.LogCaptureFixture) -> None:
     class Odd(Static):
         def map(self, attachment: DmaBufAttachment, direction: Direction) -> SgTable | None:
             return SgTable.from_dma([(0x1010, 100)])
@@ -117,7 +117,7 @@ def test_locks_without_a_context_are_left_alone() -> None:
 # -- an exporter that keeps its table for itself
 
 
-def test_one_table_for_two_maps_is_told(static: Static, dev: Device) -> None:
+def test_one_table_for_two_maps_warns(static: Static, dev: Device) -> None:
     table = SgTable.from_dma([(PAGE, PAGE)])
     exporter = type("Keeps", (Static,), {"map": lambda self, att, way: table, "unmap": lambda self, att, sgt, way: None})()
     with dmabuf.export(exporter, SIZE) as buf:
@@ -135,7 +135,7 @@ def test_one_table_for_two_maps_is_told(static: Static, dev: Device) -> None:
 
 
 @pytest.mark.parametrize("call", ["lock", "lock under a context", "locked", "lock_interruptible"])
-def test_a_reservation_lock_in_a_signalling_section_is_told_and_taken(call: str) -> None:
+def test_lock_in_signalling_section_warns_and_is_taken(call: str) -> None:
     resv, ctx = DmaResv(), WwAcquireContext()
     block = resv.locked()
     take = {"locked": block.__enter__, "lock under a context": lambda: resv.lock(ctx)}.get(call) or getattr(resv, call)
@@ -147,7 +147,7 @@ def test_a_reservation_lock_in_a_signalling_section_is_told_and_taken(call: str)
 
 
 @pytest.mark.parametrize("call", ["read", "write", "access"])
-def test_an_access_in_a_signalling_section_is_told_and_granted(buf: DmaBuf, call: str) -> None:
+def test_access_in_signalling_section_warns_and_is_granted(buf: DmaBuf, call: str) -> None:
     block = dmabuf.access(write=[buf]) if call == "access" else getattr(buf, call)()
     with dmabuf.signalling(), pytest.warns(ContractWarning, match="signalling") as told:
         block.__enter__()
@@ -156,7 +156,7 @@ def test_an_access_in_a_signalling_section_is_told_and_granted(buf: DmaBuf, call
     block.__exit__(None, None, None)
 
 
-def test_an_async_access_in_a_signalling_section_is_told_and_granted(buf: DmaBuf) -> None:
+def test_async_access_in_signalling_section_warns_and_is_granted(buf: DmaBuf) -> None:
     async def main() -> None:
         with dmabuf.signalling(), pytest.warns(ContractWarning, match="signalling"):
             async with buf.write():

@@ -177,7 +177,7 @@ def test_set_error_outside_the_range_of_errnos_is_a_contract_warning(tl: Timelin
 
 
 @pytest.mark.parametrize("error", [5, 4095, -4096])
-def test_signal_with_an_error_outside_the_range_of_errnos_is_einval_and_signals_nothing(tl: Timeline, error: int) -> None:
+def test_signal_is_einval_and_leaves_pending_when_error_is_no_errno(tl: Timeline, error: int) -> None:
     fence = tl.fence()
     with raises_errno(errno.EINVAL):
         fence.signal(error=error)
@@ -370,7 +370,7 @@ def test_a_failure_is_known_when_slot_and_timeline_were_used_again() -> None:
     assert wrap(domain, *late).status == -errno.EIO
 
 
-def test_the_names_of_a_timeline_whose_slot_was_used_again_are_not_the_next_ones() -> None:
+def test_names_are_empty_when_timeline_slot_is_reused() -> None:
     with Timeline("gone", driver="gone") as gone:
         fence = gone.fence()
         with dmabuf.SyncFile(fence) as sf:

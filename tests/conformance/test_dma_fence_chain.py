@@ -164,7 +164,7 @@ def test_a_higher_number_goes_on_in_the_context_of_its_predecessor(tl: Timeline)
 
 
 @pytest.mark.parametrize("seqno", [0, 4, 5])
-def test_a_number_that_is_not_higher_begins_a_context_with_the_higher_number(tl: Timeline, seqno: int) -> None:
+def test_chain_point_with_lower_number_begins_a_context(tl: Timeline, seqno: int) -> None:
     first = DmaFenceChain(None, tl.fence(), 5)
     second = DmaFenceChain(first, tl.fence(), seqno)
     assert second.context != first.context
@@ -252,7 +252,7 @@ def test_walking_keeps_a_plain_fence_at_the_end_while_it_is_pending(tl: Timeline
     inside.signal()
 
 
-def test_what_is_unlinked_is_let_go(tl: Timeline) -> None:
+def test_unlinked_points_are_released(tl: Timeline) -> None:
     chain = Chain(tl, 3)
     tail, fences = chain.tail, chain.fences
     del chain
@@ -307,7 +307,7 @@ def test_find_seqno_stops_at_another_context_behind_what_was_unlinked(tl: Timeli
 # -- signalling
 
 
-def test_an_enabled_chain_signals_by_itself_after_the_callbacks_of_the_last_fence(tl: Timeline) -> None:
+def test_enabled_chain_is_signaled_after_callbacks_of_last_fence(tl: Timeline) -> None:
     chain = Chain(tl, 3)
     order: list[str] = []
     chain.tail.add_callback(lambda _: order.append("chain"))

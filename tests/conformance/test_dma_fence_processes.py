@@ -195,7 +195,7 @@ def test_a_fork_cannot_signal_what_it_inherited(child: Spawn) -> None:
 
 
 @pytest.mark.parametrize("more", [0, 10])
-def test_a_process_that_looks_late_still_sees_the_error(child: Spawn, buf: DmaBuf, tl: Timeline, more: int) -> None:
+def test_late_process_still_sees_the_error(child: Spawn, buf: DmaBuf, tl: Timeline, more: int) -> None:
     """Also when the owner has let go of the fence, and made others since."""
     fence = tl.fence()
     attach(buf.resv, fence, Usage.BOOKKEEP)
@@ -262,7 +262,7 @@ def test_race_signal_callback(child: Spawn, buf: DmaBuf, tl: Timeline) -> None:
     assert seen == added
 
 
-def test_a_callback_that_is_added_when_nothing_was_watched_hears_of_a_death(child: Spawn, buf: DmaBuf) -> None:
+def test_first_callback_runs_when_owner_dies(child: Spawn, buf: DmaBuf) -> None:
     """Watching nothing, the dispatcher sleeps without ticks; a death is found at a tick."""
     for dies in (False, True):
         other = handed(child(signals_on_demand), buf, says="added")

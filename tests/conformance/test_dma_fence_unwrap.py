@@ -112,7 +112,7 @@ def test_unwrap_of_a_plain_fence_yields_it_and_of_none_nothing(tl: Timeline) -> 
     assert list(unwrap(fence)) == [fence]
 
 
-def test_unwrap_passes_points_that_have_signalled_but_not_members_of_an_array(tl: Timeline) -> None:
+def test_unwrap_skips_signaled_points_but_not_members_of_arrays(tl: Timeline) -> None:
     first, second, third, fourth = (tl.fence() for _ in range(4))
     chain = DmaFenceChain(DmaFenceChain(DmaFenceChain(None, first, 1), second, 2), DmaFenceArray([third, fourth]), 3)
     second.signal()
@@ -276,7 +276,7 @@ def test_the_first_failing_member_gives_an_array_its_error(tl: Timeline) -> None
     assert array.status == -errno.ENODATA
 
 
-def test_an_error_after_the_first_end_is_not_that_of_an_array_with_signal_on_any(tl: Timeline) -> None:
+def test_signal_on_any_array_ignores_errors_after_first_signal(tl: Timeline) -> None:
     fences = [tl.fence() for _ in range(2)]
     array = DmaFenceArray(fences, signal_on_any=True)
     array.enable_signaling()

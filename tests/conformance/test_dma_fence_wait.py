@@ -118,7 +118,7 @@ def test_an_interruptible_wait_is_eintr_when_the_signal_handler_returns(tl: Time
     fence.signal()
 
 
-def test_a_signal_that_comes_while_the_interpreters_lock_is_waited_for_is_eintr(tl: Timeline) -> None:
+def test_wait_is_eintr_when_signal_arrives_while_it_waits_for_the_gil(tl: Timeline) -> None:
     fence, main = tl.fence(), threading.main_thread()
     # Functions of libc that keep the interpreter's lock.
     pread = ctypes.PyDLL(None).pread
@@ -259,7 +259,7 @@ def test_closing_the_timeline_ends_what_is_pending_with_enoent(tl: Timeline) -> 
     assert pending.wait() == math.inf
 
 
-def test_closing_the_timeline_wakes_who_waits(tl: Timeline) -> None:
+def test_close_of_timeline_wakes_the_waiters(tl: Timeline) -> None:
     fence = tl.fence()
     with Background(fence.wait) as job:
         job.until_blocked()
@@ -286,13 +286,13 @@ def test_a_closed_timeline_makes_no_fences(tl: Timeline) -> None:
         tl.fence()
 
 
-def test_dropping_a_pending_fence_that_nobody_waits_for_is_silent(tl: Timeline) -> None:
+def test_drop_of_unwaited_pending_fence_is_silent(tl: Timeline) -> None:
     fence = tl.fence()
     del fence
     gc.collect()
 
 
-def test_dropping_a_pending_fence_that_a_reservation_holds_ends_it_with_edeadlk(tl: Timeline, resv: DmaResv) -> None:
+def test_drop_of_pending_fence_on_reservation_signals_it_with_edeadlk(tl: Timeline, resv: DmaResv) -> None:
     fence = tl.fence()
     name = key(fence)
     attach(resv, fence, Usage.BOOKKEEP)

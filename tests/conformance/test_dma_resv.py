@@ -205,7 +205,7 @@ def test_a_deadline_that_makes_no_sense_is_einval(resv: DmaResv, tl: Timeline, u
 # -- iterating and asking (4.6, 4.7)
 
 
-def test_iteration_under_the_lock_shows_signalled_fences_and_without_it_not(resv: DmaResv) -> None:
+def test_iterate_yields_signaled_fences_and_iterate_unlocked_does_not(resv: DmaResv) -> None:
     lines, fences = three()
     for fence in fences:
         attach(resv, fence, Usage.READ)

@@ -86,7 +86,7 @@ def test_only_one_place_is_taken_at_a_time(resv: DmaResv) -> None:
         line.close()
 
 
-def test_a_signalled_place_before_that_of_the_same_context_is_taken_first(resv: DmaResv, tl: Timeline, other_tl: Timeline) -> None:
+def test_add_reuses_signaled_entry_before_one_of_the_same_context(resv: DmaResv, tl: Timeline, other_tl: Timeline) -> None:
     done, first, second = other_tl.fence(), tl.fence(), tl.fence()
     attach(resv, done, Usage.READ)
     attach(resv, first, Usage.READ)

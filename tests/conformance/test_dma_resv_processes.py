@@ -297,7 +297,7 @@ def test_a_process_that_is_killed_leaves_the_fences_of_others_pending(child: Spa
     fence.signal()
 
 
-def test_a_process_that_ends_in_order_frees_who_waits_for_it(child: Spawn, buf: dmabuf.DmaBuf) -> None:
+def test_exit_of_holder_frees_the_waiters(child: Spawn, buf: dmabuf.DmaBuf) -> None:
     """It forgot to signal; nobody may wait for ever."""
     other = child(adds, [Usage.WRITE])
     dmabuf.send(other.sock, buf)

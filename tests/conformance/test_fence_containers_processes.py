@@ -88,7 +88,7 @@ def test_a_container_of_another_processs_fences_ends_with_them(child: Spawn, kin
 
 
 @KINDS
-def test_a_container_arrives_as_what_it_is_made_of_and_ends_with_its_members(child: Spawn, tl: Timeline, kind: str) -> None:
+def test_sent_container_has_same_parts_and_is_signaled_with_members(child: Spawn, tl: Timeline, kind: str) -> None:
     fences = [tl.fence() for _ in range(3)]
     made = container(kind, fences)
     expected = shape(made)
@@ -99,7 +99,7 @@ def test_a_container_arrives_as_what_it_is_made_of_and_ends_with_its_members(chi
     assert other.result()[:3] == (expected, math.inf, 1)
 
 
-def test_the_error_of_an_array_reaches_its_twin(child: Spawn, tl: Timeline) -> None:
+def test_error_of_an_array_reaches_its_copy_in_a_child(child: Spawn, tl: Timeline) -> None:
     fences = [tl.fence() for _ in range(2)]
     other = handed(child(waits), DmaFenceArray(fences), says="waiting")
     fences[0].signal(error=-errno.EIO)
@@ -156,7 +156,7 @@ def test_a_container_arrives_enabled_if_it_was(tl: Timeline, kind: str, enabled:
     tl.close()
 
 
-def test_a_chain_travels_without_what_has_signalled_and_with_what_stood_before_it(tl: Timeline) -> None:
+def test_sent_chain_has_pending_points_and_what_stood_before_them(tl: Timeline) -> None:
     before, first, second, third = (tl.fence() for _ in range(4))
     chain = DmaFenceChain(before, first, 1)
     tail = DmaFenceChain(DmaFenceChain(chain, second, 2), DmaFenceArray([third]), 3)

@@ -108,7 +108,7 @@ LOOKING = {
 
 
 @pytest.mark.parametrize("how", LOOKING)
-def test_who_only_looks_enables_nothing(tl: Timeline, how: str) -> None:
+def test_polling_enables_nothing(tl: Timeline, how: str) -> None:
     ops = Ops()
     fence = tl.fence(ops=ops)
     LOOKING[how](fence)
@@ -325,7 +325,7 @@ def test_release_of_a_fence_that_was_dropped_pending_sees_its_end(tl: Timeline) 
     assert keys(resv) == []
 
 
-def test_a_release_that_raises_is_told_to_the_hook(tl: Timeline, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_release_that_raises_goes_to_unraisablehook(tl: Timeline, monkeypatch: pytest.MonkeyPatch) -> None:
     class Failing(FenceOps):
         def release(self, fence: DmaFence) -> None:
             raise KeyError("late")

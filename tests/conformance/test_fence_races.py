@@ -38,7 +38,7 @@ class FailsOnce(FenceOps):
 
 
 @pytest.mark.parametrize("any_", [False, True])
-def test_an_array_whose_enabling_failed_in_the_middle_counts_no_member_twice(tl: Timeline, any_: bool) -> None:
+def test_array_counts_members_once_after_enabling_failed_partway(tl: Timeline, any_: bool) -> None:
     first, second = tl.fence(), tl.fence(ops=FailsOnce())
     array = DmaFenceArray([first, second], signal_on_any=any_)
     with pytest.raises(Interrupt):
@@ -80,7 +80,7 @@ def test_a_forked_child_waits_for_any_of_what_it_inherited(child: Spawn) -> None
 # ---- sync files ----
 
 
-def test_a_descriptor_that_could_not_be_taken_is_closed_once(sf: SyncFile, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_descriptor_is_closed_once_when_from_fd_raises(sf: SyncFile, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(_: SyncFile) -> None:
         raise Interrupt
 
@@ -96,7 +96,7 @@ def test_a_descriptor_that_could_not_be_taken_is_closed_once(sf: SyncFile, monke
 
 
 @pytest.mark.parametrize("call", ["fileno", "dup"])
-def test_a_descriptor_that_is_asked_for_while_another_thread_closes_it_is_not_made(sf: SyncFile, call: str) -> None:
+def test_fileno_makes_no_descriptor_while_another_thread_closes(sf: SyncFile, call: str) -> None:
     begin = threading.Event()
     with Background(lambda: (begin.wait(), getattr(sf, call)())) as job:
         with sf._lock:
@@ -108,7 +108,7 @@ def test_a_descriptor_that_is_asked_for_while_another_thread_closes_it_is_not_ma
 
 
 @pytest.mark.crash
-def test_the_last_fence_rings_though_who_ended_the_one_before_stands_still_before_handing_that_on(buf: dmabuf.DmaBuf) -> None:
+def test_last_fence_makes_readable_while_earlier_signaler_is_stopped(buf: dmabuf.DmaBuf) -> None:
     theirs_in, ours_out = os.pipe()
     ours_in, theirs_out = os.pipe()
 
@@ -141,7 +141,7 @@ def test_the_last_fence_rings_though_who_ended_the_one_before_stands_still_befor
 # ---- timelines ----
 
 
-def test_a_timeline_that_is_closed_in_the_middle_of_a_call_ends_its_fences_afterwards() -> None:
+def test_close_inside_a_call_signals_the_fences_afterwards() -> None:
     sw = SwSync()
     with sw.create_fence(1) as sf:
         with sw._file.locked():  # as a signal handler comes
@@ -190,7 +190,7 @@ def test_threads_wait_for_the_submission_of_several_semaphores_at_once(sem: Time
 
 
 @pytest.mark.parametrize("what", ["reached", "pending", "closed"])
-def test_an_eventfd_that_is_taken_back_while_another_thread_looks_is_left_alone(
+def test_canceled_eventfd_is_not_written_by_another_thread(
     sem: TimelineSemaphore, fence: DmaFence, event: int, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     def looks(self: TimelineSemaphore, *_: object, **__: object) -> DmaFence | None:

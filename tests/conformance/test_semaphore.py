@@ -92,7 +92,7 @@ def test_a_point_beyond_the_last_has_no_fence(sem: TimelineSemaphore, fences: li
         sem.export_sync_file(3)
 
 
-def test_a_number_that_does_not_rise_is_raised_and_begins_anew(sem: TimelineSemaphore, fences: list[DmaFence]) -> None:
+def test_point_that_does_not_rise_is_raised_and_query_begins_again(sem: TimelineSemaphore, fences: list[DmaFence]) -> None:
     sem.import_fence(fences[0], 5)
     sem.import_fence(fences[1], 3)
     assert points(sem) == (0, 5)

@@ -48,7 +48,7 @@ def test_points_are_seen_by_every_holder(child: Spawn, sem: TimelineSemaphore, w
     other.result()
 
 
-def test_the_death_of_who_submitted_ends_the_wait(child: Spawn, sem: TimelineSemaphore) -> None:
+def test_death_of_submitter_ends_the_wait(child: Spawn, sem: TimelineSemaphore) -> None:
     other = child(submits, "dmabuf.send")
     sent(other, sem, "dmabuf.send")
     assert other.recv() == "ready"
@@ -67,7 +67,7 @@ def waits(parent: Parent) -> None:
     sem.close()
 
 
-def test_the_death_of_who_waits_first_leaves_the_others_waiting(child: Spawn, sem: TimelineSemaphore) -> None:
+def test_death_of_first_waiter_leaves_the_others_waiting(child: Spawn, sem: TimelineSemaphore) -> None:
     first, second = child(waits), child(waits)
     for other in (first, second):
         dmabuf.send(other.sock, sem)
@@ -86,7 +86,7 @@ def test_a_forked_child_submits(sem: TimelineSemaphore) -> None:
     assert points(sem) == (3, 3)
 
 
-def test_an_eventfd_is_told_of_what_another_process_does(child: Spawn, sem: TimelineSemaphore, event: int) -> None:
+def test_eventfd_is_written_for_signal_of_another_process(child: Spawn, sem: TimelineSemaphore, event: int) -> None:
     sem.eventfd(event, 1)
     other = child(submits, "dmabuf.send")
     dmabuf.send(other.sock, sem)

@@ -96,7 +96,7 @@ def test_a_wait_for_a_submission_times_out_with_etime(sem: TimelineSemaphore) ->
             sem.wait(1, timeout, for_submit=True)
 
 
-def test_a_deadline_is_told_to_the_fences(sem: TimelineSemaphore, fences: list[DmaFence]) -> None:
+def test_deadline_is_passed_to_the_fences(sem: TimelineSemaphore, fences: list[DmaFence]) -> None:
     sem.import_fence(fences[0], 1)
     with raises_errno(errno.ETIME):
         wait_semaphores([sem], [1], 0, deadline=12345)
@@ -141,7 +141,7 @@ def test_a_cancelled_await_leaves_nothing_registered(sem: TimelineSemaphore, fen
 # ---- eventfd ----
 
 
-def test_an_eventfd_is_told_when_a_point_is_reached(sem: TimelineSemaphore, fences: list[DmaFence], event: int) -> None:
+def test_eventfd_is_written_when_point_is_reached(sem: TimelineSemaphore, fences: list[DmaFence], event: int) -> None:
     sem.eventfd(event, 2)
     sem.import_fence(fences[0], 1)
     sem.import_fence(fences[1], 2)
@@ -152,7 +152,7 @@ def test_an_eventfd_is_told_when_a_point_is_reached(sem: TimelineSemaphore, fenc
     assert os.eventfd_read(event) == 1
 
 
-def test_an_eventfd_is_told_when_a_point_is_available(sem: TimelineSemaphore, fences: list[DmaFence], event: int) -> None:
+def test_eventfd_is_written_when_point_is_available(sem: TimelineSemaphore, fences: list[DmaFence], event: int) -> None:
     sem.eventfd(event, 2, available=True)
     sem.import_fence(fences[0], 1)
     assert not told(event)
@@ -160,7 +160,7 @@ def test_an_eventfd_is_told_when_a_point_is_available(sem: TimelineSemaphore, fe
     select.select([event], [], [])
 
 
-def test_an_eventfd_is_told_at_once_of_what_is_reached(sem: TimelineSemaphore, event: int) -> None:
+def test_eventfd_is_written_at_once_when_point_is_reached(sem: TimelineSemaphore, event: int) -> None:
     sem.signal(3)
     sem.eventfd(event, 2)
     assert told(event)
@@ -176,7 +176,7 @@ def test_closing_takes_an_eventfd_back(sem: TimelineSemaphore, fences: list[DmaF
     assert not told(event)
 
 
-def test_an_eventfd_is_told_after_a_change_that_failed(sem: TimelineSemaphore, event: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_eventfd_is_written_after_a_failed_change(sem: TimelineSemaphore, event: int, monkeypatch: pytest.MonkeyPatch) -> None:
     sem.eventfd(event, 1, available=True)
 
     def no_memory(data: bytes) -> None:
@@ -190,7 +190,7 @@ def test_an_eventfd_is_told_after_a_change_that_failed(sem: TimelineSemaphore, e
     assert told(event)
 
 
-def test_an_eventfd_is_told_when_another_is_changed_in_the_middle(
+def test_eventfd_is_written_when_another_semaphore_changes_inside(
     sem: TimelineSemaphore, event: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     load = sem._file.load
@@ -207,9 +207,7 @@ def test_an_eventfd_is_told_when_another_is_changed_in_the_middle(
     select.select([event], [], [])
 
 
-def test_an_eventfd_is_told_of_a_fence_that_ends_in_the_middle_of_a_call(
-    sem: TimelineSemaphore, fences: list[DmaFence], event: int
-) -> None:
+def test_eventfd_is_written_when_fence_is_signaled_inside_a_call(sem: TimelineSemaphore, fences: list[DmaFence], event: int) -> None:
     sem.import_fence(fences[0], 1)
     sem.eventfd(event, 1)
     with sem._file.locked():  # as a finaliser or a signal handler in there
@@ -217,7 +215,7 @@ def test_an_eventfd_is_told_of_a_fence_that_ends_in_the_middle_of_a_call(
     select.select([event], [], [])
 
 
-def test_the_last_holder_ends_the_fence_that_stands_for_a_submission(sem: TimelineSemaphore) -> None:
+def test_last_close_signals_the_fence_of_a_submission(sem: TimelineSemaphore) -> None:
     pending = sem.domain.shm.fence_pending
     with raises_errno(errno.ETIME, TimeoutError):
         sem.wait(0, 0, for_submit=True)

@@ -383,7 +383,7 @@ def test_statistics(sw: SwSync) -> None:
     sf.close()
 
 
-def test_a_fence_that_ended_well_is_not_taken_for_a_failed_one_of_the_same_value() -> None:
+def test_fence_without_error_is_not_taken_for_failed_one_of_same_value() -> None:
     domain = dmabuf.Domain.private()
     shm = domain.join()
     with SwSync(domain=domain) as timeline:

@@ -137,7 +137,7 @@ def makes(parent: Parent, value: int) -> int:
         return sf.wait() > 0
 
 
-def test_a_fence_of_another_holder_ends_with_our_inc(child: Spawn) -> None:
+def test_inc_signals_fences_of_another_holder(child: Spawn) -> None:
     with SwSync() as sw:
         other = child(makes, 2)
         dmabuf.send(other.sock, sw)
@@ -178,7 +178,7 @@ def test_callbacks_run_where_they_were_added(child: Spawn) -> None:
         other.result()
 
 
-def test_who_waits_is_woken_by_the_inc_of_another_holder(child: Spawn) -> None:
+def test_waiter_is_woken_by_inc_of_another_holder(child: Spawn) -> None:
     with SwSync() as sw, sw.create_fence(1) as sf, Background(sf.wait) as job:
         job.until_blocked()
         other = child(increments, "dmabuf.send", 1)
@@ -212,7 +212,7 @@ def holds(parent: Parent) -> None:
         parent.recv()
 
 
-def test_closing_ends_nothing_while_another_holds_it(child: Spawn) -> None:
+def test_close_signals_nothing_while_another_process_has_it(child: Spawn) -> None:
     sw = SwSync()
     sf = sw.create_fence(1)
     other = child(holds)
@@ -229,7 +229,7 @@ def test_closing_ends_nothing_while_another_holds_it(child: Spawn) -> None:
 
 
 @pytest.mark.parametrize("how", ["wait", "select"])
-def test_the_death_of_the_last_holder_ends_our_fences(child: Spawn, how: str) -> None:
+def test_death_of_last_holder_signals_own_fences(child: Spawn, how: str) -> None:
     sw = SwSync()
     sf = sw.create_fence(1)
     fd = sf.fileno()
@@ -347,7 +347,7 @@ def test_an_inc_that_is_killed_leaves_no_bare_descriptor_to_the_next_one(step: s
 
 
 @pytest.mark.crash
-def test_an_inc_that_is_killed_before_it_rings_is_made_up_for_while_the_owner_polls() -> None:
+def test_owner_poll_makes_readable_after_inc_was_killed_before_it() -> None:
     with SwSync() as sw, sw.create_fence(1) as sf:
         fd = sf.fileno()
         with Held(sw.inc, only="fence_signaled") as other:
@@ -358,7 +358,7 @@ def test_an_inc_that_is_killed_before_it_rings_is_made_up_for_while_the_owner_po
 
 @pytest.mark.crash
 @pytest.mark.timeout(600)
-def test_wherever_who_makes_a_fence_is_killed_the_others_go_on() -> None:
+def test_others_continue_wherever_maker_of_fence_is_killed() -> None:
     def action() -> None:
         for sf in [sw.create_fence(value) for value in (30, 31)]:
             sf.close()
@@ -392,7 +392,7 @@ def test_who_is_killed_with_the_lock_leaves_it_free() -> None:
 
 
 @pytest.mark.crash
-def test_the_list_is_made_anew_and_loses_nothing_when_killed() -> None:
+def test_compacted_list_loses_nothing_when_killed() -> None:
     def action() -> None:
         sw.create_fence(2_000_000).close()
 

@@ -59,7 +59,7 @@ def test_long_names_are_cut_in_info() -> None:
         assert (one.obj_name, one.driver_name) == ("t" * 31, "d" * 31)
 
 
-def test_the_whole_is_pending_until_the_first_fence_that_failed(merged: tuple[SyncFile, DmaFence, DmaFence]) -> None:
+def test_info_status_is_that_of_the_first_failed_or_pending_fence(merged: tuple[SyncFile, DmaFence, DmaFence]) -> None:
     both, a, b = merged
     states = []
     a.signal()
@@ -80,7 +80,7 @@ def test_a_merge_with_a_failed_and_a_pending_fence_says_which_comes_first(merged
     assert both.info().status == FACTS["swsync/err-merge-done"].ret["status"]
 
 
-def test_info_with_no_room_gives_the_count_and_the_whole_alone(merged: tuple[SyncFile, DmaFence, DmaFence]) -> None:
+def test_info_without_room_has_count_and_status_of_the_whole(merged: tuple[SyncFile, DmaFence, DmaFence]) -> None:
     both, _, _ = merged
     info = both.info(0)
     assert (info.num_fences, info.fences, info.status, info.name) == (2, (), 0, "both")
@@ -250,7 +250,7 @@ def test_from_fd_of_another_descriptor_is_einval_and_leaves_it_open(make: Callab
         os.fstat(other.fileno())
 
 
-def test_a_sync_file_of_ours_is_not_for_the_kernel(sf: SyncFile) -> None:
+def test_kernel_fileno_of_own_sync_file_is_einval(sf: SyncFile) -> None:
     with raises_errno(errno.EINVAL) as caught:
         sf.kernel_fileno()
     assert "must not wait" in str(caught.value)
@@ -274,7 +274,7 @@ def test_from_fd_names_the_descriptor_that_it_was_given() -> None:
         SyncFile.from_fd(other.fileno())
 
 
-def test_import_of_a_fence_is_a_typeerror_that_says_how_to_make_a_sync_file(buf: DmaBuf, fence: Any) -> None:
+def test_import_of_fence_is_typeerror_that_names_the_sync_file(buf: DmaBuf, fence: Any) -> None:
     with pytest.raises(TypeError, match=r"dmabuf\.SyncFile\(fence\) makes one"):
         buf.import_sync_file(fence)
 
@@ -322,7 +322,7 @@ def test_from_fd_of_a_sync_file_of_a_private_domain_is_refused() -> None:
         sf.fence.signal()
 
 
-def test_in_a_private_domain_it_is_rung() -> None:
+def test_descriptor_of_private_domain_becomes_readable() -> None:
     domain = dmabuf.Domain.private()
     a, b = Timeline("a", domain=domain).fence(), Timeline("b", domain=domain).fence()
     with SyncFile(DmaFenceArray([a, b])) as sf:
@@ -345,7 +345,7 @@ def test_facts_that_make_no_sense_are_said_to_be_so(sf: SyncFile) -> None:
 
 
 @pytest.mark.parametrize("bytes_", [b"", b"nonsense", b"dmabufS\1" + b"\xff" * 36, b"dmabufS\1" + bytes(36)])
-def test_facts_that_make_no_sense_ring(sf: SyncFile, fence: DmaFence, bytes_: bytes) -> None:
+def test_nonsense_record_makes_readable(sf: SyncFile, fence: DmaFence, bytes_: bytes) -> None:
     fd = sf.dup()
     path = dmabuf.Domain.default().path
     assert path is not None

@@ -59,7 +59,7 @@ async def _awaited(sf: SyncFile) -> int:
 
 @WAYS
 @pytest.mark.parametrize("error", [0, -errno.EIO], ids=["signalled", "failed"])
-def test_who_receives_it_waits_for_the_same_fences(child: Spawn, way: str, error: int) -> None:
+def test_receiver_waits_for_the_same_fences(child: Spawn, way: str, error: int) -> None:
     sf, a, b = two_fences()
     other = child(waits_in_every_way, way)
     sent(other, sf, way)
@@ -72,7 +72,7 @@ def test_who_receives_it_waits_for_the_same_fences(child: Spawn, way: str, error
 
 
 @WAYS
-def test_what_has_ended_before_it_arrives_is_told_with_its_results(child: Spawn, way: str) -> None:
+def test_received_sync_file_has_results_of_signaled_fences(child: Spawn, way: str) -> None:
     sf, a, b = two_fences()
     sf.fileno()
     a.signal(-errno.EIO)
@@ -165,7 +165,7 @@ def test_it_is_an_argument_of_a_process(method: str, tl: Timeline) -> None:
         process.close()
 
 
-def test_a_forked_child_waits_for_it_and_closing_it_there_hurts_nobody(tl: Timeline) -> None:
+def test_forked_child_waits_and_its_close_leaves_the_parents_usable(tl: Timeline) -> None:
     fence = tl.fence()
     with SyncFile(fence) as sf:
         fd = sf.fileno()
@@ -219,7 +219,7 @@ def test_it_works_after_its_maker_was_killed(child: Spawn, tl: Timeline, way: st
     sf.close()
 
 
-def test_a_bare_descriptor_of_a_killed_maker_is_rung_by_who_signals(child: Spawn, tl: Timeline) -> None:
+def test_descriptor_of_killed_maker_is_readable_when_signaled(child: Spawn, tl: Timeline) -> None:
     fence = tl.fence()
     maker = child(makes, "bare descriptor")
     dmabuf.send(maker.sock, fence)
@@ -242,7 +242,7 @@ def owns(parent: Parent, way: str) -> None:
 
 
 @WAYS
-def test_the_death_of_who_would_signal_makes_it_readable_for_who_has_it(child: Spawn, way: str) -> None:
+def test_descriptor_is_readable_when_signaler_dies(child: Spawn, way: str) -> None:
     owner = child(owns, way)
     sf = received(owner, SyncFile, way)
     sf.fileno()
@@ -253,7 +253,7 @@ def test_the_death_of_who_would_signal_makes_it_readable_for_who_has_it(child: S
     sf.close()
 
 
-def test_a_bare_descriptor_is_rung_by_who_reaps_its_signaller(child: Spawn) -> None:
+def test_descriptor_is_readable_when_signaler_is_reaped(child: Spawn) -> None:
     owner = child(owns, "bare descriptor")
     fd = bare(owner)
     assert not readable(fd)
@@ -315,7 +315,7 @@ def test_one_that_is_only_in_flight_stays(child: Spawn, tl: Timeline) -> None:
         got.close()
 
 
-def test_in_flight_to_nobody_leaves_nothing(tl: Timeline) -> None:
+def test_sync_file_lost_in_flight_leaves_no_names(tl: Timeline) -> None:
     fence = tl.fence()
     here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with SyncFile(fence) as sf:
@@ -357,7 +357,7 @@ def alone_to_the_end(parent: Parent, path: Path) -> None:
     domain.leave()
 
 
-def test_who_leaves_last_rings_and_leaves_nothing(child: Spawn, elsewhere: Path) -> None:
+def test_last_process_to_leave_makes_readable_and_removes_names(child: Spawn, elsewhere: Path) -> None:
     last = child(alone_to_the_end, elsewhere)
     fd = bare(last)
     assert not readable(fd)
@@ -368,7 +368,7 @@ def test_who_leaves_last_rings_and_leaves_nothing(child: Spawn, elsewhere: Path)
     os.close(fd)
 
 
-def test_after_the_last_was_killed_the_next_opener_rings_and_removes(child: Spawn, elsewhere: Path) -> None:
+def test_next_opener_makes_readable_and_removes_after_last_was_killed(child: Spawn, elsewhere: Path) -> None:
     last = child(alone, elsewhere)
     pending, ended = bare(last), bare(last)
     assert last.recv() == "signalled"
@@ -395,7 +395,7 @@ def status_in(parent: Parent, path: Path) -> int:
         return sf.status
 
 
-def test_of_a_domain_that_began_anew_it_has_ended_nobody_knows_how(child: Spawn, elsewhere: Path) -> None:
+def test_sync_file_of_a_restarted_domain_is_owner_dead(child: Spawn, elsewhere: Path) -> None:
     last = child(alone_to_the_end, elsewhere)
     fd = bare(last)
     last.send("leave")
@@ -463,7 +463,7 @@ def signals_when_told(parent: Parent, rounds: int) -> None:
 
 
 @pytest.mark.parametrize("rounds", [15, pytest.param(2000, marks=pytest.mark.long)])
-def test_whoever_is_the_last_of_many_rings(child: Spawn, rounds: int) -> None:
+def test_last_signaler_of_many_makes_readable(child: Spawn, rounds: int) -> None:
     others = [child(signals_when_told, rounds) for _ in range(4)]
     for _ in range(rounds):
         fences = [dmabuf.recv(other.sock)[0] for other in others]
@@ -502,7 +502,7 @@ def makes_and_passes(parent: Parent, rounds: int, seed: int) -> None:
 
 @pytest.mark.crash
 @pytest.mark.parametrize("kills", [6, pytest.param(300, marks=pytest.mark.long)])
-def test_after_random_kills_every_descriptor_is_rung_and_nothing_is_left(child: Spawn, kills: int) -> None:
+def test_random_kills_leave_every_descriptor_readable_and_no_names(child: Spawn, kills: int) -> None:
     chance = random.Random(7)
     for seed in range(kills):
         other = child(makes_and_passes, 10_000, seed)

@@ -87,7 +87,7 @@ def test_a_merge_is_readable_only_when_all_its_fences_have_ended(merged: tuple[S
     assert polled(both) == select.POLLIN
 
 
-def test_fences_that_end_in_any_order_ring_once_the_last_has_ended() -> None:
+def test_descriptor_is_readable_with_last_fence_in_any_order() -> None:
     timelines = [Timeline(f"t{i}") for i in range(5)]
     fences = [timeline.fence() for timeline in timelines]
     with SyncFile(DmaFenceArray(fences)) as sf:
@@ -99,7 +99,7 @@ def test_fences_that_end_in_any_order_ring_once_the_last_has_ended() -> None:
         assert polled(sf) == select.POLLIN
 
 
-def test_an_array_that_any_member_ends_rings_with_the_first(tl: Timeline, other_tl: Timeline) -> None:
+def test_signal_on_any_array_is_readable_with_first_member(tl: Timeline, other_tl: Timeline) -> None:
     a, b = tl.fence(), other_tl.fence()
     with SyncFile(DmaFenceArray([a, b], signal_on_any=True)) as sf:
         assert polled(sf) == 0
@@ -108,7 +108,7 @@ def test_an_array_that_any_member_ends_rings_with_the_first(tl: Timeline, other_
         a.signal()
 
 
-def test_a_chain_rings_when_every_point_has_ended(tl: Timeline, other_tl: Timeline) -> None:
+def test_chain_is_readable_when_every_point_is_signaled(tl: Timeline, other_tl: Timeline) -> None:
     a, b = tl.fence(), other_tl.fence()
     with SyncFile(DmaFenceChain(DmaFenceChain(None, a, 1), b, 2)) as sf:
         sf.fileno()
@@ -148,7 +148,7 @@ def test_the_descriptor_is_made_once_and_closed_with_the_sync_file(sf: SyncFile)
         os.fstat(fd)
 
 
-def test_a_duplicate_outlives_the_sync_file_and_is_rung(tl: Timeline) -> None:
+def test_duplicate_outlives_sync_file_and_becomes_readable(tl: Timeline) -> None:
     fence = tl.fence()
     sf = SyncFile(fence)
     fd = sf.dup()
@@ -178,7 +178,7 @@ def test_nothing_is_left_in_the_domain_after_the_last_descriptor(sf: SyncFile, f
     assert not names_in_domain()
 
 
-def test_names_that_nobody_holds_are_removed_as_new_ones_are_made(tl: Timeline) -> None:
+def test_names_of_closed_sync_files_are_removed_by_later_ones(tl: Timeline) -> None:
     fence = tl.fence()
     for _ in range(100):
         sf = SyncFile(fence)
@@ -196,7 +196,7 @@ def test_without_a_free_descriptor_there_is_a_clear_error(sf: SyncFile, fence: D
         sf.fileno()
 
 
-def test_it_rings_although_no_descriptor_was_free_when_the_fence_ended(
+def test_descriptor_is_readable_after_emfile_at_the_signal(
     sf: SyncFile, fence: DmaFence, few_descriptors: Callable[[], Callable[[], None]]
 ) -> None:
     fd = sf.fileno()
@@ -305,7 +305,7 @@ class Watched(dmabuf.FenceOps):
         return True
 
 
-def test_the_first_look_at_the_descriptor_enables_a_custom_fence_once(tl: Timeline) -> None:
+def test_fileno_enables_a_custom_fence_once(tl: Timeline) -> None:
     ops = Watched()
     fence = tl.fence(ops=ops)
     with SyncFile(fence) as sf:

@@ -74,7 +74,7 @@ def test_the_lock_of_a_killed_process_is_free(child: Spawn, buf: dmabuf.DmaBuf, 
 
 
 @PLAIN_OR_CONTEXT
-def test_who_waits_for_a_killed_process_gets_the_lock(child: Spawn, buf: dmabuf.DmaBuf, with_context: bool) -> None:
+def test_waiter_gets_lock_of_killed_process(child: Spawn, buf: dmabuf.DmaBuf, with_context: bool) -> None:
     holder, waiter = child(holds, with_context), child(takes)
     for other in (holder, waiter):
         dmabuf.send(other.sock, buf)

@@ -34,7 +34,7 @@ def test_lock_interruptible_is_eintr_on_a_signal(resv: DmaResv) -> None:
         assert resv.trylock() is False
 
 
-def test_lock_slow_is_eintr_on_a_signal_when_asked_and_its_lock_comes_first_still() -> None:
+def test_lock_slow_interruptible_is_eintr_and_keeps_lock_contended() -> None:
     wanted, own = DmaResv(), DmaResv()
     with Holder(wanted, with_context=True) as holder, WwAcquireContext() as younger:
         own.lock(younger)
@@ -78,7 +78,7 @@ def test_lock_ends_when_the_signal_handler_raises(resv: DmaResv) -> None:
 # -- asyncio tasks are owners of their own
 
 
-def test_a_task_cannot_use_or_give_back_the_lock_of_another(resv: DmaResv) -> None:
+def test_task_cannot_use_or_unlock_the_lock_of_another(resv: DmaResv) -> None:
     async def main() -> None:
         locked, over = asyncio.Event(), asyncio.Event()
 
@@ -149,7 +149,7 @@ def test_lock_all_waits_for_one_that_is_held() -> None:
         assert job.result()
 
 
-def test_what_a_signal_handler_raises_between_lock_and_block_leaves_no_lock(resv: DmaResv, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_signal_handler_that_raises_before_the_block_leaves_no_lock(resv: DmaResv, monkeypatch: pytest.MonkeyPatch) -> None:
     def lock(self: DmaResv, ctx: WwAcquireContext | None = None) -> None:
         taken(self, ctx)
         raise KeyboardInterrupt  # as a handler does that runs when the lock is just taken

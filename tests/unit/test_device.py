@@ -100,7 +100,7 @@ def test_a_part_of_a_page_keeps_its_offset() -> None:
     assert (entry.address % PAGE, entry.length) == (100, 50)
 
 
-def test_addresses_stay_below_the_mask_and_are_used_again_when_they_are_through() -> None:
+def test_addresses_stay_below_the_mask_and_are_reused_when_exhausted() -> None:
     dev = Device("d", dma_mask=(1 << 16) - 1)
     for _ in range(50):
         sgt = table(4)
@@ -242,7 +242,7 @@ def test_views_have_a_direction(direction: int) -> None:
         pass
 
 
-def test_unmap_waits_for_views_of_it_and_new_ones_fault_meanwhile() -> None:
+def test_unmap_waits_for_views_and_new_ones_fault() -> None:
     dev, sgt, other = Device("d"), table(), table()
     (entry,) = dev.map_sgtable(sgt, BIDIR)
     dev.map_sgtable(other, BIDIR)

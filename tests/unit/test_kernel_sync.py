@@ -28,9 +28,7 @@ def test_each_is_called_once_and_the_thread_ends_with_the_last(pipe: tuple[int, 
     assert len(set(seen)) == len(seen) == 2
 
 
-def test_where_no_thread_can_be_started_nothing_is_left_and_the_next_tries_again(
-    pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_watch_leaves_nothing_when_no_thread_can_be_started(pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     poller, seen = _Poller(), []
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", lambda _: (_ for _ in ()).throw(RuntimeError("can't start new thread")))
@@ -43,7 +41,7 @@ def test_where_no_thread_can_be_started_nothing_is_left_and_the_next_tries_again
     assert len(seen) == 1
 
 
-def test_one_that_is_taken_back_while_it_is_waited_for_stops_nobody_else(pipe: tuple[int, int]) -> None:
+def test_canceled_descriptor_does_not_stop_the_poller(pipe: tuple[int, int]) -> None:
     """Whoever added it was broken off by a signal handler's exception, and its number is used again."""
     poller, seen = _Poller(), []
     other = os.pipe()

@@ -13,7 +13,7 @@ from tests.support.errnos import raises_errno
 TO = Direction.TO_DEVICE
 
 
-def test_neighbouring_pages_become_one_entry() -> None:
+def test_neighboring_pages_become_one_entry() -> None:
     sgt = SgTable.from_pages([3, 4, 5, 9, 10, 2])
     assert sgt.entries == (SgEntry(3, 0, 3 * PAGE), SgEntry(9, 0, 2 * PAGE), SgEntry(2, 0, PAGE))
     assert (sgt.orig_nents, sgt.nents, sgt.size) == (3, 0, 6 * PAGE)
