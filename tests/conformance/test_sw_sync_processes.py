@@ -13,6 +13,7 @@ import pytest
 
 import dmabuf
 from dmabuf import SwSync
+from dmabuf._native import TICK_FENCE
 from tests.support.children import Parent, Spawn
 from tests.support.errnos import raises_errno
 from tests.support.steps import Held, fork, killed_at, reap, trace
@@ -246,6 +247,36 @@ def test_death_of_last_holder_signals_own_fences(child: Spawn, how: str) -> None
     sf.close()
     del sw
     until(lambda: not any(name.startswith("SwSync ") for name in dmabuf.Domain.default().tick_hooks))
+
+
+def test_last_holder_dies_while_a_fence_of_a_closed_timeline_is_signaled(child: Spawn, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One thread looks which fences are pending while another finds that nobody holds the timeline any more."""
+    sw = SwSync()
+    files = [sw.create_fence(value) for value in (1, 2)]
+    other = child(holds)
+    dmabuf.send(other.sock, sw)
+    assert other.recv() == "holds"
+    look, ticked = SwSync._own_pending, []
+
+    def look_while_another_ticks(timeline: SwSync) -> list[int]:
+        if not ticked:
+            ticked.append(True)
+            other.kill()
+            with Background(lambda: dmabuf.Domain.default().tick_hooks(TICK_FENCE, 0)):
+                pass
+        return look(timeline)
+
+    sw.close()
+    (name,) = (name for name in dmabuf.Domain.default().tick_hooks if name.startswith("SwSync "))
+    monkeypatch.setattr(SwSync, "_own_pending", look_while_another_ticks)
+    guard = dmabuf.Domain.default().tick_hooks.get(name).__self__  # type: ignore[attr-defined]
+    guard.next(0)
+    assert ticked
+    for file in files:
+        file.wait()
+        assert file.status == -errno.ENOENT
+        file.close()
+    until(lambda: name not in dmabuf.Domain.default().tick_hooks)
 
 
 def test_the_death_of_another_holder_changes_nothing(child: Spawn) -> None:

@@ -56,6 +56,10 @@ class Hooks(Generic[P]):
                 entry[0](*args, **kwargs)
         return count
 
+    def get(self, name: str) -> Callable[P, None]:
+        """Return the hook of this name. Raises: KeyError."""
+        return self._hooks[name][0]
+
     def __iter__(self) -> Iterator[str]:
         """The names of the hooks, oldest first."""
         return iter(tuple(self._hooks))

@@ -21,6 +21,7 @@ import struct
 import sys
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -332,13 +333,18 @@ class SwSync(SharedObject):
 
 
 class _Guard:
-    """For a timeline that this process closed while others hold it, with its own fences pending: signals them if the last holder dies."""
+    """For a timeline that this process closed while others hold it, with its own fences pending: signals them if the last holder dies.
+
+    Ticks, the signals of the fences and signal handlers come in any thread and in the middle of one another. Each leaves what it wants to be
+    done in ``_todo``; whoever has the lock does it, and nobody waits for the lock.
+    """
 
     def __init__(self, timeline: SwSync, file: SharedFile) -> None:
         self.timeline, self.file, self.domain = timeline, file, timeline.domain
         self.name = f"SwSync {timeline.context} {id(timeline):x}"  # one process can have a timeline open more than once
-        self.lock = threading.RLock()  # a signal handler may run in the middle
-        self.ending = False
+        self._lock = threading.Lock()
+        self._todo: deque[Callable[[], None]] = deque()
+        self._over = False  # the file is closed
 
     def watch(self) -> None:
         """Begin, with a hook of the tick."""
@@ -346,37 +352,42 @@ class _Guard:
         self.next(0)
 
     def next(self, _: int) -> None:
+        """One of the fences was signaled."""
+        self._do(self._watch_next)
+
+    def tick(self, _: int, __: int) -> None:
+        """Signal the fences if no process has a descriptor of the timeline."""
+        self._do(self._signal_if_last)
+
+    def _do(self, step: Callable[[], None]) -> None:
+        if step not in self._todo:
+            self._todo.append(step)
+        while self._todo and self._lock.acquire(blocking=False):
+            try:
+                while self._todo and not self._over:
+                    self._todo.popleft()()
+                if self._over:
+                    self._todo.clear()
+            finally:
+                self._lock.release()
+
+    def _watch_next(self) -> None:
         """Keep the dispatcher's thread ticking while one of the fences is pending."""
-        if self.ending:
-            return
         watching = dispatcher(self.domain)
         for handle in self.timeline._own_pending():
             if watching.watch(handle, self.next, foreign=True) is not None:
                 return
-        self.end()
+        self._end()
 
-    def tick(self, _: int, __: int) -> None:
-        """Signal the fences if no process has a descriptor of the timeline."""
-        if not self.lock.acquire(blocking=False):
-            return  # another thread already checks
-        try:
-            if self.file.is_last():
-                self.ending = True  # the signals call next()
-                self.timeline._signal_all()
-                self.off()
-        finally:
-            self.lock.release()
+    def _signal_if_last(self) -> None:
+        if self.file.is_last():
+            self.timeline._signal_all()
+            self._end()
 
-    def end(self) -> None:
-        """Stop: none of the fences is pending."""
-        with self.lock:
-            self.off()
-
-    def off(self) -> None:
-        """Remove the hook and close the file. The lock is held."""
-        if self.name in self.domain.tick_hooks:
-            self.domain.tick_hooks.remove(self.name)
-            self.file.close()
+    def _end(self) -> None:
+        self._over = True
+        self.domain.tick_hooks.remove(self.name)
+        self.file.close()
 
 
 def sync_info() -> str:
