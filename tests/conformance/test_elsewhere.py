@@ -1,6 +1,8 @@
 """CPU access and mappings of a buffer whose exporter is this process, from here and from another process, with the same results."""
 
 import errno
+import sys
+import threading
 from typing import Any
 
 import pytest
@@ -289,4 +291,32 @@ def test_a_caller_is_told_when_the_exporter_dies_in_the_middle(child: Spawn, op:
         away.finish()
     caller.send(None)
     caller.result()
+    buf.close()
+
+
+def leaves_within_a_bracket(parent: Parent) -> tuple[int, list[str]]:
+    """Exports, leaves the domain on command, and tells what its exporter was asked and what no one could catch."""
+    told: list[str] = []
+    sys.unraisablehook = lambda unraisable: told.append(str(unraisable.exc_value))
+    exporter, left = Static(), threading.Event()
+    exporter.during["detach"] = lambda _: left.wait()  # which comes before the ends
+    buf = dmabuf.export(exporter, SIZE)
+    dmabuf.send(parent.sock, buf)
+    parent.recv()
+    dmabuf.Domain.default().leave()
+    left.set()
+    until(lambda: told or exporter.count("end"))
+    return exporter.count("end"), told
+
+
+def test_exporter_that_leaves_ends_the_brackets_of_others(child: Spawn) -> None:
+    other = child(leaves_within_a_bracket)
+    (buf,) = dmabuf.recv(other.sock)
+    attachment = buf.attach(dmabuf.Device("npu0"))
+    buf.begin_cpu_access(FROM)
+    other.send("leave")
+    assert other.result() == (1, [])
+    attachment.detach()
+    with raises_errno(errno.ENODEV):
+        buf.end_cpu_access(FROM)
     buf.close()

@@ -81,7 +81,9 @@ class ClientBuffer:
         for attachment in self.attachments.values():
             _quietly(partial(finish_detach, self.live, attachment))
         while self.brackets:
-            _quietly(partial(self.live.end, self.buf, self.brackets.pop()))
+            direction = self.brackets.pop()
+            if "end_cpu_access" in self.live.ops:  # not by live.end(), which this process may no longer call once it has left the domain
+                _quietly(partial(exporter.end_cpu_access, self.buf, direction))
         for mapping in self.mappings.values():
             mapping.close()
         for one in (self.tables, self.pins, self.vmaps, self.attachments, self.mappings):
