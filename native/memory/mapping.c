@@ -5,7 +5,7 @@
  *
  * - It exports its bytes through the buffer protocol, and counts the exports.
  * - close() raises BufferError while an export or a view is open, because unmapping memory in use turns the next touch into SIGSEGV.
- * - Once it is closed, every use is ValueError, as of any closed Python file, except close(), closed, exports, windows, dev, ino, offset
+ * - Once it is closed, every use is ValueError, as of any closed Python file, except close(), closed, exports, views, dev, ino, offset
  *   and repr().
  * - It remembers which bytes of which inode it shows, and calls on_close() once, after the memory is unmapped by whatever means.
  *
@@ -186,7 +186,7 @@ static PyObject *mapping_exit(Mapping *self, PyObject *const *args, Py_ssize_t c
 
 static PyObject *mapping_repr(Mapping *self) {
   if (!self->base) return PyUnicode_FromString("<Mapping, closed>");
-  return PyUnicode_FromFormat("<Mapping of %zd bytes at %p, %s, %zd exports, %zd windows>", self->length, (void *)self->base,
+  return PyUnicode_FromFormat("<Mapping of %zd bytes at %p, %s, %zd exports, %zd views>", self->length, (void *)self->base,
                               self->writable ? "writable" : "read-only", self->exports, self->views);
 }
 
@@ -218,7 +218,7 @@ static PyMemberDef members[] = {
     {"ino", T_ULONGLONG, offsetof(Mapping, ino), READONLY, "st_ino of the file."},
     {"offset", T_LONGLONG, offsetof(Mapping, offset), READONLY, "Where in the file the bytes begin."},
     {"exports", T_PYSSIZET, offsetof(Mapping, exports), READONLY, "Buffers taken from the mapping itself and not released."},
-    {"windows", T_PYSSIZET, offsetof(Mapping, views), READONLY, "Views that are not done."},
+    {"views", T_PYSSIZET, offsetof(Mapping, views), READONLY, "Views that are not done."},
     {"__weaklistoffset__", T_PYSSIZET, offsetof(Mapping, weakrefs), READONLY, NULL},
     {0}};
 static PyType_Slot slots[] = {

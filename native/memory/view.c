@@ -60,10 +60,10 @@ static PyObject *view_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) 
   PyObject *object, *on_release, *length_object = Py_None;
   int readonly = -1;
   Py_ssize_t offset = 0, length = 0;
-  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO|$pnO:Window", names, &object, &on_release, &readonly, &offset, &length_object))
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO|$pnO:View", names, &object, &on_release, &readonly, &offset, &length_object))
     return NULL;
   if (readonly < 0) {
-    PyErr_SetString(PyExc_TypeError, "Window() needs the keyword argument readonly");
+    PyErr_SetString(PyExc_TypeError, "View() needs the keyword argument readonly");
     return NULL;
   }
   if (length_object != Py_None) {
@@ -148,7 +148,7 @@ static PyObject *view_retire(View *self, PyObject *unused) {
 
 static PyObject *view_repr(View *self) {
   const char *state = !self->mapping ? "done" : self->retired ? "retired" : "open";
-  return PyUnicode_FromFormat("<Window of %zd bytes, %s, %s, %zd exports>", self->length, self->readonly ? "read-only" : "writable", state,
+  return PyUnicode_FromFormat("<View of %zd bytes, %s, %s, %zd exports>", self->length, self->readonly ? "read-only" : "writable", state,
                               self->exports);
 }
 
@@ -165,7 +165,7 @@ static PyMemberDef members[] = {{"exports", T_PYSSIZET, offsetof(View, exports),
                                 {"__weaklistoffset__", T_PYSSIZET, offsetof(View, weakrefs), READONLY, NULL},
                                 {0}};
 static PyType_Slot slots[] = {
-    {Py_tp_doc, "Window(mapping, on_release, *, readonly, offset=0, length=None)\n--\n\n"
+    {Py_tp_doc, "View(mapping, on_release, *, readonly, offset=0, length=None)\n--\n\n"
                 "The bytes of a mapping during one access.\n\n"
                 "It exports a flat buffer. The mapping can't be closed until the view is done: retired, and with no export left.\n\n"
                 "Args:\n"
@@ -188,14 +188,14 @@ static PyType_Slot slots[] = {
     {Py_bf_releasebuffer, view_releasebuffer},
     {0, NULL}};
 static PyType_Spec spec = {
-    .name = "dmabuf._native.Window",
+    .name = "dmabuf._native.View",
     .basicsize = sizeof(View),
     .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_IMMUTABLETYPE,
     .slots = slots,
 };
 
-static PyObject *window_view(PyObject *module, PyObject *const *args, Py_ssize_t count) {
-  if (count != 3) return PyErr_Format(PyExc_TypeError, "window_view() takes 3 arguments, not %zd", count);
+static PyObject *open_view(PyObject *module, PyObject *const *args, Py_ssize_t count) {
+  if (count != 3) return PyErr_Format(PyExc_TypeError, "open_view() takes 3 arguments, not %zd", count);
   int readonly = PyObject_IsTrue(args[2]);
   if (readonly < 0) return NULL;
   Mapping *mapping = mapping_of(args[0]);
@@ -213,8 +213,8 @@ static PyObject *window_view(PyObject *module, PyObject *const *args, Py_ssize_t
   return pair;
 }
 
-static PyMethodDef functions[] = {METHOD(window_view, METH_FASTCALL, "($module, mapping, on_release, readonly, /)",
-                                         "Return a view of the whole mapping and a memoryview of it. Raises what Window() raises."),
+static PyMethodDef functions[] = {METHOD(open_view, METH_FASTCALL, "($module, mapping, on_release, readonly, /)",
+                                         "Return a view of the whole mapping and a memoryview of it. Raises what View() raises."),
                                   {0}};
 
 int view_register(PyObject *module) {

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from dmabuf._native import Mapping, Window, buffer_address, window_view
+from dmabuf._native import Mapping, View, buffer_address, open_view
 from tests.support.leaks import descriptors
 from tests.support.mappings import PAGE, SIZE, mapped
 
@@ -102,13 +102,13 @@ def test_close_with_an_export_is_refused_and_changes_nothing(mapping: Mapping) -
         assert mapping[0] == 7
 
 
-def test_close_with_an_open_window_is_refused(mapping: Mapping) -> None:
-    window = Window(mapping, None, readonly=True)
-    assert mapping.windows == 1
+def test_close_with_an_open_view_is_refused(mapping: Mapping) -> None:
+    view = View(mapping, None, readonly=True)
+    assert mapping.views == 1
     with pytest.raises(BufferError):
         mapping.close()
-    window.retire()
-    assert mapping.windows == 0
+    view.retire()
+    assert mapping.views == 0
     mapping.close()
 
 
@@ -165,9 +165,9 @@ def test_an_exception_in_the_with_block_is_not_lost_behind_a_live_view(fd: int) 
         pytest.param(lambda m: m[:1], id="slice"),
         pytest.param(lambda m: m.__setitem__(0, 1), id="store"),
         pytest.param(lambda m: m.__enter__(), id="with"),
-        pytest.param(lambda m: Window(m, None, readonly=True), id="Window"),
-        pytest.param(lambda m: Window(m, None, readonly=True, offset=0, length=1), id="Window range"),
-        pytest.param(lambda m: window_view(m, None, True), id="window_view"),
+        pytest.param(lambda m: View(m, None, readonly=True), id="View"),
+        pytest.param(lambda m: View(m, None, readonly=True, offset=0, length=1), id="View range"),
+        pytest.param(lambda m: open_view(m, None, True), id="open_view"),
         pytest.param(lambda m: buffer_address(m), id="buffer_address"),
     ],
 )
@@ -180,7 +180,7 @@ def test_a_closed_mapping_refuses(mapping: Mapping, use: Callable[[Mapping], obj
 def test_a_closed_mapping_still_answers_what_it_is(mapping: Mapping) -> None:
     mapping.close()
     assert mapping.closed
-    assert (mapping.exports, mapping.windows) == (0, 0)
+    assert (mapping.exports, mapping.views) == (0, 0)
     assert "closed" in repr(mapping)
 
 

@@ -85,7 +85,7 @@ class Access:
         self.buf, self.write, self._timeout = buf, write, timeout
         self._entered = False
         self._view: memoryview | None = None
-        self._window: _native.Window | None = None
+        self._window: _native.View | None = None
         self._handle = self._error = 0
         self._live: Any = None  # whose begin_cpu_access was called for this access
         self._kept: Any = None  # what to end it on, where it outlives the block and perhaps the handle
@@ -203,7 +203,7 @@ class Access:
         if buf._record.live is not None and self._live is None:
             self._bracket(buf._record.live)
         mapping = buf._mapping or buf._window_source(self.write)
-        self._window, view = _native.window_view(mapping, self._released, not self.write)
+        self._window, view = _native.open_view(mapping, self._released, not self.write)
         self._view = view
         buf._accesses += 1
         return view
