@@ -27,6 +27,8 @@ def mappings() -> int:
 def no_more_descriptors(more: int = 0) -> Iterator[None]:
     """Room for `more` descriptors above the highest one in use."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for name in dmabuf.__all__:  # the first use of a public name imports its module, which takes a descriptor
+        getattr(dmabuf, name)
     rest()  # no number is another thread's for a moment
     top = max(int(fd) for fd in os.listdir("/proc/self/fd")) + 1
     taken = []
