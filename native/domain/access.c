@@ -65,7 +65,7 @@ static int access_let_in(Shm *s, uint64_t handle, uint32_t rec, int write) {
 
 static PyObject *access_begin(Shm *s, PyObject *const *a, Py_ssize_t n) {
   static PyObject *name;
-  if (!name && !(name = PyUnicode_InternFromString("_handle"))) return NULL;
+  if (!name && !(name = PyUnicode_InternFromString("fence"))) return NULL;
   if (n != 8) {
     PyErr_SetString(PyExc_TypeError, "access_begin() takes 8 arguments");
     return NULL;
@@ -136,7 +136,7 @@ static PyObject *access_end(Shm *s, PyObject *const *a, Py_ssize_t n) {
 
 PyMethodDef access_methods[] = {
     METHOD(access_begin, METH_FASTCALL, "($self, rec, target, ctx, write, timeline, until, locked, access, /)",
-           "Add the fence of an access, store its handle in access._handle, and grant the access if nothing blocks it.\n\n"
+           "Add the fence of an access, store its handle in access.fence, and grant the access if nothing blocks it.\n\n"
            "Args:\n"
            "    rec: The record of the buffer.\n"
            "    target: The record whose reservation object counts for it.\n"

@@ -28,7 +28,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from dmabuf import errors as errors
     from dmabuf import sim
-    from dmabuf.core.access.access import access
+    from dmabuf.core.access.many import access
     from dmabuf.core.access.range import BufferRange
     from dmabuf.core.attach.attachment import DmaBufAttachment
     from dmabuf.core.base.usage import Direction, Usage
@@ -119,7 +119,7 @@ __version__ = "0.1.0"
 # Where each name is defined: a name is imported when it is first used (PEP 562), so that a process that only imports this package, as
 # every spawned worker does, pays for nothing.
 _PLACES = {
-    "dmabuf.core.access.access": ("access",),
+    "dmabuf.core.access.many": ("access",),
     "dmabuf.core.access.range": ("BufferRange",),
     "dmabuf.core.attach.attachment": ("DmaBufAttachment",),
     "dmabuf.core.base.usage": ("Direction", "Usage"),

@@ -214,7 +214,7 @@ def test_an_importer_that_dies_as_it_hears_of_a_move_is_passed_over(child: Spawn
 def moves(state: Any) -> None:
     (exported,) = EXPORTS.of(dmabuf.Domain.default()).buffers.values()
     with exported.resv.locked():
-        attachments.move_notify(exported)
+        attachments.notify_moves(exported)
 
 
 @pytest.mark.crash

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from dmabuf import Direction, DmaBufAttachment, SgTable
+from dmabuf.core.buffer.handle import handle_of
 from tests.support import elsewhere as do
 from tests.support.children import Spawn
 from tests.support.drivers import PAGE, Dynamic
@@ -165,7 +166,7 @@ def test_what_gives_back_needs_no_connection(child: Spawn, full: str) -> None:
         here.do(do.attach, True)
         here.do(do.mapped, TO)
         here.do(do.vmap)
-        client = here.state.buf._record.live.client
+        client = handle_of(here.state.buf).shared.backing.client
         while client._idle:  # as if other calls were using them
             client._idle.pop().close()
         mine = SimpleNamespace()

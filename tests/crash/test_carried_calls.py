@@ -19,6 +19,7 @@ import pytest
 
 import dmabuf
 from dmabuf import Direction, DmaBuf, Usage, _native
+from dmabuf.core.buffer.handle import handle_of
 from tests.support import elsewhere as do
 from tests.support.children import Parent, Spawn
 from tests.support.drivers import PAGE, Dynamic
@@ -182,7 +183,7 @@ def test_the_caller_has_its_lock_back_before_a_third_process_that_is_quicker(chi
     caller.start(pins)
     assert other.sock.recv(100) == step.encode() + b"\n"
     caller.other.stop()  # slower than everybody else
-    peer = buf._record.live.peer
+    peer = handle_of(buf).shared.backing.peer
     other.kill()
     domain = dmabuf.Domain.default()
     if reaper:  # who reaps is killed in the middle, unless a tick of this process is quicker
@@ -237,7 +238,7 @@ def caller_dies(state: SimpleNamespace, step: str, count: int) -> None:
 
 def balanced(exporter: Dynamic, buf: DmaBuf) -> bool:
     """The exporter has been given back all that anybody had."""
-    live: Any = buf._record.live
+    live: Any = handle_of(buf).shared.backing
     pairs = (("attach", "detach"), ("pin", "unpin"), ("map", "unmap"), ("vmap", "vunmap"), ("begin", "end"))
     return (
         all(exporter.count(one) == exporter.count(other) for one, other in pairs)

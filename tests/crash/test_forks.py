@@ -23,6 +23,7 @@ import pytest
 
 import dmabuf
 from dmabuf import Usage
+from dmabuf.core.buffer.handle import handle_of
 from dmabuf.domain import lives
 from tests.support.fences import attach
 from tests.support.forks import FORKS, Scene, in_child, python_fork
@@ -98,7 +99,7 @@ def state(scene: Scene) -> dict[str, object]:
     shm = scene.buf.domain.shm
     found: dict[str, object] = {"life": shm.life, "breathes": lives.is_alive(scene.buf.domain.fileno(), lives.index_of(shm.life))}
     for name in ("buf", "other"):
-        index = getattr(scene, name)._record.index
+        index = handle_of(getattr(scene, name)).shared.index
         found[name] = (shm.resv_owner(index), shm.resv_pending(index, Usage.BOOKKEEP, 0), shm.rec_torn(index), shm.rec_holders(index))
     found["fence"] = scene.fence.status
     found["alive"] = lives.alive_slots(shm)

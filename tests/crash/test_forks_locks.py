@@ -14,6 +14,7 @@ import pytest
 import dmabuf
 from dmabuf import _native
 from dmabuf.core.access import poll
+from dmabuf.core.buffer.handle import handle_of
 from dmabuf.domain import domain, lives, place
 from tests.support.forks import FORKS, Scene, in_child, python_fork
 from tests.support.steps import reap
@@ -69,7 +70,7 @@ def test_what_another_thread_locks_as_it_forks_is_free_in_the_child(scene: Scene
         scene.buf.close()
 
     with contextlib.ExitStack() as held:
-        for lock in (scene.buf._record.lock, scene.buf.domain.lock, sync._lock, poll._lock, domain._lock):
+        for lock in (handle_of(scene.buf).shared.lock, scene.buf.domain.lock, sync._lock, poll._lock, domain._lock):
             held.enter_context(held_by_another_thread(lock))
         assert in_child(python_fork, use) == 0
     with scene.buf.read() as view:
@@ -79,7 +80,7 @@ def test_what_another_thread_locks_as_it_forks_is_free_in_the_child(scene: Scene
 
 def test_what_the_forking_thread_holds_it_releases_in_the_child_too(scene: Scene) -> None:
     pid = -1
-    with scene.buf._record.lock:
+    with handle_of(scene.buf).shared.lock:
         pid = python_fork()
     if not pid:
         code = 1

@@ -13,6 +13,7 @@ import pytest
 
 import dmabuf
 from dmabuf import Usage
+from dmabuf.core.buffer.handle import handle_of
 from dmabuf.domain import lives
 from tests.crash.test_interleavings import Access
 from tests.crash.test_interleavings_dead import AfterDeath
@@ -60,7 +61,7 @@ class Day(Program):
         for fence in fences[1:]:
             fence.signal(-errno.EIO)
         made = dmabuf.allocate(4096, name="of the day")
-        shm, index, gen = made.domain.shm, made._record.index, made._record.gen
+        shm, index, gen = made.domain.shm, handle_of(made).shared.index, handle_of(made).shared.gen
         made.close()
         del made
         shm.rec_free(index, gen)

@@ -13,6 +13,7 @@ import pytest
 
 import dmabuf
 from dmabuf import _native
+from dmabuf.core.buffer.handle import handle_of
 from tests.support.scenarios import Scenario, World, step_through
 from tests.support.stepper import Program
 
@@ -89,8 +90,8 @@ class CreateAndFree(Program):
 
     def run(self) -> None:
         buf = dmabuf.allocate(4096)
-        shm, index, gen = buf.domain.shm, buf._record.index, buf._record.gen
-        found = shm.rec_find(buf._record.dev, buf._record.ino)
+        shm, index, gen = buf.domain.shm, handle_of(buf).shared.index, handle_of(buf).shared.gen
+        found = shm.rec_find(handle_of(buf).shared.dev, handle_of(buf).shared.ino)
         assert found is not None
         assert found[0] == index
         buf.close()
@@ -141,11 +142,11 @@ class Receive(Program):
         self.buf = dmabuf.get(self.fd)
         _native.step("got")
         assert self.buf.name in (None, "in flight")
-        return self.buf._record.index
+        return handle_of(self.buf).shared.index
 
     def clean(self) -> None:
         if self.buf is not None:
-            index, gen = self.buf._record.index, self.buf._record.gen
+            index, gen = handle_of(self.buf).shared.index, handle_of(self.buf).shared.gen
             shm = self.buf.domain.shm
             self.buf.close()
             self.buf = None
@@ -160,8 +161,9 @@ class _InFlight(Scenario):
         super().__init__(world)
         buf = dmabuf.allocate(4096, name="in flight")
         self.fd = buf.dup()
-        self.arguments = (buf._record.dev, buf._record.ino, 4096, buf._record.nonce, b"memfd", b"memfd", b"in flight", 0, os.getpid(), 1)
-        index, gen = buf._record.index, buf._record.gen
+        shared = handle_of(buf).shared
+        self.arguments = (shared.dev, shared.ino, 4096, shared.nonce, b"memfd", b"memfd", b"in flight", 0, os.getpid(), 1)
+        index, gen = shared.index, shared.gen
         buf.close()
         del buf
         world.shm.rec_put(index)
@@ -214,7 +216,7 @@ class ReceiveFirst(Receive):
 
     def clean(self) -> None:
         if self.buf is not None:
-            index = self.buf._record.index
+            index = handle_of(self.buf).shared.index
             shm = self.buf.domain.shm
             self.buf.close()
             self.buf = None

@@ -25,6 +25,7 @@ import pytest
 
 import dmabuf
 from dmabuf import Usage, _native
+from dmabuf.core.buffer.handle import handle_of
 from dmabuf.domain import lives, records
 from tests.support.steps import fork, reap
 from tests.support.waiting import until
@@ -205,7 +206,7 @@ class Workload:
             with buf.read() as view:
                 check_pattern(view)
         until(lambda: records.sweep(domain) or not shm.rec_orphans())
-        mine = {b._record.index for b in (*self.bufs, self.shared)}
+        mine = {handle_of(b).shared.index for b in (*self.bufs, self.shared)}
         assert mine <= set(records.present(domain))
         owned = {chunk for chunk, _ in shm.chunks_of(shm.life)}
         for chunk in range(shm.load32(_native.OFF_NCHUNKS)):

@@ -18,6 +18,7 @@ import pytest
 
 import dmabuf
 from dmabuf import Usage
+from dmabuf.core.buffer.handle import handle_of
 from dmabuf.domain import lives, records
 from tests.support.fences import attach
 from tests.support.steps import Held, fork, reap
@@ -124,7 +125,7 @@ def lock_both(scene: Scene) -> None:
 
 def free_records(scene: Scene) -> None:
     buf = dmabuf.allocate(4096)
-    index, gen = buf._record.index, buf._record.gen
+    index, gen = handle_of(buf).shared.index, handle_of(buf).shared.gen
     shm = buf.domain.shm
     buf.close()
     del buf
@@ -190,7 +191,7 @@ def settled(scene: Scene) -> None:
     shm = domain.shm
     mine = lives.index_of(shm.life)
     assert inhabitants() == [mine]
-    assert sorted(records.present(domain)) == sorted(b._record.index for b in scene)
+    assert sorted(records.present(domain)) == sorted(handle_of(b).shared.index for b in scene)
     until(lambda: records.sweep(domain) or not shm.rec_orphans())
     for buf in scene:
         assert not buf.resv.is_locked()

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import dmabuf
+from dmabuf.core.buffer.handle import handle_of
 from tests.sharing.conftest import SIZE, Pair
 from tests.support.children import Parent, Spawn
 from tests.support.errnos import raises_errno
@@ -29,7 +30,7 @@ def test_a_buffer_arrives_as_a_handle_of_its_own(pair: Pair, buf: dmabuf.DmaBuf)
         assert got is not buf
         assert got.fileno() != buf.fileno()
         assert (got.size, got.ino, got.name, got.home) == (buf.size, buf.ino, "shared", "memfd")
-        assert got.resv is buf.resv or got._record is buf._record
+        assert got.resv is buf.resv or handle_of(got).shared is handle_of(buf).shared
         with buf.write() as view:
             view[:3] = b"abc"
         with got.read() as view:
@@ -158,7 +159,7 @@ def test_a_buffer_in_flight_survives_kill_9_of_its_sender_with_its_name(child: S
 
 def test_a_record_that_went_while_the_buffer_was_in_flight_is_made_again_with_its_name(seqpacket: Pair) -> None:
     buf = dmabuf.allocate(SIZE, name="again")
-    index, gen, shm = buf._record.index, buf._record.gen, buf._record.shm
+    index, gen, shm = handle_of(buf).shared.index, handle_of(buf).shared.gen, handle_of(buf).shared.shm
     dmabuf.send(seqpacket[0], buf)
     buf.close()
     del buf
@@ -173,7 +174,7 @@ def test_a_message_prepared_before_a_rename_has_the_new_name(seqpacket: Pair, bu
     buf.name = "renamed"
     dmabuf.send(seqpacket[0], buf)
     first, second = dmabuf.recv(seqpacket[1]), dmabuf.recv(seqpacket[1])
-    assert b"renamed" in buf._record.shared["message"]
+    assert b"renamed" in (handle_of(buf).shared.message or b"")
     assert {b.name for b in first + second} == {"renamed"}
     for b in first + second:
         b.close()

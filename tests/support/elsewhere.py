@@ -19,6 +19,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import dmabuf
 from dmabuf import DmaBuf
+from dmabuf.core.buffer.handle import handle_of
 from dmabuf.domain.dispatcher import DISPATCHER
 from tests.support.children import Child, Parent, Spawn
 from tests.support.drivers import PAGE, Bare, Dynamic, Mover
@@ -283,7 +284,7 @@ def nodes(buf: DmaBuf) -> tuple[int, int]:
 
 def counts(exporter: Bare, buf: DmaBuf) -> Any:
     """The exporter's side of what a failing operation must not change."""
-    live: Any = buf._record.live
+    live: Any = handle_of(buf).shared.backing
     return (
         len(exporter.tables),
         exporter.count("pin") - exporter.count("unpin"),

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 
 import dmabuf
 from dmabuf import Usage, _native
+from dmabuf.core.buffer.handle import handle_of
 from dmabuf.domain import lives
 from dmabuf.domain.domain import _shm_of
 from tests.support.stepper import Pair, Program, all_orders, random_order
@@ -40,7 +41,7 @@ class World:
         self.shm = self.domain.join()
         self.bufs = [dmabuf.allocate(4096, name=name) for name in ("first", "second", "third")]
         self.ghost = Ghost(self.domain)
-        self.index = [buf._record.index for buf in self.bufs]
+        self.index = [handle_of(buf).shared.index for buf in self.bufs]
         self._resv = self._find_resv()
         self.alive: list[int] = []
         self.records: set[int] = set()

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from dmabuf.core.buffer.backing_kernel import poll_until
+from dmabuf.drivers import drm
 from dmabuf.drivers.camera import Camera, fourcc, letters
 from dmabuf.drivers.drm import DrmNode
 from dmabuf.drivers.syncobj import Syncobj
@@ -58,9 +59,9 @@ class Kernel:
 
 
 class Buffer:
-    """As much of a real dma-buf as an import asks for."""
+    """As much of a kernel dma-buf, and of its handle, as an import asks for."""
 
-    def _kernel(self) -> object:
+    def kernel(self) -> object:
         return self
 
     def fileno(self) -> int:
@@ -71,6 +72,7 @@ class Buffer:
 def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
     made = Kernel()
     monkeypatch.setattr(call, "system", made)
+    monkeypatch.setattr(drm, "handle_of", lambda buf: buf)
     return made
 
 

@@ -22,6 +22,7 @@ import pytest
 
 import dmabuf
 from dmabuf import DmaBufError, Usage, _native
+from dmabuf.core.buffer.handle import handle_of
 from dmabuf.domain import lives, records
 from tests.support.fences import attach
 from tests.support.leaks import descriptors
@@ -320,7 +321,7 @@ def test_a_circle_in_a_list_of_blocks_ends_the_list() -> None:
             for word in range(8, 128, 8):
                 if not shm.load64(at + word):
                     shm.store64(at + word, shm.load64(used[0] + 8))
-    index = there.bufs[0]._record.index
+    index = handle_of(there.bufs[0]).shared.index
     assert len(shm.resv_entries(index, Usage.BOOKKEEP, False)) < 100_000
     assert shm.resv_busy(index, Usage.KERNEL) == 0
     with there.bufs[0].resv.locked():

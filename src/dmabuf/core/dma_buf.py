@@ -1,55 +1,51 @@
 """``DmaBuf``: a buffer is a file descriptor (spec 2, 5.2–5.7).
 
-A ``DmaBuf`` owns one fd and closes it once. ``get(fd)`` and ``get_dma_buf()`` give handles of their own to the same buffer; they are equal
-and hash alike, and share the reservation object and the count of vmaps inside the process. Using a closed handle is EBADF, except
-``close()``, ``closed`` and ``repr``.
+A ``DmaBuf`` owns one descriptor and closes it once. ``get(fd)`` and ``get_dma_buf()`` give other handles of the same buffer. They are equal
+and hash alike, and inside a process they share the reservation object and the count of vmaps. Using a closed handle raises EBADF, except
+for ``close()``, ``closed`` and ``repr``.
 
-Must be called *without* the buffer's reservation lock held by the caller: ``read``, ``write``, ``begin_cpu_access``, ``end_cpu_access``,
-``sync``, ``mmap``, ``dma_mmap``, ``attach``, ``vmap_unlocked``, ``vunmap_unlocked`` (else ``ContractWarning`` and EDEADLK). Must be called
-*with* it: ``vmap``, ``vunmap``, ``move_notify`` (else ``ContractError``). The rest doesn't care: in particular a handle may be closed,
-because the exporter's ``release`` never runs under a lock (spec 2.4).
+The caller must *not* hold the buffer's reservation lock for ``read``, ``write``, ``begin_cpu_access``, ``end_cpu_access``, ``sync``,
+``mmap``, ``dma_mmap``, ``attach``, ``import_sync_file``, ``vmap_unlocked`` and ``vunmap_unlocked`` (else ``ContractWarning`` and EDEADLK).
+The caller must hold it for ``vmap``, ``vunmap`` and ``move_notify`` (else ``ContractError``). Everything else works either way. In
+particular a handle may be closed, because the exporter's ``release`` never runs under a lock (spec 2.4).
 
-Where a buffer has an exporter (``dmabuf.export``), memory and brackets are its ops (spec 2.15–2.18); plain memory needs none. A real
-dma-buf is the kernel's: see ``dmabuf.core.buffer.backing_kernel``.
+If a buffer has an exporter (``dmabuf.export``), the exporter's ops provide memory and brackets (spec 2.15–2.18). Plain memory needs none,
+and a kernel dma-buf is the kernel's (``core/buffer/backing_kernel.py``).
+
+The class is a face: one line a verb. What a verb does is a function that takes a ``Handle`` (``core/buffer``, ``core/access``,
+``core/attach``).
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import os
 import select
-import weakref
 from collections.abc import Coroutine
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Self
 
 from dmabuf import _native
-from dmabuf.core.access import cpu_access, implicit
-from dmabuf.core.access import poll as polling
+from dmabuf.core.access import cpu_access, implicit, poll
 from dmabuf.core.access.access import Access
-from dmabuf.core.buffer import fdinfo
-from dmabuf.core.buffer.backing import backing_of
-from dmabuf.core.buffer.backing_kernel import KernelBacking
-from dmabuf.core.buffer.handle import Handle
-from dmabuf.core.buffer.identity import checked_name
+from dmabuf.core.access.range import BufferRange
+from dmabuf.core.attach import attachment
+from dmabuf.core.attach.attachment import DmaBufAttachment
+from dmabuf.core.base.closing import Closing
+from dmabuf.core.buffer import fdinfo, mapping
+from dmabuf.core.buffer.handle import Face, Handle, face_of
+from dmabuf.core.buffer.shared import SharedBuffer
+from dmabuf.core.contract import Importer
+from dmabuf.core.memory.device import Device
 from dmabuf.core.memory.iosys_map import IosysMap
-from dmabuf.core.resv.resv import DmaResv, resv_of
-from dmabuf.errors import ContractError, contract_warning, fail
-
-if TYPE_CHECKING:
-    from dmabuf.core.access.range import BufferRange
-    from dmabuf.core.attach.attachment import DmaBufAttachment
-    from dmabuf.core.contract import Importer
-    from dmabuf.core.memory.device import Device
-    from dmabuf.core.sync.sync_file import SyncFile
-
-PAGE = os.sysconf("SC_PAGE_SIZE")
+from dmabuf.core.resv.resv import DmaResv
+from dmabuf.core.sync.sync_file import SyncFile
+from dmabuf.domain.domain import Domain
+from dmabuf.uapi.call import OwnedFd
 
 
 @dataclass(frozen=True)
 class BufferStatistics:
-    """What a handle says of itself. ``mapped``: the handle keeps a mapping for its accesses; ``accesses``: open blocks of this handle.
+    """A snapshot of a handle. ``mapped``: the handle keeps a mapping for its accesses; ``accesses``: open blocks of this handle.
 
     Kernel: dma_buf.attachments as attachments, dma_buf.vmapping_counter as vmaps.
     """
@@ -64,389 +60,517 @@ class BufferStatistics:
     attachments: int
 
 
-class DmaBuf(Handle):
-    """A buffer, made by :func:`dmabuf.allocate`, :func:`dmabuf.export`, :func:`dmabuf.get`, :func:`dmabuf.open` and :func:`dmabuf.recv`.
+class DmaBuf(Face, Closing):
+    """A buffer: memory that processes and devices share, and that is a file descriptor.
+
+    The eight things to know:
+
+    - ``dmabuf.allocate(size, name=…)`` makes a buffer.
+    - ``with buf.read() as view`` waits for the writer before it. Nobody writes during the block.
+    - ``with buf.write() as view`` waits for the readers and writers before it. Nobody else is in a block.
+    - ``with dmabuf.access(read=[a], write=[b]) as (x, y)`` does the same for several buffers, without a deadlock.
+    - ``dmabuf.send(sock, buf)`` and ``dmabuf.recv(sock)`` pass buffers to another process. multiprocessing takes them too.
+    - ``dmabuf.open(name)`` gives a buffer that another process has open.
+    - ``buf.close()`` closes the handle. The memory goes with the last handle of the last process.
+    - ``dmabuf ls``, in a shell, shows who has which buffer open, and what blocks it.
+
+    ``dmabuf.export()`` and ``dmabuf.get()`` make handles too. Everything below is for drivers, and for programs that poll or map by hand.
 
     Kernel: dma_buf (file as fileno), dma_buf_fd as detach.
     """
 
     __slots__ = ()
 
-    def __repr__(self) -> str:
-        where = "closed" if self._fd < 0 else f"fd {self._fd}"
-        return f"<dmabuf.DmaBuf {where} ino {self._record.ino} {self._size} bytes {os.fsdecode(self._record.home)}>"
+    def __new__(cls, *_: object, **__: object) -> Self:
+        raise TypeError("a DmaBuf is made by dmabuf.allocate(), export(), get(), open() or recv()")
 
-    # ---- references ----
+    def __repr__(self) -> str:
+        return repr(self._handle)
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "a DmaBuf is a file descriptor and can't be pickled to bytes: pass it to a multiprocessing process or queue, "
+            "or send it with dmabuf.send()"
+        )
+
+    def _check(self, operation: str) -> object:
+        return self._handle.check(operation)
+
+    # ---- reading and writing ----
+
+    def read(self, timeout: float | None = None) -> Access:
+        """Return a context manager that waits for earlier writers and yields a read-only view. ``async with`` works too.
+
+        No process can write until the block ends. An array made from the view keeps the access open. The errors come when the block is
+        entered.
+
+        Args:
+            timeout: Seconds to wait; None waits forever.
+
+        Raises:
+            ClosedError: The handle is closed (EBADF).
+            DmaBufTimeout: A writer did not finish in time (ETIMEDOUT).
+            OwnerDeadError, CanceledError: The last writer died or raised, so the content is torn (EOWNERDEAD, ECANCELED).
+            DeadlockError: This thread or task is already inside a block of the buffer, or accesses wait in a cycle (EDEADLK).
+        """
+        return Access(self, self._handle, False, timeout)
+
+    def write(self, timeout: float | None = None) -> Access:
+        """Return a context manager that waits for earlier readers and writers and yields a writable view. ``async with`` works too.
+
+        No other process can read or write until the block ends. An exception in the block leaves the content torn, see :meth:`read`.
+        The errors come when the block is entered.
+
+        Args:
+            timeout: Seconds to wait; None waits forever.
+
+        Raises:
+            ClosedError: The handle is closed (EBADF).
+            NotPermittedError: The descriptor is read-only (EACCES).
+            DmaBufTimeout: A reader or writer did not finish in time (ETIMEDOUT).
+            DeadlockError: This thread or task is already inside a block of the buffer, or accesses wait in a cycle (EDEADLK).
+            BufferError: At the end of the block, an array or slice made from the view is still in use.
+        """
+        return Access(self, self._handle, True, timeout)
+
+    # ---- the descriptor ----
+
+    @property
+    def closed(self) -> bool:
+        """Whether ``close()`` or ``detach()`` was called."""
+        return self._handle.fd < 0
+
+    def close(self) -> None:
+        """Close the handle. Existing mappings stay valid (mmap(2)), and closing twice has no effect.
+
+        Raises:
+            BusyError: A ``read()`` or ``write()`` block of this handle is open (EBUSY).
+        """
+        self._handle.close()
+
+    def put(self) -> None:
+        """Drop a reference: ``close()`` by the kernel's name (spec 2.4).
+
+        Kernel: dma_buf_put.
+        """
+        self._handle.close()
 
     def get_dma_buf(self) -> DmaBuf:
-        """Another reference: a handle with an fd and a close of its own (spec 2.5). Errors: EBADF, EMFILE.
+        """Return another handle of the buffer, with a descriptor and a close of its own (spec 2.5).
+
+        Raises:
+            ClosedError: The handle is closed (EBADF).
+            DmaBufError: The process has no descriptor left (EMFILE).
 
         Kernel: get_dma_buf.
         """
-        return DmaBuf._make(self.dup(), self._record)
+        return face_of(DmaBuf, self._handle.duplicate())
 
-    def put(self) -> None:
-        """Drop a reference: ``close()`` by the kernel's name (spec 2.4). Kernel: dma_buf_put."""
-        self.close()
+    def fileno(self) -> int:
+        """Return the file descriptor, which the buffer keeps owning and closes itself.
+
+        Raises:
+            ClosedError: The handle is closed (EBADF).
+        """
+        return self._handle.check("fileno")
+
+    def dup(self, cloexec: bool = True) -> int:
+        """Return a new file descriptor of the buffer, which the caller owns.
+
+        Args:
+            cloexec: A program started by exec doesn't inherit the descriptor.
+
+        Raises:
+            ClosedError: The handle is closed (EBADF).
+            DmaBufError: The process has no descriptor left (EMFILE).
+        """
+        return self._handle.dup(cloexec)
+
+    def detach(self) -> int:
+        """Close the handle but keep its file descriptor, and return it: the caller owns it from now on.
+
+        Raises:
+            ClosedError: The handle is closed (EBADF).
+            BusyError: A ``read()`` or ``write()`` block of this handle is open (EBUSY).
+        """
+        return self._handle.detach()
 
     # ---- what it is ----
 
     @property
+    def domain(self) -> Domain:
+        """The domain that the buffer belongs to."""
+        return self._handle.domain
+
+    @property
     def size(self) -> int:
-        """Bytes; never changes (spec 1.2). Kernel: dma_buf.size."""
-        self._check("size")
-        return self._size
+        """The size in bytes, which never changes (spec 1.2).
+
+        Kernel: dma_buf.size.
+        """
+        self._handle.check("size")
+        return self._handle.size
 
     @property
     def ino(self) -> int:
-        """The inode number: the same in every process, for every fd of the buffer (spec 1.2)."""
-        self._check("ino")
-        return self._record.ino
+        """The inode number, the same in every process and for every descriptor of the buffer (spec 1.2)."""
+        self._handle.check("ino")
+        return self._handle.shared.ino
 
     @property
     def exp_name(self) -> str:
-        """The exporter's name (spec 1.2). Kernel: dma_buf.exp_name."""
-        self._check("exp_name")
-        return os.fsdecode(self._record.exp_name)
+        """The exporter's name (spec 1.2).
+
+        Kernel: dma_buf.exp_name.
+        """
+        self._handle.check("exp_name")
+        return os.fsdecode(self._handle.shared.exp_name)
 
     @property
     def home(self) -> str:
         """The kind of memory: ``"memfd"``, ``"exported"``, ``"udmabuf"``, ``"dma_heap:NAME"`` or ``"imported"``."""
-        self._check("home")
-        return os.fsdecode(self._record.home)
+        self._handle.check("home")
+        return os.fsdecode(self._handle.shared.home)
 
     @property
     def name(self) -> str | None:
-        """The name that users gave, None when never set. Settable, from any process: at most 31 bytes (spec 5.4).
+        """The name that users gave the buffer; None if it has none. Any process can set it, to at most 31 bytes (spec 5.4).
 
-        Errors on setting: EINVAL longer, or with a NUL; TypeError neither str nor bytes. Kernel: dma_buf.name.
+        Raises:
+            ClosedError: The handle is closed (EBADF).
+            InvalidError: The new name is longer than 31 bytes, or has a NUL (EINVAL).
+            TypeError: The new name is neither str nor bytes.
+
+        Kernel: dma_buf.name.
         """
-        self._check("name")
-        kernel = self._kernel()
-        found = kernel.name(self) if kernel is not None else self._record.info()["name"]
+        found = self._handle.name()
         return None if found is None else os.fsdecode(found)
 
     @name.setter
     def name(self, value: str | bytes) -> None:
-        self._check("name")
-        raw = checked_name(value, self)
-        shm, index = self._record.at()
-        kernel = self._kernel()
-        if kernel is not None:
-            kernel.set_name(self, raw)
-        shm.rec_name(index, raw)
-        self._record.shared.pop("message", None)  # what send() prepared names the buffer
+        self._handle.set_name(value)
 
     @property
     def resv(self) -> DmaResv:
-        """The buffer's reservation object; the same object for every handle in this process. Kernel: dma_buf.resv."""
-        if self._resv is None:
-            self._check("resv")
-            self._resv = resv_of(self._record)
-        return self._resv
+        """The buffer's reservation object; the same object for every handle in this process.
 
-    # ---- memory ----
-
-    def _kernel(self) -> KernelBacking | None:
-        """The kernel's side, of a real dma-buf."""
-        live = self._record.live
-        return live if type(live) is KernelBacking else None
-
-    def _window_source(self, write: bool) -> _native.Mapping:
-        """The mapping that this handle's accesses look through; it stays, because fresh pages cost more than a copy."""
-        mapping = self._mapping
-        if mapping is None or (write and not mapping.writable):
-            self._check("write" if write else "read")
-            live = self._record.live
-            if live is not None and not live.in_file:  # asked for anew each time: the exporter's memory may have moved
-                operation = "write" if write else "read"
-                found: _native.Mapping = live.mmap(self, operation, 0, self._size, write)
-                return found
-            size = self._size if live is None else self._size // PAGE * PAGE or self._size
-            try:
-                mapping = _native.Mapping(self._fd, size)
-            except PermissionError:
-                if write:
-                    raise fail(errno.EACCES, "write", self, "receive a descriptor that is open for writing") from None
-                mapping = _native.Mapping(self._fd, size, writable=False)
-            self._mapping = mapping
-        return mapping
-
-    def _any_window(self) -> _native.Mapping:
-        """The window, writable if the fd is: for devices, which find out when they are mapped."""
-        return self._window_source(fcntl.fcntl(self._check("attach"), fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY)
-
-    def mmap(self, offset: int = 0, length: int | None = None, writable: bool = True) -> _native.Mapping:
-        """The bare mapping, MAP_SHARED, which waits for nobody and excludes nobody (spec 2.17, 5.2).
-
-        ``offset``: a multiple of the page size; ``length``: None for the rest of the buffer, whole pages of which can be mapped. The
-        mapping outlives ``close()``; close it yourself. Errors: EBADF; EINVAL out of bounds, unaligned or empty, or the exporter offers
-        none; EOVERFLOW a negative offset, as in the kernel; EACCES writable on a read-only fd; ENOMEM; the exporter's; ``ContractWarning``
-        and EDEADLK with the lock held.
+        Kernel: dma_buf.resv.
         """
-        self._not_locked("mmap")
-        return self._mmap("mmap", offset, length, writable)
-
-    def _mmap(self, operation: str, offset: int, length: int | None, writable: bool) -> _native.Mapping:
-        if offset < 0 and offset % PAGE == 0:
-            raise fail(errno.EOVERFLOW, operation, self, "an offset is not negative")
-        room = self._size // PAGE * PAGE
-        end = room if length is None else offset + length
-        if offset % PAGE or end <= offset or end > room:
-            raise fail(errno.EINVAL, operation, self, f"0 <= offset < offset + length <= {room}, offset a multiple of {PAGE}")
-        live = self._record.live
-        if live is not None:
-            found: _native.Mapping = live.mmap(self, operation, offset, end - offset, writable)
-            return found
-        return self._map_memfd(operation, offset, end - offset, writable)
-
-    def _map_memfd(self, operation: str, offset: int, length: int, writable: bool) -> _native.Mapping:
-        try:
-            return _native.Mapping(self._fd, length, offset=offset, writable=writable)
-        except OSError as e:
-            raise fail(e.errno or errno.EIO, operation, self) from None
+        return self._handle.resv
 
     def export_range(self, offset: int = 0, length: int | None = None) -> BufferRange:
-        """A part of the buffer as one value; ``length``: None for the rest. Errors: EINVAL empty, or not inside; EBADF."""
-        from dmabuf.core.access.range import BufferRange
+        """Return a part of the buffer as one value.
 
+        Args:
+            offset: The first byte.
+            length: The number of bytes; None means the rest of the buffer.
+
+        Raises:
+            ClosedError: The handle is closed (EBADF).
+            InvalidError: The range is empty, or not within the buffer (EINVAL).
+        """
         return BufferRange(self, offset, length)
 
-    def dma_mmap(self, offset: int, length: int) -> _native.Mapping:
-        """The mapping an importer gets that redirects its own mmap here (spec 2.17).
+    # ---- mapping ----
 
-        Errors: as :meth:`mmap`; EOVERFLOW when offset + length passes the address range. Kernel: dma_buf_mmap.
+    def mmap(self, offset: int = 0, length: int | None = None, writable: bool = True) -> _native.Mapping:
+        """Return the bare mapping, MAP_SHARED, which waits for nobody and excludes nobody (spec 2.17, 5.2).
+
+        The mapping outlives ``close()``; close it yourself.
+
+        Args:
+            offset: A multiple of the page size.
+            length: The number of bytes; None means the rest of the buffer. Only whole pages can be mapped.
+            writable: The mapping can be written through.
+
+        Raises:
+            ClosedError: The handle is closed (EBADF).
+            InvalidError: The range is out of bounds, unaligned or empty, or the exporter offers no mmap (EINVAL).
+            DmaBufError: The offset is negative (EOVERFLOW, as in the kernel).
+            NotPermittedError: The descriptor, or the exporter's memory, is read-only (EACCES).
+            NoMemoryError: The process can't map more (ENOMEM).
+            DeadlockError: The caller holds the lock (EDEADLK, with a ``ContractWarning``).
+            OSError: What the exporter raised.
         """
-        self._not_locked("dma_mmap")
-        if offset + length > 1 << 64:
-            raise fail(errno.EOVERFLOW, "dma_mmap", self, "offset + length must fit in 64 bits")
-        return self._mmap("dma_mmap", offset, length, True)
+        return mapping.mmap(self._handle, offset, length, writable)
+
+    def dma_mmap(self, offset: int, length: int) -> _native.Mapping:
+        """Return the mapping for an importer that redirects its own mmap to the buffer (spec 2.17).
+
+        Raises:
+            DmaBufError: ``offset + length`` passes the address range (EOVERFLOW).
+            OSError: As :meth:`mmap`.
+
+        Kernel: dma_buf_mmap.
+        """
+        return mapping.dma_mmap(self._handle, offset, length)
 
     def lseek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """The kernel's lseek on a dma-buf: (0, SEEK_SET) is 0, (0, SEEK_END) the size, all else EINVAL; no position moves (spec 5.2)."""
-        self._check("lseek")
-        kernel = self._kernel()
-        if kernel is not None:
-            return kernel.lseek(self, offset, whence)
-        if offset == 0 and whence == os.SEEK_END:
-            return self._size
-        if offset == 0 and whence == os.SEEK_SET:
-            return 0
-        raise fail(errno.EINVAL, "lseek", self, "only (0, SEEK_SET) and (0, SEEK_END)")
+        """Answer as the kernel's lseek on a dma-buf: (0, SEEK_SET) is 0, (0, SEEK_END) the size. No position moves (spec 5.2).
+
+        Raises:
+            ClosedError: The handle is closed (EBADF).
+            InvalidError: Any other offset or whence (EINVAL).
+        """
+        return mapping.lseek(self._handle, offset, whence)
 
     def vmap(self, into: IosysMap | None = None) -> IosysMap:
-        """The whole buffer as a kernel mapping, counted: n calls need n ``vunmap`` (spec 2.18). The reservation lock is held.
+        """Return the whole buffer as a kernel mapping, counted: n calls need n ``vunmap`` (spec 2.18). The reservation lock is held.
 
-        ``into``: a map to fill and return; it is NULL after every failure. Errors: ``ContractError`` without the lock; EBADF; EINVAL the
-        exporter offers none; the exporter's, with a ``ContractWarning``. Kernel: dma_buf_vmap.
+        Args:
+            into: A map to fill and return; it is NULL after every failure.
+
+        Raises:
+            ContractError: The lock isn't held.
+            ClosedError: The handle is closed (EBADF).
+            InvalidError: The exporter offers no vmap (EINVAL).
+            OSError: What the exporter raised, with a ``ContractWarning``.
+
+        Kernel: dma_buf_vmap.
         """
-        if into is not None:
-            into.clear()
-        self._locked("vmap")
-        return self._vmap(into)
+        return mapping.vmap(self._handle, into)
 
     def vmap_unlocked(self, into: IosysMap | None = None) -> IosysMap:
-        """:meth:`vmap` that takes the lock itself. Errors: as vmap, but ``ContractWarning`` and EDEADLK with the lock held.
+        """Take the lock, and :meth:`vmap`.
+
+        Raises:
+            DeadlockError: The caller holds the lock (EDEADLK, with a ``ContractWarning``).
+            OSError: As :meth:`vmap`.
 
         Kernel: dma_buf_vmap_unlocked.
         """
-        if into is not None:
-            into.clear()
-        self._not_locked("vmap_unlocked")
-        with self.resv.locked():
-            return self._vmap(into)
-
-    def _vmap(self, into: IosysMap | None) -> IosysMap:
-        made = backing_of(self._record).vmap(self)
-        if into is None:
-            return made
-        into.assign(made)
-        return into
+        return mapping.vmap_unlocked(self._handle, into)
 
     def vunmap(self, map: IosysMap) -> None:
-        """End one ``vmap``; the map must be equal to what it gave. The reservation lock is held.
+        """End one ``vmap``. The reservation lock is held.
 
-        Errors: ``ContractError`` without the lock, for another map, or for one vunmap too many (spec 2.18: BUG). Kernel: dma_buf_vunmap.
+        Args:
+            map: A map that is equal to what ``vmap`` gave.
+
+        Raises:
+            ContractError: The lock isn't held; ``map`` is another map; or the buffer is not mapped (spec 2.18: BUG).
+
+        Kernel: dma_buf_vunmap.
         """
-        self._locked("vunmap")
-        backing_of(self._record).vunmap(self, map)
+        mapping.vunmap(self._handle, map)
 
     def vunmap_unlocked(self, map: IosysMap) -> None:
-        """:meth:`vunmap` that takes the lock itself. Errors: as vunmap, but ``ContractWarning`` and EDEADLK with the lock held.
+        """Take the lock, and :meth:`vunmap`.
+
+        Raises:
+            DeadlockError: The caller holds the lock (EDEADLK, with a ``ContractWarning``).
+            ContractError: As :meth:`vunmap`.
 
         Kernel: dma_buf_vunmap_unlocked.
         """
-        self._not_locked("vunmap_unlocked")
-        with self.resv.locked():
-            backing_of(self._record).vunmap(self, map)
+        mapping.vunmap_unlocked(self._handle, map)
 
     # ---- devices ----
 
     def attach(self, dev: Device, importer: Importer | None = None, *, interruptible: bool = False) -> DmaBufAttachment:
-        """Attach a device (spec 2.8); with an importer the attachment is dynamic. See ``dmabuf.core.attach.attachment``.
+        """Attach a device (spec 2.8). See ``dmabuf.core.attach.attachment``.
 
-        ``interruptible``: a signal ends the wait for KERNEL fences, where one is needed, with EINTR. Errors, with nothing attached: the
-        exporter's (EBUSY: the memory is where the device can't reach it); ``ContractWarning`` and EINVAL no device, an importer without
-        ``move_notify``; ``ContractWarning`` and EDEADLK with the lock held; ENODEV the exporter's process is gone; EBADF.
+        Args:
+            dev: The device.
+            importer: Makes the attachment dynamic.
+            interruptible: A signal ends the wait for KERNEL fences, if one is needed, with EINTR.
+
+        Raises:
+            ClosedError: The handle is closed (EBADF).
+            InvalidError: There is no device, or the importer has no ``move_notify`` (EINVAL, with a ``ContractWarning``).
+            DeadlockError: The caller holds the lock (EDEADLK, with a ``ContractWarning``).
+            NoDeviceError: The exporter's process is gone (ENODEV).
+            OSError: What the exporter raised. EBUSY says that the device can't reach the memory.
+
         Kernel: dma_buf_attach, dma_buf_dynamic_attach.
         """
-        from dmabuf.core.attach import attachment
-
-        self._not_locked("attach")
         return attachment.attach(self, dev, importer, interruptible)
 
     def move_notify(self) -> None:
-        """Tell every dynamic importer, the newest attachment first, that the memory is about to move (spec 2.14). The lock is held.
+        """Notify every dynamic importer, the newest attachment first, that the memory is about to move (spec 2.14). The lock is held.
 
-        For the exporter. What a callback raises goes to ``sys.unraisablehook``. Errors: ``ContractError`` without the lock; EBADF.
+        Exporters call this. ``sys.unraisablehook`` reports what an importer raises.
+
+        Raises:
+            ClosedError: The handle is closed (EBADF).
+            ContractError: The lock isn't held.
+
         Kernel: dma_buf_move_notify.
         """
-        from dmabuf.core.attach import attachment
-
-        self._locked("move_notify")
-        attachment.move_notify(backing_of(self._record))
+        attachment.move_notify(self._handle)
 
     @property
     def is_dynamic(self) -> bool:
-        """May its exporter move it: has it ``pin``? Kernel: dma_buf_is_dynamic."""
-        self._check("is_dynamic")
-        return self._record.live is not None and bool(self._record.live.dynamic)
+        """Whether the exporter may move the memory: it has ``pin``.
+
+        Kernel: dma_buf_is_dynamic.
+        """
+        self._handle.check("is_dynamic")
+        backing = self._handle.shared.backing
+        return backing is not None and backing.dynamic
 
     # ---- CPU access ----
 
-    def _locked(self, operation: str) -> None:
-        self._check(operation)
-        if not self.resv.held_here():
-            other = f", or use {operation}_unlocked()" if operation != "move_notify" else ""
-            raise ContractError(f"{operation}: {self!r}: hold its reservation lock{other}")
-
-    def _not_locked(self, operation: str) -> None:
-        self._check(operation)
-        if self._resv is not None and self._resv.held_here():
-            contract_warning(f"{operation}: {self!r}: its reservation lock is held by this thread or task", 3)
-            raise fail(errno.EDEADLK, operation, self, "unlock the reservation object first")
-
     def begin_cpu_access(self, direction: int, *, timeout: float | None = None, interruptible: bool = False) -> None:
-        """Wait for the implicit fences in the way of a CPU access (spec 2.15); excludes nobody: for that there is ``read()``/``write()``.
+        """Wait for the implicit fences that block a CPU access (spec 2.15). Excludes nobody: use ``read()`` and ``write()`` for that.
 
         TO_DEVICE and BIDIRECTIONAL wait for writers and readers, FROM_DEVICE and NONE for writers. A failed fence does not fail the
-        call. An exporter's op comes first; when it fails, nothing is waited for. Errors: EBADF; the exporter's; EINVAL no direction;
-        ETIMEDOUT; EINTR if ``interruptible``; ``ContractWarning`` and EDEADLK with the lock held. Kernel: dma_buf_begin_cpu_access.
+        call. The exporter's op comes first; if it fails, nothing is waited for.
+
+        Args:
+            direction: A ``Direction``.
+            timeout: Seconds to wait; None waits forever.
+            interruptible: A signal ends the wait with EINTR.
+
+        Raises:
+            ClosedError: The handle is closed (EBADF).
+            InvalidError: ``direction`` is no direction (EINVAL).
+            DmaBufTimeout: The fences did not end in time (ETIMEDOUT).
+            InterruptedWaitError: A signal came (EINTR).
+            DeadlockError: The caller holds the lock (EDEADLK, with a ``ContractWarning``).
+            OSError: What the exporter raised.
+
+        Kernel: dma_buf_begin_cpu_access.
         """
-        self._not_locked("begin_cpu_access")
-        cpu_access.begin(self, direction, timeout, interruptible)
+        cpu_access.begin_cpu_access(self._handle, direction, timeout, interruptible)
 
     def end_cpu_access(self, direction: int) -> None:
-        """End a CPU access: waits for nothing, and nothing counts begin against end (spec 2.16). Errors: as begin.
+        """End a CPU access. Waits for nothing, and nothing counts begin against end (spec 2.16).
+
+        Raises:
+            OSError: As :meth:`begin_cpu_access`.
 
         Kernel: dma_buf_end_cpu_access.
         """
-        self._not_locked("end_cpu_access")
-        cpu_access.end(self, direction)
+        cpu_access.end_cpu_access(self._handle, direction)
 
     def sync(self, flags: int) -> None:
-        """DMA_BUF_IOCTL_SYNC: READ 1, WRITE 2, both 3, with END 4 for the end (spec 5.3). Errors: EINVAL other flags, or neither."""
-        self._check("sync")
-        way = cpu_access.sync_direction(flags, self)
-        if flags & cpu_access.SYNC_END:
-            self.end_cpu_access(way)
-        else:
-            self.begin_cpu_access(way)
+        """Begin or end a CPU access as DMA_BUF_IOCTL_SYNC does (spec 5.3).
 
-    def read(self, timeout: float | None = None) -> Access:
-        """``with buf.read() as view``: read-only memory that nobody writes meanwhile; ``async with`` too.
+        Args:
+            flags: READ 1, WRITE 2 or both 3; plus END 4 for the end.
 
-        Waits for the writers that came before. ``timeout``: seconds. The view is released at the end of the block; an array made from
-        it keeps the access until it is gone. Errors: EBADF; ETIMEDOUT (also ``TimeoutError``), having added nothing; EOWNERDEAD, ECANCELED
-        the content is torn; EDEADLK inside an own access of the buffer, or in a circle.
+        Raises:
+            InvalidError: Unknown flags, or neither READ nor WRITE (EINVAL).
+            OSError: As :meth:`begin_cpu_access`.
         """
-        return Access(self, False, timeout)
-
-    def write(self, timeout: float | None = None) -> Access:
-        """``with buf.write() as view``: writable memory that nobody else reads or writes meanwhile; ``async with`` too.
-
-        Waits for the readers and writers that came before. An exception out of the block leaves the content torn, see :meth:`read`.
-        Errors: EBADF; EACCES a read-only fd; ETIMEDOUT; EDEADLK; ``BufferError`` at the end when an array made from the view is in use.
-        """
-        return Access(self, True, timeout)
+        cpu_access.sync(self._handle, flags)
 
     # ---- waiting ----
 
     def poll(self, events: int, timeout: float | None = 0) -> int:
-        """Which of select.POLLIN and POLLOUT are ready, waiting up to ``timeout`` seconds (None: for ever) for one (spec 5.6).
+        """Return which of select.POLLIN and POLLOUT are ready, waiting for one if none is (spec 5.6). Other events are ignored.
 
-        Other events are ignored. Errors: EBADF; EINVAL a negative timeout.
+        Args:
+            events: A sum of POLLIN and POLLOUT.
+            timeout: Seconds to wait; None waits forever.
+
+        Raises:
+            ClosedError: The handle is closed (EBADF).
+            InvalidError: ``timeout`` is negative (EINVAL).
         """
-        self._usable("poll")
-        return polling.poll(self, events, timeout)
+        return poll.poll(self._handle, events, timeout)
 
     def poll_fd(self, events: int) -> int:
-        """An fd that becomes readable once one of the events was ready; one-shot, the caller closes it. For select and epoll loops.
+        """Return a descriptor that becomes readable, once, when one of the events was ready. The caller closes it.
 
-        Of a real dma-buf a duplicate, which polls natively and knows the kernel's fences only. Errors: EBADF; EINVAL neither POLLIN nor
-        POLLOUT; EMFILE.
+        It is for select and epoll loops. Of a kernel dma-buf it is a duplicate, which polls natively and knows the kernel's fences only.
+
+        Raises:
+            ClosedError: The handle is closed (EBADF).
+            InvalidError: Neither POLLIN nor POLLOUT is asked for (EINVAL).
+            DmaBufError: The process has no descriptor left (EMFILE).
         """
-        self._usable("poll_fd")
-        if self._kernel() is not None and events & (select.POLLIN | select.POLLOUT):
-            return self.dup()
-        if self._polls is None:
-            self._polls = weakref.WeakSet()
-        waiting = polling.PollFd(self, events)
-        fd = waiting.open()
-        if waiting.own >= 0:
-            self._polls.add(waiting)
-        return fd
+        return poll.poll_fd(self._handle, events)
 
     def readable(self) -> Coroutine[Any, Any, None]:
-        """Awaitable: until no write is pending (POLLIN). Errors: EBADF."""
-        self._usable("readable")
-        return polling.poll_async(self, select.POLLIN)
+        """Return an awaitable that ends when no write is pending (POLLIN).
+
+        Raises:
+            ClosedError: The handle is closed (EBADF).
+        """
+        self._handle.usable("readable")
+        return poll.poll_async(self._handle, select.POLLIN)
 
     def writable(self) -> Coroutine[Any, Any, None]:
-        """Awaitable: until no fence up to READ is pending (POLLOUT). Errors: EBADF."""
-        self._usable("writable")
-        return polling.poll_async(self, select.POLLOUT)
+        """Return an awaitable that ends when no fence up to READ is pending (POLLOUT).
+
+        Raises:
+            ClosedError: The handle is closed (EBADF).
+        """
+        self._handle.usable("writable")
+        return poll.poll_async(self._handle, select.POLLOUT)
 
     def export_sync_file(self, write: bool = False, *, flags: int | None = None) -> SyncFile:
-        """What an access would wait for now, as a sync file (EXPORT_SYNC_FILE; spec 5.5): for reading the pending writes, for writing
-        the reads too. A snapshot; already signalled if nothing is pending.
+        """Return what an access would wait for now, as a sync file: a snapshot (EXPORT_SYNC_FILE; spec 5.5).
 
-        ``flags``: READ 1, WRITE 2 or both, in place of ``write``. Errors: EBADF; EINVAL other flags.
+        It is signaled if nothing is pending.
+
+        Args:
+            write: As for a writer, which waits for pending reads too.
+            flags: READ 1, WRITE 2 or both, instead of ``write``.
+
+        Raises:
+            ClosedError: The handle is closed (EBADF).
+            InvalidError: Other flags (EINVAL).
+            DmaBufError: The process has no descriptor left (EMFILE).
         """
-        self._usable("export_sync_file")
-        return implicit.export_sync_file(self, implicit.writes(self, "export_sync_file", write, flags))
+        return implicit.export_sync_file(self._handle, write, flags)
 
     def import_sync_file(self, sync_file: SyncFile | int, write: bool = False, *, flags: int | None = None) -> None:
-        """Let later accesses wait for a sync file: for a write (``write``), or for a read (IMPORT_SYNC_FILE; spec 5.5).
+        """Let later accesses wait for a sync file (IMPORT_SYNC_FILE; spec 5.5).
 
-        ``sync_file``: a SyncFile, or a descriptor of one; ``flags`` as in :meth:`export_sync_file`. Errors: EBADF this buffer is closed;
-        EINVAL no sync file, or other flags; EXDEV of another domain; ENOMEM, ENOSPC; ``ContractWarning`` and EDEADLK with the lock held.
+        Args:
+            sync_file: A ``SyncFile``, or a descriptor of one.
+            write: Its fences stand for a write, which readers wait for too.
+            flags: READ 1, WRITE 2 or both, instead of ``write``.
+
+        Raises:
+            ClosedError: The handle is closed (EBADF).
+            InvalidError: ``sync_file`` is no sync file, or other flags (EINVAL).
+            CrossDomainError: The sync file belongs to another domain (EXDEV).
+            NoSpaceError: The domain is full (ENOSPC).
+            DeadlockError: The caller holds the lock (EDEADLK, with a ``ContractWarning``).
         """
-        self._not_locked("import_sync_file")
-        self._usable("import_sync_file")
-        implicit.import_sync_file(self, sync_file, implicit.writes(self, "import_sync_file", write, flags))
+        implicit.import_sync_file(self._handle, sync_file, write, flags)
 
     # ---- seeing ----
 
     def fdinfo(self) -> str:
-        """The text of /proc/PID/fdinfo/FD for a dma-buf (spec 5.7). ``count`` is what this user may see of fds and mappings.
+        """Return the text of /proc/PID/fdinfo/FD for a dma-buf (spec 5.7). ``count`` is what this user may see of fds and mappings.
 
-        A name may be any bytes; they are decoded with ``os.fsdecode``. Errors: EBADF.
+        A name may be any bytes; they are decoded with ``os.fsdecode``.
+
+        Raises:
+            ClosedError: The handle is closed (EBADF).
         """
-        fd = self._check("fdinfo")
-        kernel = self._kernel()
-        return fdinfo.text(self, fd) if kernel is None else kernel.fdinfo(self)
+        return fdinfo.fdinfo(self._handle)
 
     def statistics(self) -> BufferStatistics:
-        """A snapshot for programs."""
-        behind = self._record.live or self._record.shared.get("backing")
+        """Return a snapshot for programs."""
+        handle = self._handle
+        backing = handle.shared.any_backing()
         return BufferStatistics(
-            self._size,
-            self._record.ino,
-            os.fsdecode(self._record.home),
-            self._accesses,
-            self._mapping is not None,
-            behind.vmaps if behind else 0,
-            len(self._polls or ()),
-            len(behind.attachments) if behind else 0,
+            handle.size,
+            handle.shared.ino,
+            os.fsdecode(handle.shared.home),
+            handle.accesses,
+            handle.view is not None,
+            backing.vmaps if backing else 0,
+            len(handle.polls or ()),
+            len(backing.attachments) if backing else 0,
         )
+
+
+class _BufHandle(Handle):
+    """A handle whose face is a ``DmaBuf``."""
+
+    __slots__ = ()
+
+    def face(self) -> DmaBuf:
+        return face_of(DmaBuf, self)
+
+
+def new_handle(fd: int | OwnedFd, shared: SharedBuffer, name: bytes | None = None) -> DmaBuf:
+    """Return a new handle of a buffer, which owns ``fd``. ``name``: the buffer's, if its record has to be made again."""
+    return face_of(DmaBuf, _BufHandle(fd, shared, name))

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from dmabuf.core.base.usage import Direction, checked_direction
-from dmabuf.core.buffer.backing import backing_of
+from dmabuf.core.buffer.handle import handle_of
 from dmabuf.core.contract import Importer
 from dmabuf.core.dma_buf import DmaBuf
 from dmabuf.core.fence.fence import DmaFence
@@ -135,8 +135,8 @@ class Attached:
         self.device, self.janitor, self._forget = device, janitor, forget
         self.buf = buf.get_dma_buf()
         try:
-            behind = backing_of(buf._record)
-            behind.here("attach")  # of an exporter in another process, what it can do is known from here on
+            behind = handle_of(buf).shared.ensure_backing()
+            behind.check_reachable("attach")  # of an exporter in another process, what it can do is known from here on
             self.dynamic = behind.dynamic if dynamic is None else dynamic
             self.resv = self.buf.resv
             self.size, self._ino = self.buf.size, self.buf.ino
@@ -144,7 +144,7 @@ class Attached:
         except BaseException:
             self.buf.close()
             raise
-        self._kernel = self.buf._kernel()
+        self._kernel = handle_of(self.buf).kernel()
         self._counts = threading.Lock()
         self._table: _Table | None = None
         self._stale = False

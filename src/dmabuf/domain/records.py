@@ -19,18 +19,20 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, Self, TypeVar
 
 from dmabuf import _native
 from dmabuf._native import Shm
 from dmabuf.domain.domain import TICK_NS, Domain
 from dmabuf.domain.forks import fork_lock
+from dmabuf.domain.local import Local
 from dmabuf.errors import fail
 
 KIND_BUFFER: Final = 0
 KIND_RESV: Final = 1
 ABSENT_PASSES: Final = 3
 WARM: Final = 64  # records kept in a process after their last handle
+R = TypeVar("R", bound="Record")
 
 
 class Record:
@@ -42,13 +44,10 @@ class Record:
         self.life = 0
         self.shm: Shm = domain.shm
         self.index = self.gen = 0
-        # What the layers above share between all handles of the buffer in this process, by name.
-        self.shared: dict[str, Any] = {}
         self.lock = fork_lock()  # a handle's __del__ may run in the middle of another handle's enter()
         self.handles = 0  # of this process that are open
         self.last: Callable[[int], bool] | None = None  # of a real dma-buf: is this fd the last reference anywhere?
-        self.live: Any = None  # the exporter's side, where a buffer has an exporter (core/buffer/backing.py)
-        self.resv_ref: weakref.ref[object] | None = None  # the object that stands for its reservation object here (core/resv/resv.py)
+        self.resv_ref: weakref.ref[object] | None = None  # of the reservation object that the layer above made of it
         self.resv = 0  # of a buffer with a reservation object of its exporter's: that one's record + 1
 
     def hold(self, name: bytes | None = None) -> None:
@@ -124,7 +123,7 @@ class Record:
                     self.handles -= 1
                     raise
 
-    def leave(self, fd: int, closing: bool = True) -> Departures | None:
+    def leave(self, fd: int, closing: bool = True) -> InodeWatch | None:
         """One handle less; with the last of this process its hold ends, before the caller closes fd (or, not ``closing``, gives it away).
 
         Returns what the caller must ask after closing.
@@ -135,16 +134,12 @@ class Record:
                 return None
             return self._let_go(fd, closing)
 
-    def _let_go(self, fd: int, closing: bool) -> Departures | None:
+    def _let_go(self, fd: int, closing: bool) -> InodeWatch | None:
         shm = self.shm
         if not self.life or shm.life != self.life:
             return None
         # Kept for a while without a hold: a buffer that goes round comes again, and finding its record is then one look.
-        local = self.domain.local
-        warm: deque[Record] | None = local.get("warm")
-        if warm is None:
-            warm = local["warm"] = deque(maxlen=WARM)
-        warm.append(self)
+        _WARM.of(self.domain).append(self)
         self.life = 0
         if shm.rec_put(self.index):
             return None
@@ -152,14 +147,12 @@ class Record:
             if closing and self.last(fd):
                 shm.rec_free(self.index, self.gen)
             return None
-        watch: Departures | None = self.domain.local.get("departures")
-        if watch is None:
-            watch = self.domain.local["departures"] = Departures(self.domain)
+        watch = _WATCH.of(self.domain)
         return watch if watch.add(fd, self.index, self.gen) else None
 
-    def tombstone(self) -> Record:
-        """Who the buffer was, without a hold: for a closed handle."""
-        return Record(self.domain, self.dev, self.ino, self.size, self.nonce, self.exp_name, self.home, self.kind)
+    def tombstone(self) -> Self:
+        """Return a record that says which buffer it was, without a hold: for a closed handle."""
+        return type(self)(self.domain, self.dev, self.ino, self.size, self.nonce, self.exp_name, self.home, self.kind)
 
     def __del__(self) -> None:
         # Only a reservation object that outlived its buffer's handles comes here with a hold.
@@ -168,7 +161,7 @@ class Record:
             shm.rec_free(self.index, self.gen)
 
 
-class Departures:
+class InodeWatch:
     """The inodes of buffers that this process let go as the last one: their end frees the record."""
 
     def __init__(self, domain: Domain) -> None:
@@ -211,54 +204,66 @@ _EVENT = struct.Struct("iIII")  # struct inotify_event, without a name behind it
 _IN_DELETE_SELF: Final = 0x400
 
 
-def _sweeping(domain: Domain) -> None:
-    """Have the domain's sweep look after records too."""
-    if "records" not in domain.local:
-        domain.local["records"] = weakref.WeakValueDictionary()
-    if "records" not in domain.sweep_hooks:
-        me = weakref.ref(domain)
-
-        def sweep_records() -> None:
-            here = me()
-            if here is not None:
-                sweep(here)
-
-        domain.sweep_hooks.ensure("records", sweep_records)
+_RECORDS: Final[Local[weakref.WeakValueDictionary[tuple[int, int], Record]]] = Local(lambda domain: _swept(domain))
+"""The buffers of this process, by ``(st_dev, st_ino)``."""
+_RESVS: Final[Local[weakref.WeakValueDictionary[tuple[int, int], Record]]] = Local(lambda domain: _swept(domain))
+"""The reservation objects on records of their own that this process has, by index and generation."""
+_WARM: Final[Local[deque[Record]]] = Local(lambda _: deque(maxlen=WARM))
+_WATCH: Final[Local[InodeWatch]] = Local(InodeWatch)
 
 
-def adopt(domain: Domain, dev: int, ino: int, size: int, nonce: bytes, exp_name: bytes, home: bytes, name: bytes | None = None) -> Record:
-    """The record of a buffer whose fd we hold; made if nobody has one. Each handle then enters it."""
+def _swept(domain: Domain) -> weakref.WeakValueDictionary[tuple[int, int], Record]:
+    """Return an empty table of records, and have the domain's sweep look after records too."""
+    me = weakref.ref(domain)
+
+    def sweep_records() -> None:
+        here = me()
+        if here is not None:
+            sweep(here)
+
+    domain.sweep_hooks.ensure("records", sweep_records)
+    return weakref.WeakValueDictionary()
+
+
+def known(domain: Domain, dev: int, ino: int) -> Record | None:
+    """Return this process's record of a buffer, if it has one. Takes no lock."""
+    table = _RECORDS.peek(domain)
+    return None if table is None else table.get((dev, ino))
+
+
+def adopt(
+    kind: type[R], domain: Domain, dev: int, ino: int, size: int, nonce: bytes, exp_name: bytes, home: bytes, name: bytes | None = None
+) -> R:
+    """Return the record of a buffer whose fd this process has, as a ``kind``; made if nobody has one. Each handle then enters it."""
     domain.join()
-    _sweeping(domain)
-    known: weakref.WeakValueDictionary[tuple[int, int], Record] = domain.local["records"]
-    record = known.get((dev, ino))
-    if record is not None and record.nonce == nonce:
+    table = _RECORDS.of(domain)
+    record = table.get((dev, ino))
+    if isinstance(record, kind) and record.nonce == nonce:
         return record
-    record = Record(domain, dev, ino, size, nonce, exp_name, home, KIND_BUFFER)
-    record.hold(name)
-    known[dev, ino] = record
-    return record
+    made = kind(domain, dev, ino, size, nonce, exp_name, home, KIND_BUFFER)
+    made.hold(name)
+    table[dev, ino] = made
+    return made
 
 
-def confirmed(domain: Domain, dev: int, ino: int, size: int, nonce: bytes) -> Record | None:
-    """The record of a buffer whose fd we hold, if it is there and has that nonce; None to be judged by the fd's name."""
-    known: weakref.WeakValueDictionary[tuple[int, int], Record] | None = domain.local.get("records")
-    record = known.get((dev, ino)) if known is not None else None
+def confirmed(kind: type[R], domain: Domain, dev: int, ino: int, size: int, nonce: bytes) -> R | None:
+    """Return the record of a buffer whose fd this process has, if there is one with that nonce; None: look at the fd's name."""
+    table = _RECORDS.peek(domain)
+    record = table.get((dev, ino)) if table is not None else None
     if record is not None:
-        return record if record.nonce == nonce else None
+        return record if record.nonce == nonce and isinstance(record, kind) else None
     found = domain.join().rec_find(dev, ino)
     if found is None or found[2] != nonce:
         return None
-    return adopt(domain, dev, ino, size, nonce, b"memfd", b"memfd")
+    return adopt(kind, domain, dev, ino, size, nonce, b"memfd", b"memfd")
 
 
 def standalone(domain: Domain) -> Record:
     """The record of a reservation object that belongs to no buffer."""
     domain.join()
-    _sweeping(domain)
     record = Record(domain, 0, 0, 0, os.urandom(16), b"", b"", KIND_RESV)
     record.hold()
-    domain.local.setdefault("resvs", weakref.WeakValueDictionary())[record.index, record.gen] = record
+    _RESVS.of(domain)[record.index, record.gen] = record
     return record
 
 
@@ -269,20 +274,20 @@ def foreign_resv(record: Record) -> Record | None:
     """
     if not record.resv:
         return None
-    known: weakref.WeakValueDictionary[tuple[int, int], Record] = record.domain.local.setdefault("resvs", weakref.WeakValueDictionary())
+    table = _RESVS.of(record.domain)
     shm, index = record.domain.join(), record.resv - 1
     info = shm.rec_info(index)
     if info is None or info["kind"] != KIND_RESV:
         raise fail(
             errno.ENODEV, "resv", f"buffer ino {record.ino}", "ask its exporter for a new buffer", what="its reservation object is gone"
         )
-    found = known.get((index, info["gen"]))
+    found = table.get((index, info["gen"]))
     if found is None:
         found = Record(record.domain, 0, 0, 0, info["nonce"], b"", b"", KIND_RESV)
         if not shm.rec_get(index, info["gen"]):
             raise fail(errno.ENODEV, "resv", f"buffer ino {record.ino}", what="its reservation object is gone")
         found.index, found.gen, found.shm, found.life = index, info["gen"], shm, shm.life
-        known[index, info["gen"]] = found
+        table[index, info["gen"]] = found
     return found
 
 
@@ -300,7 +305,7 @@ def leases() -> set[tuple[int, int]]:
 def sweep(domain: Domain) -> int:
     """One pass over the records that no living process holds; frees those whose lease was missing often enough. Returns how many."""
     shm = domain.shm
-    watch: Departures | None = domain.local.get("departures")
+    watch = _WATCH.peek(domain)
     if watch is not None:
         watch.look()
     orphans = shm.rec_orphans()

@@ -16,6 +16,7 @@ from glob import glob
 from typing import TypeVar
 
 from dmabuf.core.base.closing import Closing
+from dmabuf.core.buffer.handle import handle_of
 from dmabuf.core.dma_buf import DmaBuf
 from dmabuf.core.get import from_fd
 from dmabuf.domain.domain import Domain
@@ -94,7 +95,7 @@ class DrmNode(Closing):
         Errors: EINVAL the buffer is no real dma-buf (a driver can't use ``memfd`` and ``live``: allocate it on the heap ``udmabuf`` or on a
         dma-heap), or the device can't reach it; EBADF.
         """
-        if buf._kernel() is None:
+        if handle_of(buf).kernel() is None:
             what = f"its home is {buf.home!r}, which is no memory of the kernel's dma-bufs"
             raise fail(errno.EINVAL, "import", buf, "allocate it with heap='udmabuf', or on a dma-heap", what=what)
         return self._object(lambda: GemObject(self, uapi.fd_to_handle(self.fileno(), buf.fileno(), of=buf)))

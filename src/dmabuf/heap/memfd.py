@@ -15,9 +15,10 @@ import os
 import secrets
 
 from dmabuf import _native
-from dmabuf.core.buffer.handle import MEMFD
+from dmabuf.core.buffer.handle import PAGE
 from dmabuf.core.buffer.identity import SEALS, checked_name, memfd_name
-from dmabuf.core.dma_buf import PAGE, DmaBuf
+from dmabuf.core.buffer.shared import MEMFD
+from dmabuf.core.dma_buf import DmaBuf
 from dmabuf.core.get import from_fd
 from dmabuf.domain.domain import Domain
 from dmabuf.errors import fail

@@ -29,8 +29,9 @@ import weakref
 from dataclasses import dataclass
 from typing import Final
 
+from dmabuf.core.buffer.handle import PAGE, handle_of
 from dmabuf.core.contract import checked_ops
-from dmabuf.core.dma_buf import PAGE, DmaBuf
+from dmabuf.core.dma_buf import DmaBuf
 from dmabuf.core.export.export import make
 from dmabuf.domain.domain import Domain
 from dmabuf.errors import fail
@@ -142,7 +143,7 @@ class SpillHeap:
         self._resident_set.add(made)
         try:
             buf = make(made, checked_ops(made, False), size, NAME.encode(), None, os.O_RDWR, False, None, raw, domain, made.prepare)
-            made.ino, made.resv = buf.ino, buf.resv
+            made.ino, made.resv, made.shared = buf.ino, buf.resv, handle_of(buf).shared
         except BaseException:
             self._resident_set.released(made)
             raise

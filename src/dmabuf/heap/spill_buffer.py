@@ -10,6 +10,8 @@ from dmabuf._native import Mapping
 from dmabuf.core.attach.attachment import DmaBufAttachment
 from dmabuf.core.base.usage import Direction
 from dmabuf.core.buffer import residence
+from dmabuf.core.buffer.handle import handle_of
+from dmabuf.core.buffer.shared import SharedBuffer
 from dmabuf.core.contract import Exporter
 from dmabuf.core.dma_buf import DmaBuf
 from dmabuf.core.memory.iosys_map import IosysMap
@@ -60,6 +62,7 @@ class SpillBuffer(Exporter):
         "residency",
         "residents",
         "resv",
+        "shared",
         "size",
         "stored",
         "tables",
@@ -69,6 +72,7 @@ class SpillBuffer(Exporter):
     )
 
     resv: DmaResv
+    shared: SharedBuffer
 
     def __init__(self, residents: Residents, size: int, at: int) -> None:
         self.residents, self.size, self.at = residents, size, at
@@ -99,7 +103,7 @@ class SpillBuffer(Exporter):
         self.residents.leave(self)
 
     def attach(self, attachment: DmaBufAttachment) -> None:
-        attachment.priv = attachment.dmabuf._any_window()
+        attachment.priv = handle_of(attachment.dmabuf).any_view()
 
     def pin(self, attachment: DmaBufAttachment) -> None:
         self.residents.enter(self, write=False, pin=True, locked=True)

@@ -42,10 +42,8 @@ from dmabuf.core.attach import attachment
 from dmabuf.core.attach.attachment import DmaBufAttachment
 from dmabuf.core.base.usage import Usage
 from dmabuf.core.buffer import residence
-from dmabuf.core.buffer.backing import Backing
 from dmabuf.core.contract import RevocableImporter
 from dmabuf.core.fence.timeline import Timeline
-from dmabuf.core.resv.lock import record_of
 from dmabuf.core.resv.resv import pending
 from dmabuf.core.task.owner import current
 from dmabuf.domain.domain import TICK_NS, Domain
@@ -268,11 +266,11 @@ class ResidentSet:
                 _native.step("spill_locked")
                 if not b.resv.test_signaled(Usage.BOOKKEEP):
                     return False
-                backing: Backing | None = record_of(b.resv).live
+                backing = b.shared.backing
                 if backing is not None:
                     b.telling = True
                     try:
-                        attachment.move_notify(backing)
+                        attachment.notify_moves(backing)
                     finally:
                         b.telling = False
                 others = pending(b.resv, Usage.BOOKKEEP)  # of importers that can't stop at once

@@ -19,8 +19,8 @@ from __future__ import annotations
 import contextlib
 import os
 
-from dmabuf.core.buffer.backing import devices_of
 from dmabuf.core.buffer.identity import is_kernel_home
+from dmabuf.core.buffer.shared import devices_of
 from dmabuf.domain.domain import Domain
 from dmabuf.observe.records import BufferRecord, BufferSnapshot, FenceRecord, snapshots
 from dmabuf.uapi.dma_buf import FdInfo, fdinfo

@@ -24,8 +24,9 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 from dmabuf import _native
-from dmabuf.core.attach.attachment import DmaBufAttachment
+from dmabuf.core.attach.attachment import DmaBufAttachment, leave
 from dmabuf.core.base.usage import Direction
+from dmabuf.core.buffer.handle import handle_of
 from dmabuf.core.dma_buf import DmaBuf
 from dmabuf.core.export.exported import Exported
 from dmabuf.core.get import from_fd
@@ -76,10 +77,8 @@ class ClientBuffer:
                         _quietly(partial(exporter.unpin, self.attachments[n]))
                 for map_ in self.vmaps:
                     _quietly(partial(self.live.vunmap, self.buf, map_))
-                for attachment in self.attachments.values():
-                    unlist(self.live, attachment)
         for attachment in self.attachments.values():
-            _quietly(partial(finish_detach, self.live, attachment))
+            _quietly(partial(detach, attachment))
         while self.brackets:
             direction = self.brackets.pop()
             if "end_cpu_access" in self.live.ops:  # not by live.end(), which this process may no longer call once it has left the domain
@@ -90,20 +89,11 @@ class ClientBuffer:
             one.clear()
 
 
-def unlist(live: Exported, attachment: DmaBufAttachment) -> None:
-    """Take it off the list; the lock is held."""
-    attachment.attached = False
-    with contextlib.suppress(ValueError):
-        live.attachments.remove(attachment)
-
-
-def finish_detach(live: Exported, attachment: DmaBufAttachment) -> None:
-    """The last step of its end; the lock is not held."""
+def detach(attachment: DmaBufAttachment) -> None:
+    """Detach for a client. No lock is held."""
     if isinstance(attachment.importer, RemoteImporter):
         attachment.importer.close()
-    if "detach" in live.ops:
-        live.exporter.detach(attachment)
-    attachment.priv = None
+    leave(attachment)
 
 
 def _quietly(call: Callable[[], object]) -> None:
@@ -154,8 +144,9 @@ class ClientState:
         if not fds:
             raise unknown(key)
         buf = from_fd(fds.pop(0), self.domain)
-        live = buf._record.live
-        if (buf._record.dev, buf._record.ino) != key or not isinstance(live, Exported):
+        shared = handle_of(buf).shared
+        live = shared.backing
+        if (shared.dev, shared.ino) != key or not isinstance(live, Exported):
             buf.close()
             raise unknown(key)
         with self._lock:

@@ -16,6 +16,7 @@ from dmabuf.core.dma_buf import DmaBuf
 from dmabuf.core.get import from_fd
 from dmabuf.domain import lives
 from dmabuf.domain.domain import Domain
+from dmabuf.domain.records import known
 from dmabuf.errors import fail
 from dmabuf.sharing.client import client_of
 from dmabuf.sharing.messages import THERE, Body, no_room, number
@@ -28,7 +29,7 @@ _NOT_HERE = (errno.ENODEV, errno.ENOENT, errno.EPERM)
 def _duplicate(session: Session, body: Body, fds: list[int]) -> Answer:
     """One of this process's descriptors of the buffer. Errors: ENOENT it has none any more."""
     key = (number(body, "dev"), number(body, "ino"))
-    record = (session.domain.local.get("records") or {}).get(key)
+    record = known(session.domain, *key)
     try:
         names = os.listdir("/proc/self/fd") if record is not None and record.handles else ()
     except OSError as e:

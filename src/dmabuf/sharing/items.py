@@ -15,6 +15,8 @@ import weakref
 from typing import Any, Final
 
 from dmabuf.core.access.range import BufferRange
+from dmabuf.core.buffer.handle import handle_of
+from dmabuf.core.buffer.shared import SharedBuffer
 from dmabuf.core.dma_buf import DmaBuf
 from dmabuf.core.fence.fence import DmaFence, wrap
 from dmabuf.core.fence.timeline import Timeline, inherited, slot_of
@@ -48,7 +50,6 @@ _RANGE: Final = 10  # of the buffer in the item before
 _SEMAPHORE: Final = 11
 WITH_FD: Final = frozenset((_BUFFER, _PRIVATE_DOMAIN, _DIRECTORY, _CONTAINER, _SYNC_FILE, _SW_SYNC, _SEMAPHORE))
 _IS_PRIVATE, HAS_NAME = 1, 2  # flags of an item
-MESSAGE: Final = "message"  # of a buffer alone, in Record.shared
 
 # By id, as the commonest message names its domain: found without a look at the registry.
 domains: weakref.WeakValueDictionary[bytes, Domain] = weakref.WeakValueDictionary()
@@ -82,10 +83,11 @@ def _item_of(record: Record) -> bytes:
     return _item(_BUFFER, record.domain, body, flags=0 if name is None else HAS_NAME)
 
 
-def message_of(record: Record) -> bytes:
+def message_of(shared: SharedBuffer) -> bytes:
     """The whole message of one buffer; kept, for the next time that it is sent."""
-    message: bytes = record.shared.setdefault(MESSAGE, HEADER.pack(MAGIC, 1, 1, 0) + _item_of(record))
-    return message
+    if shared.message is None:
+        shared.message = HEADER.pack(MAGIC, 1, 1, 0) + _item_of(shared)
+    return shared.message
 
 
 def pack_things(things: tuple[Any, ...]) -> tuple[bytes, list[int], list[DmaFence], list[int]]:
@@ -98,11 +100,13 @@ def pack_things(things: tuple[Any, ...]) -> tuple[bytes, list[int], list[DmaFenc
     items, fds, fences, directories, structures, opened = [], [], [], [], [], []
     for thing in things:
         if isinstance(thing, DmaBuf):
-            fds.append(thing._check("send"))
-            items.append(_item_of(thing._record))
+            handle = handle_of(thing)
+            fds.append(handle.check("send"))
+            items.append(_item_of(handle.shared))
         elif isinstance(thing, BufferRange):
-            fds.append(thing.buf._check("send"))
-            items += [_item_of(thing.buf._record), _item(_RANGE, thing.buf.domain, _PART.pack(thing.offset, thing.length))]
+            handle = handle_of(thing.buf)
+            fds.append(handle.check("send"))
+            items += [_item_of(handle.shared), _item(_RANGE, thing.buf.domain, _PART.pack(thing.offset, thing.length))]
         elif isinstance(thing, DmaFence):
             check_fence(thing, "send")
             structure = pack(thing)

@@ -38,7 +38,9 @@ from typing import Any, Final, NamedTuple
 
 from dmabuf import _native
 from dmabuf.core.access.range import BufferRange
-from dmabuf.core.dma_buf import DmaBuf
+from dmabuf.core.buffer.handle import handle_of
+from dmabuf.core.buffer.shared import confirmed
+from dmabuf.core.dma_buf import DmaBuf, new_handle
 from dmabuf.core.fence.fence import DmaFence
 from dmabuf.core.fence.timeline import Timeline
 from dmabuf.core.get import from_fd
@@ -46,7 +48,6 @@ from dmabuf.core.sync.semaphore import TimelineSemaphore
 from dmabuf.core.sync.sw_sync import SwSync
 from dmabuf.core.sync.sync_file import SyncFile
 from dmabuf.domain.domain import Domain
-from dmabuf.domain.records import confirmed
 from dmabuf.errors import DmaBufError, fail
 from dmabuf.sharing.items import (
     HAS_NAME,
@@ -54,7 +55,6 @@ from dmabuf.sharing.items import (
     ITEM,
     MAGIC,
     MAX_THINGS,
-    MESSAGE,
     ONE,
     WITH_FD,
     domain_of,
@@ -103,10 +103,11 @@ def send(sock: socket.socket, *things: Sent) -> None:
     """
     entry = _peers.get(id(sock))
     peer = entry[0] if entry else _look_at(sock, "send")
-    if len(things) == 1 and type(thing := things[0]) is DmaBuf and (fd := thing._fd) >= 0 and not peer.asks and sock.gettimeout() is None:
+    handle = handle_of(things[0]) if len(things) == 1 and type(things[0]) is DmaBuf else None
+    if handle is not None and handle.fd >= 0 and not peer.asks and sock.gettimeout() is None:
         # The commonest message on the commonest socket, in one native call.
-        data = thing._record.shared.get(MESSAGE) or message_of(thing._record)
-        sent = _native.send_one(sock.fileno(), data, fd)
+        data = handle.shared.message or message_of(handle.shared)
+        sent = _native.send_one(sock.fileno(), data, handle.fd)
         if sent == len(data):
             return
         if sent < 0:
@@ -115,9 +116,9 @@ def send(sock: socket.socket, *things: Sent) -> None:
         return
     fences: list[DmaFence] | tuple[()] = ()
     opened: list[int] | tuple[()] = ()
-    if len(things) == 1 and type(thing := things[0]) is DmaBuf and (fd := thing._fd) >= 0:
-        data = thing._record.shared.get(MESSAGE) or message_of(thing._record)
-        control = [(_SOL_SOCKET, _SCM_RIGHTS, _FD.pack(fd))]
+    if handle is not None and handle.fd >= 0:
+        data = handle.shared.message or message_of(handle.shared)
+        control = [(_SOL_SOCKET, _SCM_RIGHTS, _FD.pack(handle.fd))]
     else:
         data, fds, fences, opened = pack_things(things)
         control = [(_SOL_SOCKET, _SCM_RIGHTS, struct.pack(f"={len(fds)}i", *fds))] if fds else []
@@ -159,12 +160,12 @@ def recv(sock: socket.socket) -> list[Any]:
         domain = domains.get(identity)
         name = body.rstrip(b"\0") if item_flags & HAS_NAME else None
         try:
-            record = None if domain is None else confirmed(domain, dev, ino, size, nonce)
+            shared = None if domain is None else confirmed(domain, dev, ino, size, nonce)
             domain = domain or domain_of(identity, item_flags)
         except BaseException:
             os.close(fd)
             raise
-        return [from_fd(fd, domain, name=name) if record is None else DmaBuf._make(fd, record, name)]
+        return [from_fd(fd, domain, name=name) if shared is None else new_handle(fd, shared, name)]
     try:
         data, control, flags, _ = sock.recvmsg(peer.first, _CONTROL, _CLOEXEC)
     except OSError as e:

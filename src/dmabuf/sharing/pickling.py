@@ -19,6 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from dmabuf.core.buffer.handle import handle_of
 from dmabuf.core.dma_buf import DmaBuf
 from dmabuf.core.fence.array import DmaFenceArray
 from dmabuf.core.fence.chain import DmaFenceChain
@@ -43,8 +44,9 @@ _MODULE = "multiprocessing.reduction"
 
 
 def _reduce_buffer(buf: DmaBuf) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    fd = buf._check("pickle")
-    return _make_buffer, (sys.modules[_MODULE].DupFd(fd), buf.domain, buf._record.info()["name"])
+    handle = handle_of(buf)
+    fd = handle.check("pickle")
+    return _make_buffer, (sys.modules[_MODULE].DupFd(fd), buf.domain, handle.shared.info()["name"])
 
 
 def _reduce_domain(domain: Domain) -> tuple[Callable[..., Any], tuple[Any, ...]]:

@@ -1,8 +1,8 @@
 """``RemoteBacking``: a buffer whose exporter is another process. Its ops are called there, with the same results and errors.
 
-It takes the place of the exporter's own side (``record.live``), with an exporter whose ops are remote calls. So every rule of a buffer and
-of an attachment, its checks, its unwinding and its counts, is the same code in every process. Memory comes as descriptors and ranges, and
-is mapped here for the device that attached. DMA addresses that the exporter filled in itself come as they are.
+It is the buffer's backing (``SharedBuffer.backing``), with an exporter whose ops are remote calls. So every rule of a buffer and of an
+attachment, its checks, its unwinding and its counts, is the same code in every process. Memory comes as descriptors and ranges, and is
+mapped here for the device that attached. DMA addresses that the exporter filled in itself come as they are.
 
 *The lock.* An op that is called with the reservation lock held runs in the exporter's process with the lock held there: it is lent to the
 serving thread, and comes back (sharing/lending.py). Whichever process dies in the middle, memory is never touched without the lock. When
@@ -20,17 +20,17 @@ import errno
 import os
 import weakref
 from collections.abc import Iterable
-from typing import Any, Final
+from typing import Final
 
 from dmabuf.core.attach.attachment import DmaBufAttachment
 from dmabuf.core.buffer import residence
-from dmabuf.core.buffer.backing import BACKINGS, Backing
+from dmabuf.core.buffer.backing import Backing
+from dmabuf.core.buffer.shared import BACKINGS, SharedBuffer, known
 from dmabuf.core.contract import OPS
 from dmabuf.core.dma_buf import DmaBuf
 from dmabuf.core.resv.lock import lent, record_of
 from dmabuf.core.resv.resv import resv_of
 from dmabuf.domain import dispatcher
-from dmabuf.domain.records import Record
 from dmabuf.errors import DmaBufError, fail
 from dmabuf.sharing.client import Client, client_of
 from dmabuf.sharing.lending import Lent
@@ -46,7 +46,9 @@ _all: weakref.WeakSet[RemoteBacking] = weakref.WeakSet()
 class RemoteBacking(Backing):
     """The driver side, in this process, of a buffer that another one exports. ``peer``: that process's life; ``in_file``: as Backing."""
 
-    def __init__(self, record: Record, peer: int, in_file: bool) -> None:
+    record: SharedBuffer
+
+    def __init__(self, record: SharedBuffer, peer: int, in_file: bool) -> None:
         super().__init__(RemoteExporter(self), frozenset(), record, False)
         self.peer, self.in_file = peer, in_file
         self.life = record.shm.life  # 0: a forked child that has none yet
@@ -56,12 +58,11 @@ class RemoteBacking(Backing):
         _all.add(self)
 
     @classmethod
-    def of(cls, record: Record, fd: int) -> RemoteBacking:
+    def of(cls, record: SharedBuffer, fd: int) -> RemoteBacking:
         """The backing of a buffer whose exporter made the record; it is not joined for, since a forked child asks too."""
         return cls(record, record.seen()["life"], residence.in_file(fd))
 
-    def here(self, operation: str) -> None:
-        """Errors: ENODEV the exporter's process is gone, or this is of before a fork."""
+    def check_reachable(self, operation: str) -> None:
         if not self.life:
             self.record.ensure()
             self.life = self.record.shm.life
@@ -99,7 +100,7 @@ class RemoteBacking(Backing):
     ) -> tuple[Body, list[int]]:
         """Carry a call about this buffer; ``locked``, ``or_post``: see :meth:`Client.call`."""
         named = {"dev": self.record.dev, "ino": self.record.ino, **(body or {})}
-        fds: Iterable[int] = () if buf is None or buf._fd < 0 else (buf._fd,)
+        fds: Iterable[int] = () if buf is None or buf.closed else (buf.fileno(),)
         try:
             return self._client().call(kind, named, fds, operation=operation or kind, obj=buf or self.about, locked=locked, or_post=or_post)
         finally:
@@ -128,11 +129,10 @@ class RemoteBacking(Backing):
 
     # ---- the end ----
 
-    def leaving(self) -> None:
-        """Nothing to remember."""
+    def before_close(self) -> None:
+        """Nothing to note."""
 
-    def departed(self, quiet: bool) -> None:
-        """A handle of this process was closed."""
+    def after_close(self, quiet: bool) -> None:
         self.close_if_unused()
 
     def close_if_unused(self) -> None:
@@ -158,9 +158,8 @@ class RemoteBacking(Backing):
 
 def _attached(session: Session, body: Body) -> tuple[RemoteExporter, DmaBufAttachment] | None:
     """Whom a request of the exporter is about; None: detached meanwhile."""
-    key = (number(body, "dev"), number(body, "ino"))
-    record: Record | None = (session.domain.local.get("records") or {}).get(key)
-    away: Any = record.live if record is not None else None
+    shared = known(session.domain, number(body, "dev"), number(body, "ino"))
+    away = None if shared is None else shared.backing
     if not isinstance(away, RemoteBacking) or not isinstance(away.exporter, RemoteExporter):
         return None
     attachment = away.exporter.attached.get(number(body, "attachment"))
@@ -195,8 +194,8 @@ def _moved(session: Session, body: Body, fds: list[int]) -> Answer:
 def _after_fork() -> None:
     """The child is another process of its own; what its parent attached and mapped is its parent's."""
     for away in list(_all):
-        if away.record.live is away:
-            away.record.live = RemoteBacking(away.record, away.peer, away.in_file)
+        if away.record.backing is away:
+            away.record.backing = RemoteBacking(away.record, away.peer, away.in_file)
 
 
 register("moved", _moved)

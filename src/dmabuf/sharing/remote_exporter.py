@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Final, Protocol
 
 from dmabuf import _native
-from dmabuf.core.attach.attachment import DmaBufAttachment
+from dmabuf.core.attach.attachment import DmaBufAttachment, tables_of
 from dmabuf.core.base.usage import Direction
 from dmabuf.core.buffer import residence
 from dmabuf.core.contract import Exporter
@@ -122,7 +122,7 @@ class RemoteExporter(Exporter):
 
     def revoke(self, attachment: DmaBufAttachment) -> None:
         """The memory has moved: what the importer kept of it faults from now on. No lock is held: who holds it may wait for the move."""
-        for sgt, direction, _ in list(attachment._mapped.values()):
+        for sgt, direction in tables_of(attachment):
             if (kept := self.tables.get(id(sgt))) is not None and kept[2] is not None:
                 self._out_of_reach(attachment, sgt, direction)
 

@@ -9,18 +9,19 @@ from __future__ import annotations
 import contextlib
 import errno
 from collections.abc import Callable
-from typing import Any
 
-from dmabuf.core.attach.attachment import DmaBufAttachment, make
+from dmabuf.core.attach.attachment import DmaBufAttachment, enter, make
 from dmabuf.core.base.usage import Direction
 from dmabuf.core.buffer.backing import SERVERS
+from dmabuf.core.buffer.handle import handle_of
+from dmabuf.core.buffer.mapping import map_range
+from dmabuf.core.buffer.shared import known
 from dmabuf.core.export.exported import Exported
 from dmabuf.core.memory.device import Device
 from dmabuf.core.memory.scatterlist import SgTable, cpu_side, mapping_of, memory_of
-from dmabuf.domain.records import Record
 from dmabuf.errors import fail
 from dmabuf.sharing import memory
-from dmabuf.sharing.client_state import ClientBuffer, ClientState, finish_detach, unknown, unlist
+from dmabuf.sharing.client_state import ClientBuffer, ClientState, detach, unknown
 from dmabuf.sharing.lending import borrowed
 from dmabuf.sharing.messages import Body, flag, number, text
 from dmabuf.sharing.remote_importer import RemoteImporter
@@ -38,8 +39,8 @@ def direction_of(body: Body) -> Direction:
 def _exporter(session: Session, body: Body, fds: list[int]) -> Answer:
     """What the exporter can do: its ops, and whether it keeps tables."""
     key = (number(body, "dev"), number(body, "ino"))
-    record: Record | None = (session.domain.local.get("records") or {}).get(key)
-    live: Any = record.live if record is not None else None
+    shared = known(session.domain, *key)
+    live = None if shared is None else shared.backing
     if not isinstance(live, Exported):
         raise unknown(key)
     return Answer({"ops": sorted(live.ops), "cache": live.cache})
@@ -66,7 +67,7 @@ def _end(session: Session, body: Body, fds: list[int]) -> Answer:
 def _mmap(session: Session, body: Body, fds: list[int]) -> Answer:
     state = session.state(ClientState)
     with state.using(body, fds) as entry:
-        mapping = entry.buf._mmap("mmap", number(body, "offset"), number(body, "length"), False)
+        mapping = map_range(handle_of(entry.buf), "mmap", number(body, "offset"), number(body, "length"), False)
         try:
             shown = memory.range_of(mapping, "mmap", entry.buf)
         except BaseException:
@@ -115,24 +116,18 @@ def _attach(session: Session, body: Body, fds: list[int]) -> Answer:
         n, live = next(state.numbers), entry.live
         about = {"dev": number(body, "dev"), "ino": number(body, "ino"), "attachment": n, "peer2peer": flag(body, "peer2peer")}
         attachment = make(entry.buf, dev, RemoteImporter(session, about) if flag(body, "dynamic") else None, live)
-        if "attach" in live.ops:
-            live.exporter.attach(attachment)
-        with entry.buf.resv.locked():
-            live.attachments.insert(0, attachment)
-            attachment.attached = True
-            entry.attachments[n] = attachment
+        enter(attachment, match=False)  # the client matches its importer with this exporter
+        entry.attachments[n] = attachment
     return Answer({"attachment": n, "peer2peer": attachment.peer2peer}, undo=lambda _: _detach(session, {**body, "attachment": n}, []))
 
 
 def _detach(session: Session, body: Body, fds: list[int]) -> Answer:
     with session.state(ClientState).using(body, fds) as entry:
         attachment = entry.attachment(body)
-        with entry.buf.resv.locked():
-            unlist(entry.live, attachment)
         n = number(body, "attachment")
         del entry.attachments[n]
         entry.pins.pop(n, None)
-        finish_detach(entry.live, attachment)
+        detach(attachment)
     return Answer()
 
 

@@ -43,7 +43,8 @@ from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 from dmabuf.core.base.usage import Usage
-from dmabuf.core.dma_buf import PAGE, DmaBuf
+from dmabuf.core.buffer.handle import PAGE
+from dmabuf.core.dma_buf import DmaBuf
 from dmabuf.core.fence.fence import DmaFence
 from dmabuf.core.fence.timeline import Timeline
 

@@ -24,7 +24,7 @@ from dmabuf.cli.demo_pipeline import video
 from dmabuf.cli.demo_pipeline.counters import Counters
 from dmabuf.cli.demo_pipeline.ring import DRIVER, PeerEnded, Port, announce, find, get_header, put_header
 from dmabuf.cli.demo_pipeline.video import Clip
-from dmabuf.core.access.access import access
+from dmabuf.core.access.many import access
 from dmabuf.core.dma_buf import DmaBuf
 from dmabuf.core.fence.timeline import Timeline
 from dmabuf.sharing.passing import recv

@@ -1,13 +1,13 @@
 """Polling a buffer: POLLIN when no write is pending, POLLOUT when no fence is (spec 5.6).
 
-POLLIN is ready when no pending fence of usage KERNEL or WRITE is there, POLLOUT when none up to READ is; BOOKKEEP never counts. Other
-bits are ignored. Readiness is of the moment: it says that the fences are done, not that nobody adds another; for access there is
-``read()`` and ``write()``.
+POLLIN is ready when no fence of usage KERNEL or WRITE is pending, POLLOUT when none up to READ is. BOOKKEEP never counts, and other bits
+are ignored. Readiness holds for a moment: the fences are done, but anybody may add another. For access there are ``read()`` and
+``write()``.
 
-As in the kernel, a direction that ``poll()`` found busy is *armed*: one slot for each direction of a buffer, independent of the other, with
+As in the kernel, a direction that ``poll()`` finds busy is *armed*. Each direction of a buffer has one slot, independent of the other, with
 a callback on the first pending fence and a reference to the buffer (a descriptor of its own). Until that fence ends the direction is not
-ready, even if the fence is taken off the list, and the buffer lives on, even if every other descriptor is closed; its exporter's
-``release`` then comes from outside of the callback. The slots are the process's: what one process polls, others don't see.
+ready, even if the fence is taken off the list, and the buffer lives on, even if every other descriptor is closed. Its exporter's
+``release`` then comes from outside of the callback. The slots belong to the process: other processes don't see them.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ import errno
 import os
 import select
 import time
-from typing import TYPE_CHECKING
+import weakref
 
 from dmabuf.core.base.clock import monotonic_deadline
 from dmabuf.core.base.usage import Usage
+from dmabuf.core.buffer.handle import Handle
+from dmabuf.core.buffer.shared import SharedBuffer
 from dmabuf.core.fence.fence import wrap
 from dmabuf.core.fence.lazy import asks
 from dmabuf.core.resv.lock import record_of
@@ -29,71 +31,65 @@ from dmabuf.domain.dispatcher import dispatcher
 from dmabuf.domain.forks import fork_lock
 from dmabuf.errors import fail, needing_descriptors
 
-if TYPE_CHECKING:
-    from dmabuf.core.dma_buf import DmaBuf
-
-_SLOTS = "poll"  # in Record.shared: {event: _Slot}
-_lock = fork_lock()  # of every buffer's slots: held for a look and a store
+_lock = fork_lock()  # of every buffer's slots: held to read and store one
 
 
 class _Slot:
-    """A direction that was found busy: waits for one fence, and holds the buffer meanwhile."""
+    """A direction that was found busy: waits for one fence, and references the buffer meanwhile."""
 
-    __slots__ = ("event", "handle", "life", "ref", "slots")
+    __slots__ = ("_event", "_ref", "_slots", "fence", "life")
 
-    def __init__(self, buf: DmaBuf, event: int, handle: int, slots: dict[int, _Slot]) -> None:
-        self.event, self.handle, self.slots, self.life = event, handle, slots, buf._record.shm.life
-        self.ref: DmaBuf | None = None
+    def __init__(self, handle: Handle, event: int, fence: int) -> None:
+        self._event, self.fence, self._slots, self.life = event, fence, handle.shared.armed, handle.shared.shm.life
+        self._ref: Handle | None = None
         try:
-            self.ref = buf.get_dma_buf()
+            self._ref = handle.duplicate()
         except OSError:
-            pass  # no descriptor is free: a poll doesn't fail for that, the buffer is only not held
+            pass  # no descriptor is free: a poll doesn't fail for that, it only doesn't reference the buffer
 
     def ended(self, _: int = 0) -> None:
         with _lock:
-            if self.slots.get(self.event) is self:
-                del self.slots[self.event]
-            ref, self.ref = self.ref, None
+            if self._slots.get(self._event) is self:
+                del self._slots[self._event]
+            ref, self._ref = self._ref, None
         if ref is not None:
             ref.close()
 
 
-def _armed(buf: DmaBuf, event: int) -> bool:
-    """Is the direction's slot waiting for a fence that is still pending?"""
-    slot = buf._record.shared.get(_SLOTS, {}).get(event)
+def _armed(shared: SharedBuffer, event: int) -> bool:
+    """Return True if the direction's slot waits for a fence that is still pending."""
+    slot = shared.armed.get(event)
     if slot is None:
         return False
-    shm = buf._record.shm
-    if slot.life == shm.life and shm.fence_pending(slot.handle):
+    if slot.life == shared.shm.life and shared.shm.fence_pending(slot.fence):
         return True
-    slot.ended()  # its callback is on the way; or it is our parent's
+    slot.ended()  # its callback is about to come; or it is the parent process's
     return False
 
 
-def _arm(buf: DmaBuf, event: int, usage: Usage) -> None:
+def _arm(handle: Handle, event: int, usage: Usage) -> None:
     """Wait for the first pending fence of a direction that is busy."""
-    shm, index = record_of(buf.resv).at()
-    handle = shm.resv_busy(index, usage)
-    if not handle:
+    shm, index = record_of(handle.resv).at()
+    fence = shm.resv_busy(index, usage)
+    if not fence:
         return
     with _lock:
-        slots: dict[int, _Slot] = buf._record.shared.setdefault(_SLOTS, {})
-        if event in slots:
+        if event in handle.shared.armed:
             return
-        slot = slots[event] = _Slot(buf, event, handle, slots)
-    if wrap(buf.domain, handle).listen(slot.ended) is None:
+        slot = handle.shared.armed[event] = _Slot(handle, event, fence)
+    if wrap(handle.domain, fence).listen(slot.ended) is None:
         slot.ended()
 
 
-def ready(buf: DmaBuf, events: int) -> int:
-    """Those of POLLIN and POLLOUT in ``events`` that are ready now."""
-    shm, index = record_of(buf.resv).at()
-    if asks(buf.domain):
-        pending(buf.resv, Usage.READ)
+def ready(handle: Handle, events: int) -> int:
+    """Return those of POLLIN and POLLOUT in ``events`` that are ready now."""
+    shm, index = record_of(handle.resv).at()
+    if asks(handle.domain):
+        pending(handle.resv, Usage.READ)
     found = 0
-    kernel = buf._kernel()
+    kernel = handle.kernel()
     if kernel is not None:
-        events = kernel.ready(buf, events)
+        events = kernel.ready(handle, events)
     if events & select.POLLOUT and not shm.resv_busy(index, Usage.READ):
         found |= select.POLLOUT
     if events & select.POLLIN and not shm.resv_busy(index, Usage.WRITE):
@@ -101,81 +97,101 @@ def ready(buf: DmaBuf, events: int) -> int:
     return found
 
 
-def _blocking(buf: DmaBuf, events: int) -> int:
-    """A pending fence whose end may make something ready. POLLIN waits for fewer fences, so it is ready first."""
+def _blocking(handle: Handle, events: int) -> int:
+    """Return a pending fence whose end may make something ready. POLLIN waits for fewer fences, so it is ready first."""
     usage = Usage.WRITE if events & select.POLLIN else Usage.READ
-    shm, index = record_of(buf.resv).at()
+    shm, index = record_of(handle.resv).at()
     return shm.resv_busy(index, usage)
 
 
-def _look(buf: DmaBuf, events: int) -> int:
-    """:func:`ready`, arming what is busy: out first, then in, each by itself."""
+def _check(handle: Handle, events: int) -> int:
+    """:func:`ready`, and arm what is busy: out first, then in, independently."""
     asked = 0
     for event in (select.POLLOUT, select.POLLIN):
-        if events & event and not _armed(buf, event):
+        if events & event and not _armed(handle.shared, event):
             asked |= event
-    found = ready(buf, asked) if asked else 0
+    found = ready(handle, asked) if asked else 0
     for event, usage in ((select.POLLOUT, Usage.READ), (select.POLLIN, Usage.WRITE)):
         if asked & event and not found & event:
-            _arm(buf, event, usage)
+            _arm(handle, event, usage)
     return found
 
 
-def poll(buf: DmaBuf, events: int, timeout: float | None) -> int:
-    """Wait until one of the events is ready; 0 when none is within the timeout (which passes whole when there is nothing to wait for)."""
-    until = monotonic_deadline(timeout, "poll", buf)
+def poll(handle: Handle, events: int, timeout: float | None) -> int:
+    """Wait until one of the events is ready; 0 if none is within the timeout, which passes in full if there is nothing to wait for."""
+    handle.usable("poll")
+    until = monotonic_deadline(timeout, "poll", handle)
     events &= select.POLLIN | select.POLLOUT
-    while not (found := _look(buf, events)):
-        if not events:  # nothing that we could report: as poll(2) without a descriptor
+    while not (found := _check(handle, events)):
+        if not events:  # nothing can become ready: behave as poll(2) without a descriptor
             select.select([], [], [], timeout)
             return 0
         if until >= 0 and time.monotonic_ns() >= until:
             return 0
-        handle = _waited(buf, events) or _blocking(buf, events)
-        if handle:
-            record_of(buf.resv).shm.fence_wait(handle, until, False)
-        elif (kernel := buf._kernel()) is not None:
-            kernel.settle(buf, not events & select.POLLIN, until)
+        fence = _waited(handle.shared, events) or _blocking(handle, events)
+        if fence:
+            record_of(handle.resv).shm.fence_wait(fence, until, False)
+        elif (kernel := handle.kernel()) is not None:
+            kernel.wait_kernel(handle, not events & select.POLLIN, until)
     return found
 
 
-def _waited(buf: DmaBuf, events: int) -> int:
-    """The fence that an armed direction waits for; in's before out's, which needs more."""
-    slots = buf._record.shared.get(_SLOTS, {})
-    slot = slots.get(select.POLLIN if events & select.POLLIN else select.POLLOUT)
-    return slot.handle if slot is not None else 0
+def _waited(shared: SharedBuffer, events: int) -> int:
+    """Return the fence that an armed direction waits for; in's before out's, which waits for more."""
+    slot = shared.armed.get(select.POLLIN if events & select.POLLIN else select.POLLOUT)
+    return slot.fence if slot is not None else 0
 
 
-async def poll_async(buf: DmaBuf, event: int) -> None:
+async def poll_async(handle: Handle, event: int) -> None:
     """Wait in a coroutine until the event is ready."""
-    while not ready(buf, event):
-        handle = _blocking(buf, event)
-        if handle:
-            await wrap(buf.domain, handle)
-        elif (kernel := buf._kernel()) is not None:
-            await kernel.settle_async(buf, event == select.POLLOUT, -1)
+    while not ready(handle, event):
+        fence = _blocking(handle, event)
+        if fence:
+            await wrap(handle.domain, fence)
+        elif (kernel := handle.kernel()) is not None:
+            await kernel.wait_kernel_async(handle, event == select.POLLOUT, -1)
         else:
             await awaiting.checkpoint()
 
 
-class PollFd:
-    """What rings a one-shot pollable fd once its condition was met."""
+def poll_fd(handle: Handle, events: int) -> int:
+    """Return a descriptor that becomes readable once one of the events was ready."""
+    handle.usable("poll_fd")
+    if handle.kernel() is not None and events & (select.POLLIN | select.POLLOUT):
+        return handle.dup()
+    if handle.polls is None:
+        handle.polls = weakref.WeakSet()
+    waiting = _PollFd(handle, events)
+    fd = waiting.open()
+    if not waiting.done:
+        handle.polls.add(waiting)
+    return fd
 
-    def __init__(self, buf: DmaBuf, events: int) -> None:
-        self.buf, self.events = buf, events & (select.POLLIN | select.POLLOUT)
-        if not self.events:
-            raise fail(errno.EINVAL, "poll_fd", buf, "ask for select.POLLIN or POLLOUT")
-        self.token: int | None = None
-        self.handle = 0
-        self.own = -1
+
+class _PollFd:
+    """Makes a one-shot pollable descriptor readable once its condition was met."""
+
+    def __init__(self, handle: Handle, events: int) -> None:
+        self._handle, self._events = handle, events & (select.POLLIN | select.POLLOUT)
+        if not self._events:
+            what = f"events {events} have neither POLLIN nor POLLOUT"
+            raise fail(errno.EINVAL, "poll_fd", handle, "ask for select.POLLIN or POLLOUT", what=what)
+        self._token: int | None = None
+        self._fence = 0
+        self._own = -1
+
+    @property
+    def done(self) -> bool:
+        """Whether the descriptor was made readable, or won't be."""
+        return self._own < 0
 
     def open(self) -> int:
-        """The caller's fd; ours is a duplicate, closed when it has rung or the buffer's handle is closed."""
-        with needing_descriptors("poll_fd", self.buf):
+        """Return the caller's descriptor. The own one is a duplicate, closed once it was written or the buffer's handle is closed."""
+        with needing_descriptors("poll_fd", self._handle):
             fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         try:
-            with needing_descriptors("poll_fd", self.buf):
-                self.own = os.dup(fd)
+            with needing_descriptors("poll_fd", self._handle):
+                self._own = os.dup(fd)
             self.next(0)
         except BaseException:
             os.close(fd)
@@ -184,24 +200,24 @@ class PollFd:
         return fd
 
     def next(self, _: int) -> None:
-        """Ring if the condition is met, else watch the next fence in the way."""
-        while self.own >= 0:
-            if self.buf.closed or ready(self.buf, self.events):
-                own, self.own = self.own, -1
+        """Make the descriptor readable if the condition is met, else watch the next fence that blocks it."""
+        while self._own >= 0:
+            if self._handle.closed or ready(self._handle, self._events):
+                own, self._own = self._own, -1
                 if own >= 0:  # else the buffer was closed in another thread meanwhile
                     os.eventfd_write(own, 1)
                     os.close(own)
                 return
-            self.handle = _blocking(self.buf, self.events)
-            if self.handle:
-                self.token = dispatcher(self.buf.domain).watch(self.handle, self.next, foreign=True)
-                if self.token is not None:
+            self._fence = _blocking(self._handle, self._events)
+            if self._fence:
+                self._token = dispatcher(self._handle.domain).watch(self._fence, self.next, foreign=True)
+                if self._token is not None:
                     return
 
     def cancel(self) -> None:
-        """The buffer's handle is closed: nobody rings any more."""
-        if self.token is not None:
-            dispatcher(self.buf.domain).unwatch(self.handle, self.token)
-        own, self.own = self.own, -1
+        """Stop watching: the buffer's handle is closed."""
+        if self._token is not None:
+            dispatcher(self._handle.domain).unwatch(self._fence, self._token)
+        own, self._own = self._own, -1
         if own >= 0:
             os.close(own)

@@ -1,39 +1,51 @@
-"""``BufferRange``: a part of a buffer as one value, (buffer, offset, length), so that nobody forgets the offset.
+"""``BufferRange``: a part of a buffer as one value, (buffer, offset, length), so that no caller forgets the offset.
 
-A pool gives out parts of one buffer, a picture has its planes at offsets, a driver fills only so much of a frame. Whoever gets the part
-gets its bytes and no others, from ``read()``, ``write()`` and ``mmap()``, in this process and in another one: a range travels as a buffer
-does.
+A pool gives out parts of one buffer, a picture has its planes at offsets, and a driver fills only a part of a frame. A holder of the part
+gets its bytes and no others, from ``read()``, ``write()`` and ``mmap()``, in this process and in another one: a range is sent as a buffer
+is.
 
-Fences are the buffer's: accesses to two ranges of one buffer exclude each other like accesses to all of it. A range borrows the handle that
-it was made of, and closes nothing; of a range that was received, close ``.buf``.
+Fences belong to the buffer: accesses to two ranges of one buffer exclude each other like accesses to all of it. A range borrows the handle
+that it was made of, and closes nothing. To close a range that was received, close its ``.buf``.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from dmabuf import _native
 from dmabuf.core.access.access import Access
+from dmabuf.core.buffer.handle import PAGE
+from dmabuf.core.contract import AnyBuffer
 from dmabuf.errors import fail
-
-if TYPE_CHECKING:
-    from dmabuf.core.dma_buf import DmaBuf
 
 
 class BufferRange:
-    """``buf``; ``offset``, ``length``: bytes, which need no alignment. Made by :meth:`DmaBuf.export_range` and by slicing another range."""
+    """A part of a buffer, made by ``DmaBuf.export_range`` and by slicing another range.
+
+    ``buf``: the ``DmaBuf``. ``offset``, ``length``: bytes, which need no alignment.
+    """
 
     __slots__ = ("buf", "length", "offset")
 
-    def __init__(self, buf: DmaBuf, offset: int = 0, length: int | None = None) -> None:
-        """``length``: None for the rest. Errors: EINVAL empty, or not inside of the buffer; EBADF."""
+    def __init__(self, buf: AnyBuffer, offset: int = 0, length: int | None = None) -> None:
+        """Make a range.
+
+        Args:
+            buf: A handle of the buffer, which the range borrows.
+            offset: The first byte.
+            length: The number of bytes; None means the rest of the buffer.
+
+        Raises:
+            ClosedError: The handle is closed (EBADF).
+            InvalidError: The range is empty, or not within the buffer (EINVAL).
+        """
         size = buf.size
         length = size - offset if length is None else length
         if not (offset >= 0 and length > 0 and offset + length <= size):
             what = f"bytes {offset} to {offset + length} are not inside of its {size}"
-            raise fail(errno.EINVAL, "range", buf, f"0 <= offset < offset + length <= {size}", what=what)
+            raise fail(errno.EINVAL, "range", buf, f"choose 0 <= offset < offset + length <= {size}", what=what)
         self.buf, self.offset, self.length = buf, offset, length
 
     def __repr__(self) -> str:
@@ -52,16 +64,26 @@ class BufferRange:
         return BufferRange, (self.buf, self.offset, self.length)
 
     def __getitem__(self, part: slice) -> BufferRange:
-        """A part of the part, by offsets from its start. Errors: EINVAL empty, or with a step; TypeError not a slice."""
+        """Return a part of the range, by offsets from its start.
+
+        Raises:
+            InvalidError: The part is empty, or the slice has a step (EINVAL).
+            TypeError: ``part`` is not a slice.
+        """
         if not isinstance(part, slice):
             raise TypeError(f"a range is sliced, as r[16:32], not indexed by {type(part).__name__}: read its bytes in a read() block")
         start, stop, step = part.indices(self.length)
         if step != 1 or stop <= start:
-            raise fail(errno.EINVAL, "range", self, "take a slice with at least one byte, and without a step")
+            what = f"the slice has the step {step}" if step != 1 else "the slice is empty"
+            raise fail(errno.EINVAL, "range", self, "take a slice with at least one byte, and without a step", what=what)
         return BufferRange(self.buf, self.offset + start, stop - start)
 
     def of(self, view: memoryview) -> memoryview:
-        """The range of a view of the whole buffer, such as :func:`dmabuf.access` gives. Errors: EINVAL it is no view of the whole."""
+        """Return this range of a view of the whole buffer, such as ``dmabuf.access`` gives.
+
+        Raises:
+            InvalidError: ``view`` is not a view of the whole buffer (EINVAL).
+        """
         if view.nbytes != self.buf.size or view.ndim != 1 or view.itemsize != 1:
             raise fail(
                 errno.EINVAL, "range", self, "pass the view that the block gave", what=f"a view of {view.nbytes} bytes is not its buffer's"
@@ -69,15 +91,15 @@ class BufferRange:
         return view[self.offset : self.offset + self.length]
 
     def read(self, timeout: float | None = None) -> RangeAccess:
-        """:meth:`DmaBuf.read`, whose view is the range."""
+        """Return what ``DmaBuf.read`` returns, with a view of the range."""
         return RangeAccess(self, self.buf.read(timeout))
 
     def write(self, timeout: float | None = None) -> RangeAccess:
-        """:meth:`DmaBuf.write`, whose view is the range. An exception leaves the whole buffer torn."""
+        """Return what ``DmaBuf.write`` returns, with a view of the range. An exception leaves the whole buffer torn."""
         return RangeAccess(self, self.buf.write(timeout))
 
     def mmap(self, writable: bool = True) -> RangeMapping:
-        """:meth:`DmaBuf.mmap` of the pages that the range lies in; ``view`` is the range. Errors: as DmaBuf.mmap."""
+        """Map the pages that the range lies in; ``view`` is the range. Raises what ``DmaBuf.mmap`` raises."""
         return RangeMapping(self, writable)
 
 
@@ -117,8 +139,6 @@ class RangeMapping:
     """A mapping of the pages of a range. ``view``: the range; ``mapping``: the pages, from ``page_offset`` of the buffer on."""
 
     def __init__(self, part: BufferRange, writable: bool) -> None:
-        from dmabuf.core.dma_buf import PAGE
-
         self.page_offset = part.offset // PAGE * PAGE
         lead = part.offset - self.page_offset
         whole = part.buf.size // PAGE * PAGE
@@ -127,7 +147,11 @@ class RangeMapping:
         self.view = memoryview(self.mapping)[lead : lead + part.length]
 
     def close(self) -> None:
-        """Unmap; again: nothing. Errors: ``BufferError`` the view, or what was made of it, is in use."""
+        """Unmap the pages. Closing twice has no effect.
+
+        Raises:
+            BufferError: The view, or an object made from it, is in use.
+        """
         self.view.release()
         self.mapping.close()
 

@@ -1,4 +1,4 @@
-"""``DmaBufAttachment``: one device's use of one buffer: map, pin, and hear of moves (spec 1.4, 2.8–2.14).
+"""``DmaBufAttachment``: one device's use of one buffer: map, pin, and be notified of moves (spec 1.4, 2.8–2.14).
 
 Made by ``buf.attach(dev, importer=None)``: without an importer *static*, with one *dynamic*. A device may attach more than once. Static and
 dynamic are matched with the exporter (spec 2.13a, Linux 6.8):
@@ -11,16 +11,17 @@ dynamic are matched with the exporter (spec 2.13a, Linux 6.8):
 | dynamic | dynamic | – | pin, op | op, unpin | – |
 | dynamic | dynamic, ``MOVE_NOTIFY`` on | – | op | op | – |
 
-``MOVE_NOTIFY`` is the kernel's experimental CONFIG_DMABUF_MOVE_NOTIFY, off by default: ``DMABUF_MOVE_NOTIFY=1`` at the start of the
-process, or :func:`moving`. A failure at any step undoes the steps before it.
+``MOVE_NOTIFY`` is the kernel's experimental CONFIG_DMABUF_MOVE_NOTIFY, off by default. ``DMABUF_MOVE_NOTIFY=1`` at the start of the
+process, or :func:`moving`, turns it on. A failure at any step undoes the steps before it.
 
 With the buffer's reservation lock held: ``map``, ``unmap``, ``pin``, ``unpin`` (else ``ContractError``). Without it: ``attach``,
 ``detach``, ``map_unlocked``, ``unmap_unlocked``, ``mapped`` (else ``ContractWarning`` and EDEADLK). An attachment keeps its handle of the
-buffer from being collected, not from being closed; detach before closing, as the exporter's ``release`` comes with the last descriptor.
+buffer from being collected, not from being closed. Detach before closing, since the exporter's ``release`` comes with the last descriptor.
 
-Buffers exported by another process are attached like one's own: the exporter's ops are called there (sharing/remote_exporter.py). When that
-process is gone, what needs it is ENODEV; ``unmap``, ``unpin`` and ``detach`` then do what is left to do. Plain buffers can be attached by
-every process that has them; each has its own attachments, and listings show those of the process that prints them.
+A buffer that another process exports is attached in the same way, and the exporter's ops are called there (sharing/remote_exporter.py).
+When that process is gone, operations that need it raise ENODEV. ``unmap``, ``unpin`` and ``detach`` then do what is left to do in this
+process. Every process that has a plain buffer can attach devices to it. Each has its own attachments, and a listing shows those of the
+process that prints it.
 """
 
 from __future__ import annotations
@@ -30,22 +31,19 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from dmabuf.core.base import debug
 from dmabuf.core.base.usage import Direction, Usage, checked_direction
-from dmabuf.core.buffer.backing import Backing, backing_of
-from dmabuf.core.contract import Importer, overrides
+from dmabuf.core.buffer.backing import Backing
+from dmabuf.core.buffer.handle import Face, Handle, handle_of
+from dmabuf.core.contract import AnyBuffer, Importer, overrides
 from dmabuf.core.memory import checked
 from dmabuf.core.memory.device import Device
 from dmabuf.core.memory.scatterlist import SgTable
-from dmabuf.core.resv.resv import wait_until
+from dmabuf.core.resv.resv import DmaResv, resv_of, wait_until
 from dmabuf.domain import dispatcher
 from dmabuf.errors import ContractError, contract_warning, fail
-
-if TYPE_CHECKING:
-    from dmabuf.core.dma_buf import DmaBuf
-    from dmabuf.core.resv.resv import DmaResv
 
 MOVE_NOTIFY = os.environ.get("DMABUF_MOVE_NOTIFY") == "1"
 
@@ -63,7 +61,7 @@ def moving(on: bool = True) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class AttachmentStatistics:
-    """What an attachment says of itself. ``cached``: a table is kept for it; ``mapped``: tables that its importer has besides."""
+    """A snapshot of an attachment. ``cached``: a table is kept for it; ``mapped``: tables that its importer has in addition."""
 
     device: str
     dynamic: bool
@@ -73,9 +71,10 @@ class AttachmentStatistics:
 
 
 class DmaBufAttachment:
-    """A device attached to a buffer. ``priv``: the exporter's, for whatever it needs; ``peer2peer``: memory without pages will do.
+    """A device attached to a buffer.
 
-    ``dev``, ``dmabuf``, ``importer`` (None when static), ``attached``: False after detach.
+    ``dev``, ``dmabuf``, ``importer`` (None when static), ``attached`` (False after detach). ``priv`` belongs to the exporter.
+    ``peer2peer``: the importer copes with memory that has no pages.
 
     Kernel: dma_buf_attachment (dmabuf, dev, peer2peer, priv, importer_ops as importer, importer_priv as importer).
     """
@@ -83,7 +82,7 @@ class DmaBufAttachment:
     __slots__ = ("__weakref__", "_backing", "_cached", "_mapped", "_resv", "attached", "dev", "dmabuf", "importer", "peer2peer", "priv")
 
     dev: Device
-    dmabuf: DmaBuf
+    dmabuf: AnyBuffer  # the DmaBuf
     importer: Importer | None
     peer2peer: bool
     priv: Any
@@ -102,7 +101,10 @@ class DmaBufAttachment:
 
     @property
     def is_dynamic(self) -> bool:
-        """Was it attached with an importer? Kernel: dma_buf_attachment_is_dynamic."""
+        """Whether it was attached with an importer.
+
+        Kernel: dma_buf_attachment_is_dynamic.
+        """
         return self.importer is not None
 
     # ---- the lock table (spec 2.19) ----
@@ -115,24 +117,36 @@ class DmaBufAttachment:
     def _locked(self, operation: str) -> None:
         self._check(operation, 5)
         if not self._resv.held_here():
-            raise ContractError(f"{operation}: {self!r}: hold the buffer's reservation lock, or use {operation}_unlocked()")
-        self._backing.here(operation)
+            what = "the buffer's reservation lock is not held"
+            raise ContractError(f"{operation}: {self!r}: {what}; hold it, or use {operation}_unlocked()")
+        self._backing.check_reachable(operation)
 
     def _unlocked(self, operation: str) -> None:
         self._check(operation, 5)
         if self._resv.held_here():
             contract_warning(f"{operation}: {self!r}: the buffer's reservation lock is held by this thread or task", 4)
-            raise fail(errno.EDEADLK, operation, self, "unlock the reservation object first")
-        self._backing.here(operation)
+            what = "this thread or task holds the buffer's reservation lock"
+            raise fail(errno.EDEADLK, operation, self, "unlock the reservation object first", what=what)
+        self._backing.check_reachable(operation)
 
     # ---- mapping ----
 
     def map(self, direction: int, *, interruptible: bool = False) -> SgTable:
-        """The table of DMA addresses for the device (spec 2.11); the lock is held. A static importer waits for KERNEL fences.
+        """Return the table of DMA addresses for the device (spec 2.11). The lock is held. A static importer waits for KERNEL fences.
 
-        ``interruptible``: a signal ends that wait with EINTR, mapped nothing. Errors: the exporter's, ENOMEM when it returned no table;
-        EBUSY the kept table is of another direction; EINVAL no direction, detached (with ``ContractWarning``); ``ContractError`` without
-        the lock. Kernel: dma_buf_map_attachment.
+        Args:
+            direction: A ``Direction``.
+            interruptible: A signal ends the wait for fences with EINTR, and nothing is mapped.
+
+        Raises:
+            ContractError: The lock isn't held.
+            InvalidError: ``direction`` is no direction (EINVAL); the attachment is gone (EINVAL, with a ``ContractWarning``).
+            BusyError: The kept table is of another direction (EBUSY).
+            NoMemoryError: The exporter returned no table (ENOMEM).
+            NoDeviceError: The exporter's process is gone (ENODEV).
+            OSError: What the exporter raised.
+
+        Kernel: dma_buf_map_attachment.
         """
         self._locked("map")
         way = checked_direction(direction, "map", self)
@@ -157,7 +171,7 @@ class DmaBufAttachment:
         return sgt
 
     def _map(self, way: Direction, interruptible: bool) -> SgTable:
-        """The exporter's op, the wait, and the debug layer (spec 2.11, step M)."""
+        """Call the exporter's op, wait, and apply the debug layer (spec 2.11, step M)."""
         exporter = self._backing.exporter
         sgt = exporter.map(self, way)
         if sgt is None:
@@ -175,10 +189,19 @@ class DmaBufAttachment:
         return sgt
 
     def unmap(self, sgt: SgTable | None, direction: int) -> None:
-        """Give a table back; a kept one stays (spec 2.13). The lock is held; ``direction`` as for map.
+        """Unmap a table; a kept one stays (spec 2.13). The lock is held.
 
-        Errors: ``ContractWarning``, and nothing is done, for None; ``ContractError``, and nothing is done, without the lock, for a table
-        that this attachment has not mapped or has unmapped, and for another direction than map's; EINVAL as :meth:`map`.
+        For None there is a ``ContractWarning`` and no effect.
+
+        Args:
+            sgt: What ``map`` returned.
+            direction: As for ``map``.
+
+        Raises:
+            ContractError: The lock isn't held; this attachment has not mapped ``sgt``, or has unmapped it; ``map`` had another direction.
+                Nothing is done.
+            InvalidError: As ``map`` (EINVAL).
+
         Kernel: dma_buf_unmap_attachment.
         """
         self._locked("unmap")
@@ -192,10 +215,10 @@ class DmaBufAttachment:
         if self._cached is not None and sgt is self._cached[0]:
             return
         if id(sgt) not in self._mapped:
-            raise ContractError(f"unmap: {self!r} has not mapped {sgt!r}")
+            raise ContractError(f"unmap: {self!r}: it has not mapped {sgt!r}; unmap each table once, where it was mapped")
         _, had, pinned = self._mapped[id(sgt)]
         if had is not way:  # the exporter would undo the wrong half, or refuse: then nobody could unmap it any more
-            raise ContractError(f"unmap: {sgt!r} was mapped {had.name}: unmap it with the same direction")
+            raise ContractError(f"unmap: {sgt!r}: it was mapped {had.name}; unmap it with the same direction")
         del self._mapped[id(sgt)]
         checked.show(sgt)
         try:
@@ -205,7 +228,11 @@ class DmaBufAttachment:
                 self._backing.exporter.unpin(self)
 
     def map_unlocked(self, direction: int, *, interruptible: bool = False) -> SgTable:
-        """:meth:`map` that takes the lock itself. Errors: as map, but with the lock held ``ContractWarning`` and EDEADLK.
+        """Take the lock, and :meth:`map`.
+
+        Raises:
+            DeadlockError: The caller holds the lock (EDEADLK, with a ``ContractWarning``).
+            OSError: As ``map``.
 
         Kernel: dma_buf_map_attachment_unlocked.
         """
@@ -214,7 +241,11 @@ class DmaBufAttachment:
             return self.map(direction, interruptible=interruptible)
 
     def unmap_unlocked(self, sgt: SgTable | None, direction: int) -> None:
-        """:meth:`unmap` that takes the lock itself. Errors: as unmap, but with the lock held ``ContractWarning`` and EDEADLK.
+        """Take the lock, and :meth:`unmap`.
+
+        Raises:
+            DeadlockError: The caller holds the lock (EDEADLK, with a ``ContractWarning``).
+            ContractError, InvalidError: As ``unmap``.
 
         Kernel: dma_buf_unmap_attachment_unlocked.
         """
@@ -224,7 +255,11 @@ class DmaBufAttachment:
 
     @contextmanager
     def mapped(self, direction: int) -> Iterator[SgTable]:
-        """``with att.mapped(Direction.TO_DEVICE) as sgt``: mapped for the block. The lock is not held, and may be taken inside of it."""
+        """Map for a block: ``with att.mapped(Direction.TO_DEVICE) as sgt``. The lock is not held, and may be taken in the block.
+
+        Raises:
+            OSError: As ``map_unlocked``.
+        """
         sgt = self.map_unlocked(direction)
         try:
             yield sgt
@@ -234,9 +269,15 @@ class DmaBufAttachment:
     # ---- pinning ----
 
     def pin(self) -> None:
-        """Keep the memory where it is (spec 2.10), for long uses such as scanout; the lock is held. Nothing without the exporter's op.
+        """Keep the memory where it is (spec 2.10), for long uses such as scanout. The lock is held.
 
-        Errors: the exporter's; ``ContractError`` without the lock. ``ContractWarning`` on a static attachment, which is pinned anyhow.
+        Has no effect if the exporter has no such op. On a static attachment, which is pinned in any case, there is a ``ContractWarning``.
+
+        Raises:
+            ContractError: The lock isn't held.
+            InvalidError: The attachment is gone (EINVAL, with a ``ContractWarning``).
+            OSError: What the exporter raised.
+
         Kernel: dma_buf_pin.
         """
         self._pinning("pin")
@@ -244,7 +285,13 @@ class DmaBufAttachment:
             self._backing.exporter.pin(self)
 
     def unpin(self) -> None:
-        """Undo one :meth:`pin`; the lock is held. Errors: as pin. Kernel: dma_buf_unpin."""
+        """Undo one :meth:`pin`. The lock is held.
+
+        Raises:
+            ContractError, InvalidError: As ``pin``.
+
+        Kernel: dma_buf_unpin.
+        """
         self._pinning("unpin")
         if self._backing.dynamic:
             self._backing.exporter.unpin(self)
@@ -258,9 +305,13 @@ class DmaBufAttachment:
     # ---- the end ----
 
     def detach(self) -> None:
-        """End the attachment (spec 2.9): what is kept is unmapped and unpinned, the exporter's ``detach`` runs. The lock is not held.
+        """End the attachment (spec 2.9): unmap and unpin what is kept, and call the exporter's ``detach``. The lock is not held.
 
-        Errors: ``ContractWarning``, and nothing is done, when it is detached already; ``ContractWarning`` and EDEADLK with the lock held.
+        Detaching twice gives a ``ContractWarning`` and has no effect.
+
+        Raises:
+            DeadlockError: The caller holds the lock (EDEADLK, with a ``ContractWarning``).
+
         Kernel: dma_buf_detach.
         """
         if not self.attached:
@@ -268,62 +319,40 @@ class DmaBufAttachment:
             return
         self._unlocked("detach")
         if self._mapped and debug.enabled:
-            contract_warning(f"detach: {self!r}: {len(self._mapped)} tables are still mapped: unmap them first", 2)
-        backing = self._backing
-        with self._resv.locked():
-            kept, self._cached = self._cached, None
-            try:
-                if kept is not None:
-                    checked.show(kept[0])
-                    try:
-                        backing.exporter.unmap(self, *kept)
-                    finally:
-                        if backing.dynamic:
-                            backing.exporter.unpin(self)
-            finally:
-                backing.attachments.remove(self)
-                self.attached = False
-        if "detach" in backing.ops:
-            backing.exporter.detach(self)
-        self.priv = None
+            contract_warning(f"detach: {self!r}: {len(self._mapped)} tables are still mapped; unmap them first", 2)
+        leave(self)
 
     def statistics(self) -> AttachmentStatistics:
-        """A snapshot for programs."""
+        """Return a snapshot for programs."""
         return AttachmentStatistics(self.dev.name, self.is_dynamic, self.peer2peer, self._cached is not None, len(self._mapped))
 
 
-def make(buf: DmaBuf, dev: Device, importer: Importer | None, backing: Backing) -> DmaBufAttachment:
-    """An attachment that nobody knows of yet."""
+# ---- attaching and detaching, as every process that has the exporter does it ----
+
+
+def make(buf: Face, dev: Device, importer: Importer | None, backing: Backing) -> DmaBufAttachment:
+    """Return an attachment that nobody knows of yet."""
     att = object.__new__(DmaBufAttachment)
     att.dev, att.dmabuf, att.importer, att.priv = dev, buf, importer, None
     att.peer2peer = importer is not None and importer.allow_peer2peer
-    att._backing, att._resv, att._cached, att._mapped, att.attached = backing, buf.resv, None, {}, False
+    att._backing, att._resv, att._cached, att._mapped, att.attached = backing, handle_of(buf).resv, None, {}, False
     return att
 
 
-def attach(buf: DmaBuf, dev: object, importer: object, interruptible: bool) -> DmaBufAttachment:
-    """What ``DmaBuf.attach`` does after the check of the lock (spec 2.8)."""
-    if dev is None:
-        contract_warning(f"attach: {buf!r}: no device", 3)
-        raise fail(errno.EINVAL, "attach", buf, "pass a dmabuf.Device")
-    if not isinstance(dev, Device):
-        raise TypeError(f"attach: dev is a dmabuf.Device, not {type(dev).__name__}")
-    ops = importer if isinstance(importer, Importer) and overrides(importer, Importer, "move_notify") else None
-    if importer is not None and ops is None:
-        contract_warning(f"attach: {buf!r}: importer {importer!r} has no move_notify", 3)
-        raise fail(errno.EINVAL, "attach", buf, "an importer is a dmabuf.Importer with a move_notify")
-    backing = backing_of(buf._record)
-    backing.here("attach")
-    att = make(buf, dev, ops, backing)
-    exporter = backing.exporter
+def enter(att: DmaBufAttachment, *, match: bool = True, interruptible: bool = False) -> None:
+    """Attach: call the exporter's ``attach`` and put the attachment on the list. What fails undoes the steps before it.
+
+    ``match``: map now if one side is dynamic and the other is not. For a device of another process, that process does so.
+    """
+    backing = att._backing
     if "attach" in backing.ops:
-        exporter.attach(att)
+        backing.exporter.attach(att)
     try:
         with att._resv.locked():
             backing.attachments.insert(0, att)
-            att.attached = True  # not before: one that the exporter refused never was, whoever kept it
+            att.attached = True  # not before: one that the exporter refused never existed, whoever kept it
             try:
-                if att.is_dynamic != backing.dynamic:
+                if match and att.is_dynamic != backing.dynamic:
                     _match(att, interruptible)
             except BaseException:
                 backing.attachments.remove(att)
@@ -331,13 +360,33 @@ def attach(buf: DmaBuf, dev: object, importer: object, interruptible: bool) -> D
     except BaseException:
         att.attached = False
         if "detach" in backing.ops:
-            exporter.detach(att)
+            backing.exporter.detach(att)
         raise
-    return att
+
+
+def leave(att: DmaBufAttachment) -> None:
+    """Detach: unmap and unpin what is kept, take the attachment off the list, and call the exporter's ``detach``. No lock is held."""
+    backing = att._backing
+    with att._resv.locked():
+        kept, att._cached = att._cached, None
+        try:
+            if kept is not None:
+                checked.show(kept[0])
+                try:
+                    backing.exporter.unmap(att, *kept)
+                finally:
+                    if backing.dynamic:
+                        backing.exporter.unpin(att)
+        finally:
+            backing.attachments.remove(att)
+            att.attached = False
+    if "detach" in backing.ops:
+        backing.exporter.detach(att)
+    att.priv = None
 
 
 def _match(att: DmaBufAttachment, interruptible: bool) -> None:
-    """One side is dynamic and the other not: map now, for all directions, until detach (spec 2.8, step 6)."""
+    """Map now, for all directions, until detach: one side is dynamic and the other is not (spec 2.8, step 6)."""
     exporter, dynamic = att._backing.exporter, att._backing.dynamic
     if dynamic:
         exporter.pin(att)
@@ -349,11 +398,52 @@ def _match(att: DmaBufAttachment, interruptible: bool) -> None:
         raise
 
 
-def move_notify(backing: Backing) -> None:
-    """What ``DmaBuf.move_notify`` does after the check of the lock (spec 2.14)."""
+def tables_of(att: DmaBufAttachment) -> list[tuple[SgTable, Direction]]:
+    """Return the tables that the importer has mapped, with their directions."""
+    return [(sgt, way) for sgt, way, _ in list(att._mapped.values())]
+
+
+# ---- the verbs of a buffer ----
+
+
+def attach(buf: Face, dev: object, importer: object, interruptible: bool) -> DmaBufAttachment:
+    """Attach a device (spec 2.8); the verb ``DmaBuf.attach``."""
+    handle = handle_of(buf)
+    handle.check_unlocked("attach")
+    if dev is None:
+        contract_warning(f"attach: {buf!r}: no device", 3)
+        raise fail(errno.EINVAL, "attach", buf, "pass a dmabuf.Device", what="there is no device")
+    if not isinstance(dev, Device):
+        raise TypeError(f"attach: dev is a dmabuf.Device, not {type(dev).__name__}")
+    ops = importer if isinstance(importer, Importer) and overrides(importer, Importer, "move_notify") else None
+    if importer is not None and ops is None:
+        contract_warning(f"attach: {buf!r}: importer {importer!r} has no move_notify", 3)
+        what = f"importer {importer!r} has no move_notify"
+        raise fail(errno.EINVAL, "attach", buf, "pass a dmabuf.Importer with a move_notify", what=what)
+    backing = handle.shared.ensure_backing()
+    backing.check_reachable("attach")
+    att = make(buf, dev, ops, backing)
+    enter(att, interruptible=interruptible)
+    return att
+
+
+def move_notify(handle: Handle) -> None:
+    """Notify the importers (spec 2.14); the verb ``DmaBuf.move_notify``."""
+    handle.check_locked("move_notify")
+    notify_moves(handle.shared.ensure_backing())
+
+
+def notify_moves(backing: Backing) -> None:
+    """Notify every dynamic importer of a buffer, the newest attachment first, that the memory is about to move.
+
+    Raises:
+        ContractError: The lock isn't held.
+    """
+    if not resv_of(backing.record).held_here():
+        raise ContractError(f"move_notify: buffer ino {backing.record.ino}: its reservation lock is not held; hold it")
     for att in list(backing.attachments):
         if att.importer is not None:
             try:
                 att.importer.move_notify(att)
-            except Exception as e:  # the others must hear of it all the same
+            except Exception as e:  # the others must be notified all the same
                 dispatcher.report(e, att.importer.move_notify)

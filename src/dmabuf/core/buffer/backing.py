@@ -1,46 +1,102 @@
-"""What stands behind a buffer in this process: its exporter's ops, its attachments and its vmap count (spec 1.2).
+"""``Backing``: what stands behind a buffer in this process: its exporter's ops, its attachments, its vmap count (spec 1.2, 2.18).
 
-``Plain`` backs a buffer of the memfd heap, whose memory every process can map; it is made when somebody attaches or vmaps. A buffer of
-:func:`dmabuf.export` has an ``Exported`` behind it (core/export/exported.py): it is ``record.live``, the one attribute that the paths of
-access look at. Where the exporter is another process, something stands in its place that carries the calls there.
+There is one kind for each kind of memory. ``shared.BACKINGS`` has those that a buffer gets when this process meets it for the first time:
+
+| kind | module | memory |
+|---|---|---|
+| memfd | core/buffer/backing_memfd.py | plain memory that every process can map; made when a device attaches or somebody vmaps |
+| kernel | core/buffer/backing_kernel.py | a kernel dma-buf |
+| remote | sharing/remote_backing.py | an exporter's in another process, where its ops are called |
+
+``Exported`` (core/export/exported.py) is a fourth: the exporter is in this process, and ``export`` makes it. The spill heap exports too.
+
+Every method that takes a buffer takes a :class:`~dmabuf.core.contract.Buffer`, the handle that the exporter is given.
 """
 
 from __future__ import annotations
 
 import errno
 import sys
-import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final
+from typing import Final, Protocol
 
 from dmabuf import _native
 from dmabuf.core.base import debug
 from dmabuf.core.base.registry import Registry
 from dmabuf.core.base.usage import Direction
 from dmabuf.core.buffer import residence
-from dmabuf.core.contract import Exporter, checked_ops
+from dmabuf.core.contract import Attachment, Buffer, Exporter
 from dmabuf.core.memory.checked import CheckedMap
 from dmabuf.core.memory.iosys_map import IosysMap
-from dmabuf.core.memory.scatterlist import SgTable
 from dmabuf.core.resv.lock import record_of
 from dmabuf.core.resv.resv import resv_of
 from dmabuf.core.task.owner import current
 from dmabuf.domain.domain import Domain
 from dmabuf.domain.records import Record
 from dmabuf.errors import ContractError, contract_warning, fail
-
-if TYPE_CHECKING:
-    from dmabuf.core.attach.attachment import DmaBufAttachment
-    from dmabuf.core.dma_buf import DmaBuf
-
-EXPORTED = b"exported"
+from dmabuf.uapi.call import OwnedFd
 
 
-class Backing:
+class Descriptor(Protocol):
+    """Anything with a descriptor of the buffer: a handle, or a duplicate that was kept."""
+
+    def fileno(self) -> int: ...
+
+
+class KernelSide(ABC):
+    """What a kernel dma-buf has in addition: fences, a name and answers of the kernel's own."""
+
+    @abstractmethod
+    def begin(self, buf: Descriptor, direction: Direction, interruptible: bool = False) -> None:
+        """Start the bracket of a CPU access, which waits for the kernel's fences too."""
+
+    @abstractmethod
+    def end(self, buf: Descriptor, direction: Direction) -> None:
+        """End the bracket."""
+
+    @abstractmethod
+    def ready(self, buf: Descriptor, events: int) -> int:
+        """Return those of POLLIN and POLLOUT in ``events`` that no fence of the kernel blocks."""
+
+    @abstractmethod
+    def wait_kernel(self, buf: Descriptor, write: bool, until: int) -> bool:
+        """Wait for the kernel's fences that block a reader or writer. ``until``: CLOCK_MONOTONIC ns, -1 for ever; False: timed out."""
+
+    @abstractmethod
+    async def wait_kernel_async(self, buf: Descriptor, write: bool, until: int) -> bool:
+        """:meth:`wait_kernel` in a coroutine."""
+
+    @abstractmethod
+    def export_sync_file(self, buf: Descriptor, write: bool) -> OwnedFd:
+        """Return a kernel sync_file of what a reader (or writer) would wait for in the kernel."""
+
+    @abstractmethod
+    def import_sync_file(self, buf: Descriptor, sync_file: int, write: bool) -> None:
+        """Add the fences of a kernel sync_file."""
+
+    @abstractmethod
+    def name(self, buf: Descriptor) -> bytes | None:
+        """Return the kernel's name of the buffer."""
+
+    @abstractmethod
+    def set_name(self, buf: Descriptor, name: bytes) -> None:
+        """Set the kernel's name of the buffer."""
+
+    @abstractmethod
+    def fdinfo(self, buf: Descriptor) -> str:
+        """Return the text of the kernel's /proc/PID/fdinfo/FD."""
+
+    @abstractmethod
+    def lseek(self, buf: Descriptor, offset: int, whence: int) -> int:
+        """Ask the kernel's lseek."""
+
+
+class Backing(ABC):
     """The driver side of one buffer in this process.
 
-    ``in_file``: the memory is the buffer's own file, which every handle maps for itself. ``own_descriptions``: open file descriptions of
-    the buffer that are no references.
+    ``dynamic``: the exporter may move the memory. ``in_file``: the memory is the buffer's own file, which every handle maps for itself.
+    ``own_descriptions``: open file descriptions of the buffer that are no references.
     """
 
     in_file = False
@@ -49,34 +105,70 @@ class Backing:
     def __init__(self, exporter: Exporter, ops: frozenset[str], record: Record, cache: bool) -> None:
         self.exporter, self.ops, self.record, self.cache = exporter, ops, record, cache
         self.dynamic = "pin" in ops
-        self.attachments: list[DmaBufAttachment] = []  # newest first; under the reservation lock
+        self.attachments: list[Attachment] = []  # newest first; under the reservation lock
         self.vmaps = 0
         self.mapped: IosysMap | None = None
         self.brackets = 0  # open begin_cpu_access calls of this process, counted by the debug layer
 
-    def here(self, operation: str) -> None:
-        """Errors: ENODEV the exporter is not in this process."""
+    @property
+    def kernel(self) -> KernelSide | None:
+        """The kernel's side of a kernel dma-buf; None for every other buffer."""
+        return None
+
+    @abstractmethod
+    def check_reachable(self, operation: str) -> None:
+        """Fail unless this process can reach the exporter.
+
+        Raises:
+            NoDeviceError: The exporter's process is gone, or this is of before a fork (ENODEV).
+        """
+
+    # ---- the handles of this process ----
+
+    @abstractmethod
+    def before_close(self) -> None:
+        """Note that a handle of this process is about to be closed."""
+
+    @abstractmethod
+    def after_close(self, quiet: bool) -> None:
+        """React to a handle of this process being closed. ``quiet``: by the garbage collector. Raises what a release raises."""
 
     # ---- CPU access ----
 
-    def begin(self, buf: DmaBuf, direction: Direction) -> None:
-        self.here("begin_cpu_access")
+    def begin(self, buf: Buffer, direction: Direction) -> None:
+        """Start a CPU access."""
+        self.check_reachable("begin_cpu_access")
         if "begin_cpu_access" in self.ops:
             self.exporter.begin_cpu_access(buf, direction)
 
-    def end(self, buf: DmaBuf, direction: Direction) -> None:
-        self.here("end_cpu_access")
+    def end(self, buf: Descriptor, direction: Direction) -> None:
+        """End a CPU access. ``buf``: the handle, or what :meth:`keep_open` gave."""
+        self.check_reachable("end_cpu_access")
         if "end_cpu_access" in self.ops:
             self.exporter.end_cpu_access(buf, direction)
 
-    def mappable(self, buf: DmaBuf, operation: str) -> None:
-        """Errors: as :meth:`here`; EINVAL the exporter offers no mmap."""
-        self.here(operation)
+    def keep_open(self, buf: Buffer) -> Descriptor | None:
+        """Return what :meth:`end` can be called with once the handle may be closed; None: nothing, so it must be called before."""
+        return buf
+
+    def mappable(self, buf: Buffer, operation: str) -> None:
+        """Fail unless the memory can be mapped.
+
+        Raises:
+            NoDeviceError: As :meth:`check_reachable` (ENODEV).
+            InvalidError: The exporter offers no mmap (EINVAL).
+        """
+        self.check_reachable(operation)
         if "mmap" not in self.ops and not self.in_file:
             raise fail(errno.EINVAL, operation, buf, "use vmap(), or attach a device", what="its exporter offers no mmap")
 
-    def mmap(self, buf: DmaBuf, operation: str, offset: int, length: int, writable: bool) -> _native.Mapping:
-        """The exporter's mapping. Errors: EINVAL it has none to offer; EACCES writable wanted, and it is not."""
+    def mmap(self, buf: Buffer, operation: str, offset: int, length: int, writable: bool) -> _native.Mapping:
+        """Return the exporter's mapping.
+
+        Raises:
+            InvalidError: It offers none (EINVAL).
+            NotPermittedError: The caller wants to write, and the memory is read-only (EACCES).
+        """
         self.mappable(buf, operation)
         if self.in_file:
             return self._map_file(buf, operation, offset, length, writable)
@@ -89,9 +181,9 @@ class Backing:
         self.keep(mapping)
         return mapping
 
-    def _map_file(self, buf: DmaBuf, operation: str, offset: int, length: int, writable: bool) -> _native.Mapping:
+    def _map_file(self, buf: Buffer, operation: str, offset: int, length: int, writable: bool) -> _native.Mapping:
         direction = Direction.BIDIRECTIONAL if writable else Direction.FROM_DEVICE
-        self.begin(buf, direction)  # the memory is there until the end, and from the mapping on by that
+        self.begin(buf, direction)  # keeps the memory there until the end, and from then on the mapping does
         try:
             mapping = residence.mapping(buf.fileno(), operation, buf, offset, length, writable)
         finally:
@@ -99,23 +191,20 @@ class Backing:
         self.keep(mapping)
         return mapping
 
-    def keep_open(self, buf: DmaBuf) -> Any:
-        """What to call :meth:`end` with once the handle may be closed; None: there is nothing, so it must be called before."""
-        return buf
-
     def keep(self, mapping: _native.Mapping) -> None:
-        """A mapping is a reference until it is closed."""
+        """Count a mapping as a reference until it is closed; the descriptor of most kinds of memory does so by itself."""
+        return
 
     # ---- vmap, the lock is held ----
 
-    def vmap(self, buf: DmaBuf, *, tell: bool = True) -> IosysMap:
-        """Spec 2.18, from step 2 on. ``tell``: warn when the exporter fails."""
-        self.here("vmap")
+    def vmap(self, buf: Buffer, *, tell: bool = True) -> IosysMap:
+        """Count a vmap, and map the buffer if it is the first (spec 2.18, from step 2 on). ``tell``: warn when the exporter fails."""
+        self.check_reachable("vmap")
         if "vmap" not in self.ops:
             raise fail(errno.EINVAL, "vmap", buf, "use mmap(), or attach a device", what="its exporter offers no vmap")
         if self.vmaps:
             if self.mapped is None:
-                raise ContractError(f"vmap: {buf!r} is counted as mapped and has no map")
+                raise ContractError(f"vmap: {buf!r}: it is counted as mapped and has no map; close it")
         else:
             try:
                 made = self.exporter.vmap(buf)
@@ -125,7 +214,7 @@ class Backing:
                     raise fail(errno.ENOMEM, "vmap", buf, what="its exporter returned no map")
             except OSError as e:
                 if tell:
-                    contract_warning(f"vmap: {buf!r}: its exporter failed: {e}", 4)
+                    contract_warning(f"vmap: {buf!r}: its exporter failed: {e}", 5)
                 raise
             if debug.enabled:
                 made = CheckedMap.of(made, self.bracketed, debug.place(sys._getframe(1)))
@@ -135,13 +224,13 @@ class Backing:
         self.vmaps += 1
         return given
 
-    def vunmap(self, buf: DmaBuf, map: IosysMap) -> None:
-        """Spec 2.18."""
-        self.here("vunmap")
+    def vunmap(self, buf: Buffer, map: IosysMap) -> None:
+        """Uncount a vmap, and unmap the buffer if it was the last (spec 2.18)."""
+        self.check_reachable("vunmap")
         if not self.vmaps or self.mapped is None:
-            raise ContractError(f"vunmap: {buf!r} is not mapped")
+            raise ContractError(f"vunmap: {buf!r}: it is not mapped; call vunmap() once for each vmap()")
         if not self.mapped.is_equal(map):
-            raise ContractError(f"vunmap: {buf!r}: this is not the map that vmap() gave")
+            raise ContractError(f"vunmap: {buf!r}: this is not the map that vmap() gave; pass that one")
         self.vmaps -= 1
         if not self.vmaps:
             kept, self.mapped = self.mapped, None
@@ -152,7 +241,7 @@ class Backing:
                 kept.clear()
 
     def bracketed(self) -> bool:
-        """May the CPU access the buffer: inside of begin and end, or of an access block of the running thread or task?"""
+        """Return True if the CPU may access the buffer: between begin and end, or in an access block of this thread or task."""
         if self.brackets > 0:
             return True
         shm, word = self.record.shm, current(self.record.domain).word
@@ -160,52 +249,6 @@ class Backing:
         entries = (shm.fence_info(handle) for handle in shm.resv_pending(target.index, 3, 0))
         return any(info is not None and info["owner"] == word for info in entries)
 
-
-class _Memfd(Exporter):
-    """The memfd heap as an exporter: static, its memory the file of the buffer itself."""
-
-    __slots__ = ()
-
-    def attach(self, attachment: DmaBufAttachment) -> None:
-        attachment.priv = attachment.dmabuf._any_window()
-
-    def map(self, attachment: DmaBufAttachment, direction: Direction) -> SgTable:
-        memory: _native.Mapping = attachment.priv
-        sgt = SgTable.from_ranges([(0, memory.size)], max_segment=attachment.dev.max_segment, memory=memory)
-        return attachment.dev.map_sgtable(sgt, direction)
-
-    def unmap(self, attachment: DmaBufAttachment, sgt: SgTable, direction: Direction) -> None:
-        attachment.dev.unmap_sgtable(sgt, direction)
-
-    def vmap(self, buf: DmaBuf) -> IosysMap:
-        return IosysMap.init_vaddr(memoryview(buf._map_memfd("vmap", 0, buf.size, True)))
-
-    def release(self, buf: DmaBuf) -> None:
-        """The kernel frees a memfd by itself."""
-
-
-_MEMFD = _Memfd()
-_MEMFD_OPS = checked_ops(_MEMFD, False)
-
-
-def backing_of(record: Record) -> Backing:
-    """The driver side of a buffer; for plain memory made at first use."""
-    found: Backing | None = record.shared.get("backing") if record.live is None else record.live
-    if found is None:
-        found = record.shared.setdefault("backing", Backing(_MEMFD, _MEMFD_OPS, record, False))
-    return found
-
-
-def devices_of(domain: Domain, dev: int, ino: int) -> list[str]:
-    """Names of the devices that this process has attached to a buffer, the newest first; takes no lock."""
-    known: weakref.WeakValueDictionary[tuple[int, int], Record] = domain.local.get("records") or weakref.WeakValueDictionary()
-    record = known.get((dev, ino))
-    found: Backing | None = None if record is None else record.live or record.shared.get("backing")
-    return [attachment.dev.name for attachment in list(found.attachments)] if found is not None else []
-
-
-BACKINGS: Final[Registry[Callable[[Record, int], Backing]]] = Registry("backing", {"remote": "dmabuf.sharing.remote_backing"})
-"""Functions that make the backing of a buffer which doesn't have one yet in this process, from its record and a descriptor of it."""
 
 SERVERS: Final[Registry[Callable[[Domain], object]]] = Registry(
     "server", {"exported": "dmabuf.sharing.serving", "kernel": "dmabuf.sharing.duplicate"}

@@ -1,14 +1,14 @@
-"""A real dma-buf behind a buffer: udmabuf, a dma-heap, or a driver's (spec 5.2–5.7).
+"""The backing of a kernel dma-buf: of udmabuf, a dma-heap, or a driver (spec 5.2–5.7).
 
-It belongs to no domain: whoever gets it takes it into its own, and two domains do not know of each other. The lease is an OFD read lock on
-it, as on a memfd; that the last reference goes is known from the kernel's count.
+It belongs to no domain: every process that gets it takes it into its own domain, and two domains don't know of each other. The reference
+lock is an OFD read lock on it, as on a memfd. The kernel's count tells when the last reference goes.
 
-What waits for a buffer waits for the kernel's fences *and* the domain's. ``read()`` and ``write()`` take their place in the domain, in the
-order of their arrival, then wait for the kernel's fences (poll(2), with the timeout; spec 5.6), and only then are granted; the block is
-bracketed by DMA_BUF_IOCTL_SYNC. Other programs, and devices, know nothing of the domain: no block keeps them out. A fence that a driver
-adds between that wait and SYNC is waited for in SYNC, without a timeout.
+A caller that waits for the buffer waits for the kernel's fences *and* the domain's. ``read()`` and ``write()`` queue in the domain, in the
+order of their arrival. Then they wait for the kernel's fences (poll(2), with the timeout; spec 5.6), and only then they are granted.
+DMA_BUF_IOCTL_SYNC brackets the block. Other programs and devices don't know the domain, so no block excludes them. SYNC waits, without a
+timeout, for a fence that a driver adds between that wait and SYNC.
 
-The kernel's name and the record's are set together; the kernel's is what ``name`` reads. User fences never go into the kernel.
+The kernel's name and the record's are set together, and ``name`` reads the kernel's. User fences never go into the kernel.
 """
 
 from __future__ import annotations
@@ -19,37 +19,43 @@ import math
 import os
 import select
 import time
-from typing import TYPE_CHECKING, Any
 
 from dmabuf import _native
 from dmabuf.core.base.usage import Direction
-from dmabuf.core.buffer.backing import _MEMFD_OPS, SERVERS, Backing, _Memfd
+from dmabuf.core.buffer.backing import SERVERS, Backing, Descriptor, KernelSide
+from dmabuf.core.buffer.backing_memfd import FILE_EXPORTER, FILE_OPS
 from dmabuf.core.buffer.identity import IMPORTED
+from dmabuf.core.buffer.shared import BACKINGS, SharedBuffer
+from dmabuf.core.contract import Buffer
 from dmabuf.core.task import waiting as awaiting
 from dmabuf.domain.records import Record
 from dmabuf.errors import fail
 from dmabuf.uapi import dma_buf as uapi
 from dmabuf.uapi.call import OwnedFd, told
 
-if TYPE_CHECKING:
-    from dmabuf.core.dma_buf import DmaBuf
-
 _SYNC = {Direction.FROM_DEVICE: uapi.READ, Direction.TO_DEVICE: uapi.WRITE, Direction.BIDIRECTIONAL: uapi.RW}
 
 
-class KernelBacking(Backing):
-    """The kernel's side of a real dma-buf."""
+class KernelBacking(Backing, KernelSide):
+    """The kernel's side of a kernel dma-buf. To the devices of this process it is a static exporter of the file."""
 
     in_file = True
 
     def __init__(self, record: Record) -> None:
-        super().__init__(_KERNEL, _MEMFD_OPS, record, False)
+        super().__init__(FILE_EXPORTER, FILE_OPS, record, False)
         SERVERS.find("kernel")(record.domain)
 
-    def mappable(self, buf: DmaBuf, operation: str) -> None:
-        """Nothing to ask before: the kernel says at mmap."""
+    @property
+    def kernel(self) -> KernelSide:
+        return self
 
-    def mmap(self, buf: DmaBuf, operation: str, offset: int, length: int, writable: bool) -> _native.Mapping:
+    def check_reachable(self, operation: str) -> None:
+        """Nothing: the kernel is everywhere."""
+
+    def mappable(self, buf: Buffer, operation: str) -> None:
+        """Nothing: the kernel answers in mmap."""
+
+    def mmap(self, buf: Buffer, operation: str, offset: int, length: int, writable: bool) -> _native.Mapping:
         # DRM's buffers show their first page in a partial mapping, whatever its offset (seen on Linux 6.12): mapped from the start.
         whole = self.record.home == IMPORTED
         try:
@@ -57,27 +63,27 @@ class KernelBacking(Backing):
         except OSError as e:
             raise fail(e.errno or errno.EIO, operation, buf) from None
 
-    def leaving(self) -> None:
-        """Nothing to remember: the kernel counts."""
+    def before_close(self) -> None:
+        """Nothing to note: the kernel counts."""
 
-    def departed(self, quiet: bool) -> None:
-        """Nothing of ours ends with a handle."""
+    def after_close(self, quiet: bool) -> None:
+        """Nothing ends with a handle."""
 
     # ---- the bracket ----
 
-    def begin(self, buf: Any, direction: Direction, interruptible: bool = False) -> None:
-        """START. The kernel's fences are waited for in it, too."""
+    def begin(self, buf: Descriptor, direction: Direction, interruptible: bool = False) -> None:
+        """START, which waits for the kernel's fences too."""
         uapi.sync(buf.fileno(), uapi.START | self._flags(direction), of=buf, interruptible=interruptible)
 
-    def end(self, buf: Any, direction: Direction) -> None:
-        """END. ``buf``: the handle, or what :meth:`keep_open` gave."""
+    def end(self, buf: Descriptor, direction: Direction) -> None:
+        """END."""
         uapi.sync(buf.fileno(), uapi.END | self._flags(direction), of=buf)
 
     def _flags(self, direction: Direction) -> int:
         return _SYNC.get(direction, uapi.READ)  # NONE waits as a reader does (spec 2.15)
 
-    def keep_open(self, buf: DmaBuf) -> OwnedFd | None:
-        """A duplicate; None: no descriptor is left."""
+    def keep_open(self, buf: Descriptor) -> OwnedFd | None:
+        """Return a duplicate; None: no descriptor is left."""
         try:
             return _duplicate(buf)
         except OSError:
@@ -85,17 +91,14 @@ class KernelBacking(Backing):
 
     # ---- the kernel's fences ----
 
-    def ready(self, buf: DmaBuf, events: int) -> int:
-        """Those of POLLIN and POLLOUT in ``events`` that no fence of the kernel's is in the way of."""
+    def ready(self, buf: Descriptor, events: int) -> int:
         return poll_until(buf.fileno(), events, 0, buf) & events
 
-    def settle(self, buf: DmaBuf, write: bool, until: int) -> bool:
-        """Wait for the kernel's fences in the way of a reader or writer. ``until``: CLOCK_MONOTONIC ns, -1 for ever; False: timed out."""
+    def wait_kernel(self, buf: Descriptor, write: bool, until: int) -> bool:
         event = select.POLLOUT if write else select.POLLIN
         return bool(poll_until(buf.fileno(), event, until, buf))
 
-    async def settle_async(self, buf: DmaBuf, write: bool, until: int) -> bool:
-        """:meth:`settle` in a coroutine."""
+    async def wait_kernel_async(self, buf: Descriptor, write: bool, until: int) -> bool:
         event = select.POLLOUT if write else select.POLLIN
         if poll_until(buf.fileno(), event, 0, buf):
             return True
@@ -106,53 +109,43 @@ class KernelBacking(Backing):
                     return False
         return True
 
-    def export_sync_file(self, buf: DmaBuf, write: bool) -> OwnedFd:
-        """The kernel's own sync_file of what a reader (or writer) would wait for in the kernel."""
+    def export_sync_file(self, buf: Descriptor, write: bool) -> OwnedFd:
         return uapi.export_sync_file(buf.fileno(), uapi.RW if write else uapi.READ, of=buf)
 
-    def import_sync_file(self, buf: DmaBuf, sync_file: int, write: bool) -> None:
-        """Add the fences of a kernel's sync_file."""
+    def import_sync_file(self, buf: Descriptor, sync_file: int, write: bool) -> None:
         uapi.import_sync_file(buf.fileno(), uapi.WRITE if write else uapi.READ, sync_file, of=buf)
 
     # ---- name and references ----
 
-    def name(self, buf: DmaBuf) -> bytes | None:
+    def name(self, buf: Descriptor) -> bytes | None:
         return uapi.fdinfo(buf.fileno()).name
 
-    def set_name(self, buf: DmaBuf, name: bytes) -> None:
+    def set_name(self, buf: Descriptor, name: bytes) -> None:
         uapi.set_name(buf.fileno(), name, of=buf)
 
-    def fdinfo(self, buf: DmaBuf) -> str:
+    def fdinfo(self, buf: Descriptor) -> str:
         head, size, rest = uapi.fdinfo(buf.fileno()).text.partition(b"\nsize:\t")
-        # Without the handle's lease, which shows as a lock.
+        # Leave out the handle's reference lock.
         own = b"\n".join(line for line in head.split(b"\n") if not line.startswith(b"lock:\t"))
         return os.fsdecode(own + size + rest)
 
-    def lseek(self, buf: DmaBuf, offset: int, whence: int) -> int:
+    def lseek(self, buf: Descriptor, offset: int, whence: int) -> int:
         try:
             return os.lseek(buf.fileno(), offset, whence)
         except (OSError, OverflowError) as e:
             number = e.errno if isinstance(e, OSError) and e.errno else errno.EINVAL
-            raise fail(number, "lseek", buf, "only (0, SEEK_SET) and (0, SEEK_END)") from None
+            what = "unsupported offset or whence" if number == errno.EINVAL else None
+            raise fail(number, "lseek", buf, "use (0, SEEK_SET) or (0, SEEK_END)", what=what) from None
 
     def last(self, fd: int) -> bool:
-        """Is fd the only reference to the buffer that is left anywhere? By the kernel's own count, so it is a proof."""
+        """Return True if fd is the only reference to the buffer that is left anywhere. The kernel's count proves it."""
         try:
             return uapi.fdinfo(fd).references == 1
         except OSError:
             return False
 
 
-class _Kernel(_Memfd):
-    """A real dma-buf as an exporter for the devices of this process: static, its memory the file of the buffer."""
-
-    __slots__ = ()
-
-
-_KERNEL = _Kernel()
-
-
-def _duplicate(buf: DmaBuf) -> OwnedFd:
+def _duplicate(buf: Descriptor) -> OwnedFd:
     try:
         return next(map(OwnedFd, map(fcntl.fcntl, (buf.fileno(),), (fcntl.F_DUPFD_CLOEXEC,), (0,))))
     except OSError as e:
@@ -160,9 +153,13 @@ def _duplicate(buf: DmaBuf) -> OwnedFd:
 
 
 def poll_until(fd: int, events: int, until: int, of: object) -> int:
-    """poll(2) until a CLOCK_MONOTONIC time; 0 asks only, -1 waits for ever. What is ready, or wrong (POLLERR); 0 when the time is over.
+    """Call poll(2) until a CLOCK_MONOTONIC time; 0 only asks, -1 waits for ever.
 
-    Errors: EBADF somebody closed the descriptor behind the back of its owner ``of``.
+    Returns:
+        The events that are ready, or wrong (POLLERR); 0 when the time is over.
+
+    Raises:
+        ClosedError: Somebody other than its owner ``of`` closed the descriptor (EBADF).
     """
     waiting = select.poll()
     waiting.register(fd, events)
@@ -174,6 +171,15 @@ def poll_until(fd: int, events: int, until: int, of: object) -> int:
             left = min((1 << 31) - 1, math.ceil(max(0, until - time.monotonic_ns()) / 1e6))
         found = next((one for _, one in waiting.poll(left)), 0)
         if found & select.POLLNVAL:
-            raise fail(errno.EBADF, "wait", of, "leave the closing of its descriptor to it", what=f"fd {fd} was closed by somebody else")
+            raise fail(errno.EBADF, "wait", of, "close the object, not its descriptor", what=f"fd {fd} was closed by somebody else")
         if found or (until >= 0 and time.monotonic_ns() >= until):
             return found
+
+
+def _make(record: SharedBuffer, fd: int) -> Backing:
+    made = KernelBacking(record)
+    record.last = made.last
+    return made
+
+
+BACKINGS.register("kernel", _make)

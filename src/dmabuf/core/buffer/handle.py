@@ -1,8 +1,11 @@
-"""``Handle``: the descriptor that a ``DmaBuf`` owns, and its hold on the buffer's record.
+"""``Handle``: one descriptor of a buffer in this process.
 
-One descriptor, closed once, whichever comes first: ``close()``, the end of a ``with`` block, ``detach()``, which gives it away, or the
-garbage collector. The record of the buffer in the domain is held by all handles of a process together; with the last of them, and of the
-reservation object, the hold ends.
+The descriptor is closed once, by whichever comes first: ``close()``, the end of a ``with`` block, ``detach()``, which gives it away, or the
+garbage collector. All handles of a process together hold one reference to the buffer's record in the domain. It ends with the last of
+them and of the reservation object.
+
+Every verb of a buffer takes a handle. What a user has is a *face* of it, a ``DmaBuf`` (core/dma_buf.py), and :func:`handle_of` finds the
+handle behind a face. An exporter is given a face too.
 """
 
 from __future__ import annotations
@@ -12,173 +15,309 @@ import fcntl
 import os
 import sys
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Protocol, Self, TypeVar
 
 from dmabuf import _native
-from dmabuf.core.access.poll import PollFd
-from dmabuf.core.base.closing import Closing
-from dmabuf.core.buffer.backing import BACKINGS, EXPORTED
-from dmabuf.core.buffer.backing_kernel import KernelBacking
-from dmabuf.core.buffer.identity import is_kernel_home
-from dmabuf.core.resv.resv import DmaResv
+from dmabuf.core.buffer.backing import KernelSide
+from dmabuf.core.buffer.identity import checked_name
+from dmabuf.core.buffer.shared import MEMFD, SharedBuffer
+from dmabuf.core.contract import Buffer
+from dmabuf.core.resv.resv import DmaResv, resv_of
 from dmabuf.domain.domain import Domain
-from dmabuf.domain.records import KIND_BUFFER, Departures, Record
-from dmabuf.errors import fail
+from dmabuf.domain.records import InodeWatch
+from dmabuf.errors import ContractError, contract_warning, fail
 from dmabuf.uapi.call import OwnedFd
 
-MEMFD = b"memfd"
+PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
-class Handle(Closing):
-    """What a ``DmaBuf`` is as a descriptor: made, duplicated, given away, closed, compared."""
+class Cancelable(Protocol):
+    """What is taken back when the handle is closed."""
 
-    __slots__ = ("__weakref__", "_accesses", "_fd", "_life", "_mapping", "_polls", "_record", "_resv", "_size", "domain")
+    def cancel(self) -> None: ...
+
+
+class Handle(ABC):
+    """An owned descriptor of a buffer.
+
+    ``fd``: -1 once closed. ``shared``: the buffer; of a closed handle perhaps only who it was. ``view``: the mapping that accesses of this
+    handle look through, made by the first and kept, because fresh pages cost more than a copy. ``accesses``: open blocks. ``polls``: what
+    makes descriptors of ``poll_fd`` readable.
+    """
+
+    __slots__ = ("__weakref__", "_life", "accesses", "domain", "fd", "known_resv", "polls", "shared", "size", "view")
 
     domain: Domain
-    _fd: int
-    _record: Record
-    _size: int
-    _mapping: _native.Mapping | None
-    _resv: DmaResv | None
-    _accesses: int
-    _polls: weakref.WeakSet[PollFd] | None
+    fd: int
+    shared: SharedBuffer
+    size: int
+    view: _native.Mapping | None
+    known_resv: DmaResv | None
+    accesses: int
+    polls: weakref.WeakSet[Cancelable] | None
     _life: int
 
-    def __new__(cls, *_: object, **__: object) -> Self:
-        raise TypeError("a DmaBuf is made by dmabuf.allocate(), export(), get(), open() or recv()")
-
-    @classmethod
-    def _make(cls, fd: int | OwnedFd, record: Record, name: bytes | None = None) -> Self:
-        """A handle that owns fd, which is closed if there can be none. ``name``: of the buffer, if its record has to be made again."""
+    def __init__(self, fd: int | OwnedFd, shared: SharedBuffer, name: bytes | None = None) -> None:
+        """Own ``fd``, which is closed if this raises. ``name``: the buffer's, if its record has to be made again."""
         try:
-            record.enter(name)
+            shared.enter(name)
         except BaseException:
             close_fd(fd)
             raise
-        buf = object.__new__(cls)
+        self.shared, self.size, self.domain = shared, shared.size, shared.domain
+        self.view, self.known_resv, self.accesses, self.polls = None, None, 0, None
+        self._life = shared.shm.life
         if isinstance(fd, int):
-            buf._fd = fd
-        else:  # no signal handler can raise between the two: closed by one of them, and once
-            buf._fd = fd.number
+            self.fd = fd
+        else:  # no signal handler can raise between the two: one of them closes the descriptor, and once
+            self.fd = fd.number
             fd.take()
-        buf._record, buf._size, buf.domain = record, record.size, record.domain
-        buf._mapping, buf._resv, buf._accesses, buf._polls = None, None, 0, None
-        buf._life = record.shm.life
-        if record.live is None and record.home != MEMFD and record.kind == KIND_BUFFER:
-            if record.home == EXPORTED:
-                record.live = BACKINGS.find("remote")(record, buf._fd)
-            elif is_kernel_home(record.home):
-                record.live = KernelBacking(record)
-                record.last = record.live.last
-        return buf
+        if shared.backing is None and shared.home != MEMFD:
+            shared.find_backing(self.fd)
 
-    def _check(self, operation: str) -> int:
-        if self._fd < 0:
-            raise fail(errno.EBADF, operation, self, "open the buffer again", what="the buffer is closed")
-        return self._fd
+    def __repr__(self) -> str:
+        where = "closed" if self.fd < 0 else f"fd {self.fd}"
+        return f"<dmabuf.DmaBuf {where} ino {self.shared.ino} {self.size} bytes {os.fsdecode(self.shared.home)}>"
 
-    def _usable(self, operation: str) -> None:
-        self._check(operation)
-        self._record.ensure()
+    @abstractmethod
+    def face(self) -> Buffer:
+        """Return a face of this handle, for an exporter."""
+
+    # ---- the descriptor ----
 
     @property
     def closed(self) -> bool:
-        """Was ``close()`` or ``detach()`` called?"""
-        return self._fd < 0
+        """Whether ``close()`` or ``detach()`` was called."""
+        return self.fd < 0
+
+    def check(self, operation: str) -> int:
+        """Return the descriptor.
+
+        Raises:
+            ClosedError: The handle is closed (EBADF).
+        """
+        if self.fd < 0:
+            raise fail(errno.EBADF, operation, self, "open the buffer again", what="the buffer is closed")
+        return self.fd
+
+    def usable(self, operation: str) -> None:
+        """Check the handle, and have this process's present membership reference the record."""
+        self.check(operation)
+        self.shared.ensure()
 
     def fileno(self) -> int:
-        """The fd, borrowed: it stays the buffer's, who closes it. Errors: EBADF."""
-        return self._check("fileno")
+        return self.check("fileno")
 
     def dup(self, cloexec: bool = True) -> int:
-        """A new fd of the same buffer, owned by the caller. ``cloexec``: not inherited by exec. Errors: EBADF; EMFILE (dup(2))."""
-        fd = self._check("dup")
+        """Return a new descriptor of the buffer, which the caller owns."""
+        fd = self.check("dup")
         try:
             return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC if cloexec else fcntl.F_DUPFD, 0)
         except OSError as e:
             raise fail(e.errno or errno.EIO, "dup", self, "raise RLIMIT_NOFILE or close descriptors") from None
 
+    def duplicate(self) -> Self:
+        """Return another handle of the buffer, with a descriptor and a close of its own."""
+        return type(self)(self.dup(), self.shared)
+
     def detach(self) -> int:
-        """Close the handle but keep its fd, which the caller owns from now on. Errors: EBADF; EBUSY inside an access of this handle."""
-        fd = self._check("detach")
+        """Close the handle but keep its descriptor, which the caller owns from now on."""
+        fd = self.check("detach")
         self._leave("detach")
-        self._fd = -1
-        live = self._record.live
-        if live is not None:
-            live.leaving()
-        self._let_go(fd, closing=False)
-        if live is not None:
-            live.departed(quiet=False)
+        self.fd = -1
+        backing = self.shared.backing
+        if backing is not None:
+            backing.before_close()
+        self._drop(fd, closing=False)
+        if backing is not None:
+            backing.after_close(quiet=False)
         return fd
 
     def close(self) -> None:
-        """Close the handle; again: nothing. Mappings live on (mmap(2)). Errors: EBUSY inside an access of this handle."""
-        fd = self._fd
+        """Close the handle; closing twice has no effect."""
+        fd = self.fd
         if fd < 0:
             return
-        if self._accesses or self._polls:
+        if self.accesses or self.polls:
             self._leave("close")
-        self._fd, self._mapping, self._resv = -1, None, None
+        self.fd, self.view, self.known_resv = -1, None, None
         self._close(fd)
 
     def _close(self, fd: int, quiet: bool = False) -> None:
-        live = self._record.live
-        if live is not None:
-            live.leaving()
-        departures = self._let_go(fd)
+        backing = self.shared.backing
+        if backing is not None:
+            backing.before_close()
+        watch = self._drop(fd)
         os.close(fd)
-        if departures is not None:
-            departures.look()
-        if live is not None:
-            live.departed(quiet)
+        if watch is not None:
+            watch.look()
+        if backing is not None:
+            backing.after_close(quiet)
 
-    def _let_go(self, fd: int, closing: bool = True) -> Departures | None:
-        """One handle less; with the last of this process (and no reservation object of it in use) its hold on the record ends."""
-        record = self._record
-        ref = record.resv_ref
-        if ref is None or ref() is None:
-            return record.leave(fd, closing)
-        with record.lock:
-            record.handles -= 1
-        self._record = record.tombstone()  # the hold is the reservation object's alone from now on
+    def _drop(self, fd: int, closing: bool = True) -> InodeWatch | None:
+        """Count one handle less. The last of this process drops the reference to the record, unless a reservation object is in use."""
+        shared = self.shared
+        resv = shared.resv_ref
+        if resv is None or resv() is None:
+            return shared.leave(fd, closing)
+        with shared.lock:
+            shared.handles -= 1
+        self.shared = shared.tombstone()  # the reference is the reservation object's alone from now on
         return None
 
     def _leave(self, operation: str) -> None:
-        if self._accesses and self._life == self._record.shm.life:
+        if self.accesses and self._life == self.shared.shm.life:
             raise fail(
                 errno.EBUSY,
                 operation,
                 self,
                 "leave the block first",
-                what=f"{self._accesses} read() or write() block of this handle is open",
+                what=f"{self.accesses} read() or write() block of this handle is open",
             )
-        for waiting in list(self._polls or ()):
+        for waiting in list(self.polls or ()):
             waiting.cancel()
         # Not unmapped here: an array that outlived its read() block still shows it.
-        self._mapping = self._resv = self._polls = None
+        self.view = self.known_resv = self.polls = None
 
     def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:  # bound: at the interpreter's end modules are empty
-        if getattr(self, "_fd", -1) >= 0 and not ending():
-            fd, self._fd = self._fd, -1
-            self._mapping = self._resv = None
+        if getattr(self, "fd", -1) >= 0 and not ending():
+            fd, self.fd = self.fd, -1
+            self.view = self.known_resv = None
             self._close(fd, quiet=True)
 
+    # ---- what stands behind it ----
+
+    @property
+    def resv(self) -> DmaResv:
+        """The buffer's reservation object, the same object for every handle of this process."""
+        if self.known_resv is None:
+            self.check("resv")
+            self.known_resv = resv_of(self.shared)
+        return self.known_resv
+
+    def kernel(self) -> KernelSide | None:
+        """Return the kernel's side of a kernel dma-buf; None for every other buffer."""
+        backing = self.shared.backing
+        return None if backing is None else backing.kernel
+
+    def check_locked(self, operation: str) -> None:
+        """Fail unless this thread or task holds the buffer's reservation lock.
+
+        Raises:
+            ClosedError: The handle is closed (EBADF).
+            ContractError: The lock isn't held.
+        """
+        self.check(operation)
+        if not self.resv.held_here():
+            other = f", or use {operation}_unlocked()" if operation != "move_notify" else ""
+            raise ContractError(f"{operation}: {self!r}: its reservation lock is not held; hold it{other}")
+
+    def check_unlocked(self, operation: str) -> None:
+        """Fail if this thread or task holds the buffer's reservation lock. Called by a verb that a face calls.
+
+        Raises:
+            ClosedError: The handle is closed (EBADF).
+            DeadlockError: The lock is held (EDEADLK, with a ``ContractWarning``).
+        """
+        self.check(operation)
+        if self.known_resv is not None and self.known_resv.held_here():
+            contract_warning(f"{operation}: {self!r}: its reservation lock is held by this thread or task", 4)
+            what = "this thread or task holds its reservation lock"
+            raise fail(errno.EDEADLK, operation, self, "unlock the reservation object first", what=what)
+
+    # ---- its memory ----
+
+    def view_source(self, write: bool) -> _native.Mapping:
+        """Return the mapping that an access of this handle looks through."""
+        mapping = self.view
+        if mapping is None or (write and not mapping.writable):
+            operation = "write" if write else "read"
+            self.check(operation)
+            backing = self.shared.backing
+            if backing is not None and not backing.in_file:  # asked for each time: the exporter's memory may have moved
+                return backing.mmap(self.face(), operation, 0, self.size, write)
+            size = self.size if backing is None else self.size // PAGE * PAGE or self.size
+            try:
+                mapping = _native.Mapping(self.fd, size)
+            except PermissionError:
+                if write:
+                    what = "its descriptor is read-only"
+                    raise fail(errno.EACCES, "write", self, "receive a descriptor that is open for writing", what=what) from None
+                mapping = _native.Mapping(self.fd, size, writable=False)
+            self.view = mapping
+        return mapping
+
+    def any_view(self) -> _native.Mapping:
+        """Return that mapping, writable if the descriptor is: for devices, which learn the direction when they map."""
+        return self.view_source(fcntl.fcntl(self.check("attach"), fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY)
+
+    def map_file(self, operation: str, offset: int, length: int, writable: bool) -> _native.Mapping:
+        """Return a mapping of the buffer's own file."""
+        try:
+            return _native.Mapping(self.fd, length, offset=offset, writable=writable)
+        except OSError as e:
+            raise fail(e.errno or errno.EIO, operation, self) from None
+
+    # ---- its name ----
+
+    def name(self) -> bytes | None:
+        """Return the name that users gave the buffer; None when it has none."""
+        self.check("name")
+        kernel = self.kernel()
+        found: bytes | None = kernel.name(self) if kernel is not None else self.shared.info()["name"]
+        return found
+
+    def set_name(self, value: str | bytes) -> None:
+        """Give the buffer a name."""
+        self.check("name")
+        raw = checked_name(value, self)
+        shm, index = self.shared.at()
+        kernel = self.kernel()
+        if kernel is not None:
+            kernel.set_name(self, raw)
+        shm.rec_name(index, raw)
+        self.shared.message = None  # what send() prepared has the name in it
+
+
+class Face:
+    """What a user has: the face of a handle, and nothing else."""
+
+    __slots__ = ("__weakref__", "_handle")
+
+    _handle: Handle
+
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Handle) and (self._record.dev, self._record.ino) == (other._record.dev, other._record.ino)
+        if not isinstance(other, Face):
+            return False
+        mine, its = self._handle.shared, other._handle.shared
+        return mine.ino == its.ino and mine.dev == its.dev
 
     def __hash__(self) -> int:
-        return hash((self._record.dev, self._record.ino))
+        shared = self._handle.shared
+        return hash((shared.dev, shared.ino))
 
-    def __reduce__(self) -> Any:
-        raise TypeError(
-            "a DmaBuf is a file descriptor and can't be pickled to bytes: pass it to a multiprocessing process or queue, "
-            "or send it with dmabuf.send()"
-        )
+
+FaceT = TypeVar("FaceT", bound=Face)
+
+
+def face_of(kind: type[FaceT], handle: Handle) -> FaceT:
+    """Return a face of this handle."""
+    made = object.__new__(kind)
+    made._handle = handle
+    return made
+
+
+def handle_of(buf: object) -> Handle:
+    """Return the handle behind a face."""
+    if not isinstance(buf, Face):
+        raise TypeError(f"a DmaBuf is expected, not {type(buf).__name__}")
+    return buf._handle
 
 
 def close_fd(fd: int | OwnedFd) -> None:
-    """Close a descriptor that is somebody's by number, or an object's."""
+    """Close a descriptor, owned by number or by an object."""
     if isinstance(fd, int):
         os.close(fd)
     else:

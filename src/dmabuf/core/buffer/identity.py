@@ -78,8 +78,8 @@ def take_lease(fd: int) -> None:
     except OSError as e:
         if e.errno != errno.EBADF or fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_WRONLY:
             raise
-        what = "it is open for writing only: a lock that says that somebody holds it can't be put on it"
-        raise fail(errno.EACCES, "get", f"fd {fd}", "open, or export, it for reading and writing", what=what) from None
+        what = "it is open for writing only, so the reference lock can't be put on it"
+        raise fail(errno.EACCES, "get", f"fd {fd}", "open or export it for reading and writing", what=what) from None
     if not locked:
         raise fail(errno.ENODEV, "get", f"fd {fd}", "ask its exporter for a new buffer", what="the exporter has released this buffer")
 
@@ -103,8 +103,8 @@ def identify(fd: int, domain: Domain, operation: str = "get") -> Identity:
             errno.EINVAL,
             operation,
             f"fd {fd}",
-            "make buffers with dmabuf.allocate(); other memory is shared by copying into one",
-            what=f"it is no dma-buf ({os.fsdecode(link) or 'unknown'})",
+            "pass the descriptor of a buffer, or copy the data into one made by dmabuf.allocate()",
+            what=f"not a dma-buf but {os.fsdecode(link) or 'something unknown'}",
         )
     if match[1].decode() != domain.id:
         raise fail(

@@ -10,8 +10,10 @@ import weakref
 from collections.abc import Callable
 
 from dmabuf.core.buffer import residence
-from dmabuf.core.buffer.backing import EXPORTED, SERVERS
+from dmabuf.core.buffer.backing import SERVERS
+from dmabuf.core.buffer.handle import handle_of
 from dmabuf.core.buffer.identity import SEALS, checked_name, memfd_name
+from dmabuf.core.buffer.shared import EXPORTED
 from dmabuf.core.contract import Exporter, OwnerReference, checked_ops
 from dmabuf.core.dma_buf import DmaBuf
 from dmabuf.core.export.exported import EXPORTS, Exported
@@ -139,17 +141,17 @@ def make(
     except BaseException:
         os.close(private)
         raise
-    record = buf._record
+    shared = handle_of(buf).shared
     try:
         if resv is not None:
-            shm.rec_set_resv(record.index, record_of(resv).ensure() + 1)
-            record.resv_ref = weakref.ref(resv)
-        exported = Exported(exporter, ops, record, cache, buf.resv, owner, private, prepare is not None)
+            shm.rec_set_resv(shared.index, record_of(resv).ensure() + 1)
+            shared.resv_ref = weakref.ref(resv)
+        exported = Exported(exporter, ops, shared, cache, buf.resv, owner, private, prepare is not None)
         SERVERS.find("exported")(domain)
         EXPORTS.of(domain).add(exported)
-        record.live = exported
+        shared.backing = exported
     except BaseException:
-        record.live = None
+        shared.backing = None
         buf.close()
         os.close(private)
         raise

@@ -18,9 +18,10 @@ import weakref
 from typing import Final
 
 from dmabuf import _native
-from dmabuf.core.buffer.backing import BACKINGS, Backing
+from dmabuf.core.buffer.backing import Backing
+from dmabuf.core.buffer.shared import BACKINGS, SharedBuffer
 from dmabuf.core.contract import Exporter, OwnerReference
-from dmabuf.core.dma_buf import DmaBuf
+from dmabuf.core.dma_buf import new_handle
 from dmabuf.core.fence.signalling import in_signalling
 from dmabuf.core.resv.resv import DmaResv
 from dmabuf.core.task.owner import current
@@ -29,20 +30,21 @@ from dmabuf.domain.auto_reset_event import AutoResetEvent
 from dmabuf.domain.domain import TICK_NS, Domain
 from dmabuf.domain.forks import fork_lock
 from dmabuf.domain.local import Local
-from dmabuf.domain.records import KIND_RESV, Record
+from dmabuf.domain.records import KIND_RESV
 from dmabuf.errors import ContractError, contract_warning, fail
 
 
 class Exported(Backing):
-    """A buffer with an exporter of this process. Keeps the record, so that the buffer is known again when it comes back."""
+    """The backing of a buffer whose exporter is in this process. It keeps the record, so that a buffer that comes back is known again."""
 
     own_descriptions = 1
+    record: SharedBuffer
 
     def __init__(
         self,
         exporter: Exporter,
         ops: frozenset[str],
-        record: Record,
+        record: SharedBuffer,
         cache: bool,
         resv: DmaResv,
         owner: OwnerReference | None,
@@ -54,12 +56,12 @@ class Exported(Backing):
         self.resv, self.owner, self.private = resv, owner, private
         self.life = record.shm.life
         self.released = False
-        self.closing = 0  # handles of this process that are being closed: their close() releases, not the thread
+        self.closing = 0  # handles of this process that are being closed: their close() releases, and the thread doesn't
         self._once = fork_lock()  # a handle's __del__ may run in the middle
         self._mappings: weakref.WeakSet[_native.Mapping] = weakref.WeakSet()
 
-    def here(self, operation: str) -> None:
-        if self.life != self.record.shm.life:  # of an attachment from before a fork, or after a fork that Python didn't see
+    def check_reachable(self, operation: str) -> None:
+        if self.life != self.record.shm.life:  # an attachment from before a fork, or a fork that Python didn't see
             raise fail(
                 errno.ENODEV,
                 operation,
@@ -71,17 +73,15 @@ class Exported(Backing):
     def keep(self, mapping: _native.Mapping) -> None:
         self._mappings.add(mapping)
 
-    def leaving(self) -> None:
-        """A handle of this process is about to be closed."""
-        if self.life == self.record.shm.life:  # in a forked child the lock may be another thread's that isn't there
+    def before_close(self) -> None:
+        if self.life == self.record.shm.life:  # in a forked child a thread that isn't there may hold the lock
             with self._once:
                 self.closing += 1
 
-    def departed(self, quiet: bool) -> None:
-        """A handle of this process was closed; ``quiet``: by the garbage collector. Errors: those of the release."""
+    def after_close(self, quiet: bool) -> None:
         if self.life != self.record.shm.life:
             return
-        with self._once:  # in one step: in between the thread would find that nobody closes it any more
+        with self._once:  # in one step: between two the thread would find that nobody is closing it
             self.closing -= 1
             if self.record.handles:
                 return
@@ -92,7 +92,7 @@ class Exported(Backing):
             EXPORTS.of(self.record.domain).wake()
 
     def try_release(self) -> bool:
-        """Release the buffer if nobody holds it; True when it is released. Errors: ``ContractError``, ``ContractWarning``."""
+        """Release the buffer if nobody holds it. Returns True if it is released."""
         with self._once:
             if self.released or self.life != self.record.shm.life:
                 return True
@@ -102,17 +102,17 @@ class Exported(Backing):
         return True
 
     def _claimed(self) -> bool:
-        """Nobody holds it, and the caller is the one to release it. The lock is held."""
+        """Return True if nobody holds it, and the caller is the one to release it. The lock is held."""
         if self.released or self.record.handles or any(not mapping.closed for mapping in list(self._mappings)):
             return False
         self.released = place.ofd_lock(self.private, fcntl.F_WRLCK, 0)
         return self.released
 
     def _release(self) -> None:
-        """Spec 2.6. No newcomer can come: their read lock is refused."""
+        """Release it (spec 2.6). No newcomer can come, since their read lock is refused."""
         record = self.record
-        record.live = None
-        last = DmaBuf._make(self.private, record)
+        record.backing = None
+        last = new_handle(self.private, record)
         bug, self.vmaps, self.mapped = self.vmaps, 0, None
         try:
             if not bug:
@@ -122,7 +122,7 @@ class Exported(Backing):
         finally:
             last.close()
             left = [attachment.dev.name for attachment in self.attachments]
-            # Proven to be gone: the record needs no judging, it goes with the last reference to it in this process.
+            # The buffer is proven to be gone: no sweep needs to judge the record, which goes with its last reference in this process.
             record.kind = KIND_RESV
             owner, self.owner = self.owner, None
             del self.resv
@@ -131,14 +131,15 @@ class Exported(Backing):
             EXPORTS.of(record.domain).forget(self)
         if bug:
             raise ContractError(
-                f"release: buffer ino {record.ino}: {bug} vmap() without vunmap(); its exporter was not asked to release it"
+                f"release: buffer ino {record.ino}: {bug} vmap() without vunmap(), so its exporter was not asked to release it; "
+                "call vunmap() once for each vmap()"
             )
         if left:
             contract_warning(f"release: buffer ino {record.ino}: still attached: {', '.join(left)}; detach before closing", 2)
 
 
 def outside() -> bool:
-    """Is the caller free of locks and callbacks, so that an exporter may be called from here?"""
+    """Return True if the caller holds no lock and is no callback, so that it may call an exporter."""
     return not dispatcher.in_callback() and not in_signalling() and not any(current(d).locks for d in _DOMAINS)
 
 
@@ -146,7 +147,7 @@ _DOMAINS: weakref.WeakSet[Domain] = weakref.WeakSet()
 
 
 class Exports:
-    """The exported buffers of this process in one domain, and the thread that releases what nobody else does."""
+    """The exported buffers of this process in one domain, and the thread that releases those that no caller releases."""
 
     def __init__(self, domain: Domain) -> None:
         self.domain = weakref.ref(domain)
@@ -187,15 +188,16 @@ class Exports:
         self._event.set()
 
     def wake(self) -> None:
+        """Have the thread look now."""
         self._event.set()
 
     def orphans(self) -> list[Exported]:
-        """Those that this process has closed and others may hold."""
+        """Return those that this process has closed and others may hold."""
         with self._lock:
             return [exported for exported in self.buffers.values() if not exported.record.handles and not exported.closing]
 
     def look(self) -> None:
-        """Release what can be released: by the caller if it may, else by the thread."""
+        """Release what can be released: here if the caller may, else in the thread."""
         orphans = self.orphans()
         if orphans and not outside():
             self.wake()
@@ -216,9 +218,9 @@ class Exports:
             self.look()
 
     def forked(self) -> None:
-        """What the parent exports is the parent's; our copies of its private descriptions are of no use."""
+        """Forget what the parent exports, and close the child's copies of its private descriptions."""
         for exported in self.buffers.values():
-            with contextlib.suppress(OSError):  # closed by the child already, and the number perhaps used again
+            with contextlib.suppress(OSError):  # the child has closed it already, and the number may be in use again
                 if os.fstat(exported.private).st_ino == exported.record.ino:
                     os.close(exported.private)
         self.buffers.clear()
@@ -229,7 +231,7 @@ def _after_fork() -> None:
     for domain in list(_DOMAINS):
         exports = EXPORTS.peek(domain)
         for exported in list(exports.buffers.values()) if exports is not None else ():
-            exported.record.live = BACKINGS.find("remote")(exported.record, exported.private)
+            exported.record.backing = BACKINGS.find("remote")(exported.record, exported.private)
 
 
 os.register_at_fork(after_in_child=_after_fork)
