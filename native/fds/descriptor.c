@@ -103,7 +103,7 @@ static PyMethodDef methods[] = {
     {0}};
 static PyMemberDef members[] = {{"number", T_INT, offsetof(OwnedFd, number), READONLY, "What fileno() returns."}, {0}};
 static PyType_Slot slots[] = {
-    {Py_tp_doc, "OwnedFd(number)\n--\n\nA descriptor that is closed with the last reference to the object, unless it was taken."},
+    {Py_tp_doc, "OwnedFd(number, /)\n--\n\nA descriptor that is closed with the last reference to the object, unless it was taken."},
     {Py_tp_new, owned_new},
     {Py_tp_dealloc, owned_dealloc},
     {Py_tp_repr, owned_repr},
