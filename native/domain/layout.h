@@ -74,7 +74,7 @@ typedef struct {
   a32 table_lock;        /* [waiters 1 | life id 31]: guards growth, records, blocks and the hash; also their futex */
   a64 next_context;      /* the next fence context */
   a64 next_stamp;        /* the next stamp of a db_ctx: smaller is older */
-  a64 sweep_ns;          /* when dead processes were last looked for, CLOCK_MONOTONIC ns; whoever moves it does so */
+  a64 sweep_ns;          /* when dead processes were last looked for, CLOCK_MONOTONIC ns; the process that moves it does so */
   a32 rec_chunks;        /* chunks of records, and the next ordinal of one */
   a32 rec_free;          /* first free record + 1, 0: none */
   a32 life_high;         /* process slots below this one have been used */
@@ -139,7 +139,7 @@ DB_AT(db_life, comm, 48);
 
 #define LIFE_INDEX(id)      ((id) & (DB_LIVES - 1))
 #define LIFE_ID(index, gen) (((gen) & 0xfffffu) << 11 | (index))
-#define TL_WAITERS          0x80000000u /* in the table lock: somebody sleeps on it */
+#define TL_WAITERS          0x80000000u /* in the table lock: a thread sleeps on it */
 
 /* ---- Chunks ----
  *
@@ -202,7 +202,7 @@ DB_AT(db_ctx, return_rec, 48);
 DB_AT(db_ctx, spare32, 52);
 DB_AT(db_ctx, spare, 56);
 
-#define CTX_WAITERS  0x80000000ull /* in a lock: somebody sleeps on it */
+#define CTX_WAITERS  0x80000000ull /* in a lock: a thread sleeps on it */
 #define CTX_INDEX(w) ((uint32_t)((w) & 0x7fffffffu))
 #define CTX_GEN(w)   ((uint32_t)((w) >> 32))
 
@@ -250,7 +250,7 @@ DB_AT(db_fence, created, 80);
 DB_AT(db_fence, past, 88);
 
 #define FW_SIGNALED 1u  /* it has ended, with or without an error */
-#define FW_WAITERS  2u  /* somebody sleeps on the word */
+#define FW_WAITERS  2u  /* a thread sleeps on it */
 #define FW_SHARED   4u  /* others than the owner may know the fence */
 #define FW_SYNC     8u  /* a sync file waits for it: the process that signals it wakes the file's readers, then clears the bit */
 #define FW_DROPPED  16u /* known to nobody else, and its owner is dropping it: too late to share it */
