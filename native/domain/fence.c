@@ -6,9 +6,9 @@
  *
  * Several processes can signal a fence of FF_ANYBODY at once. While a slow one does, the owner may die and the slot be used for another
  * fence. Each word of such a fence therefore changes once, by a compare-and-swap from a value that no other generation has. A process that
- * comes later finds the end decided and only helps to make it known. A decision stands, whichever process dies: the reaper signals the fence
- * as it was decided, and with -EOWNERDEAD only if nothing was. Whatever else a stranger writes into a slot (fence_methods.c) names the
- * generation too, or does no harm in another one.
+ * comes later finds the end decided and only helps to make it known. A decision stands, whichever process dies: the reaper signals the
+ * fence as it was decided, and with -EOWNERDEAD only if nothing was. Whatever else a stranger writes into a slot (fence_methods.c) names
+ * the generation too, or does no harm in another one.
  */
 #include "domain/fence.h"
 #include "domain/sleep.h"
