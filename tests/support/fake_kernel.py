@@ -34,7 +34,7 @@ class FakeKernel:
         homes = {b"udmabuf": identity.UDMABUF, b"system": identity.DMA_HEAP + b"system"}
         monkeypatch.setattr(identity, "home_of", homes.get)
         monkeypatch.setattr(dma_heap, "names", lambda: ["system"])
-        monkeypatch.setattr(devices, "look", lambda node, gives, remedy: devices.Node(True, str(node)))
+        monkeypatch.setattr(devices, "examine", lambda node, gives, remedy: devices.Node(True, str(node)))
         monkeypatch.setattr(udmabuf, "limits", lambda _=None: udmabuf.Limits(64 << 20, 1024))
 
     def open(self, path: str, flags: int) -> int:

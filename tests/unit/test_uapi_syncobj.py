@@ -161,7 +161,7 @@ def test_a_driver_without_them_says_so(monkeypatch: pytest.MonkeyPatch, server: 
     monkeypatch.setattr(call, "system", none)
     with raises_errno(errno.EOPNOTSUPP) as caught:
         Syncobj(node)
-    assert "driver of this node has none" in str(caught.value)
+    assert "driver of this node has no sync objects" in str(caught.value)
 
 
 def test_several_handles_are_asked_for_at_once(server: Server, node: DrmNode) -> None:

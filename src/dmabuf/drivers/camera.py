@@ -1,12 +1,12 @@
-"""``Camera``: V4L2 capture into buffers that are real dma-bufs (VIDIOC_EXPBUF; videodev2.h).
+"""``Camera``: V4L2 capture into kernel dma-bufs (VIDIOC_EXPBUF; videodev2.h).
 
-A buffer that the driver fills is inside a ``write()`` of this process: whoever reads it in another process waits for the frame, and the
-buffer goes back to the driver only when its readers are done. V4L2 has no fences of its own for that.
+While the driver fills a buffer, this process is inside a ``write()`` of it. A reader in another process therefore waits for the frame, and
+the buffer goes back to the driver only after its readers have ended. V4L2 itself has no fences for that.
 
     with Camera("/dev/video0") as camera:
         camera.configure(640, 360, "RGB3")
         camera.start(4)
-        with camera.frame() as frame:       # waits for one; back to the driver at the end
+        with camera.frame() as frame:       # waits for a frame; the end of the block gives it back to the driver
             dmabuf.send(sock, frame.buf)
 
 One thread uses a camera at a time.
@@ -38,22 +38,23 @@ _BIG_ENDIAN = 1 << 31  # v4l2_fourcc_be, include/uapi/linux/videodev2.h
 
 
 def fourcc(code: str) -> int:
-    """The number of a pixel format; ``-BE`` behind it: the big-endian one of two. Errors: EINVAL not four letters."""
+    """Return the number of a pixel format. ``-BE`` at the end means the big-endian variant. Errors: EINVAL not four letters."""
     four = code.removesuffix("-BE")
     if len(four) != 4 or not four.isascii():
-        raise fail(errno.EINVAL, "format", repr(code), "four letters, such as 'YUYV' or 'RGB3', and -BE behind them for big-endian")
+        remedy = "pass four letters, such as 'YUYV' or 'RGB3', with an optional -BE for big-endian"
+        raise fail(errno.EINVAL, "format", repr(code), remedy, what="not a pixel format")
     return int.from_bytes(four.encode(), "little") | (_BIG_ENDIAN if four != code else 0)
 
 
 def letters(number: int) -> str:
-    """The letters of a pixel format's number, as :func:`fourcc` takes them."""
+    """Return the letters of a pixel format's number, as :func:`fourcc` takes them."""
     raw = (number & ~_BIG_ENDIAN).to_bytes(4, "little")
     return raw.decode("ascii", "backslashreplace") + ("-BE" if number & _BIG_ENDIAN else "")
 
 
 @dataclass(frozen=True)
 class Picture:
-    """``pixelformat``: four letters; ``pitch``: bytes from line to line; ``size``: bytes of a frame."""
+    """The format of frames. ``pixelformat``: four letters. ``pitch``: bytes from line to line. ``size``: bytes of a frame."""
 
     width: int
     height: int
@@ -63,9 +64,10 @@ class Picture:
 
 
 class Frame:
-    """A filled buffer; :meth:`done`, or the end of the block, gives it back. ``timestamp_ns``: CLOCK_MONOTONIC where the driver says so.
+    """A filled buffer. :meth:`done`, or the end of a ``with`` block, gives it back to the driver.
 
-    ``used``: bytes of the picture; ``broken``: the driver marks it so.
+    ``timestamp_ns``: CLOCK_MONOTONIC if the driver says so. ``used``: the bytes of the picture. ``broken``: whether the driver marks it as
+    broken.
     """
 
     def __init__(self, camera: Camera, told: V4l2Buffer, buf: DmaBuf) -> None:
@@ -80,7 +82,11 @@ class Frame:
         return self.buf.export_range(0, self.used or self.buf.size)
 
     def done(self, timeout: float | None = None) -> None:
-        """Back to the driver, once its readers are done. Again: nothing. Errors: ETIMEDOUT they are not; the frame stays ours."""
+        """Give the buffer back to the driver after its readers have ended. Calling it twice has no effect.
+
+        Raises:
+            DmaBufTimeout: The readers did not end in time (ETIMEDOUT). The frame stays with this process.
+        """
         if self._held and self.camera._streaming and not self.buf.closed:  # closed: it is of an earlier start
             self.camera._queue(self.index, timeout)
         self._held = False
@@ -93,10 +99,15 @@ class Frame:
 
 
 class Camera(Closing):
-    """An open camera. ``card``, ``driver``: as the driver says. ``domain``: of its buffers."""
+    """An open camera. ``card`` and ``driver``: its names. ``domain``: the domain of its buffers.
+
+    Raises:
+        NotFoundError, NotPermittedError, BusyError: The node can't be opened (ENOENT, EACCES, EBUSY).
+        DmaBufError: It is not a V4L2 device (ENOTTY).
+        NoDeviceError: It doesn't capture single-planar video by streaming (ENODEV).
+    """
 
     def __init__(self, path: str = "/dev/video0", *, domain: Domain | None = None) -> None:
-        """Errors: ENOENT, EACCES, EBUSY; ENOTTY no V4L2 device; ENODEV it captures no single-planar video by streaming."""
         remedies = {
             errno.ENOENT: "load its driver, or: modprobe vivid",
             errno.EACCES: "join the group of the node: `dmabuf doctor` names it",
@@ -108,13 +119,13 @@ class Camera(Closing):
         able = told.device_caps if told.capabilities & uapi.CAP_DEVICE_CAPS else told.capabilities
         if not (able & uapi.CAP_VIDEO_CAPTURE and able & uapi.CAP_STREAMING):
             self._fd.close()
-            raise fail(errno.ENODEV, "open", path, "open the node that captures", what="it does not capture video by streaming")
+            raise fail(errno.ENODEV, "open", path, "open the node that captures", what="it doesn't capture video by streaming")
         self.buffers: list[DmaBuf] = []
         self._accesses: dict[int, Access] = {}
         self._streaming = self._requested = False
 
     def fileno(self) -> int:
-        """The descriptor, borrowed; readable when a frame is there. Errors: EBADF closed."""
+        """Return the descriptor, which the camera keeps. It is readable when there is a frame. Errors: EBADF closed."""
         if self._fd.number < 0:
             raise fail(errno.EBADF, "fileno", f"camera {self.path}", "open it again", what="the camera is closed")
         return self._fd.number
@@ -124,27 +135,30 @@ class Camera(Closing):
 
     @property
     def picture(self) -> Picture:
-        """What it captures now."""
+        """The present format of frames."""
         told = uapi.get_format(self.fileno())
         return Picture(told.width, told.height, letters(told.pixelformat), told.bytesperline, told.sizeimage)
 
     def configure(self, width: int, height: int, pixelformat: str) -> Picture:
-        """Ask for a picture; what the driver can do that comes next to it. Errors: EBUSY it was started; EINVAL."""
+        """Ask for a format. Return the nearest one that the driver has. Errors: EBUSY the camera was started; EINVAL."""
         fd = self.fileno()
-        asked = uapi.get_format(fd)._replace(
-            width=width, height=height, pixelformat=fourcc(pixelformat), bytesperline=0, sizeimage=0, priv=0, field=0
-        )
-        uapi.set_format(fd, asked)
+        uapi.set_format(fd, uapi.with_picture(uapi.get_format(fd), width, height, fourcc(pixelformat)))
         return self.picture
 
     def start(self, count: int = 4, *, name: str | None = None) -> list[DmaBuf]:
-        """Have buffers made and filled; they are the camera's and closed with it. ``name``: they are called name-0, name-1, …
+        """Have the driver make and fill buffers. The camera owns them and closes them.
 
-        Errors: EBUSY it was started, or somebody else streams; ENOMEM, EMFILE.
+        Args:
+            count: How many to ask for.
+            name: If given, their names are name-0, name-1, ….
+
+        Raises:
+            BusyError: The camera was started, or another process streams from it (EBUSY).
+            DmaBufError: There is no memory, or no descriptor is left (ENOMEM, EMFILE).
         """
         fd = self.fileno()
         if self.buffers:
-            raise fail(errno.EBUSY, "start", f"camera {self.path}", "stop it first", what="it was started")
+            raise fail(errno.EBUSY, "start", f"camera {self.path}", "stop it first", what="it is started already")
         try:
             self._requested = True
             for index in range(uapi.request_buffers(fd, count)):
@@ -161,7 +175,7 @@ class Camera(Closing):
         return self.buffers
 
     def _queue(self, index: int, timeout: float | None) -> None:
-        """Give a buffer to the driver, inside a write of ours."""
+        """Give a buffer to the driver, inside a ``write()`` of this process."""
         access = self.buffers[index].write(timeout)
         access.__enter__()
         try:
@@ -172,20 +186,30 @@ class Camera(Closing):
         self._accesses[index] = access
 
     def frame(self, timeout: float | None = None) -> Frame:
-        """The next frame. Errors: ETIMEDOUT (also ``TimeoutError``); EINVAL not started; EIO the driver lost it."""
+        """Wait for the next frame and return it.
+
+        Args:
+            timeout: Seconds to wait; None waits forever.
+
+        Raises:
+            DmaBufTimeout: No frame came in time (ETIMEDOUT).
+            InvalidError: The camera was not started (EINVAL).
+            DmaBufError: The driver lost the frame (EIO).
+        """
         fd, until = self.fileno(), monotonic_deadline(timeout, "frame", f"camera {self.path}")
         if not self._streaming:
             raise fail(errno.EINVAL, "frame", f"camera {self.path}", "start it first", what="it was not started")
         if not poll_until(fd, select.POLLIN, until, f"camera {self.path}"):
-            raise fail(errno.ETIMEDOUT, "frame", f"camera {self.path}", "give frames back: the driver has none to fill, or no signal")
+            what = f"no frame came in {timeout} s: the driver has none to fill, or no signal"
+            raise fail(errno.ETIMEDOUT, "frame", f"camera {self.path}", "give frames back with done()", what=what)
         told = uapi.dequeue(fd)
         self._accesses.pop(told.which).__exit__(None, None, None)
         return Frame(self, told, self.buffers[told.which])
 
     def stop(self) -> None:
-        """Take the buffers back and close them, and have the driver let go of them; again: nothing.
+        """Take the buffers back from the driver and close them. Calling it twice has no effect.
 
-        Who has one of them, in this process or another, keeps its memory. In a forked child nothing is stopped: the camera is its parent's.
+        A process that has a handle of a buffer keeps its memory. In a forked child nothing is stopped, because the camera is the parent's.
         """
         fd = self._fd.number if os.getpid() == self._pid else -1
         streaming, self._streaming = self._streaming, False
@@ -199,12 +223,12 @@ class Camera(Closing):
             while self.buffers:
                 self.buffers.pop().close()
         if requested and fd >= 0:
-            # Else the driver would refuse another picture. One that can't (before v4.20, memory in use) says so when it is asked for one.
+            # Without this the driver would refuse another format. A driver that can't free buffers in use (before v4.20) refuses later.
             with contextlib.suppress(OSError):
                 uapi.request_buffers(fd, 0)
 
     def close(self) -> None:
-        """Stop, and close; again: nothing."""
+        """Stop the camera and close it. Closing twice has no effect."""
         try:
             self.stop()
         finally:

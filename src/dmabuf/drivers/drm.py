@@ -67,8 +67,13 @@ class DrmNode(Closing):
     def __repr__(self) -> str:
         return f"<DrmNode {self.path} {self.driver}{'' if self._fd.number >= 0 else ' closed'}>"
 
+    @property
+    def closed(self) -> bool:
+        """Whether the node is closed."""
+        return self._fd.number < 0
+
     def fileno(self) -> int:
-        """The descriptor, borrowed. Errors: EBADF closed."""
+        """Return the descriptor, which the node keeps. Errors: EBADF closed."""
         if self._fd.number < 0:
             raise fail(errno.EBADF, "fileno", self, "open it again", what="the node is closed")
         return self._fd.number

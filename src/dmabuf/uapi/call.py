@@ -1,13 +1,13 @@
-"""How an ioctl is called: restarted where the kernel asks for it, and with an owner for the descriptor that it may give.
+"""The call of an ioctl: restarted where the kernel asks for it, with an owner for the descriptor that it may return.
 
-*Restarts.* EINTR is restarted after Python's signal handlers have run; a handler that raises ends the call. EAGAIN is restarted where the
-kernel means "again" (dma-buf's SYNC, all of DRM; semantics 5.3), and not where it means "nothing there" (V4L2's DQBUF on a non-blocking
-fd).
+*Restarts.* A call that ends with EINTR is restarted after Python's signal handlers have run, unless one of them raises. EAGAIN is restarted
+where the kernel means "again" (dma-buf's SYNC, all of DRM; semantics 5.3), but not where it means "nothing there" (V4L2's DQBUF on a
+non-blocking descriptor).
 
-*Descriptors.* An ioctl that makes a descriptor hands back an ``OwnedFd``, which closes it with its last reference unless it was given on.
-Between the system call and the owner there is no Python code, so no signal handler that raises can come in between.
+*Descriptors.* An ioctl that makes a descriptor returns an ``OwnedFd``, which closes it with its last reference unless it was passed on. No
+Python code runs between the system call and the owner, so no signal handler can raise in between.
 
-``system`` is the system call. Tests put another one in its place: a kernel of their own, or one that fails.
+``system`` is the system call. Tests replace it by a fake kernel, or by one that fails.
 """
 
 from __future__ import annotations
@@ -32,50 +32,57 @@ system: Callable[..., Any] = fcntl.ioctl
 
 _PAUSE_MOST = 0.001  # seconds between two tries of a call that says EAGAIN
 
-REMEDIES: Final[dict[int, str]] = {
+Remedy = str | tuple[str, str]
+"""What to do, or what happened and what to do."""
+
+REMEDIES: Final[dict[int, Remedy]] = {
     errno.EMFILE: "raise RLIMIT_NOFILE or close descriptors",
-    errno.ENFILE: "close descriptors: the machine has no more",
+    errno.ENFILE: ("the machine has no descriptor left", "close descriptors"),
     errno.ENOMEM: "free memory, or ask for less",
     errno.EBADF: "pass an open file descriptor",
 }
-"""What to do about errors that mean the same everywhere."""
+"""For errors that mean the same everywhere."""
 
 
-def told(error: OSError, operation: str, obj: object, remedies: Mapping[int, str] | None = None) -> DmaBufError:
-    """The kernel's answer in our words. ``remedies``: by errno, beside those of :data:`REMEDIES`."""
+def told(error: OSError, operation: str, obj: object, remedies: Mapping[int, Remedy] | None = None) -> DmaBufError:
+    """Return the error for an answer of the kernel. ``remedies``: by errno, before those of :data:`REMEDIES`."""
     if isinstance(error, DmaBufError):
         return error
     number = error.errno or errno.EIO
-    return fail(number, operation, obj, (remedies or {}).get(number) or REMEDIES.get(number))
+    found = (remedies or {}).get(number) or REMEDIES.get(number)
+    what, remedy = found if isinstance(found, tuple) else (None, found)
+    if number == errno.EINVAL and what is None:
+        what = "the kernel refuses an argument"
+    return fail(number, operation, obj, remedy, what=what)
 
 
 def _again(error: OSError, restart: bool, tried: int) -> None:
-    """Return when the call is to be made again; else raise what it raised."""
+    """Return if the call must be made again, else raise its error."""
     if error.errno == errno.EINTR:
-        return  # Python's handlers have run, or will before the next call
+        return  # Python's handlers have run, or will run before the next call
     if error.errno != errno.EAGAIN or not restart:
         raise error
     select.select([], [], [], min(_PAUSE_MOST, tried * 1e-5))
 
 
 def _descriptor(fd: int) -> None:
-    if not 0 <= fd < 1 << 31:  # fcntl.ioctl has errors of its own for these
+    if not 0 <= fd < 1 << 31:  # for these fcntl.ioctl raises other errors
         raise OSError(errno.EBADF, os.strerror(errno.EBADF))
 
 
 def perform(fd: int, ioctl: Ioctl[T], value: T, *, restart: bool = True, interruptible: bool = False) -> T:
-    """Call it with a structure, and return the structure as the kernel left it.
+    """Make an ioctl with a structure, and return the structure as the kernel left it.
 
-    ``restart``: EAGAIN means "again"; ``interruptible``: EINTR does not. Errors: the kernel's, as a plain OSError; EINVAL a field that does
-    not fit.
+    ``restart``: whether EAGAIN means "again". ``interruptible``: whether EINTR ends the call. Errors: the kernel's, as a plain OSError;
+    EINVAL a field that does not fit.
     """
     return ioctl.layout.unpack(perform_raw(fd, ioctl.number, ioctl.layout.pack(value), restart=restart, interruptible=interruptible))
 
 
 def perform_raw(fd: int, number: int, argument: Any = 0, *, restart: bool = True, interruptible: bool = False) -> Any:
-    """Call it with bytes (returned as the kernel left them), a number, or a buffer to be changed in place. Errors: as :func:`perform`.
+    """Make an ioctl with bytes (returned as the kernel left them), a number, or a buffer that the kernel changes. Errors: as `perform`.
 
-    Over 1,024 bytes Python keeps its lock during the call: nothing that waits is that long.
+    With more than 1,024 bytes Python keeps its lock during the call. No ioctl that waits has such an argument.
     """
     _descriptor(fd)
     tried = 0
@@ -90,13 +97,13 @@ def perform_raw(fd: int, number: int, argument: Any = 0, *, restart: bool = True
 
 
 def obtain(fd: int, ioctl: Ioctl[T], value: T, field: str, *, restart: bool = True) -> OwnedFd:
-    """Call it with a structure of which ``field`` comes back as a new descriptor. Errors: as :func:`perform`."""
+    """Make an ioctl whose structure returns a new descriptor in ``field``. Errors: as `perform`."""
     pick = itemgetter(ioctl.layout.fields.index(field))
     argument, tried = ioctl.layout.pack(value), 0
     _descriptor(fd)
     while True:
         try:
-            # All of it is C, from the system call to the owner: no signal handler can raise with the number in nobody's hands.
+            # All of this is C, from the system call to the owner, so no signal handler can raise before the descriptor has an owner.
             return next(map(OwnedFd, map(pick, map(ioctl.layout.struct.unpack, map(system, (fd,), (ioctl.number,), (argument,))))))
         except OSError as e:
             tried += 1
@@ -104,7 +111,7 @@ def obtain(fd: int, ioctl: Ioctl[T], value: T, field: str, *, restart: bool = Tr
 
 
 def obtain_result(fd: int, number: int, argument: bytearray, *, restart: bool = True) -> OwnedFd:
-    """Call it with a buffer; the ioctl's own result is the new descriptor (semantics 5.9). Errors: as :func:`perform`."""
+    """Make an ioctl with a buffer, whose result is the new descriptor (semantics 5.9). Errors: as `perform`."""
     _descriptor(fd)
     tried = 0
     while True:
@@ -115,8 +122,8 @@ def obtain_result(fd: int, number: int, argument: bytearray, *, restart: bool = 
             _again(e, restart, tried)
 
 
-def open_node(path: str, operation: str, remedies: Mapping[int, str] | None = None, *, flags: int = os.O_RDWR) -> OwnedFd:
-    """Open a device node. Errors: the kernel's, in our words: ENOENT no such device, EACCES, EMFILE, …"""
+def open_node(path: str, operation: str, remedies: Mapping[int, Remedy] | None = None, *, flags: int = os.O_RDWR) -> OwnedFd:
+    """Open a device node. Errors: ENOENT no such device, EACCES, EMFILE, …"""
     try:
         return next(map(OwnedFd, map(opening, (path,), (flags | os.O_CLOEXEC,))))
     except OSError as e:
@@ -124,4 +131,4 @@ def open_node(path: str, operation: str, remedies: Mapping[int, str] | None = No
 
 
 opening: Callable[[str, int], int] = os.open
-"""open(2), for tests as :data:`system`."""
+"""open(2), which tests replace as :data:`system`."""

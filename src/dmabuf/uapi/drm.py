@@ -20,17 +20,17 @@ VGEM_WRITE: Final = 1
 
 
 def driver(node: int) -> str:
-    """The driver's name. Errors: ENOTTY no DRM node."""
+    """Return the driver's name. Errors: ENOTTY not a DRM node."""
     room = array("B", bytes(64))
     try:
         found = call.perform(node, t.DRM_VERSION, DrmVersion(name_len=len(room), name=room.buffer_info()[0]))
     except OSError as e:
-        raise told(e, "version", f"fd {node}", {errno.ENOTTY: "it is no DRM node"}) from None
+        raise told(e, "version", f"fd {node}", {errno.ENOTTY: ("not a DRM node", "open a node in /dev/dri")}) from None
     return os.fsdecode(room.tobytes()[: min(found.name_len, len(room))])
 
 
 def capability(node: int, which: int) -> int:
-    """What the driver says of a capability. Errors: EINVAL the kernel does not know it."""
+    """Return the driver's value of a capability. Errors: EINVAL the kernel does not know it."""
     try:
         return call.perform(node, t.DRM_GET_CAP, DrmCap(which)).value
     except OSError as e:
@@ -38,16 +38,22 @@ def capability(node: int, which: int) -> int:
 
 
 def create_dumb(node: int, width: int, height: int, bpp: int, *, of: object = None) -> CreateDumb:
-    """A buffer for the CPU; its ``handle``, ``pitch`` and ``size``. Errors: EINVAL a 0, or too large; EOPNOTSUPP; EACCES; ENOMEM."""
+    """Make a buffer for the CPU.
+
+    Return its ``handle``, ``pitch`` and ``size``. Errors: EINVAL a 0, too large; EOPNOTSUPP; EACCES; ENOMEM.
+    """
     try:
         return call.perform(node, t.CREATE_DUMB, CreateDumb(height, width, bpp))
     except OSError as e:
-        remedies = {errno.EINVAL: "width, height and bits per pixel above 0", errno.EACCES: "dumb buffers are made on /dev/dri/card*"}
+        remedies = {
+            errno.EINVAL: ("bad size", "pass a width, a height and bits per pixel above 0, and not too large"),
+            errno.EACCES: ("this node makes no dumb buffers", "open /dev/dri/card*"),
+        }
         raise told(e, "create_dumb", of or f"fd {node}", remedies) from None
 
 
 def map_dumb(node: int, handle: int, *, of: object = None) -> int:
-    """The offset to give mmap(2) on the node. Errors: ENOENT no such handle."""
+    """Return the offset for mmap(2) on the node. Errors: ENOENT no such handle."""
     try:
         return call.perform(node, t.MAP_DUMB, MapDumb(handle)).offset
     except OSError as e:
@@ -55,7 +61,7 @@ def map_dumb(node: int, handle: int, *, of: object = None) -> int:
 
 
 def destroy_dumb(node: int, handle: int) -> None:
-    """Errors: EINVAL no such handle."""
+    """Close the handle of a dumb buffer. Errors: EINVAL no such handle."""
     try:
         call.perform(node, t.DESTROY_DUMB, Pointer(handle))
     except OSError as e:
@@ -63,7 +69,7 @@ def destroy_dumb(node: int, handle: int) -> None:
 
 
 def gem_close(node: int, handle: int) -> None:
-    """Errors: EINVAL no such handle."""
+    """Close a handle. Errors: EINVAL no such handle."""
     try:
         call.perform(node, t.DRM_GEM_CLOSE, GemClose(handle))
     except OSError as e:
@@ -71,7 +77,7 @@ def gem_close(node: int, handle: int) -> None:
 
 
 def handle_to_fd(node: int, handle: int, *, flags: int = os.O_RDWR, of: object = None) -> OwnedFd:
-    """The dma-buf of a handle; the same one each time. Always close-on-exec. Errors: ENOENT no such handle; EINVAL flags; EMFILE."""
+    """Return the dma-buf of a handle, the same one each time, close-on-exec. Errors: ENOENT no such handle; EINVAL flags; EMFILE."""
     try:
         return call.obtain(node, t.PRIME_HANDLE_TO_FD, PrimeHandle(handle, flags | os.O_CLOEXEC), "fd")
     except OSError as e:
@@ -79,7 +85,10 @@ def handle_to_fd(node: int, handle: int, *, flags: int = os.O_RDWR, of: object =
 
 
 def fd_to_handle(node: int, fd: int, *, of: object = None) -> int:
-    """Import a dma-buf; the same handle each time, to be closed once. Errors: EBADF; EINVAL no dma-buf, or the device can't reach it."""
+    """Import a dma-buf. Return its handle, the same one each time, to be closed once.
+
+    Errors: EBADF; EINVAL not a dma-buf, or the device can't reach it.
+    """
     try:
         return call.perform(node, t.PRIME_FD_TO_HANDLE, PrimeHandle(0, 0, fd)).handle
     except OSError as e:
@@ -87,18 +96,27 @@ def fd_to_handle(node: int, fd: int, *, of: object = None) -> int:
 
 
 def vgem_attach(node: int, handle: int, *, write: bool = False, of: object = None) -> int:
-    """Add a fence of vgem's, which ends by itself after 10 s; its id. Errors: ENOENT no such handle; EBUSY a fence in the way; ENOTTY."""
+    """Add a fence of vgem, which is signaled after 10 s at the latest. Return its id.
+
+    Errors: ENOENT no such handle; EBUSY a fence conflicts; ENOTTY not vgem.
+    """
     try:
         return call.perform(node, t.VGEM_FENCE_ATTACH, VgemAttach(handle, VGEM_WRITE if write else 0)).out_fence
     except OSError as e:
-        remedies = {errno.EBUSY: "wait for the fences in the way first", errno.ENOTTY: "it is no node of vgem's: modprobe vgem"}
+        remedies = {
+            errno.EBUSY: ("a fence conflicts", "wait for it first"),
+            errno.ENOTTY: ("not a node of vgem", "run: modprobe vgem"),
+        }
         raise told(e, "fence", of or f"handle {handle}", remedies) from None
 
 
 def vgem_signal(node: int, fence: int) -> None:
-    """Signal a fence of vgem's. Errors: ENOENT no such fence, or signalled already; ETIMEDOUT it ended by itself."""
+    """Signal a fence of vgem. Errors: ENOENT no such fence, or signaled already; ETIMEDOUT vgem has signaled it."""
     try:
         call.perform(node, t.VGEM_FENCE_SIGNAL, VgemSignal(fence))
     except OSError as e:
-        remedies = {errno.ENOENT: "a fence is signalled once", errno.ETIMEDOUT: "vgem ends a fence after 10 s: signal it sooner"}
+        remedies = {
+            errno.ENOENT: ("no such fence, or it is signaled already", "signal a fence once"),
+            errno.ETIMEDOUT: ("vgem has signaled it after 10 s", "signal it sooner"),
+        }
         raise told(e, "signal", f"fence {fence}", remedies) from None

@@ -16,28 +16,30 @@ UDMABUF_CLOEXEC: Final = 1
 
 
 def allocate(heap: int, length: int, *, fd_flags: int = os.O_RDWR, of: object = None) -> OwnedFd:
-    """DMA_HEAP_IOCTL_ALLOC: zeroed memory, the length rounded up to pages. Always close-on-exec.
+    """Allocate zeroed memory from a dma-heap, with the length rounded up to pages, close-on-exec (DMA_HEAP_IOCTL_ALLOC).
 
     Errors: EINVAL a length of 0, or flags beyond the access mode; ENOMEM; EMFILE.
     """
     try:
-        # The kernel wants 0 in the field that the new descriptor comes back in.
+        # The kernel wants 0 in the field in which it returns the new descriptor.
         return call.obtain(heap, t.DMA_HEAP_ALLOC, HeapAllocation(length, fd_flags=fd_flags | os.O_CLOEXEC), "fd")
     except OSError as e:
         raise told(
-            e, "allocate", of or f"{length} bytes", {errno.EINVAL: "ask for at least one byte, and fewer than 2**64 - 4095"}
+            e, "allocate", of or f"{length} bytes", {errno.EINVAL: ("bad size or flags", "ask for 1 to 2**64 - 4096 bytes")}
         ) from None
 
 
 _UDMABUF: Final = {
-    errno.EINVAL: "offsets and sizes in whole pages inside of the memfd, which is sealed F_SEAL_SHRINK and not F_SEAL_WRITE; "
-    "sizes and number up to /sys/module/udmabuf/parameters",
-    errno.EBADFD: "pass memfds",
+    errno.EINVAL: (
+        "a bad range, bad seals, or more than /sys/module/udmabuf/parameters allows",
+        "pass whole pages inside of a memfd with F_SEAL_SHRINK and without F_SEAL_WRITE",
+    ),
+    errno.EBADFD: ("not a memfd", "pass memfds"),
 }
 
 
 def create(device: int, memfd: int, offset: int, size: int, *, flags: int = UDMABUF_CLOEXEC, of: object = None) -> OwnedFd:
-    """UDMABUF_CREATE: a dma-buf out of a range of a memfd. Errors: EINVAL range, seals, limits; EBADFD no memfd; ENOMEM; EMFILE."""
+    """Make a dma-buf of a range of a memfd (UDMABUF_CREATE). Errors: EINVAL range, seals, limits; EBADFD not a memfd; ENOMEM; EMFILE."""
     try:
         argument = bytearray(t.UDMABUF_CREATE.layout.pack(UdmabufCreate(memfd, flags, offset, size)))
         return call.obtain_result(device, t.UDMABUF_CREATE.number, argument)
@@ -46,7 +48,7 @@ def create(device: int, memfd: int, offset: int, size: int, *, flags: int = UDMA
 
 
 def create_list(device: int, items: Sequence[tuple[int, int, int]], *, flags: int = UDMABUF_CLOEXEC, of: object = None) -> OwnedFd:
-    """UDMABUF_CREATE_LIST: one dma-buf out of (memfd, offset, size) one after the other. Errors: as :func:`create`."""
+    """Make one dma-buf of several ranges (memfd, offset, size) (UDMABUF_CREATE_LIST). Errors: as `create`."""
     try:
         argument = bytearray(t.UDMABUF_CREATE_LIST.layout.pack(UdmabufCreateList(flags, len(items))))
         for memfd, offset, size in items:

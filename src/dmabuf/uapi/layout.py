@@ -1,5 +1,8 @@
-"""How the numbers and structures of ioctls are made (include/uapi/asm-generic/ioctl.h): bits 0–7 number, 8–15 letter, 16–29 size of the
-argument, 30–31 direction. x86-64 and arm64 have the same numbers and layouts, little-endian, structures without hidden padding."""
+"""The numbers and structures of ioctls (include/uapi/asm-generic/ioctl.h).
+
+A number has the ioctl's own number in bits 0–7, a letter in 8–15, the size of the argument in 16–29, and the direction in 30–31. x86-64 and
+arm64 have the same numbers and layouts, little-endian, with structures without hidden padding.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +21,14 @@ T = TypeVar("T")
 
 
 def number(direction: int, letter: str, nr: int, size: int) -> int:
-    """The number of an ioctl. Errors: ValueError outside of what the bits hold."""
+    """Return the number of an ioctl. Errors: ValueError a part doesn't fit into its bits."""
     if not (0 <= direction < 4 and 0 <= nr < 256 and 0 <= size < 1 << 14 and len(letter) == 1):
         raise ValueError(f"no ioctl has direction {direction}, letter {letter!r}, number {nr} and size {size}")
     return direction << 30 | size << 16 | ord(letter) << 8 | nr
 
 
 def parts(ioctl: int) -> tuple[int, str, int, int]:
-    """(direction, letter, nr, size) of a number."""
+    """Return (direction, letter, nr, size) of a number."""
     return ioctl >> 30 & 3, chr(ioctl >> 8 & 0xFF), ioctl & 0xFF, ioctl >> 16 & 0x3FFF
 
 
@@ -38,18 +41,18 @@ class Layout(Generic[T]):
         self.size = self.struct.size
 
     def pack(self, value: T) -> bytes:
-        """The bytes of a value. Errors: EINVAL a field that does not fit."""
+        """Return the bytes of a value. Errors: EINVAL a field that does not fit."""
         try:
             return self.struct.pack(*value)  # type: ignore[misc]
         except struct.error as e:
             raise fail(errno.EINVAL, "ioctl", self.kind.__name__, "give each field a value that its type holds", what=str(e)) from None
 
     def unpack(self, data: bytes | bytearray | memoryview, offset: int = 0) -> T:
-        """The value of bytes. Errors: EINVAL too few of them."""
+        """Return the value of some bytes. Errors: EINVAL too few bytes."""
         try:
             return self.kind(*self.struct.unpack_from(data, offset))
         except struct.error as e:
-            raise fail(errno.EINVAL, "ioctl", self.kind.__name__, f"it has {self.size} bytes", what=str(e)) from None
+            raise fail(errno.EINVAL, "ioctl", self.kind.__name__, f"pass {self.size} bytes", what=str(e)) from None
 
 
 class Ioctl(Generic[T]):

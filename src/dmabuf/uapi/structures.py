@@ -24,7 +24,7 @@ class SyncFileOf(NamedTuple):
 
 
 class Pointer(NamedTuple):
-    """What an ioctl takes that is a pointer or a number by itself."""
+    """The argument of an ioctl that takes a pointer or a number."""
 
     value: int
 
@@ -43,7 +43,7 @@ class Merge(NamedTuple):
 
 
 class FenceInfo(NamedTuple):
-    """sync_fence_info. ``status``: 1 signalled, 0 pending, else the error; ``timestamp_ns``: CLOCK_MONOTONIC, 0 while pending."""
+    """sync_fence_info. ``status``: 1 signaled, 0 pending, else the error; ``timestamp_ns``: CLOCK_MONOTONIC, 0 while pending."""
 
     obj_name: bytes
     driver_name: bytes
@@ -74,7 +74,7 @@ class SetDeadline(NamedTuple):
 
 
 class HeapAllocation(NamedTuple):
-    """dma_heap_allocation_data: ``fd`` is 0 going in."""
+    """dma_heap_allocation_data: ``fd`` must be 0 in the call."""
 
     len: int
     fd: int = 0
@@ -166,7 +166,7 @@ class PrimeHandle(NamedTuple):
 
 
 class CreateDumb(NamedTuple):
-    """drm_mode_create_dumb; the last three come back."""
+    """drm_mode_create_dumb; the kernel fills in the last three."""
 
     height: int
     width: int
@@ -178,7 +178,7 @@ class CreateDumb(NamedTuple):
 
 
 class MapDumb(NamedTuple):
-    """drm_mode_map_dumb: ``offset`` is what to give mmap(2) on the node."""
+    """drm_mode_map_dumb: ``offset`` is for mmap(2) on the node."""
 
     handle: int
     pad: int = 0
@@ -209,7 +209,7 @@ class SyncobjCreate(NamedTuple):
 
 
 class SyncobjHandle(NamedTuple):
-    """drm_syncobj_handle, as before v6.16 gave it a point."""
+    """drm_syncobj_handle, without the point that v6.16 added."""
 
     handle: int
     flags: int
@@ -336,7 +336,7 @@ class V4l2Format(NamedTuple):
 
 
 class V4l2RequestBuffers(NamedTuple):
-    """v4l2_requestbuffers; ``how_many`` comes back."""
+    """v4l2_requestbuffers; the kernel fills in ``how_many``."""
 
     how_many: int
     type: int

@@ -28,18 +28,18 @@ WAIT_ALL, WAIT_FOR_SUBMIT, WAIT_AVAILABLE = 1, 2, 4
 QUERY_LAST_SUBMITTED: Final = 1
 SYNC_FILE: Final = 1  # of HANDLE_TO_FD and FD_TO_HANDLE: a sync_file instead of the object
 
-_REMEDIES: Final = {
-    errno.EOPNOTSUPP: "the driver of this node has none; those of GPUs have",
-    errno.ENOENT: "no such handle on this descriptor of the node",
-    errno.ENOTTY: "it is no DRM node, or the kernel is too old",
+_REMEDIES: Final[dict[int, call.Remedy]] = {
+    errno.EOPNOTSUPP: ("the driver of this node has no sync objects", "open the node of a GPU"),
+    errno.ENOENT: ("no such handle on this descriptor of the node", "use the descriptor that made the handle"),
+    errno.ENOTTY: ("not a DRM node, or the kernel is too old", "open a node in /dev/dri"),
 }
 
 
-def _told(error: OSError, operation: str, obj: object, remedies: Mapping[int, str] | None = None) -> DmaBufError:
+def _told(error: OSError, operation: str, obj: object, remedies: Mapping[int, call.Remedy] | None = None) -> DmaBufError:
     return told(error, f"syncobj {operation}", obj, {**_REMEDIES, **(remedies or {})})
 
 
-def _do(node: int, ioctl: Ioctl[Any], value: Any, operation: str, obj: object, remedies: Mapping[int, str] | None = None) -> Any:
+def _do(node: int, ioctl: Ioctl[Any], value: Any, operation: str, obj: object, remedies: Mapping[int, call.Remedy] | None = None) -> Any:
     try:
         return call.perform(node, ioctl, value)
     except OSError as e:
@@ -55,37 +55,38 @@ def _u64s(values: Sequence[int]) -> array[int]:
 
 
 def create(node: int, *, signaled: bool = False) -> int:
-    """A new object; its handle. Errors: EOPNOTSUPP the driver has none; ENOMEM."""
+    """Make an object and return its handle. Errors: EOPNOTSUPP the driver has none; ENOMEM."""
     found: SyncobjCreate = _do(node, t.SYNCOBJ_CREATE, SyncobjCreate(0, CREATE_SIGNALED if signaled else 0), "create", f"fd {node}")
     return found.handle
 
 
 def destroy(node: int, handle: int) -> None:
-    """Errors: EINVAL no such handle."""
+    """Close a handle. Errors: EINVAL no such handle."""
     _do(node, t.SYNCOBJ_DESTROY, SyncobjCreate(handle), "destroy", f"handle {handle}")
 
 
 def handle_to_fd(node: int, handle: int, *, sync_file: bool = False) -> OwnedFd:
-    """The object itself as a descriptor, or a sync_file of the fence in it. Errors: EINVAL no such handle, or no fence in it; EMFILE."""
+    """Return the object as a descriptor, or a sync_file of the fence in it. Errors: EINVAL no such handle, or no fence in it; EMFILE."""
     try:
         return call.obtain(node, t.SYNCOBJ_HANDLE_TO_FD, SyncobjHandle(handle, SYNC_FILE if sync_file else 0), "fd")
     except OSError as e:
-        raise _told(e, "export", f"handle {handle}", {errno.EINVAL: "no such handle, or no fence was put into it yet"}) from None
+        remedies = {errno.EINVAL: ("no such handle, or it has no fence yet", "put a fence in first")}
+        raise _told(e, "export", f"handle {handle}", remedies) from None
 
 
 def fd_to_handle(node: int, fd: int) -> int:
-    """An object that came as a descriptor: a new handle each time. Errors: EINVAL no syncobj."""
+    """Return a new handle for the object behind a descriptor. Errors: EINVAL not a sync object."""
     found: SyncobjHandle = _do(node, t.SYNCOBJ_FD_TO_HANDLE, SyncobjHandle(0, 0, fd), "import", f"fd {fd}")
     return found.handle
 
 
 def import_sync_file(node: int, handle: int, fd: int) -> None:
-    """Put the fence of a sync_file into an object. Errors: ENOENT no such handle; EINVAL no sync_file."""
+    """Put the fence of a sync_file into an object. Errors: ENOENT no such handle; EINVAL not a sync_file."""
     _do(node, t.SYNCOBJ_FD_TO_HANDLE, SyncobjHandle(handle, SYNC_FILE, fd), "import", f"handle {handle}")
 
 
 def wait(node: int, handles: Sequence[int], until_ns: int, flags: int = 0) -> int:
-    """Until one of the objects (WAIT_ALL: all) is signalled; which one. ``until_ns``: CLOCK_MONOTONIC, 0 asks only.
+    """Wait until one of the objects (WAIT_ALL: all) is signaled, and return which. ``until_ns``: CLOCK_MONOTONIC, 0 doesn't wait.
 
     Errors: ETIME it is not; EINVAL no fence in one of them, without WAIT_FOR_SUBMIT; ENOENT no such handle.
     """
@@ -96,7 +97,7 @@ def wait(node: int, handles: Sequence[int], until_ns: int, flags: int = 0) -> in
 
 
 def timeline_wait(node: int, handles: Sequence[int], points: Sequence[int], until_ns: int, flags: int = 0) -> int:
-    """:func:`wait` for a point of each. Errors: as wait; EOPNOTSUPP the driver has no timelines."""
+    """Do as `wait` for a point of each. Errors: as wait; EOPNOTSUPP the driver has no timelines."""
     raw, at = _u32s(handles), _u64s(points)
     asked = SyncobjTimelineWaitOld(raw.buffer_info()[0], at.buffer_info()[0], until_ns, len(raw), flags)
     found: SyncobjTimelineWaitOld = _do(node, t.SYNCOBJ_TIMELINE_WAIT_OLD, asked, "wait", f"handles {list(handles)}")
@@ -104,26 +105,26 @@ def timeline_wait(node: int, handles: Sequence[int], points: Sequence[int], unti
 
 
 def reset(node: int, handles: Sequence[int]) -> None:
-    """Take the fences out. Errors: ENOENT no such handle; EINVAL none named."""
+    """Take the fences out. Errors: ENOENT no such handle; EINVAL no handle is given."""
     raw = _u32s(handles)
     _do(node, t.SYNCOBJ_RESET, SyncobjArray(raw.buffer_info()[0], len(raw)), "reset", f"handles {list(handles)}")
 
 
 def signal(node: int, handles: Sequence[int]) -> None:
-    """Put signalled fences in. Errors: as :func:`reset`."""
+    """Put signaled fences in. Errors: as `reset`."""
     raw = _u32s(handles)
     _do(node, t.SYNCOBJ_SIGNAL, SyncobjArray(raw.buffer_info()[0], len(raw)), "signal", f"handles {list(handles)}")
 
 
 def timeline_signal(node: int, handles: Sequence[int], points: Sequence[int]) -> None:
-    """Signal a point of each. Errors: as :func:`reset`; EOPNOTSUPP."""
+    """Signal a point of each. Errors: as `reset`; EOPNOTSUPP."""
     raw, at = _u32s(handles), _u64s(points)
     asked = SyncobjTimelineArray(raw.buffer_info()[0], at.buffer_info()[0], len(raw))
     _do(node, t.SYNCOBJ_TIMELINE_SIGNAL, asked, "signal", f"handles {list(handles)}")
 
 
 def query(node: int, handles: Sequence[int], *, submitted: bool = False) -> list[int]:
-    """The last signalled point of each, or the last that has a fence. Errors: ENOENT no such handle; EOPNOTSUPP."""
+    """Return the last signaled point of each, or the last that has a fence. Errors: ENOENT no such handle; EOPNOTSUPP."""
     raw, at = _u32s(handles), _u64s([0] * len(handles))
     asked = SyncobjTimelineArray(raw.buffer_info()[0], at.buffer_info()[0], len(raw), QUERY_LAST_SUBMITTED if submitted else 0)
     _do(node, t.SYNCOBJ_QUERY, asked, "query", f"handles {list(handles)}")
@@ -131,11 +132,11 @@ def query(node: int, handles: Sequence[int], *, submitted: bool = False) -> list
 
 
 def transfer(node: int, source: tuple[int, int], target: tuple[int, int], flags: int = 0) -> None:
-    """Put the fence of (handle, point) at another (handle, point); point 0 is a binary object's. Errors: ENOENT; EINVAL no fence there."""
+    """Copy the fence of (handle, point) to another (handle, point). A binary object has point 0. Errors: ENOENT; EINVAL there is none."""
     asked = SyncobjTransfer(source[0], target[0], source[1], target[1], flags)
     _do(node, t.SYNCOBJ_TRANSFER, asked, "transfer", f"handles {source[0]}, {target[0]}")
 
 
 def on_eventfd(node: int, handle: int, point: int, eventfd: int, flags: int = 0) -> None:
-    """Write to an eventfd when the point is signalled (WAIT_AVAILABLE: has a fence). Errors: ENOENT; ENOTTY before v6.6."""
+    """Have the kernel write to an eventfd when the point is signaled (WAIT_AVAILABLE: has a fence). Errors: ENOENT; ENOTTY before v6.6."""
     _do(node, t.SYNCOBJ_EVENTFD, SyncobjEventfd(handle, flags, point, eventfd), "eventfd", f"handle {handle}")

@@ -93,7 +93,7 @@ VIDIOC_STREAMON: Final = Ioctl("VIDIOC_STREAMON", W, "V", 18, _INT)
 VIDIOC_STREAMOFF: Final = Ioctl("VIDIOC_STREAMOFF", W, "V", 19, _INT)
 
 ALL: Final[tuple[Ioctl[Any], ...]] = tuple(value for value in list(globals().values()) if isinstance(value, Ioctl))
-"""Every one, in this order."""
+"""Every ioctl, in this order."""
 
 BY_NUMBER: Final[dict[int, Ioctl[Any]]] = {ioctl.number: ioctl for ioctl in reversed(ALL)}
-"""For who serves them: the first of two with one number."""
+"""Every ioctl by its number, for servers. Of two with one number, the first."""

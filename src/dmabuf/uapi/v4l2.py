@@ -1,4 +1,4 @@
-"""V4L2 capture with buffers that go out as dma-bufs (VIDIOC_EXPBUF), single-planar; include/uapi/linux/videodev2.h."""
+"""V4L2 capture into buffers that are exported as dma-bufs (VIDIOC_EXPBUF), single-planar; include/uapi/linux/videodev2.h."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ CAP_STREAMING: Final = 0x04000000
 CAP_DEVICE_CAPS: Final = 0x80000000
 FLAG_ERROR: Final = 0x40  # V4L2_BUF_FLAG_ERROR: the frame is broken
 
-_REMEDIES: Final[Mapping[int, str]] = {
-    errno.ENOTTY: "it is no V4L2 device, or its driver can't do that",
-    errno.EBUSY: "another process streams from it, or its buffers are in use",
-    errno.EINVAL: "the driver does not take this",
+_REMEDIES: Final[Mapping[int, call.Remedy]] = {
+    errno.ENOTTY: ("not a V4L2 device, or its driver can't do this", "open another device"),
+    errno.EBUSY: ("another process streams from it, or its buffers are in use", "stop that process, or close the buffers"),
+    errno.EINVAL: ("the driver refuses this", "ask for something else"),
 }
 
 
 def query_capability(fd: int) -> V4l2Capability:
-    """Errors: ENOTTY no V4L2 device."""
+    """Return the device's capabilities. Errors: ENOTTY not a V4L2 device."""
     try:
         return call.perform(fd, t.VIDIOC_QUERYCAP, V4l2Capability())
     except OSError as e:
@@ -36,7 +36,7 @@ def query_capability(fd: int) -> V4l2Capability:
 
 
 def get_format(fd: int) -> V4l2Format:
-    """The picture that would be captured now. Errors: EINVAL it captures none."""
+    """Return the format of the next frames. Errors: EINVAL the device doesn't capture."""
     try:
         return call.perform(fd, t.VIDIOC_G_FMT, V4l2Format(CAPTURE))
     except OSError as e:
@@ -44,15 +44,20 @@ def get_format(fd: int) -> V4l2Format:
 
 
 def set_format(fd: int, wanted: V4l2Format) -> V4l2Format:
-    """Ask for a picture; the driver answers with what comes next to it. Errors: EBUSY buffers are there; EINVAL."""
+    """Ask for a format. Return the nearest one that the driver has. Errors: EBUSY there are buffers; EINVAL."""
     try:
         return call.perform(fd, t.VIDIOC_S_FMT, wanted)
     except OSError as e:
         raise told(e, "format", f"fd {fd}", _REMEDIES) from None
 
 
+def with_picture(told: V4l2Format, width: int, height: int, pixelformat: int) -> V4l2Format:
+    """Return a format with another picture, whose sizes the driver is to compute."""
+    return told._replace(width=width, height=height, pixelformat=pixelformat, bytesperline=0, sizeimage=0, priv=0, field=0)
+
+
 def request_buffers(fd: int, count: int, memory: int = MMAP) -> int:
-    """Have buffers made (0: freed); how many there are. Errors: EBUSY; EINVAL the memory is not supported; ENOMEM."""
+    """Have the driver make ``count`` buffers (0 frees them). Return how many there are. Errors: EBUSY; EINVAL memory kind; ENOMEM."""
     try:
         return call.perform(fd, t.VIDIOC_REQBUFS, V4l2RequestBuffers(count, CAPTURE, memory)).how_many
     except OSError as e:
@@ -60,7 +65,7 @@ def request_buffers(fd: int, count: int, memory: int = MMAP) -> int:
 
 
 def query_buffer(fd: int, index: int) -> V4l2Buffer:
-    """Errors: EINVAL no such buffer."""
+    """Return the state of a buffer. Errors: EINVAL no such buffer."""
     try:
         return call.perform(fd, t.VIDIOC_QUERYBUF, V4l2Buffer(index, CAPTURE, memory=MMAP))
     except OSError as e:
@@ -68,7 +73,7 @@ def query_buffer(fd: int, index: int) -> V4l2Buffer:
 
 
 def export_buffer(fd: int, index: int, *, flags: int = os.O_RDWR) -> OwnedFd:
-    """A buffer as a dma-buf, close-on-exec. Errors: EINVAL no such buffer, or not made with MMAP; ENOTTY; EMFILE."""
+    """Return a buffer as a dma-buf, close-on-exec. Errors: EINVAL no such buffer, or not made with MMAP; ENOTTY; EMFILE."""
     try:
         return call.obtain(fd, t.VIDIOC_EXPBUF, V4l2ExportBuffer(CAPTURE, index, flags=flags | os.O_CLOEXEC), "fd")
     except OSError as e:
@@ -76,7 +81,7 @@ def export_buffer(fd: int, index: int, *, flags: int = os.O_RDWR) -> OwnedFd:
 
 
 def queue(fd: int, buffer: V4l2Buffer) -> None:
-    """Give a buffer to the driver. Errors: EINVAL it has it already."""
+    """Give a buffer to the driver. Errors: EINVAL the driver has it already."""
     try:
         call.perform(fd, t.VIDIOC_QBUF, buffer)
     except OSError as e:
@@ -84,15 +89,15 @@ def queue(fd: int, buffer: V4l2Buffer) -> None:
 
 
 def dequeue(fd: int, memory: int = MMAP) -> V4l2Buffer:
-    """Take a filled buffer; waits for one unless the descriptor is non-blocking. Errors: EAGAIN none yet; EINVAL not streaming; EIO."""
+    """Take a filled buffer, and wait for one unless the descriptor is non-blocking. Errors: EAGAIN none yet; EINVAL not streaming; EIO."""
     try:
         return call.perform(fd, t.VIDIOC_DQBUF, V4l2Buffer(0, CAPTURE, memory=memory), restart=False)
     except OSError as e:
-        raise told(e, "dequeue", f"fd {fd}", {**_REMEDIES, errno.EAGAIN: "no frame is ready: wait for POLLIN"}) from None
+        raise told(e, "dequeue", f"fd {fd}", {**_REMEDIES, errno.EAGAIN: ("no frame is ready", "wait for POLLIN")}) from None
 
 
 def stream(fd: int, on: bool) -> None:
-    """Start or stop; a stop takes every buffer back from the driver. Errors: EINVAL no buffers; EBUSY; EPIPE."""
+    """Start or stop. A stop takes every buffer back from the driver. Errors: EINVAL no buffers; EBUSY; EPIPE."""
     try:
         call.perform(fd, t.VIDIOC_STREAMON if on else t.VIDIOC_STREAMOFF, Pointer(CAPTURE))
     except OSError as e:
