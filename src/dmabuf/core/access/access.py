@@ -31,7 +31,7 @@ from dmabuf.core.buffer.handle import Handle
 from dmabuf.core.contract import Buffer
 from dmabuf.core.fence import signalling
 from dmabuf.core.fence.lazy import ask
-from dmabuf.core.resv.lock import held_by, record_of
+from dmabuf.core.resv.lock import held_by
 from dmabuf.core.resv.resv import pending as pending_on
 from dmabuf.core.resv.until_free import until_free
 from dmabuf.core.resv.ww_mutex import lock_all
@@ -156,13 +156,13 @@ class Access:
         """Take the snapshot and add the own fence. Returns the fences to wait for, None when the access is granted at once."""
         handle, shm, index = self.handle, self._shm, self._index
         resv = handle.known_resv or handle.resv
-        if not locked and held_by(resv, owner) is not None:
+        if not locked and owner.locks and held_by(resv, owner) is not None:
             locked_here(self)
         if not locked and signalling.sections:
             signalling.check_signalling(self.operation, handle)
-        timeline = _TIMELINE.of(handle.domain)
+        timeline = handle.domain.local.get(_TIMELINE) or _TIMELINE.of(handle.domain)
         # It stores the fence in self by itself, so that a signal handler that raises as it returns can't lose the fence.
-        answer = shm.access_begin(index, record_of(resv).index, owner.word, self.write, timeline, until, locked, self)
+        answer = shm.access_begin(index, handle.resv_record.index, owner.word, self.write, timeline, until, locked, self)
         if answer is None or isinstance(answer, list):
             return answer
         if answer < 0:

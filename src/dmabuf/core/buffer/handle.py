@@ -24,9 +24,10 @@ from dmabuf.core.buffer.backing import KernelSide
 from dmabuf.core.buffer.identity import checked_name
 from dmabuf.core.buffer.shared import MEMFD, SharedBuffer
 from dmabuf.core.contract import Buffer
+from dmabuf.core.resv.lock import record_of
 from dmabuf.core.resv.resv import DmaResv, resv_of
 from dmabuf.domain.domain import Domain
-from dmabuf.domain.records import InodeWatch
+from dmabuf.domain.records import InodeWatch, Record
 from dmabuf.errors import ContractError, contract_warning, fail
 from dmabuf.uapi.call import OwnedFd
 
@@ -47,7 +48,7 @@ class Handle(ABC):
     makes descriptors of ``poll_fd`` readable.
     """
 
-    __slots__ = ("__weakref__", "_life", "accesses", "domain", "fd", "known_resv", "polls", "shared", "size", "view")
+    __slots__ = ("__weakref__", "_life", "accesses", "domain", "fd", "known_resv", "polls", "resv_record", "shared", "size", "view")
 
     domain: Domain
     fd: int
@@ -55,6 +56,7 @@ class Handle(ABC):
     size: int
     view: _native.Mapping | None
     known_resv: DmaResv | None
+    resv_record: Record  # of known_resv, once that is there
     accesses: int
     polls: weakref.WeakSet[Cancelable] | None
     _life: int
@@ -194,7 +196,9 @@ class Handle(ABC):
         """The buffer's reservation object, the same object for every handle of this process."""
         if self.known_resv is None:
             self.check("resv")
-            self.known_resv = resv_of(self.shared)
+            found = resv_of(self.shared)
+            self.resv_record = record_of(found)
+            self.known_resv = found
         return self.known_resv
 
     def kernel(self) -> KernelSide | None:

@@ -20,7 +20,7 @@ from dmabuf.core.base.usage import Usage, checked_usage
 from dmabuf.core.fence.array import DmaFenceArray
 from dmabuf.core.fence.container import is_container
 from dmabuf.core.fence.fence import DmaFence, wrap
-from dmabuf.core.fence.lazy import ask, asks, with_own_wait
+from dmabuf.core.fence.lazy import CUSTOM, ask, asks, with_own_wait
 from dmabuf.core.resv.lock import ResvLock, record_of
 from dmabuf.domain.domain import Domain
 from dmabuf.domain.records import Record, foreign_resv, standalone
@@ -99,8 +99,8 @@ class DmaResv(ResvLock):
         """
         held = self._assert_held("add")
         level = checked_usage(usage, "add", self)
-        if asks(self.domain):
-            pending(self, Usage.BOOKKEEP)  # a fence that says it is done makes room
+        if self.domain.local.get(CUSTOM):  # asks(), without a call: a fence that says it is done makes room
+            pending(self, Usage.BOOKKEEP)
         taken = self._record.shm.resv_add(self._record.index, self._handle(fence, "add"), level, held.room)
         if taken < 0:
             raise ContractError(f"add: {self!r}: no room is reserved; call reserve(1) first, under the same lock")
