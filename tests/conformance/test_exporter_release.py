@@ -5,7 +5,9 @@ import gc
 import os
 import queue
 import socket
+import sys
 import threading
+from collections.abc import Callable
 
 import pytest
 
@@ -18,6 +20,7 @@ from tests.support.drivers import FROM, PAGE, Dynamic, Mover, Static
 from tests.support.errnos import raises_errno
 from tests.support.fences import attach as add
 from tests.support.partners import handed
+from tests.support.steps import fork, reap
 from tests.support.waiting import Background, until
 
 SIZE = 4 * PAGE
@@ -267,6 +270,39 @@ def forked(parent: Parent) -> None:
 
 def test_a_forked_child_asks_its_parent_as_any_process_does(child: Spawn) -> None:
     assert child(forked).recv() == (0, [("begin", FROM), ("end", FROM), "release"])
+
+
+class ForksInPut(Module):
+    """An owner that runs something in a forked child when its buffer's release has closed the last descriptor."""
+
+    def __init__(self, action: Callable[[], object]) -> None:
+        super().__init__("forks")
+        self.action, self.code = action, -1
+
+    def put(self) -> None:
+        super().put()
+        self.code = reap(fork(self.action))
+
+
+def forks_in_a_release(parent: Parent) -> None:
+    exporter = Static()
+
+    def use_the_other() -> None:
+        other.begin_cpu_access(FROM)
+        other.end_cpu_access(FROM)
+
+    owner = ForksInPut(use_the_other)
+    first = dmabuf.export(exporter, SIZE, owner=owner)
+    other = dmabuf.export(exporter, SIZE)
+    sys.unraisablehook = lambda info: os._exit(1)  # an error while the child is being made
+    first.close()
+    parent.send((owner.code, [call for call in exporter.calls if call != "release"]))
+    other.close()
+    exporter.close()
+
+
+def test_child_forked_during_a_release_uses_other_buffers_of_its_parent(child: Spawn) -> None:
+    assert child(forks_in_a_release).recv() == (0, [("begin", FROM), ("end", FROM)])
 
 
 def test_a_dynamic_exporter_is_known_by_pin(static: Static, dynamic: Dynamic) -> None:

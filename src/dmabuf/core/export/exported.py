@@ -231,6 +231,8 @@ def _after_fork() -> None:
     for domain in list(_DOMAINS):
         exports = EXPORTS.peek(domain)
         for exported in list(exports.buffers.values()) if exports is not None else ():
+            if exported.released:
+                continue  # a thread of the parent has closed the descriptor, or is about to
             exported.record.backing = BACKINGS.find("remote")(exported.record, exported.private)
 
 

@@ -335,8 +335,8 @@ class SwSync(SharedObject):
 class _Guard:
     """For a timeline that this process closed while others hold it, with its own fences pending: signals them if the last holder dies.
 
-    Ticks, the signals of the fences and signal handlers come in any thread and in the middle of one another. Each leaves what it wants to
-    be done in ``_todo``; whoever has the lock does it, and nobody waits for the lock.
+    Ticks, signals of the fences and signal handlers come in any thread and in the middle of one another. Each adds its step to ``_todo``,
+    and the thread that has the lock does all of them. No thread waits for the lock.
     """
 
     def __init__(self, timeline: SwSync, file: SharedFile) -> None:
