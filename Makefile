@@ -48,7 +48,8 @@ test-kernel: $(DEV) $(EXT)
 lint: $(DEV)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) tools/check_layers.py
+	$(VENV)/bin/lint-imports --no-cache
+	$(PY) -m tools.check_house
 	$(VENV)/bin/clang-format --dry-run --Werror $(NATIVE)
 	$(PY) tools/check_native.py
 	$(PY) -m tools.citations

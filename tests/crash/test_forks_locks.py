@@ -12,11 +12,11 @@ import threading
 import pytest
 
 import dmabuf
-from dmabuf import _native
 from dmabuf.core.access import poll
 from dmabuf.core.buffer.handle import handle_of
 from dmabuf.domain import domain, lives, place
 from tests.support.forks import FORKS, Scene, in_child, python_fork
+from tests.support.native import patch_native
 from tests.support.steps import reap
 from tests.support.waiting import Background, held_by_another_thread
 
@@ -113,7 +113,7 @@ def test_a_raw_fork_in_the_middle_keeps_neither_a_reapers_lock_nor_the_door(monk
 
     assert in_child(python_fork, die_inside) == -signal.SIGKILL
     (dead,) = lives.alive_slots(domain.shm)
-    monkeypatch.setattr(_native, "step", fork_here)
+    patch_native(monkeypatch, "step", fork_here)
     domain.join()  # reaps the dead one, at the door
     monkeypatch.undo()
     theirs.close()

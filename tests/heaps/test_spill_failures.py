@@ -14,6 +14,7 @@ from dmabuf.heap import spill, spill_file, spill_moves
 from dmabuf.heap.spill_file import SpillFile
 from tests.support.errnos import raises_errno
 from tests.support.leaks import descriptors, rest
+from tests.support.native import patch_native
 from tests.support.spilling import ROOM, SIZE, fill, holds, is_here, resident, use
 from tests.support.waiting import until
 
@@ -43,7 +44,7 @@ def state(heap: SpillHeap, bufs: list[DmaBuf]) -> Any:
     [
         (os, "pwrite", errno.ENOSPC, errno.ENOSPC),
         (os, "pwrite", errno.EIO, errno.EIO),
-        (_native, "punch", errno.EPERM, errno.EPERM),
+        (spill_moves, "punch", errno.EPERM, errno.EPERM),
         (spill_moves, "Mapping", errno.ENOMEM, errno.ENOMEM),
         (residence, "take_out", errno.ENOLCK, errno.ENOLCK),
         (spill_moves, "_duplicate", errno.EMFILE, errno.EMFILE),
@@ -168,7 +169,7 @@ def test_whatever_is_raised_in_a_move_leaves_whole_buffers(
         real(name)
 
     with monkeypatch.context() as patch:
-        patch.setattr(_native, "step", interrupted)
+        patch_native(patch, "step", interrupted)
         with pytest.raises(KeyError), bufs[ROOM].read():
             pass
     assert sum(map(resident, bufs)) == heap.statistics().resident <= heap.budget
@@ -207,7 +208,7 @@ def test_a_signal_handler_that_raises_ends_the_wait_and_the_move_is_completed(
     before = signal.signal(signal.SIGUSR1, ring)
     try:
         with monkeypatch.context() as patch:
-            patch.setattr(_native, "step", stop)
+            patch_native(patch, "step", stop)
             with pytest.raises(Rung), bufs[ROOM].read():
                 pass
             go_on.set()

@@ -12,6 +12,7 @@ from dmabuf import ContractError, Device, Direction, DmaBuf, DmaBufAttachment, I
 from dmabuf.core.attach.attachment import moving
 from dmabuf.heap.spill_file import SpillFile
 from tests.support.drivers import Mover
+from tests.support.native import patch_native
 from tests.support.spilling import ROOM, SIZE, fill, holds, is_here, pattern, resident, use
 from tests.support.waiting import Background
 
@@ -158,7 +159,7 @@ def test_a_reader_that_comes_during_a_move_waits_and_gets_the_content(
         real(fd, start, length)
 
     use(bufs[:ROOM])
-    monkeypatch.setattr(_native, "punch", punch)
+    patch_native(monkeypatch, "punch", punch)
     with Background(lambda: use([bufs[ROOM]])) as mover:
         moving_now.wait()
         with Background(lambda: holds(bufs[0], 0)) as reader:

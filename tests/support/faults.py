@@ -34,6 +34,7 @@ from dmabuf.core.buffer import backing_kernel as kernel
 from dmabuf.domain import place
 from dmabuf.uapi import call, dma_buf, table
 from tests.support.leaks import rest
+from tests.support.native import patch_native
 
 GIVES_FD = {
     table.DMA_BUF_EXPORT_SYNC_FILE.number,
@@ -103,7 +104,11 @@ class _Watch:
     def standing(self) -> Iterator[None]:
         with pytest.MonkeyPatch.context() as patch:
             for there in PLACES:
-                patch.setattr(there.module, there.name, self._instead(there, getattr(there.module, there.name)))
+                instead = self._instead(there, getattr(there.module, there.name))
+                if there.module is _native:
+                    patch_native(patch, there.name, instead)
+                else:
+                    patch.setattr(there.module, there.name, instead)
             yield
 
     def _instead(self, there: Place, real: Callable[..., Any]) -> Callable[..., Any]:

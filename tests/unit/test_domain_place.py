@@ -491,7 +491,7 @@ def test_an_opener_waits_for_nobody_but_who_is_at_the_door(where: Path) -> None:
 def test_a_header_that_ends_in_the_middle_of_a_page_stays_when_the_rest_is_given_back(where: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # As it does where pages are larger than the 4 KiB that the header is a multiple of (arm64: 16 or 64 KiB).
     header, rest = _native.HEADER_BYTES + 512, 5 * _native.CHUNK_BYTES
-    monkeypatch.setattr(_native, "HEADER_BYTES", header)
+    monkeypatch.setattr(place, "HEADER_BYTES", header)
     where.mkdir(mode=0o700)
     file = where / FILE
     file.write_bytes(b"h" * header + b"c" * rest)

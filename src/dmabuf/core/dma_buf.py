@@ -24,7 +24,7 @@ from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Any, Self
 
-from dmabuf import _native
+from dmabuf._native import Mapping
 from dmabuf.core.access import cpu_access, implicit, poll
 from dmabuf.core.access.access import Access
 from dmabuf.core.access.range import BufferRange
@@ -273,7 +273,7 @@ class DmaBuf(Face, Closing):
 
     # ---- mapping ----
 
-    def mmap(self, offset: int = 0, length: int | None = None, writable: bool = True) -> _native.Mapping:
+    def mmap(self, offset: int = 0, length: int | None = None, writable: bool = True) -> Mapping:
         """Return the bare mapping, MAP_SHARED, which waits for nobody and excludes nobody (spec 2.17, 5.2).
 
         The mapping outlives ``close()``; close it yourself.
@@ -294,7 +294,7 @@ class DmaBuf(Face, Closing):
         """
         return mapping.mmap(self._handle, offset, length, writable)
 
-    def dma_mmap(self, offset: int, length: int) -> _native.Mapping:
+    def dma_mmap(self, offset: int, length: int) -> Mapping:
         """Return the mapping for an importer that redirects its own mmap to the buffer (spec 2.17).
 
         Raises:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 
-from dmabuf import _native
+from dmabuf._native import recognize_buffer, reference_buffer
 from dmabuf.core.buffer import shared
 from dmabuf.core.buffer.handle import close_fd
 from dmabuf.core.buffer.identity import described, identify, take_lease
@@ -53,7 +53,7 @@ def received(fd: int, domain: Domain, dev: int, ino: int, nonce: bytes, name: by
     Then the link in /proc, the most expensive check of a new descriptor, need not be read.
     """
     try:
-        size = _native.reference_buffer(fd, dev, ino)
+        size = reference_buffer(fd, dev, ino)
         found = shared.confirmed(domain, dev, ino, size, nonce) if size >= 0 else None
     except BaseException:
         os.close(fd)
@@ -65,7 +65,7 @@ def from_fd(fd: int | OwnedFd, domain: Domain, *, exp_name: bytes = MEMFD, home:
     """Return a handle that takes ``fd`` over; on an error it is closed."""
     try:
         number = fd if isinstance(fd, int) else fd.number
-        taken = _native.recognize_buffer(number, domain.id)
+        taken = recognize_buffer(number, domain.id)
         if taken is None:  # a kernel dma-buf, or what the slow way says it isn't
             found = identify(number, domain)
             taken = found[:4]

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from dmabuf import _native
+from dmabuf._native import LIFE_DOORBELL, LIFE_SERVED, SLOT_MASK, unraisable
 from dmabuf.domain import lives
 from dmabuf.domain.domain import Domain
 from dmabuf.domain.local import Local
@@ -40,8 +40,8 @@ class Dispatcher:
         self._deadlines: dict[int, Callable[[], None]] = {}  # slot -> what to call when another process has set a deadline
         self._thread: threading.Thread | None = None
         self._running = True
-        self._doorbell = lives.slot_offset(lives.index_of(self.life)) + _native.LIFE_DOORBELL
-        self._served = lives.slot_offset(lives.index_of(self.life)) + _native.LIFE_SERVED
+        self._doorbell = lives.slot_offset(lives.index_of(self.life)) + LIFE_DOORBELL
+        self._served = lives.slot_offset(lives.index_of(self.life)) + LIFE_SERVED
         me = weakref.ref(self)
 
         def on_local(handle: int) -> None:
@@ -60,10 +60,10 @@ class Dispatcher:
             self._watched.setdefault(handle, {})[token] = call
             if foreign:
                 idle = not self._foreign
-                before = self._foreign.setdefault(handle & _native.SLOT_MASK, handle)
+                before = self._foreign.setdefault(handle & SLOT_MASK, handle)
                 if before != handle:  # the slot was used again, so the fence before is signaled
                     self._past.append(before)
-                    self._foreign[handle & _native.SLOT_MASK] = handle
+                    self._foreign[handle & SLOT_MASK] = handle
                 if self._thread is None and self._running:
                     try:
                         self._start()
@@ -92,16 +92,16 @@ class Dispatcher:
         """Call ``call()`` whenever another process may have set a deadline for this fence of this process; None ends that."""
         with self._lock:
             if call is None:
-                self._deadlines.pop(handle & _native.SLOT_MASK, None)
+                self._deadlines.pop(handle & SLOT_MASK, None)
                 return
-            self._deadlines[handle & _native.SLOT_MASK] = call
+            self._deadlines[handle & SLOT_MASK] = call
             if self._thread is None and self._running:
                 self._start()
 
     def _forget(self, handle: int) -> None:
         """Stop watching a fence. The lock is held."""
-        if self._foreign.get(handle & _native.SLOT_MASK) == handle:
-            del self._foreign[handle & _native.SLOT_MASK]
+        if self._foreign.get(handle & SLOT_MASK) == handle:
+            del self._foreign[handle & SLOT_MASK]
 
     def run(self, handle: int) -> None:
         """Run the callbacks of a signaled fence in the order of registration."""
@@ -147,12 +147,12 @@ class Dispatcher:
             raise
 
     def _wake(self) -> None:
-        self.shm.add32(self._doorbell, _native.SLOT_MASK + 1)
+        self.shm.add32(self._doorbell, SLOT_MASK + 1)
         self.shm.wake(self._doorbell)
 
     def _serve(self) -> None:
         shm = self.shm
-        one, last, ticked = _native.SLOT_MASK + 1, 0, True
+        one, last, ticked = SLOT_MASK + 1, 0, True
         while self._running and shm.life == self.life:
             seen = shm.load32(self._doorbell)
             with self._lock:
@@ -228,7 +228,7 @@ def _work_off() -> None:
 
 def report(error: BaseException, where: Any) -> None:
     """Pass an exception that no caller can catch to ``sys.unraisablehook``. What the hook raises is dropped."""
-    _native.unraisable(error, where)
+    unraisable(error, where)
 
 
 def _stop(ref: weakref.ref[Dispatcher]) -> None:

@@ -18,8 +18,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
-from dmabuf import _native
-from dmabuf._native import Shm
+from dmabuf._native import (
+    CH_CTX,
+    CH_TIMELINE,
+    CTX_FIRST_IN_LIFE,
+    CTX_PER,
+    LIFE_PID,
+    OFF_CONTEXT,
+    OFF_STAMP,
+    OFF_SWEEP,
+    TICK_CHECK,
+    TICK_POLL,
+    TIMELINES_PER,
+    Shm,
+)
 from dmabuf.domain import lives, place
 from dmabuf.domain.forks import fork_lock
 from dmabuf.domain.hooks import Hooks
@@ -183,8 +195,8 @@ class Domain:
         """Reap the dead and claim a life. The lifecycle lock is held."""
         self.reap_dead()
         self._life = life = lives.Life(self.shm)
-        first = life.chunk * _native.CTX_PER
-        self._free_ctx = [first + i for i in range(_native.CTX_PER - 1, _native.CTX_FIRST_IN_LIFE - 1, -1)]
+        first = life.chunk * CTX_PER
+        self._free_ctx = [first + i for i in range(CTX_PER - 1, CTX_FIRST_IN_LIFE - 1, -1)]
         self._free_timelines = []
         if "multiprocessing.util" in sys.modules:  # its children end by os._exit, which knows no atexit
             from multiprocessing import util
@@ -270,13 +282,13 @@ class Domain:
     def tick(self, kind: int, value: int) -> None:
         """Reap the dead and call the hooks, because a wait has lasted another 40 ms or a poll came after that time. A hook may raise."""
         with contextlib.suppress(OSError):  # the error has nothing to do with the wait; the next tick, or another process, tries again
-            if kind == _native.TICK_CHECK:  # value: a life that the waiter is about to yield to
+            if kind == TICK_CHECK:  # value: a life that the waiter is about to yield to
                 index = lives.index_of(value)
                 if value != self.shm.life and not lives.is_alive(self.shm.fd, index) and lives.reap(self.shm, index, self.forget_socket):
                     self.sync_directory.wake_all(self.shm)
                 return
             self.sweep_if_due()
-            if kind == _native.TICK_POLL:
+            if kind == TICK_POLL:
                 return
         self.retries.check()
         self.tick_hooks(kind, value)
@@ -284,10 +296,10 @@ class Domain:
     def sweep_if_due(self) -> None:
         """Reap the dead if no process has done so within this tick. The process that moves the shared time forward does it."""
         shm = self.shm
-        now, last = time.monotonic_ns(), shm.load64(_native.OFF_SWEEP)
+        now, last = time.monotonic_ns(), shm.load64(OFF_SWEEP)
         if 0 <= now - last < TICK_NS * 9 // 10:
             return
-        if shm.cas64(_native.OFF_SWEEP, last, now):
+        if shm.cas64(OFF_SWEEP, last, now):
             self.reap_dead()
 
     def reap_dead(self) -> int:
@@ -309,7 +321,7 @@ class Domain:
         """Return the pid of a life, 0 if the life has ended."""
         if not self.shm.life_current(life):
             return 0
-        return self.shm.load32(lives.slot_offset(lives.index_of(life)) + _native.LIFE_PID)
+        return self.shm.load32(lives.slot_offset(lives.index_of(life)) + LIFE_PID)
 
     # ---- pools of this life ----
 
@@ -318,10 +330,10 @@ class Domain:
         shm = self.join()
         with self.lock:
             if not self._free_ctx:
-                first = shm.chunk_claim(_native.CH_CTX) * _native.CTX_PER
-                self._free_ctx = [first + i for i in range(_native.CTX_PER - 1, -1, -1)]
+                first = shm.chunk_claim(CH_CTX) * CTX_PER
+                self._free_ctx = [first + i for i in range(CTX_PER - 1, -1, -1)]
             index = self._free_ctx.pop()
-        return shm.ctx_open(index, tid, real, stamp or shm.add64(_native.OFF_STAMP, 1))
+        return shm.ctx_open(index, tid, real, stamp or shm.add64(OFF_STAMP, 1))
 
     def ctx_close(self, word: int, life: int) -> None:
         """Close a context. In a forked child this has no effect."""
@@ -338,11 +350,11 @@ class Domain:
         shm = self.join()
         with self.lock:
             if not self._free_timelines:
-                first = shm.chunk_claim(_native.CH_TIMELINE) * _native.TIMELINES_PER
-                self._free_timelines = [first + i for i in range(_native.TIMELINES_PER - 1, -1, -1)]
+                first = shm.chunk_claim(CH_TIMELINE) * TIMELINES_PER
+                self._free_timelines = [first + i for i in range(TIMELINES_PER - 1, -1, -1)]
             # The slot that was closed longest ago. Names and errors of the others stay readable for processes that know their fences.
             index = self._free_timelines.pop()
-        context = context or shm.add64(_native.OFF_CONTEXT, 1)
+        context = context or shm.add64(OFF_CONTEXT, 1)
         shm.timeline_open(index, context, driver, name)
         return index, context
 

@@ -18,8 +18,33 @@ import threading
 import time
 from collections.abc import Callable
 
-from dmabuf import _native
-from dmabuf._native import Shm
+from dmabuf._native import (
+    CH_CTX,
+    CH_FENCE,
+    CH_LIFE,
+    CH_TIMELINE,
+    LIFE_ALIVE,
+    LIFE_BYTES,
+    LIFE_CHUNK,
+    LIFE_CLEAN,
+    LIFE_COMM,
+    LIFE_DOORBELL,
+    LIFE_GEN,
+    LIFE_JOINED,
+    LIFE_PID,
+    LIFE_SERVED,
+    LIFE_START,
+    LIFE_STATE,
+    LIFE_UID,
+    LIVES,
+    OFF_LIFE_HIGH,
+    OFF_LIVES,
+    TIMELINES_PER,
+    Shm,
+    drop_page,
+    hold_page,
+    step,
+)
 from dmabuf.domain.place import LIFE_BYTE, comm, ofd_lock, ofd_locked, reopen
 from dmabuf.errors import fail
 
@@ -31,7 +56,7 @@ _LIFE_ID_GEN = 0xFFFFF
 
 def slot_offset(index: int) -> int:
     """Return the offset of a process slot in the file."""
-    return _native.OFF_LIVES + index * _native.LIFE_BYTES
+    return OFF_LIVES + index * LIFE_BYTES
 
 
 def life_id(index: int, gen: int) -> int:
@@ -41,7 +66,7 @@ def life_id(index: int, gen: int) -> int:
 
 def index_of(life: int) -> int:
     """Return the slot of a life."""
-    return life & (_native.LIVES - 1)
+    return life & (LIVES - 1)
 
 
 def start_time(pid: int) -> int:
@@ -55,8 +80,8 @@ def start_time(pid: int) -> int:
 
 def alive_slots(shm: Shm) -> list[int]:
     """Return the slots that say ALIVE, whether or not their bytes are locked."""
-    high = min(shm.load32(_native.OFF_LIFE_HIGH), _native.LIVES)
-    return [i for i in range(high) if shm.load32(slot_offset(i) + _native.LIFE_STATE) == _native.LIFE_ALIVE]
+    high = min(shm.load32(OFF_LIFE_HIGH), LIVES)
+    return [i for i in range(high) if shm.load32(slot_offset(i) + LIFE_STATE) == LIFE_ALIVE]
 
 
 def is_alive(fd: int, index: int) -> bool:
@@ -81,50 +106,48 @@ class Life:
         shm = self.shm
         own = reopen(shm.fd)
         try:
-            for index in range(_native.LIVES):
+            for index in range(LIVES):
                 at = slot_offset(index)
-                if shm.load32(at + _native.LIFE_STATE) != _native.LIFE_CLEAN:
+                if shm.load32(at + LIFE_STATE) != LIFE_CLEAN:
                     continue
                 if not ofd_lock(own, fcntl.F_WRLCK, LIFE_BYTE + index):
                     continue
-                if shm.load32(at + _native.LIFE_STATE) != _native.LIFE_CLEAN:
+                if shm.load32(at + LIFE_STATE) != LIFE_CLEAN:
                     ofd_lock(own, fcntl.F_UNLCK, LIFE_BYTE + index)
                     continue
                 break
             else:
-                raise fail(
-                    errno.ENOSPC, "join", "the domain", "use a second domain (DMABUF_DOMAIN)", what=f"it has {_native.LIVES} processes"
-                )
-            _native.step("life_locked")  # a locked byte of a CLEAN slot: the kernel frees it if this process dies
-            page = _native.hold_page(own)
+                raise fail(errno.ENOSPC, "join", "the domain", "use a second domain (DMABUF_DOMAIN)", what=f"it has {LIVES} processes")
+            step("life_locked")  # a locked byte of a CLEAN slot: the kernel frees it if this process dies
+            page = hold_page(own)
         finally:
             os.close(own)
-        gen = (shm.load32(at + _native.LIFE_GEN) + 1) & _LIFE_ID_GEN or 1
-        shm.store32(at + _native.LIFE_GEN, gen)
-        shm.store32(at + _native.LIFE_PID, os.getpid())
-        shm.store32(at + _native.LIFE_UID, os.geteuid())
-        shm.store64(at + _native.LIFE_START, start_time(os.getpid()))
-        shm.store64(at + _native.LIFE_JOINED, time.time_ns())
+        gen = (shm.load32(at + LIFE_GEN) + 1) & _LIFE_ID_GEN or 1
+        shm.store32(at + LIFE_GEN, gen)
+        shm.store32(at + LIFE_PID, os.getpid())
+        shm.store32(at + LIFE_UID, os.geteuid())
+        shm.store64(at + LIFE_START, start_time(os.getpid()))
+        shm.store64(at + LIFE_JOINED, time.time_ns())
         name = comm().ljust(16, b"\0")
         for i in (0, 8):
-            shm.store64(at + _native.LIFE_COMM + i, int.from_bytes(name[i : i + 8], "little"))
-        for word in (_native.LIFE_CHUNK, _native.LIFE_DOORBELL, _native.LIFE_SERVED):
+            shm.store64(at + LIFE_COMM + i, int.from_bytes(name[i : i + 8], "little"))
+        for word in (LIFE_CHUNK, LIFE_DOORBELL, LIFE_SERVED):
             shm.store32(at + word, 0)
-        shm.store32(at + _native.LIFE_STATE, _native.LIFE_ALIVE)
-        _native.step("life_alive")  # ALIVE without a chunk: the reaper has nothing to end
-        while (high := shm.load32(_native.OFF_LIFE_HIGH)) <= index:
-            shm.cas32(_native.OFF_LIFE_HIGH, high, index + 1)
+        shm.store32(at + LIFE_STATE, LIFE_ALIVE)
+        step("life_alive")  # ALIVE without a chunk: the reaper has nothing to end
+        while (high := shm.load32(OFF_LIFE_HIGH)) <= index:
+            shm.cas32(OFF_LIFE_HIGH, high, index + 1)
         self.index, self.id = index, life_id(index, gen)
         shm.life = self.id
         try:
-            chunk = shm.chunk_claim(_native.CH_LIFE)
+            chunk = shm.chunk_claim(CH_LIFE)
         except BaseException:
             shm.life = 0
-            shm.store32(at + _native.LIFE_STATE, _native.LIFE_CLEAN)
-            _native.drop_page(page)
+            shm.store32(at + LIFE_STATE, LIFE_CLEAN)
+            drop_page(page)
             raise
-        _native.step("life_chunk")  # the chunk names this life as its owner: the reaper returns it
-        shm.store32(at + _native.LIFE_CHUNK, chunk + 1)
+        step("life_chunk")  # the chunk names this life as its owner: the reaper returns it
+        shm.store32(at + LIFE_CHUNK, chunk + 1)
         self.chunk = chunk
         return page
 
@@ -135,7 +158,7 @@ class Life:
         with FORK_GUARD:
             _end(self.shm, self.index, self.id)
             self.shm.life = 0
-            _native.drop_page(self._page)
+            drop_page(self._page)
 
 
 def reap(shm: Shm, index: int, ended: Callable[[int], None]) -> bool:
@@ -151,13 +174,13 @@ def reap(shm: Shm, index: int, ended: Callable[[int], None]) -> bool:
         try:
             if not ofd_lock(own, fcntl.F_WRLCK, LIFE_BYTE + index):
                 return False
-            _native.step("reap_locked")
+            step("reap_locked")
             at = slot_offset(index)
-            if shm.load32(at + _native.LIFE_STATE) != _native.LIFE_ALIVE:
+            if shm.load32(at + LIFE_STATE) != LIFE_ALIVE:
                 return False  # another reaper was faster
-            life = life_id(index, shm.load32(at + _native.LIFE_GEN))
+            life = life_id(index, shm.load32(at + LIFE_GEN))
             ended(life)  # before CLEAN is stored: if this reaper dies, the next one does it again
-            _native.step("reap_outside")
+            step("reap_outside")
             _end(shm, index, life)
             return True
         finally:
@@ -179,23 +202,23 @@ def _spare(fd: int) -> int:
 def _end(shm: Shm, index: int, life: int) -> None:
     """End everything of a life. If this process dies between two lines, the next reaper does all of it again."""
     at = slot_offset(index)
-    shm.store32(at + _native.LIFE_SERVED, 0)
+    shm.store32(at + LIFE_SERVED, 0)
     chunks = shm.chunks_of(life)
     for chunk, kind in chunks:
-        if kind == _native.CH_FENCE:
+        if kind == CH_FENCE:
             shm.reap_fences(chunk, -errno.EOWNERDEAD)
-    _native.step("reap_fences_done")
+    step("reap_fences_done")
     for chunk, kind in chunks:
-        if kind in (_native.CH_LIFE, _native.CH_CTX):
+        if kind in (CH_LIFE, CH_CTX):
             shm.reap_life_chunk(chunk, kind)
-        elif kind == _native.CH_TIMELINE:
-            for i in range(_native.TIMELINES_PER):
-                shm.timeline_close(chunk * _native.TIMELINES_PER + i)
-    _native.step("reap_contexts_done")
+        elif kind == CH_TIMELINE:
+            for i in range(TIMELINES_PER):
+                shm.timeline_close(chunk * TIMELINES_PER + i)
+    step("reap_contexts_done")
     shm.reap_table_lock(life)
     for chunk, _ in chunks:
         shm.chunk_return(chunk, life)
-    _native.step("reap_returned")
-    shm.store32(at + _native.LIFE_CHUNK, 0)
-    shm.store32(at + _native.LIFE_STATE, _native.LIFE_CLEAN)
-    _native.step("reap_clean")
+    step("reap_returned")
+    shm.store32(at + LIFE_CHUNK, 0)
+    shm.store32(at + LIFE_STATE, LIFE_CLEAN)
+    step("reap_clean")

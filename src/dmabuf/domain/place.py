@@ -26,11 +26,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dmabuf import _native
+from dmabuf._native import (
+    BUCKETS,
+    CHUNK_BYTES,
+    HEADER_BYTES,
+    LIVES,
+    MAGIC,
+    MAX_CHUNKS,
+    OFF_CONTEXT,
+    OFF_LIFE_HIGH,
+    OFF_NCHUNKS,
+    VERSION,
+    punch,
+    step,
+)
 from dmabuf.domain import sync_files
 from dmabuf.errors import DmaBufError, fail, needing_descriptors
 
-FILE = f"domain-{_native.VERSION}"
+FILE = f"domain-{VERSION}"
 SOCKET = "server-"  # and the life's id in 8 hexadecimal digits: the socket of a process that serves others
 OFD_GETLK, OFD_SETLK, OFD_SETLKW = 36, 37, 38  # fcntl(2); Python 3.11 has no names for them
 LIFE_BYTE = 1 << 40  # byte of the first life's lock, far behind any data
@@ -76,7 +89,7 @@ def lifecycle_lock(fd: int) -> Iterator[int]:
     own = reopen(fd)
     try:
         if not ofd_lock(own, fcntl.F_WRLCK, LIFECYCLE_BYTE):
-            _native.step("~door")
+            step("~door")
             ofd_lock(own, fcntl.F_WRLCK, LIFECYCLE_BYTE, wait=True)
         yield own
     finally:
@@ -143,40 +156,40 @@ def open_directory(path: Path, *, make: bool = True) -> int:
 def format_file(fd: int, identity: bytes) -> None:
     """Make an empty file an empty domain. The magic is written last: a file without it is replaced by the next process that opens it."""
     try:
-        os.posix_fallocate(fd, 0, _native.HEADER_BYTES)
+        os.posix_fallocate(fd, 0, HEADER_BYTES)
     except OSError as e:
         raise fail(
             e.errno or errno.EIO, "make domain", "its file", "free memory or name a directory on another file system in DMABUF_DOMAIN"
         ) from None
-    os.pwrite(fd, struct.pack("<II32s4I", _native.VERSION, _native.HEADER_BYTES, identity, *geometry()), 8)
-    os.pwrite(fd, struct.pack("<QQ", 1, 1), _native.OFF_CONTEXT)
-    _native.step("domain_filled")
-    os.pwrite(fd, _native.MAGIC.encode(), 0)
+    os.pwrite(fd, struct.pack("<II32s4I", VERSION, HEADER_BYTES, identity, *geometry()), 8)
+    os.pwrite(fd, struct.pack("<QQ", 1, 1), OFF_CONTEXT)
+    step("domain_filled")
+    os.pwrite(fd, MAGIC.encode(), 0)
 
 
 def geometry() -> tuple[int, int, int, int]:
     """Return the sizes in which all processes must agree, besides the version."""
-    return (_native.CHUNK_BYTES, _native.MAX_CHUNKS, _native.LIVES, _native.BUCKETS)
+    return (CHUNK_BYTES, MAX_CHUNKS, LIVES, BUCKETS)
 
 
 def read_header(fd: int) -> tuple[bytes, str]:
     """Return (identity, what is wrong). The identity is 16 hexadecimal digits, empty if something is wrong."""
     head = os.pread(fd, 64, 0)
-    count = os.pread(fd, 4, _native.OFF_NCHUNKS)
+    count = os.pread(fd, 4, OFF_NCHUNKS)
     # Read the size after the count. A process that adds a chunk makes the file longer first, and increments the count then.
     size = os.fstat(fd).st_size
-    if len(head) < 64 or size < _native.HEADER_BYTES:
-        return b"", f"it has {size} bytes, and an empty domain has {_native.HEADER_BYTES}"
-    if head[:8] != _native.MAGIC.encode():
+    if len(head) < 64 or size < HEADER_BYTES:
+        return b"", f"it has {size} bytes, and an empty domain has {HEADER_BYTES}"
+    if head[:8] != MAGIC.encode():
         return b"", "it doesn't begin like a domain's file"
     version, header_bytes, identity, *shape = struct.unpack("<II32s4I", head[8:64])
-    if version != _native.VERSION or header_bytes != _native.HEADER_BYTES or tuple(shape) != geometry():
-        return b"", f"its layout has version {version}, and this library's has {_native.VERSION}"
+    if version != VERSION or header_bytes != HEADER_BYTES or tuple(shape) != geometry():
+        return b"", f"its layout has version {version}, and this library's has {VERSION}"
     identity = identity.rstrip(b"\0")
     if len(identity) != 16 or identity.strip(b"0123456789abcdef"):
         return b"", "its identity isn't 16 hexadecimal digits"
     chunks = struct.unpack("<I", count)[0]
-    if chunks > _native.MAX_CHUNKS or size < _native.HEADER_BYTES + chunks * _native.CHUNK_BYTES:
+    if chunks > MAX_CHUNKS or size < HEADER_BYTES + chunks * CHUNK_BYTES:
         return b"", f"it has {chunks} chunks, but only {size} bytes"
     return identity, ""
 
@@ -188,7 +201,7 @@ def new_identity() -> bytes:
 
 def inhabited(fd: int) -> bool:
     """Return True if any process lives in the domain."""
-    return ofd_locked(fd, LIFE_BYTE, _native.LIVES)
+    return ofd_locked(fd, LIFE_BYTE, LIVES)
 
 
 def socket_name(life: int) -> str:
@@ -219,9 +232,9 @@ def _empty_file(directory: int) -> None:
     """Free the memory of the chunks. The file isn't truncated, because a forked child may still read it."""
     fd = os.open(FILE, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=directory)
     try:
-        size = os.fstat(fd).st_size - _native.HEADER_BYTES
+        size = os.fstat(fd).st_size - HEADER_BYTES
         if size > 0:
-            _native.punch(fd, _native.HEADER_BYTES, size)  # where pages are larger than 4 KiB, one may contain header and chunks
+            punch(fd, HEADER_BYTES, size)  # where pages are larger than 4 KiB, one may contain header and chunks
     finally:
         os.close(fd)
 
@@ -231,9 +244,9 @@ def _replace_file(directory: int, identity: bytes) -> None:
     fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600, dir_fd=directory)
     try:
         format_file(fd, identity)
-        _native.step("domain_formatted")  # if this process dies here, FILE.new is left, which the next replacement overwrites
+        step("domain_formatted")  # if this process dies here, FILE.new is left, which the next replacement overwrites
         os.rename(name, FILE, src_dir_fd=directory, dst_dir_fd=directory)
-        _native.step("domain_replaced")
+        step("domain_replaced")
     except BaseException:
         os.unlink(name, dir_fd=directory)
         raise
@@ -275,7 +288,7 @@ def entered(path: Path) -> Iterator[tuple[int, bytes]]:
                             stacklevel=2,
                         )
                         continue
-                    if wrong or os.fstat(fd).st_size > _native.HEADER_BYTES or _used(fd):
+                    if wrong or os.fstat(fd).st_size > HEADER_BYTES or _used(fd):
                         replace_file(directory, identity or new_identity())
                         continue
                     yield fd, identity
@@ -288,7 +301,7 @@ def entered(path: Path) -> Iterator[tuple[int, bytes]]:
 
 def _used(fd: int) -> bool:
     """Return True if a process has lived in this file. Even a process that added no chunk leaves the number of its slot."""
-    high: int = struct.unpack("<I", os.pread(fd, 4, _native.OFF_LIFE_HIGH))[0]
+    high: int = struct.unpack("<I", os.pread(fd, 4, OFF_LIFE_HIGH))[0]
     return high != 0
 
 

@@ -21,8 +21,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Final, Self, TypeVar
 
-from dmabuf import _native
-from dmabuf._native import Shm
+from dmabuf._native import OFF_ID, Shm, watch_add, watch_open
 from dmabuf.domain.domain import TICK_NS, Domain
 from dmabuf.domain.forks import fork_lock
 from dmabuf.domain.local import Local
@@ -73,7 +72,7 @@ class Record:
                     raise
             # Full of records whose buffers are probably gone: judge them now, a tick apart, rather than refuse.
             sweep(self.domain)
-            shm.wait(_native.OFF_ID, shm.load32(_native.OFF_ID), TICK_NS / 1e9)
+            shm.wait(OFF_ID, shm.load32(OFF_ID), TICK_NS / 1e9)
         raise AssertionError("unreachable")
 
     def ensure(self) -> int:
@@ -168,7 +167,7 @@ class InodeWatch:
         self.domain = weakref.ref(domain)
         self.watched: dict[int, tuple[int, int]] = {}
         try:
-            self.fd = _native.watch_open()
+            self.fd = watch_open()
         except OSError:
             self.fd = -1  # no descriptor or no instance left (inotify(7)): the sweep judges by leases
 
@@ -177,7 +176,7 @@ class InodeWatch:
         if self.fd < 0:
             return False
         try:
-            self.watched[_native.watch_add(self.fd, fd)] = (index, gen)
+            self.watched[watch_add(self.fd, fd)] = (index, gen)
         except OSError:
             return False
         return True

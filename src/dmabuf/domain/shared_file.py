@@ -21,7 +21,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from dmabuf import _native
+from dmabuf._native import step
 from dmabuf.domain.domain import Domain, known
 from dmabuf.domain.place import ofd_lock, reopen
 from dmabuf.errors import fail
@@ -122,7 +122,7 @@ class SharedFile:
             try:
                 process_lock.held = True
                 if not ofd_lock(own, fcntl.F_WRLCK, _LOCK):
-                    _native.step("~cell")
+                    step("~cell")
                     ofd_lock(own, fcntl.F_WRLCK, _LOCK, wait=True)
                 yield
             finally:
@@ -166,9 +166,9 @@ class SharedFile:
         self.write(offset, data)
         copies[3 * other : 3 * other + 3] = offset, room, len(data)
         self.write(_RECORD_AT, _RECORD.pack(which, 0, *copies))
-        _native.step("cell_written")  # the copy that counts is unchanged
+        step("cell_written")  # the copy that counts is unchanged
         self.write(_RECORD_AT, _RECORD.pack(other, 0, *copies)[:4])
-        _native.step("cell_switched")
+        step("cell_switched")
 
     @property
     def size(self) -> int:

@@ -35,8 +35,7 @@ import struct
 from collections.abc import Iterable, Iterator
 from typing import Final, NamedTuple
 
-from dmabuf import _native
-from dmabuf._native import Shm
+from dmabuf._native import Fence, Shm, step
 from dmabuf.errors import fail
 
 PREFIX: Final = "sync-"
@@ -97,7 +96,7 @@ def with_results(shm: Shm, record: SyncFileRecord) -> SyncFileRecord:
     """Return the record with the result of every fence that is signaled."""
 
     def result(leaf: Leaf) -> Leaf:
-        fence = None if leaf.status else _native.Fence(shm, leaf.handle, False, leaf.context, leaf.seqno, leaf.timeline)
+        fence = None if leaf.status else Fence(shm, leaf.handle, False, leaf.context, leaf.seqno, leaf.timeline)
         if fence is None or not fence.is_signaled():
             return leaf
         return Leaf(leaf.handle, leaf.context, leaf.seqno, leaf.timeline, fence.status, fence.timestamp, leaf.driver, leaf.name)
@@ -153,7 +152,7 @@ def listen(stem: str, directory: int | None) -> int:
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC) as sock:
             sock.bind(_address(stem, directory))
-            _native.step("sync_bound")  # if this process dies here, the name of a socket is left that refuses: tidy() removes it
+            step("sync_bound")  # if this process dies here, the name of a socket is left that refuses: tidy() removes it
             sock.listen(0)
             return sock.detach()
     except OSError as e:
@@ -188,10 +187,10 @@ def register(shm: Shm, stem: str, directory: int, record: SyncFileRecord) -> Non
     temporary = f"{stem}.new{secrets.token_hex(4)}"
     first = next((leaf.handle for leaf in record.leaves if not leaf.status), 0)
     _write(temporary, directory, record)
-    _native.step("sync_written")  # a record without a name that counts: removed with the socket
+    step("sync_written")  # a record without a name that counts: removed with the socket
     name = f"{stem}.{first:016x}" if first else f"{stem}.done"
     os.rename(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)
-    _native.step("sync_registered")  # no other process has the descriptor yet: removed with the socket
+    step("sync_registered")  # no other process has the descriptor yet: removed with the socket
     if first:
         advance(shm, name, directory)
     else:
@@ -229,12 +228,12 @@ def advance(shm: Shm, name: str, directory: int) -> None:
         record = _read(name, directory)
         while pending := next((leaf.handle for leaf in record.leaves if not leaf.status and shm.fence_pending(leaf.handle)), 0):
             shm.fence_watch_sync(pending)
-            _native.step("sync_marked")  # the mark alone has no effect, and the name still says the fence before
+            step("sync_marked")  # the mark alone has no effect, and the name still says the fence before
             if f"{pending:016x}" != waited:
                 waited = f"{pending:016x}"
                 os.rename(name, f"{stem}.{waited}", src_dir_fd=directory, dst_dir_fd=directory)
                 name = f"{stem}.{waited}"
-                _native.step("sync_moved")  # the fence may have been signaled in between: this process, or its reaper, checks again
+                step("sync_moved")  # the fence may have been signaled in between: this process, or its reaper, checks again
             if shm.fence_watch_sync(pending):
                 return
         _finish(shm, stem, name, directory, record)
@@ -252,11 +251,11 @@ def _finish(shm: Shm, stem: str, name: str, directory: int, record: SyncFileReco
     temporary = f"{stem}.new{secrets.token_hex(4)}"
     _write(temporary, directory, with_results(shm, record))
     os.rename(temporary, f"{stem}.done", src_dir_fd=directory, dst_dir_fd=directory)
-    _native.step("sync_done")  # both the results and the name that waits are there: done again
+    step("sync_done")  # both the results and the name that waits are there: done again
     if make_readable(stem, directory):
-        _native.step("sync_rung")
+        step("sync_rung")
         os.unlink(name, dir_fd=directory)
-        _native.step("sync_over")
+        step("sync_over")
     else:
         remove(stem, directory)
 

@@ -14,7 +14,7 @@ import fcntl
 import os
 import secrets
 
-from dmabuf import _native
+from dmabuf._native import step
 from dmabuf.core.buffer.handle import PAGE
 from dmabuf.core.buffer.identity import SEALS, checked_name, memfd_name
 from dmabuf.core.buffer.shared import MEMFD
@@ -78,7 +78,7 @@ def promised(name: str, size: int, *, filled: bool = False) -> OwnedFd:
         done = 0 if filled else size
         while done < size:
             done += os.pwrite(fd.number, memoryview(_ZEROS)[: size - done], done)
-        _native.step("memfd_reserved")
+        step("memfd_reserved")
         fcntl.fcntl(fd.number, _F_ADD_SEALS, SEALS)
     except OSError as e:
         fd.close()

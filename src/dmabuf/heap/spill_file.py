@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
-from dmabuf import _native
+from dmabuf._native import punch
 from dmabuf.errors import DmaBufError, fail, needing_descriptors
 
 SLICE: Final = 8 << 20  #: bytes of one read or write: between two of them signals are served
@@ -100,7 +100,7 @@ class SpillFile:
     def give(self, start: int, length: int) -> None:
         """Give a range back, to the file system too."""
         with contextlib.suppress(OSError):  # a file system without holes: the space stays ours, for the next who takes it
-            _native.punch(self._fd, start, length)
+            punch(self._fd, start, length)
         with self._lock:
             i = bisect.bisect(self._free, (start, length))
             if i < len(self._free) and self._free[i][0] == start + length:

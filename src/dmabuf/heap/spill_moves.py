@@ -36,8 +36,7 @@ import time
 import weakref
 from collections import OrderedDict
 
-from dmabuf import _native
-from dmabuf._native import Mapping
+from dmabuf._native import Mapping, punch, step
 from dmabuf.core.attach import attachment
 from dmabuf.core.attach.attachment import DmaBufAttachment
 from dmabuf.core.base.usage import Usage
@@ -159,13 +158,13 @@ class ResidentSet:
         here = False
         try:
             self._claim(b, owner)
-            _native.step("spill_claimed")
+            step("spill_claimed")
             with budget.claim(b.size):
                 reserve(fd, 0, b.size)
-            _native.step("spill_reserved")
+            step("spill_reserved")
             if b.stored:
                 self._copy(b, fd, out=False)
-            _native.step("spill_read")
+            step("spill_read")
             residence.put_back(fd)
             here = True
             with self.lock:
@@ -183,11 +182,11 @@ class ResidentSet:
         finally:
             try:
                 if not here:
-                    _native.punch(fd, 0, b.size)
+                    punch(fd, 0, b.size)
             finally:
                 os.close(fd)
                 self._end_move(b, Residency.IN_MEMORY if here else Residency.NOT_IN_MEMORY, claimed=here)
-        _native.step("spill_here")
+        step("spill_here")
 
     def _claim(self, b: SpillBuffer, owner: int) -> None:
         """Bytes of the budget for b, moving others out. Errors: see :meth:`enter`."""
@@ -259,11 +258,11 @@ class ResidentSet:
         """Move what :meth:`_choose` chose; False: somebody is about to use it. Errors: those of the file, and then it stays in memory."""
         fence, away = None, False
         try:
-            _native.step("spill_chosen")
+            step("spill_chosen")
             if not b.resv.trylock():
                 return False
             try:
-                _native.step("spill_locked")
+                step("spill_locked")
                 if not b.resv.test_signaled(Usage.BOOKKEEP):
                     return False
                 backing = b.shared.backing
@@ -279,23 +278,23 @@ class ResidentSet:
                 b.resv.add(fence, Usage.KERNEL)
             finally:
                 b.resv.unlock()
-            _native.step("spill_told")
+            step("spill_told")
             until = time.monotonic_ns() + int(self.memory_timeout * 1e9)
             if not all(b.resv.domain.shm.fence_wait(handle, until, False) for handle in others):
                 return False
-            _native.step("spill_waited")
+            step("spill_waited")
             self._revoke(b)
             if b.dirty and not b.gone:
                 self._copy(b, fd, out=True)
                 b.stored, b.dirty = True, False
-            _native.step("spill_written")
+            step("spill_written")
             away = True  # the file has it: nothing that is raised from here on may take zeros for the content
             try:
-                _native.punch(fd, 0, b.size)
+                punch(fd, 0, b.size)
             except OSError:
                 away = False  # it is all still there
                 raise
-            _native.step("spill_punched")
+            step("spill_punched")
             with self.lock:
                 self.moves_out += 1
             return True
@@ -313,7 +312,7 @@ class ResidentSet:
                 self._end_move(b, Residency.NOT_IN_MEMORY if away else Residency.IN_MEMORY, claimed=not away)
                 if fence is not None:
                     fence.signal()
-            _native.step("spill_left")
+            step("spill_left")
 
     def _revoke(self, b: SpillBuffer) -> None:
         """What importers were told of and have not unmapped: their devices must not see zeros for content."""
@@ -332,7 +331,7 @@ class ResidentSet:
         whole = memoryview(Mapping(fd, b.size))
         try:
             for start, end in slices(b.size):
-                _native.step("spill_copying")
+                step("spill_copying")
                 with whole[start:end] as piece:
                     (self.file.write if out else self.file.read)(b.at + start, piece)
         finally:

@@ -17,8 +17,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from dmabuf import _native
-from dmabuf._native import Shm
+from dmabuf._native import FF_ACCESS, FF_GRANTED, FF_WRITE, LIFE_COMM, Shm
 from dmabuf.core.fence.fence import names_of
 from dmabuf.domain import lives, records
 from dmabuf.domain.domain import Domain
@@ -190,7 +189,7 @@ class _Names:
         found = self._processes.get(life)
         if found is None:
             pid = self.domain.pid_of(life)
-            comm = self.shm.read(lives.slot_offset(lives.index_of(life)) + _native.LIFE_COMM, 16) if pid else b""
+            comm = self.shm.read(lives.slot_offset(lives.index_of(life)) + LIFE_COMM, 16) if pid else b""
             found = self._processes[life] = (pid, os.fsdecode(comm.partition(b"\0")[0]))
         return found
 
@@ -204,7 +203,7 @@ class _Names:
         info = self.shm.fence_info(handle)
         if info is None:
             return None
-        access = bool(info["flags"] & _native.FF_ACCESS)
+        access = bool(info["flags"] & FF_ACCESS)
         driver, timeline = names_of(self.shm, info)
         pid, comm = self.process(info["life"])
         return FenceRecord(
@@ -216,7 +215,7 @@ class _Names:
             context=info["context"],
             comm=comm,
             usage=_USAGES[usage],
-            access=("read", "write")[bool(info["flags"] & _native.FF_WRITE)] if access else None,
-            granted=bool(info["flags"] & _native.FF_GRANTED),
+            access=("read", "write")[bool(info["flags"] & FF_WRITE)] if access else None,
+            granted=bool(info["flags"] & FF_GRANTED),
             signaled=not info["pending"],
         )

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Final
 
-from dmabuf import _native
+from dmabuf._native import step
 from dmabuf.domain.domain import TICK_NS, Domain
 from dmabuf.errors import DmaBufError, fail
 from dmabuf.sharing.lending import finish_shielded
@@ -122,7 +122,7 @@ class Client:
         done = False
         try:
             send(sock, {**body, "kind": kind}, fds)
-            _native.step("service_asked")
+            step("service_asked")
             got = self._wait(sock)
             if got is None:
                 raise EOFError

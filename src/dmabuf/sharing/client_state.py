@@ -23,7 +23,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 
-from dmabuf import _native
+from dmabuf._native import Mapping
 from dmabuf.core.attach.attachment import DmaBufAttachment, leave
 from dmabuf.core.base.usage import Direction
 from dmabuf.core.buffer.handle import handle_of
@@ -47,7 +47,7 @@ class ClientBuffer:
     def __init__(self, buf: DmaBuf, live: Exported) -> None:
         self.buf, self.live = buf, live
         self.users = 0  # calls that run
-        self.mappings: dict[int, _native.Mapping] = {}
+        self.mappings: dict[int, Mapping] = {}
         self.brackets: list[Direction] = []
         self.attachments: dict[int, DmaBufAttachment] = {}
         self.pins: Counter[int] = Counter()  # by attachment

@@ -9,7 +9,7 @@ import errno
 import fcntl
 import os
 
-from dmabuf import _native
+from dmabuf._native import LIFE_GEN
 from dmabuf.core.buffer.backing import SERVERS
 from dmabuf.core.buffer.identity import identify
 from dmabuf.core.dma_buf import DmaBuf
@@ -53,7 +53,7 @@ def _duplicate(session: Session, body: Body, fds: list[int]) -> Answer:
 
 def ask(domain: Domain, index: int, dev: int, ino: int, nonce: bytes) -> DmaBuf | None:
     """The buffer from the process with this slot of a life; None when it doesn't give it. Errors: EMFILE."""
-    peer = lives.life_id(index, domain.shm.load32(lives.slot_offset(index) + _native.LIFE_GEN))
+    peer = lives.life_id(index, domain.shm.load32(lives.slot_offset(index) + LIFE_GEN))
     client = client_of(domain, peer, ask)
     try:
         _, came = client.call("duplicate", {"dev": dev, "ino": ino}, operation="open", obj=f"buffer ino {ino}")

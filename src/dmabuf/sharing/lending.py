@@ -27,7 +27,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final, TypeVar
 
-from dmabuf import _native
+from dmabuf._native import OFF_ID
+from dmabuf._native import step as native_step
 from dmabuf.core.resv.lock import HeldLock, ResvLock, holding, lent, lose, record_of
 from dmabuf.core.task.owner import current
 from dmabuf.domain.domain import TICK_NS, Domain
@@ -142,7 +143,7 @@ def _regained(resv: ResvLock, word: int, loan: int, life: int) -> bool:
                 return False
             continue
         # Of who died the sockets are closed already; the lock of its life will be in a moment.
-        shm.wait(_native.OFF_ID, shm.load32(_native.OFF_ID), TICK_NS / 1e9)
+        shm.wait(OFF_ID, shm.load32(OFF_ID), TICK_NS / 1e9)
         domain.reap_dead()
 
 
@@ -153,7 +154,7 @@ def borrowed(resv: ResvLock, loan: int, operation: str, obj: object) -> Iterator
     if not shm.resv_borrow(index, loan, me):
         raise fail(errno.EPERM, operation, obj, "hold its reservation lock", what="the caller doesn't hold the lock")
     try:
-        _native.step("service_locked")
+        native_step("service_locked")
         with lent(resv, me):
             yield
     finally:

@@ -12,7 +12,7 @@ import fcntl
 import os
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from dmabuf import _native
+from dmabuf._native import Mapping, buffer_address
 from dmabuf.errors import DmaBufError, fail
 from dmabuf.sharing.messages import THERE, no_room
 
@@ -45,10 +45,10 @@ def range_of(memory: ReadableBuffer, operation: str, obj: object) -> Range:
     return Range(found, mapping.offset + start, length, mapping.writable)
 
 
-def shown(fd: int, offset: int, length: int, writable: bool) -> tuple[_native.Mapping, memoryview]:
+def shown(fd: int, offset: int, length: int, writable: bool) -> tuple[Mapping, memoryview]:
     """The other side: a mapping of the range, and the range in it. The fd stays the caller's. Errors: those of ``Mapping``."""
     lead = offset % PAGE
-    mapping = _native.Mapping(fd, length + lead, offset=offset - lead, writable=writable)
+    mapping = Mapping(fd, length + lead, offset=offset - lead, writable=writable)
     return mapping, memoryview(mapping)[lead:]
 
 
@@ -62,19 +62,19 @@ def _hidden(operation: str, obj: object, why: str) -> DmaBufError:
     )
 
 
-def _mapping(memory: ReadableBuffer) -> tuple[_native.Mapping | None, int, int]:
+def _mapping(memory: ReadableBuffer) -> tuple[Mapping | None, int, int]:
     """(mapping, first byte, length) of memory that is a mapping, or a contiguous view of one."""
-    if isinstance(memory, _native.Mapping):
+    if isinstance(memory, Mapping):
         return memory, 0, 0 if memory.closed else memory.size
     view = memoryview(memory)
     base: Any = view.obj
     for _ in range(8):  # an array of a view of a window of a mapping
-        if isinstance(base, _native.Mapping) or base is None:
+        if isinstance(base, Mapping) or base is None:
             break
         base = base.obj if isinstance(base, memoryview) else getattr(base, "base", None)
-    if not isinstance(base, _native.Mapping) or base.closed or not view.contiguous or not view.nbytes:
+    if not isinstance(base, Mapping) or base.closed or not view.contiguous or not view.nbytes:
         return None, 0, 0
-    start = _native.buffer_address(memory) - base.address
+    start = buffer_address(memory) - base.address
     if not 0 <= start <= base.size - view.nbytes:
         return None, 0, 0
     return base, start, view.nbytes

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any, NamedTuple
 
-from dmabuf import _native
+from dmabuf._native import LIFE_PID, fd_of
 from dmabuf.core.buffer.identity import checked_name, identify, is_kernel_home, memfd_name
 from dmabuf.core.dma_buf import DmaBuf
 from dmabuf.core.get import from_fd
@@ -118,7 +118,7 @@ def _reopened(domain: Domain, wanted: _Found, asked: str) -> DmaBuf:
         given = duplicate.ask(domain, i, wanted.dev, wanted.ino, wanted.nonce)
         if given is not None:
             return given
-    held_by = [domain.shm.load32(lives.slot_offset(i) + _native.LIFE_PID) for i in domain.shm.rec_holders(wanted.record)]
+    held_by = [domain.shm.load32(lives.slot_offset(i) + LIFE_PID) for i in domain.shm.rec_holders(wanted.record)]
     for pid in held_by:
         buf = _from_process(domain, wanted, pid, denied)
         if buf is not None:
@@ -203,7 +203,7 @@ def _duplicated(domain: Domain, wanted: _Found, pid: int, denied: list[int]) -> 
                     st = os.stat(f"/proc/{pid}/fd/{name}")
                     if (st.st_dev, st.st_ino) != (wanted.dev, wanted.ino):
                         continue
-                    fd = _native.fd_of(process.number, int(name))
+                    fd = fd_of(process.number, int(name))
                     if identify(fd.number, domain, "open").nonce == wanted.nonce:
                         return from_fd(fd, domain)
                 except OSError as e:

@@ -36,7 +36,7 @@ import weakref
 from collections.abc import Iterable
 from typing import Any, Final, NamedTuple
 
-from dmabuf import _native
+from dmabuf._native import recv_one, send_one
 from dmabuf.core.access.range import BufferRange
 from dmabuf.core.buffer.handle import handle_of
 from dmabuf.core.buffer.shared import confirmed
@@ -107,7 +107,7 @@ def send(sock: socket.socket, *things: Sent) -> None:
     if handle is not None and handle.fd >= 0 and not peer.asks and sock.gettimeout() is None:
         # The commonest message on the commonest socket, in one native call.
         data = handle.shared.message or message_of(handle.shared)
-        sent = _native.send_one(sock.fileno(), data, handle.fd)
+        sent = send_one(sock.fileno(), data, handle.fd)
         if sent == len(data):
             return
         if sent < 0:
@@ -150,7 +150,7 @@ def recv(sock: socket.socket) -> list[Any]:
     entry = _peers.get(id(sock))
     peer = entry[0] if entry else _look_at(sock, "recv")
     if not peer.asks and sock.gettimeout() is None:
-        got = _native.recv_one(sock.fileno(), peer.first, MAGIC)
+        got = recv_one(sock.fileno(), peer.first, MAGIC)
         if type(got) is int:
             raise _translated(OSError(-got, ""), "recv", sock)
         assert isinstance(got, tuple)

@@ -6,7 +6,7 @@ import errno
 from collections.abc import Iterable
 from typing import Final, Protocol
 
-from dmabuf import _native
+from dmabuf._native import Mapping
 from dmabuf.core.attach.attachment import DmaBufAttachment, tables_of
 from dmabuf.core.base.usage import Direction
 from dmabuf.core.buffer import residence
@@ -53,7 +53,7 @@ class RemoteExporter(Exporter):
     def __init__(self, calls: Calls) -> None:
         self.calls = calls
         self.attached: dict[int, DmaBufAttachment] = {}  # by the number that the exporter's process gave
-        self.tables: dict[int, tuple[SgTable, int, _native.Mapping | None]] = {}  # by id()
+        self.tables: dict[int, tuple[SgTable, int, Mapping | None]] = {}  # by id()
 
     # ---- attachments ----
 
@@ -134,13 +134,13 @@ class RemoteExporter(Exporter):
     def end_cpu_access(self, buf: DmaBuf, direction: Direction) -> None:
         self.calls.call("end", buf, {"direction": int(direction)}, operation="end_cpu_access")
 
-    def mmap(self, buf: DmaBuf, offset: int, length: int) -> _native.Mapping:
+    def mmap(self, buf: DmaBuf, offset: int, length: int) -> Mapping:
         calls = self.calls
         answer, fds = calls.call("mmap", buf, {"offset": offset, "length": length})
         n = number(answer, "mapping")
         calls.count_mapping()
         try:
-            return _native.Mapping(
+            return Mapping(
                 _first(fds),
                 number(answer, "length", _MOST),
                 offset=number(answer, "offset", _MOST),
@@ -180,7 +180,7 @@ def _first(fds: list[int]) -> int:
     return fds[0]
 
 
-def _table(answer: Body, fds: list[int]) -> tuple[SgTable, _native.Mapping | None]:
+def _table(answer: Body, fds: list[int]) -> tuple[SgTable, Mapping | None]:
     """The table of an answer, its memory mapped here; no mapping: its DMA side came filled in, or it has none."""
     cpu = [SgEntry(page, offset, length) for page, offset, length in _threes(answer, "cpu")]
     dma = [DmaEntry(address, length) for address, length, _ in _threes(answer, "dma")]

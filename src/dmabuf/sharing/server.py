@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Final, TypeVar, cast
 
-from dmabuf import _native
+from dmabuf._native import step
 from dmabuf.domain import dispatcher
 from dmabuf.domain.domain import TICK_NS, Domain
 from dmabuf.domain.local import Local
@@ -136,7 +136,7 @@ class Server:
         try:
             with address_of(domain, self.life, make=True) as address:
                 sock.bind(address)
-            _native.step("service_bound")  # a file of a life: whoever reaps it unlinks it
+            step("service_bound")  # a file of a life: whoever reaps it unlinks it
             sock.listen(128)
             sock.setblocking(False)  # what is accepted blocks all the same
             try:
@@ -253,7 +253,7 @@ class Server:
             answer, told = Answer(), told_of(e, kind)
         try:
             close_all(fds)  # before the caller goes on: it may count
-            _native.step("service_answered")
+            step("service_answered")
             try:
                 send(conn, told, answer.fds)
             except (BrokenPipeError, ConnectionResetError):

@@ -21,8 +21,7 @@ import time
 from collections.abc import Sequence
 from typing import Final, NoReturn
 
-from dmabuf import _native
-from dmabuf._native import Shm
+from dmabuf._native import FF_ACCESS, FF_WRITE, Shm, View, open_view, step
 from dmabuf.core.base.clock import monotonic_deadline
 from dmabuf.core.base.usage import Direction, Usage
 from dmabuf.core.buffer import residence
@@ -87,7 +86,7 @@ class Access:
         self.buf, self.handle, self.write, self._timeout = buf, handle, write, timeout
         self._entered = False
         self._view: memoryview | None = None
-        self._window: _native.View | None = None
+        self._window: View | None = None
         self.fence = self._error = 0  # the native call stores the fence's handle
         self._asked: Backing | None = None  # whose begin_cpu_access was called for this access
         self._kept: Descriptor | None = None  # what to end it on, if it outlives the block and perhaps the handle
@@ -208,7 +207,7 @@ class Access:
         if backing is not None and self._asked is None:
             self._bracket(backing)
         mapping = handle.view or handle.view_source(self.write)
-        self._window, view = _native.open_view(mapping, self._released, not self.write)
+        self._window, view = open_view(mapping, self._released, not self.write)
         self._view = view
         handle.accesses += 1
         return view
@@ -314,7 +313,7 @@ class Access:
         shm = self._shm
         for fence in pending_on(self.handle.resv, _READ if self.write else _WRITE):
             if fence != self.fence and (info := shm.fence_info(fence)) is not None:
-                kind = ("read()", "write()")[bool(info["flags"] & _native.FF_WRITE)] if info["flags"] & _native.FF_ACCESS else "a fence"
+                kind = ("read()", "write()")[bool(info["flags"] & FF_WRITE)] if info["flags"] & FF_ACCESS else "a fence"
                 return f"{kind} in process {self.handle.domain.pid_of(info['life'])}"
         return ""
 
@@ -359,7 +358,7 @@ def wait(parts: Sequence[Access], owner: Owner, pending: Sequence[int], until: i
             if not shm.fence_pending(fence):
                 continue
             publish(owner, fence)
-            _native.step("access_waiting")
+            step("access_waiting")
             if not shm.fence_wait(fence, until, False):
                 raise parts[0].timed_out()
     finally:

@@ -14,7 +14,7 @@ import contextlib
 import errno
 from typing import Any, Self
 
-from dmabuf import _native
+from dmabuf._native import Mapping
 from dmabuf.core.access.access import Access
 from dmabuf.core.buffer.handle import PAGE
 from dmabuf.core.contract import AnyBuffer
@@ -143,7 +143,7 @@ class RangeMapping:
         lead = part.offset - self.page_offset
         whole = part.buf.size // PAGE * PAGE
         end = min(-(-(part.offset + part.length) // PAGE) * PAGE, max(whole, part.offset + part.length))
-        self.mapping: _native.Mapping = part.buf.mmap(self.page_offset, end - self.page_offset, writable)
+        self.mapping: Mapping = part.buf.mmap(self.page_offset, end - self.page_offset, writable)
         self.view = memoryview(self.mapping)[lead : lead + part.length]
 
     def close(self) -> None:

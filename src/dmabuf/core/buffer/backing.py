@@ -21,7 +21,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Final, Protocol
 
-from dmabuf import _native
+from dmabuf._native import Mapping
 from dmabuf.core.base import debug
 from dmabuf.core.base.registry import Registry
 from dmabuf.core.base.usage import Direction
@@ -162,7 +162,7 @@ class Backing(ABC):
         if "mmap" not in self.ops and not self.in_file:
             raise fail(errno.EINVAL, operation, buf, "use vmap(), or attach a device", what="its exporter offers no mmap")
 
-    def mmap(self, buf: Buffer, operation: str, offset: int, length: int, writable: bool) -> _native.Mapping:
+    def mmap(self, buf: Buffer, operation: str, offset: int, length: int, writable: bool) -> Mapping:
         """Return the exporter's mapping.
 
         Raises:
@@ -173,7 +173,7 @@ class Backing(ABC):
         if self.in_file:
             return self._map_file(buf, operation, offset, length, writable)
         mapping = self.exporter.mmap(buf, offset, length)
-        if not isinstance(mapping, _native.Mapping):
+        if not isinstance(mapping, Mapping):
             raise TypeError(f"{operation}: the exporter's mmap returned {type(mapping).__name__}, not what DmaBuf.mmap() returns")
         if writable and not mapping.writable:
             mapping.close()
@@ -181,7 +181,7 @@ class Backing(ABC):
         self.keep(mapping)
         return mapping
 
-    def _map_file(self, buf: Buffer, operation: str, offset: int, length: int, writable: bool) -> _native.Mapping:
+    def _map_file(self, buf: Buffer, operation: str, offset: int, length: int, writable: bool) -> Mapping:
         direction = Direction.BIDIRECTIONAL if writable else Direction.FROM_DEVICE
         self.begin(buf, direction)  # keeps the memory there until the end, and from then on the mapping does
         try:
@@ -191,7 +191,7 @@ class Backing(ABC):
         self.keep(mapping)
         return mapping
 
-    def keep(self, mapping: _native.Mapping) -> None:
+    def keep(self, mapping: Mapping) -> None:
         """Count a mapping as a reference until it is closed; the descriptor of most kinds of memory does so by itself."""
         return
 

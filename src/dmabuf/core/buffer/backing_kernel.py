@@ -20,7 +20,7 @@ import os
 import select
 import time
 
-from dmabuf import _native
+from dmabuf._native import Mapping
 from dmabuf.core.base.usage import Direction
 from dmabuf.core.buffer.backing import SERVERS, Backing, Descriptor, KernelSide
 from dmabuf.core.buffer.backing_memfd import FILE_EXPORTER, FILE_OPS
@@ -55,11 +55,11 @@ class KernelBacking(Backing, KernelSide):
     def mappable(self, buf: Buffer, operation: str) -> None:
         """Nothing: the kernel answers in mmap."""
 
-    def mmap(self, buf: Buffer, operation: str, offset: int, length: int, writable: bool) -> _native.Mapping:
+    def mmap(self, buf: Buffer, operation: str, offset: int, length: int, writable: bool) -> Mapping:
         # DRM's buffers show their first page in a partial mapping, whatever its offset (seen on Linux 6.12): mapped from the start.
         whole = self.record.home == IMPORTED
         try:
-            return _native.Mapping(buf.fileno(), length, offset=offset, writable=writable, from_start=whole)
+            return Mapping(buf.fileno(), length, offset=offset, writable=writable, from_start=whole)
         except OSError as e:
             raise fail(e.errno or errno.EIO, operation, buf) from None
 

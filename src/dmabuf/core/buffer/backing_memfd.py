@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from dmabuf import _native
+from dmabuf._native import Mapping
 from dmabuf.core.base.usage import Direction
 from dmabuf.core.buffer.backing import Backing
 from dmabuf.core.buffer.handle import handle_of
@@ -27,7 +27,7 @@ class FileExporter(Exporter):
         attachment.priv = handle_of(attachment.dmabuf).any_view()
 
     def map(self, attachment: Attachment, direction: Direction) -> SgTable:
-        memory: _native.Mapping = attachment.priv
+        memory: Mapping = attachment.priv
         sgt = SgTable.from_ranges([(0, memory.size)], max_segment=attachment.dev.max_segment, memory=memory)
         return attachment.dev.map_sgtable(sgt, direction)
 

@@ -19,7 +19,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Protocol, Self, TypeVar
 
-from dmabuf import _native
+from dmabuf._native import Mapping
 from dmabuf.core.buffer.backing import KernelSide
 from dmabuf.core.buffer.identity import checked_name
 from dmabuf.core.buffer.shared import MEMFD, SharedBuffer
@@ -54,7 +54,7 @@ class Handle(ABC):
     fd: int
     shared: SharedBuffer
     size: int
-    view: _native.Mapping | None
+    view: Mapping | None
     known_resv: DmaResv | None
     resv_record: Record  # of known_resv, once that is there
     accesses: int
@@ -233,7 +233,7 @@ class Handle(ABC):
 
     # ---- its memory ----
 
-    def view_source(self, write: bool) -> _native.Mapping:
+    def view_source(self, write: bool) -> Mapping:
         """Return the mapping that an access of this handle looks through."""
         mapping = self.view
         if mapping is None or (write and not mapping.writable):
@@ -244,23 +244,23 @@ class Handle(ABC):
                 return backing.mmap(self.face(), operation, 0, self.size, write)
             size = self.size if backing is None else self.size // PAGE * PAGE or self.size
             try:
-                mapping = _native.Mapping(self.fd, size)
+                mapping = Mapping(self.fd, size)
             except PermissionError:
                 if write:
                     what = "its descriptor is read-only"
                     raise fail(errno.EACCES, "write", self, "receive a descriptor that is open for writing", what=what) from None
-                mapping = _native.Mapping(self.fd, size, writable=False)
+                mapping = Mapping(self.fd, size, writable=False)
             self.view = mapping
         return mapping
 
-    def any_view(self) -> _native.Mapping:
+    def any_view(self) -> Mapping:
         """Return that mapping, writable if the descriptor is: for devices, which learn the direction when they map."""
         return self.view_source(fcntl.fcntl(self.check("attach"), fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY)
 
-    def map_file(self, operation: str, offset: int, length: int, writable: bool) -> _native.Mapping:
+    def map_file(self, operation: str, offset: int, length: int, writable: bool) -> Mapping:
         """Return a mapping of the buffer's own file."""
         try:
-            return _native.Mapping(self.fd, length, offset=offset, writable=writable)
+            return Mapping(self.fd, length, offset=offset, writable=writable)
         except OSError as e:
             raise fail(e.errno or errno.EIO, operation, self) from None
 

@@ -17,7 +17,7 @@ from functools import cache
 from hashlib import blake2b
 from typing import Final, NamedTuple
 
-from dmabuf import _native
+from dmabuf._native import probe_fd
 from dmabuf.domain import place
 from dmabuf.domain.domain import Domain
 from dmabuf.errors import fail
@@ -33,7 +33,7 @@ DMA_HEAP: Final = b"dma_heap:"
 HEAPS: Final = "/dev/dma_heap"
 NAME_BYTES: Final = 31  # DMA_BUF_NAME_LEN without its NUL
 _HOME_BYTES: Final = 31  # what a record has room for
-probe = _native.probe_fd
+probe = probe_fd
 """For tests: what the kernel says of an fd."""
 
 

@@ -8,19 +8,19 @@ from __future__ import annotations
 import errno
 import os
 
-from dmabuf import _native
+from dmabuf._native import Mapping
 from dmabuf.core.buffer.handle import PAGE, Handle
 from dmabuf.core.memory.iosys_map import IosysMap
 from dmabuf.errors import fail
 
 
-def mmap(handle: Handle, offset: int, length: int | None, writable: bool) -> _native.Mapping:
+def mmap(handle: Handle, offset: int, length: int | None, writable: bool) -> Mapping:
     """Return the bare mapping."""
     handle.check_unlocked("mmap")
     return map_range(handle, "mmap", offset, length, writable)
 
 
-def dma_mmap(handle: Handle, offset: int, length: int) -> _native.Mapping:
+def dma_mmap(handle: Handle, offset: int, length: int) -> Mapping:
     """Return the mapping that an importer gets which redirects its own mmap here."""
     handle.check_unlocked("dma_mmap")
     if offset + length > 1 << 64:
@@ -29,7 +29,7 @@ def dma_mmap(handle: Handle, offset: int, length: int) -> _native.Mapping:
     return map_range(handle, "dma_mmap", offset, length, True)
 
 
-def map_range(handle: Handle, operation: str, offset: int, length: int | None, writable: bool) -> _native.Mapping:
+def map_range(handle: Handle, operation: str, offset: int, length: int | None, writable: bool) -> Mapping:
     """Return a mapping of whole pages; ``length``: None for the rest. The handle is open, and no lock is checked."""
     if offset < 0 and offset % PAGE == 0:
         raise fail(errno.EOVERFLOW, operation, handle, "use an offset that is not negative", what=f"the offset is {offset}")

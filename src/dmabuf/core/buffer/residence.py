@@ -25,7 +25,7 @@ import errno
 import fcntl
 import os
 
-from dmabuf import _native
+from dmabuf._native import Mapping
 from dmabuf.core.buffer.identity import take_lease
 from dmabuf.domain import place
 from dmabuf.errors import fail
@@ -44,7 +44,7 @@ def may_write(fd: int) -> bool:
     return fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY
 
 
-def mapping(fd: int, operation: str, obj: object, offset: int, length: int, writable: bool) -> _native.Mapping:
+def mapping(fd: int, operation: str, obj: object, offset: int, length: int, writable: bool) -> Mapping:
     """A bare mapping that keeps the memory where it is until nobody maps it any more. Only inside of an access.
 
     Errors: EACCES writable on a read-only fd; ENODEV the exporter has released the buffer; EBUSY the memory is away (the caller is in no
@@ -60,7 +60,7 @@ def mapping(fd: int, operation: str, obj: object, offset: int, length: int, writ
         take_lease(own)
         if not place.ofd_lock(own, fcntl.F_RDLCK, BYTE):
             raise fail(errno.EBUSY, operation, obj, "map it inside of an access", what="its memory is away")
-        return _native.Mapping(own, length, offset=offset, writable=writable)
+        return Mapping(own, length, offset=offset, writable=writable)
     finally:
         os.close(own)  # from here on the mapping alone keeps the description, and with it the locks
 

@@ -17,7 +17,7 @@ import threading
 import weakref
 from typing import Final
 
-from dmabuf import _native
+from dmabuf._native import Mapping
 from dmabuf.core.buffer.backing import Backing
 from dmabuf.core.buffer.shared import BACKINGS, SharedBuffer
 from dmabuf.core.contract import Exporter, OwnerReference
@@ -58,7 +58,7 @@ class Exported(Backing):
         self.released = False
         self.closing = 0  # handles of this process that are being closed: their close() releases, and the thread doesn't
         self._once = fork_lock()  # a handle's __del__ may run in the middle
-        self._mappings: weakref.WeakSet[_native.Mapping] = weakref.WeakSet()
+        self._mappings: weakref.WeakSet[Mapping] = weakref.WeakSet()
 
     def check_reachable(self, operation: str) -> None:
         if self.life != self.record.shm.life:  # an attachment from before a fork, or a fork that Python didn't see
@@ -70,7 +70,7 @@ class Exported(Backing):
                 what="its exporter lives in the parent process",
             )
 
-    def keep(self, mapping: _native.Mapping) -> None:
+    def keep(self, mapping: Mapping) -> None:
         self._mappings.add(mapping)
 
     def before_close(self) -> None:
