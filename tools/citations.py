@@ -19,7 +19,8 @@ _HEADING = re.compile(
     r"^(?:<a id=\"(?P<anchor>[\w.]+)\"></a>\n\n)?#{1,2} (?:Appendix )?(?P<number>\d+(?:\.\d+)?[a-z]?|[A-Z](?:\.\d+)?)\.? ", re.MULTILINE
 )
 _NUMBER = r"\d+(?:\.\d+)?[a-z]?"
-_CITATION = re.compile(rf"\b[Ss](?:emantics|pec)\s+({_NUMBER}(?:(?:[-–]|,\s+(?:and\s+)?|\s+and\s+){_NUMBER})*)(?![\w.]*\d)")
+_CITATION = re.compile(rf"\b[Ss]emantics\s+({_NUMBER}(?:(?:[-–]|,\s+(?:and\s+)?|\s+and\s+){_NUMBER})*)(?![\w.]*\d)")
+_SPEC = re.compile(r"\b[Ss]pec\s+\d+\.\d")
 _APPENDIX = re.compile(r"\bappendix ([A-Z](?:\.\d+)?)(?![\w])")
 
 
@@ -64,9 +65,12 @@ def check(root: Path = ROOT) -> list[Fault]:
         for path in [root / name, *sorted((root / name).rglob("*"))]:
             if path.is_file() and path.suffix in SUFFIXES:
                 where = path.relative_to(root).as_posix()
-                for line, number in citations(path.read_text(encoding="utf-8")):
+                text = path.read_text(encoding="utf-8")
+                for line, number in citations(text):
                     if number not in known:
                         faults.append(Fault(where, line, f"semantics {number}: there is no such section in {SEMANTICS}"))
+                for match in _SPEC.finditer(text):
+                    faults.append(Fault(where, text.count("\n", 0, match.start()) + 1, f'{match[0]}: cite it as "semantics"'))
     return faults
 
 

@@ -1,4 +1,4 @@
-"""``DmaBuf``: a buffer is a file descriptor (spec 2, 5.2–5.7).
+"""``DmaBuf``: a buffer is a file descriptor (semantics 2, 5.2–5.7).
 
 A ``DmaBuf`` owns one descriptor and closes it once. ``get(fd)`` and ``get_dma_buf()`` give other handles of the same buffer. They are equal
 and hash alike, and inside a process they share the reservation object and the count of vmaps. Using a closed handle raises EBADF, except
@@ -7,10 +7,10 @@ for ``close()``, ``closed`` and ``repr``.
 The caller must *not* hold the buffer's reservation lock for ``read``, ``write``, ``begin_cpu_access``, ``end_cpu_access``, ``sync``,
 ``mmap``, ``dma_mmap``, ``attach``, ``import_sync_file``, ``vmap_unlocked`` and ``vunmap_unlocked`` (else ``ContractWarning`` and EDEADLK).
 The caller must hold it for ``vmap``, ``vunmap`` and ``move_notify`` (else ``ContractError``). Everything else works either way. In
-particular a handle may be closed, because the exporter's ``release`` never runs under a lock (spec 2.4).
+particular a handle may be closed, because the exporter's ``release`` never runs under a lock (semantics 2.4).
 
-If a buffer has an exporter (``dmabuf.export``), the exporter's ops provide memory and brackets (spec 2.15–2.18). Plain memory needs none,
-and a kernel dma-buf is the kernel's (``core/buffer/backing_kernel.py``).
+If a buffer has an exporter (``dmabuf.export``), the exporter's ops provide memory and brackets (semantics 2.15–2.18). Plain memory needs
+none, and a kernel dma-buf is the kernel's (``core/buffer/backing_kernel.py``).
 
 The class is a face: one line a verb. What a verb does is a function that takes a ``Handle`` (``core/buffer``, ``core/access``,
 ``core/attach``).
@@ -149,14 +149,14 @@ class DmaBuf(Face, Closing):
         self._handle.close()
 
     def put(self) -> None:
-        """Drop a reference: ``close()`` by the kernel's name (spec 2.4).
+        """Drop a reference: ``close()`` by the kernel's name (semantics 2.4).
 
         Kernel: dma_buf_put.
         """
         self._handle.close()
 
     def get_dma_buf(self) -> DmaBuf:
-        """Return another handle of the buffer, with a descriptor and a close of its own (spec 2.5).
+        """Return another handle of the buffer, with a descriptor and a close of its own (semantics 2.5).
 
         Raises:
             ClosedError: The handle is closed (EBADF).
@@ -204,7 +204,7 @@ class DmaBuf(Face, Closing):
 
     @property
     def size(self) -> int:
-        """The size in bytes, which never changes (spec 1.2).
+        """The size in bytes, which never changes (semantics 1.2).
 
         Kernel: dma_buf.size.
         """
@@ -213,13 +213,13 @@ class DmaBuf(Face, Closing):
 
     @property
     def ino(self) -> int:
-        """The inode number, the same in every process and for every descriptor of the buffer (spec 1.2)."""
+        """The inode number, the same in every process and for every descriptor of the buffer (semantics 1.2)."""
         self._handle.check("ino")
         return self._handle.shared.ino
 
     @property
     def exp_name(self) -> str:
-        """The exporter's name (spec 1.2).
+        """The exporter's name (semantics 1.2).
 
         Kernel: dma_buf.exp_name.
         """
@@ -234,7 +234,7 @@ class DmaBuf(Face, Closing):
 
     @property
     def name(self) -> str | None:
-        """The name that users gave the buffer; None if it has none. Any process can set it, to at most 31 bytes (spec 5.4).
+        """The name that users gave the buffer; None if it has none. Any process can set it, to at most 31 bytes (semantics 5.4).
 
         Raises:
             ClosedError: The handle is closed (EBADF).
@@ -274,7 +274,7 @@ class DmaBuf(Face, Closing):
     # ---- mapping ----
 
     def mmap(self, offset: int = 0, length: int | None = None, writable: bool = True) -> Mapping:
-        """Return the bare mapping, MAP_SHARED, which waits for nobody and excludes nobody (spec 2.17, 5.2).
+        """Return the bare mapping, MAP_SHARED, which waits for nobody and excludes nobody (semantics 2.17, 5.2).
 
         The mapping outlives ``close()``; close it yourself.
 
@@ -295,7 +295,7 @@ class DmaBuf(Face, Closing):
         return mapping.mmap(self._handle, offset, length, writable)
 
     def dma_mmap(self, offset: int, length: int) -> Mapping:
-        """Return the mapping for an importer that redirects its own mmap to the buffer (spec 2.17).
+        """Return the mapping for an importer that redirects its own mmap to the buffer (semantics 2.17).
 
         Raises:
             DmaBufError: ``offset + length`` passes the address range (EOVERFLOW).
@@ -306,7 +306,7 @@ class DmaBuf(Face, Closing):
         return mapping.dma_mmap(self._handle, offset, length)
 
     def lseek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Answer as the kernel's lseek on a dma-buf: (0, SEEK_SET) is 0, (0, SEEK_END) the size. No position moves (spec 5.2).
+        """Answer as the kernel's lseek on a dma-buf: (0, SEEK_SET) is 0, (0, SEEK_END) the size. No position moves (semantics 5.2).
 
         Raises:
             ClosedError: The handle is closed (EBADF).
@@ -315,7 +315,7 @@ class DmaBuf(Face, Closing):
         return mapping.lseek(self._handle, offset, whence)
 
     def vmap(self, into: IosysMap | None = None) -> IosysMap:
-        """Return the whole buffer as a kernel mapping, counted: n calls need n ``vunmap`` (spec 2.18). The reservation lock is held.
+        """Return the whole buffer as a kernel mapping, counted: n calls need n ``vunmap`` (semantics 2.18). The reservation lock is held.
 
         Args:
             into: A map to fill and return; it is NULL after every failure.
@@ -348,7 +348,7 @@ class DmaBuf(Face, Closing):
             map: A map that is equal to what ``vmap`` gave.
 
         Raises:
-            ContractError: The lock isn't held; ``map`` is another map; or the buffer is not mapped (spec 2.18: BUG).
+            ContractError: The lock isn't held; ``map`` is another map; or the buffer is not mapped (semantics 2.18: BUG).
 
         Kernel: dma_buf_vunmap.
         """
@@ -368,7 +368,7 @@ class DmaBuf(Face, Closing):
     # ---- devices ----
 
     def attach(self, dev: Device, importer: Importer | None = None, *, interruptible: bool = False) -> DmaBufAttachment:
-        """Attach a device (spec 2.8). See ``dmabuf.core.attach.attachment``.
+        """Attach a device (semantics 2.8). See ``dmabuf.core.attach.attachment``.
 
         Args:
             dev: The device.
@@ -387,7 +387,7 @@ class DmaBuf(Face, Closing):
         return attachment.attach(self, dev, importer, interruptible)
 
     def move_notify(self) -> None:
-        """Notify every dynamic importer, the newest attachment first, that the memory is about to move (spec 2.14). The lock is held.
+        """Notify every dynamic importer, the newest attachment first, that the memory is about to move (semantics 2.14). The lock is held.
 
         Exporters call this. ``sys.unraisablehook`` reports what an importer raises.
 
@@ -412,7 +412,7 @@ class DmaBuf(Face, Closing):
     # ---- CPU access ----
 
     def begin_cpu_access(self, direction: int, *, timeout: float | None = None, interruptible: bool = False) -> None:
-        """Wait for the implicit fences that block a CPU access (spec 2.15). Excludes nobody: use ``read()`` and ``write()`` for that.
+        """Wait for the implicit fences that block a CPU access (semantics 2.15). Excludes nobody: use ``read()`` and ``write()`` for that.
 
         TO_DEVICE and BIDIRECTIONAL wait for writers and readers, FROM_DEVICE and NONE for writers. A failed fence does not fail the
         call. The exporter's op comes first; if it fails, nothing is waited for.
@@ -435,7 +435,7 @@ class DmaBuf(Face, Closing):
         cpu_access.begin_cpu_access(self._handle, direction, timeout, interruptible)
 
     def end_cpu_access(self, direction: int) -> None:
-        """End a CPU access. Waits for nothing, and nothing counts begin against end (spec 2.16).
+        """End a CPU access. Waits for nothing, and nothing counts begin against end (semantics 2.16).
 
         Raises:
             OSError: As :meth:`begin_cpu_access`.
@@ -445,7 +445,7 @@ class DmaBuf(Face, Closing):
         cpu_access.end_cpu_access(self._handle, direction)
 
     def sync(self, flags: int) -> None:
-        """Begin or end a CPU access as DMA_BUF_IOCTL_SYNC does (spec 5.3).
+        """Begin or end a CPU access as DMA_BUF_IOCTL_SYNC does (semantics 5.3).
 
         Args:
             flags: READ 1, WRITE 2 or both 3; plus END 4 for the end.
@@ -459,7 +459,7 @@ class DmaBuf(Face, Closing):
     # ---- waiting ----
 
     def poll(self, events: int, timeout: float | None = 0) -> int:
-        """Return which of select.POLLIN and POLLOUT are ready, waiting for one if none is (spec 5.6). Other events are ignored.
+        """Return which of select.POLLIN and POLLOUT are ready, waiting for one if none is (semantics 5.6). Other events are ignored.
 
         Args:
             events: A sum of POLLIN and POLLOUT.
@@ -502,7 +502,7 @@ class DmaBuf(Face, Closing):
         return poll.poll_async(self._handle, select.POLLOUT)
 
     def export_sync_file(self, write: bool = False, *, flags: int | None = None) -> SyncFile:
-        """Return what an access would wait for now, as a sync file: a snapshot (EXPORT_SYNC_FILE; spec 5.5).
+        """Return what an access would wait for now, as a sync file: a snapshot (EXPORT_SYNC_FILE; semantics 5.5).
 
         It is signaled if nothing is pending.
 
@@ -518,7 +518,7 @@ class DmaBuf(Face, Closing):
         return implicit.export_sync_file(self._handle, write, flags)
 
     def import_sync_file(self, sync_file: SyncFile | int, write: bool = False, *, flags: int | None = None) -> None:
-        """Let later accesses wait for a sync file (IMPORT_SYNC_FILE; spec 5.5).
+        """Let later accesses wait for a sync file (IMPORT_SYNC_FILE; semantics 5.5).
 
         Args:
             sync_file: A ``SyncFile``, or a descriptor of one.
@@ -537,7 +537,7 @@ class DmaBuf(Face, Closing):
     # ---- seeing ----
 
     def fdinfo(self) -> str:
-        """Return the text of /proc/PID/fdinfo/FD for a dma-buf (spec 5.7). ``count`` is what this user may see of fds and mappings.
+        """Return the text of /proc/PID/fdinfo/FD for a dma-buf (semantics 5.7). ``count`` is what this user may see of fds and mappings.
 
         A name may be any bytes; they are decoded with ``os.fsdecode``.
 

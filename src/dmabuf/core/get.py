@@ -1,4 +1,4 @@
-"""How a descriptor becomes a handle: ``get``, and what heaps and receivers use (spec 2.3).
+"""How a descriptor becomes a handle: ``get``, and what heaps and receivers use (semantics 2.3).
 
 Each way checks that the descriptor is a buffer and of which domain, puts the reference lock on it, and finds or makes its record, in this
 order. A function that takes a descriptor over closes it when a step fails.
@@ -21,7 +21,7 @@ from dmabuf.uapi.call import OwnedFd
 
 
 def get(fd: int, *, domain: Domain | None = None) -> DmaBuf:
-    """Return a new handle for the buffer behind a file descriptor (spec 2.3). The caller keeps ``fd``.
+    """Return a new handle for the buffer behind a file descriptor (semantics 2.3). The caller keeps ``fd``.
 
     Args:
         fd: The descriptor of a buffer from this library, or of a kernel dma-buf, which is taken into the domain.

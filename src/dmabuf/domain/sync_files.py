@@ -40,7 +40,7 @@ from dmabuf.errors import fail
 
 PREFIX: Final = "sync-"
 MAX_LEAVES: Final = 1 << 16
-NAME_BYTES: Final = 32  # with its NUL (SYNC_IOC_MERGE, spec 5.1)
+NAME_BYTES: Final = 32  # with its NUL (SYNC_IOC_MERGE, semantics 5.1)
 _HEAD: Final = struct.Struct("=8s32sI")
 _LEAF: Final = struct.Struct("=QQQIiQ64s64s")
 _MAGIC: Final = b"dmabufS\1"  # the last byte is the version

@@ -1,4 +1,4 @@
-"""``DrmNode``: dumb buffers, PRIME export and import, and vgem's fences (spec 5.12, 5.13).
+"""``DrmNode``: dumb buffers, PRIME export and import, and vgem's fences (semantics 5.12, 5.13).
 
 A GEM handle is a number of one open node. Importing the same buffer twice gives the same number, and the kernel does not count: one close
 ends it for all. So the node counts, and closes a handle with the last :class:`GemObject` that has it. Closing the node ends all its handles

@@ -1,4 +1,4 @@
-"""``bufinfo()``: the text of debugfs ``dma_buf/bufinfo`` (spec 6.1), as far as user space can tell.
+"""``bufinfo()``: the text of debugfs ``dma_buf/bufinfo`` (semantics 6.1), as far as user space can tell.
 
 The same lines, columns and order as the kernel's, so that what parses one parses the other. What differs in meaning:
 
@@ -31,7 +31,7 @@ _MODE = 0x7  # FMODE_READ | FMODE_WRITE | FMODE_LSEEK, include/linux/fs.h
 
 
 def bufinfo(*, domain: Domain | None = None) -> str:
-    """Every buffer of a domain, newest first, as the kernel's debugfs prints them (spec 6.1).
+    """Every buffer of a domain, newest first, as the kernel's debugfs prints them (semantics 6.1).
 
     ``domain``: None for this user's. Errors: as :func:`dmabuf.buffers`.
     """

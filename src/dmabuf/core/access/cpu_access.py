@@ -1,4 +1,4 @@
-"""``begin_cpu_access``, ``end_cpu_access`` and ``sync``: the bracket around the CPU's use of a buffer (spec 2.15, 2.16, 5.3).
+"""``begin_cpu_access``, ``end_cpu_access`` and ``sync``: the bracket around the CPU's use of a buffer (semantics 2.15, 2.16, 5.3).
 
 Begin calls the exporter's op, or the kernel's. Then it waits for the implicit fences that block the access. It adds no fence and excludes
 nobody. It passes over the fences of the caller's own accesses. Only the debug layer counts begin against end, to know whether a vmap may be

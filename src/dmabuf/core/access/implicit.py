@@ -1,4 +1,4 @@
-"""Between implicit and explicit synchronization: a buffer's fences as a sync file, and a sync file's as the buffer's (spec 5.5).
+"""Between implicit and explicit synchronization: a buffer's fences as a sync file, and a sync file's as the buffer's (semantics 5.5).
 
 An export takes a snapshot of the pending fences up to the usage that the access would have to wait for. An import adds every plain fence of
 a sync file to the buffer's reservation object, so that later accesses wait for it. Export, submit and import are three steps. A program

@@ -1,4 +1,4 @@
-"""Polling a buffer: POLLIN when no write is pending, POLLOUT when no fence is (spec 5.6).
+"""Polling a buffer: POLLIN when no write is pending, POLLOUT when no fence is (semantics 5.6).
 
 POLLIN is ready when no fence of usage KERNEL or WRITE is pending, POLLOUT when none up to READ is. BOOKKEEP never counts, and other bits
 are ignored. Readiness holds for a moment: the fences are done, but anybody may add another. For access there are ``read()`` and

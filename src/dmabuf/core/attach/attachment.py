@@ -1,7 +1,7 @@
-"""``DmaBufAttachment``: one device's use of one buffer: map, pin, and be notified of moves (spec 1.4, 2.8–2.14).
+"""``DmaBufAttachment``: one device's use of one buffer: map, pin, and be notified of moves (semantics 1.4, 2.8–2.14).
 
 Made by ``buf.attach(dev, importer=None)``: without an importer *static*, with one *dynamic*. A device may attach more than once. Static and
-dynamic are matched with the exporter (spec 2.13a, Linux 6.8):
+dynamic are matched with the exporter (semantics 2.13a, Linux 6.8):
 
 | exporter | importer | at attach | map | unmap | at detach |
 |---|---|---|---|---|---|
@@ -107,7 +107,7 @@ class DmaBufAttachment:
         """
         return self.importer is not None
 
-    # ---- the lock table (spec 2.19) ----
+    # ---- the lock table (semantics 2.19) ----
 
     def _check(self, operation: str, level: int = 4) -> None:
         if not self.attached:
@@ -132,7 +132,7 @@ class DmaBufAttachment:
     # ---- mapping ----
 
     def map(self, direction: int, *, interruptible: bool = False) -> SgTable:
-        """Return the table of DMA addresses for the device (spec 2.11). The lock is held. A static importer waits for KERNEL fences.
+        """Return the table of DMA addresses for the device (semantics 2.11). The lock is held. A static importer waits for KERNEL fences.
 
         Args:
             direction: A ``Direction``.
@@ -171,7 +171,7 @@ class DmaBufAttachment:
         return sgt
 
     def _map(self, way: Direction, interruptible: bool) -> SgTable:
-        """Call the exporter's op, wait, and apply the debug layer (spec 2.11, step M)."""
+        """Call the exporter's op, wait, and apply the debug layer (semantics 2.11, step M)."""
         exporter = self._backing.exporter
         sgt = exporter.map(self, way)
         if sgt is None:
@@ -189,7 +189,7 @@ class DmaBufAttachment:
         return sgt
 
     def unmap(self, sgt: SgTable | None, direction: int) -> None:
-        """Unmap a table; a kept one stays (spec 2.13). The lock is held.
+        """Unmap a table; a kept one stays (semantics 2.13). The lock is held.
 
         For None there is a ``ContractWarning`` and no effect.
 
@@ -269,7 +269,7 @@ class DmaBufAttachment:
     # ---- pinning ----
 
     def pin(self) -> None:
-        """Keep the memory where it is (spec 2.10), for long uses such as scanout. The lock is held.
+        """Keep the memory where it is (semantics 2.10), for long uses such as scanout. The lock is held.
 
         Has no effect if the exporter has no such op. On a static attachment, which is pinned in any case, there is a ``ContractWarning``.
 
@@ -305,7 +305,7 @@ class DmaBufAttachment:
     # ---- the end ----
 
     def detach(self) -> None:
-        """End the attachment (spec 2.9): unmap and unpin what is kept, and call the exporter's ``detach``. The lock is not held.
+        """End the attachment (semantics 2.9): unmap and unpin what is kept, and call the exporter's ``detach``. The lock is not held.
 
         Detaching twice gives a ``ContractWarning`` and has no effect.
 
@@ -386,7 +386,7 @@ def leave(att: DmaBufAttachment) -> None:
 
 
 def _match(att: DmaBufAttachment, interruptible: bool) -> None:
-    """Map now, for all directions, until detach: one side is dynamic and the other is not (spec 2.8, step 6)."""
+    """Map now, for all directions, until detach: one side is dynamic and the other is not (semantics 2.8, step 6)."""
     exporter, dynamic = att._backing.exporter, att._backing.dynamic
     if dynamic:
         exporter.pin(att)
@@ -407,7 +407,7 @@ def tables_of(att: DmaBufAttachment) -> list[tuple[SgTable, Direction]]:
 
 
 def attach(buf: Face, dev: object, importer: object, interruptible: bool) -> DmaBufAttachment:
-    """Attach a device (spec 2.8); the verb ``DmaBuf.attach``."""
+    """Attach a device (semantics 2.8); the verb ``DmaBuf.attach``."""
     handle = handle_of(buf)
     handle.check_unlocked("attach")
     if dev is None:
@@ -428,7 +428,7 @@ def attach(buf: Face, dev: object, importer: object, interruptible: bool) -> Dma
 
 
 def move_notify(handle: Handle) -> None:
-    """Notify the importers (spec 2.14); the verb ``DmaBuf.move_notify``."""
+    """Notify the importers (semantics 2.14); the verb ``DmaBuf.move_notify``."""
     handle.check_locked("move_notify")
     notify_moves(handle.shared.ensure_backing())
 

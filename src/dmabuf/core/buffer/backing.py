@@ -1,4 +1,4 @@
-"""``Backing``: what stands behind a buffer in this process: its exporter's ops, its attachments, its vmap count (spec 1.2, 2.18).
+"""``Backing``: what stands behind a buffer in this process: its exporter's ops, its attachments, its vmap count (semantics 1.2, 2.18).
 
 There is one kind for each kind of memory. ``shared.BACKINGS`` has those that a buffer gets when this process meets it for the first time:
 
@@ -198,7 +198,7 @@ class Backing(ABC):
     # ---- vmap, the lock is held ----
 
     def vmap(self, buf: Buffer, *, tell: bool = True) -> IosysMap:
-        """Count a vmap, and map the buffer if it is the first (spec 2.18, from step 2 on). ``tell``: warn when the exporter fails."""
+        """Count a vmap, and map the buffer if it is the first (semantics 2.18, from step 2 on). ``tell``: warn when the exporter fails."""
         self.check_reachable("vmap")
         if "vmap" not in self.ops:
             raise fail(errno.EINVAL, "vmap", buf, "use mmap(), or attach a device", what="its exporter offers no vmap")
@@ -225,7 +225,7 @@ class Backing(ABC):
         return given
 
     def vunmap(self, buf: Buffer, map: IosysMap) -> None:
-        """Uncount a vmap, and unmap the buffer if it was the last (spec 2.18)."""
+        """Uncount a vmap, and unmap the buffer if it was the last (semantics 2.18)."""
         self.check_reachable("vunmap")
         if not self.vmaps or self.mapped is None:
             raise ContractError(f"vunmap: {buf!r}: it is not mapped; call vunmap() once for each vmap()")

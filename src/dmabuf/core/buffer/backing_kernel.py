@@ -1,10 +1,10 @@
-"""The backing of a kernel dma-buf: of udmabuf, a dma-heap, or a driver (spec 5.2–5.7).
+"""The backing of a kernel dma-buf: of udmabuf, a dma-heap, or a driver (semantics 5.2–5.7).
 
 It belongs to no domain: every process that gets it takes it into its own domain, and two domains don't know of each other. The reference
 lock is an OFD read lock on it, as on a memfd. The kernel's count tells when the last reference goes.
 
 A caller that waits for the buffer waits for the kernel's fences *and* the domain's. ``read()`` and ``write()`` queue in the domain, in the
-order of their arrival. Then they wait for the kernel's fences (poll(2), with the timeout; spec 5.6), and only then they are granted.
+order of their arrival. Then they wait for the kernel's fences (poll(2), with the timeout; semantics 5.6), and only then they are granted.
 DMA_BUF_IOCTL_SYNC brackets the block. Other programs and devices don't know the domain, so no block excludes them. SYNC waits, without a
 timeout, for a fence that a driver adds between that wait and SYNC.
 
@@ -80,7 +80,7 @@ class KernelBacking(Backing, KernelSide):
         uapi.sync(buf.fileno(), uapi.END | self._flags(direction), of=buf)
 
     def _flags(self, direction: Direction) -> int:
-        return _SYNC.get(direction, uapi.READ)  # NONE waits as a reader does (spec 2.15)
+        return _SYNC.get(direction, uapi.READ)  # NONE waits as a reader does (semantics 2.15)
 
     def keep_open(self, buf: Descriptor) -> OwnedFd | None:
         """Return a duplicate; None: no descriptor is left."""

@@ -1,4 +1,4 @@
-"""The text that /proc/PID/fdinfo/FD would have for a buffer (spec 5.7)."""
+"""The text that /proc/PID/fdinfo/FD would have for a buffer (semantics 5.7)."""
 
 from __future__ import annotations
 

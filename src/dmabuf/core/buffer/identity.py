@@ -87,7 +87,7 @@ def take_lease(fd: int) -> None:
 def identify(fd: int, domain: Domain, operation: str = "get") -> Identity:
     """The buffer behind an fd.
 
-    Errors: EBADF no open fd; EINVAL no buffer; EXDEV a buffer of another domain (spec 2.3).
+    Errors: EBADF no open fd; EINVAL no buffer; EXDEV a buffer of another domain (semantics 2.3).
     """
     try:
         dev, ino, size, seals, link, system = probe(fd)

@@ -1,4 +1,4 @@
-"""The bytes of a buffer for the CPU: bare mappings, counted vmaps, and lseek (spec 2.17, 2.18, 5.2).
+"""The bytes of a buffer for the CPU: bare mappings, counted vmaps, and lseek (semantics 2.17, 2.18, 5.2).
 
 Each function is the verb of its name on ``DmaBuf``, which documents it.
 """

@@ -1,4 +1,4 @@
-"""``export``: a buffer whose memory and behavior belong to an exporter of this process (spec 2.1, 2.2)."""
+"""``export``: a buffer whose memory and behavior belong to an exporter of this process (semantics 2.1, 2.2)."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def export(
     name: str | bytes | None = None,
     domain: Domain | None = None,
 ) -> DmaBuf:
-    """Return a buffer of ``size`` bytes whose memory and behavior are the exporter's (spec 2.1).
+    """Return a buffer of ``size`` bytes whose memory and behavior are the exporter's (semantics 2.1).
 
     The buffer is released once, when its last descriptor, in whatever process, and its last mapping are gone, with no lock held:
     ``close()`` of the last handle calls the exporter's ``release`` itself, or else a thread of the package does.

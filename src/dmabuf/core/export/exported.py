@@ -1,4 +1,4 @@
-"""``Exported``: a buffer with an exporter of this process, and how it ends (spec 2.6).
+"""``Exported``: a buffer with an exporter of this process, and how it ends (semantics 2.6).
 
 *The end.* The descriptors that travel carry a read lock on byte 0, the reference lock. An exported buffer keeps an open file description of
 its own, without that lock, and tries to take the write lock through it. Success proves that nobody holds the buffer, in flight or mapped,
@@ -109,7 +109,7 @@ class Exported(Backing):
         return self.released
 
     def _release(self) -> None:
-        """Release it (spec 2.6). No newcomer can come, since their read lock is refused."""
+        """Release it (semantics 2.6). No newcomer can come, since their read lock is refused."""
         record = self.record
         record.backing = None
         last = new_handle(self.private, record)
