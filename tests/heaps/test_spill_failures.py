@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dmabuf import Device, Direction, DmaBuf, DmaBufAttachment, Importer, SpillHeap, Usage, _native
-from dmabuf.core.buffer import residence
+from dmabuf.core.buffer import residency
 from dmabuf.heap import spill, spill_file, spill_moves
 from dmabuf.heap.spill_file import SpillFile
 from tests.support.errnos import raises_errno
@@ -46,7 +46,7 @@ def state(heap: SpillHeap, bufs: list[DmaBuf]) -> Any:
         (os, "pwrite", errno.EIO, errno.EIO),
         (spill_moves, "punch", errno.EPERM, errno.EPERM),
         (spill_moves, "Mapping", errno.ENOMEM, errno.ENOMEM),
-        (residence, "take_out", errno.ENOLCK, errno.ENOLCK),
+        (residency, "evict", errno.ENOLCK, errno.ENOLCK),
         (spill_moves, "_duplicate", errno.EMFILE, errno.EMFILE),
         (spill.ResidentSet, "_timeline", errno.ENOSPC, errno.ENOSPC),
     ],
@@ -76,7 +76,7 @@ def test_a_move_out_that_fails_leaves_all_as_it_was(
         (os, "preadv", errno.EIO, errno.EIO),
         (spill_file.SpillFile, "read", errno.EIO, errno.EIO),
         (spill_moves, "Mapping", errno.ENOMEM, errno.ENOMEM),
-        (residence, "put_back", errno.ENOLCK, errno.ENOLCK),
+        (residency, "make_resident", errno.ENOLCK, errno.ENOLCK),
     ],
 )
 def test_a_move_in_that_fails_leaves_the_content_in_the_file(

@@ -12,7 +12,7 @@ import os
 from dmabuf._native import recognize_buffer, reference_buffer
 from dmabuf.core.buffer import shared
 from dmabuf.core.buffer.handle import close_fd
-from dmabuf.core.buffer.identity import described, identify, take_lease
+from dmabuf.core.buffer.identity import described, identify, put_reference_lock
 from dmabuf.core.buffer.shared import MEMFD
 from dmabuf.core.dma_buf import DmaBuf, new_handle
 from dmabuf.domain.domain import Domain
@@ -69,7 +69,7 @@ def from_fd(fd: int | OwnedFd, domain: Domain, *, exp_name: bytes = MEMFD, home:
         if taken is None:  # a kernel dma-buf, or what the slow way says it isn't
             found = identify(number, domain)
             taken = found[:4]
-            take_lease(number)
+            put_reference_lock(number)
             if found.kernel:
                 exp_name, home, name = described(number)
         buffer = shared.adopt(domain, *taken, exp_name, home, name)

@@ -290,7 +290,7 @@ def foreign_resv(record: Record) -> Record | None:
     return found
 
 
-def leases() -> set[tuple[int, int]]:
+def reference_locks() -> set[tuple[int, int]]:
     """(st_dev, st_ino) of every file that an OFD lock is on, as one pass over /proc/locks shows them (proc(5))."""
     found = set()
     with open("/proc/locks", "rb") as f:
@@ -310,7 +310,7 @@ def sweep(domain: Domain) -> int:
     orphans = shm.rec_orphans()
     if not orphans or not shm.life:
         return 0
-    held, now, freed = leases(), time.monotonic_ns(), 0
+    held, now, freed = reference_locks(), time.monotonic_ns(), 0
     for index, gen, dev, ino, absent, since in orphans:
         if not ino:
             freed += shm.rec_free(index, gen)
@@ -332,6 +332,6 @@ def present(domain: Domain) -> list[int]:
     gone = {index for index, *_ in orphans}
     if gone:
         for _ in range(ABSENT_PASSES):  # a single pass may miss a lease that is there
-            seen = leases()
+            seen = reference_locks()
             gone -= {index for index, _, dev, ino, *_ in orphans if ino and (dev, ino) in seen}
     return [i for i in shm.rec_list() if i not in gone]

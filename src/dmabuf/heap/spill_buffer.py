@@ -9,7 +9,7 @@ from typing import Final, Protocol
 from dmabuf._native import Mapping
 from dmabuf.core.attach.attachment import DmaBufAttachment
 from dmabuf.core.base.usage import Direction
-from dmabuf.core.buffer import residence
+from dmabuf.core.buffer import residency
 from dmabuf.core.buffer.handle import handle_of
 from dmabuf.core.buffer.shared import SharedBuffer
 from dmabuf.core.contract import Exporter
@@ -94,7 +94,7 @@ class SpillBuffer(Exporter):
     def prepare(self, private: int) -> None:
         """The memfd is made: nobody may map it before there is memory."""
         self.private = private
-        residence.take_out(private)
+        residency.evict(private)
 
     def begin_cpu_access(self, buf: DmaBuf, direction: Direction) -> None:
         self.residents.enter(self, write=direction not in _CPU_READS)
@@ -132,7 +132,7 @@ class SpillBuffer(Exporter):
     def vmap(self, buf: DmaBuf) -> IosysMap:
         self.residents.enter(self, write=True, locked=True)
         try:
-            self.vmapped = residence.mapping(buf.fileno(), "vmap", buf, 0, self.size, residence.may_write(buf.fileno()))
+            self.vmapped = residency.mapping(buf.fileno(), "vmap", buf, 0, self.size, residency.may_write(buf.fileno()))
         finally:
             self.residents.leave(self)
         return IosysMap.init_vaddr(memoryview(self.vmapped))

@@ -40,7 +40,7 @@ from dmabuf._native import Mapping, punch, step
 from dmabuf.core.attach import attachment
 from dmabuf.core.attach.attachment import DmaBufAttachment
 from dmabuf.core.base.usage import Usage
-from dmabuf.core.buffer import residence
+from dmabuf.core.buffer import residency
 from dmabuf.core.contract import RevocableImporter
 from dmabuf.core.fence.timeline import Timeline
 from dmabuf.core.resv.resv import pending
@@ -165,7 +165,7 @@ class ResidentSet:
             if b.stored:
                 self._copy(b, fd, out=False)
             step("spill_read")
-            residence.put_back(fd)
+            residency.make_resident(fd)
             here = True
             with self.lock:
                 self.moves_in += 1
@@ -215,11 +215,11 @@ class ResidentSet:
         for b in self.order:
             if b.residency is not Residency.IN_MEMORY or b.uses or b.pins or b in passed or not b.resv.test_signaled(Usage.BOOKKEEP):
                 continue
-            if residence.take_out(b.private):
+            if residency.evict(b.private):
                 try:
                     fd = _duplicate(b)
                 except BaseException:
-                    residence.put_back(b.private)
+                    residency.make_resident(b.private)
                     raise
                 b.residency, b.mover = Residency.MOVING_OUT, threading.get_ident()
                 return b, fd
@@ -229,9 +229,9 @@ class ResidentSet:
         """Is it kept by a device or a mapping? The lock is held, and it is here."""
         if b.pins:
             return True
-        if not residence.take_out(b.private):
+        if not residency.evict(b.private):
             return True
-        residence.put_back(b.private)
+        residency.make_resident(b.private)
         return False
 
     def _may_end(self, wanting: SpillBuffer, owner: int) -> bool:
@@ -306,7 +306,7 @@ class ResidentSet:
         finally:
             try:
                 if not away:
-                    residence.put_back(fd)
+                    residency.make_resident(fd)
             finally:
                 os.close(fd)
                 self._end_move(b, Residency.NOT_IN_MEMORY if away else Residency.IN_MEMORY, claimed=not away)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dmabuf.domain import place
-from dmabuf.domain.records import leases
+from dmabuf.domain.records import reference_locks
 from dmabuf.errors import errno_name
 from dmabuf.heap import budget, devices, udmabuf
 from dmabuf.observe.units import size
@@ -113,7 +113,7 @@ def _locks(proc: Path) -> Check:
                 os.close(other)
             st = os.fstat(fd)
             # One pass may miss a lock that is there, when others come and go.
-            if not any((st.st_dev, st.st_ino) in leases() for _ in range(3)):
+            if not any((st.st_dev, st.st_ino) in reference_locks() for _ in range(3)):
                 raise OSError(f"a lock is not seen in {proc}/locks")
         finally:
             os.close(fd)

@@ -137,7 +137,7 @@ def _unheld(infos: dict[int, dict[str, Any]], held: dict[tuple[int, int], list[H
     for _ in range(records.ABSENT_PASSES):  # a single pass may miss a lease that is there
         if not gone:
             break
-        seen = records.leases()
+        seen = records.reference_locks()
         gone = {i for i in gone if (infos[i]["dev"], infos[i]["ino"]) not in seen}
     return gone
 

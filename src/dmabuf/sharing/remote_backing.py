@@ -22,8 +22,8 @@ import weakref
 from collections.abc import Iterable
 from typing import Final
 
-from dmabuf.core.attach.attachment import DmaBufAttachment
-from dmabuf.core.buffer import residence
+from dmabuf.core.attach.attachment import DmaBufAttachment, resv_at
+from dmabuf.core.buffer import residency
 from dmabuf.core.buffer.backing import Backing
 from dmabuf.core.buffer.shared import BACKINGS, SharedBuffer, known
 from dmabuf.core.contract import OPS
@@ -60,7 +60,7 @@ class RemoteBacking(Backing):
     @classmethod
     def of(cls, record: SharedBuffer, fd: int) -> RemoteBacking:
         """The backing of a buffer whose exporter made the record; it is not joined for, since a forked child asks too."""
-        return cls(record, record.seen()["life"], residence.in_file(fd))
+        return cls(record, record.seen()["life"], residency.in_file(fd))
 
     def check_reachable(self, operation: str) -> None:
         if not self.life:
@@ -180,7 +180,7 @@ def _moved(session: Session, body: Body, fds: list[int]) -> Answer:
     if found is None:
         return Answer()
     attachment = found[1]
-    resv = attachment._resv
+    resv = resv_at(attachment)
     if attachment.importer is None or record_of(resv).shm.resv_owner(record_of(resv).index) != holder:
         return Answer()  # detached meanwhile
     with lent(resv, holder):

@@ -9,7 +9,7 @@ from typing import Final, Protocol
 from dmabuf._native import Mapping
 from dmabuf.core.attach.attachment import DmaBufAttachment, tables_of
 from dmabuf.core.base.usage import Direction
-from dmabuf.core.buffer import residence
+from dmabuf.core.buffer import residency
 from dmabuf.core.contract import Exporter
 from dmabuf.core.dma_buf import DmaBuf
 from dmabuf.core.memory.iosys_map import IosysMap
@@ -158,7 +158,7 @@ class RemoteExporter(Exporter):
         try:
             if self.calls.in_file:  # a view that outlives the vmap keeps the memory where it is
                 fd = buf.fileno()
-                return IosysMap.init_vaddr(memoryview(residence.mapping(fd, "vmap", buf, 0, buf.size, residence.may_write(fd))))
+                return IosysMap.init_vaddr(memoryview(residency.mapping(fd, "vmap", buf, 0, buf.size, residency.may_write(fd))))
             _, view = memory.shown(_first(fds), number(answer, "offset", _MOST), number(answer, "length", _MOST), flag(answer, "writable"))
             return IosysMap.init_vaddr_iomem(view) if flag(answer, "iomem") else IosysMap.init_vaddr(view)
         except BaseException:

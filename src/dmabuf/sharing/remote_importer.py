@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 
-from dmabuf.core.attach.attachment import DmaBufAttachment
+from dmabuf.core.attach.attachment import DmaBufAttachment, resv_at
 from dmabuf.core.contract import Attachment, RevocableImporter
 from dmabuf.core.resv.lock import holding
 from dmabuf.errors import DmaBufError
@@ -26,7 +26,7 @@ class RemoteImporter(RevocableImporter):
     def move_notify(self, attachment: DmaBufAttachment) -> None:
         if self.client is None:
             self.client = client_of(self.session.domain, self.session.life, self)
-        resv = attachment._resv
+        resv = resv_at(attachment)
         held, life = holding(resv), self.session.domain.shm.life
         try:
             self.client.call("moved", {**self.body, "holder": held.word}, operation="move_notify", locked=True)

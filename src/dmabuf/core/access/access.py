@@ -24,7 +24,7 @@ from typing import Final, NoReturn
 from dmabuf._native import FF_ACCESS, FF_WRITE, Shm, View, open_view, step
 from dmabuf.core.base.clock import monotonic_deadline
 from dmabuf.core.base.usage import Direction, Usage
-from dmabuf.core.buffer import residence
+from dmabuf.core.buffer import residency
 from dmabuf.core.buffer.backing import Backing, Descriptor
 from dmabuf.core.buffer.handle import Handle
 from dmabuf.core.contract import Buffer
@@ -220,7 +220,7 @@ class Access:
     async def bring(self, owner: Owner) -> None:
         """Once granted, bring memory that has been moved away back, in a thread: it may take a disk's time, and wait for other buffers."""
         handle, backing = self.handle, self.handle.shared.backing
-        if backing is not None and backing.in_file and residence.is_away(handle.check(self.operation)):
+        if backing is not None and backing.in_file and residency.is_evicted(handle.check(self.operation)):
             await awaiting.to_its_end(lambda: acting(owner, lambda: self._bracket(backing)))
 
     def _unbracket(self) -> None:

@@ -398,6 +398,11 @@ def _match(att: DmaBufAttachment, interruptible: bool) -> None:
         raise
 
 
+def resv_at(att: DmaBufAttachment) -> DmaResv:
+    """Return the reservation object of the buffer, which an attachment keeps when its handle is closed."""
+    return att._resv
+
+
 def tables_of(att: DmaBufAttachment) -> list[tuple[SgTable, Direction]]:
     """Return the tables that the importer has mapped, with their directions."""
     return [(sgt, way) for sgt, way, _ in list(att._mapped.values())]

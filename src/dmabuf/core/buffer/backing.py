@@ -25,7 +25,7 @@ from dmabuf._native import Mapping
 from dmabuf.core.base import debug
 from dmabuf.core.base.registry import Registry
 from dmabuf.core.base.usage import Direction
-from dmabuf.core.buffer import residence
+from dmabuf.core.buffer import residency
 from dmabuf.core.contract import Attachment, Buffer, Exporter
 from dmabuf.core.memory.checked import CheckedMap
 from dmabuf.core.memory.iosys_map import IosysMap
@@ -185,7 +185,7 @@ class Backing(ABC):
         direction = Direction.BIDIRECTIONAL if writable else Direction.FROM_DEVICE
         self.begin(buf, direction)  # keeps the memory there until the end, and from then on the mapping does
         try:
-            mapping = residence.mapping(buf.fileno(), operation, buf, offset, length, writable)
+            mapping = residency.mapping(buf.fileno(), operation, buf, offset, length, writable)
         finally:
             self.end(buf, direction)
         self.keep(mapping)

@@ -68,7 +68,7 @@ def checked_name(value: str | bytes, obj: object) -> bytes:
     return raw
 
 
-def take_lease(fd: int) -> None:
+def put_reference_lock(fd: int) -> None:
     """Put the lease on an fd; nothing new on a description that has it.
 
     Errors: ENODEV its exporter has taken the buffer back; EACCES it is open for writing only.

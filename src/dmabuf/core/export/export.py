@@ -9,7 +9,7 @@ import secrets
 import weakref
 from collections.abc import Callable
 
-from dmabuf.core.buffer import residence
+from dmabuf.core.buffer import residency
 from dmabuf.core.buffer.backing import SERVERS
 from dmabuf.core.buffer.handle import handle_of
 from dmabuf.core.buffer.identity import SEALS, checked_name, memfd_name
@@ -112,7 +112,7 @@ def make(
 ) -> DmaBuf:
     """Return the buffer that ``export`` returns. Its memfd is a placeholder without memory, sealed against writing too.
 
-    ``prepare``: the memfd itself carries the memory (see ``residence``). It is called with the exporter's own description of the memfd,
+    ``prepare``: the memfd itself carries the memory (see ``residency``). It is called with the exporter's own description of the memfd,
     borrowed until ``release``, before anybody can have the buffer. If it raises, everything is undone.
     """
     raw = None if name is None else checked_name(name, f"{size} bytes")
@@ -121,7 +121,7 @@ def make(
     try:
         fd = os.memfd_create(memfd_name(domain, secrets.token_bytes(16)), os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(fd, size)
-        fcntl.fcntl(fd, _F_ADD_SEALS, SEALS if prepare is not None else SEALS | residence.F_SEAL_WRITE)
+        fcntl.fcntl(fd, _F_ADD_SEALS, SEALS if prepare is not None else SEALS | residency.F_SEAL_WRITE)
         private = place.reopen(fd)
         if prepare is not None:
             prepare(private)
