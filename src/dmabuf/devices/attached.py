@@ -133,6 +133,13 @@ class Attached:
             remedy = "pass TO_DEVICE, FROM_DEVICE or BIDIRECTIONAL"
             raise fail(errno.EINVAL, "attach", buf, remedy, what="Direction.NONE is not a direction of a mapping")
         self.device, self.janitor, self._forget = device, janitor, forget
+        self._counts = threading.Lock()
+        self._table: _Table | None = None
+        self._stale = False
+        self._old: list[_Table] = []  # of the memory before a move; under the reservation lock
+        self._jobs: dict[Job, None] = {}
+        self._maps = self._moves = 0
+        self._leaving = self._gone = False  # no job may be submitted any more; it is detached
         self.buf = buf.get_dma_buf()
         try:
             behind = handle_of(buf).shared.ensure_backing()
@@ -145,13 +152,6 @@ class Attached:
             self.buf.close()
             raise
         self._kernel = handle_of(self.buf).kernel()
-        self._counts = threading.Lock()
-        self._table: _Table | None = None
-        self._stale = False
-        self._old: list[_Table] = []  # of the memory before a move; under the reservation lock
-        self._jobs: dict[Job, None] = {}
-        self._maps = self._moves = 0
-        self._leaving = self._gone = False  # no job may be submitted any more; it is detached
 
     def __repr__(self) -> str:
         state = "detached" if self._gone else "dynamic" if self.dynamic else "static"

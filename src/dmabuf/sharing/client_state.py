@@ -91,9 +91,11 @@ class ClientBuffer:
 
 def detach(attachment: DmaBufAttachment) -> None:
     """Detach for a client. No lock is held."""
-    if isinstance(attachment.importer, RemoteImporter):
-        attachment.importer.close()
-    leave(attachment)
+    try:
+        leave(attachment)
+    finally:
+        if isinstance(attachment.importer, RemoteImporter):
+            attachment.importer.close()  # not before it is off the list: until then a move may notify it, and connect again
 
 
 def _quietly(call: Callable[[], object]) -> None:
