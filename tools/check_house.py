@@ -32,8 +32,6 @@ ALLOWED: dict[tuple[str, str], str] = {
     ("domain/forks.py", "_at_fork_reinit"): "the same",
     ("sharing/items.py", "_index"): "a RemoteTimeline is public, and its slot is nobody's business but that of who sends it on",
     ("sharing/items.py", "_number"): "the same",
-    ("sharing/remote_backing.py", "_resv"): "an attachment outlives the handle whose public resv it would have to ask",
-    ("sharing/remote_importer.py", "_resv"): "the same",
 }
 
 # (file below src/dmabuf, module): why a string names it.

@@ -27,7 +27,7 @@ import errno
 import fcntl
 import os
 
-from dmabuf import _native
+from dmabuf._native import Mapping
 from dmabuf.core.buffer.identity import put_reference_lock
 from dmabuf.domain import place
 from dmabuf.errors import fail
@@ -46,7 +46,7 @@ def may_write(fd: int) -> bool:
     return fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY
 
 
-def mapping(fd: int, operation: str, obj: object, offset: int, length: int, writable: bool) -> _native.Mapping:
+def mapping(fd: int, operation: str, obj: object, offset: int, length: int, writable: bool) -> Mapping:
     """Return a bare mapping that keeps the memory where it is until nobody maps it any more. The caller is inside an access.
 
     Raises:
@@ -67,7 +67,7 @@ def mapping(fd: int, operation: str, obj: object, offset: int, length: int, writ
         put_reference_lock(own)
         if not place.ofd_lock(own, fcntl.F_RDLCK, BYTE):
             raise fail(errno.EBUSY, operation, obj, "map it inside an access", what="its memory is moved out")
-        return _native.Mapping(own, length, offset=offset, writable=writable)
+        return Mapping(own, length, offset=offset, writable=writable)
     finally:
         os.close(own)  # from here on only the mapping keeps the description, and with it the locks
 
