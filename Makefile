@@ -2,6 +2,7 @@
 #
 #   make demo [VIDEO=clip.mp4] [ARGS='--kill filter']
 #   make test [ARGS='tests/unit -k layers']     make test-long
+#   make soak [SECONDS=3600] [SEED=7]           ordinary use, everything at once, with kills
 #   make test-kernel [KERNEL=uml|debian|full]   the tests that ask a real kernel, in a guest
 #   make lint   make types   make format        make sanitize   make bench   make wheel   make clean
 #
@@ -14,6 +15,8 @@ PIP    := $(PY) -m pip --disable-pip-version-check --quiet
 ARGS   ?=
 VIDEO  ?=
 KERNEL ?= uml
+SECONDS ?= 3600
+SEED   ?=
 
 # Hundreds of tests start fresh interpreters: without cached bytecode each would compile all it imports again.
 unexport PYTHONDONTWRITEBYTECODE
@@ -28,7 +31,7 @@ DEMO := $(VENV)/.stamp-demo
 DEV  := $(VENV)/.stamp-dev
 EXT  := $(VENV)/.stamp-ext
 
-.PHONY: demo test test-long test-kernel lint types format sanitize bench wheel dev clean
+.PHONY: demo test test-long soak test-kernel lint types format sanitize bench wheel dev clean
 .DEFAULT_GOAL := test
 
 demo: $(DEMO) $(EXT)
@@ -40,6 +43,10 @@ test: $(DEV) $(EXT)
 # The fault handler's hard end is for the short tests: these set their own watchdogs.
 test-long: $(DEV) $(EXT)
 	$(PY) -m pytest -m long --fresh-children -o faulthandler_timeout=0 -o timeout=7200 $(ARGS)
+
+# A seed says what the processes do and when they are killed, not how they interleave.
+soak: $(DEV) $(EXT)
+	$(PY) -m tests.soak --seconds $(SECONDS) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 # A real Linux kernel as the judge: fetched and built once (minutes), kept in the user's cache; see tools/kernel.
 test-kernel: $(DEV) $(EXT)
