@@ -1,9 +1,9 @@
-"""The errors and warnings of the package: one tree, every node an ``OSError`` that carries the kernel's errno.
+"""The errors and warnings of the package. Every error is an ``OSError`` with the kernel's errno, and all have one base class.
 
 ::
 
     OSError
-    └── DmaBufError                  every error of a buffer, fence, lock or domain; ``errno`` says which
+    └── DmaBufError                  every error of a buffer, fence, lock or domain; ``errno`` tells them apart
         ├── AlreadyHeldError         EALREADY                 also BlockingIOError
         ├── BrokenConnectionError    EPIPE, ESHUTDOWN         also BrokenPipeError
         ├── BusyError                EBUSY
@@ -32,15 +32,15 @@
         └── WouldBlockError          EAGAIN, EINPROGRESS      also BlockingIOError
 
     RuntimeError
-    └── ContractError                where the kernel would BUG: no defined continuation
+    └── ContractError                where the kernel has a BUG: there is no defined way to go on
     RuntimeWarning
-    └── ContractWarning              where the kernel WARNs and goes on as documented; emitted before any side effect
+    └── ContractWarning              where the kernel has a WARN and goes on as documented; emitted before any side effect
     ImportError
-    └── ExtraMissingError            an optional dependency is not installed; names the extra that brings it
+    └── ExtraMissingError            an optional dependency is not installed; names the extra that installs it
 
-:func:`fail` is the one way to make a ``DmaBufError``: it picks the class by errno and writes the message, always of the form
-``operation: object: what (ERRNO); remedy``. An errno without a class of its own gives a plain ``DmaBufError``. The number, the
-message and the parts of the message survive pickling, so an error means the same in the process that asked.
+:func:`fail` makes every ``DmaBufError``. It chooses the class by errno, and writes a message of the form ``operation: object: what happened
+(ERRNO); what to do``. An errno without its own class gives a plain ``DmaBufError``. The errno, the message and the parts of the message
+survive pickling, so an error means the same in another process.
 
 Source: errno numbers and severities from semantics 0.2; the builtin twins from PEP 3151.
 """
@@ -95,26 +95,26 @@ __all__ = [
 
 
 class DmaBufError(OSError):
-    """An operation answered with an errno.
+    """An operation failed with an errno.
 
-    ``errno``: the kernel's positive number. ``strerror`` and ``str()``: the whole message. ``operation``, ``remedy``: its parts, for
-    programs; None where it was made without :func:`fail`.
+    ``errno``: the kernel's positive number. ``strerror`` and ``str()``: the whole message. ``operation`` and ``remedy``: its parts, for
+    programs; None if the error was not made by :func:`fail`.
     """
 
     operation: str | None = None
     remedy: str | None = None
 
     def __str__(self) -> str:
-        # OSError would put "[Errno N]" in front, which the message already says by name.
+        # OSError would add "[Errno N]", but the message has the name of the errno.
         return super().__str__() if self.strerror is None else self.strerror
 
 
 class AlreadyHeldError(DmaBufError, BlockingIOError):
-    """The lock is already held by the same acquire context (EALREADY)."""
+    """The same acquire context holds the lock already (EALREADY)."""
 
 
 class BrokenConnectionError(DmaBufError, BrokenPipeError):
-    """The other end of a socket is gone or shut down (EPIPE, ESHUTDOWN)."""
+    """The other end of a socket is closed or shut down (EPIPE, ESHUTDOWN)."""
 
 
 class BusyError(DmaBufError):
@@ -122,11 +122,11 @@ class BusyError(DmaBufError):
 
 
 class CanceledError(DmaBufError):
-    """The work did not complete: its writer raised, or its fence was cancelled (ECANCELED)."""
+    """The work is not complete, because its writer raised or its fence was canceled (ECANCELED)."""
 
 
 class ClosedError(DmaBufError):
-    """The object is closed, or the number is no open fd (EBADF)."""
+    """The object is closed, or the number is not an open descriptor (EBADF)."""
 
 
 class ConnectionAbortError(DmaBufError, ConnectionAbortedError):
@@ -134,7 +134,7 @@ class ConnectionAbortError(DmaBufError, ConnectionAbortedError):
 
 
 class ConnectionLostError(DmaBufError, ConnectionResetError):
-    """The other end of a connection ended with data on its way (ECONNRESET)."""
+    """The other end of a connection was closed while data was in flight (ECONNRESET)."""
 
 
 class CrossDomainError(DmaBufError):
@@ -142,7 +142,7 @@ class CrossDomainError(DmaBufError):
 
 
 class DeadlockError(DmaBufError):
-    """Waiting would never end, or an older context holds the lock (EDEADLK)."""
+    """The wait would never end, or an older context holds the lock (EDEADLK)."""
 
 
 class DirectoryExpectedError(DmaBufError, NotADirectoryError):
@@ -150,11 +150,11 @@ class DirectoryExpectedError(DmaBufError, NotADirectoryError):
 
 
 class DmaBufTimeout(DmaBufError, TimeoutError):
-    """The time given for a wait is over; nothing was added or changed (ETIMEDOUT; ETIME where the kernel says so)."""
+    """A wait timed out, and nothing was added or changed (ETIMEDOUT; ETIME where the kernel says so)."""
 
 
 class ExistsError(DmaBufError, FileExistsError):
-    """A thing of this name is there already (EEXIST)."""
+    """An object of this name exists already (EEXIST)."""
 
 
 class InterruptedWaitError(DmaBufError, InterruptedError):
@@ -162,7 +162,7 @@ class InterruptedWaitError(DmaBufError, InterruptedError):
 
 
 class InvalidError(DmaBufError):
-    """An argument is outside of what the operation takes (EINVAL)."""
+    """The operation refuses an argument (EINVAL)."""
 
 
 class NoChildError(DmaBufError, ChildProcessError):
@@ -170,15 +170,15 @@ class NoChildError(DmaBufError, ChildProcessError):
 
 
 class NoDeviceError(DmaBufError):
-    """The exporter, heap or holder behind the object is gone or missing (ENODEV)."""
+    """The exporter, heap or process behind the object is gone or missing (ENODEV)."""
 
 
 class NoListenerError(DmaBufError, ConnectionRefusedError):
-    """Nobody listens at the address (ECONNREFUSED)."""
+    """No process listens at the address (ECONNREFUSED)."""
 
 
 class NoMemoryError(DmaBufError):
-    """The memory can't be promised (ENOMEM)."""
+    """There is not enough memory (ENOMEM)."""
 
 
 class NoProcessError(DmaBufError, ProcessLookupError):
@@ -194,11 +194,11 @@ class NotFoundError(DmaBufError, FileNotFoundError):
 
 
 class NotPermittedError(DmaBufError, PermissionError):
-    """The caller is not the owner, or lacks the rights (EPERM, EACCES)."""
+    """The caller is not the owner, or doesn't have the rights (EPERM, EACCES)."""
 
 
 class NotUniqueError(DmaBufError):
-    """Several buffers bear the name (ENOTUNIQ)."""
+    """Several buffers have this name (ENOTUNIQ)."""
 
 
 class OwnerDeadError(DmaBufError):
@@ -210,7 +210,7 @@ class UnexpectedDirectoryError(DmaBufError, IsADirectoryError):
 
 
 class WouldBlockError(DmaBufError, BlockingIOError):
-    """The operation can't complete now and was asked not to wait (EAGAIN, EINPROGRESS)."""
+    """The operation can't complete now, and the caller asked it not to wait (EAGAIN, EINPROGRESS)."""
 
 
 _CLASSES: Final[dict[int, type[DmaBufError]]] = {
@@ -246,26 +246,34 @@ _CLASSES: Final[dict[int, type[DmaBufError]]] = {
     _errno.EXDEV: CrossDomainError,
 }
 
-# Numbers with two names, of which errno.errorcode knows the one that the kernel doesn't use.
+# Numbers with two names, for which errno.errorcode has the name that the kernel doesn't use.
 _KERNEL_NAMES: Final = {_errno.EAGAIN: "EAGAIN", _errno.EDEADLK: "EDEADLK", _errno.EOPNOTSUPP: "EOPNOTSUPP"}
 
 
 def errno_name(errno_value: int) -> str:
-    """The name of an errno as the headers spell it, ``errno 4095`` for a number without one."""
+    """Return the name of an errno as in the headers, ``errno 4095`` for a number without a name."""
     return _KERNEL_NAMES.get(errno_value) or _errno.errorcode.get(errno_value, f"errno {errno_value}")
 
 
 def fail(errno_value: int, operation: str, obj: object, remedy: str | None = None, *, what: str | None = None) -> DmaBufError:
-    """The error to raise when ``operation`` on ``obj`` answers with an errno.
+    """Return the error to raise when ``operation`` on ``obj`` fails with an errno.
 
-    ``errno_value``: positive. ``obj``: named by its ``str()``; no reference to it is kept. ``what``: says what happened, in place of the C
-    library's text. ``remedy``: what the caller can do. Returns the error, so that ``raise fail(...)`` shows the flow to readers and
-    type checkers.
+    Args:
+        errno_value: The errno, positive. The errors of fences are negative: negate them.
+        operation: What the caller asked for.
+        obj: The object, named by its ``str()``. No reference to it is kept.
+        remedy: What the caller can do, beginning with an imperative verb.
+        what: What happened, a clause without a period, instead of the C library's text. Every EINVAL needs it, because "Invalid argument"
+            does not tell which argument is wrong.
 
-    Errors: ValueError for an ``errno_value`` that is not positive (fence errors are negative: negate them).
+    Returns:
+        The error, so that ``raise fail(...)`` shows the flow to readers and type checkers.
+
+    Raises:
+        ValueError: ``errno_value`` is not positive.
     """
     if errno_value <= 0:
-        raise ValueError(f"an errno is positive, not {errno_value}")
+        raise ValueError(f"fail: errno {errno_value}: not a positive number; negate the errors of fences")
     message = f"{operation}: {obj}: {what or os.strerror(errno_value)} ({errno_name(errno_value)})"
     if remedy:
         message += f"; {remedy}"
@@ -273,7 +281,7 @@ def fail(errno_value: int, operation: str, obj: object, remedy: str | None = Non
 
 
 def rebuilt(errno_value: int, message: str, operation: str | None, remedy: str | None) -> DmaBufError:
-    """The error that :func:`fail` made in another process, from its parts."""
+    """Return the error that :func:`fail` made in another process, from its parts."""
     error = _CLASSES.get(errno_value, DmaBufError)(errno_value, message)
     error.operation, error.remedy = operation, remedy
     return error
@@ -281,7 +289,7 @@ def rebuilt(errno_value: int, message: str, operation: str | None, remedy: str |
 
 @contextlib.contextmanager
 def needing_descriptors(operation: str, obj: object) -> Iterator[None]:
-    """In the block a system call may find no descriptor free; what it says then, EMFILE or ENFILE, is told as by :func:`fail`."""
+    """Raise EMFILE and ENFILE of the system calls in the block as :func:`fail` would."""
     try:
         yield
     except DmaBufError:
@@ -293,29 +301,31 @@ def needing_descriptors(operation: str, obj: object) -> Iterator[None]:
 
 
 class ContractError(RuntimeError):
-    """A rule was broken that leaves the kernel no way to go on (its BUG); nothing was done."""
+    """The caller broke a rule after which the kernel can't go on (its BUG). Nothing was done."""
 
 
 class ContractWarning(RuntimeWarning):
-    """A rule was broken that the kernel reports and survives (its WARN); emitted before any side effect."""
+    """The caller broke a rule that the kernel reports and survives (its WARN). It is emitted before any side effect."""
 
 
 def contract_warning(message: str, stacklevel: int = 1) -> None:
     """Emit a :class:`ContractWarning` that points at a caller.
 
-    ``stacklevel``: 1 is the line that calls this function, 2 its caller, as in :func:`warnings.warn`.
+    Args:
+        message: The text.
+        stacklevel: 1 for the line that calls this function, 2 for its caller, as in :func:`warnings.warn`.
     """
     warnings.warn(message, ContractWarning, stacklevel=stacklevel + 1)
 
 
 class ExtraMissingError(ImportError):
-    """An optional dependency is not installed. ``extra``: what to install; ``name``: the module that was looked for."""
+    """An optional dependency is not installed. ``extra``: the extra to install; ``name``: the module that is missing."""
 
     extra: str | None = None
 
 
 def missing_extra(extra: str, module: str) -> ExtraMissingError:
-    """The error to raise when ``module``, which the extra named ``extra`` brings, can't be imported."""
+    """Return the error to raise when ``module``, which the extra named ``extra`` installs, can't be imported."""
     error = ExtraMissingError(f"import {module}: it is not installed; install it with: pip install 'dmabuf[{extra}]'", name=module)
     error.extra = extra
     return error

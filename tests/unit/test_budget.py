@@ -279,7 +279,7 @@ def test_lines_of_the_membership_that_are_not_understood_are_passed_over(v2: Mac
 
 
 def test_without_proc_there_is_one_clear_error(tmp_path: Path) -> None:
-    with pytest.raises(NotFoundError, match="needs /proc"):
+    with pytest.raises(NotFoundError, match="which dmabuf needs"):
         Budget(tmp_path / "proc", tmp_path).check(1)
 
 

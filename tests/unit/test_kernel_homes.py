@@ -65,9 +65,7 @@ def test_a_heap_that_is_not_here_is_enodev_with_what_would_help(monkeypatch: pyt
     monkeypatch.setattr(dma_heap, "names", list)
     with raises_errno(errno.ENODEV) as caught:
         dmabuf.allocate(SIZE, heap=heap)
-    assert {"udmabuf": "modprobe udmabuf", "dma_heap:system": "CONFIG_DMABUF_HEAPS_SYSTEM"}.get(heap, "heaps of this machine") in str(
-        caught.value
-    )
+    assert {"udmabuf": "modprobe udmabuf", "dma_heap:system": "CONFIG_DMABUF_HEAPS_SYSTEM"}.get(heap, "use one of") in str(caught.value)
 
 
 @pytest.mark.parametrize("heap", ["udmabuf", "dma_heap:system"])

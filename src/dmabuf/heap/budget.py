@@ -1,7 +1,7 @@
-"""Whether memory can be promised: the limits that bind an allocation, read before it is made.
+"""``Budget``: the limits of an allocation, read before it is made.
 
-A memfd answers for memory that isn't there by SIGBUS or the kernel's OOM killer, long after the call that asked for it. So a heap
-asks here first (promise 4 of the design), and what can't be had is ENOMEM at ``allocate``:
+If there is no memory for a memfd, its users get SIGBUS or the kernel's OOM killer, long after the call that made it. So a heap checks the
+limits first, and a size that they don't allow is ENOMEM at ``allocate``:
 
 ==============================  ==========================================================================================
 limit                           what is left of it
@@ -12,21 +12,21 @@ cgroup v1 ``limit_in_bytes``    limit - ``usage_in_bytes`` + total_inactive_file
 the machine                     ``MemAvailable`` of ``/proc/meminfo``
 ==============================  ==========================================================================================
 
-Page cache of files is given back by the kernel before it kills, so it counts as free; shared memory is not in those lists. Swap is
-not counted: a frame that is swapped out is no memory promised. A cgroup file that is missing, unreadable or without a number limits
-nothing. Groups above the root of a cgroup namespace can't be seen, so they can't be checked.
+The kernel frees the page cache of files before it kills, so the cache counts as free. Shared memory is not in those lists. Swap doesn't
+count, because a frame that is swapped out is not in memory. A cgroup file that is missing, unreadable or without a number limits nothing.
+Groups above the root of a cgroup namespace can't be seen, so they are not checked.
 
-The bytes asked for are counted with 1/256 on top: the kernel charges the page tables (8 B a page) and the nodes of the file's page
-tree (576 B for 64 pages) to the same group.
+A request is counted with 1/256 more, because the kernel charges the page tables (8 B for a page) and the nodes of the file's page tree
+(576 B for 64 pages) to the same group.
 
-*Cost.* A look reads half a dozen small files. Small requests share one: a look with ample room grants an eighth of the room for the
-next 50 ms, and requests of at most 1 MiB are taken from that grant without a read. The other seven eighths are for what everybody
-else takes meanwhile; with little room nothing is granted and every request looks. A grant can only say yes: when it is used up or
-too old, a fresh look decides, so no refusal rests on an old number.
+*Cost.* A check reads half a dozen small files. Small requests share one check: a check that finds ample room grants an eighth of it for the
+next 50 ms, and requests of at most 1 MiB are taken from that grant without reading. The other seven eighths are for other processes. If
+there is little room, nothing is granted and every request is checked. A grant never refuses: when it is used up or too old, a new check
+decides, so no refusal depends on an old number.
 
-*Concurrency.* Two requests that look at the same time would both be promised the same bytes. :meth:`Budget.claim` counts what this
-process has been promised and is allocating; how much of it shows in the counters already is unknown, so a request that only fits
-if all of it does waits for that allocation to end and looks again. Between processes the race remains.
+*Concurrency.* Two requests that are checked at the same time would both get the same bytes. So :meth:`Budget.claim` counts the bytes that
+this process is allocating. How many of them are in the kernel's counters already is unknown. A request that fits only if all of them are
+waits until that allocation ends, and is checked again. Between processes the race remains.
 
 Source: Documentation/admin-guide/cgroup-v1/memory.rst and cgroup-v2.rst, proc(5), getrlimit(2).
 """
@@ -92,8 +92,8 @@ class Room(NamedTuple):
 class Budget:
     """The memory limits of this process, read from a ``/proc`` and the cgroup mounts it names.
 
-    ``proc``: the proc file system. ``root``: what the mount points that it names are relative to. ``clock``: monotonic nanoseconds.
-    ``file_limit``: bytes a file may have, negative for no limit. All are for tests; the defaults are this machine's.
+    ``proc``: the proc file system. ``root``: the directory to which its mount points are relative. ``clock``: monotonic nanoseconds.
+    ``file_limit``: the largest size of a file, negative for no limit. All are for tests; the defaults are this machine's.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class Budget:
         self.reset()
 
     def reset(self) -> None:
-        """Forget grants and claims, as a forked child must: they are its parent's."""
+        """Forget grants and claims. In a forked child they are the parent's."""
         self._lock = threading.Lock()
         self._ended = threading.Condition(self._lock)
         self._granted = 0
@@ -123,23 +123,22 @@ class Budget:
         self._membership = None
 
     def check(self, size: int) -> None:
-        """Refuse ``size`` bytes that the limits don't leave.
+        """Raise an error if the limits don't allow ``size`` bytes.
 
-        Errors: EINVAL for a size that isn't positive; ENOMEM naming the limit that binds and its numbers; ENOENT without ``/proc``.
+        Errors: EINVAL the size is not positive; ENOMEM with the limit and its numbers; ENOENT without ``/proc``.
         """
         self._decide(size)
 
     def left(self) -> int:
-        """Bytes that the limits leave now, for whoever sizes a cache by it. Errors: ENOENT without ``/proc``."""
+        """Return how many bytes the limits leave now, for the size of a cache. Errors: ENOENT without ``/proc``."""
         with self._lock:
             return max(0, self.least().left - self._claimed)
 
     @contextlib.contextmanager
     def claim(self, size: int) -> Iterator[None]:
-        """As :meth:`check`, and for the length of the block other requests of this process find ``size`` bytes less.
+        """Do as :meth:`check`, and count ``size`` bytes as used for the block. Errors: as :meth:`check`.
 
-        The block is where the memory is reserved (``fallocate``); afterwards it shows in the limits' own counters. A request of at most
-        1 MiB is not counted. Errors: as :meth:`check`.
+        The block reserves the memory (``fallocate``). After it, the memory is in the kernel's counters. At most 1 MiB is not counted.
         """
         claimed = self._decide(size, claim=True)
         try:
@@ -147,15 +146,15 @@ class Budget:
         finally:
             if claimed:
                 with self._ended:
-                    # A forked child that leaves its parent's block has claimed nothing.
+                    # A forked child that leaves its parent's block has not claimed anything.
                     self._claimed = max(0, self._claimed - claimed)
                     self._ended.notify_all()
 
     def _decide(self, size: int, claim: bool = False) -> int:
-        """Refuse or promise ``size`` bytes; returns what was counted as claimed."""
+        """Allow or refuse ``size`` bytes. Return how many were claimed."""
         size = operator.index(size)
         if size <= 0:
-            raise fail(errno.EINVAL, "allocate", f"{size} bytes", "ask for at least one byte")
+            raise fail(errno.EINVAL, "allocate", f"{size} bytes", "ask for at least one byte", what="the size is not positive")
         file_limit = self._file_limit()
         if 0 <= file_limit < size:
             what = f"RLIMIT_FSIZE allows a file of {file_limit} bytes"
@@ -196,9 +195,9 @@ class Budget:
         try:
             available = _field(_read(path), b"MemAvailable:")
         except OSError as error:
-            raise fail(error.errno or errno.ENOENT, "allocate", path, "dmabuf needs /proc: mount it") from error
+            raise fail(error.errno or errno.ENOENT, "allocate", path, "mount /proc, which dmabuf needs") from error
         if available is None:
-            raise fail(errno.ENODATA, "allocate", path, "dmabuf needs Linux 3.14 or newer", what="it has no MemAvailable")
+            raise fail(errno.ENODATA, "allocate", path, "use Linux 3.14 or newer", what="it has no MemAvailable")
         left = available << 10  # the file counts in KiB
         return Room(left, f"MemAvailable of this machine is {left} bytes", "ask for less, or free memory")
 
@@ -224,9 +223,9 @@ class Budget:
 
 
 def _locate(membership: bytes, mountinfo: bytes, root: str) -> Iterator[_Group]:
-    """The directories of the memory controllers, from ``/proc/self/cgroup`` and ``/proc/self/mountinfo``.
+    """Yield the directories of the memory controllers, from ``/proc/self/cgroup`` and ``/proc/self/mountinfo``.
 
-    A hybrid machine has both versions mounted and the controller on one of them; the files tell which, so both are taken.
+    A hybrid machine has both versions mounted, and the controller on one of them. The files tell which, so both are yielded.
     """
     for line in membership.splitlines():
         number, _, rest = line.partition(b":")
@@ -248,7 +247,7 @@ def _locate(membership: bytes, mountinfo: bytes, root: str) -> Iterator[_Group]:
 
 
 def _mount_of(mountinfo: bytes, files: _Files, group: bytes) -> tuple[bytes, bytes] | None:
-    """The mount that shows the most ancestors of a group: (mount point, path of the group below it)."""
+    """Return the mount that shows the most ancestors of a group: (mount point, path of the group below it)."""
     best: tuple[bytes, bytes] | None = None
     fallback: tuple[bytes, bytes] | None = None
     for line in mountinfo.splitlines():
@@ -264,7 +263,7 @@ def _mount_of(mountinfo: bytes, files: _Files, group: bytes) -> tuple[bytes, byt
         shown, point = _unescape(mount[3]), _unescape(mount[4])
         inside = _below(group, shown)
         if inside is None:
-            # Made in another cgroup namespace: paths don't compare, but the top of the mount is an ancestor or the group itself.
+            # A mount from another cgroup namespace: its paths don't compare, but its top is an ancestor, or the group itself.
             fallback = fallback or (point, b"")
         elif best is None or len(inside) > len(best[1]):
             best = (point, inside)
@@ -272,7 +271,7 @@ def _mount_of(mountinfo: bytes, files: _Files, group: bytes) -> tuple[bytes, byt
 
 
 def _below(group: bytes, top: bytes) -> bytes | None:
-    """``group`` relative to ``top``; None when it doesn't lie below."""
+    """Return ``group`` relative to ``top``, None if it isn't below."""
     top = top.rstrip(b"/")
     if b".." in group.split(b"/") or not (group + b"/").startswith(top + b"/"):
         return None
@@ -286,7 +285,7 @@ def _unescape(text: bytes) -> bytes:
 
 
 def _group_room(group: _Group) -> Room | None:
-    """What a cgroup's limit leaves; None when it limits nothing."""
+    """Return what a cgroup's limit leaves, None if it limits nothing."""
     limit = _number(group.limit)
     if limit is None or limit >= _UNLIMITED:
         return None
@@ -325,7 +324,7 @@ def _number(path: str) -> int | None:
 
 
 def _field(text: bytes, name: bytes) -> int | None:
-    """The number behind ``name`` at the start of a line."""
+    """Return the number after ``name`` at the start of a line."""
     found = re.search(rb"^" + re.escape(name) + rb"\s+(\d+)", text, re.MULTILINE)
     return None if found is None else int(found[1])
 
@@ -335,22 +334,22 @@ os.register_at_fork(after_in_child=_default.reset)
 
 
 def check(size: int) -> None:
-    """:meth:`Budget.check` of this machine."""
+    """Raise an error if this machine's limits don't allow ``size`` bytes, see :meth:`Budget.check`."""
     _default.check(size)
 
 
 def left() -> int:
-    """:meth:`Budget.left` of this machine."""
+    """Return how many bytes this machine's limits leave now."""
     return _default.left()
 
 
 def claim(size: int) -> contextlib.AbstractContextManager[None]:
-    """:meth:`Budget.claim` of this machine."""
+    """Check and claim ``size`` bytes for a block, see :meth:`Budget.claim`."""
     return _default.claim(size)
 
 
 def whole(value: int, what: str) -> int:
-    """A number of bytes that a user gave, numpy's integers too. Errors: TypeError it is no integer; ``what`` is named in the message."""
+    """Return a number of bytes from a caller as an int, also of numpy. Errors: TypeError it is not an integer; the message has ``what``."""
     try:
         return operator.index(value)
     except TypeError:

@@ -1,4 +1,4 @@
-"""Why a device can't be used here, and who could change that. Each is looked at, not opened: opening may load a module."""
+"""Whether a device node can be used, and what to do if not. No node is opened, because opening may load a module."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Node:
-    """A device node. ``usable``: it is there, and this user may read and write it. ``detail``, ``remedy``: in words; "" none is needed.
+    """A device node.
 
-    ``denied``: it is there, and this user may not.
+    ``usable``: it exists, and this user may read and write it. ``denied``: it exists, and this user may not. ``detail`` and ``remedy``:
+    in words, ``remedy`` "" if none is needed.
     """
 
     usable: bool
@@ -24,7 +25,7 @@ class Node:
 
 
 def examine(node: Path, gives: str, remedy: str) -> Node:
-    """``gives``: what it is good for; ``remedy``: what would make it appear."""
+    """Return what is known of a node. ``gives``: what it makes; ``remedy``: what would make it appear."""
     try:
         st = os.stat(node)
     except FileNotFoundError:
@@ -38,7 +39,7 @@ def examine(node: Path, gives: str, remedy: str) -> Node:
 
 
 def _permission(st: os.stat_result, node: Path) -> str:
-    """The group that would help: the node's, or the one that distributions give such nodes to."""
+    """Return how to get the rights: from the node's group, or from the group that distributions give such nodes to."""
     if st.st_gid and st.st_mode & 0o060 == 0o060:
         return _join(group(st.st_gid))
     helpful = "kvm" if node.name == "udmabuf" else "render" if node.name.startswith("renderD") else "video"
@@ -58,7 +59,7 @@ def _member(group: str) -> bool:
 
 
 def user(uid: int) -> str:
-    """Its name, or its number in words."""
+    """Return a user's name, or the number in words."""
     try:
         return pwd.getpwuid(uid).pw_name
     except KeyError:
@@ -66,7 +67,7 @@ def user(uid: int) -> str:
 
 
 def group(gid: int) -> str:
-    """Its name, or its number in words."""
+    """Return a group's name, or the number in words."""
     try:
         return grp.getgrgid(gid).gr_name
     except KeyError:
@@ -74,5 +75,5 @@ def group(gid: int) -> str:
 
 
 def why_not(node: Node) -> str | None:
-    """One line for an error or a list: why it can't be used and what to do; None when it can."""
+    """Return why a node can't be used and what to do, in one line; None if it can."""
     return None if node.usable else f"{node.detail}; {node.remedy}"

@@ -1,11 +1,11 @@
 """The kernel's dma-heaps: ``dma_heap:<name>`` is ``/dev/dma_heap/<name>`` (semantics 5.8).
 
-For buffers that go to a driver. Zeroed, whole pages. ``system`` takes pages wherever they are, a CMA heap (``reserved``,
-``default_cma_region``, …) one contiguous range. The kernel itself refuses no size that is merely too large: it kills. So a request is
-compared with the limits of this machine and cgroup first, as in the memfd heap, although no cgroup accounts for these pages.
+For buffers that go to a driver. They are zeroed and have whole pages. ``system`` takes any pages, a CMA heap (``reserved``,
+``default_cma_region``, …) takes one contiguous range. The kernel itself refuses no size that is only too large, but kills processes. So a
+request is compared with the limits of this machine and cgroup first, as in the memfd heap, although no cgroup counts these pages.
 
-Steps: the dma-buf, its name, its lease, its record. A death anywhere leaves nothing but, at the end, a record that nobody holds, which the
-next sweep takes.
+The steps are: the dma-buf, its name, its reference lock, its record. A process that dies in between leaves nothing, or a record that no
+process references, which the next sweep frees.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from dmabuf.uapi import heap as uapi
 PREFIX: Final = "dma_heap:"
 DIRECTORY: Final = Path(HEAPS)
 GIVES: Final = "kernel dma-bufs of pages"
-REMEDY: Final = "a kernel with CONFIG_DMABUF_HEAPS_SYSTEM"
+REMEDY: Final = "use a kernel with CONFIG_DMABUF_HEAPS_SYSTEM"
 
 
 def names(directory: Path = DIRECTORY) -> list[str]:
-    """Of the heaps there are; ``system`` first."""
+    """Return the names of the heaps, ``system`` first."""
     try:
         found = sorted(entry.name for entry in directory.iterdir())
     except OSError:
@@ -38,17 +38,17 @@ def names(directory: Path = DIRECTORY) -> list[str]:
 
 
 def node(name: str) -> devices.Node:
-    """The device of a heap."""
+    """Return the device of a heap."""
     return devices.examine(DIRECTORY / name, GIVES, REMEDY)
 
 
 def unavailable(name: str) -> str | None:
-    """Why a heap can't be used here, None when it can."""
+    """Return why a heap can't be used here, None if it can."""
     return devices.why_not(node(name))
 
 
 def allocate(heap: str, size: int, *, name: str | bytes | None = None, domain: Domain | None = None) -> DmaBuf:
-    """A new zeroed buffer of ``size`` bytes, rounded up to pages, from the heap of that name. See :func:`dmabuf.allocate`."""
+    """Return a new zeroed buffer of ``size`` bytes, rounded up to pages, from the heap of that name. See :func:`dmabuf.allocate`."""
     size, raw, domain = memfd.asked(size, name, domain)
     with call.open_node(str(DIRECTORY / heap), "allocate", {errno.ENOENT: REMEDY, errno.EACCES: node(heap).remedy}) as device:
         with budget.claim(size):

@@ -1,10 +1,10 @@
-"""The memfd heap: plain memory of ours, without kernel support (memfd_create(2)).
+"""The memfd heap: plain memory, without kernel support (memfd_create(2)).
 
-Zeroed, rounded up to whole pages, sealed against shrinking, growing and further seals, and *promised*: what the limits of the machine
-don't allow is refused here, with ENOMEM, and what is allowed is reserved here, so that no later write meets SIGBUS.
+The memory is zeroed, rounded up to whole pages, sealed against shrinking, growing and further seals, and *reserved*: allocated in full
+before use, so that no later write gets SIGBUS. A size that the limits of the machine don't allow is refused with ENOMEM.
 
-Steps of making one: the memfd, its memory, its seals, its lease, its record. A death before the record leaves nothing (the kernel frees
-the memfd); after it, a record that nobody holds, which the next sweep takes.
+The steps are: the memfd, its memory, its seals, its reference lock, its record. A process that dies before the record leaves nothing,
+because the kernel frees the memfd. After it, a record is left that no process references, which the next sweep frees.
 """
 
 from __future__ import annotations
@@ -26,32 +26,32 @@ from dmabuf.heap import budget
 from dmabuf.uapi.call import OwnedFd
 
 NAME = "memfd"
-_SLICE = 64 << 20  # a signal makes fallocate start over: in slices it gets through
+_SLICE = 64 << 20  # a signal makes fallocate start over, so it is called for slices, which end in time
 _ZEROS = bytes(1 << 20)
 _F_ADD_SEALS = 1033
 
 
 def unavailable() -> str | None:
-    """Why this heap can't be used here, None when it can."""
+    """Return why this heap can't be used here, None if it can."""
     return None if hasattr(os, "memfd_create") else "the kernel has no memfd_create"
 
 
 def allocate(size: int, *, name: str | bytes | None = None, domain: Domain | None = None) -> DmaBuf:
-    """A new zeroed buffer of ``size`` bytes, rounded up to pages. See :func:`dmabuf.allocate`."""
+    """Return a new zeroed buffer of ``size`` bytes, rounded up to pages. See :func:`dmabuf.allocate`."""
     size, raw, domain = asked(size, name, domain)
     with budget.claim(size):
-        fd = promised(memfd_name(domain, secrets.token_bytes(16)), size)
+        fd = reserved(memfd_name(domain, secrets.token_bytes(16)), size)
     return from_fd(fd, domain, exp_name=MEMFD, name=raw)
 
 
 def asked(size: int, name: str | bytes | None, domain: Domain | None) -> tuple[int, bytes | None, Domain]:
-    """What every heap checks first: (whole pages, the name's bytes, the domain joined).
+    """Check what every heap checks first. Return (size in whole pages, the name's bytes, the domain, joined).
 
-    Errors: EINVAL a size below 1 or a bad name; TypeError a size that is no int, or no domain.
+    Errors: EINVAL a size below 1 or a bad name; TypeError a size that is not an int, or not a domain.
     """
     size = budget.whole(size, "allocate: size")
     if not 0 < size <= (1 << 63) - PAGE:
-        raise fail(errno.EINVAL, "allocate", f"{size} bytes", "ask for at least one byte, and fewer than 2**63")
+        raise fail(errno.EINVAL, "allocate", f"{size} bytes", f"ask for 1 to {(1 << 63) - PAGE} bytes", what="the size is out of range")
     raw = None if name is None else checked_name(name, f"{size} bytes")
     if domain is None:
         domain = Domain.default()
@@ -61,11 +61,11 @@ def asked(size: int, name: str | bytes | None, domain: Domain | None) -> tuple[i
     return -(-size // PAGE) * PAGE, raw, domain
 
 
-def promised(name: str, size: int, *, filled: bool = False) -> OwnedFd:
-    """A sealed memfd whose memory is there.
+def reserved(name: str, size: int, *, filled: bool = False) -> OwnedFd:
+    """Return a sealed memfd with reserved memory.
 
-    ``filled``: with zeros. Pages that are only reserved read as zeros, but hold what was there before, and udmabuf hands them out like
-    that (seen on Linux 6.12). Errors: EMFILE; ENOMEM, ENOSPC.
+    ``filled``: whether to write zeros. Pages that are only reserved read as zeros, but still have their former content, and udmabuf exports
+    them like that (seen on Linux 6.12). Errors: EMFILE; ENOMEM, ENOSPC.
     """
     try:
         fd = next(map(OwnedFd, map(os.memfd_create, (name,), (os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING,))))

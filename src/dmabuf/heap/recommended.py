@@ -1,8 +1,9 @@
-"""Which heap is the default, and why: the only file that decides.
+"""The choice of the default heap. No other file makes it.
 
-``memfd``: it works on every Linux, without root and without devices, its buffers can be reopened through /proc, their memory is promised
-and accounted to the cgroup of who allocates. ``spill`` is for those who need more of them than they have memory for: every access asks the
-process that allocated, and may wait for a disk. A kernel heap is for those who hand the buffer to a driver, and they know its name.
+The default is ``memfd``. It works on every Linux, without root and without devices. Its buffers can be reopened through /proc, and their
+memory is reserved and accounted to the cgroup of the process that allocates. ``spill`` is for programs that need more buffers than they
+have memory for: every access calls the process that allocated, and may wait for a disk. A kernel heap is for buffers that go to a driver,
+by a program that knows its name.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from dmabuf.heap import devices, dma_heap, memfd, spill, udmabuf
 
 @dataclass(frozen=True)
 class Heap:
-    """One heap. ``unavailable``: why it can't be used here, None when it can."""
+    """One heap. ``unavailable``: why it can't be used here, None if it can. ``about``: what it is."""
 
     name: str
     unavailable: str | None
@@ -29,7 +30,7 @@ class Heap:
 
 
 class _Known(NamedTuple):
-    """How to use a heap, and whether one can."""
+    """How to use a heap, and whether that is possible."""
 
     allocate: Callable[..., DmaBuf]
     unavailable: Callable[[], str | None]
@@ -38,16 +39,14 @@ class _Known(NamedTuple):
 
 
 def _known() -> dict[str, _Known]:
-    """Every heap by name, the recommended one first; those that drivers want come last."""
+    """Return every heap by name, the default first, and the kernel heaps last."""
     found = {
-        memfd.NAME: _Known(memfd.allocate, memfd.unavailable, "plain shared memory, no kernel support needed"),
-        spill.NAME: _Known(
-            spill.allocate, spill.unavailable, "memory with a budget: what doesn't fit waits in a file (DMABUF_SPILL_BUDGET)"
-        ),
+        memfd.NAME: _Known(memfd.allocate, memfd.unavailable, "plain shared memory, without kernel support"),
+        spill.NAME: _Known(spill.allocate, spill.unavailable, "memory with a budget; the rest is in a file (DMABUF_SPILL_BUDGET)"),
         udmabuf.NAME: _Known(udmabuf.allocate, udmabuf.unavailable, _udmabuf_about(), lambda: udmabuf.node(udmabuf.DEVICE)),
     }
     for name in dma_heap.names() or ["system"]:
-        about = "kernel dma-bufs of pages" if name == "system" else "kernel dma-bufs of contiguous memory, or what its driver gives"
+        about = "kernel dma-bufs of pages" if name == "system" else "kernel dma-bufs of contiguous memory, or of its driver's memory"
         found[dma_heap.PREFIX + name] = _Known(
             partial(dma_heap.allocate, name), partial(dma_heap.unavailable, name), about, partial(dma_heap.node, name)
         )
@@ -56,28 +55,37 @@ def _known() -> dict[str, _Known]:
 
 def _udmabuf_about() -> str:
     most = udmabuf.limits().size
-    return "kernel dma-bufs out of memfds" + ("" if most is None else f", at most {most // udmabuf.MIB} MiB each")
+    return "kernel dma-bufs made of memfds" + ("" if most is None else f", at most {most // udmabuf.MIB} MiB each")
 
 
 def heaps() -> list[Heap]:
-    """Every heap, the recommended one first."""
+    """Return every heap, the default first."""
     return [Heap(name, known.unavailable(), known.about) for name, known in _known().items()]
 
 
 def allocate(size: int, *, heap: str | None = None, name: str | bytes | None = None, domain: Domain | None = None) -> DmaBuf:
-    """A new buffer of at least ``size`` bytes: zeroed, rounded up to whole pages, its memory promised.
+    """Return a new buffer of at least ``size`` bytes: zeroed, rounded up to whole pages, with its memory reserved.
 
-    ``heap``: one of :func:`dmabuf.heaps`, None for the recommended one. ``name``: at most 31 bytes. ``domain``: None for this user's.
+    Args:
+        size: The number of bytes.
+        heap: The name of one of :func:`dmabuf.heaps`; None means the default heap.
+        name: A label of at most 31 bytes.
+        domain: The domain; None means the user's default domain.
 
-    Errors: EINVAL a size below 1 or a bad name; ENOMEM the limits of this machine or cgroup don't allow it; ENOSPC the domain is full;
-    ENODEV no such heap, or it can't be used here; EACCES its device is not for this user; EMFILE no descriptor left.
+    Raises:
+        InvalidError: The size is below 1, or the name is bad (EINVAL).
+        NoMemoryError: The limits of this machine or cgroup don't allow it (ENOMEM).
+        NoSpaceError: The domain is full (ENOSPC).
+        NoDeviceError: There is no such heap, or it can't be used here (ENODEV).
+        NotPermittedError: This user may not use the heap's device (EACCES).
+        DmaBufError: No descriptor is left (EMFILE).
     """
-    if heap is None or heap == memfd.NAME:  # always usable: where it is not, nothing of this package is
+    if heap is None or heap == memfd.NAME:  # without memfds nothing of this package works
         return memfd.allocate(size, name=name, domain=domain)
     known = _known()
     found = known.get(heap)
     if found is None:
-        raise fail(errno.ENODEV, "allocate", f"heap {heap!r}", f"heaps of this machine: {', '.join(known)}")
+        raise fail(errno.ENODEV, "allocate", f"heap {heap!r}", f"use one of: {', '.join(known)}", what="there is no such heap")
     if why := found.unavailable():
         number = errno.EACCES if found.node is not None and found.node().denied else errno.ENODEV
         raise fail(number, "allocate", f"heap {heap!r}", why, what="it can't be used here")

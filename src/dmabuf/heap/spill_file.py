@@ -1,15 +1,15 @@
-"""``SpillFile``: an unlinked file whose ranges buffers are moved to, and how to find a place for it.
+"""``SpillFile``: an unlinked file with ranges for the content of buffers, and the choice of its directory.
 
-The file has no name: it goes with its last descriptor, however its process ends (O_TMPFILE; where a file system doesn't know that, a file
-that is unlinked as soon as it is made, which only a death between those two calls leaves behind). Its ranges are reserved when they are
-taken, so that a later write needs no space of the file system, and given back to it when they are free. On a file system that copies on
-write (btrfs, a compressed one) a reservation covers the first write only.
+The file has no name, so it is freed with its last descriptor, however its process ends (O_TMPFILE). On a file system without O_TMPFILE the
+file is unlinked just after it is made, and only a process that dies between those two calls leaves it behind. A range is reserved when it
+is taken, so that a later write needs no space of the file system, and freed when it is given back. On a file system that copies on write
+(btrfs, or one with compression) a reservation covers the first write only.
 
-*Where.* :func:`default_directory` is the first of ``$DMABUF_SPILL_DIRECTORY``, ``/var/tmp``, the temporary directory and the user's cache
-that can be written to and isn't held in memory: spilling to a tmpfs would free nothing. A directory that the environment or the caller
-names is taken as it is.
+*The directory.* :func:`default_directory` is the first of ``$DMABUF_SPILL_DIRECTORY``, ``/var/tmp``, the temporary directory and the user's
+cache that can be written to and isn't in memory, because spilling to a tmpfs would free nothing. A directory that the environment or the
+caller names is not checked.
 
-Who may call what: any thread; no lock is held during a read or write. Errors are ``OSError`` as the system gives them.
+Any thread may call everything, and no lock is held during a read or write. Errors are the system's, as plain ``OSError``.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ _IN_MEMORY: Final = frozenset({b"tmpfs", b"ramfs", b"devtmpfs", b"hugetlbfs"})
 
 
 def reserve(fd: int, start: int, length: int) -> None:
-    """Have the system set aside what a range of a file needs (posix_fallocate(3)).
+    """Reserve the space of a range of a file (posix_fallocate(3)).
 
-    Errors: ENOSPC, EFBIG, EDQUOT, when some of it may be set aside.
+    Errors: ENOSPC, EFBIG, EDQUOT, and then a part may be reserved.
     """
     for at in range(start, start + length, RESERVE):
         os.posix_fallocate(fd, at, min(RESERVE, start + length - at))
 
 
 def slices(length: int) -> Iterator[tuple[int, int]]:
-    """(start, end) of the pieces that ``length`` bytes are copied in."""
+    """Yield (start, end) of the pieces in which ``length`` bytes are copied."""
     for start in range(0, length, SLICE):
         yield start, min(start + SLICE, length)
 
@@ -57,7 +57,7 @@ class SpillFile:
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         self.directory = os.fspath(directory)
         self._lock = threading.RLock()
-        self._free: list[tuple[int, int]] = []  # (start, length), in order, none beside another
+        self._free: list[tuple[int, int]] = []  # (start, length), in order, with no two adjacent
         self._end = 0
         self._fd = -1
         try:
@@ -67,18 +67,18 @@ class SpillFile:
             raise
         except OSError as e:
             raise fail(
-                e.errno or errno.EIO, "spill", self.directory, "name a directory on a disk that can be written to (DMABUF_SPILL_DIRECTORY)"
+                e.errno or errno.EIO, "spill", self.directory, "name a writable directory on a disk (DMABUF_SPILL_DIRECTORY)"
             ) from None
 
     def __repr__(self) -> str:
         return f"<SpillFile in {self.directory}>"
 
     def fileno(self) -> int:
-        """The borrowed descriptor; -1 when closed."""
+        """Return the descriptor, which the file keeps; -1 if closed."""
         return self._fd
 
     def take(self, length: int) -> int:
-        """A reserved range; its first byte. Errors: ENOSPC, EFBIG, EDQUOT and nothing is taken."""
+        """Reserve a range and return its first byte. Errors: ENOSPC, EFBIG, EDQUOT, and nothing is taken."""
         with self._lock:
             start = self._find(length)
         try:
@@ -98,8 +98,8 @@ class SpillFile:
         return start
 
     def give(self, start: int, length: int) -> None:
-        """Give a range back, to the file system too."""
-        with contextlib.suppress(OSError):  # a file system without holes: the space stays ours, for the next who takes it
+        """Free a range, also in the file system."""
+        with contextlib.suppress(OSError):  # on a file system without holes the file keeps the space for the next take()
             punch(self._fd, start, length)
         with self._lock:
             i = bisect.bisect(self._free, (start, length))
@@ -115,22 +115,22 @@ class SpillFile:
                 self._free.insert(i, (start, length))
 
     def write(self, start: int, view: memoryview) -> None:
-        """All of the view, at ``start``. Errors: ENOSPC, EIO and the like, some of it may be written."""
+        """Write all of the view at ``start``. Errors: ENOSPC, EIO and the like, and then a part may be written."""
         done = 0
         while done < len(view):
             done += os.pwrite(self._fd, view[done:], start + done)
 
     def read(self, start: int, view: memoryview) -> None:
-        """All of the view, from ``start``. Errors: EIO, also when the file is shorter."""
+        """Fill the view from ``start``. Errors: EIO, also if the file is shorter."""
         done = 0
         while done < len(view):
             got = os.preadv(self._fd, [view[done:]], start + done)
             if not got:
-                raise OSError(errno.EIO, "the spill file is shorter than what was written to it")
+                raise OSError(errno.EIO, "the spill file is shorter than its content")
             done += got
 
     def close(self) -> None:
-        """Its content is gone; again: nothing."""
+        """Close the file and lose its content. Closing twice has no effect."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
@@ -153,7 +153,7 @@ def _unnamed(directory: str) -> int:
 
 
 def default_directory() -> str:
-    """Where to spill to if nobody says where. Errors: ENODEV every place is read-only, missing or in memory."""
+    """Return the directory to use if none is named. Errors: ENODEV every candidate is read-only, missing or in memory."""
     named = os.environ.get("DMABUF_SPILL_DIRECTORY")
     if named:
         return named
@@ -165,13 +165,13 @@ def default_directory() -> str:
         errno.ENODEV,
         "spill",
         "no directory",
-        "name one in DMABUF_SPILL_DIRECTORY, or give SpillHeap(directory=…)",
-        what="every usual place for temporary files is held in memory or can't be written to",
+        "name one in DMABUF_SPILL_DIRECTORY, or pass SpillHeap(directory=…)",
+        what="every usual place for temporary files is in memory or can't be written to",
     )
 
 
 def in_memory(directory: str, mountinfo: str = "/proc/self/mountinfo") -> bool:
-    """Is the directory's file system one that lives in memory (proc_pid_mountinfo(5))?"""
+    """Return True if the directory is on a file system in memory (proc_pid_mountinfo(5))."""
     device = os.stat(directory).st_dev
     wanted = f"{os.major(device)}:{os.minor(device)}".encode()
     with needing_descriptors("spill", directory):
