@@ -21,7 +21,6 @@ from __future__ import annotations
 import os
 import select
 from collections.abc import Coroutine
-from dataclasses import dataclass
 from typing import Any, Self
 
 from dmabuf._native import Mapping
@@ -31,7 +30,7 @@ from dmabuf.core.access.range import BufferRange
 from dmabuf.core.attach import attachment
 from dmabuf.core.attach.attachment import DmaBufAttachment
 from dmabuf.core.base.closing import Closing
-from dmabuf.core.buffer import fdinfo, mapping
+from dmabuf.core.buffer import fdinfo, mapping, statistics
 from dmabuf.core.buffer.handle import Face, Handle, face_of
 from dmabuf.core.buffer.shared import SharedBuffer
 from dmabuf.core.contract import Importer
@@ -41,23 +40,6 @@ from dmabuf.core.resv.resv import DmaResv
 from dmabuf.core.sync.sync_file import SyncFile
 from dmabuf.domain.domain import Domain
 from dmabuf.uapi.call import OwnedFd
-
-
-@dataclass(frozen=True)
-class BufferStatistics:
-    """A snapshot of a handle. ``mapped``: the handle keeps a mapping for its accesses; ``accesses``: open blocks of this handle.
-
-    Kernel: dma_buf.attachments as attachments, dma_buf.vmapping_counter as vmaps.
-    """
-
-    size: int
-    ino: int
-    home: str
-    accesses: int
-    mapped: bool
-    vmaps: int
-    poll_fds: int
-    attachments: int
 
 
 class DmaBuf(Face, Closing):
@@ -75,6 +57,8 @@ class DmaBuf(Face, Closing):
     - ``dmabuf ls``, in a shell, shows who has which buffer open, and what blocks it.
 
     ``dmabuf.export()`` and ``dmabuf.get()`` make handles too. Everything below is for drivers, and for programs that poll or map by hand.
+    On a closed handle, everything but ``close()``, ``put()``, ``closed``, ``domain``, ``statistics()``, ``==`` and ``repr`` raises
+    ClosedError (EBADF).
 
     Kernel: dma_buf (file as fileno), dma_buf_fd as detach.
     """
@@ -159,7 +143,6 @@ class DmaBuf(Face, Closing):
         """Return another handle of the buffer, with a descriptor and a close of its own (semantics 2.5).
 
         Raises:
-            ClosedError: The handle is closed (EBADF).
             DmaBufError: The process has no descriptor left (EMFILE).
 
         Kernel: get_dma_buf.
@@ -167,11 +150,7 @@ class DmaBuf(Face, Closing):
         return face_of(DmaBuf, self._handle.duplicate())
 
     def fileno(self) -> int:
-        """Return the file descriptor, which the buffer keeps owning and closes itself.
-
-        Raises:
-            ClosedError: The handle is closed (EBADF).
-        """
+        """Return the file descriptor, which the buffer keeps owning and closes itself."""
         return self._handle.check("fileno")
 
     def dup(self, cloexec: bool = True) -> int:
@@ -181,7 +160,6 @@ class DmaBuf(Face, Closing):
             cloexec: A program started by exec doesn't inherit the descriptor.
 
         Raises:
-            ClosedError: The handle is closed (EBADF).
             DmaBufError: The process has no descriptor left (EMFILE).
         """
         return self._handle.dup(cloexec)
@@ -190,7 +168,6 @@ class DmaBuf(Face, Closing):
         """Close the handle but keep its file descriptor, and return it: the caller owns it from now on.
 
         Raises:
-            ClosedError: The handle is closed (EBADF).
             BusyError: A ``read()`` or ``write()`` block of this handle is open (EBUSY).
         """
         return self._handle.detach()
@@ -237,7 +214,6 @@ class DmaBuf(Face, Closing):
         """The name that users gave the buffer; None if it has none. Any process can set it, to at most 31 bytes (semantics 5.4).
 
         Raises:
-            ClosedError: The handle is closed (EBADF).
             InvalidError: The new name is longer than 31 bytes, or has a NUL (EINVAL).
             TypeError: The new name is neither str nor bytes.
 
@@ -266,7 +242,6 @@ class DmaBuf(Face, Closing):
             length: The number of bytes; None means the rest of the buffer.
 
         Raises:
-            ClosedError: The handle is closed (EBADF).
             InvalidError: The range is empty, or not within the buffer (EINVAL).
         """
         return BufferRange(self, offset, length)
@@ -284,7 +259,6 @@ class DmaBuf(Face, Closing):
             writable: The mapping can be written through.
 
         Raises:
-            ClosedError: The handle is closed (EBADF).
             InvalidError: The range is out of bounds, unaligned or empty, or the exporter offers no mmap (EINVAL).
             DmaBufError: The offset is negative (EOVERFLOW, as in the kernel).
             NotPermittedError: The descriptor, or the exporter's memory, is read-only (EACCES).
@@ -309,7 +283,6 @@ class DmaBuf(Face, Closing):
         """Answer as the kernel's lseek on a dma-buf: (0, SEEK_SET) is 0, (0, SEEK_END) the size. No position moves (semantics 5.2).
 
         Raises:
-            ClosedError: The handle is closed (EBADF).
             InvalidError: Any other offset or whence (EINVAL).
         """
         return mapping.lseek(self._handle, offset, whence)
@@ -322,7 +295,6 @@ class DmaBuf(Face, Closing):
 
         Raises:
             ContractError: The lock isn't held.
-            ClosedError: The handle is closed (EBADF).
             InvalidError: The exporter offers no vmap (EINVAL).
             OSError: What the exporter raised, with a ``ContractWarning``.
 
@@ -376,7 +348,6 @@ class DmaBuf(Face, Closing):
             interruptible: A signal ends the wait for KERNEL fences, if one is needed, with EINTR.
 
         Raises:
-            ClosedError: The handle is closed (EBADF).
             InvalidError: There is no device, or the importer has no ``move_notify`` (EINVAL, with a ``ContractWarning``).
             DeadlockError: The caller holds the lock (EDEADLK, with a ``ContractWarning``).
             NoDeviceError: The exporter's process is gone (ENODEV).
@@ -392,7 +363,6 @@ class DmaBuf(Face, Closing):
         Exporters call this. ``sys.unraisablehook`` reports what an importer raises.
 
         Raises:
-            ClosedError: The handle is closed (EBADF).
             ContractError: The lock isn't held.
 
         Kernel: dma_buf_move_notify.
@@ -423,7 +393,6 @@ class DmaBuf(Face, Closing):
             interruptible: A signal ends the wait with EINTR.
 
         Raises:
-            ClosedError: The handle is closed (EBADF).
             InvalidError: ``direction`` is no direction (EINVAL).
             DmaBufTimeout: The fences did not end in time (ETIMEDOUT).
             InterruptedWaitError: A signal came (EINTR).
@@ -466,7 +435,6 @@ class DmaBuf(Face, Closing):
             timeout: Seconds to wait; None waits forever.
 
         Raises:
-            ClosedError: The handle is closed (EBADF).
             InvalidError: ``timeout`` is negative (EINVAL).
         """
         return poll.poll(self._handle, events, timeout)
@@ -477,27 +445,18 @@ class DmaBuf(Face, Closing):
         It is for select and epoll loops. Of a kernel dma-buf it is a duplicate, which polls natively and knows the kernel's fences only.
 
         Raises:
-            ClosedError: The handle is closed (EBADF).
             InvalidError: Neither POLLIN nor POLLOUT is asked for (EINVAL).
             DmaBufError: The process has no descriptor left (EMFILE).
         """
         return poll.poll_fd(self._handle, events)
 
     def readable(self) -> Coroutine[Any, Any, None]:
-        """Return an awaitable that ends when no write is pending (POLLIN).
-
-        Raises:
-            ClosedError: The handle is closed (EBADF).
-        """
+        """Return an awaitable that ends when no write is pending (POLLIN)."""
         self._handle.usable("readable")
         return poll.poll_async(self._handle, select.POLLIN)
 
     def writable(self) -> Coroutine[Any, Any, None]:
-        """Return an awaitable that ends when no fence up to READ is pending (POLLOUT).
-
-        Raises:
-            ClosedError: The handle is closed (EBADF).
-        """
+        """Return an awaitable that ends when no fence up to READ is pending (POLLOUT)."""
         self._handle.usable("writable")
         return poll.poll_async(self._handle, select.POLLOUT)
 
@@ -511,7 +470,6 @@ class DmaBuf(Face, Closing):
             flags: READ 1, WRITE 2 or both, instead of ``write``.
 
         Raises:
-            ClosedError: The handle is closed (EBADF).
             InvalidError: Other flags (EINVAL).
             DmaBufError: The process has no descriptor left (EMFILE).
         """
@@ -526,7 +484,6 @@ class DmaBuf(Face, Closing):
             flags: READ 1, WRITE 2 or both, instead of ``write``.
 
         Raises:
-            ClosedError: The handle is closed (EBADF).
             InvalidError: ``sync_file`` is no sync file, or other flags (EINVAL).
             CrossDomainError: The sync file belongs to another domain (EXDEV).
             NoSpaceError: The domain is full (ENOSPC).
@@ -540,26 +497,12 @@ class DmaBuf(Face, Closing):
         """Return the text of /proc/PID/fdinfo/FD for a dma-buf (semantics 5.7). ``count`` is what this user may see of fds and mappings.
 
         A name may be any bytes; they are decoded with ``os.fsdecode``.
-
-        Raises:
-            ClosedError: The handle is closed (EBADF).
         """
         return fdinfo.fdinfo(self._handle)
 
-    def statistics(self) -> BufferStatistics:
+    def statistics(self) -> statistics.BufferStatistics:
         """Return a snapshot for programs."""
-        handle = self._handle
-        backing = handle.shared.any_backing()
-        return BufferStatistics(
-            handle.size,
-            handle.shared.ino,
-            os.fsdecode(handle.shared.home),
-            handle.accesses,
-            handle.view is not None,
-            backing.vmaps if backing else 0,
-            len(handle.polls or ()),
-            len(backing.attachments) if backing else 0,
-        )
+        return statistics.statistics(self._handle)
 
 
 class _BufHandle(Handle):

@@ -1,13 +1,13 @@
-"""The record of a buffer (or of a reservation object of its own), as one process holds it.
+"""The record of a buffer, or of a reservation object of its own, as one process references it.
 
-A record is found by the buffer's ``(st_dev, st_ino)`` and confirmed by its nonce. A process that has the buffer open sets its bit on
-the record; the record stays while any living process has. Who lets go as the last of them watches the inode (inotify(7),
-IN_DELETE_SELF): its end is the proof that nobody holds the buffer any more, in flight or mapped, and it comes with the closing itself.
+A record is found by the buffer's ``(st_dev, st_ino)`` and confirmed by its nonce. A process that has the buffer open sets its bit on the
+record, and the record stays while any living process has its bit there. The last process to clear its bit watches the inode (inotify(7),
+IN_DELETE_SELF). The inode's end proves that nobody has the buffer any more, in flight or mapped, and comes with the closing itself.
 
-Where nobody watches, because the last holder died, a record is judged by its lease, which ``/proc/locks`` shows for every holder of the
-fd. A pass over that file is not atomic, so a lease must be missing in three passes a tick apart before the record goes; one that goes
-wrongly is made again by whoever receives the fd. A pass is dear (the kernel walks the list anew for each page of text, and holds up
-every locker meanwhile), so it is made only where somebody asks what is there, or the pool is full.
+If nobody watches, because the last process died, the reference lock decides: ``/proc/locks`` shows it for every holder of the descriptor.
+One pass over that file is not atomic, so the lock must be missing in three passes, a tick apart, before the record goes. If it went
+wrongly, the next receiver of the descriptor makes it again. A pass is expensive, because the kernel walks the list again for each page of
+text and blocks every locker meanwhile. So a pass is made only when somebody asks which buffers there are, or when the pool is full.
 """
 
 from __future__ import annotations
@@ -35,7 +35,12 @@ R = TypeVar("R", bound="Record")
 
 
 class Record:
-    """This process's hold on one record; one object a process, dropped with its last reference."""
+    """This process's reference to one record. There is one object for each record of a process.
+
+    ``handles``: of this process, that are open. ``last``: of a kernel dma-buf, tells whether a descriptor is the last reference anywhere.
+    ``resv_ref``: the object that stands for the reservation object in this process. ``resv``: if the exporter gave the buffer a reservation
+    object, the number of that one's record + 1.
+    """
 
     def __init__(self, domain: Domain, dev: int, ino: int, size: int, nonce: bytes, exp_name: bytes, home: bytes, kind: int) -> None:
         self.domain = domain
@@ -44,19 +49,19 @@ class Record:
         self.shm: Shm = domain.shm
         self.index = self.gen = 0
         self.lock = fork_lock()  # a handle's __del__ may run in the middle of another handle's enter()
-        self.handles = 0  # of this process that are open
-        self.last: Callable[[int], bool] | None = None  # of a real dma-buf: is this fd the last reference anywhere?
-        self.resv_ref: weakref.ref[object] | None = None  # of the reservation object that the layer above made of it
-        self.resv = 0  # of a buffer with a reservation object of its exporter's: that one's record + 1
+        self.handles = 0
+        self.last: Callable[[int], bool] | None = None
+        self.resv_ref: weakref.ref[object] | None = None
+        self.resv = 0
 
-    def hold(self, name: bytes | None = None) -> None:
-        """Find or make the record and set our bit."""
+    def reference(self, name: bytes | None = None) -> None:
+        """Find or make the record, and set this process's bit. ``name``: the buffer's, for a record that has to be made."""
         shm = self.domain.join()
         found = shm.rec_find(self.dev, self.ino) if self.ino else None
         if found and found[2] == self.nonce and shm.rec_get(found[0], found[1]):
             self.index, self.gen = found[0], found[1]
             info = shm.rec_info(self.index)
-            if info is not None:  # who made it knows better than who only holds its fd
+            if info is not None:  # its maker knows more than a process that only has the descriptor
                 self.exp_name, self.home, self.resv = info["exp_name"], info["home"], info["resv"]
         else:
             self.index, self.gen, _ = self._create(shm, name)
@@ -70,20 +75,20 @@ class Record:
             except OSError as e:
                 if e.errno != errno.ENOSPC or attempt == ABSENT_PASSES or not shm.rec_orphans():
                     raise
-            # Full of records whose buffers are probably gone: judge them now, a tick apart, rather than refuse.
+            # The pool is full of records whose buffers are probably gone: check them now, a tick apart, rather than refuse.
             sweep(self.domain)
             shm.wait(OFF_ID, shm.load32(OFF_ID), TICK_NS / 1e9)
         raise AssertionError("unreachable")
 
     def ensure(self) -> int:
-        """The record's index, held by this process's present life (a forked child takes a hold of its own)."""
+        """Return the record's index, referenced by this process's present life; a forked child takes a reference of its own."""
         if self.life != self.shm.life or not self.life:
             with self.lock:
                 self._again()
         return self.index
 
     def at(self) -> tuple[Shm, int]:
-        """(mapped domain, index), held by this process's present life. Not two looks: joining anew may change both."""
+        """Return the mapped domain and the index, referenced by this process's present life. Joining may change both at once."""
         index = self.ensure()
         return self.shm, index
 
@@ -94,7 +99,7 @@ class Record:
         if shm is self.shm and shm.rec_get(self.index, self.gen):
             self.life = shm.life
         else:
-            self.hold(name)
+            self.reference(name)
 
     def info(self) -> dict[str, Any]:
         """Return what the record says now."""
@@ -102,14 +107,15 @@ class Record:
         return self.seen()
 
     def seen(self) -> dict[str, Any]:
-        """Return what the record says, without a hold of this process's present life on it."""
+        """Return what the record says, without a reference of this process's present life to it."""
         found = self.shm.rec_info(self.index)
         if found is None or found["gen"] != self.gen:
-            raise fail(errno.EUCLEAN, "look up", "a buffer's record", "the domain file was changed from outside")
+            what = "the domain file was changed from outside"
+            raise fail(errno.EUCLEAN, "look up", "a buffer's record", "end the processes that use the domain", what=what)
         return found
 
     def enter(self, name: bytes | None = None) -> None:
-        """One handle more, and the hold that it needs, in one step: another thread may be closing the last one.
+        """Count one handle more and take the reference that it needs, in one step: another thread may be closing the last handle.
 
         ``name``: for a record that has to be made again.
         """
@@ -123,26 +129,26 @@ class Record:
                     raise
 
     def leave(self, fd: int, closing: bool = True) -> InodeWatch | None:
-        """One handle less; with the last of this process its hold ends, before the caller closes fd (or, not ``closing``, gives it away).
+        """Count one handle less. The last of this process drops the reference.
 
-        Returns what the caller must ask after closing.
+        The caller then closes ``fd``, or gives it away if not ``closing``. Returns the watch that the caller must check after closing.
         """
         with self.lock:
             self.handles -= 1
             if self.handles > 0:
                 return None
-            return self._let_go(fd, closing)
+            return self._drop(fd, closing)
 
-    def _let_go(self, fd: int, closing: bool) -> InodeWatch | None:
+    def _drop(self, fd: int, closing: bool) -> InodeWatch | None:
         shm = self.shm
         if not self.life or shm.life != self.life:
             return None
-        # Kept for a while without a hold: a buffer that goes round comes again, and finding its record is then one look.
+        # Keep the object for a while without a reference: a buffer that circulates comes back, and is then found in one step.
         _WARM.of(self.domain).append(self)
         self.life = 0
         if shm.rec_put(self.index):
             return None
-        if self.last is not None:  # the end of its inode can't be watched, but the kernel counts
+        if self.last is not None:  # its inode can't be watched, but the kernel counts
             if closing and self.last(fd):
                 shm.rec_free(self.index, self.gen)
             return None
@@ -150,18 +156,18 @@ class Record:
         return watch if watch.add(fd, self.index, self.gen) else None
 
     def tombstone(self) -> Self:
-        """Return a record that says which buffer it was, without a hold: for a closed handle."""
+        """Return a record that says which buffer it was, without a reference: for a closed handle."""
         return type(self)(self.domain, self.dev, self.ino, self.size, self.nonce, self.exp_name, self.home, self.kind)
 
     def __del__(self) -> None:
-        # Only a reservation object that outlived its buffer's handles comes here with a hold.
+        # Only a reservation object that outlived its buffer's handles still has a reference here.
         shm = self.shm
         if self.life and shm.life == self.life and not shm.rec_put(self.index) and self.kind == KIND_RESV:
             shm.rec_free(self.index, self.gen)
 
 
 class InodeWatch:
-    """The inodes of buffers that this process let go as the last one: their end frees the record."""
+    """The inodes of buffers that this process was the last to have open. An inode's end frees the record."""
 
     def __init__(self, domain: Domain) -> None:
         self.domain = weakref.ref(domain)
@@ -169,10 +175,10 @@ class InodeWatch:
         try:
             self.fd = watch_open()
         except OSError:
-            self.fd = -1  # no descriptor or no instance left (inotify(7)): the sweep judges by leases
+            self.fd = -1  # no descriptor or no instance left (inotify(7)): the sweep checks reference locks
 
     def add(self, fd: int, index: int, gen: int) -> bool:
-        """Watch fd's inode for the record's sake."""
+        """Watch the inode of ``fd``, whose end frees the record. Returns False if that is impossible."""
         if self.fd < 0:
             return False
         try:
@@ -181,8 +187,8 @@ class InodeWatch:
             return False
         return True
 
-    def look(self) -> None:
-        """Free the records of those that have gone."""
+    def free_gone(self) -> None:
+        """Free the records of the inodes that have ended."""
         domain = self.domain()
         while self.fd >= 0 and self.watched and domain is not None:
             try:
@@ -196,10 +202,10 @@ class InodeWatch:
 
     def __del__(self) -> None:
         if self.fd >= 0:
-            os.close(self.fd)  # in a forked child its own copy
+            os.close(self.fd)  # a forked child closes its own copy
 
 
-_EVENT = struct.Struct("iIII")  # struct inotify_event, without a name behind it for a watched inode itself
+_EVENT = struct.Struct("iIII")  # struct inotify_event; for a watched inode itself no name follows
 _IN_DELETE_SELF: Final = 0x400
 
 
@@ -240,7 +246,7 @@ def adopt(
     if isinstance(record, kind) and record.nonce == nonce:
         return record
     made = kind(domain, dev, ino, size, nonce, exp_name, home, KIND_BUFFER)
-    made.hold(name)
+    made.reference(name)
     table[dev, ino] = made
     return made
 
@@ -258,18 +264,19 @@ def confirmed(kind: type[R], domain: Domain, dev: int, ino: int, size: int, nonc
 
 
 def standalone(domain: Domain) -> Record:
-    """The record of a reservation object that belongs to no buffer."""
+    """Return the record of a new reservation object that belongs to no buffer."""
     domain.join()
     record = Record(domain, 0, 0, 0, os.urandom(16), b"", b"", KIND_RESV)
-    record.hold()
+    record.reference()
     _RESVS.of(domain)[record.index, record.gen] = record
     return record
 
 
 def foreign_resv(record: Record) -> Record | None:
-    """The record of the reservation object that a buffer's exporter gave it; None when it has its own.
+    """Return the record of the reservation object that a buffer's exporter gave it; None when it has its own.
 
-    Errors: ENODEV it is gone: the exporter, and all others who held it, have ended.
+    Raises:
+        NoDeviceError: It is gone: the exporter, and every other process that had it, has ended (ENODEV).
     """
     if not record.resv:
         return None
@@ -277,21 +284,24 @@ def foreign_resv(record: Record) -> Record | None:
     shm, index = record.domain.join(), record.resv - 1
     info = shm.rec_info(index)
     if info is None or info["kind"] != KIND_RESV:
-        raise fail(
-            errno.ENODEV, "resv", f"buffer ino {record.ino}", "ask its exporter for a new buffer", what="its reservation object is gone"
-        )
+        raise _resv_gone(record)
     found = table.get((index, info["gen"]))
     if found is None:
         found = Record(record.domain, 0, 0, 0, info["nonce"], b"", b"", KIND_RESV)
         if not shm.rec_get(index, info["gen"]):
-            raise fail(errno.ENODEV, "resv", f"buffer ino {record.ino}", what="its reservation object is gone")
+            raise _resv_gone(record)
         found.index, found.gen, found.shm, found.life = index, info["gen"], shm, shm.life
         table[index, info["gen"]] = found
     return found
 
 
+def _resv_gone(record: Record) -> OSError:
+    what = "its reservation object is gone"
+    return fail(errno.ENODEV, "resv", f"buffer ino {record.ino}", "ask its exporter for a new buffer", what=what)
+
+
 def reference_locks() -> set[tuple[int, int]]:
-    """(st_dev, st_ino) of every file that an OFD lock is on, as one pass over /proc/locks shows them (proc(5))."""
+    """Return (st_dev, st_ino) of every file that has an OFD lock, from one pass over /proc/locks (proc(5))."""
     found = set()
     with open("/proc/locks", "rb") as f:
         for line in f:
@@ -302,19 +312,19 @@ def reference_locks() -> set[tuple[int, int]]:
 
 
 def sweep(domain: Domain) -> int:
-    """One pass over the records that no living process holds; frees those whose lease was missing often enough. Returns how many."""
+    """Check the records that no living process references, and free those whose lock was missing often enough. Returns how many."""
     shm = domain.shm
     watch = _WATCH.peek(domain)
     if watch is not None:
-        watch.look()
+        watch.free_gone()
     orphans = shm.rec_orphans()
     if not orphans or not shm.life:
         return 0
-    held, now, freed = reference_locks(), time.monotonic_ns(), 0
+    locked, now, freed = reference_locks(), time.monotonic_ns(), 0
     for index, gen, dev, ino, absent, since in orphans:
         if not ino:
             freed += shm.rec_free(index, gen)
-        elif (dev, ino) in held:
+        elif (dev, ino) in locked:
             if absent:
                 shm.rec_set_absent(index, 0, since)
         elif not 0 <= now - since < TICK_NS:
@@ -326,12 +336,12 @@ def sweep(domain: Domain) -> int:
 
 
 def present(domain: Domain) -> list[int]:
-    """Indices of the records whose buffers are there: held by a living process, or by a lease that a pass shows."""
+    """Return the indices of the records whose buffers exist: a living process references them, or a pass shows their reference lock."""
     shm = domain.shm
     orphans = shm.rec_orphans()
     gone = {index for index, *_ in orphans}
     if gone:
-        for _ in range(ABSENT_PASSES):  # a single pass may miss a lease that is there
+        for _ in range(ABSENT_PASSES):  # a single pass may miss a lock that is there
             seen = reference_locks()
             gone -= {index for index, _, dev, ino, *_ in orphans if ino and (dev, ino) in seen}
     return [i for i in shm.rec_list() if i not in gone]

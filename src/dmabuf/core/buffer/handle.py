@@ -154,7 +154,7 @@ class Handle(ABC):
         watch = self._drop(fd)
         os.close(fd)
         if watch is not None:
-            watch.look()
+            watch.free_gone()
         if backing is not None:
             backing.after_close(quiet)
 

@@ -1,9 +1,9 @@
-"""What an fd is: a buffer of this domain, of another one, or none.
+"""Which buffer a descriptor is: one of this domain, of another one, or none.
 
-A real dma-buf is one by its file system (fstatfs(2)); its nonce is a digest of its ``(st_dev, st_ino)`` and the boot, because the kernel
-gives no inode number of a dma-buf twice. A memfd buffer is a memfd named ``dmabuf:<domain>:<nonce>`` (16 and 32 hexadecimal digits), sealed
-against shrinking, growing and further seals. Either fd carries an OFD read lock on byte 0, the lease: every dup, every fd in flight and
-every mapping keeps it.
+A kernel dma-buf is recognized by its file system (fstatfs(2)). Its nonce is a digest of its ``(st_dev, st_ino)`` and the boot, because the
+kernel never gives the inode number of a dma-buf twice. A memfd buffer is a memfd named ``dmabuf:<domain>:<nonce>`` (16 and 32 hexadecimal
+digits), sealed against shrinking, growing and further seals. Either descriptor carries an OFD read lock on byte 0, the reference lock.
+Every dup, every descriptor in flight and every mapping keeps it.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ HEAPS: Final = "/dev/dma_heap"
 NAME_BYTES: Final = 31  # DMA_BUF_NAME_LEN without its NUL
 _HOME_BYTES: Final = 31  # what a record has room for
 probe = probe_fd
-"""For tests: what the kernel says of an fd."""
+"""What the kernel says of a descriptor; a name of its own, so that tests can replace it."""
 
 
 class Identity(NamedTuple):
-    """Who a buffer is, from its fd alone: nothing of this was read from shared memory."""
+    """Which buffer a descriptor is, by the descriptor alone: nothing of this was read from shared memory."""
 
     dev: int
     ino: int
@@ -48,7 +48,7 @@ class Identity(NamedTuple):
 
 
 def memfd_name(domain: Domain, nonce: bytes) -> str:
-    """The name to give a buffer's memfd (memfd_create(2))."""
+    """Return the name for a buffer's memfd (memfd_create(2))."""
     return f"dmabuf:{domain.id}:{nonce.hex()}"
 
 
@@ -69,9 +69,11 @@ def checked_name(value: str | bytes, obj: object) -> bytes:
 
 
 def put_reference_lock(fd: int) -> None:
-    """Put the lease on an fd; nothing new on a description that has it.
+    """Put the reference lock on a descriptor. It has no effect on an open file description that has it.
 
-    Errors: ENODEV its exporter has taken the buffer back; EACCES it is open for writing only.
+    Raises:
+        NoDeviceError: The exporter has released the buffer (ENODEV).
+        NotPermittedError: The descriptor is open for writing only (EACCES).
     """
     try:
         locked = place.ofd_lock(fd, fcntl.F_RDLCK, 0)
@@ -85,16 +87,19 @@ def put_reference_lock(fd: int) -> None:
 
 
 def identify(fd: int, domain: Domain, operation: str = "get") -> Identity:
-    """The buffer behind an fd.
+    """Return which buffer a descriptor is (semantics 2.3).
 
-    Errors: EBADF no open fd; EINVAL no buffer; EXDEV a buffer of another domain (semantics 2.3).
+    Raises:
+        ClosedError: ``fd`` is not open (EBADF).
+        InvalidError: It is not a buffer (EINVAL).
+        CrossDomainError: It is a buffer of another domain (EXDEV).
     """
     try:
         dev, ino, size, seals, link, system = probe(fd)
     except (OSError, OverflowError) as e:
         if isinstance(e, OSError) and e.errno != errno.EBADF:
             raise
-        raise fail(errno.EBADF, operation, f"fd {fd}", "pass an open file descriptor") from None
+        raise fail(errno.EBADF, operation, f"fd {fd}", "pass an open file descriptor", what="the descriptor is not open") from None
     if system == uapi.MAGIC:
         return Identity(dev, ino, _size_of(fd, size), nonce_of(dev, ino), True)
     match = _NAME.match(link)
@@ -117,16 +122,16 @@ def identify(fd: int, domain: Domain, operation: str = "get") -> Identity:
     return Identity(dev, ino, size, bytes.fromhex(match[2].decode()))
 
 
-# ---- real dma-bufs ----
+# ---- kernel dma-bufs ----
 
 
 def is_kernel_home(home: bytes) -> bool:
-    """Is it the home of a real dma-buf?"""
+    """Return True if it is the home of a kernel dma-buf."""
     return home in (IMPORTED, UDMABUF) or home.startswith(DMA_HEAP)
 
 
 def home_of(exp_name: bytes) -> bytes:
-    """Where the memory of a dma-buf lives, by its exporter's name, which for a heap's is the heap's."""
+    """Return the home of a dma-buf, by its exporter's name, which is the heap's name for a heap."""
     if exp_name == UDMABUF:
         return UDMABUF
     home = DMA_HEAP + exp_name
@@ -136,13 +141,13 @@ def home_of(exp_name: bytes) -> bytes:
 
 
 def described(fd: int) -> tuple[bytes, bytes, bytes | None]:
-    """(exporter's name, home, name) of the dma-buf behind an fd, as the kernel says now. Errors: ENOENT /proc is not there."""
+    """Return the exporter's name, the home and the name of a dma-buf, as the kernel says now. Fails without /proc (ENOENT)."""
     info = uapi.fdinfo(fd)
     return info.exp_name[:_HOME_BYTES], home_of(info.exp_name), info.name
 
 
 def nonce_of(dev: int, ino: int) -> bytes:
-    """The same for everybody who has the dma-buf, and never again another one's."""
+    """Return the nonce: the same in every process that has the dma-buf, and never used for another one."""
     return blake2b(b"%s %d %d" % (_boot(), dev, ino), digest_size=16).digest()
 
 
@@ -153,7 +158,7 @@ def _boot() -> bytes:
 
 
 def _size_of(fd: int, told: int) -> int:
-    """By lseek, as its users find it; ``told``: by fstat."""
+    """Return the size by lseek, as users find it. ``told``: by fstat, if that fails."""
     with contextlib.suppress(OSError):
         return os.lseek(fd, 0, os.SEEK_END)
     return told
