@@ -37,8 +37,9 @@ EXT  := $(VENV)/.stamp-ext
 demo: $(DEMO) $(EXT)
 	$(VENV)/bin/dmabuf demo $(VIDEO) $(ARGS)
 
+# Some workers for a whole run or a directory of tests, none for single files or for -k (tests/conftest.py); -n says how many.
 test: $(DEV) $(EXT)
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n auto --dist worksteal $(ARGS)
 
 # The fault handler's hard end is for the short tests: these set their own watchdogs.
 test-long: $(DEV) $(EXT)

@@ -13,3 +13,14 @@ pytest_plugins = ["tests.plugin"]
 @pytest.fixture(autouse=True)
 def _leaves_nothing(leaves_nothing: None) -> None:
     """Check every test."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Return the number of workers for ``-n auto``: none where collecting the tests in each of them would take longer than the tests."""
+    files = all(argument.partition("::")[0].endswith(".py") for argument in config.args)
+    if files or config.option.keyword or config.option.collectonly:
+        return 0
+    # Many tests sleep most of their time, so half as many again as there are cores.
+    cores = len(os.sched_getaffinity(0))
+    return min(cores + (cores + 1) // 2, 16)

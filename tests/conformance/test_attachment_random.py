@@ -12,10 +12,11 @@ import pytest
 import dmabuf
 from dmabuf import ContractError, ContractWarning, Device, Direction, DmaBufAttachment, SgTable
 from dmabuf.core.attach.attachment import moving
+from tests.support.budget import times
 from tests.support.drivers import BIDIR, FROM, PAGE, TO, Dynamic, Mover, Static
 
 T = TypeVar("T")
-SEEDS, STEPS = 60, 60
+SEEDS, STEPS = times(quick=30, full=120), 60
 SIZE = 2 * PAGE
 FAILURES = [errno.EBUSY, errno.ENOMEM, errno.EINTR, errno.EIO]
 

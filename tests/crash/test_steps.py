@@ -20,6 +20,7 @@ import dmabuf
 from dmabuf import Usage
 from dmabuf.core.buffer.handle import handle_of
 from dmabuf.domain import lives, records
+from tests.support.budget import times
 from tests.support.fences import attach
 from tests.support.steps import Held, fork, reap
 from tests.support.waiting import until, until_asleep
@@ -90,7 +91,8 @@ def failed_fence(scene: Scene) -> None:
 
 
 def many_fences(scene: Scene) -> None:
-    timelines = [dmabuf.Timeline(f"crash {i}") for i in range(40)]
+    # More than the 16 entries in a record, so that a block is added to the list; the full budget adds two.
+    timelines = [dmabuf.Timeline(f"crash {i}") for i in range(times(quick=17, full=40))]
     fences = [t.fence() for t in timelines]
     with scene.buf.resv.locked():
         scene.buf.resv.reserve(len(fences))
