@@ -21,7 +21,7 @@ from tests.support.waiting import until, until_others_sleep
 TO = int(Direction.TO_DEVICE)
 SIZE = 4 * PAGE
 ENTRIES = 4000  # more than a message holds by itself
-THERE = "the process that was asked"
+THERE = "the other process"
 
 
 class Scattered(Dynamic):

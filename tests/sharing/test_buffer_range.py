@@ -190,7 +190,7 @@ def _sent(parent: Parent) -> bytes:
 @pytest.mark.parametrize("body", [(SIZE, 1), (0, 0), (1, SIZE), ((1 << 64) - 1, 2)])
 def test_a_range_in_a_message_that_is_not_inside_of_its_buffer_is_ebadmsg(buf: dmabuf.DmaBuf, body: tuple[int, int]) -> None:
     left, right = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    data, fds, _, _ = items.pack_things((buf.export_range(0, 1),))
+    data, fds, _, _ = items.pack_objects((buf.export_range(0, 1),))
     data = data[: -items._PART.size] + items._PART.pack(*body)
     with left, right:
         left.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("=i", *fds))])
@@ -200,7 +200,7 @@ def test_a_range_in_a_message_that_is_not_inside_of_its_buffer_is_ebadmsg(buf: d
 
 def test_a_range_in_a_message_without_a_buffer_is_ebadmsg(buf: dmabuf.DmaBuf) -> None:
     left, right = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    data = items.pack_things((buf.export_range(0, 1),))[0]
+    data = items.pack_objects((buf.export_range(0, 1),))[0]
     head = items.HEADER.size
     alone = items.HEADER.pack(items.MAGIC, 1, 0, 0) + data[head + items.ITEM.size :]
     with left, right:

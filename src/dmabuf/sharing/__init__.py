@@ -1,1 +1,1 @@
-"""Handing buffers, fences and domains to other processes: over sockets, through multiprocessing, and by name."""
+"""Passing buffers, fences and domains to other processes: over sockets, through multiprocessing, and by name; and remote calls."""

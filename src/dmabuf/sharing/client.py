@@ -1,7 +1,7 @@
-"""Asking another process of the domain: a :class:`Client` to it, and calls over it (sharing/server.py answers).
+"""``Client``: the calls of this process to one other process of the domain, whose `server` answers them.
 
-*The caller's wait* is ended by the other process's death: ENODEV. Signal handlers run in it. What one raises ends the call: it goes on in
-the other process, but what it made is undone there. A call under a lock (``locked``) is waited for even then, until it is undone.
+The wait of a call ends with ENODEV if the other process dies. Signal handlers run during the wait. If one of them raises, the call ends
+here, goes on in the other process, and what it made is undone there. A call under a lock (``locked``) ends here only when that is done.
 """
 
 from __future__ import annotations
@@ -29,23 +29,20 @@ from dmabuf.sharing.messages import (
     address_of,
     check_user,
     close_all,
+    decode_error,
     no_room,
     opened,
-    raised_of,
     receive_last,
     send,
     shut,
     text,
 )
 
-IDLE_CONNECTIONS: Final = 4  # kept by a client for the calls to come
+IDLE_CONNECTIONS: Final = 4  # that a client keeps for later calls
 
 
 class Client:
-    """The asking side: this process's connections to one other process of the domain.
-
-    ``users``: who keeps it open (:meth:`use`, :meth:`leave`).
-    """
+    """The connections from this process to one other process of the domain, open while anything uses them."""
 
     def __init__(self, domain: Domain, peer: int) -> None:
         self.domain, self.peer, self.life = domain, peer, domain.life
@@ -53,18 +50,18 @@ class Client:
         self._main: socket.socket | None = None
         self._token = ""
         self._idle: list[socket.socket] = []
-        self._late: list[Body] = []  # posts that found no room
+        self._late: list[Body] = []  # messages without an answer for which the socket had no room
 
     def use(self, user: object) -> None:
-        """Keep the client open for ``user``, until as many :meth:`leave`."""
+        """Take a reference for ``user``."""
         with _lock:
             self._users[id(user)] += 1
 
     def leave(self, user: object) -> None:
-        """``user`` needs it no more; with the last one the other process forgets all that it did for us."""
+        """Drop one reference of ``user``. When no user is left, the server frees everything it kept for this process."""
         with _lock:
             self._users[id(user)] -= 1
-            self._users = +self._users  # those that are left
+            self._users = +self._users  # without zeros
             if not self._users:
                 self._hang_up()
                 if _clients.get((self.domain.id, self.peer)) is self:
@@ -78,12 +75,12 @@ class Client:
 
     @property
     def alive(self) -> bool:
-        """Is the other process there, as far as it is known?"""
+        """Whether the other process is in the domain, as far as this one knows."""
         return self.domain.shm.life == self.life and self.domain.shm.life_current(self.peer)
 
     def gone(self, operation: str, obj: object) -> DmaBufError:
-        """The error of a call to a process that is no more."""
-        return fail(errno.ENODEV, operation, obj, "ask who makes such buffers for a new one", what="the process of its exporter is gone")
+        """Return the error of a call to a process that is gone."""
+        return fail(errno.ENODEV, operation, obj, "get a new buffer from its exporter", what="the process of its exporter is gone")
 
     def call(
         self,
@@ -96,13 +93,13 @@ class Client:
         locked: bool = False,
         or_post: bool = False,
     ) -> tuple[Body, list[int]]:
-        """Ask, and wait for the answer: its body, and descriptors, which are the caller's from now on.
+        """Make a remote call and wait for the answer. Return its body and its descriptors, which the caller owns.
 
-        ``locked``: never left alone; what a signal handler raises comes when the other process is out of the call. ``or_post``: where no
-        descriptor is left for a connection, here or there, it is told by :meth:`post`.
+        ``locked``: the call has the caller's reservation lock. What a signal handler raises is raised when the server has undone the call.
+        ``or_post``: if no descriptor is left for a connection, in either process, send the call as a :meth:`post`.
 
-        Errors: those of the handler over there, as they were raised; ENODEV the other process is gone, has left the domain, or serves
-        nothing; EPERM it is another user's; EMFILE, EBADMSG; what a signal handler raises, and then the call is undone there.
+        Errors: those of the handler in the other process, as they were raised there; ENODEV the other process is gone, has left the domain,
+        or serves nothing; EPERM it is another user's; EMFILE, EBADMSG; what a signal handler raises, and then the call is undone there.
         """
         operation = operation or kind
         try:
@@ -143,12 +140,12 @@ class Client:
         self._give(sock)
         if "text" in answer:
             close_all(came)
-            raise raised_of(answer)
+            raise decode_error(answer)
         made = answer.get("with")
         return made if isinstance(made, dict) else {}, came
 
     def _undone(self, sock: socket.socket, body: Body) -> None:
-        """Until the other process has ended the call and undone it, or is gone. Begun again, it asks again, which does nothing more."""
+        """Wait until the server has undone the call, or is gone. Calling it again has no other effect."""
         try:
             send(sock, {"abandoned": True, "holder": body.get("holder", 0)})
             while (got := self._wait(sock)) is not None:
@@ -158,14 +155,14 @@ class Client:
         except (ConnectionError, EOFError):
             pass
         except DmaBufError as e:
-            if e.errno == errno.EMFILE:  # a long answer that found no room here: nobody wants it
+            if e.errno == errno.EMFILE:  # no descriptor for a long answer, which is not needed any more
                 return self._undone(sock, body)
-            if e.errno != errno.EBADMSG:  # of a signal handler
+            if e.errno != errno.EBADMSG:  # from a signal handler
                 raise
         self._reap()
 
     def post(self, kind: str, body: Body) -> None:
-        """Tell the other process something and wait for nothing: may come from the garbage collector. Lost when it is gone."""
+        """Send a message without an answer. It doesn't wait, so finalizers may call it. If the other process is gone, it has no effect."""
         with _lock:
             waiting = bool(self._late)
             self._late.append({**body, "kind": kind})
@@ -180,7 +177,7 @@ class Client:
                 self._late = []
 
     def _flush(self) -> None:
-        """The posts that found no room, in a thread that waits for it."""
+        """Send the messages for which the socket had no room, in a thread that may wait."""
         while True:
             with _lock:
                 posts, main = list(self._late), self._main
@@ -198,12 +195,12 @@ class Client:
         shut(sock)
 
     def _reap(self) -> None:
-        """The other end is closed. If its process died, its locks and fences are free when the caller hears of it."""
+        """Reap the other process if it died, so that its locks and fences are free when the caller gets the error."""
         with contextlib.suppress(OSError):
             self.domain.reap_dead()
 
     def _wait(self, sock: socket.socket) -> tuple[Body, list[int]] | None:
-        """The next message. A fork of the other process may hold its end open: its life is what counts, looked at each tick."""
+        """Wait for the next message. A fork of the other process may keep its end open, so its life is checked at each tick."""
         poller = select.poll()
         poller.register(sock, select.POLLIN)
         while not poller.poll(TICK_NS // 1_000_000):
@@ -220,14 +217,14 @@ class Client:
             with address_of(self.domain, self.peer) as address:
                 sock.connect(address)
             check_user(sock)
-            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it is refused; the reason was sent before
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the server refuses, and has sent the reason
                 send(sock, {"version": VERSION, "domain": self.domain.id, "to": self.peer, "life": self.life, **hello})
             got = self._wait(sock)
             if got is None:
                 raise EOFError
             close_all(got[1])
             if "text" in got[0]:
-                raise raised_of(got[0])
+                raise decode_error(got[0])
             return sock, got[0]
         except BaseException:
             shut(sock)
@@ -244,7 +241,7 @@ class Client:
                 if self._main is None:
                     self._main, self._token = main, text(answer, "session")
                 else:
-                    shut(main)  # another thread was quicker
+                    shut(main)  # another thread was faster
                 token = self._token
         return self._connect({"session": token})[0]
 
@@ -260,7 +257,7 @@ _clients: dict[tuple[str, int], Client] = {}
 
 
 def client_of(domain: Domain, peer: int, user: object) -> Client:
-    """The client to the process with this life, kept open for ``user``."""
+    """Return the client of the process with this life, with a reference for ``user``."""
     key = (domain.id, peer)
     with _lock:
         found = _clients.get(key)
@@ -270,12 +267,12 @@ def client_of(domain: Domain, peer: int, user: object) -> Client:
     return found
 
 
-_lock = threading.RLock()  # of all lines: a mapping's end may come from the garbage collector, in the middle of anything
+_lock = threading.RLock()  # of all clients; re-entrant, as the finalizer of a mapping may run in the middle of anything
 
 
 def _after_fork() -> None:
     global _lock
-    _lock = threading.RLock()  # perhaps held by a thread that isn't here
+    _lock = threading.RLock()  # another thread of the parent may have held it
     _clients.clear()
 
 

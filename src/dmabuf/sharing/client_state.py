@@ -42,11 +42,11 @@ Key = tuple[int, int]  # (st_dev, st_ino)
 
 
 class ClientBuffer:
-    """What one asking process has of one buffer of this process's."""
+    """What one client has of one buffer of this process."""
 
     def __init__(self, buf: DmaBuf, live: Exported) -> None:
         self.buf, self.live = buf, live
-        self.users = 0  # calls that run
+        self.users = 0  # running calls
         self.mappings: dict[int, Mapping] = {}
         self.brackets: list[Direction] = []
         self.attachments: dict[int, DmaBufAttachment] = {}
@@ -59,14 +59,14 @@ class ClientBuffer:
         return not (self.users or self.mappings or self.brackets or self.attachments or self.tables or self.vmaps)
 
     def attachment(self, body: Body) -> DmaBufAttachment:
-        """Errors: EINVAL no such attachment."""
+        """Return the attachment of a message. Errors: EINVAL there is none."""
         found = self.attachments.get(number(body, "attachment"))
         if found is None:
             raise fail(errno.EINVAL, "request", self.buf, "attach again", what="no such attachment")
         return found
 
     def end(self) -> None:
-        """The other process is gone: give everything back, in the order that it would have."""
+        """Give everything back, in the client's order, because the client is gone."""
         exporter = self.live.exporter
         if self.tables or self.pins or self.vmaps or self.attachments:
             with self.buf.resv.locked():
@@ -99,7 +99,7 @@ def detach(attachment: DmaBufAttachment) -> None:
 
 
 def _quietly(call: Callable[[], object]) -> None:
-    """An exporter's error that has nobody to go to."""
+    """Call it, and report an error, which no caller gets."""
     try:
         call()
     except Exception as e:
@@ -107,7 +107,7 @@ def _quietly(call: Callable[[], object]) -> None:
 
 
 class ClientState:
-    """All that one asking process has here."""
+    """Everything that one client has of this process's buffers."""
 
     def __init__(self, session: Session) -> None:
         self.domain = session.domain
@@ -118,9 +118,9 @@ class ClientState:
 
     @contextlib.contextmanager
     def using(self, body: Body, fds: list[int]) -> Iterator[ClientBuffer]:
-        """The entry that a request is about; it is there for the block, and afterwards if there is something in it.
+        """Yield the entry of the buffer that a call is about. It exists in the block, and afterwards if there is something in it.
 
-        Errors: ENODEV no such buffer of this process; EMFILE its descriptor found no room; EBADMSG; those of ``get()``.
+        Errors: ENODEV this process doesn't export such a buffer; EMFILE there is no room for its descriptor; EBADMSG; those of ``get()``.
         """
         key = (number(body, "dev"), number(body, "ino"))
         with self._lock:

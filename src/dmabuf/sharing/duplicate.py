@@ -1,6 +1,7 @@
-"""A real dma-buf for another process of the domain that asks by name: who holds it sends a duplicate (``dmabuf.open``).
+"""Duplicates of kernel dma-bufs for ``dmabuf.open`` in another process of the domain.
 
-A real dma-buf can't be opened anew through ``/proc`` (ENXIO). So a process that holds one answers requests from the first on.
+A kernel dma-buf can't be reopened through ``/proc`` (ENXIO). So a process that has one open serves calls from its first one on, and sends a
+duplicate to the process that opens it by name.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _NOT_HERE = (errno.ENODEV, errno.ENOENT, errno.EPERM)
 
 
 def _duplicate(session: Session, body: Body, fds: list[int]) -> Answer:
-    """One of this process's descriptors of the buffer. Errors: ENOENT it has none any more."""
+    """Return a duplicate of one of this process's descriptors of the buffer. Errors: ENOENT it has none any more."""
     key = (number(body, "dev"), number(body, "ino"))
     record = known(session.domain, *key)
     try:
@@ -47,12 +48,12 @@ def _duplicate(session: Session, body: Body, fds: list[int]) -> Answer:
         st = os.fstat(duplicate)
         if (st.st_dev, st.st_ino) == key:
             return Answer(fds=[duplicate])
-        os.close(duplicate)  # the number was used again between the two looks
-    raise fail(errno.ENOENT, "open", f"buffer ino {key[1]}", "ask another holder", what=f"process {os.getpid()} has closed it")
+        os.close(duplicate)  # the number was used again between the two checks
+    raise fail(errno.ENOENT, "open", f"buffer ino {key[1]}", "open it again", what=f"process {os.getpid()} has closed it")
 
 
 def ask(domain: Domain, index: int, dev: int, ino: int, nonce: bytes) -> DmaBuf | None:
-    """The buffer from the process with this slot of a life; None when it doesn't give it. Errors: EMFILE."""
+    """Return the buffer from the process with this slot, None if it doesn't send it. Errors: EMFILE."""
     peer = lives.life_id(index, domain.shm.load32(lives.slot_offset(index) + LIFE_GEN))
     client = client_of(domain, peer, ask)
     try:

@@ -1,23 +1,23 @@
-"""A reservation lock that goes along with a call to another process, and comes back.
+"""A reservation lock that goes along with a remote call, and comes back.
 
-*The lender* holds the lock. It hands it to a *loan*, a context of its own that exists for this one call, and names the loan in the request.
-*The borrower*, a thread of the other process, takes the lock from the loan, acts under it, and gives it to the loan again before it
-answers; then the lender takes it back. Each of these is one compare-and-swap that succeeds only from the owner that it expects, so at
-every instant one living context has the lock, and whoever acts under it can be killed anywhere:
+*The lender* holds the lock. It passes the lock to a *return context*, which exists for this one call, and names that in the request. *The
+borrower*, a thread of the other process, takes the lock from the return context, acts under it, and passes it back before it answers. Then
+the lender takes the lock back. Each step is one compare-and-swap that succeeds only from the expected owner. So at every instant one living
+context has the lock, and either process can be killed at any point:
 
-- the borrower: its context names the loan as its heir, and who reaps its life gives the lock to the heir first (native/lend.c). The lender
-  waits for that, and has it back before anybody else;
-- the lender: its loan ends with it. The borrower goes on under the lock to the end of the op, and then frees it.
+- If the borrower dies, its context says to which context the lock returns, and the reaper of its life does that first (native/lend.c). The
+  lender waits for it, and has the lock back before any other process.
+- If the lender dies, the return context ends with it. The borrower goes on under the lock to the end of the op, and then frees it.
 
-A lender that goes on without waiting closes its loan: a request that was not begun is refused (EPERM), and a borrower frees the lock.
-Where the lock is lent already, as in a ``move_notify`` that calls back, there is no loan: it is borrowed from and returned to its holder,
-which waits for all of it.
+A lender that goes on without waiting closes the return context. Then a request that has not begun is refused (EPERM), and a borrower frees
+the lock. If the lock is lent already, as in a ``move_notify`` that calls back, there is no return context. The borrower takes the lock from
+its holder, who waits for all of it, and returns it there.
 
-*Signals.* The lender waits for the end of the call whatever its signal handlers raise; they run, and what they raised comes when the lock
-is back (:func:`finish_shielded`): the kernel doesn't leave an op under its lock either.
+*Signals.* The lender waits for the end of the call whatever its signal handlers raise. They run, and what they raised comes when the lock
+is back (:func:`finish_shielded`). The kernel doesn't leave an op under its lock either.
 
-If of two borrowers in a row the first dies before the second has ended, the lock is lost: it is free then, and
-the lender's ``unlock`` does nothing.
+If of two borrowers in a row the first dies before the second has ended, the lock is lost. It is free then, and the lender's ``unlock`` has
+no effect.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from dmabuf.core.task.owner import current
 from dmabuf.domain.domain import TICK_NS, Domain
 from dmabuf.errors import fail
 
-_MOST_EXCEPTIONS: Final = 1000  # exceptions of signal handlers during one wait
+_MOST_EXCEPTIONS: Final = 1000  # of signal handlers during one wait
 T = TypeVar("T")
 
 
 def finish_shielded(step: Callable[[], T]) -> T:
-    """Call ``step`` until it comes to its end; what signal handlers raised meanwhile, the last of it, is raised after that.
+    """Call ``step`` until it ends, and then raise the last exception that a signal handler raised meanwhile.
 
-    ``step`` must bear being ended anywhere and begun again.
+    An exception may end ``step`` at any point, and it is called again.
     """
     raised: BaseException | None = None
     for _ in range(_MOST_EXCEPTIONS):
@@ -58,7 +58,7 @@ def finish_shielded(step: Callable[[], T]) -> T:
 
 
 class _ReturnContext:
-    """A context that stands for the lender; closed, what it has is free, and nobody can give it anything."""
+    """A context in the lender's place. Once it is closed, a lock that it has is free, and no process can pass it one."""
 
     __slots__ = ("domain", "life", "word")
 
@@ -78,9 +78,9 @@ class _ReturnContext:
 
 
 class Lent:
-    """For the block the lock, which the running thread or task holds, can be borrowed by ``peer``, a life; after it, it is held again.
+    """Lend the lock of the running thread or task for the block. ``peer``: the life of the borrower's process.
 
-    ``with`` gives the number for the request. If the lock could not come back, it is lost.
+    ``with`` yields the number for the request. After the block the lock is held again, or lost if it could not come back.
     """
 
     __slots__ = ("_held", "_loan", "_peer", "_resv")
@@ -98,7 +98,7 @@ class Lent:
         except OSError as e:
             if e.errno != errno.ENOSPC:
                 raise
-            return held.word  # the domain is full: without a loan, what gives back works still
+            return held.word  # the domain is full: without a return context, ops that only give back work still
         try:
             record_of(resv).shm.resv_pass(record_of(resv).index, held.word, self._loan.word)
         except BaseException:
@@ -120,9 +120,9 @@ class Lent:
 
 
 def regain(resv: ResvLock, held: HeldLock, loan: int, life: int) -> None:
-    """Wait, and see it through, until ``held`` has the lock again, perhaps by way of ``loan``; or it is lost (:func:`lose`).
+    """Wait, whatever signal handlers raise, until ``held`` has the lock again, perhaps from ``loan``, or until it is lost (:func:`lose`).
 
-    ``life``: while an owner of this life has the lock, it is on its way back, with a call that goes on or with the end of the life.
+    ``life``: while an owner of this life has the lock, it will come back, with the end of a call or the end of the life.
     """
     if not finish_shielded(lambda: _regained(resv, held.word, loan, life)):
         lose(resv, held)
@@ -142,17 +142,17 @@ def _regained(resv: ResvLock, word: int, loan: int, life: int) -> bool:
             if shm.resv_owner(index) == owner:
                 return False
             continue
-        # Of who died the sockets are closed already; the lock of its life will be in a moment.
+        # The sockets of a dead process are closed before its life's lock is freed, which follows in a moment.
         shm.wait(OFF_ID, shm.load32(OFF_ID), TICK_NS / 1e9)
         domain.reap_dead()
 
 
 @contextmanager
 def borrowed(resv: ResvLock, loan: int, operation: str, obj: object) -> Iterator[None]:
-    """For the block the running thread, one that serves, has the lock that a caller lends it. Errors: EPERM it is not the loan's."""
+    """Borrow a caller's lock for the running thread, which serves. Errors: EPERM the return context doesn't have it."""
     (shm, index), me = record_of(resv).at(), current(resv.domain).word
     if not shm.resv_borrow(index, loan, me):
-        raise fail(errno.EPERM, operation, obj, "hold its reservation lock", what="the caller doesn't hold the lock")
+        raise fail(errno.EPERM, operation, obj, "call it with the reservation lock held", what="the caller doesn't hold the lock")
     try:
         native_step("service_locked")
         with lent(resv, me):

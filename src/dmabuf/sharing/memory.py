@@ -1,8 +1,8 @@
-"""Memory of one process shown to another: the descriptor and the range behind a mapping.
+"""Memory of one process for another: the descriptor and the range behind a mapping.
 
-A mapping remembers the inode and the offset that it shows, not a descriptor. To hand the memory on, this process must still have a
-descriptor of that inode open: one is looked for, by inode, among all that it has. Memory that is of no file (a ``bytearray``, an anonymous
-mapping), or whose descriptors are all closed, can't be shown: EOPNOTSUPP.
+A mapping knows the inode and the offset of its memory, but not a descriptor. To pass the memory on, this process must still have a
+descriptor of that inode open, and it searches all its descriptors for one. Memory that isn't a mapping of a file (a ``bytearray``, an
+anonymous mapping), or of which every descriptor is closed, can't be shown to another process: EOPNOTSUPP.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 PAGE: Final = os.sysconf("SC_PAGE_SIZE")
 _O_PATH: Final = 0o10000000  # include/uapi/asm-generic/fcntl.h
 _MOST_HINTS: Final = 1024
-_hints: dict[tuple[int, int], int] = {}  # (st_dev, st_ino) -> the descriptor that it was found behind last
+_hints: dict[tuple[int, int], int] = {}  # (st_dev, st_ino) -> the descriptor found last
 
 
 class Range(NamedTuple):
-    """Bytes of a file. ``fd``: owned by who holds the range."""
+    """Bytes of a file. ``fd``: owned by the owner of the range."""
 
     fd: int
     offset: int
@@ -35,10 +35,10 @@ class Range(NamedTuple):
 
 
 def range_of(memory: ReadableBuffer, operation: str, obj: object) -> Range:
-    """The file range behind some memory. Errors: EOPNOTSUPP see the module; EMFILE."""
+    """Return the file range behind some memory. Errors: EOPNOTSUPP see the module; EMFILE."""
     mapping, start, length = _mapping(memory)
     if mapping is None or mapping.closed:
-        raise _hidden(operation, obj, "it is no mapping of a file")
+        raise _hidden(operation, obj, "it is not a mapping of a file")
     found = _descriptor(mapping.dev, mapping.ino, mapping.writable)
     if found < 0:
         raise _hidden(operation, obj, "this process has closed every descriptor of it")
@@ -46,7 +46,7 @@ def range_of(memory: ReadableBuffer, operation: str, obj: object) -> Range:
 
 
 def shown(fd: int, offset: int, length: int, writable: bool) -> tuple[Mapping, memoryview]:
-    """The other side: a mapping of the range, and the range in it. The fd stays the caller's. Errors: those of ``Mapping``."""
+    """Map a range in the other process. Return the mapping, and the range in it. The caller keeps ``fd``. Errors: those of ``Mapping``."""
     lead = offset % PAGE
     mapping = Mapping(fd, length + lead, offset=offset - lead, writable=writable)
     return mapping, memoryview(mapping)[lead:]
@@ -57,18 +57,18 @@ def _hidden(operation: str, obj: object, why: str) -> DmaBufError:
         errno.EOPNOTSUPP,
         operation,
         obj,
-        "give out mappings of a dmabuf.allocate() buffer that stays open, or of a file that does",
+        "return mappings of a dmabuf.allocate() buffer, or of a file, that stays open",
         what=f"the exporter's memory can't be shown to another process: {why}",
     )
 
 
 def _mapping(memory: ReadableBuffer) -> tuple[Mapping | None, int, int]:
-    """(mapping, first byte, length) of memory that is a mapping, or a contiguous view of one."""
+    """Return (mapping, first byte, length) of memory that is a mapping, or a contiguous view of one."""
     if isinstance(memory, Mapping):
         return memory, 0, 0 if memory.closed else memory.size
     view = memoryview(memory)
     base: Any = view.obj
-    for _ in range(8):  # an array of a view of a window of a mapping
+    for _ in range(8):  # an array of a memoryview of a view of a mapping
         if isinstance(base, Mapping) or base is None:
             break
         base = base.obj if isinstance(base, memoryview) else getattr(base, "base", None)
@@ -81,7 +81,7 @@ def _mapping(memory: ReadableBuffer) -> tuple[Mapping | None, int, int]:
 
 
 def _descriptor(dev: int, ino: int, writable: bool) -> int:
-    """A duplicate of a descriptor of that inode, open for writing if need be; -1: there is none."""
+    """Return a duplicate of a descriptor of that inode, open for writing if need be; -1 if there is none."""
     hint = _hints.get((dev, ino))
     if hint is not None and (found := _try(hint, dev, ino, writable)) >= 0:
         return found
@@ -93,7 +93,7 @@ def _descriptor(dev: int, ino: int, writable: bool) -> int:
         try:
             st = os.stat(f"/proc/self/fd/{name}")
         except OSError:
-            continue  # closed meanwhile
+            continue  # it was closed meanwhile
         if (st.st_dev, st.st_ino) == (dev, ino) and (found := _try(int(name), dev, ino, writable)) >= 0:
             if len(_hints) >= _MOST_HINTS:
                 _hints.clear()
@@ -103,7 +103,7 @@ def _descriptor(dev: int, ino: int, writable: bool) -> int:
 
 
 def _try(number: int, dev: int, ino: int, writable: bool) -> int:
-    """The duplicate is looked at, not the number: another thread may close and reuse that meanwhile."""
+    """Duplicate a number if it is such a descriptor. The duplicate is checked, because another thread may reuse the number meanwhile."""
     try:
         fd = fcntl.fcntl(number, fcntl.F_DUPFD_CLOEXEC, 0)
     except OSError as e:

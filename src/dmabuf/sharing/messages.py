@@ -1,11 +1,12 @@
-"""What travels between processes that ask and answer: messages, errors, and the sockets that they travel on.
+"""The messages and errors between clients and servers, and their sockets.
 
-*A message* is one SOCK_SEQPACKET datagram of JSON, with descriptors; what is longer than :data:`INLINE` bytes travels in a memfd. Nothing
-in it is trusted: lengths and counts are bounded, :func:`number`, :func:`text` and :func:`flag` check fields, and what makes no sense is
-EBADMSG. No pickles. An error travels as errno, text and the parts of the message; a ``ContractError`` as itself. Descriptors that found no
-room in the receiver are :data:`LOST`; where they are needed, that is EMFILE (:func:`no_room`).
+*A message* is one SOCK_SEQPACKET datagram of JSON, with descriptors. A message of more than :data:`INLINE` bytes is in a memfd. The
+receiver trusts nothing in it: lengths and counts are bounded, :func:`number`, :func:`text` and :func:`flag` check fields, and a message
+that makes no sense is EBADMSG. There are no pickles. An error travels as its errno, its text and the parts of the message, and a
+``ContractError`` as itself. If the receiver has no room for descriptors, the message is :data:`LOST`. Where it needs them, that is EMFILE
+(:func:`no_room`).
 
-*A socket* of ours is none of a forked child's: its copy would keep the other end from seeing this process die.
+*A socket* is closed in a forked child, because its copy would keep the other end from noticing this process's death.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ from dmabuf.errors import ContractError, ContractWarning, DmaBufError, fail, reb
 VERSION: Final = 2
 INLINE: Final = 32 << 10  # bytes of JSON in the datagram itself; well below any SO_SNDBUF
 LONGEST: Final = 64 << 20  # bytes of JSON in a memfd
-_TEXT: Final = 1 << 16  # characters of an error's text; what is longer is cut
+_TEXT: Final = 1 << 16  # characters of an error's text; a longer one is cut
 MAX_FDS: Final = 8
 
-LOST: Final = "lost"  # in a message that was received: its descriptors are not there
-THERE: Final = "the process that was asked"  # where no room is left, as the caller reads it
+LOST: Final = "lost"  # a field of a received message: its descriptors are missing
+THERE: Final = "the other process"  # where no descriptor is left, in the caller's message
 NO_ROOM: Final = (errno.EMFILE, errno.ENFILE, errno.ETOOMANYREFS)
 
 _FD: Final = struct.Struct("=i")
@@ -41,23 +42,23 @@ Body = dict[str, Any]
 
 
 def number(body: Body, name: str, most: int = (1 << 64) - 1) -> int:
-    """A number of a message. Errors: EBADMSG missing, not an int, negative or more than ``most``."""
+    """Return a number of a message. Errors: EBADMSG missing, not an int, negative or more than ``most``."""
     value = body.get(name)
     if type(value) is not int or not 0 <= value <= most:
-        raise nonsense(f"{name!r} is no number up to {most}")
+        raise nonsense(f"{name!r} is not a number up to {most}")
     return value
 
 
 def text(body: Body, name: str, longest: int = 255) -> str:
-    """A text of a message. Errors: EBADMSG missing, not a str, longer than ``longest``."""
+    """Return a text of a message. Errors: EBADMSG missing, not a str, longer than ``longest``."""
     value = body.get(name)
     if not isinstance(value, str) or len(value) > longest:
-        raise nonsense(f"{name!r} is no text of up to {longest} characters")
+        raise nonsense(f"{name!r} is not a text of up to {longest} characters")
     return value
 
 
 def flag(body: Body, name: str) -> bool:
-    """A yes or no of a message. Errors: EBADMSG missing or neither."""
+    """Return a truth value of a message. Errors: EBADMSG missing, or not a bool."""
     value = body.get(name)
     if not isinstance(value, bool):
         raise nonsense(f"{name!r} is neither true nor false")
@@ -65,11 +66,12 @@ def flag(body: Body, name: str) -> bool:
 
 
 def nonsense(what: str) -> DmaBufError:
-    return fail(errno.EBADMSG, "request", "a message", "both processes use the same version of dmabuf?", what=what)
+    """Return the error for a message that makes no sense."""
+    return fail(errno.EBADMSG, "request", "a message", "use the same version of dmabuf in both processes", what=what)
 
 
 def no_room(operation: str, obj: object, where: str, number: int = errno.EMFILE) -> DmaBufError:
-    """The error of a call for which no descriptor is left. ``number``: of :data:`NO_ROOM`; ENFILE stays, all else is EMFILE."""
+    """Return the error of a call for which no descriptor is left. ``number``: ENFILE stays, everything else becomes EMFILE."""
     value = errno.ENFILE if number == errno.ENFILE else errno.EMFILE
     return fail(value, operation, obj, "raise RLIMIT_NOFILE there, or close descriptors", what=f"no descriptor is left in {where}")
 
@@ -101,7 +103,7 @@ def receive(sock: socket.socket) -> tuple[Body, list[int]] | None:
         if not data and not fds and not lost:
             return None
         if flags & socket.MSG_TRUNC or len(data) > INLINE:
-            raise nonsense("it is cut")
+            raise nonsense("it is truncated")
         if lost:
             close_all(fds)
         body = json.loads(data)
@@ -110,11 +112,11 @@ def receive(sock: socket.socket) -> tuple[Body, list[int]] | None:
                 raise no_room("request", "a message", "the process that it was sent to")
             body = json.loads(_long(number(body, "long", LONGEST), fds))
         if not isinstance(body, dict):
-            raise nonsense("it is no object")
+            raise nonsense("it is not an object")
         body[LOST] = lost
     except (ValueError, RecursionError) as e:
         close_all(fds)
-        raise nonsense(f"it is no JSON: {e}") from None
+        raise nonsense(f"it is not JSON: {e}") from None
     except BaseException:
         close_all(fds)
         raise
@@ -122,7 +124,7 @@ def receive(sock: socket.socket) -> tuple[Body, list[int]] | None:
 
 
 def receive_last(sock: socket.socket) -> tuple[Body, list[int]] | None:
-    """:func:`receive`: what was sent before the other end closed comes after its reset."""
+    """Do as :func:`receive`, also if the other end is closed: what it sent before comes after the reset."""
     for _ in range(2):
         with contextlib.suppress(ConnectionResetError):
             return receive(sock)
@@ -131,26 +133,27 @@ def receive_last(sock: socket.socket) -> tuple[Body, list[int]] | None:
 
 def _long(size: int, fds: list[int]) -> bytes:
     if not fds:
-        raise nonsense("a long message without its memory")
+        raise nonsense("a long message has no memory")
     fd = fds.pop(0)
     try:
         data = os.pread(fd, size, 0)
     except OSError:
-        data = b""  # not a file
+        data = b""  # the descriptor is not a file
     finally:
         os.close(fd)
     if len(data) != size:
-        raise nonsense("a long message that is shorter than it says")
+        raise nonsense("a long message is shorter than it says")
     return data
 
 
 def close_all(fds: list[int]) -> None:
+    """Close descriptors and empty the list."""
     while fds:
         os.close(fds.pop())
 
 
-def told_of(error: BaseException, kind: str) -> Body:
-    """An exception as it travels."""
+def encode_error(error: BaseException, kind: str) -> Body:
+    """Return an exception as a message."""
     if isinstance(error, OSError):
         number = error.errno if isinstance(error.errno, int) and 0 < error.errno < 4096 else errno.EIO
         told: Body = {"errno": number, "text": (error.strerror or str(error))[:_TEXT]}
@@ -160,15 +163,15 @@ def told_of(error: BaseException, kind: str) -> Body:
     for name, one in _OTHERS.items():
         if type(error) is one:
             return {"error": name, "text": str(error)[:_TEXT]}
-    dispatcher.report(error, kind)  # its author is in this process
+    dispatcher.report(error, kind)  # the code with the bug is in this process
     return {"error": "ContractError", "text": f"{kind}: the exporter raised {type(error).__name__}: {error}"[:_TEXT]}
 
 
 _OTHERS: Final[dict[str, type[Exception]]] = {"ContractError": ContractError, "ContractWarning": ContractWarning, "TypeError": TypeError}
 
 
-def raised_of(told: Body) -> BaseException:
-    """What :func:`told_of` told."""
+def decode_error(told: Body) -> BaseException:
+    """Return the exception in a message of :func:`encode_error`."""
     message = text(told, "text", _TEXT)
     if "error" in told:
         return _OTHERS.get(text(told, "error"), ContractError)(message)
@@ -180,15 +183,19 @@ def raised_of(told: Body) -> BaseException:
 
 
 def check_user(sock: socket.socket) -> None:
+    """Errors: EPERM the other end belongs to another user."""
     _, uid, _ = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
     if uid != os.geteuid():
-        raise fail(errno.EPERM, "request", f"a process of uid {uid}", "use a domain of one user", what="the other end is another user's")
+        raise fail(
+            errno.EPERM, "request", f"a process of uid {uid}", "use a domain of one user", what="the other end belongs to another user"
+        )
 
 
-_sockets: set[socket.socket] = set()  # every socket of ours: a child's copy would keep the other end from seeing us die
+_sockets: set[socket.socket] = set()  # every open socket; a forked child closes them
 
 
 def opened(make: Callable[[], socket.socket]) -> socket.socket:
+    """Make a socket that a forked child closes."""
     with lives.FORK_GUARD:
         sock = make()
         _sockets.add(sock)
@@ -196,8 +203,9 @@ def opened(make: Callable[[], socket.socket]) -> socket.socket:
 
 
 def shut(sock: socket.socket) -> None:
+    """Close a socket of :func:`opened`."""
     sock.close()
-    _sockets.discard(sock)  # afterwards: a fork in between closes it once more, instead of keeping its copy
+    _sockets.discard(sock)  # in this order: after a fork in between the child closes the socket again, and doesn't keep a copy
 
 
 def _after_fork() -> None:
@@ -208,13 +216,13 @@ def _after_fork() -> None:
 
 @contextlib.contextmanager
 def address_of(domain: Domain, life: int, *, make: bool = False) -> Iterator[str | bytes]:
-    """The address of a life's socket, good for the block."""
+    """Yield the address of a life's socket, which is valid in the block."""
     if domain.path is None:
         yield b"\0dmabuf-" + domain.id.encode() + b"-%08x" % life
         return
     directory = place.open_directory(domain.path, make=make)
     try:
-        yield f"/proc/self/fd/{directory}/{place.socket_name(life)}"  # a path of its own could be too long for a socket (unix(7))
+        yield f"/proc/self/fd/{directory}/{place.socket_name(life)}"  # the directory's own path may be too long for a socket (unix(7))
     finally:
         os.close(directory)
 

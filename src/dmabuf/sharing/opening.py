@@ -1,9 +1,9 @@
-"""``open``: a buffer by its name or inode number, from a process of the same user that holds it.
+"""``open``: a buffer by its name or inode number, from a process of the same user that has it open.
 
-The record in the domain says who holds the buffer; the memfd is opened anew through ``/proc/PID/fd`` of a holder (proc(5)), which
-gives an open file description and a lease of its own. A real dma-buf can't be opened anew (ENXIO): a holder hands a duplicate over its
-socket (``duplicate``), and of a process outside of the domain it is taken (pidfd_getfd(2)), where ptrace(2) would be allowed. What no
-process has a descriptor of, because it is only in flight in a socket or only mapped, can't be opened.
+The record in the domain says which processes have the buffer open. A memfd is reopened through ``/proc/PID/fd`` of such a process
+(proc(5)), which gives a new open file description with its own reference lock. A kernel dma-buf can't be reopened (ENXIO). There a process
+of the domain sends a duplicate (``duplicate``), and from a process outside of the domain it is taken with pidfd_getfd(2) if ptrace(2) is
+allowed. A buffer of which no process has a descriptor, because it is only in flight in a socket or only mapped, can't be opened.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SHOWN = 5  # names or inodes in a message
 
 
 class _Found(NamedTuple):
-    """A record that answers to what was asked for."""
+    """A record that matches."""
 
     record: int
     dev: int
@@ -38,23 +38,31 @@ class _Found(NamedTuple):
 
 
 def open(name_or_ino: str | bytes | int, *, domain: Domain | None = None) -> DmaBuf:
-    """Another handle of a buffer that some process of this user holds.
+    """Return a new handle of a buffer that a process of this user has open.
 
-    ``name_or_ino``: the whole name, or the inode number (``buf.ino``). ``domain``: None for this user's.
+    Args:
+        name_or_ino: The whole name, or the inode number (``buf.ino``).
+        domain: The domain; None means the user's default domain.
 
-    Errors: ENOENT no such buffer, with the names there are; ENOTUNIQ several of that name, with their inode numbers; ENODEV it is held only
-    in flight in a socket or by a mapping; EACCES /proc/PID/fd of its holders is not readable; EINVAL a name longer than 31 bytes or with
-    a NUL, a negative inode number; TypeError neither name nor number; EMFILE.
+    Raises:
+        NotFoundError: There is no such buffer (ENOENT). The message has the names of the buffers.
+        NotUniqueError: Several buffers have this name (ENOTUNIQ). The message has their inode numbers.
+        NoDeviceError: The buffer is only in flight in a socket, or only mapped (ENODEV).
+        NotPermittedError: This process may not read /proc/PID/fd of those that have it open (EACCES).
+        InvalidError: The name is longer than 31 bytes or has a NUL, or the inode number is negative (EINVAL).
+        TypeError: ``name_or_ino`` is neither a name nor a number.
+        DmaBufError: No descriptor is left (EMFILE).
     """
     if isinstance(name_or_ino, bool) or not isinstance(name_or_ino, str | bytes | int):
-        raise TypeError(f"open: a name (str or bytes) or an inode number, not {type(name_or_ino).__name__}")
+        raise TypeError(f"open: expected a name (str or bytes) or an inode number, not {type(name_or_ino).__name__}")
     domain = domain or Domain.default()
     wanted: int | bytes
     if isinstance(name_or_ino, int):
         wanted = name_or_ino
         asked = f"inode {name_or_ino}"
         if not 0 < name_or_ino < 1 << 64:
-            raise fail(errno.EINVAL, "open", asked, "an inode number is positive: buf.ino, or the first column of `dmabuf ls`")
+            remedy = "pass buf.ino, or the first column of `dmabuf ls`"
+            raise fail(errno.EINVAL, "open", asked, remedy, what="not an inode number")
     else:
         asked = f"name {os.fsdecode(name_or_ino)!r}"
         wanted = checked_name(name_or_ino, asked)
@@ -69,14 +77,14 @@ def _open(domain: Domain, asked: str, candidates: list[_Found]) -> DmaBuf:
         candidates = [found for found in candidates if found.record in there]
         if len(candidates) > 1:
             inodes = ", ".join(str(found.ino) for found in candidates[:SHOWN]) + (", …" if len(candidates) > SHOWN else "")
-            raise fail(errno.ENOTUNIQ, "open", asked, "open it by inode number", what=f"{len(candidates)} buffers bear it: inodes {inodes}")
+            raise fail(errno.ENOTUNIQ, "open", asked, "open it by inode number", what=f"{len(candidates)} buffers have it: inodes {inodes}")
     if not candidates:
         raise _no_such(domain, asked)
     return _reopened(domain, candidates[0], asked)
 
 
 def _present(domain: Domain) -> set[int]:
-    """The records whose buffers are there; others may have gone without anybody having looked yet."""
+    """Return the records whose buffers exist. Others may be gone, and no process has noticed yet."""
     domain.reap_dead()
     return set(records.present(domain))
 
@@ -104,7 +112,7 @@ def _matching(domain: Domain, wanted: Callable[[dict[str, Any]], bool]) -> list[
 
 @cache
 def _memfd_device() -> int:
-    """All memfds lie on one file system that only the kernel mounts: its st_dev."""
+    """Return st_dev of all memfds, which are on one file system that only the kernel mounts."""
     fd = os.memfd_create("dmabuf-device", os.MFD_CLOEXEC)
     try:
         return os.fstat(fd).st_dev
@@ -123,7 +131,7 @@ def _reopened(domain: Domain, wanted: _Found, asked: str) -> DmaBuf:
         buf = _from_process(domain, wanted, pid, denied)
         if buf is not None:
             return buf
-    refused = list(denied)  # of the rest of the world nobody said that it holds the buffer
+    refused = list(denied)  # for the other processes nothing says that they have the buffer open
     for pid in _own_processes():
         if pid not in held_by:
             buf = _from_process(domain, wanted, pid, denied)
@@ -134,21 +142,21 @@ def _reopened(domain: Domain, wanted: _Found, asked: str) -> DmaBuf:
     if refused and is_kernel_home(wanted.home):
         raise fail(
             errno.EACCES, "open", asked, "have a holder send it with dmabuf.send()",
-            what=f"a real dma-buf can't be opened anew, and the descriptor of process {refused[0]} may not be duplicated (ptrace(2))",
+            what=f"a kernel dma-buf can't be reopened, and the descriptor of process {refused[0]} may not be duplicated (ptrace(2))",
         )  # fmt: skip
     if refused:
         raise fail(
             errno.EACCES, "open", asked, "have a holder send it with dmabuf.send()",
-            what=f"/proc/{refused[0]}/fd of its holder is not readable (another user, or not dumpable)",
+            what=f"/proc/{refused[0]}/fd is not readable (another user, or not dumpable)",
         )  # fmt: skip
     raise fail(
-        errno.ENODEV, "open", asked, "have a holder keep its handle open, or receive it where it was sent",
-        what="no process has a descriptor of it: it is held only in flight in a socket, or only by mappings",
+        errno.ENODEV, "open", asked, "keep a handle open in some process, or receive it where it was sent",
+        what="no process has a descriptor of it: it is only in flight in a socket, or only mapped",
     )  # fmt: skip
 
 
 def _own_processes() -> Iterator[int]:
-    """Pids of this user's processes (all of them for root)."""
+    """Yield the pids of this user's processes (for root, of all)."""
     me = os.geteuid()
     for name in os.listdir("/proc"):
         if name.isdigit():
@@ -160,7 +168,7 @@ def _own_processes() -> Iterator[int]:
 
 
 def _from_process(domain: Domain, wanted: _Found, pid: int, denied: list[int]) -> DmaBuf | None:
-    """The buffer through a descriptor of that process, if it has one."""
+    """Return the buffer through a descriptor of that process, if it has one."""
     if is_kernel_home(wanted.home):
         return _duplicated(domain, wanted, pid, denied)
     link = f"/memfd:{memfd_name(domain, wanted.nonce)}"
@@ -194,7 +202,7 @@ def _from_process(domain: Domain, wanted: _Found, pid: int, denied: list[int]) -
 
 
 def _duplicated(domain: Domain, wanted: _Found, pid: int, denied: list[int]) -> DmaBuf | None:
-    """The real dma-buf through a duplicate of that process's descriptor, if it has one."""
+    """Return a kernel dma-buf through a duplicate of that process's descriptor, if it has one."""
     try:
         names = os.listdir(f"/proc/{pid}/fd")
         with OwnedFd(os.pidfd_open(pid)) as process:
@@ -212,7 +220,7 @@ def _duplicated(domain: Domain, wanted: _Found, pid: int, denied: list[int]) -> 
                     if e.errno in (errno.EPERM, errno.ENOSYS):
                         denied.append(pid)
                         return None
-                    # closed meanwhile, and perhaps used again
+                    # It was closed meanwhile, and perhaps used again.
     except PermissionError:
         denied.append(pid)
     except OSError as e:
@@ -227,7 +235,7 @@ def _no_such(domain: Domain, asked: str) -> DmaBufError:
     names = sorted({os.fsdecode(info["name"]) for info in there if info["name"]})
     if names:
         shown = ", ".join(map(repr, names[:SHOWN])) + (", …" if len(names) > SHOWN else "")
-        what = f"no buffer of this domain has it; the names there are: {shown}"
+        what = f"no buffer of this domain has it; the names are: {shown}"
     else:
         what = f"no buffer of this domain has it; of its {len(there)} buffers none has a name"
-    return fail(errno.ENOENT, "open", asked, "`dmabuf ls` shows all buffers; another domain is named by DMABUF_DOMAIN", what=what)
+    return fail(errno.ENOENT, "open", asked, "run `dmabuf ls` for all buffers, or name another domain in DMABUF_DOMAIN", what=what)

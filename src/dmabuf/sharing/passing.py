@@ -1,26 +1,26 @@
 """``send`` and ``recv``: buffers, fences, sync files, timelines and domains over AF_UNIX sockets (unix(7), SCM_RIGHTS).
 
-One ``send`` is one message and one ``recv`` takes one message, on SOCK_SEQPACKET, SOCK_STREAM and SOCK_DGRAM alike. What travels:
+One ``send`` is one message, and one ``recv`` takes one message, on SOCK_SEQPACKET, SOCK_STREAM and SOCK_DGRAM. These objects can be sent:
 
-======================  =====================================================================================
-a ``DmaBuf``            its fd; the receiver gets a handle of its own, and the buffer lives on while in flight
+======================  ========================================================================================
+a ``DmaBuf``            its descriptor; the receiver gets its own handle, and the buffer exists while in flight
 a ``BufferRange``       its buffer, offset and length; the receiver closes ``.buf``
 a ``DmaFence``          its number in the domain; the receiver waits for the same fence
-an array or a chain     what it is made of, in a memfd; the receiver makes its own over the same fences
-a ``SwSync``            its descriptor; the receiver is a holder like any other, as of a ``TimelineSemaphore``
+an array or a chain     its structure, in a memfd; the receiver makes its own over the same fences
+a ``SwSync``            its descriptor; the receiver shares it, like a ``TimelineSemaphore``
 a ``SyncFile``          its descriptor; the receiver gets a ``SyncFile`` over the same fences
-a ``Timeline``          its number; the receiver gets a ``RemoteTimeline``: who it is, and whether it is closed
-a ``Domain``            a private one's fd; of a directory's, the directory
-======================  =====================================================================================
+a ``Timeline``          its number; the receiver gets a ``RemoteTimeline``: its names, and whether it is closed
+a ``Domain``            the descriptor of a private domain, or of another domain's directory
+======================  ========================================================================================
 
-Buffers and fences belong to a domain that the receiver must have: the user's own, one that it inherited by fork or received before, or
-one that comes in the same message. A message is whole or not there: an error closes every descriptor that came with it.
+Buffers and fences belong to a domain that the receiver must have: the user's own domain, one that it inherited by fork or received before,
+or one in the same message. A message arrives whole or not at all: an error closes every descriptor that came with it.
 
-The other end must run as the same effective user, as the kernel saw it when the sockets were connected (SO_PEERCRED); looked up once
-for each socket object. A datagram socket that was bound and connected by hand has no such record: there each message carries its
-sender's credentials, vouched for by the kernel.
+The other end must run as the same effective user, as the kernel recorded it when the sockets were connected (SO_PEERCRED). This is checked
+once for each socket object. For a datagram socket that was bound and connected by hand the kernel has no such record. There each message
+carries its sender's credentials, which the kernel checks.
 
-What a message is made of is in ``sharing/items.py``. On a stream the first 96 bytes are read at once, which is all of the commonest message
+``sharing/items.py`` has the content of a message. From a stream the first 96 bytes are read at once: that is all of the commonest message,
 and never part of the next one.
 """
 
@@ -54,56 +54,64 @@ from dmabuf.sharing.items import (
     HEADER,
     ITEM,
     MAGIC,
-    MAX_THINGS,
+    MAX_OBJECTS,
     ONE,
     WITH_FD,
     domain_of,
     domains,
     foreign,
     message_of,
-    pack_things,
+    objects_of,
+    pack_objects,
     socket_name,
-    things_of,
 )
 from dmabuf.sharing.remote_timeline import RemoteTimeline
 
 _FD: Final = struct.Struct("=i")
 _UCRED: Final = struct.Struct("=3i")  # pid, uid, gid (unix(7))
 
-_LONGEST: Final = HEADER.size + MAX_THINGS * ITEM.size
-_CONTROL: Final = socket.CMSG_SPACE(MAX_THINGS * _FD.size) + socket.CMSG_SPACE(_UCRED.size)
+_LONGEST: Final = HEADER.size + MAX_OBJECTS * ITEM.size
+_CONTROL: Final = socket.CMSG_SPACE(MAX_OBJECTS * _FD.size) + socket.CMSG_SPACE(_UCRED.size)
 _SOL_SOCKET, _SCM_RIGHTS, _SCM_CREDENTIALS = int(socket.SOL_SOCKET), int(socket.SCM_RIGHTS), int(socket.SCM_CREDENTIALS)
 _NOSIGNAL, _CLOEXEC, _CUT = int(socket.MSG_NOSIGNAL), int(socket.MSG_CMSG_CLOEXEC), int(socket.MSG_CTRUNC | socket.MSG_TRUNC)
 _CTRUNC: Final = int(socket.MSG_CTRUNC)
 
 
 class _Peer(NamedTuple):
-    """What was found out about a socket. ``first``: bytes to read at once; ``asks``: each message brings its sender's credentials."""
+    """What is known of a socket. ``first``: bytes to read at once; ``asks``: whether each message has its sender's credentials."""
 
     first: int
     stream: bool
     asks: bool
 
 
-# By id(socket): an entry goes with its socket, before the id can be another's.
+# By id(socket). An entry is removed with its socket, before the id can be reused.
 _peers: dict[int, tuple[_Peer, weakref.ref[socket.socket]]] = {}
 
 Sent = DmaBuf | BufferRange | DmaFence | SwSync | SyncFile | Timeline | TimelineSemaphore | RemoteTimeline | Domain
 
 
-def send(sock: socket.socket, *things: Sent) -> None:
-    """Send things as one message over a connected AF_UNIX socket; what is sent stays usable here.
+def send(sock: socket.socket, *objects: Sent) -> None:
+    """Send objects as one message over a connected AF_UNIX socket. They stay usable in this process.
 
-    ``things``: 1 to 253 (the kernel's limit of descriptors in a message). The socket's timeout counts; a non-blocking socket raises
-    ``BlockingIOError`` having sent nothing.
+    Args:
+        sock: The socket. Its timeout counts.
+        *objects: 1 to 253 buffers, ranges, fences, sync files, timelines, semaphores or domains. The kernel passes at most 253 descriptors
+            with a message.
 
-    Errors: EINVAL nothing, or too much, to send, or not an AF_UNIX socket; TypeError something that does not travel; EBADF a closed
-    buffer, timeline or socket; EPERM the other end is another user's, or a timeline or fence from before a fork; EPIPE nobody is there to
-    read; ETOOMANYREFS more descriptors in flight than RLIMIT_NOFILE; ETIMEDOUT, EAGAIN.
+    Raises:
+        InvalidError: There is nothing, or too much, to send, or the socket is not an AF_UNIX socket (EINVAL).
+        TypeError: Something can't be sent.
+        ClosedError: A buffer, a timeline or the socket is closed (EBADF).
+        NotPermittedError: The other end belongs to another user, or a timeline or fence is from before a fork (EPERM).
+        BrokenConnectionError: The other end is closed (EPIPE).
+        DmaBufError: More descriptors are in flight than RLIMIT_NOFILE allows (ETOOMANYREFS).
+        DmaBufTimeout: The socket timed out (ETIMEDOUT).
+        WouldBlockError: The socket is non-blocking and full; nothing was sent (EAGAIN).
     """
     entry = _peers.get(id(sock))
     peer = entry[0] if entry else _look_at(sock, "send")
-    handle = handle_of(things[0]) if len(things) == 1 and type(things[0]) is DmaBuf else None
+    handle = handle_of(objects[0]) if len(objects) == 1 and type(objects[0]) is DmaBuf else None
     if handle is not None and handle.fd >= 0 and not peer.asks and sock.gettimeout() is None:
         # The commonest message on the commonest socket, in one native call.
         data = handle.shared.message or message_of(handle.shared)
@@ -120,7 +128,7 @@ def send(sock: socket.socket, *things: Sent) -> None:
         data = handle.shared.message or message_of(handle.shared)
         control = [(_SOL_SOCKET, _SCM_RIGHTS, _FD.pack(handle.fd))]
     else:
-        data, fds, fences, opened = pack_things(things)
+        data, fds, fences, opened = pack_objects(objects)
         control = [(_SOL_SOCKET, _SCM_RIGHTS, struct.pack(f"={len(fds)}i", *fds))] if fds else []
     if peer.asks:
         control.append((_SOL_SOCKET, _SCM_CREDENTIALS, _UCRED.pack(os.getpid(), os.geteuid(), os.getegid())))
@@ -134,18 +142,27 @@ def send(sock: socket.socket, *things: Sent) -> None:
         for fd in opened:
             os.close(fd)
     for fence in fences:
-        fence.shm.fence_share(fence.handle)  # to drop it unsignalled now hurts somebody
+        fence.shm.fence_share(fence.handle)  # from now on a warning comes if it is dropped unsignaled
 
 
 def recv(sock: socket.socket) -> list[Any]:
-    """Receive one message: the list of what one ``send`` sent.
+    """Receive one message, and return the list of the objects that one ``send`` sent.
 
-    Buffers are handles of their own, to be closed. The socket's timeout counts; a non-blocking socket raises ``BlockingIOError`` and loses
-    nothing. ``EOFError``: the other end is closed and everything was received.
+    Each buffer is a new handle, which the caller closes.
 
-    Errors: EINVAL not an AF_UNIX socket; EXDEV something of a domain that this process does not have; EMFILE descriptors were lost because
-    RLIMIT_NOFILE is reached; EBADMSG what came is not a message of ``send``; EPERM the other end is another user's; ENODEV the exporter has
-    released a buffer; ECONNRESET the other end went in the middle of a message, or without reading ours; ETIMEDOUT, EAGAIN.
+    Args:
+        sock: The socket. Its timeout counts.
+
+    Raises:
+        EOFError: The other end is closed, and everything was received.
+        InvalidError: The socket is not an AF_UNIX socket (EINVAL).
+        CrossDomainError: An object belongs to a domain that this process doesn't have (EXDEV).
+        DmaBufError: Descriptors were lost because RLIMIT_NOFILE is reached (EMFILE), or the message is not one of ``send`` (EBADMSG).
+        NotPermittedError: The other end belongs to another user (EPERM).
+        NoDeviceError: The exporter has released a buffer (ENODEV).
+        ConnectionLostError: The other end was closed in the middle of a message, or without reading what was sent to it (ECONNRESET).
+        DmaBufTimeout: The socket timed out (ETIMEDOUT).
+        WouldBlockError: The socket is non-blocking, and there is no message; nothing is lost (EAGAIN).
     """
     entry = _peers.get(id(sock))
     peer = entry[0] if entry else _look_at(sock, "recv")
@@ -177,15 +194,15 @@ def recv(sock: socket.socket) -> list[Any]:
 
 
 def _look_at(sock: socket.socket, operation: str) -> _Peer:
-    """Judge a socket that is seen for the first time."""
+    """Check a socket at its first use."""
     if not isinstance(sock, socket.socket):
-        raise TypeError(f"{operation}: the first argument is a socket, not {type(sock).__name__}")
+        raise TypeError(f"{operation}: expected a socket as the first argument, not {type(sock).__name__}")
     if sock.fileno() < 0:
         raise fail(errno.EBADF, operation, "socket", "open it again", what="the socket is closed")
     if sock.family != socket.AF_UNIX:
         raise fail(
-            errno.EINVAL, operation, socket_name(sock), "descriptors travel over AF_UNIX sockets only, such as socket.socketpair() makes",
-            what=f"it is an {sock.family.name} socket",
+            errno.EINVAL, operation, socket_name(sock), "use an AF_UNIX socket, for example of socket.socketpair()",
+            what=f"it is an {sock.family.name} socket, which can't pass descriptors",
         )  # fmt: skip
     datagrams, stream = sock.type == socket.SOCK_DGRAM, sock.type == socket.SOCK_STREAM
     pid, uid, _ = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
@@ -205,26 +222,26 @@ def _look_at(sock: socket.socket, operation: str) -> _Peer:
 def _same_user(uid: int, operation: str, sock: socket.socket) -> None:
     if uid != os.geteuid():
         raise fail(
-            errno.EPERM, operation, socket_name(sock), "buffers are shared between processes of one user: run both as the same",
+            errno.EPERM, operation, socket_name(sock), "run both processes as the same user",
             what=f"the process at the other end is of uid {uid & 0xFFFFFFFF}, this one of uid {os.geteuid()}",
         )  # fmt: skip
 
 
 def _translated(error: OSError, operation: str, sock: socket.socket) -> OSError:
-    """An error of the socket in our words; our own errors as they are."""
+    """Return an error of the socket with a message. An error of this library stays as it is."""
     if isinstance(error, DmaBufError):
         return error
     number = error.errno or (errno.ETIMEDOUT if isinstance(error, TimeoutError) else errno.EIO)
     remedies: dict[int, tuple[str | None, str | None]] = {
-        errno.EAGAIN: ("try again when the socket is ready; nothing was lost", None),
-        errno.ETIMEDOUT: ("raise the socket's timeout; nothing was lost", None),
-        errno.EPIPE: ("nothing was sent", "the other end is closed"),
-        errno.ECONNRESET: (None, "the other end was closed without reading what was sent to it"),
+        errno.EAGAIN: ("try again when the socket is ready", "it would block, and nothing was lost"),
+        errno.ETIMEDOUT: ("raise the socket's timeout", "timed out, and nothing was lost"),
+        errno.EPIPE: ("connect again", "the other end is closed, and nothing was sent"),
+        errno.ECONNRESET: ("connect again", "the other end was closed without reading what was sent to it"),
         errno.ETOOMANYREFS: (
             "let the other end receive before more is sent, or raise RLIMIT_NOFILE",
             f"more descriptors are in flight than RLIMIT_NOFILE ({resource.getrlimit(resource.RLIMIT_NOFILE)[0]}) allows",
         ),
-        errno.EMSGSIZE: ("send fewer at once, or raise SO_SNDBUF", None),
+        errno.EMSGSIZE: ("send fewer objects at once, or raise SO_SNDBUF", None),
         errno.EBADF: ("open it again", "the socket, or a descriptor to send, is closed"),
     }
     remedy, what = remedies.get(number, (None, None))
@@ -238,7 +255,7 @@ def _ready(sock: socket.socket, event: int) -> None:
 
 
 def _send_rest(sock: socket.socket, rest: bytes) -> None:
-    """Finish a message whose beginning is on its way, on a stream with a small buffer; non-blocking or not."""
+    """Send the rest of a message whose beginning was sent, on a stream with a small buffer, non-blocking or not."""
     while rest:
         try:
             rest = rest[sock.send(rest, _NOSIGNAL) :]
@@ -249,7 +266,7 @@ def _send_rest(sock: socket.socket, rest: bytes) -> None:
 
 
 def _receive_rest(sock: socket.socket, missing: int) -> bytes:
-    """The rest of a message whose beginning was taken; non-blocking or not."""
+    """Receive the rest of a message whose beginning was received, non-blocking or not."""
     rest = b""
     while len(rest) < missing:
         try:
@@ -271,7 +288,7 @@ def _receive_rest(sock: socket.socket, missing: int) -> bytes:
 
 
 def _take(sock: socket.socket, peer: _Peer, data: bytes, control: Iterable[tuple[int, int, bytes]], flags: int) -> list[Any]:
-    """The things in a message whose beginning and control part are here; what does not become part of one is closed."""
+    """Return the objects of a message whose beginning and control part were received. Other descriptors of it are closed."""
     fds: list[int] = []
     made: list[Any] = []
     uid = -1
@@ -286,29 +303,29 @@ def _take(sock: socket.socket, peer: _Peer, data: bytes, control: Iterable[tuple
         if peer.asks:
             _same_user(uid, "recv", sock)
         items = _items(sock, peer, data, flags, fds)
-        return things_of(sock, items, fds, made)
+        return objects_of(sock, items, fds, made)
     except BaseException:
         for fd in fds:
             if fd >= 0:
                 os.close(fd)
-        for thing in made:
-            if isinstance(thing, BufferRange):
-                thing.buf.close()
-            elif isinstance(thing, DmaBuf | SwSync | SyncFile | TimelineSemaphore):
-                thing.close()
+        for one in made:
+            if isinstance(one, BufferRange):
+                one.buf.close()
+            elif isinstance(one, DmaBuf | SwSync | SyncFile | TimelineSemaphore):
+                one.close()
         raise
 
 
 def _items(sock: socket.socket, peer: _Peer, data: bytes, flags: int, fds: list[int]) -> list[tuple[Any, ...]]:
-    """The items of a whole message, its rest read and its numbers checked."""
+    """Receive the rest of a message, check its numbers, and return its items."""
     if peer.stream and len(data) < ONE.size and MAGIC.startswith(data[: len(MAGIC)]):
         data += _receive_rest(sock, ONE.size - len(data))
     if len(data) < ONE.size or not data.startswith(MAGIC):
-        raise foreign(sock, f"{len(data)} bytes that are no message of dmabuf.send()")
-    _, things, count, _ = HEADER.unpack_from(data)
-    length = HEADER.size + things * ITEM.size
-    if not 1 <= things <= MAX_THINGS or count > things:
-        raise foreign(sock, f"a message of {things} things and {count} descriptors, which send() does not make")
+        raise foreign(sock, f"{len(data)} bytes that are not a message of dmabuf.send()")
+    _, objects, count, _ = HEADER.unpack_from(data)
+    length = HEADER.size + objects * ITEM.size
+    if not 1 <= objects <= MAX_OBJECTS or count > objects:
+        raise foreign(sock, f"a message of {objects} objects and {count} descriptors, which send() does not make")
     if peer.stream:
         data += _receive_rest(sock, length - len(data))
     if len(data) != length:

@@ -1,11 +1,10 @@
-"""Buffers, fences, sync files, timelines and domains through multiprocessing: as arguments of a Process, in a Queue, a Pipe, a Pool.
+"""Buffers, fences, sync files, timelines and domains through multiprocessing: as arguments of a Process, in a Queue, a Pipe or a Pool.
 
-multiprocessing's own pickler (``ForkingPickler``) is the only one that can take a descriptor along, so it is the only one that is
-served; every other pickle is refused with a TypeError. It is not imported from here: whichever comes first, the reducers register
-with it when the second does.
+Only multiprocessing's own pickler (``ForkingPickler``) can pass a descriptor, so every other pickler gets a TypeError. This module doesn't
+import multiprocessing. The reducers are registered when both are imported, in whichever order.
 
-A descriptor travels as multiprocessing's ``DupFd``: given to a child being started, or else kept by a thread of the sender until the
-receiver has fetched it, so a sender must live until then.
+A descriptor travels as multiprocessing's ``DupFd``. A child that is being started gets it at once. Otherwise a thread of the sender keeps
+it until the receiver has fetched it, so the sender must live until then.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ from dmabuf.sharing.remote_timeline import RemoteTimeline
 _MODULE = "multiprocessing.reduction"
 
 
-# ---- there ----
+# ---- in the sender ----
 
 
 def _reduce_buffer(buf: DmaBuf) -> tuple[Callable[..., Any], tuple[Any, ...]]:
@@ -61,7 +60,7 @@ def _reduce_fence(fence: DmaFence) -> tuple[Callable[..., Any], tuple[Any, ...]]
     if structure is not None:
         return unpack, (fence.domain, structure)
     fence.publish()
-    fence.shm.fence_share(fence.handle)  # to drop it unsignalled from now on hurts somebody
+    fence.shm.fence_share(fence.handle)  # from now on a warning comes if it is dropped unsignaled
     return _make_fence, (fence.domain, fence.handle, (fence.context, fence.seqno, fence.timeline_index))
 
 
@@ -79,7 +78,7 @@ def _reduce_timeline(timeline: Timeline | RemoteTimeline) -> tuple[Callable[...,
     return RemoteTimeline, (timeline.domain, *timeline_place(timeline, "pickle"))
 
 
-# ---- here ----
+# ---- in the receiver ----
 
 
 def _make_buffer(there: Any, domain: Domain, name: bytes | None) -> DmaBuf:
@@ -91,8 +90,8 @@ def _make_domain(identity: str, path: str | None, there: Any) -> Domain:
         return Domain.adopt(there.detach())
     domain = known(identity) or Domain.open(Path(path))
     if domain.id != identity:
-        what = f"its directory has a domain of another id now, {domain.id}"
-        raise fail(errno.EXDEV, "unpickle", f"domain {identity}", "let the sender live until it is received", what=what)
+        what = f"its directory has another domain now, {domain.id}"
+        raise fail(errno.EXDEV, "unpickle", f"domain {identity}", "keep the sender running until it is received", what=what)
     return domain
 
 
@@ -142,7 +141,7 @@ def _register() -> None:
 
 
 def _by_forking_pickler(caller: FrameType | None) -> bool:
-    """Was the pickler that asks made by multiprocessing? Its picklers are driven from two functions of one module."""
+    """Return True if multiprocessing runs the pickler, which it does in two functions of one module."""
     reduction: Any = sys.modules.get(_MODULE)
     if caller is None or not hasattr(reduction, "ForkingPickler"):
         return False
@@ -150,7 +149,7 @@ def _by_forking_pickler(caller: FrameType | None) -> bool:
 
 
 def _reduce(thing: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """What every pickler finds for our types. Once registered, multiprocessing's own no longer comes here."""
+    """Reduce an object for any pickler. Once the reducers are registered, multiprocessing's own pickler doesn't call this."""
     if _by_forking_pickler(sys._getframe(1)):
         _register()
         return _REDUCERS[type(thing)](thing)

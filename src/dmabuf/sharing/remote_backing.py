@@ -38,13 +38,13 @@ from dmabuf.sharing.messages import Body, close_all, flag, number
 from dmabuf.sharing.remote_exporter import RemoteExporter
 from dmabuf.sharing.server import Answer, Session, register
 
-# What gives back works without the exporter, as far as this process is concerned.
+# These ops only give back. Without the exporter they do this process's part.
 _GIVE_BACK: Final = frozenset({"unmap", "unmap_unlocked", "unpin", "detach", "vunmap"})
 _all: weakref.WeakSet[RemoteBacking] = weakref.WeakSet()
 
 
 class RemoteBacking(Backing):
-    """The driver side, in this process, of a buffer that another one exports. ``peer``: that process's life; ``in_file``: as Backing."""
+    """The backing of a buffer that another process exports. ``peer``: that process's life; ``in_file``: as in `Backing`."""
 
     record: SharedBuffer
 
@@ -59,7 +59,7 @@ class RemoteBacking(Backing):
 
     @classmethod
     def of(cls, record: SharedBuffer, fd: int) -> RemoteBacking:
-        """The backing of a buffer whose exporter made the record; it is not joined for, since a forked child asks too."""
+        """Return the backing of a buffer from its record. It doesn't join the domain, because a forked child calls it too."""
         return cls(record, record.seen()["life"], residency.in_file(fd))
 
     def check_reachable(self, operation: str) -> None:
@@ -98,7 +98,7 @@ class RemoteBacking(Backing):
         locked: bool = False,
         or_post: bool = False,
     ) -> tuple[Body, list[int]]:
-        """Carry a call about this buffer; ``locked``, ``or_post``: see :meth:`Client.call`."""
+        """Make a remote call about this buffer. ``locked``, ``or_post``: see :meth:`Client.call`."""
         named = {"dev": self.record.dev, "ino": self.record.ino, **(body or {})}
         fds: Iterable[int] = () if buf is None or buf.closed else (buf.fileno(),)
         try:
@@ -107,14 +107,14 @@ class RemoteBacking(Backing):
             self.close_if_unused()
 
     def call_locked(self, kind: str, buf: DmaBuf, body: Body | None = None, *, or_post: bool = False) -> tuple[Body, list[int]]:
-        """Carry a call under the reservation lock, which the caller holds; see the module."""
+        """Make a remote call under the reservation lock, which the caller holds, see the module."""
         with Lent(resv_of(self.record), self.peer) as loan:
             return self.call(kind, buf, {**(body or {}), "holder": loan}, locked=True, or_post=or_post)
 
     def give_back(self, kind: str, buf: DmaBuf, body: Body, *, locked: bool) -> None:
-        """Carry what has no errors; nothing if nobody is there any more.
+        """Make a remote call that only gives back. It has no errors, and no effect if the exporter's process is gone.
 
-        ``locked``: under the lock; or, if a call before has lost it, without a wait, and the lock is taken there.
+        ``locked``: make it under the lock. If an earlier call has lost the lock, it is sent without waiting, and the server takes the lock.
         """
         if locked and not resv_of(self.record).held_here():
             if self.client is not None:
@@ -136,7 +136,7 @@ class RemoteBacking(Backing):
         self.close_if_unused()
 
     def close_if_unused(self) -> None:
-        """With nothing of the buffer left in this process, the exporter's process forgets us."""
+        """Drop the client if this process has nothing of the buffer left. Then the exporter's process frees what it kept."""
         client = self.client
         if client is not None and not (self.record.handles or self.mappings or self.attachments or self.vmaps):
             self.client = None
@@ -147,7 +147,7 @@ class RemoteBacking(Backing):
         self.mappings += 1
 
     def unmapped(self, mapping: int) -> None:
-        """A mapping of this process is closed, perhaps by the garbage collector."""
+        """Uncount a mapping, which is closed, perhaps by its finalizer."""
         if self.life != self.record.shm.life:
             return  # the parent's
         self.mappings -= 1
@@ -157,7 +157,7 @@ class RemoteBacking(Backing):
 
 
 def _attached(session: Session, body: Body) -> tuple[RemoteExporter, DmaBufAttachment] | None:
-    """Whom a request of the exporter is about; None: detached meanwhile."""
+    """Return the attachment that a call of the exporter is about, None if it was detached meanwhile."""
     shared = known(session.domain, number(body, "dev"), number(body, "ino"))
     away = None if shared is None else shared.backing
     if not isinstance(away, RemoteBacking) or not isinstance(away.exporter, RemoteExporter):
@@ -167,7 +167,7 @@ def _attached(session: Session, body: Body) -> tuple[RemoteExporter, DmaBufAttac
 
 
 def _revoked(session: Session, body: Body, fds: list[int]) -> Answer:
-    """The exporter has moved the memory; it holds no lock."""
+    """Handle a call of the exporter, which has moved the memory and holds no lock."""
     found = _attached(session, body)
     if found is not None:
         found[0].revoke(found[1])
@@ -175,24 +175,24 @@ def _revoked(session: Session, body: Body, fds: list[int]) -> Answer:
 
 
 def _moved(session: Session, body: Body, fds: list[int]) -> Answer:
-    """The exporter is about to move the memory, holds the lock, and waits until this importer has heard of it."""
+    """Notify the importer for the exporter, which is about to move the memory, holds the lock, and waits."""
     found, holder = _attached(session, body), number(body, "holder")
     if found is None:
         return Answer()
     attachment = found[1]
     resv = resv_at(attachment)
     if attachment.importer is None or record_of(resv).shm.resv_owner(record_of(resv).index) != holder:
-        return Answer()  # detached meanwhile
+        return Answer()  # it was detached meanwhile
     with lent(resv, holder):
         try:
             attachment.importer.move_notify(attachment)
-        except Exception as e:  # as of an importer here: told where it is
+        except Exception as e:  # reported in the importer's process
             dispatcher.report(e, attachment.importer.move_notify)
     return Answer()
 
 
 def _after_fork() -> None:
-    """The child is another process of its own; what its parent attached and mapped is its parent's."""
+    """Give the child backings of its own: what its parent attached and mapped is the parent's."""
     for away in list(_all):
         if away.record.backing is away:
             away.record.backing = RemoteBacking(away.record, away.peer, away.in_file)

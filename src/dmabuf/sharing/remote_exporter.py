@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Iterable
 from typing import Final, Protocol
 
@@ -15,9 +14,8 @@ from dmabuf.core.dma_buf import DmaBuf
 from dmabuf.core.memory.iosys_map import IosysMap
 from dmabuf.core.memory.scatterlist import DmaEntry, SgEntry, SgTable, mapping_of
 from dmabuf.domain.forks import fork_lock
-from dmabuf.errors import fail
 from dmabuf.sharing import memory
-from dmabuf.sharing.messages import Body, close_all, flag, number
+from dmabuf.sharing.messages import Body, close_all, flag, nonsense, number
 from dmabuf.sharing.server import serve
 
 _MOST: Final = (1 << 63) - 1
@@ -60,7 +58,7 @@ class RemoteExporter(Exporter):
     def attach(self, attachment: DmaBufAttachment) -> None:
         dev = attachment.dev
         if attachment.importer is not None:
-            serve(attachment.dmabuf.domain)  # where it hears of moves
+            serve(attachment.dmabuf.domain)  # for notifications of moves
         answer, _ = self.calls.call(
             "attach",
             attachment.dmabuf,
@@ -110,21 +108,21 @@ class RemoteExporter(Exporter):
     def unmap(self, attachment: DmaBufAttachment, sgt: SgTable, direction: Direction) -> None:
         _, n, mapping = self.tables[id(sgt)]
         if mapping is not None:
-            self._out_of_reach(attachment, sgt, direction)
+            self._unmap_for_device(attachment, sgt, direction)
         del self.tables[id(sgt)]
         self.calls.give_back("unmap", attachment.dmabuf, {"table": n}, locked=True)
 
-    def _out_of_reach(self, attachment: DmaBufAttachment, sgt: SgTable, direction: Direction) -> None:
-        """Unmap it for the device, unless the exporter has revoked it meanwhile."""
+    def _unmap_for_device(self, attachment: DmaBufAttachment, sgt: SgTable, direction: Direction) -> None:
+        """Unmap a table for the device, unless the exporter has revoked it meanwhile."""
         with _revoking:
             if mapping_of(sgt) is not None:
                 attachment.dev.unmap_sgtable(sgt, direction)
 
     def revoke(self, attachment: DmaBufAttachment) -> None:
-        """The memory has moved: what the importer kept of it faults from now on. No lock is held: who holds it may wait for the move."""
+        """Make tables that the importer kept fault, because the memory has moved. No lock is held, as its holder may wait for the move."""
         for sgt, direction in tables_of(attachment):
             if (kept := self.tables.get(id(sgt))) is not None and kept[2] is not None:
-                self._out_of_reach(attachment, sgt, direction)
+                self._unmap_for_device(attachment, sgt, direction)
 
     # ---- CPU access ----
 
@@ -156,7 +154,7 @@ class RemoteExporter(Exporter):
     def vmap(self, buf: DmaBuf) -> IosysMap:
         answer, fds = self.calls.call_locked("vmap", buf)
         try:
-            if self.calls.in_file:  # a view that outlives the vmap keeps the memory where it is
+            if self.calls.in_file:  # a view that outlives the vmap keeps the memory in its place
                 fd = buf.fileno()
                 return IosysMap.init_vaddr(memoryview(residency.mapping(fd, "vmap", buf, 0, buf.size, residency.may_write(fd))))
             _, view = memory.shown(_first(fds), number(answer, "offset", _MOST), number(answer, "length", _MOST), flag(answer, "writable"))
@@ -171,17 +169,17 @@ class RemoteExporter(Exporter):
         self.calls.give_back("vunmap", buf, {}, locked=True)
 
     def release(self, buf: DmaBuf) -> None:
-        """Happens in the exporter's process."""
+        """Do nothing: the exporter's process calls the real op."""
 
 
 def _first(fds: list[int]) -> int:
     if not fds:
-        raise fail(errno.EBADMSG, "request", "an answer", "both processes use the same version of dmabuf?", what="no memory came with it")
+        raise nonsense("no memory came with it")
     return fds[0]
 
 
 def _table(answer: Body, fds: list[int]) -> tuple[SgTable, Mapping | None]:
-    """The table of an answer, its memory mapped here; no mapping: its DMA side came filled in, or it has none."""
+    """Return the table in an answer, and a mapping of its memory, None if the exporter filled in its DMA side or it has none."""
     cpu = [SgEntry(page, offset, length) for page, offset, length in _threes(answer, "cpu")]
     dma = [DmaEntry(address, length) for address, length, _ in _threes(answer, "dma")]
     if dma or not fds:
@@ -191,9 +189,9 @@ def _table(answer: Body, fds: list[int]) -> tuple[SgTable, Mapping | None]:
 
 
 def _threes(answer: Body, name: str) -> Iterable[tuple[int, int, int]]:
-    """Flat numbers, three to an entry. Errors: EBADMSG."""
+    """Return flat numbers in threes. Errors: EBADMSG."""
     flat = answer.get(name, [])
     if not isinstance(flat, list) or len(flat) % 3 or any(type(n) is not int or not 0 <= n < 1 << 64 for n in flat):
-        raise fail(errno.EBADMSG, "request", "an answer", "both processes use the same version of dmabuf?", what=f"{name!r} is no table")
+        raise nonsense(f"{name!r} is not a table")
     walk = iter(flat)
     return zip(walk, walk, walk, strict=True)

@@ -16,7 +16,7 @@ from dmabuf.sharing.server import Session
 
 
 class RemoteImporter(RevocableImporter):
-    """An importer in the process that asked for the attachment; it is told there, and waited for."""
+    """The proxy of an importer in a client. The client runs its ``move_notify``, and this process waits."""
 
     def __init__(self, session: Session, body: Body) -> None:
         self.session, self.body = session, body
@@ -31,14 +31,14 @@ class RemoteImporter(RevocableImporter):
         try:
             self.client.call("moved", {**self.body, "holder": held.word}, operation="move_notify", locked=True)
         except DmaBufError as e:
-            if e.errno != errno.ENODEV:  # dead, or about to be: its attachment goes with its session
+            if e.errno != errno.ENODEV:  # it is dead, or about to be: its attachment ends with its session
                 raise
-        finally:  # what it asked of this process in it ends first
+        finally:  # after the calls that it made to this process meanwhile
             regain(resv, held, held.word, life)
 
     def revoke(self, attachment: Attachment) -> None:
-        if self.client is not None:  # it was told of the move
-            with contextlib.suppress(DmaBufError):  # dead: so is its device
+        if self.client is not None:  # it was notified of the move
+            with contextlib.suppress(DmaBufError):  # it is dead, and so is its device
                 self.client.call("revoked", self.body, operation="move")
 
     def close(self) -> None:

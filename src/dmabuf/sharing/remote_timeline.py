@@ -1,7 +1,7 @@
-"""``RemoteTimeline``: another process's timeline, as it looks from here.
+"""``RemoteTimeline``: a timeline of another process.
 
-Only the process that made a timeline makes and ends its fences; whoever received it by :func:`dmabuf.recv` or through multiprocessing
-sees who it is and whether it is still there. What one waits for are its fences.
+Only the process that made a timeline makes and signals its fences. A process that received the timeline with :func:`dmabuf.recv`, or
+through multiprocessing, sees its names and whether it still exists. It waits for the timeline's fences.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from dmabuf.domain.domain import Domain
 
 
 class RemoteTimeline:
-    """A timeline to look at. ``driver``, ``name``: "" when it was closed before it arrived; ``context``: as in its fences.
+    """A timeline of another process. ``driver``, ``name``: "" if it was closed before it arrived; ``context``: as in its fences.
 
-    Equal and hashed by domain and context; travels on like the timeline itself. Not constructed by hand.
+    It compares by domain and context, and can be sent on like the timeline itself. ``dmabuf.recv`` makes it.
     """
 
     __slots__ = ("__weakref__", "_index", "_life", "_number", "context", "domain", "driver", "name")
@@ -30,12 +30,12 @@ class RemoteTimeline:
 
     @property
     def pid(self) -> int:
-        """The process that owns it, 0 when that is gone."""
+        """The process that owns it, 0 if that is gone."""
         return self.domain.pid_of(self._life) if self._life else 0
 
     @property
     def closed(self) -> bool:
-        """Is it closed, or its process gone? All its fences have ended then."""
+        """Whether it is closed, or its process is gone. Then all its fences are signaled."""
         found = self.domain.shm.timeline_info(self._index)
         return found is None or not found[1] or (found[0], found[2]) != (self._number, self.context) or not self.pid
 
@@ -50,3 +50,8 @@ class RemoteTimeline:
 
     def __reduce__(self) -> Any:
         raise TypeError("a RemoteTimeline can't be pickled to bytes: pass it through multiprocessing, or send it with dmabuf.send()")
+
+
+def use_of(timeline: RemoteTimeline) -> tuple[int, int]:
+    """Return (index, number of the slot's use), by which the timeline is sent on."""
+    return timeline._index, timeline._number

@@ -1,16 +1,16 @@
-"""Answering requests of other processes of a domain (design: across processes).
+"""``Server``: answers remote calls from other processes of the domain.
 
-A process that has something to serve (:func:`serve`: its first exported buffer, or whatever else registers) listens on a socket of its
-own until it leaves the domain, in a thread that sleeps without a bound. In a directory's domain the socket is ``server-<life>`` beside the
-domain file, bound and connected through the directory's descriptor; in a private domain it has an abstract name. Both ends look at the
-other's effective user (SO_PEERCRED) and refuse another's.
+A process that has something to serve calls :func:`serve`, for example for its first exported buffer. From then on, until it leaves the
+domain, a thread listens on a socket and sleeps without a time limit. In a domain with a directory the socket is ``server-<life>``, beside
+the domain's file, bound and connected through the directory's descriptor. In a private domain it has an abstract name. Both ends check the
+other's effective user (SO_PEERCRED) and refuse another user.
 
-*What can be asked* is a registry, :func:`register`: a kind, and a handler that is called in a thread of the asked process. Who asks has a
-line to it (sharing/client.py), with one connection that lives as long as somebody uses it; this side sees it end, however that came, and
-then ends the :class:`Session` and all that it was given. Each call has a connection to itself while it runs, and a thread here, so calls of
-several threads, and calls that lead to calls back, don't wait for each other.
+*The calls* are in a registry (:func:`register`): a kind, and a handler, which runs in a thread of the serving process. A `Client` has one
+main connection that stays open as long as anything uses it. When it ends, for whatever reason, this side ends the :class:`Session` and
+everything that the client was given. Each call has its own connection and its own thread while it runs. So calls of several threads, and
+calls that lead to calls back, don't wait for each other.
 
-What a call made that its caller gave up in the middle is undone here (:attr:`Answer.undo`).
+If a caller gives up in the middle of a call, what the call made is undone (:attr:`Answer.undo`).
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from dmabuf.sharing.messages import (
     address_of,
     check_user,
     close_all,
+    encode_error,
     no_room,
     number,
     opened,
@@ -49,7 +50,6 @@ from dmabuf.sharing.messages import (
     send,
     shut,
     text,
-    told_of,
 )
 
 MAX_CONNECTIONS: Final = 2048
@@ -58,10 +58,10 @@ T = TypeVar("T")
 
 @dataclass
 class Answer:
-    """What a handler gives back. ``fds``: sent along, closed afterwards.
+    """The answer of a handler.
 
-    ``undo``: called, in the handler's thread, when the caller gave up in the meantime, so that it will never hear of what was made; with
-    the message that says so.
+    ``fds``: sent along, then closed. ``undo``: called in the handler's thread if the caller has given up, and so never learns what was
+    made; with the message in which it said so.
     """
 
     body: Body = field(default_factory=dict)
@@ -69,21 +69,21 @@ class Answer:
     undo: Callable[[Body], object] | None = None
 
 
-# A handler may take descriptors out of the list; the rest is closed. What it raises goes to the caller.
+# A handler may take descriptors out of the list, and the rest is closed. What it raises is raised in the caller.
 Handler = Callable[["Session", Body, list[int]], Answer]
 _handlers: dict[str, Handler] = {}
 
 
 def register(kind: str, handler: Handler) -> None:
-    """Answer requests of this kind, in every domain that this process serves. Once for each kind, at import."""
+    """Answer calls of this kind in every domain that this process serves. Each kind is registered once, at import."""
     assert kind not in _handlers, kind
     _handlers[kind] = handler
 
 
 class Session:
-    """One asking process, as the asked one sees it. ``life``: the other's life.
+    """One client of this process. ``life``: the client's life.
 
-    ``at_end``: called once, when the other process has gone or uses nothing here any more, and its connections are closed.
+    ``at_end``: called once, when the client is gone or uses nothing of this process any more, and its connections are closed.
     """
 
     def __init__(self, domain: Domain, life: int) -> None:
@@ -103,13 +103,13 @@ class Session:
             return cast(T, found)
 
     def begin(self) -> bool:
-        """A connection for its calls is there; False when it is over."""
+        """Count a connection for calls. Return False if the session has ended."""
         with self._lock:
             self._running += not self._over
             return not self._over
 
     def finish(self, over: bool = False) -> None:
-        """Such a connection has ended; ``over``: instead, the other process has gone."""
+        """Uncount a connection for calls or, with ``over``, end the session."""
         with self._lock:
             if over:
                 self._over = True
@@ -126,7 +126,7 @@ class Session:
 
 
 class Server:
-    """The answering side of this process in one domain. Its thread keeps neither it nor the domain; open connections do."""
+    """The server of this process in one domain. Its thread keeps neither it nor the domain alive, but open connections do."""
 
     def __init__(self, domain: Domain) -> None:
         self._domain, self.life, self._id = weakref.ref(domain), domain.life, domain.id
@@ -136,12 +136,12 @@ class Server:
         try:
             with address_of(domain, self.life, make=True) as address:
                 sock.bind(address)
-            step("service_bound")  # a file of a life: whoever reaps it unlinks it
+            step("service_bound")  # if this process dies, the reaper of its life unlinks the socket
             sock.listen(128)
-            sock.setblocking(False)  # what is accepted blocks all the same
+            sock.setblocking(False)  # accepted sockets block all the same
             try:
                 threading.Thread(target=_accept, args=(sock, weakref.ref(self)), name="dmabuf-service", daemon=True).start()
-            except RuntimeError:  # none can be started: the next to serve tries again, at the same address
+            except RuntimeError:  # no thread can be started: the next serve() tries again, at the same address
                 domain.forget_socket(self.life)
                 raise
         except BaseException:
@@ -153,12 +153,14 @@ class Server:
         """Serve a connection in a thread of its own."""
         if len(self._connections) < MAX_CONNECTIONS:
             self._connections.add(conn)
-            with contextlib.suppress(RuntimeError):  # no thread can be started: the caller is told, and others are served later
+            with contextlib.suppress(RuntimeError):  # no thread can be started: this caller gets an error
                 threading.Thread(target=self._serve, args=(conn,), name="dmabuf-server", daemon=True).start()
                 return
             self._connections.discard(conn)
         with contextlib.suppress(OSError):
-            send(conn, told_of(fail(errno.EAGAIN, "request", "a process", "make fewer calls at once"), ""), flags=socket.MSG_DONTWAIT)
+            what = "it has too many callers, or can't start a thread"
+            error = fail(errno.EAGAIN, "request", "a process", "make fewer calls at once", what=what)
+            send(conn, encode_error(error, ""), flags=socket.MSG_DONTWAIT)
         shut(conn)
 
     def _serve(self, conn: socket.socket) -> None:
@@ -171,7 +173,7 @@ class Server:
                 self._greeted(conn, hello)
         except OSError as e:
             with contextlib.suppress(OSError):
-                send(conn, told_of(e, ""), flags=socket.MSG_DONTWAIT)
+                send(conn, encode_error(e, ""), flags=socket.MSG_DONTWAIT)
         finally:
             shut(conn)
             self._connections.discard(conn)
@@ -208,7 +210,7 @@ class Server:
                 try:
                     if body.get("abandoned"):
                         _undo(last, body)
-                        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # who isn't under a lock doesn't wait for it
+                        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # a caller without a lock doesn't wait for it
                             send(conn, {"undone": True})
                     else:
                         last = self._answer(conn, found, body, fds)
@@ -218,17 +220,17 @@ class Server:
             found.finish()
 
     def _request(self, conn: socket.socket) -> tuple[Body, list[int]] | None:
-        """The next one. For what found no room the caller is told so, and the connection stays."""
+        """Wait for the next call. If its descriptors found no room, the caller gets an error, and the connection stays."""
         while True:
             try:
                 return receive_last(conn)
             except DmaBufError as e:
                 if e.errno != errno.EMFILE:
                     raise
-                send(conn, told_of(e, ""))
+                send(conn, encode_error(e, ""))
 
     def _posted(self, session: Session, body: Body, fds: list[int]) -> None:
-        """What the other says without asking: nobody hears of errors."""
+        """Handle messages without an answer. Their errors are only reported."""
         try:
             if session.begin():
                 try:
@@ -246,30 +248,30 @@ class Server:
         try:
             handler = _handlers.get(kind)
             if handler is None:
-                raise fail(errno.ENOSYS, "request", f"kind {kind[:64]!r}", "update dmabuf in the process that is asked")
+                raise fail(errno.ENOSYS, "request", f"kind {kind[:64]!r}", "update dmabuf in the other process")
             answer = handler(session, body, fds)
             told: Body = {"with": answer.body}
-        except BaseException as e:  # a SystemExit of an op's too: the caller waits, and the thread is ours
-            answer, told = Answer(), told_of(e, kind)
+        except BaseException as e:  # also SystemExit of an op, because the caller waits, and the thread belongs to the library
+            answer, told = Answer(), encode_error(e, kind)
         try:
-            close_all(fds)  # before the caller goes on: it may count
+            close_all(fds)  # before the caller goes on, which may count descriptors
             step("service_answered")
             try:
                 send(conn, told, answer.fds)
             except (BrokenPipeError, ConnectionResetError):
-                pass  # what the caller said last tells whether it gave up or is gone
+                pass  # the caller's last message says whether it has given up
             except OSError as e:
                 if e.errno not in NO_ROOM:
                     raise
                 _undo(answer, body)
-                send(conn, told_of(no_room(kind, "the answer", THERE, e.errno), kind))
+                send(conn, encode_error(no_room(kind, "the answer", THERE, e.errno), kind))
         finally:
             close_all(answer.fds)
         return answer
 
 
 def _undo(answer: Answer, told: Body) -> None:
-    """The caller gave up: it will never hear of what was made. Once."""
+    """Undo a call whose caller has given up, and so never learns what was made. This has an effect once."""
     call, answer.undo = answer.undo, None
     if call is not None:
         try:
@@ -279,7 +281,7 @@ def _undo(answer: Answer, told: Body) -> None:
 
 
 def _stop(sock: socket.socket, connections: set[socket.socket]) -> None:
-    """No more answers: every caller sees the end."""
+    """End the server. Every caller notices."""
     for one in [sock, *connections]:
         with contextlib.suppress(OSError):
             one.shutdown(socket.SHUT_RDWR)
@@ -292,7 +294,7 @@ def _accept(sock: socket.socket, me: weakref.ref[Server]) -> None:
 
 
 class _Spare:
-    """A descriptor kept back: with none left, it makes room for a connection whose caller hears of that."""
+    """A descriptor in reserve. If no other is left, it makes room for a connection, so that the caller gets the error."""
 
     def __init__(self) -> None:
         self.sock: socket.socket | None = None
@@ -308,21 +310,21 @@ class _Spare:
             shut(sock)
 
     def refuse(self, sock: socket.socket, number: int) -> bool:
-        """Accept in its room, say why the connection can't stay, and close it. False: there was no room even so."""
+        """Accept a connection in its place, send the error, and close it. Return False if there was no room even so."""
         self.close()
         try:
             conn = opened(lambda: sock.accept()[0])
         except OSError:
             return False
         with contextlib.suppress(OSError):
-            send(conn, told_of(no_room("request", "a connection", THERE, number), ""), flags=socket.MSG_DONTWAIT)
+            send(conn, encode_error(no_room("request", "a connection", THERE, number), ""), flags=socket.MSG_DONTWAIT)
         shut(conn)
         return True
 
 
 def _accepting(sock: socket.socket, me: weakref.ref[Server], spare: _Spare) -> None:
     poller = select.poll()
-    with contextlib.suppress(ValueError):  # stopped already
+    with contextlib.suppress(ValueError):  # the server has ended already
         poller.register(sock, select.POLLIN)
     while sock.fileno() >= 0:
         spare.fill()
@@ -331,9 +333,9 @@ def _accepting(sock: socket.socket, me: weakref.ref[Server], spare: _Spare) -> N
             conn = opened(lambda: sock.accept()[0])
         except BlockingIOError:
             continue
-        except OSError as e:  # stopped; or no descriptor is left
+        except OSError as e:  # the server has ended, or no descriptor is left
             if not (e.errno in NO_ROOM and spare.refuse(sock, e.errno)) and sock.fileno() >= 0:
-                select.select([], [], [], TICK_NS / 1e9)  # somebody may close one
+                select.select([], [], [], TICK_NS / 1e9)  # a descriptor may be closed meanwhile
             continue
         server = me()
         if server is None:
@@ -347,7 +349,7 @@ SERVER: Local[Server] = Local(Server)
 
 
 def serve(domain: Domain) -> Server:
-    """Answer requests in this domain from now on, until the process leaves it. Errors: EMFILE, ENOSPC; what bind(2) says."""
+    """Answer calls in this domain from now on, until the process leaves it. Errors: EMFILE, ENOSPC; those of bind(2)."""
     life = domain.life
     found = SERVER.of(domain)
     return found if found.life == life else SERVER.renew(domain, found)

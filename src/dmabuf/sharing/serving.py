@@ -29,7 +29,7 @@ from dmabuf.sharing.server import Answer, Handler, Session, register, serve
 
 
 def direction_of(body: Body) -> Direction:
-    """Errors: EBADMSG no direction."""
+    """Return the direction of a message. Errors: EBADMSG there is none."""
     return Direction(number(body, "direction", max(Direction)))
 
 
@@ -37,7 +37,7 @@ def direction_of(body: Body) -> Direction:
 
 
 def _exporter(session: Session, body: Body, fds: list[int]) -> Answer:
-    """What the exporter can do: its ops, and whether it keeps tables."""
+    """Return the exporter's ops, and whether it keeps tables."""
     key = (number(body, "dev"), number(body, "ino"))
     shared = known(session.domain, *key)
     live = None if shared is None else shared.backing
@@ -57,7 +57,7 @@ def _begin(session: Session, body: Body, fds: list[int]) -> Answer:
 def _end(session: Session, body: Body, fds: list[int]) -> Answer:
     way = direction_of(body)
     with session.state(ClientState).using(body, fds) as entry:
-        if entry.brackets:  # nothing pairs them but that there are as many
+        if entry.brackets:  # nothing pairs ends with begins, except their number
             at = next((i for i in reversed(range(len(entry.brackets))) if entry.brackets[i] is way), -1)
             del entry.brackets[at]
         entry.live.end(entry.buf, way)
@@ -87,9 +87,10 @@ def under_lock(
     act: Callable[[ClientBuffer], Answer],
     undo: Callable[[ClientBuffer, Answer], object] | None = None,
 ) -> Answer:
-    """Run ``act`` with the reservation lock, which the caller lends for it (sharing/lending.py), and ``undo`` likewise.
+    """Run ``act`` with the reservation lock, which the caller lends (sharing/lending.py), and ``undo`` likewise.
 
-    ``holder``: its loan; 0: nobody holds the lock for this, and it is taken here. Errors: EPERM the caller doesn't hold it.
+    ``holder`` of the message: the return context, 0 if the caller doesn't hold the lock, and then the lock is taken here. Errors: EPERM the
+    caller doesn't hold it.
     """
     kind, loan = text(body, "kind"), number(body, "holder")
     with session.state(ClientState).using(body, fds) as entry:
@@ -180,7 +181,7 @@ def _map(session: Session, body: Body, fds: list[int]) -> Answer:
 
 
 def _shown(attachment: DmaBufAttachment, sgt: SgTable) -> Answer:
-    """A table as it travels: the memory and the ranges that its device is to map, or the addresses that the exporter filled in."""
+    """Return a table as an answer: the memory and the ranges for the client's device, or the addresses that the exporter filled in."""
     cpu = [n for entry in cpu_side(sgt) for n in entry]
     mapping = mapping_of(sgt)
     if mapping is None or mapping.device is not attachment.dev:
