@@ -1,10 +1,13 @@
-"""Memory for the tests of the native extension."""
+"""Memory and domains for the tests of parts."""
 
 import os
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+import dmabuf
 from dmabuf._native import Mapping
 from tests.support.mappings import SIZE
 
@@ -21,3 +24,20 @@ def fd() -> Iterator[int]:
 def mapping(fd: int) -> Iterator[Mapping]:
     with Mapping(fd, SIZE) as opened:
         yield opened
+
+
+@pytest.fixture
+def domain(request: pytest.FixtureRequest) -> Iterator[dmabuf.Domain]:
+    made = dmabuf.Domain.private()
+    made.join()
+    yield made
+    made.leave()
+    request.node.funcargs.pop("domain", None)  # or pytest keeps it until after the look for leaks
+
+
+@pytest.fixture
+def where() -> Iterator[Path]:
+    """A path for a domain, in memory where there is such a mount."""
+    base = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix="place-", dir=base) as directory:
+        yield Path(directory) / "domain"

@@ -1,72 +1,23 @@
-"""Where a domain lives, whom it refuses, what becomes of a file that makes no sense, and what is left when everybody has gone."""
+"""Where a domain lives, whom it refuses, and what becomes of a file that makes no sense."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import gc
-import itertools
 import os
 import random
 import signal
 import stat
 import struct
-import subprocess
-import sys
-import tempfile
 import warnings
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 import dmabuf
-from dmabuf import DmaBufError, _native
+from dmabuf import _native
 from dmabuf.domain import place
-from tests.support.steps import Held, fork, killed_at, reap, trace
-
-FILE = place.FILE
-MIB = 1 << 20
-
-
-@pytest.fixture
-def where() -> Iterator[Path]:
-    """A path for a domain, in memory where there is such a mount."""
-    base = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    with tempfile.TemporaryDirectory(prefix="place-", dir=base) as directory:
-        yield Path(directory) / "domain"
-
-
-def in_process(function: object) -> None:
-    """Run a function in a process of its own, so that its domain is opened and left for good."""
-    assert callable(function)
-    assert reap(fork(function)) == 0
-
-
-def visit(path: Path) -> None:
-    """Open the domain, use it and leave it."""
-    domain = dmabuf.Domain.open(path)
-    with dmabuf.allocate(4096, domain=domain) as buf, buf.write() as view:
-        view[0] = 1
-    domain.leave()
-
-
-def die_inside(path: Path) -> None:
-    domain = dmabuf.Domain.open(path)
-    buf = dmabuf.allocate(4096, domain=domain)
-    with buf.write():
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-def left(path: Path) -> list[str]:
-    return sorted(p.name for p in path.iterdir())
-
-
-def refused(path: Path) -> DmaBufError:
-    with pytest.raises(DmaBufError) as caught:
-        dmabuf.Domain.open(path)
-    return caught.value
-
+from tests.support.places import FILE, MIB, in_process, inhabitant, left, make, refused, visit
 
 # ---- where ----
 
@@ -202,11 +153,6 @@ def test_a_directory_in_place_of_the_domains_file_is_eisdir(where: Path) -> None
 # ---- files that make no sense ----
 
 
-def make(path: Path, data: bytes) -> None:
-    path.mkdir(mode=0o700, exist_ok=True)
-    (path / FILE).write_bytes(data)
-
-
 def empty_domain() -> bytes:
     fd = os.memfd_create("empty")
     try:
@@ -284,34 +230,6 @@ def test_random_bytes_without_a_process_are_set_aside_or_emptied(where: Path) ->
         assert (where / FILE).stat().st_size <= MIB
 
 
-@contextlib.contextmanager
-def inhabitant(path: Path) -> Iterator[int]:
-    """A process that lives in the domain."""
-    r, w = os.pipe()
-    there, here = os.pipe()
-
-    def live() -> None:
-        os.close(w)
-        os.close(there)
-        domain = dmabuf.Domain.open(path)
-        buf = dmabuf.allocate(4096, domain=domain, name="inhabited")
-        os.write(here, b"x")
-        os.read(r, 1)
-        buf.close()
-        domain.leave()
-
-    pid = fork(live)
-    os.close(r)
-    os.close(here)
-    assert os.read(there, 1) == b"x"
-    os.close(there)
-    try:
-        yield pid
-    finally:
-        os.close(w)
-        reap(pid)
-
-
 @pytest.mark.parametrize("what", ["magic", "version", "header", "geometry", "identity", "too many chunks"])
 def test_a_header_spoilt_under_a_living_process_is_euclean_and_touches_nothing(where: Path, what: str) -> None:
     at = {"magic": 0, "version": 8, "header": 12, "geometry": _native.OFF_GEOMETRY, "identity": _native.OFF_ID}.get(
@@ -358,198 +276,3 @@ def test_random_bytes_under_a_living_process_never_hang_or_crash_an_opener(where
             warnings.simplefilter("ignore")
             in_process(look)
         assert set(left(where)) <= {FILE, FILE + ".corrupt"}
-
-
-# ---- when everybody has gone ----
-
-
-def test_the_last_one_out_leaves_one_empty_file(where: Path) -> None:
-    in_process(lambda: visit(where))
-    assert left(where) == [FILE]
-    assert (where / FILE).read_bytes()[:8] == _native.MAGIC.encode()
-    assert (where / FILE).stat().st_size <= MIB
-    assert (where / FILE).stat().st_blocks * 512 <= MIB
-
-
-def test_an_interpreter_that_just_ends_leaves_one_empty_file(where: Path) -> None:
-    script = "import dmabuf; buf = dmabuf.allocate(4096); t = dmabuf.Timeline(); f = [t.fence() for _ in range(3000)]; v = buf.mmap()"
-    env = {**os.environ, "DMABUF_DOMAIN": str(where), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    done = subprocess.run([sys.executable, "-W", "error", "-c", script], check=True, env=env, capture_output=True, text=True)
-    assert done.stderr == ""
-    assert left(where) == [FILE]
-    assert (where / FILE).stat().st_size <= MIB
-
-
-def test_a_killed_last_process_is_cleaned_up_after_by_the_next_opener(where: Path) -> None:
-    assert reap(fork(lambda: die_inside(where))) == -signal.SIGKILL
-    assert (where / FILE).stat().st_size > _native.HEADER_BYTES
-
-    def look() -> None:
-        domain = dmabuf.Domain.open(where)
-        assert domain.shm.rec_list() == []
-        assert domain.shm.load32(_native.OFF_NCHUNKS) == 1  # the life of the opener
-        domain.leave()
-
-    in_process(look)
-    assert left(where) == [FILE]
-    assert (where / FILE).stat().st_size == _native.HEADER_BYTES
-
-
-def test_a_domain_keeps_its_identity_when_it_is_emptied(where: Path) -> None:
-    seen = set()
-    for _ in range(3):
-        in_process(lambda: visit(where))
-        with open(where / FILE, "rb") as f:
-            seen.add(place.read_header(f.fileno()))
-    assert len(seen) == 1
-
-
-def test_read_header_accepts_a_file_that_grows_before_each_of_its_reads(where: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    in_process(lambda: visit(where))
-    with open(where / FILE, "r+b") as f:
-        fd, chunks = f.fileno(), itertools.count(1)
-        real = {"pread": os.pread, "fstat": os.fstat}
-
-        def grown(name: str) -> Callable[..., object]:
-            def call(*arguments: object) -> object:
-                count = next(chunks)  # as growth does: the memory first, the count after it
-                os.ftruncate(fd, _native.HEADER_BYTES + count * _native.CHUNK_BYTES)
-                os.pwrite(fd, struct.pack("<I", count), _native.OFF_NCHUNKS)
-                return real[name](*arguments)
-
-            return call
-
-        for name in real:
-            monkeypatch.setattr(place.os, name, grown(name))
-        identity, wrong = place.read_header(fd)
-        monkeypatch.undo()
-        assert next(chunks) > 3
-    assert (len(identity), wrong) == (16, "")
-
-
-def come_and_go(path: Path) -> None:
-    domain = dmabuf.Domain.open(path)
-    domain.leave()
-
-
-@pytest.mark.crash
-def test_death_at_every_step_of_coming_and_going_leaves_a_domain_that_opens(where: Path) -> None:
-    for prepare in (lambda: None, lambda: make(where, b""), lambda: reap(fork(lambda: die_inside(where)))):
-        prepare()
-        steps = trace(lambda: come_and_go(where))
-        assert {"domain_filled", "domain_formatted", "domain_replaced"} & set(steps)
-        for nth in range(1, len(steps) + 1):
-            prepare()
-            killed_at(lambda: come_and_go(where), nth)
-            in_process(lambda: visit(where))
-            assert [name for name in left(where) if name != FILE + ".new"] == [FILE]
-            in_process(lambda: visit(where))
-            assert (where / FILE).stat().st_size <= MIB
-
-
-@pytest.mark.crash
-def test_whoever_stands_at_the_door_sees_a_whole_domain(where: Path) -> None:
-    """Held at each step of coming and going, and another one comes and goes meanwhile (once it may)."""
-    for nth in itertools.count(1):
-        with Held(lambda: come_and_go(where)) as first:
-            if first.run_to_nth(nth) is None:
-                break  # it has come and gone before
-            other = fork(lambda: visit(where))
-            first.go_on()
-            first.release()
-            assert first.code == 0
-            assert reap(other) == 0
-        assert left(where) == [FILE]
-    assert nth > 5
-
-
-@pytest.mark.crash
-def test_many_who_come_and_go_at_once_find_one_domain(where: Path) -> None:
-    def crowd() -> None:
-        for _ in range(20):
-            visit(where)
-            gc.collect()
-
-    for pid in [fork(crowd) for _ in range(6)]:
-        assert reap(pid) == 0
-    assert left(where) == [FILE]
-    assert (where / FILE).stat().st_size <= MIB
-
-
-@pytest.mark.crash
-def test_an_opener_waits_for_nobody_but_who_is_at_the_door(where: Path) -> None:
-    with inhabitant(where) as pid:
-        os.kill(pid, signal.SIGSTOP)
-        os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOWAIT)
-        in_process(lambda: visit(where))
-        os.kill(pid, signal.SIGCONT)
-
-
-# ---- memory that can't be had ----
-
-
-def test_a_header_that_ends_in_the_middle_of_a_page_stays_when_the_rest_is_given_back(where: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # As it does where pages are larger than the 4 KiB that the header is a multiple of (arm64: 16 or 64 KiB).
-    header, rest = _native.HEADER_BYTES + 512, 5 * _native.CHUNK_BYTES
-    monkeypatch.setattr(place, "HEADER_BYTES", header)
-    where.mkdir(mode=0o700)
-    file = where / FILE
-    file.write_bytes(b"h" * header + b"c" * rest)
-    directory = place.open_directory(where)
-    try:
-        place._empty_file(directory)
-    finally:
-        os.close(directory)
-    assert file.read_bytes() == b"h" * header + bytes(rest)
-    assert file.stat().st_blocks * 512 < header + rest
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount")
-def test_a_full_file_system_is_enospc_with_a_remedy(where: Path) -> None:
-    where.mkdir(mode=0o700)
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1100k,mode=0700", "none", where], check=False, capture_output=True).returncode:
-        pytest.skip("mounts are not allowed here")
-    try:
-
-        def fill() -> None:
-            domain = dmabuf.Domain.open(where)
-            buf = dmabuf.allocate(4096, domain=domain)
-            timeline = dmabuf.Timeline("full", domain=domain)
-            made: list[dmabuf.DmaFence] = []
-            try:
-                while True:
-                    made.append(timeline.fence())
-            except OSError as e:
-                if e.errno != errno.ENOSPC or "room" not in str(e):
-                    raise
-            with buf.resv.locked():
-                pass
-            count = len(made)
-            for fence in made:
-                fence.signal()
-            made.clear()
-            del fence
-            made = [timeline.fence() for _ in range(count)]
-            for fence in made:
-                fence.signal()
-            buf.close()
-            domain.leave()
-
-        in_process(fill)
-        in_process(lambda: visit(where))
-        assert left(where) == [FILE]
-    finally:
-        subprocess.run(["umount", where], check=True)
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount")
-def test_a_file_system_without_room_for_a_domain_is_enospc_with_a_remedy(where: Path) -> None:
-    where.mkdir(mode=0o700)
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k,mode=0700", "none", where], check=False, capture_output=True).returncode:
-        pytest.skip("mounts are not allowed here")
-    try:
-        error = refused(where)
-        assert error.errno == errno.ENOSPC
-        assert "DMABUF_DOMAIN" in str(error)
-    finally:
-        subprocess.run(["umount", where], check=True)
