@@ -1,11 +1,14 @@
 """Every test of the project has a domain of its own run, the debug layer, and a look at what it left behind."""
 
 import os
+from pathlib import Path
 
 import pytest
 
 # The debug layer is on in every test and in the processes that it starts; conftests of directories import dmabuf before `pytest_configure`.
 os.environ["DMABUF_DEBUG"] = "1"
+
+_KERNEL = Path(__file__).parent / "kernel"
 
 pytest_plugins = ["tests.plugin"]
 
@@ -13,6 +16,14 @@ pytest_plugins = ["tests.plugin"]
 @pytest.fixture(autouse=True)
 def _leaves_nothing(leaves_nothing: None) -> None:
     """Check every test."""
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave out the tests for the guest of `make test-kernel`, a third of all, where they would be skipped and nobody named them."""
+    if collection_path != _KERNEL or "DMABUF_KERNEL" in os.environ:
+        return None
+    named = (config.invocation_params.dir / argument.partition("::")[0] for argument in config.args)
+    return None if any(path.is_relative_to(_KERNEL) for path in named) else True
 
 
 @pytest.hookimpl(optionalhook=True)

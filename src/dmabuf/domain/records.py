@@ -25,7 +25,7 @@ from dmabuf._native import OFF_ID, Shm, watch_add, watch_open
 from dmabuf.domain.domain import TICK_NS, Domain
 from dmabuf.domain.forks import fork_lock
 from dmabuf.domain.local import Local
-from dmabuf.errors import fail
+from dmabuf.errors import fail, needing_descriptors
 
 KIND_BUFFER: Final = 0
 KIND_RESV: Final = 1
@@ -303,7 +303,7 @@ def _resv_gone(record: Record) -> OSError:
 def reference_locks() -> set[tuple[int, int]]:
     """Return (st_dev, st_ino) of every file that has an OFD lock, from one pass over /proc/locks (proc(5))."""
     found = set()
-    with open("/proc/locks", "rb") as f:
+    with needing_descriptors("look up", "reference locks in /proc"), open("/proc/locks", "rb") as f:
         for line in f:
             if b"OFDLCK" in line:
                 major, minor, ino = line.split()[-3].split(b":")
