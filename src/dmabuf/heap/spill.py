@@ -44,15 +44,15 @@ from dmabuf.heap.spill_moves import ResidentSet
 
 NAME: Final = "spill"
 MEMORY_TIMEOUT: Final = 2.0  #: seconds that memory in use is waited for
-SHARE: Final = 4  #: without DMABUF_SPILL_BUDGET: this part of the memory that the machine's limits leave
+SHARE: Final = 4  #: without DMABUF_SPILL_BUDGET a heap gets this fraction of the memory that the machine's limits leave
 
 
 @dataclass(frozen=True)
 class SpillStatistics:
-    """What a heap says of itself: bytes, but ``buffers`` and the two counts of moves.
+    """The state of a heap in bytes, except ``buffers`` and the two counts of moves.
 
-    ``resident``: in memory, never above ``budget``. ``spilled``: not in memory. ``pinned``: of the resident ones, what can't be moved now
-    because of mappings, vmaps, devices, or because it is being accessed. ``written`` and ``read``: what went to the file and came from it.
+    ``resident``: in memory, never above ``budget``. ``spilled``: not in memory. ``pinned``: resident, but not movable now because of
+    mappings, vmaps, devices or accesses. ``written`` and ``read``: to and from the file.
     """
 
     budget: int
@@ -67,14 +67,18 @@ class SpillStatistics:
 
 
 class SpillHeap:
-    """A heap with a budget, see the module.
+    """A heap that keeps part of its buffers in a file.
 
-    ``budget``: bytes in memory at most, rounded down to pages; None for ``$DMABUF_SPILL_BUDGET`` (``512M``, ``2G``), else a quarter of what
-    the machine's and the cgroup's limits leave now. ``directory``: where the file is made, None for `spill_file.default_directory`.
-    ``memory_timeout``: seconds that memory in use is waited for.
+    Args:
+        budget: The most bytes in memory, rounded down to pages. None means ``$DMABUF_SPILL_BUDGET`` (``512M``, ``2G``), else a quarter of
+            the memory that the limits of the machine and the cgroup leave now.
+        directory: The directory of the file. None means ``$DMABUF_SPILL_DIRECTORY``, else the first usual place that is on a disk.
+        memory_timeout: Seconds that a caller waits for memory in use.
 
-    Errors: EINVAL a budget below a page, a negative or infinite memory_timeout; ENODEV no directory; those of making a file there (ENOENT,
-    EACCES, …).
+    Raises:
+        InvalidError: The budget is less than a page, or the timeout is negative or infinite (EINVAL).
+        NoDeviceError: There is no directory on a disk (ENODEV).
+        DmaBufError: No file can be made in the directory (ENOENT, EACCES, …).
     """
 
     def __init__(
@@ -82,15 +86,9 @@ class SpillHeap:
     ) -> None:
         given = default_budget() if budget is None else whole(budget, "SpillHeap: budget")
         if given < PAGE:
-            raise fail(errno.EINVAL, "spill", f"a budget of {given} bytes", f"give it at least a page ({PAGE} bytes)")
+            raise fail(errno.EINVAL, "spill", f"budget={given}", f"pass at least {PAGE} bytes", what="the budget is less than a page")
         if not 0 <= memory_timeout < float("inf"):
-            raise fail(
-                errno.EINVAL,
-                "spill",
-                f"memory_timeout={memory_timeout}",
-                "pass 0 or more seconds; every wait for memory is bounded",
-                what="not a number of seconds",
-            )
+            raise fail(errno.EINVAL, "spill", f"memory_timeout={memory_timeout}", "pass 0 or more seconds", what="not a finite time")
         self.budget, self.memory_timeout = given // PAGE * PAGE, memory_timeout
         self._file = SpillFile(default_directory() if directory is None else directory)
         self._resident_set = ResidentSet(self.budget, memory_timeout, self._file)
@@ -102,26 +100,32 @@ class SpillHeap:
 
     @property
     def directory(self) -> str:
-        """Where the file is."""
+        """The directory of the file."""
         return self._file.directory
 
     @property
     def closed(self) -> bool:
-        """Was ``close()`` called?"""
+        """Whether ``close()`` was called."""
         return self._resident_set.closed
 
     def allocate(self, size: int, *, name: str | bytes | None = None, domain: Domain | None = None) -> DmaBuf:
-        """A new zeroed buffer of ``size`` bytes, rounded up to pages, which takes memory from its first use on.
+        """Return a new zeroed buffer. It takes memory from its first use on, and its room in the file is reserved now.
 
-        Its room in the file is reserved now. ``name``: at most 31 bytes. ``domain``: None for this user's.
+        Args:
+            size: The number of bytes, rounded up to pages.
+            name: A label of at most 31 bytes.
+            domain: The domain; None means the user's default domain.
 
-        Errors: EINVAL a size below 1, or a bad name; ENOMEM larger than the budget; ENOSPC, EDQUOT, EFBIG the file system can't hold it;
-        EBADF the heap is closed; EPERM in a forked child; EMFILE; ENOSPC the domain is full.
+        Raises:
+            InvalidError: The size is below 1, or the name is bad (EINVAL).
+            NoMemoryError: The size is larger than the budget (ENOMEM).
+            NoSpaceError: The file system or the domain is full (ENOSPC).
+            ClosedError: The heap is closed (EBADF).
+            NotPermittedError: This is a forked child (EPERM).
+            DmaBufError: The file system can't hold it (EDQUOT, EFBIG), or no descriptor is left (EMFILE).
         """
         if os.getpid() != self._pid:
-            raise fail(
-                errno.EPERM, "allocate", self, "make a heap in this process", what="it is the heap of the process that forked this one"
-            )
+            raise fail(errno.EPERM, "allocate", self, "make a heap in this process", what="it is the heap of this process's parent")
         if self.closed:
             raise fail(errno.EBADF, "allocate", self, "make another heap", what="the heap is closed")
         size, raw, domain = asked(size, name, domain)
@@ -130,8 +134,8 @@ class SpillHeap:
                 errno.ENOMEM,
                 "allocate",
                 f"{size} bytes",
-                "give the heap a larger budget (DMABUF_SPILL_BUDGET), or ask for less",
-                what=f"a buffer is in memory whole when it is used, and the heap's budget is {self.budget} bytes",
+                "raise the budget (DMABUF_SPILL_BUDGET), or ask for less",
+                what=f"a buffer in use is in memory as a whole, and the heap's budget is {self.budget} bytes",
             )
         try:
             at = self._file.take(size)
@@ -150,7 +154,7 @@ class SpillHeap:
         return buf
 
     def statistics(self) -> SpillStatistics:
-        """A snapshot for programs."""
+        """Return the heap's state at this moment."""
         residents = self._resident_set
         with residents.changed:
             total, within = (sum(b.size for b in some) for some in (residents.buffers, residents.order))
@@ -168,7 +172,7 @@ class SpillHeap:
             )
 
     def close(self) -> None:
-        """Allocate nothing from now on. The buffers live on, and the file with them. Again, or in a forked child: nothing."""
+        """Allocate nothing from now on. The buffers stay, and so does the file. In a forked child, and when called twice: no effect."""
         if os.getpid() != self._pid:
             return
         self._resident_set.close()
@@ -190,18 +194,19 @@ _SIZE: Final = re.compile(r"\s*(\d+)\s*([KMGT]?)(?:i?B)?\s*\Z", re.IGNORECASE)
 
 
 def default_budget() -> int:
-    """Bytes in memory for a heap that is given no budget. Errors: EINVAL what ``DMABUF_SPILL_BUDGET`` says is no size."""
+    """Return the budget of a heap that is given none. Errors: EINVAL ``DMABUF_SPILL_BUDGET`` is not a size."""
     given = os.environ.get("DMABUF_SPILL_BUDGET")
     if not given:
         return budget.left() // SHARE
     match = _SIZE.match(given)
     if match is None:
-        raise fail(errno.EINVAL, "spill", f"DMABUF_SPILL_BUDGET={given}", "give bytes, or a number with K, M, G or T", what="no size")
+        remedy = "set a number of bytes, with an optional K, M, G or T"
+        raise fail(errno.EINVAL, "spill", f"DMABUF_SPILL_BUDGET={given}", remedy, what="not a size")
     return int(match[1]) << (0, 10, 20, 30, 40)["KMGT".find(match[2].upper()) + 1 if match[2] else 0]
 
 
 def default() -> SpillHeap:
-    """The heap ``spill`` of this process, made at first use. Errors: as :class:`SpillHeap`."""
+    """Return the heap ``spill`` of this process, made at first use. Errors: as :class:`SpillHeap`."""
     global _default
     with _making:
         if _default is None:
@@ -210,12 +215,12 @@ def default() -> SpillHeap:
 
 
 def allocate(size: int, *, name: str | bytes | None = None, domain: Domain | None = None) -> DmaBuf:
-    """A new buffer of the process's heap. Errors: as :meth:`SpillHeap.allocate` and :class:`SpillHeap`."""
+    """Return a new buffer of the process's heap. Errors: as :meth:`SpillHeap.allocate` and :class:`SpillHeap`."""
     return default().allocate(size, name=name, domain=domain)
 
 
 def unavailable() -> str | None:
-    """Why this heap can't be used here, None when it can."""
+    """Return why this heap can't be used here, None if it can."""
     try:
         if _default is None:
             default_budget()

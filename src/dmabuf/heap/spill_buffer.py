@@ -31,7 +31,7 @@ class Residency(Enum):
 
 
 class Residents(Protocol):
-    """What a buffer asks of the heap's set of resident buffers (`spill_moves.ResidentSet`)."""
+    """What a buffer needs of the heap's `spill_moves.ResidentSet`."""
 
     @property
     def lock(self) -> threading.RLock:
@@ -76,14 +76,14 @@ class SpillBuffer(Exporter):
 
     def __init__(self, residents: Residents, size: int, at: int) -> None:
         self.residents, self.size, self.at = residents, size, at
-        self.private = -1  # the exporter's own description of the memfd, the framework's to close
+        self.private = -1  # the exporter's own description of the memfd, which the framework closes
         self.ino = 0
         self.residency = Residency.NOT_IN_MEMORY
         self.mover = 0  # the thread that moves it
-        self.stored = False  # the file has its content; without, it is zeros
-        self.dirty = False  # memory may differ from that
+        self.stored = False  # whether the file has its content; if not, the content is zeros
+        self.dirty = False  # whether memory may differ from that
         self.gone = False  # released
-        self.telling = False  # importers are being told of a move, with the lock held
+        self.telling = False  # importers are being notified of a move, with the lock held
         self.uses = self.pins = 0
         self.tables: dict[int, tuple[SgTable, DmaBufAttachment, Direction]] = {}
         self.vmapped: Mapping | None = None
@@ -92,7 +92,7 @@ class SpillBuffer(Exporter):
         return f"<spill buffer ino {self.ino} {self.size} bytes {self.residency.value}>"
 
     def prepare(self, private: int) -> None:
-        """The memfd is made: nobody may map it before there is memory."""
+        """Keep the memfd from being mapped before it has memory."""
         self.private = private
         residency.evict(private)
 
@@ -125,7 +125,7 @@ class SpillBuffer(Exporter):
 
     def unmap(self, attachment: DmaBufAttachment, sgt: SgTable, direction: Direction) -> None:
         with self.residents.lock:
-            if id(sgt) in self.tables:  # else a move revoked it
+            if id(sgt) in self.tables:  # otherwise a move has revoked it
                 attachment.dev.unmap_sgtable(sgt, direction)
                 del self.tables[id(sgt)]
 

@@ -1,29 +1,28 @@
-"""The moves of a spill heap: which buffers are in memory, who is let in to them, and how one goes and comes (see `spill` for what a user
-sees).
+"""The moves of a spill heap: which buffers are in memory, and how a buffer moves out and in (`spill` has the user's view).
 
-*A move out*, each step with what a ``kill -9`` of the process after it leaves (the importers have ENODEV from then on; nobody reads a
-buffer that he wasn't let into before, and nobody moves one that somebody was let into):
+*A move out* has these steps, each with the state that a ``kill -9`` just after it leaves. The importers get ENODEV from then on. No process
+reads a buffer without having entered it, and no entered buffer is moved.
 
 ====================  =====================================================================================================================
-chosen                in use by nobody, and nobody comes in before the move is over (the write lock of byte 1; the state, in this process)
-spill_locked          its reservation lock, which is only tried: who holds it is about to use it
-spill_told            ``move_notify`` ran; a KERNEL fence is on the reservation object, and the lock is free again. The death ends the fence
-spill_waited          every other fence up to BOOKKEEP has ended; tables that importers have kept are revoked: a late device faults
-spill_written         the content is in the file too, reserved since ``allocate``. A write that fails ends the move: nothing has changed
-spill_punched         its pages are gone from the memfd
-spill_left            the budget has the bytes; the fence is signalled
+chosen                nothing uses the buffer, and nothing can until the move ends (the write lock of byte 1, and the state in this process)
+spill_locked          its reservation lock is held. It is only tried, because another holder is about to use the buffer
+spill_told            ``move_notify`` ran, a KERNEL fence is on the reservation object, and the lock is free. A death signals the fence
+spill_waited          every other fence up to BOOKKEEP is signaled. Tables that importers kept are revoked, so a late device faults
+spill_written         the content is in the file too, in the range reserved by ``allocate``. If the write fails, nothing has changed
+spill_punched         the memfd has no pages any more
+spill_left            the budget has the bytes, and the fence is signaled
 ====================  =====================================================================================================================
 
-The lock is not held during the copy, which may take as long as a disk: others look at the fences, and who waits can be told why (``dmabuf
-ls``), give up in time, or be interrupted. *A move in* needs no lock and no fence, since nobody has been let in: ``spill_claimed`` (bytes of
-the budget), ``spill_reserved`` (pages in the memfd, or ENOMEM), ``spill_read``, ``spill_here``. The file is never synced: it is no
-persistence, and a death of the machine takes all with it.
+The lock is not held during the copy, which may take as long as a disk. Other processes see the fence, so a waiter can find out why it waits
+(``dmabuf ls``), time out, or be interrupted. *A move in* needs no lock and no fence, because nothing has entered the buffer. Its steps are
+``spill_claimed`` (bytes of the budget), ``spill_reserved`` (pages in the memfd, or ENOMEM), ``spill_read`` and ``spill_here``. The file is
+never synced, because it keeps nothing beyond the process.
 
-A move is made in a thread where no signal handler raises (`shielded`); who waits for it may be interrupted, and the move is completed.
+A move runs in a thread where no signal handler raises (`shielded`). A caller that waits for it may be interrupted, and the move goes on.
 
-*Who may call what.* Any thread; the ops of an exporter come with the buffer's reservation lock or without it, as `core.contract` says. The
-lock in here is short, is never held while a reservation lock is waited for, a file is copied or a callback runs, and may be taken inside of
-one.
+*Threads.* Any thread may call everything. An exporter's ops come with the buffer's reservation lock or without it, as `core.contract` says.
+The lock of this module is held for a short time only: never while a thread waits for a reservation lock, copies a file or runs a callback.
+It may be taken inside a reservation lock.
 """
 
 from __future__ import annotations
@@ -58,37 +57,38 @@ class ResidentSet:
 
     def __init__(self, budget: int, memory_timeout: float, file: SpillFile) -> None:
         self.budget, self.memory_timeout, self.file = budget, memory_timeout, file
-        self.lock = threading.RLock()  # a signal handler may use buffers in the middle of us
+        self.lock = threading.RLock()  # re-entrant, because a signal handler may use buffers in the middle
         self.changed = threading.Condition(self.lock)
-        self.order: OrderedDict[SpillBuffer, None] = OrderedDict()  # those that have bytes of the budget, used longest ago first
+        self.order: OrderedDict[SpillBuffer, None] = OrderedDict()  # that have bytes of the budget, used longest ago first
         self.buffers: set[SpillBuffer] = set()
         self.resident = self.moves_out = self.moves_in = self.written = self.read = 0
         self._timelines: weakref.WeakKeyDictionary[Domain, tuple[int, Timeline]] = weakref.WeakKeyDictionary()
         self.closed = False
 
     def add(self, b: SpillBuffer) -> None:
+        """Add a buffer, which is not in memory."""
         with self.lock:
             self.buffers.add(b)
 
     def close(self) -> None:
-        """No buffer is added any more."""
+        """Note that no more buffers will be added."""
         with self.lock:
             self.closed = True
             if not self.buffers:
                 self.file.close()
                 self._timelines.clear()
 
-    # ---- who is let in ----
+    # ---- uses ----
 
     def enter(self, b: SpillBuffer, *, write: bool, pin: bool = False, locked: bool = False) -> None:
-        """Count a use, or a pin, and have the memory there. ``locked``: its reservation lock is held for this call.
+        """Count a use, or a pin, and move the buffer in if need be. ``locked``: whether its reservation lock is held for this call.
 
-        Errors: ENOMEM; those of the file; EDEADLK from inside of a move of it.
+        Errors: ENOMEM; those of the file; EDEADLK inside a move of the buffer.
         """
         counted = entered = False
         try:
             with self.lock:
-                b.uses += 1  # from here on nobody begins to move it out
+                b.uses += 1  # from here on no thread begins to move it out
                 counted = True
             if b.residency is not Residency.IN_MEMORY:
                 owner = current(b.resv.domain).word
@@ -102,12 +102,12 @@ class ResidentSet:
                 entered = True
         finally:
             if counted and (pin or not entered):
-                with self.lock:  # in place: a signal handler may raise as a function is entered
+                with self.lock:  # not in a function, because a signal handler may raise as a function is entered
                     b.uses = b.uses - 1 if b.uses else 0
                     self.changed.notify_all()
 
     def leave(self, b: SpillBuffer, pin: bool = False) -> None:
-        """Uncount. An end without a begin is no error of the framework's: nothing."""
+        """Uncount a use, or a pin. Without one this has no effect, as the framework allows an end without a begin."""
         with self.lock:
             if pin:
                 b.pins = max(0, b.pins - 1)
@@ -116,12 +116,12 @@ class ResidentSet:
             self.changed.notify_all()
 
     def _bring(self, b: SpillBuffer, owner: int, locked: bool) -> None:
-        """For the context ``owner``, whose own accesses are in its own way."""
-        while (fd := self._away(b, locked)) is not None:
+        """Move a buffer in for the context ``owner``, for whose own accesses it is useless to wait."""
+        while (fd := self._start_move_in(b, locked)) is not None:
             self._move_in(b, fd, owner)
 
-    def _away(self, b: SpillBuffer, locked: bool) -> int | None:
-        """Wait until nobody moves it. None: it is here. Else it is the caller's to bring in, by this duplicate of its description."""
+    def _start_move_in(self, b: SpillBuffer, locked: bool) -> int | None:
+        """Wait until no thread moves it. Return None if it is in memory, else a duplicate of its description with which to move it in."""
         with self.lock:
             while b.residency is not Residency.IN_MEMORY:
                 if b.gone:
@@ -130,13 +130,13 @@ class ResidentSet:
                     fd = _duplicate(b)
                     b.residency, b.mover = Residency.MOVING_IN, threading.get_ident()
                     return fd
-                if b.mover == threading.get_ident() or (locked and b.telling):  # the lock is the callback's
-                    raise fail(errno.EDEADLK, "access", b, "do it after move_notify has returned", what="this thread is moving the buffer")
+                if b.mover == threading.get_ident() or (locked and b.telling):  # the lock belongs to the callback
+                    raise fail(errno.EDEADLK, "access", b, "use it after move_notify has returned", what="this thread is moving the buffer")
                 self.changed.wait()
             return None
 
     def _end_move(self, b: SpillBuffer, residency: Residency, *, claimed: bool) -> None:
-        """The end of every move."""
+        """End a move, out or in."""
         with self.lock:
             b.residency, b.mover = residency, 0
             if not claimed:
@@ -146,7 +146,7 @@ class ResidentSet:
             self.changed.notify_all()
 
     def _unclaim(self, b: SpillBuffer) -> None:
-        """Give its bytes of the budget back, if it has them. The lock is held."""
+        """Free its bytes of the budget, if it has them. The lock is held."""
         if b in self.order:
             del self.order[b]
             self.resident -= b.size
@@ -154,7 +154,7 @@ class ResidentSet:
     # ---- moving in ----
 
     def _move_in(self, b: SpillBuffer, fd: int, owner: int) -> None:
-        """Bring it into memory, having the duplicate of its description, which is closed. Errors: ENOMEM; EIO and the like of the file."""
+        """Move a buffer in. The duplicate of its description is closed. Errors: ENOMEM; EIO and the like of the file."""
         here = False
         try:
             self._claim(b, owner)
@@ -176,7 +176,7 @@ class ResidentSet:
                 errno.ENOMEM if e.errno in (errno.ENOSPC, errno.EFBIG) else e.errno or errno.EIO,
                 "move in",
                 b,
-                "free memory, or look at the disk of the spill file",
+                "free memory, or check the disk of the spill file",
                 what=f"its content stays in the spill file: {os.strerror(e.errno or errno.EIO)}",
             ) from None
         finally:
@@ -189,9 +189,9 @@ class ResidentSet:
         step("spill_here")
 
     def _claim(self, b: SpillBuffer, owner: int) -> None:
-        """Bytes of the budget for b, moving others out. Errors: see :meth:`enter`."""
+        """Take bytes of the budget for ``b``, and move others out if need be. Errors: see :meth:`enter`."""
         until: float | None = None
-        passed: set[SpillBuffer] = set()  # those whose lock somebody had
+        passed: set[SpillBuffer] = set()  # whose reservation lock was held
         while True:
             with self.lock:
                 if self.resident + b.size <= self.budget:
@@ -204,14 +204,14 @@ class ResidentSet:
                     until = now + self.memory_timeout if until is None else until
                     if now >= until or not self._may_end(b, owner):
                         raise self._full(b)
-                    # Fences and mappings of others end without telling us: look again at a tick.
+                    # No notification comes when a fence or mapping of another process ends, so check again at a tick.
                     self.changed.wait(min(until - now, TICK_NS / 1e9))
                     passed.clear()
             if chosen is not None and not self._move_out(*chosen):
                 passed.add(chosen[0])
 
     def _choose(self, passed: set[SpillBuffer]) -> tuple[SpillBuffer, int] | None:
-        """The buffer to move out, marked, with a duplicate of its description. The lock is held."""
+        """Return the buffer to move out, marked, and a duplicate of its description. The lock is held."""
         for b in self.order:
             if b.residency is not Residency.IN_MEMORY or b.uses or b.pins or b in passed or not b.resv.test_signaled(Usage.BOOKKEEP):
                 continue
@@ -226,7 +226,7 @@ class ResidentSet:
         return None
 
     def pinned(self, b: SpillBuffer) -> bool:
-        """Is it kept by a device or a mapping? The lock is held, and it is here."""
+        """Return True if a device or a mapping keeps it in memory, where it is. The lock is held."""
         if b.pins:
             return True
         if not residency.evict(b.private):
@@ -235,7 +235,7 @@ class ResidentSet:
         return False
 
     def _may_end(self, wanting: SpillBuffer, owner: int) -> bool:
-        """Is there one that may become free by waiting: not kept by an access of the owner that waits? The lock is held."""
+        """Return True if waiting may free a buffer: one that no access of the waiting owner keeps. The lock is held."""
         return any(b is not wanting and not (b.resv.domain is wanting.resv.domain and self._accessed(b, owner)) for b in self.order)
 
     def _accessed(self, b: SpillBuffer, owner: int) -> bool:
@@ -248,15 +248,15 @@ class ResidentSet:
             errno.ENOMEM,
             "move in",
             wanting,
-            "leave accesses, close mappings, detach devices, or give the heap a larger budget",
-            what=f"of the heap's budget of {self.budget} bytes {self.resident} are in use, {pinned} of them pinned",
+            "leave blocks, close mappings, detach devices, or raise the budget",
+            what=f"the spill heap is full: {self.resident} of {self.budget} bytes in use, {pinned} pinned",
         )
 
     # ---- moving out ----
 
     def _move_out(self, b: SpillBuffer, fd: int) -> bool:
-        """Move what :meth:`_choose` chose; False: somebody is about to use it. Errors: those of the file, and then it stays in memory."""
-        fence, away = None, False
+        """Move a chosen buffer out. Return False if it is about to be used. Errors: those of the file, and then it stays in memory."""
+        fence, evicted = None, False
         try:
             step("spill_chosen")
             if not b.resv.trylock():
@@ -288,11 +288,11 @@ class ResidentSet:
                 self._copy(b, fd, out=True)
                 b.stored, b.dirty = True, False
             step("spill_written")
-            away = True  # the file has it: nothing that is raised from here on may take zeros for the content
+            evicted = True  # the file has it: whatever is raised from here on must not take zeros for the content
             try:
                 punch(fd, 0, b.size)
             except OSError:
-                away = False  # it is all still there
+                evicted = False  # all of it is still in memory
                 raise
             step("spill_punched")
             with self.lock:
@@ -302,20 +302,20 @@ class ResidentSet:
             raise
         except OSError as e:
             what = f"it stays in memory, so there is no room for another: {os.strerror(e.errno or errno.EIO)}"
-            raise fail(e.errno or errno.EIO, "move out", b, f"look at the disk that holds {self.file.directory}", what=what) from None
+            raise fail(e.errno or errno.EIO, "move out", b, f"check the disk of {self.file.directory}", what=what) from None
         finally:
             try:
-                if not away:
+                if not evicted:
                     residency.make_resident(fd)
             finally:
                 os.close(fd)
-                self._end_move(b, Residency.NOT_IN_MEMORY if away else Residency.IN_MEMORY, claimed=not away)
+                self._end_move(b, Residency.NOT_IN_MEMORY if evicted else Residency.IN_MEMORY, claimed=not evicted)
                 if fence is not None:
                     fence.signal()
             step("spill_left")
 
     def _revoke(self, b: SpillBuffer) -> None:
-        """What importers were told of and have not unmapped: their devices must not see zeros for content."""
+        """Unmap tables that importers kept after the notification, so that their devices don't take zeros for content."""
         told: set[DmaBufAttachment] = set()
         with self.lock:
             while b.tables:
@@ -353,13 +353,14 @@ class ResidentSet:
     # ---- the end ----
 
     def released(self, b: SpillBuffer) -> None:
+        """Forget a buffer that the framework has released."""
         with self.lock:
             b.gone = True
             if b.residency in (Residency.IN_MEMORY, Residency.NOT_IN_MEMORY):
                 self._forget(b)
 
     def _forget(self, b: SpillBuffer) -> None:
-        """The lock is held, and nobody moves it."""
+        """Forget a buffer that no thread moves. The lock is held."""
         if b not in self.buffers:
             return
         self.buffers.discard(b)
@@ -371,7 +372,7 @@ class ResidentSet:
         self.changed.notify_all()
 
     def forked(self) -> None:
-        """In a forked child: the lock may have been another thread's, and the file is the parent's."""
+        """In a forked child, make new locks, which other threads of the parent may have held, and close the parent's file."""
         self.lock = threading.RLock()
         self.changed = threading.Condition(self.lock)
         self._timelines = weakref.WeakKeyDictionary()
@@ -379,7 +380,7 @@ class ResidentSet:
 
 
 def _duplicate(b: SpillBuffer) -> int:
-    """For the length of a move: a release that comes meanwhile closes the description that the framework has lent us."""
+    """Return a duplicate of its description for a move, because a release meanwhile closes the one that the framework lends."""
     try:
         return fcntl.fcntl(b.private, fcntl.F_DUPFD_CLOEXEC, 3)
     except OSError as e:
