@@ -126,7 +126,7 @@ def test_lines_fit_the_terminal(run: Run, child: Spawn, columns: int) -> None:
 def test_a_buffer_that_is_not_there_is_an_error(run: Run, wanted: str) -> None:
     ran = run("info", wanted)
     assert (ran.status, ran.out) == (1, "")
-    assert re.fullmatch(r"dmabuf: info: '.*': no buffer of this inode or name \(ENOENT\); `dmabuf ls` lists them\n", ran.err)
+    assert re.fullmatch(r"dmabuf: info: '.*': no buffer of this inode or name \(ENOENT\); run `dmabuf ls` for a list\n", ran.err)
 
 
 def test_a_name_of_several_is_an_error_that_lists_them(run: Run) -> None:
@@ -152,7 +152,7 @@ def test_a_descriptor_of_something_else_is_an_error(run: Run) -> None:
     with open("/dev/null") as null:
         ran = run("info", f"{os.getpid()}:{null.fileno()}")
         assert ran.status == 1
-        assert "it is no buffer of this domain but /dev/null (EINVAL)" in ran.err
+        assert "not a buffer of this domain but /dev/null (EINVAL)" in ran.err
 
 
 def in_a_private_domain(parent: Parent) -> None:

@@ -50,7 +50,7 @@ def test_a_directory_that_others_may_read_is_no_domain(tmp_path: Path) -> None:
 
 def test_a_file_is_no_domain(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    assert "is no directory" in named(checks(domain_path=tmp_path / "file"), "domain").detail
+    assert "is not a directory" in named(checks(domain_path=tmp_path / "file"), "domain").detail
 
 
 def test_a_link_is_no_domain(tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_the_limits_of_udmabuf_are_told(tmp_path: Path, size_limit: str | None, 
 def test_a_user_namespace_is_recognised(tmp_path: Path) -> None:
     (tmp_path / "self").mkdir()
     (tmp_path / "self" / "uid_map").write_text("         0       1000          1\n")
-    assert "its own" in named(checks(proc=tmp_path), "user namespace").detail
+    assert "a separate one" in named(checks(proc=tmp_path), "user namespace").detail
 
 
 @pytest.mark.parametrize(

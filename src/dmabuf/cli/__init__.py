@@ -1,6 +1,6 @@
-"""The command line: ``dmabuf COMMAND``; one module a command, named in :mod:`dmabuf.cli.app`.
+"""The command line: ``dmabuf COMMAND``, with one module for each command (:mod:`dmabuf.cli.app`).
 
-Exit status: 0 done; 1 it could not be done, and one line on stderr says why; 2 the command line makes no sense.
+Exit status: 0 done; 1 failed, with one line on stderr; 2 the command line makes no sense.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import warnings
 
 from dmabuf.errors import missing_extra
 
-_EXTRA = ("click", "rich")  # what the extra `cli` brings
+_EXTRA = ("click", "rich")  # of the extra `cli`
 
 
 def main() -> None:
-    """The entry point of the installed script and of ``python -m dmabuf``."""
+    """Run a command: the entry point of the installed script and of ``python -m dmabuf``."""
     try:
         from dmabuf.cli.app import app
     except ModuleNotFoundError as e:
@@ -25,12 +25,12 @@ def main() -> None:
         sys.exit(1)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # a terminal of another encoding is no reason to fail
+            stream.reconfigure(errors="backslashreplace")  # don't fail because of a terminal's encoding
     warnings.showwarning = _show
     app(prog_name="dmabuf")
 
 
 def _show(message: Warning | str, *_: object, **__: object) -> None:
-    """A warning for people: its text, without the line of code that gave it."""
+    """Print a warning without the line of code that emitted it."""
     text = str(message)
     print(text if text.startswith("dmabuf: ") else f"dmabuf: {text}", file=sys.stderr)

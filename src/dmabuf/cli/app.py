@@ -1,7 +1,7 @@
 """The group of commands. A new command is a module with a ``command``, and one line in ``COMMANDS``.
 
-Modules are imported when their command is asked for; one that isn't there is not listed. A command raises ``DmaBufError`` (or another
-``OSError``) for what can't be done, which ends as one line on stderr and exit status 1.
+A command's module is imported when the command is used. A module that isn't installed is not listed. A command that fails raises
+``DmaBufError`` or another ``OSError``, which becomes one line on stderr and exit status 1.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ COMMANDS = {
 
 
 class Failure(click.ClickException):
-    """What could not be done, in one line. Exit status 1."""
+    """A failed command, in one line. Exit status 1."""
 
     def show(self, file: IO[Any] | None = None) -> None:
-        """Print it as every message of ours begins."""
+        """Print it with the prefix of every message."""
         click.echo(f"dmabuf: {safe(self.message)}", file=file, err=True)
 
 
@@ -39,11 +39,11 @@ class Commands(click.Group):
     """Commands by the name of their module."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Those that are there, in the table's order."""
+        """Return the installed commands, in the table's order."""
         return [name for name, module in COMMANDS.items() if importlib.util.find_spec(module) is not None]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import the command's module; None when there is none."""
+        """Import the command's module. Return None if there is none."""
         if cmd_name not in self.list_commands(ctx):
             return None
         found = importlib.import_module(COMMANDS[cmd_name]).command
@@ -51,12 +51,12 @@ class Commands(click.Group):
         return found
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run a command; its errors become one line."""
+        """Run a command, and turn its errors into one line."""
         try:
             return super().invoke(ctx)
         except (OSError, ExtraMissingError) as e:
             if isinstance(e, OSError) and e.errno == errno.EPIPE:
-                raise  # whoever read our output has seen enough
+                raise  # the reader of the output has closed it
             raise Failure(str(e)) from e
 
 

@@ -1,4 +1,4 @@
-"""What several commands share: finding the domain without making one, and the JSON forms, which docs/cli.md describes."""
+"""What several commands use: the domain, which they never make, and the JSON forms, which docs/cli.md describes."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ in_domain: Callable[[Any], Any] = click.option(
 
 
 def domain_path(path: Path | None) -> Path:
-    """The directory to look at."""
+    """Return the directory of the domain."""
     return (path or place.default_path()).absolute()
 
 
 def snapshots_at(path: Path | None) -> tuple[Domain | None, list[BufferSnapshot]]:
-    """The domain and what is in it; (None, []) when nobody has made this user's yet.
+    """Return the domain and its buffers, (None, []) if this user's domain doesn't exist yet.
 
-    Errors: ENOENT a directory that was asked for and has no domain; those of opening one.
+    Errors: ENOENT ``path`` is given and has no domain; those of opening one.
     """
     where = domain_path(path)
     if not (where / place.FILE).exists():
         if path is not None:
             raise fail(
-                errno.ENOENT, "open domain", where, "name the directory that DMABUF_DOMAIN names for its users", what="no domain there"
+                errno.ENOENT, "open domain", where, "name the directory that its processes have in DMABUF_DOMAIN", what="no domain there"
             )
         return None, []
     domain = Domain.open(where)
@@ -44,7 +44,7 @@ def snapshots_at(path: Path | None) -> tuple[Domain | None, list[BufferSnapshot]
 
 
 def heading(domain: Domain | None, path: Path | None) -> dict[str, Any]:
-    """The fields that `ls --json` and `info --json` begin with."""
+    """Return the first fields of `ls --json` and `info --json`."""
     return {
         "domain": {"id": domain.id if domain else None, "path": str(domain_path(path))},
         "monotonic_ns": time.monotonic_ns(),
@@ -52,7 +52,7 @@ def heading(domain: Domain | None, path: Path | None) -> dict[str, Any]:
 
 
 def buffer_json(record: BufferRecord) -> dict[str, Any]:
-    """A buffer."""
+    """Return a buffer as JSON."""
     return vars(record) | {
         "holders": [holder._asdict() for holder in record.holders],
         "blocking_readers": [fence_json(fence) for fence in record.blocking_readers],
@@ -62,10 +62,10 @@ def buffer_json(record: BufferRecord) -> dict[str, Any]:
 
 
 def fence_json(fence: FenceRecord) -> dict[str, Any]:
-    """A fence."""
+    """Return a fence as JSON."""
     return dict(vars(fence))
 
 
 def print_json(data: Any) -> None:
-    """Print it: ASCII only, so that a name of any bytes gets through any pipe."""
+    """Print JSON, in ASCII only, so that a name of any bytes gets through any pipe."""
     click.echo(json.dumps(data, indent=2))

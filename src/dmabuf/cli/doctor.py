@@ -1,4 +1,4 @@
-"""``dmabuf doctor``: what this machine offers, and why a fast path is missing. The checks are in ``dmabuf.observe.machine``."""
+"""``dmabuf doctor``: what this machine has, and why a fast path is missing. The checks are in ``dmabuf.observe.machine``."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _SHOWN = {machine.OK: ("OK", "green"), machine.WARNING: ("warning", "yellow"), m
 @data.as_json
 @click.pass_context
 def command(ctx: click.Context, path: Path | None, as_json: bool) -> None:
-    """Say what this machine offers, and why a fast path is missing.
+    """Show what this machine has, and why a fast path is missing.
 
-    What is not required is a device or a faster way; without it the library works. Exit status 1 only when something required is
-    missing.
+    A check that is not REQUIRED is about a device or a faster way, and the library works without it. The exit status is 1 only if something
+    required is missing.
     """
     found = machine.checks(domain_path=path.absolute() if path else None)
     lost = [check for check in found if check.required and check.status == machine.MISSING]
@@ -42,5 +42,5 @@ def command(ctx: click.Context, path: Path | None, as_json: bool) -> None:
             names = ", ".join(check.name for check in lost)
             out.print(Text(f"\ndmabuf can't work here: {names} missing.", "bold red"))
         else:
-            out.print(Text("\nAll that dmabuf requires is here."))
+            out.print(Text("\nEverything required is here."))
     ctx.exit(1 if lost else 0)

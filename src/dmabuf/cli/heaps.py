@@ -1,4 +1,4 @@
-"""``dmabuf heaps``: where memory can come from, the recommended heap first."""
+"""``dmabuf heaps``: the heaps, the default first."""
 
 from __future__ import annotations
 

@@ -31,8 +31,8 @@ _PID_FD = re.compile(r"(\d+):(\d+)\Z", re.ASCII)
 def command(buffer: str, path: Path | None, as_json: bool) -> None:
     """Show everything about one buffer.
 
-    BUFFER is an inode number as `dmabuf ls` shows it, PID:FD for a descriptor of a process, or a name; looked for in this order. A
-    name that several buffers bear is an error that lists their inode numbers.
+    BUFFER is an inode number as in `dmabuf ls`, PID:FD for a descriptor of a process, or a name, in this order. If several buffers have the
+    name, the error lists their inode numbers.
     """
     domain, seen = data.snapshots_at(path)
     found = _find(buffer, seen, domain)
@@ -44,9 +44,9 @@ def command(buffer: str, path: Path | None, as_json: bool) -> None:
 
 
 def _find(wanted: str, seen: list[BufferSnapshot], domain: Domain | None) -> BufferSnapshot:
-    """The buffer that the argument means.
+    """Return the buffer that the argument names.
 
-    Errors: ENOENT none; ENOTUNIQ several of the name; what looking at a process's descriptor answers (ENOENT, EACCES, EINVAL, EXDEV).
+    Errors: ENOENT none; ENOTUNIQ several of the name; those of reading a process's descriptor (ENOENT, EACCES, EINVAL, EXDEV).
     """
     if wanted.isascii() and wanted.isdigit():
         for one in seen:
@@ -57,9 +57,9 @@ def _find(wanted: str, seen: list[BufferSnapshot], domain: Domain | None) -> Buf
     named = [one for one in seen if one.record.name == wanted]
     if len(named) > 1:
         inodes = ", ".join(str(one.record.ino) for one in named)
-        raise fail(errno.ENOTUNIQ, "info", repr(wanted), "name the inode", what=f"several buffers bear this name: inodes {inodes}")
+        raise fail(errno.ENOTUNIQ, "info", repr(wanted), "pass the inode number", what=f"several buffers have this name: inodes {inodes}")
     if not named:
-        raise fail(errno.ENOENT, "info", repr(wanted), "`dmabuf ls` lists them", what="no buffer of this inode or name")
+        raise fail(errno.ENOENT, "info", repr(wanted), "run `dmabuf ls` for a list", what="no buffer of this inode or name")
     return named[0]
 
 
@@ -70,9 +70,9 @@ def _by_descriptor(pid: int, fd: int, seen: list[BufferSnapshot], domain: Domain
         target, st = os.readlink(link), os.stat(link)
     except FileNotFoundError:
         why = "the process has no such descriptor" if os.path.exists(f"/proc/{pid}") else "there is no such process"
-        raise fail(errno.ENOENT, "info", what, "`dmabuf ls` lists who holds what", what=why) from None
+        raise fail(errno.ENOENT, "info", what, "run `dmabuf ls` for the processes of each buffer", what=why) from None
     except OSError as e:
-        raise fail(e.errno or errno.EIO, "info", what, "look as the user that runs it") from None
+        raise fail(e.errno or errno.EIO, "info", what, "run this as the user of that process") from None
     for one in seen:
         if (one.record.dev, one.record.ino) == (st.st_dev, st.st_ino):
             return one
@@ -80,7 +80,7 @@ def _by_descriptor(pid: int, fd: int, seen: list[BufferSnapshot], domain: Domain
     if target.startswith("/memfd:dmabuf:") and here not in target:
         other = target.split(":")[2]
         raise fail(errno.EXDEV, "info", what, "name its directory with --domain", what=f"the buffer belongs to domain {other}")
-    raise fail(errno.EINVAL, "info", what, "`dmabuf ls` lists the buffers", what=f"it is no buffer of this domain but {target}")
+    raise fail(errno.EINVAL, "info", what, "run `dmabuf ls` for the buffers", what=f"not a buffer of this domain but {target}")
 
 
 def _print(out: Console, found: BufferSnapshot, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""``dmabuf ls``: which buffers there are, how big, whose, who holds them, and which fence of whose is in the way, since when."""
+"""``dmabuf ls``: every buffer with its size, the processes that have it open, and the fences that block it, with their age."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from dmabuf.errors import errno_name
 from dmabuf.observe.records import BufferRecord, FenceRecord
 from dmabuf.observe.units import age, size
 
-_FENCES_SHOWN = 4  # of a buffer; `dmabuf info` shows all
-NOBODY = "nobody to be seen: in flight, or another user's"
+_FENCES_SHOWN = 4  # of one buffer; `dmabuf info` shows all
+NOBODY = "no visible process: in flight, or another user's"
 _WIDE = 110  # columns from which every field fits
 
 
@@ -25,10 +25,10 @@ _WIDE = 110  # columns from which every field fits
 @data.in_domain
 @data.as_json
 def command(path: Path | None, as_json: bool) -> None:
-    """List the buffers: who holds them, and which fence blocks them.
+    """List the buffers, the processes that have them open, and the fences that block them.
 
-    Newest first. Below a buffer stands whom a new reader or writer would wait for, and since when. A new writer waits for readers and
-    writers, a new reader for writers only.
+    The newest buffer comes first. Below a buffer are the fences that a new reader or writer would wait for, and since when. A new writer
+    waits for readers and writers, a new reader for writers only.
     """
     domain, seen = data.snapshots_at(path)
     buffers = [one.record for one in seen]
@@ -59,21 +59,21 @@ def _print(out: Console, buffers: list[BufferRecord], path: Path) -> None:
 
 
 def name_of(buf: BufferRecord) -> Text:
-    """The name, or that there is none."""
+    """Return the name, or a sign that there is none."""
     if buf.name is None:
         return Text("–", "dim")
     return Text(safe(buf.name)) if buf.name else Text('""', "dim")
 
 
 def held_by(buf: BufferRecord) -> Text:
-    """Everybody who holds it, with counts."""
+    """Return the processes that have it open or mapped, with counts."""
     if not buf.holders:
         return Text(NOBODY, "yellow")
     return Text(", ".join(f"{safe(h.comm)} {h.pid} ({counted(fd=h.fds, map=h.maps)})".replace(" ", show.GLUE) for h in buf.holders))
 
 
 def counted(**counts: int) -> str:
-    """ "2 fds, 1 map" """
+    """Return counts as "2 fds, 1 map"."""
     return ", ".join(f"{n} {word}{'s' if n > 1 else ''}" for word, n in counts.items() if n)
 
 
@@ -81,7 +81,7 @@ def _notes(buf: BufferRecord, monotonic: int) -> list[Text]:
     notes = []
     for fence in buf.blocking_writers[:_FENCES_SHOWN]:
         who = "readers and writers wait" if fence in buf.blocking_readers else "writers wait"
-        notes.append(Text(f"{who} for ", "cyan").append(in_the_way(fence, monotonic)))
+        notes.append(Text(f"{who} for ", "cyan").append(blocker(fence, monotonic)))
     if (more := len(buf.blocking_writers) - _FENCES_SHOWN) > 0:
         notes.append(Text(f"and for {more} more: dmabuf info {buf.ino}", "cyan"))
     if buf.locked_by:
@@ -91,8 +91,8 @@ def _notes(buf: BufferRecord, monotonic: int) -> list[Text]:
     return notes
 
 
-def in_the_way(fence: FenceRecord, monotonic: int) -> str:
-    """Which fence of whose, since when."""
+def blocker(fence: FenceRecord, monotonic: int) -> str:
+    """Return a fence with its process and its age."""
     owner = f"{safe(fence.comm)} {fence.pid}".strip()
     since = age(monotonic - fence.since)
     if fence.access is None:
@@ -102,7 +102,7 @@ def in_the_way(fence: FenceRecord, monotonic: int) -> str:
 
 
 def torn_text(buf: BufferRecord) -> str:
-    """Why the content is not whole."""
+    """Return why the content is torn."""
     assert buf.torn is not None
     how = "died" if buf.torn.errno == errno.EOWNERDEAD else "raised an exception"
     return f"torn: process {buf.torn.pid} {how} while writing ({errno_name(buf.torn.errno)}), until the next complete write()"

@@ -1,7 +1,7 @@
-"""How the commands show things to people: escaped text, and a grid that fits a terminal and a pipe.
+"""The output of the commands: escaped text, and a grid for terminals and pipes.
 
-On a terminal (or with COLUMNS set) lines are wrapped and long names cut; into a pipe, each thing is one whole line. What comes from
-other processes may be any bytes: :func:`safe` makes it printable, and nothing of it is read as markup.
+On a terminal (or with COLUMNS set) lines are wrapped and long names are cut. In a pipe each row is one whole line. Text of other processes
+may be any bytes: :func:`safe` makes it printable, and none of it is read as markup.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from rich.text import Text
 
 _NOTE = "    "  # before a note
 _GAP = Text("  ")
-GLUE = "\ue000"  # a space at which no line is broken; not printable, so no text of others has it
+GLUE = "\ue000"  # a space at which no line is broken; it isn't printable, so no safe() text contains it
 
 
 def safe(text: str) -> str:
-    """Text that a terminal shows as it is: control characters, undecodable bytes and the like as backslash escapes."""
+    """Return text that a terminal shows as it is, with control characters, undecodable bytes and the like as backslash escapes."""
     return "".join(c if c.isprintable() else _escape(c) for c in text)
 
 
@@ -32,20 +32,20 @@ def _escape(c: str) -> str:
 
 
 def console() -> Console:
-    """Where people's output goes."""
+    """Return the console for people's output."""
     return Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 def width_of(out: Console) -> int | None:
-    """Columns to fit into, None for a pipe."""
+    """Return the number of columns, None for a pipe."""
     return out.width if out.is_terminal or os.environ.get("COLUMNS", "").isdigit() else None
 
 
 class Grid:
-    """Rows in columns, of which the last one wraps; under a row, notes.
+    """Rows in columns, of which the last one wraps, with notes below a row.
 
-    ``heads``: the column titles; none of them is printed when all are empty. ``right``: columns to align right. ``cut``: the columns
-    that may be cut to a quarter of a terminal's width.
+    ``heads``: the column titles, which are not printed if all are empty. ``right``: the columns to align right. ``cut``: the columns that
+    may be cut to a quarter of a terminal's width.
     """
 
     def __init__(self, *heads: str, right: Sequence[int] = (), cut: Sequence[int] = ()) -> None:
@@ -54,11 +54,11 @@ class Grid:
         self.rows: list[tuple[list[Text], list[Text]]] = []
 
     def row(self, *cells: Text | str, notes: Sequence[Text] = ()) -> None:
-        """Add one row; text is shown as it is, so what others wrote must be :func:`safe`."""
+        """Add one row. Its text is shown as it is, so text of other processes must be :func:`safe`."""
         self.rows.append(([cell if isinstance(cell, Text) else Text(cell) for cell in cells], list(notes)))
 
     def print(self, out: Console) -> None:
-        """Print it."""
+        """Print the rows."""
         limit = width_of(out)
         if limit is not None:
             for cells, _ in self.rows:
@@ -84,7 +84,7 @@ class Grid:
 
 
 def _hang(out: Console, left: list[Text], text: Text, limit: int | None) -> None:
-    """`text` behind `left`; what doesn't fit goes on below it, at the same indent."""
+    """Print `text` behind `left`, and its further lines below it at the same indent."""
     if limit is None:
         _put(out, [*left, text])
         return
@@ -104,7 +104,7 @@ def _hang(out: Console, left: list[Text], text: Text, limit: int | None) -> None
 
 
 def _put(out: Console, parts: list[Text]) -> None:
-    if out.color_system is None:  # no styles to show: tens of thousands of lines should not take minutes
+    if out.color_system is None:  # without styles this is fast, and tens of thousands of lines don't take minutes
         out.file.write("".join(part.plain for part in parts).replace(GLUE, " ").rstrip() + "\n")
         return
     line = Text.assemble(*map(_unglued, parts))

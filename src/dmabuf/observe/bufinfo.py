@@ -1,17 +1,17 @@
-"""``bufinfo()``: the text of debugfs ``dma_buf/bufinfo`` (semantics 6.1), as far as user space can tell.
+"""``bufinfo()``: the text of debugfs ``dma_buf/bufinfo`` (semantics 6.1), as far as user space knows it.
 
-The same lines, columns and order as the kernel's, so that what parses one parses the other. What differs in meaning:
+The lines, columns and order are the kernel's, so one parser reads both. These parts have another meaning:
 
-- ``flags``: 00000002 (O_RDWR), as every buffer is made; a descriptor that was opened again may have others.
-- ``mode``: 00000007, read, write and seek. The kernel adds bits of its own (0x80000 is "opened"), which say nothing about a buffer.
-- ``count``: descriptors and mappings of the processes that we may look into, at least 1. The kernel counts those in flight too; of a real
-  dma-buf that one of these processes has a descriptor of, the kernel's own count and name are shown. The kernel's fences on it are not:
-  they are seen in debugfs alone.
-- Attached devices are those of this process, and for buffers that it exports those of all processes, the newest first as the kernel lists
-  them: nobody is asked over a socket, so a listing never waits.
-- No reservation lock is taken: each buffer's fences are a snapshot. A signalled fence is listed until its slot is used again.
+- ``flags``: 00000002 (O_RDWR), with which every buffer is made. A descriptor that was opened again may have others.
+- ``mode``: 00000007, for read, write and seek. The kernel adds its own bits (0x80000 is "opened"), which say nothing about a buffer.
+- ``count``: descriptors and mappings of the processes that /proc shows, at least 1. The kernel also counts those in flight. For a kernel
+  dma-buf of which one of these processes has a descriptor, this is the kernel's count, and the name is the kernel's. The kernel's fences on
+  it are only in debugfs.
+- Attached devices are those of this process, and for buffers that it exports those of all processes, the newest first as in the kernel. The
+  listing makes no remote call, so it never waits.
+- The listing takes no reservation lock, so each buffer's fences are a snapshot. A signaled fence is listed until its slot is used again.
 
-Names are as their bytes are (``os.fsdecode``), a line feed in one included: for people, ``dmabuf ls`` shows them escaped.
+Names are as in their bytes (``os.fsdecode``), even with a line feed. ``dmabuf ls`` shows them escaped.
 """
 
 from __future__ import annotations
@@ -31,9 +31,13 @@ _MODE = 0x7  # FMODE_READ | FMODE_WRITE | FMODE_LSEEK, include/linux/fs.h
 
 
 def bufinfo(*, domain: Domain | None = None) -> str:
-    """Every buffer of a domain, newest first, as the kernel's debugfs prints them (semantics 6.1).
+    """Return the text of every buffer of a domain, the newest first, as the kernel's debugfs prints them (semantics 6.1).
 
-    ``domain``: None for this user's. Errors: as :func:`dmabuf.buffers`.
+    Args:
+        domain: The domain; None means the user's default domain.
+
+    Raises:
+        DmaBufError: As :func:`dmabuf.buffers`.
     """
     domain = domain or Domain.default()
     seen = snapshots(domain)
@@ -59,13 +63,13 @@ def _buffer(seen: BufferSnapshot, devices: list[str]) -> str:
 
 
 def _by_the_kernel(record: BufferRecord) -> FdInfo | None:
-    """What the kernel says of a real dma-buf, through a descriptor of one of its holders."""
+    """Return the kernel's text about a kernel dma-buf, through a descriptor of one of its holders."""
     if not is_kernel_home(os.fsencode(record.home)):
         return None
     for holder in record.holders:
-        with contextlib.suppress(OSError):  # gone meanwhile
+        with contextlib.suppress(OSError):  # the process ended meanwhile
             for name in os.listdir(f"/proc/{holder.pid}/fd"):
-                with contextlib.suppress(OSError):  # closed meanwhile
+                with contextlib.suppress(OSError):  # it was closed meanwhile
                     st = os.stat(f"/proc/{holder.pid}/fd/{name}")
                     if (st.st_dev, st.st_ino) == (record.dev, record.ino):
                         return fdinfo(int(name), process=str(holder.pid))

@@ -1,6 +1,6 @@
-"""What this machine offers to the library, and what to do about what it doesn't: the checks behind ``dmabuf doctor``.
+"""The checks of ``dmabuf doctor``: what this machine has for the library, and how to get what is missing.
 
-Each check tries the thing itself rather than asking for a version. Nothing is left behind, no module is loaded, no domain is made.
+Each check tries the feature itself, and doesn't ask for a version. It leaves nothing behind, loads no module and makes no domain.
 """
 
 from __future__ import annotations
@@ -26,16 +26,15 @@ OK, MISSING, WARNING = "ok", "missing", "warning"
 _MIB = 1 << 20
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _ROUNDS = 300  # wakes measured; some milliseconds
-_SLOW_WAKE_NS = 25_000  # a futex wake between CPUs of a machine of its own costs 3–10 µs
+_SLOW_WAKE_NS = 25_000  # on a physical machine a futex wake between CPUs costs 3–10 µs
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing looked at.
+    """The result of one check.
 
-    ``status``: ``"ok"``, ``"warning"`` (works, but not at its best) or ``"missing"``. ``required``: without it the library does not
-    work; what is not required is a fast path or a device. ``detail``: what was found, or why it is missing. ``remedy``: what would
-    change that, "" when nothing needs to.
+    ``status``: ``"ok"``, ``"warning"`` (it works, but could be better) or ``"missing"``. ``required``: whether the library needs it;
+    everything else is a fast path or a device. ``detail``: what was found, or why it is missing. ``remedy``: what to do, "" if nothing.
     """
 
     name: str
@@ -48,19 +47,22 @@ class Check:
 def checks(
     *, domain_path: Path | None = None, dev: Path = Path("/dev"), proc: Path = Path("/proc"), parameters: Path = udmabuf.PARAMETERS
 ) -> list[Check]:
-    """Every check, the required ones first. ``domain_path``: None for this user's default. ``dev``, ``proc``, ``parameters``: for tests."""
+    """Run every check, the required ones first.
+
+    ``domain_path``: None for this user's domain. ``dev``, ``proc``, ``parameters``: for tests.
+    """
     found = [_kernel(), _proc(proc), _memfd(), _locks(proc), _domain(domain_path or place.default_path()), *_memory()]
     found += [_descriptors(), _namespace(proc), _cpus()]
     found.append(_udmabuf(dev / "udmabuf", parameters))
-    found.extend(_devices(dev, "dma_heap", "dma_heap/*", "dma-buf heaps", "a kernel with CONFIG_DMABUF_HEAPS_SYSTEM"))
-    found.extend(_devices(dev, "dri", "dri/card*", "GPU buffers", "a GPU's driver, or: modprobe vgem", "dri/renderD*"))
-    found.extend(_devices(dev, "video", "video*", "cameras", "a camera's driver, or: modprobe vivid"))
+    found.extend(_devices(dev, "dma_heap", "dma_heap/*", "dma-buf heaps", "use a kernel with CONFIG_DMABUF_HEAPS_SYSTEM"))
+    found.extend(_devices(dev, "dri", "dri/card*", "GPU buffers", "load a GPU's driver, or: modprobe vgem", "dri/renderD*"))
+    found.extend(_devices(dev, "video", "video*", "cameras", "load a camera's driver, or: modprobe vivid"))
     found.append(_extra("demo", ("av", "numpy"), "`dmabuf demo`"))
     return found
 
 
 def _tried(name: str, attempt: Callable[[], str], remedy: str) -> Check:
-    """A required thing, tried."""
+    """Try a required feature."""
     try:
         return Check(name, OK, True, attempt())
     except OSError as e:
@@ -79,7 +81,7 @@ def _proc(proc: Path) -> Check:
     def attempt() -> str:
         os.listdir(proc / "self/fd")
         others = sum(name.isdigit() for name in os.listdir(proc))
-        return f"mounted at {proc}, {others} processes to be seen"
+        return f"mounted at {proc}, shows {others} processes"
 
     return _tried("/proc", attempt, f"mount it: mount -t proc proc {proc}")
 
@@ -95,7 +97,7 @@ def _memfd() -> Check:
             os.close(fd)
         return "memfd_create, with seals"
 
-    return _tried("memfd", attempt, "Linux 3.17 or newer, and a sandbox that lets memfd_create through")
+    return _tried("memfd", attempt, "use Linux 3.17 or newer, and a sandbox that allows memfd_create")
 
 
 def _locks(proc: Path) -> Check:
@@ -104,7 +106,7 @@ def _locks(proc: Path) -> Check:
         try:
             os.ftruncate(fd, 4096)
             if not place.ofd_lock(fd, fcntl.F_RDLCK, 0):
-                raise OSError("the lock on a new file was refused")
+                raise OSError("a lock on a new file is refused")
             other = place.reopen(fd)
             try:
                 if not place.ofd_locked(other, 0):
@@ -112,18 +114,18 @@ def _locks(proc: Path) -> Check:
             finally:
                 os.close(other)
             st = os.fstat(fd)
-            # One pass may miss a lock that is there, when others come and go.
+            # One pass may miss a lock while others come and go.
             if not any((st.st_dev, st.st_ino) in reference_locks() for _ in range(3)):
                 raise OSError(f"a lock is not seen in {proc}/locks")
         finally:
             os.close(fd)
         return f"open-file-description locks, seen in {proc}/locks"
 
-    return _tried("OFD locks", attempt, "Linux 3.15 or newer with CONFIG_FILE_LOCKING, and a /proc that shows locks")
+    return _tried("OFD locks", attempt, "use Linux 3.15 or newer with CONFIG_FILE_LOCKING, and a /proc that shows locks")
 
 
 def _domain(path: Path) -> Check:
-    """Is the domain's directory ours, or could we make it?"""
+    """Check that the domain's directory belongs to this user, or can be made."""
     remedy = "make it yours with mode 0700, or name another directory in DMABUF_DOMAIN"
     given = "from DMABUF_DOMAIN" if os.environ.get("DMABUF_DOMAIN") == str(path) else "the default"
     try:
@@ -131,18 +133,18 @@ def _domain(path: Path) -> Check:
     except FileNotFoundError:
         parent = path.parent
         if os.access(parent, os.W_OK | os.X_OK):
-            return Check("domain", OK, True, f"{path} ({given}): not there yet, made at first use{_room(parent)}")
+            return Check("domain", OK, True, f"{path} ({given}): doesn't exist yet, made at first use{_room(parent)}")
         why = "can't be made in" if parent.is_dir() else "can't be made: there is no"
         return Check("domain", MISSING, True, f"{path} ({given}) {why} {parent}", "name a directory you can write to in DMABUF_DOMAIN")
     except OSError as e:
         return Check("domain", MISSING, True, f"{path} ({given}): {e.strerror}", remedy)
     if not stat.S_ISDIR(st.st_mode):
-        return Check("domain", MISSING, True, f"{path} ({given}) is no directory", remedy)
+        return Check("domain", MISSING, True, f"{path} ({given}) is not a directory", remedy)
     if st.st_uid != os.geteuid() or stat.S_IMODE(st.st_mode) != 0o700:
         return Check(
             "domain", MISSING, True, f"{path} ({given}) belongs to {devices.user(st.st_uid)}, mode {stat.S_IMODE(st.st_mode):04o}", remedy
         )
-    return Check("domain", OK, True, f"{path} ({given}): ours{_room(path)}")
+    return Check("domain", OK, True, f"{path} ({given}): belongs to you{_room(path)}")
 
 
 def _room(path: Path) -> str:
@@ -157,7 +159,7 @@ def _room(path: Path) -> str:
 
 
 def _memory() -> Iterator[Check]:
-    """What an allocation may take now, and which limit says so."""
+    """Check how much an allocation may take now, and by which limit."""
     here = budget.Budget()
     try:
         room, rooms = here.least(), here.groups()
@@ -165,7 +167,7 @@ def _memory() -> Iterator[Check]:
         yield Check("memory", MISSING, True, str(e), "mount /proc")
         return
     status = OK if room.left >= 64 * _MIB else WARNING
-    yield Check("memory", status, False, f"{size(max(0, room.left))} can be promised: {room.limit}", "" if status == OK else room.remedy)
+    yield Check("memory", status, False, f"{size(max(0, room.left))} can be allocated: {room.limit}", "" if status == OK else room.remedy)
     if rooms:
         path, left = min(rooms.items(), key=lambda r: r[1].left)
         yield Check("cgroup", OK if left.left >= 64 * _MIB else WARNING, False, f"{size(max(0, left.left))} left in {path}", "")
@@ -190,45 +192,45 @@ def _namespace(proc: Path) -> Check:
     except OSError:
         return Check("user namespace", OK, False, "the kernel has none")
     if inside:
-        return Check("user namespace", OK, False, "in one of its own: buffers are shared with processes of the same uid outside of it, too")
+        return Check("user namespace", OK, False, "a separate one: buffers are shared with processes of the same uid outside of it, too")
     return Check("user namespace", OK, False, "the machine's")
 
 
 def _cpus() -> Check:
-    """How many CPUs there are, and what it costs to wake a process on another one."""
+    """Check how many CPUs there are, and what it costs to wake a process on another one."""
     usable = sorted(os.sched_getaffinity(0))
     count = f"{len(usable)} of {os.cpu_count()} CPUs usable"
     try:
         same = _wake_ns(usable[0], usable[0])
         other = _wake_ns(usable[0], usable[-1]) if len(usable) > 1 else None
     except OSError as e:
-        return Check("cpus", OK, False, f"{count}; a wake could not be measured ({e.strerror or e})")
+        return Check("cpus", OK, False, f"{count}; waking a process can't be measured ({e.strerror or e})")
     if other is None:
         return Check("cpus", OK, False, f"{count}; waking a process on it takes {same / 1000:.1f} µs")
     text = f"{count}; waking a process takes {same / 1000:.1f} µs on the same CPU, {other / 1000:.1f} µs on another"
     if other > _SLOW_WAKE_NS:
         return Check(
-            "cpus", WARNING, False, text, "a virtual machine, or deep idle states: run partners on one CPU (taskset), or keep it awake"
+            "cpus", WARNING, False, text, "run partners on one CPU (taskset), or avoid deep idle states; a virtual machine may be the cause"
         )
     return Check("cpus", OK, False, text)
 
 
 def _wake_ns(here: int, there: int) -> int:
-    """Nanoseconds of one wake (half a round trip over two pipes) between processes on two CPUs; the median of many."""
+    """Return the nanoseconds of one wake (half a round trip over two pipes) between processes on two CPUs, the median of many."""
     before = os.sched_getaffinity(0)
     there_r, here_w = os.pipe()
     here_r, there_w = os.pipe()
     fds = (there_r, here_w, here_r, there_w)
     try:
         with warnings.catch_warnings():
-            # Python warns of a fork with threads about: this child makes system calls only, until it ends.
+            # Python warns of a fork with other threads. This child only makes system calls until it ends.
             warnings.simplefilter("ignore", DeprecationWarning)
             child = os.fork()
     except BaseException:
         for fd in fds:
             os.close(fd)
         raise
-    if not child:  # nothing of Python's ends here: no exit handlers, no buffers to flush
+    if not child:  # it ends without exit handlers, and without flushing buffers
         try:
             os.close(here_w)
             os.sched_setaffinity(0, {there})

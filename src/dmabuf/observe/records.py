@@ -1,8 +1,8 @@
-"""``buffers()``: a snapshot of every buffer of a domain, newest first.
+"""``buffers()``: a snapshot of every buffer of a domain, the newest first.
 
-Looking changes nothing that a buffer's users could see, takes no reservation lock and waits for none: what a buffer's list of fences
-says while somebody changes it is the state before or after one of the changes. Each buffer is read by itself, so two buffers may be
-seen at slightly different times. The dead are reaped first, so nothing of them is shown.
+A snapshot changes nothing that a buffer's users can see, and takes no reservation lock. If a buffer's list of fences changes meanwhile, the
+snapshot has the state before or after one of the changes. Each buffer is read by itself, so two buffers may be from slightly different
+times. The dead are reaped first, so the snapshot has nothing of them.
 
 A buffer is there while somebody holds it: a descriptor or a mapping of a process that we may look into, or a lease that
 ``/proc/locks`` shows (a descriptor in flight in a socket, a process of which we may not see the descriptors).
@@ -33,11 +33,11 @@ _USAGES = ("kernel", "write", "read", "bookkeep")
 class FenceRecord:
     """A fence on a buffer's reservation object.
 
-    ``driver``, ``timeline``: names of the timeline ("" when it was made anew meanwhile); ``context``, ``seqno``: which fence.
-    ``pid``, ``comm``: the process that owns it and will signal it. ``since``: CLOCK_MONOTONIC nanoseconds of its making, which for an
-    access is the arrival at ``read()`` or ``write()``; ``time.monotonic_ns() - since`` is its age. ``usage``: ``"kernel"``,
-    ``"write"``, ``"read"`` or ``"bookkeep"``. ``access``: ``"read"`` or ``"write"`` for the fence of such a block, None for any
-    other; ``granted``: the block is entered, it no longer waits itself (False for what is no access). ``signaled``: it is over.
+    ``driver``, ``timeline``: the names of the timeline ("" if its slot was used again). ``context``, ``seqno``: which fence. ``pid``,
+    ``comm``: the process that owns it and will signal it. ``since``: when it was made, in CLOCK_MONOTONIC nanoseconds; for an access, when
+    ``read()`` or ``write()`` was called. Its age is ``time.monotonic_ns() - since``. ``usage``: ``"kernel"``, ``"write"``, ``"read"`` or
+    ``"bookkeep"``. ``access``: ``"read"`` or ``"write"`` for the fence of such a block, else None. ``granted``: whether the block was
+    entered, and no longer waits (False if it is not an access). ``signaled``: whether it is signaled.
     """
 
     driver: str
@@ -55,7 +55,7 @@ class FenceRecord:
 
 @dataclass(frozen=True)
 class Torn:
-    """A writer died (``errno`` EOWNERDEAD) or raised (ECANCELED) in the middle. ``pid``: its process."""
+    """A torn write: the writer died (``errno`` EOWNERDEAD) or raised (ECANCELED). ``pid``: its process."""
 
     errno: int
     pid: int
@@ -63,14 +63,14 @@ class Torn:
 
 @dataclass(frozen=True)
 class BufferRecord:
-    """One buffer at the time of the look.
+    """One buffer at one moment.
 
-    ``ino``, ``dev``: the inode that every descriptor of it shows. ``name``: None when never set. ``size``: bytes. ``created``:
-    nanoseconds since the epoch. ``pid``: the process that made it, which may be gone. ``holders``: processes whose descriptors and
-    mappings we may see, by pid; empty for a buffer in flight. ``accesses``: ``read()`` and ``write()`` blocks entered or waiting.
-    ``blocking_readers``, ``blocking_writers``: the pending fences that a new reader (usage up to WRITE) or writer (up to READ) would
-    wait for, oldest first. ``locked_by``: the pid of the process that holds the reservation lock, 0 when it is free. ``torn``: None
-    when the content is whole.
+    ``ino``, ``dev``: the inode, the same for all its descriptors. ``name``: None if never set. ``size``: bytes. ``created``: nanoseconds
+    since the epoch. ``pid``: the process that made it, which may be gone. ``holders``: the processes that have it open or mapped, as far as
+    /proc shows them, by pid; empty for a buffer in flight. ``accesses``: ``read()`` and ``write()`` blocks entered or waiting.
+    ``blocking_readers``, ``blocking_writers``: the pending fences for which a new reader (usage up to WRITE) or writer (up to READ) would
+    wait, the oldest first. ``locked_by``: the pid of the process that holds the reservation lock, 0 if it is free. ``torn``: None if the
+    content is whole.
     """
 
     ino: int
@@ -91,22 +91,26 @@ class BufferRecord:
 
 @dataclass(frozen=True)
 class BufferSnapshot:
-    """A buffer's record together with every fence on its list up to BOOKKEEP, in the list's order, signalled ones too."""
+    """A buffer's record, and every fence on its list up to BOOKKEEP, in the list's order, including signaled ones."""
 
     record: BufferRecord
     fences: list[FenceRecord]
 
 
 def buffers(*, domain: Domain | None = None) -> list[BufferRecord]:
-    """Every buffer that is there, the newest first; never waits for a reservation lock.
+    """Return every buffer that exists, the newest first, without waiting for a reservation lock.
 
-    ``domain``: None for this user's. Errors: those of opening a domain (EACCES, EUCLEAN, ENOSPC, ENOSYS without /proc).
+    Args:
+        domain: The domain; None means the user's default domain.
+
+    Raises:
+        DmaBufError: The domain can't be opened (EACCES, EUCLEAN, ENOSPC, or ENOSYS without /proc).
     """
     return [seen.record for seen in snapshots(domain or Domain.default())]
 
 
 def snapshots(domain: Domain) -> list[BufferSnapshot]:
-    """:func:`buffers`, with all the fences."""
+    """Return the buffers as :func:`buffers`, with all their fences."""
     domain.sweep()
     if "records" not in domain.sweep_hooks:  # a process that only looks has no buffers, and installs no hook for them
         records.sweep(domain)
@@ -121,7 +125,7 @@ def snapshots(domain: Domain) -> list[BufferSnapshot]:
 
 
 def _consistent(shm: Shm, index: int) -> dict[str, Any] | None:
-    """What a record says; None when it is no buffer's, or was given to another buffer while we read it."""
+    """Return the fields of a record, None if it isn't a buffer's, or was given to another buffer meanwhile."""
     info = shm.rec_info(index)
     if info is None or info["kind"] != records.KIND_BUFFER or not info["ino"]:
         return None
@@ -170,7 +174,7 @@ def _snapshot(shm: Shm, names: _Names, index: int, info: dict[str, Any], held: l
 
 
 class _Names:
-    """Who owns what, each looked up once in a snapshot."""
+    """Names of owners and others, each looked up once for a snapshot."""
 
     def __init__(self, domain: Domain) -> None:
         self.domain, self.shm = domain, domain.shm
@@ -178,14 +182,14 @@ class _Names:
         self._texts: dict[bytes, str] = {}
 
     def text(self, raw: bytes) -> str:
-        """A name that many records share."""
+        """Return a name, which many records share."""
         found = self._texts.get(raw)
         if found is None:
             found = self._texts[raw] = os.fsdecode(raw)
         return found
 
     def process(self, life: int) -> tuple[int, str]:
-        """(pid, comm) of a life."""
+        """Return (pid, comm) of a life."""
         found = self._processes.get(life)
         if found is None:
             pid = self.domain.pid_of(life)
@@ -194,12 +198,12 @@ class _Names:
         return found
 
     def owner(self, word: int) -> int:
-        """The pid behind a context word, 0 when it is closed."""
+        """Return the pid of a context word's owner, 0 if it is closed."""
         context = self.shm.ctx_info(word)
         return self.process(context[0])[0] if context else 0
 
     def fence(self, handle: int, usage: int) -> FenceRecord | None:
-        """What a fence's slot says; None when it was signalled so long ago that the slot was used again."""
+        """Return a fence from its slot, None if it was signaled so long ago that the slot was used again."""
         info = self.shm.fence_info(handle)
         if info is None:
             return None

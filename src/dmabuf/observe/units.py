@@ -1,10 +1,10 @@
-"""Sizes and times in words."""
+"""Sizes and times for people."""
 
 from __future__ import annotations
 
 
 def size(count: int) -> str:
-    """Bytes in three figures or so."""
+    """Return a number of bytes with about three digits and a unit."""
     value, units = float(count), iter(("KiB", "MiB", "GiB", "TiB", "PiB"))
     if value < 1024:
         return f"{count} B"
@@ -17,7 +17,7 @@ def size(count: int) -> str:
 
 
 def age(ns: int) -> str:
-    """A stretch of time in its largest unit; a time that lies ahead (the clock was set back) is 0."""
+    """Return a time span in its largest unit. A negative one (the clock was set back) is 0."""
     seconds = max(0, ns) / 1e9
     if seconds < 0.9995:
         return f"{seconds * 1000:.0f} ms"
