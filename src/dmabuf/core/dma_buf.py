@@ -21,6 +21,7 @@ from __future__ import annotations
 import os
 import select
 from collections.abc import Coroutine
+from functools import partial
 from typing import Any, Self
 
 from dmabuf._native import Mapping
@@ -31,15 +32,13 @@ from dmabuf.core.attach import attachment
 from dmabuf.core.attach.attachment import DmaBufAttachment
 from dmabuf.core.base.closing import Closing
 from dmabuf.core.buffer import fdinfo, mapping, statistics
-from dmabuf.core.buffer.handle import Face, Handle, face_of
-from dmabuf.core.buffer.shared import SharedBuffer
+from dmabuf.core.buffer.handle import Face, Handle, face_of, open_face
 from dmabuf.core.contract import Importer
 from dmabuf.core.memory.device import Device
 from dmabuf.core.memory.iosys_map import IosysMap
 from dmabuf.core.resv.resv import DmaResv
 from dmabuf.core.sync.sync_file import SyncFile
 from dmabuf.domain.domain import Domain
-from dmabuf.uapi.call import OwnedFd
 
 
 class DmaBuf(Face, Closing):
@@ -147,7 +146,7 @@ class DmaBuf(Face, Closing):
 
         Kernel: get_dma_buf.
         """
-        return face_of(DmaBuf, self._handle.duplicate())
+        return new_handle(self._handle.dup(), self._handle.shared)
 
     def fileno(self) -> int:
         """Return the file descriptor, which the buffer keeps owning and closes itself."""
@@ -514,6 +513,5 @@ class _BufHandle(Handle):
         return face_of(DmaBuf, self)
 
 
-def new_handle(fd: int | OwnedFd, shared: SharedBuffer, name: bytes | None = None) -> DmaBuf:
-    """Return a new handle of a buffer, which owns ``fd``. ``name``: the buffer's, if its record has to be made again."""
-    return face_of(DmaBuf, _BufHandle(fd, shared, name))
+new_handle = partial(open_face, DmaBuf, _BufHandle)
+"""Return a new handle of a buffer, which owns a descriptor: ``new_handle(fd, shared, name=None)``."""

@@ -253,7 +253,7 @@ def adopt(
 
 def confirmed(kind: type[R], domain: Domain, dev: int, ino: int, size: int, nonce: bytes) -> R | None:
     """Return the record of a buffer whose fd this process has, if there is one with that nonce; None: look at the fd's name."""
-    table = _RECORDS.peek(domain)
+    table: weakref.WeakValueDictionary[tuple[int, int], Record] | None = domain.local.get(_RECORDS)  # each call less is worth it here
     record = table.get((dev, ino)) if table is not None else None
     if record is not None:
         return record if record.nonce == nonce and isinstance(record, kind) else None

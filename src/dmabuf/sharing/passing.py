@@ -38,8 +38,8 @@ from typing import Any, Final, NamedTuple
 
 from dmabuf._native import recv_one, send_one
 from dmabuf.core.access.range import BufferRange
-from dmabuf.core.buffer.handle import handle_of
-from dmabuf.core.buffer.shared import confirmed
+from dmabuf.core.buffer.handle import handle_behind
+from dmabuf.core.buffer.shared import SharedBuffer
 from dmabuf.core.dma_buf import DmaBuf, new_handle
 from dmabuf.core.fence.fence import DmaFence
 from dmabuf.core.fence.timeline import Timeline
@@ -48,6 +48,7 @@ from dmabuf.core.sync.semaphore import TimelineSemaphore
 from dmabuf.core.sync.sw_sync import SwSync
 from dmabuf.core.sync.sync_file import SyncFile
 from dmabuf.domain.domain import Domain
+from dmabuf.domain.records import confirmed
 from dmabuf.errors import DmaBufError, fail
 from dmabuf.sharing.items import (
     HAS_NAME,
@@ -111,7 +112,7 @@ def send(sock: socket.socket, *objects: Sent) -> None:
     """
     entry = _peers.get(id(sock))
     peer = entry[0] if entry else _look_at(sock, "send")
-    handle = handle_of(objects[0]) if len(objects) == 1 and type(objects[0]) is DmaBuf else None
+    handle = handle_behind(objects[0]) if len(objects) == 1 and type(objects[0]) is DmaBuf else None
     if handle is not None and handle.fd >= 0 and not peer.asks and sock.gettimeout() is None:
         # The commonest message on the commonest socket, in one native call.
         data = handle.shared.message or message_of(handle.shared)
@@ -177,7 +178,7 @@ def recv(sock: socket.socket) -> list[Any]:
         domain = domains.get(identity)
         name = body.rstrip(b"\0") if item_flags & HAS_NAME else None
         try:
-            shared = None if domain is None else confirmed(domain, dev, ino, size, nonce)
+            shared = None if domain is None else confirmed(SharedBuffer, domain, dev, ino, size, nonce)
             domain = domain or domain_of(identity, item_flags)
         except BaseException:
             os.close(fd)

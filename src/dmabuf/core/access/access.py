@@ -101,9 +101,10 @@ class Access:
 
     def __enter__(self) -> memoryview:
         until = self.begin()
-        owner = current(self.handle.domain)
+        handle = self.handle
+        owner = current(handle.domain)
         try:
-            pending = self.add(owner, until) if self.handle.shared.backing is None else self._arrive(owner, until)
+            pending = self.add(owner, until) if handle.shared.backing is None else self._arrive(owner, until)
             if pending is not None:
                 wait([self], owner, pending, until)
                 self.grant()

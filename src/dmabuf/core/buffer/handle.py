@@ -17,7 +17,8 @@ import sys
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Protocol, Self, TypeVar
+from operator import attrgetter
+from typing import Protocol, TypeVar
 
 from dmabuf._native import Mapping
 from dmabuf.core.buffer.backing import KernelSide
@@ -27,7 +28,7 @@ from dmabuf.core.contract import Buffer
 from dmabuf.core.resv.lock import record_of
 from dmabuf.core.resv.resv import DmaResv, resv_of
 from dmabuf.domain.domain import Domain
-from dmabuf.domain.records import InodeWatch, Record
+from dmabuf.domain.records import Record
 from dmabuf.errors import ContractError, contract_warning, fail
 from dmabuf.uapi.call import OwnedFd
 
@@ -60,24 +61,6 @@ class Handle(ABC):
     accesses: int
     polls: weakref.WeakSet[Cancelable] | None
     _life: int
-
-    def __init__(self, fd: int | OwnedFd, shared: SharedBuffer, name: bytes | None = None) -> None:
-        """Own ``fd``, which is closed if this raises. ``name``: the buffer's, if its record has to be made again."""
-        try:
-            shared.enter(name)
-        except BaseException:
-            close_fd(fd)
-            raise
-        self.shared, self.size, self.domain = shared, shared.size, shared.domain
-        self.view, self.known_resv, self.accesses, self.polls = None, None, 0, None
-        self._life = shared.shm.life
-        if isinstance(fd, int):
-            self.fd = fd
-        else:  # no signal handler can raise between the two: one of them closes the descriptor, and once
-            self.fd = fd.number
-            fd.take()
-        if shared.backing is None and shared.home != MEMFD:
-            shared.find_backing(self.fd)
 
     def __repr__(self) -> str:
         where = "closed" if self.fd < 0 else f"fd {self.fd}"
@@ -120,9 +103,9 @@ class Handle(ABC):
         except OSError as e:
             raise fail(e.errno or errno.EIO, "dup", self, "raise RLIMIT_NOFILE or close descriptors") from None
 
-    def duplicate(self) -> Self:
+    def duplicate(self) -> Handle:
         """Return another handle of the buffer, with a descriptor and a close of its own."""
-        return type(self)(self.dup(), self.shared)
+        return open_face(Face, type(self), self.dup(), self.shared)._handle
 
     def detach(self) -> int:
         """Close the handle but keep its descriptor, which the caller owns from now on."""
@@ -132,7 +115,11 @@ class Handle(ABC):
         backing = self.shared.backing
         if backing is not None:
             backing.before_close()
-        self._drop(fd, closing=False)
+        resv = self.shared.resv_ref
+        if resv is None or resv() is None:
+            self.shared.leave(fd, closing=False)
+        else:
+            self._pass_on()
         if backing is not None:
             backing.after_close(quiet=False)
         return fd
@@ -148,26 +135,28 @@ class Handle(ABC):
         self._close(fd)
 
     def _close(self, fd: int, quiet: bool = False) -> None:
-        backing = self.shared.backing
+        shared = self.shared
+        backing = shared.backing
         if backing is not None:
             backing.before_close()
-        watch = self._drop(fd)
+        # The last handle of this process drops the reference to the record, unless a reservation object is in use.
+        resv = shared.resv_ref
+        if resv is None or resv() is None:
+            watch = shared.leave(fd)
+        else:
+            watch = None
+            self._pass_on()
         os.close(fd)
         if watch is not None:
             watch.free_gone()
         if backing is not None:
             backing.after_close(quiet)
 
-    def _drop(self, fd: int, closing: bool = True) -> InodeWatch | None:
-        """Count one handle less. The last of this process drops the reference to the record, unless a reservation object is in use."""
-        shared = self.shared
-        resv = shared.resv_ref
-        if resv is None or resv() is None:
-            return shared.leave(fd, closing)
-        with shared.lock:
-            shared.handles -= 1
-        self.shared = shared.tombstone()  # the reference is the reservation object's alone from now on
-        return None
+    def _pass_on(self) -> None:
+        """Count one handle less, and let the reservation object alone keep the reference to the record."""
+        with self.shared.lock:
+            self.shared.handles -= 1
+        self.shared = self.shared.tombstone()
 
     def _leave(self, operation: str) -> None:
         if self.accesses and self._life == self.shared.shm.life:
@@ -306,9 +295,35 @@ class Face:
 FaceT = TypeVar("FaceT", bound=Face)
 
 
-def face_of(kind: type[FaceT], handle: Handle) -> FaceT:
-    """Return a face of this handle."""
-    made = object.__new__(kind)
+def open_face(face: type[FaceT], kind: type[Handle], fd: int | OwnedFd, shared: SharedBuffer, name: bytes | None = None) -> FaceT:
+    """Return a face of a new handle, a ``kind``, which owns ``fd``; it is closed if this raises.
+
+    ``name``: the buffer's, if its record has to be made again. One function, since every buffer that is received comes this way.
+    """
+    try:
+        shared.enter(name)
+    except BaseException:
+        close_fd(fd)
+        raise
+    handle = object.__new__(kind)
+    handle.shared, handle.size, handle.domain, handle._life = shared, shared.size, shared.domain, shared.shm.life
+    handle.view = handle.known_resv = handle.polls = None
+    handle.accesses = 0
+    if isinstance(fd, int):
+        handle.fd = fd
+    else:  # no signal handler can raise between the two: one of them closes the descriptor, and once
+        handle.fd = fd.number
+        fd.take()
+    if shared.backing is None and shared.home != MEMFD:
+        shared.find_backing(handle.fd)
+    made = object.__new__(face)
+    made._handle = handle
+    return made
+
+
+def face_of(face: type[FaceT], handle: Handle) -> FaceT:
+    """Return another face of a handle."""
+    made = object.__new__(face)
     made._handle = handle
     return made
 
@@ -318,6 +333,10 @@ def handle_of(buf: object) -> Handle:
     if not isinstance(buf, Face):
         raise TypeError(f"a DmaBuf is expected, not {type(buf).__name__}")
     return buf._handle
+
+
+handle_behind: Callable[[Face], Handle] = attrgetter("_handle")
+""":func:`handle_of` for a caller that has checked that it is a face."""
 
 
 def close_fd(fd: int | OwnedFd) -> None:
