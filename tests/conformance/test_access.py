@@ -457,7 +457,7 @@ def test_arrays_that_are_gone_inside_the_block_hold_nothing_up(buf: DmaBuf) -> N
         assert view[0] == 1
 
 
-def test_an_array_that_outlives_its_read_block_is_named_when_its_thread_writes(buf: DmaBuf) -> None:
+def test_write_names_array_that_outlives_read_block_of_same_thread(buf: DmaBuf) -> None:
     with buf.read() as view:
         part = view[:4]
     with raises_errno(errno.EDEADLK) as caught, buf.write():

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 import dmabuf
-from dmabuf import ContractWarning, Device, Direction, DmaBuf, DmaBufAttachment, Importer, SgTable, Timeline, Usage
+from dmabuf import ContractError, ContractWarning, Device, Direction, DmaBuf, DmaBufAttachment, Importer, SgTable, Timeline, Usage
 from dmabuf.core.attach import attachment as attachments
+from dmabuf.core.buffer.handle import handle_of
 from tests.support.drivers import BIDIR, FROM, PAGE, TO, Bare, Dynamic, Mover, Static
 from tests.support.errnos import raises_errno
 from tests.support.fences import attach as add
@@ -49,7 +50,7 @@ def test_static_with_static_maps_at_map_and_unmaps_at_unmap(static: Static, dev:
         assert static.calls[5:] == ["detach"]
 
 
-def test_static_with_dynamic_maps_at_attach_for_all_directions_without_a_wait(static: Static, dev: Device, tl: Timeline) -> None:
+def test_static_exporter_maps_bidirectional_when_dynamic_attaches(static: Static, dev: Device, tl: Timeline) -> None:
     with dmabuf.export(static, SIZE) as buf:
         fence = tl.fence()
         add(buf.resv, fence, Usage.KERNEL)
@@ -63,7 +64,7 @@ def test_static_with_dynamic_maps_at_attach_for_all_directions_without_a_wait(st
         fence.signal()
 
 
-def test_dynamic_with_static_pins_and_maps_at_attach_after_the_kernel_fences(dynamic: Dynamic, dev: Device, tl: Timeline) -> None:
+def test_dynamic_exporter_pins_and_maps_when_static_attaches(dynamic: Dynamic, dev: Device, tl: Timeline) -> None:
     with dmabuf.export(dynamic, SIZE) as buf:
         fence = tl.fence()
         add(buf.resv, fence, Usage.KERNEL)
@@ -299,7 +300,7 @@ def test_pin_without_an_op_does_nothing(static: Static, dev: Device) -> None:
         att.detach()
 
 
-def test_move_notify_reaches_dynamic_attachments_newest_first_under_the_lock(dynamic: Dynamic, dev: Device) -> None:
+def test_move_notify_reaches_dynamic_attachments_newest_first(dynamic: Dynamic, dev: Device) -> None:
     with dmabuf.export(dynamic, SIZE) as buf:
         importer = Mover()
         one, still, two = buf.attach(dev, importer), buf.attach(dev), buf.attach(dev, importer)
@@ -310,6 +311,16 @@ def test_move_notify_reaches_dynamic_attachments_newest_first_under_the_lock(dyn
         for att in (one, still, two):
             att.detach()
         importer.moved.clear()
+
+
+def test_notify_moves_without_the_lock_is_a_contract_error(dynamic: Dynamic, dev: Device) -> None:
+    with dmabuf.export(dynamic, SIZE) as buf:
+        importer = Mover()
+        att = buf.attach(dev, importer)
+        with pytest.raises(ContractError, match="its reservation lock is not held"):
+            attachments.notify_moves(handle_of(buf).shared.ensure_backing())
+        assert importer.moved == []
+        att.detach()
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

@@ -97,7 +97,7 @@ def test_a_call_that_a_signal_ends_is_undone_in_the_exporters_process(child: Spa
 
 @pytest.mark.parametrize("times", [1, 3])
 @pytest.mark.parametrize("op", ["pin", "map", "vmap"])
-def test_a_locked_call_is_seen_through_and_undone_before_what_the_handler_raised_comes(child: Spawn, op: str, times: int) -> None:
+def test_locked_call_is_undone_before_handlers_exception_is_raised(child: Spawn, op: str, times: int) -> None:
     before, (call, *arguments), want = UNDONE[op]
     with do.exported(child) as (ask, here):
         buf = here.state.buf
@@ -212,7 +212,7 @@ def holds_up_no_more(state: Any) -> None:
     state.go.set()
 
 
-def test_an_exporter_that_moves_waits_for_importers_elsewhere_before_what_the_handler_raised_comes(child: Spawn, dynamic: Dynamic) -> None:
+def test_move_waits_for_remote_importers_before_handlers_exception(child: Spawn, dynamic: Dynamic) -> None:
     with dmabuf.export(dynamic, SIZE) as buf, Place(child, False).of(buf) as there:
         there.do(do.attach, dynamic=True)
         there.do(holds_up)

@@ -65,7 +65,7 @@ def test_the_error_says_the_same(child: Spawn, static: Static) -> None:
 
 
 @pytest.mark.parametrize("kind", [KeyError, SystemExit])
-def test_an_exception_that_is_no_oserror_is_a_contract_error_elsewhere_and_told_here(
+def test_exception_of_remote_op_is_a_contract_error_unless_oserror(
     child: Spawn, static: Static, monkeypatch: pytest.MonkeyPatch, kind: type[BaseException]
 ) -> None:
     told: list[object] = []

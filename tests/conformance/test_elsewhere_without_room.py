@@ -134,7 +134,7 @@ def test_what_needs_no_descriptor_goes_on(child: Spawn) -> None:
         ask(gives_way)
 
 
-def test_a_caller_that_connects_to_a_process_without_descriptors_gets_emfile(child: Spawn) -> None:
+def test_call_to_process_without_descriptors_is_emfile(child: Spawn) -> None:
     with do.exported(child) as (ask, here):
         ask(hoards)
         for _ in range(3):  # what makes room for a refusal is there again each time
@@ -146,7 +146,7 @@ def test_a_caller_that_connects_to_a_process_without_descriptors_gets_emfile(chi
         assert ask(calls) == ["begin", "end"]
 
 
-def test_an_answer_too_long_to_be_sent_without_a_descriptor_is_emfile_and_undone(child: Spawn) -> None:
+def test_long_answer_without_a_descriptor_is_emfile_and_undone(child: Spawn) -> None:
     with do.exported(child, Scattered) as (ask, here):
         here.do(do.attach, True)
         ask(has_none)

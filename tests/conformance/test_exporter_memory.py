@@ -163,7 +163,7 @@ def test_a_wrong_vunmap_is_a_contract_error(either: Static, kind: str) -> None:
 
 
 @pytest.mark.parametrize("returned", [None, b"bytes"])
-def test_an_exporter_whose_vmap_returns_something_else_is_a_type_error_and_counts_nothing(static: Static, returned: object) -> None:
+def test_vmap_that_returns_no_map_is_a_type_error_and_counts_nothing(static: Static, returned: object) -> None:
     exporter = type("Odd", (Static,), {"vmap": lambda self, buf: returned})()
     with dmabuf.export(exporter, SIZE) as buf:
         with pytest.raises(TypeError, match="not an IosysMap"):

@@ -168,9 +168,7 @@ def test_release_never_runs_in_the_garbage_collector(static: Static) -> None:
     assert where.get() != threading.get_ident()
 
 
-def test_who_closes_the_last_handle_releases_and_not_the_thread_that_looks_just_then(
-    static: Static, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_close_of_last_handle_runs_release_while_releaser_thread_polls(static: Static, monkeypatch: pytest.MonkeyPatch) -> None:
     free, looks = exported.outside, list[Background[None]]()
 
     def outside() -> bool:

@@ -55,7 +55,7 @@ MIXES = [mix for size in range(5) for mix in itertools.combinations(Usage, size)
 
 @pytest.mark.parametrize("mix", MIXES, ids=lambda mix: "+".join(usage.name for usage in mix) or "none")
 @pytest.mark.parametrize("asked", [IN, OUT, BOTH, 0x7FFF, 0], ids=["in", "out", "both", "all", "none"])
-def test_readers_wait_for_kernel_and_write_fences_and_writers_for_read_fences_too(buf: DmaBuf, mix: tuple[Usage, ...], asked: int) -> None:
+def test_pollin_waits_for_writes_and_pollout_for_reads_too(buf: DmaBuf, mix: tuple[Usage, ...], asked: int) -> None:
     lines = [Timeline(usage.name) for usage in mix]
     fences = [line.fence() for line in lines]
     for fence, usage in zip(fences, mix, strict=True):

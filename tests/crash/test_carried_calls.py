@@ -173,7 +173,7 @@ STANDS = ["resv_heir", "resv_passed", "resv_borrowed", "service_locked", "the op
 @pytest.mark.parametrize(
     ("step", "reaper"), [*((step, "") for step in STANDS), ("the op", "reap_outside"), ("the op", "reap_heir"), ("the op", "reap_ctx")]
 )
-def test_the_caller_has_its_lock_back_before_a_third_process_that_is_quicker(child: Spawn, step: str, reaper: str) -> None:
+def test_caller_has_its_lock_back_before_a_third_process(child: Spawn, step: str, reaper: str) -> None:
     other = child(exporting_step_by_step)
     (buf,) = dmabuf.recv(other.sock)
     caller = Away(child(obeys), buf)

@@ -2,6 +2,9 @@
 
 import errno
 import zlib
+from typing import Any
+
+import pytest
 
 import dmabuf
 from dmabuf import sim
@@ -40,6 +43,20 @@ def test_a_device_of_another_process_works_on_an_exporters_memory_and_hears_of_m
         other.send("moved")
         assert other.result() == (zlib.crc32(b"\1" * SIZE), 1, 2)
     assert (dynamic.pins, dynamic.tables) == (0, [])
+
+
+def test_attached_counts_a_move_that_comes_as_it_attaches(dynamic: Dynamic, engine: sim.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    attach = dmabuf.DmaBuf.attach
+
+    def attach_and_move(buf: dmabuf.DmaBuf, *args: Any) -> Any:
+        made = attach(buf, *args)
+        with buf.resv.locked():
+            buf.move_notify()
+        return made
+
+    monkeypatch.setattr(dmabuf.DmaBuf, "attach", attach_and_move)
+    with dmabuf.export(dynamic, SIZE) as buf, engine.attach(buf) as attached:
+        assert attached.statistics().moves == 1
 
 
 def exports(parent: Parent) -> None:

@@ -69,9 +69,7 @@ def test_a_heap_that_is_not_here_is_enodev_with_what_would_help(monkeypatch: pyt
 
 
 @pytest.mark.parametrize("heap", ["udmabuf", "dma_heap:system"])
-def test_a_heap_whose_device_is_not_for_this_user_is_eacces_with_the_group_that_helps(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, heap: str
-) -> None:
+def test_heap_is_eacces_and_names_group_when_device_is_not_ours(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, heap: str) -> None:
     device = tmp_path / heap.removeprefix("dma_heap:")
     device.touch(mode=0o600)
     monkeypatch.setattr(udmabuf, "DEVICE", device)

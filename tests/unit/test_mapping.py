@@ -382,7 +382,7 @@ def test_buffer_address_needs_contiguous_memory() -> None:
 
 
 @pytest.mark.parametrize(("offset", "length"), [(0, SIZE), (PAGE, PAGE), (2 * PAGE, 2 * PAGE)])
-def test_a_part_that_is_mapped_from_the_start_shows_that_part_and_goes_whole(fd: int, offset: int, length: int) -> None:
+def test_part_mapped_from_start_shows_part_and_is_unmapped_whole(fd: int, offset: int, length: int) -> None:
     os.pwrite(fd, b"here", offset)
     with Mapping(fd, length, offset=offset, from_start=True) as part:
         assert (part.size, part[:4]) == (length, b"here")
