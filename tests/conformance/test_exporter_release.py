@@ -173,7 +173,7 @@ def test_close_of_last_handle_runs_release_while_releaser_thread_polls(static: S
 
     def outside() -> bool:
         if not looks:  # called as the handle is closed, before the release
-            looks.append(Background(exported.EXPORTS.of(Domain.default()).look))
+            looks.append(Background(exported.EXPORTS.of(Domain.default()).release_orphans))
             looks[0].__enter__()
             looks[0].until_blocked()
         return free()

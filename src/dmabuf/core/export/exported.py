@@ -159,16 +159,16 @@ class Exports:
         _DOMAINS.add(domain)
         me = weakref.ref(domain)
 
-        def look() -> None:
+        def swept() -> None:
             if (here := me()) is not None and (exports := EXPORTS.peek(here)) is not None:
-                exports.look()
+                exports.release_orphans()
 
         def reset() -> None:
             if (here := me()) is not None and (exports := EXPORTS.peek(here)) is not None:
                 exports.forked()
 
         # Once a domain: after a fork the exports begin again from none, and the hooks stay.
-        domain.sweep_hooks.ensure("exports", look)
+        domain.sweep_hooks.ensure("exports", swept)
         domain.reset_hooks.ensure("exports", reset)
 
     def add(self, exported: Exported) -> None:
@@ -196,7 +196,7 @@ class Exports:
         with self._lock:
             return [exported for exported in self.buffers.values() if not exported.record.handles and not exported.closing]
 
-    def look(self) -> None:
+    def release_orphans(self) -> None:
         """Release what can be released: here if the caller may, else in the thread."""
         orphans = self.orphans()
         if orphans and not outside():
@@ -215,7 +215,7 @@ class Exports:
                     self._thread = None
                     return
             self._event.wait(TICK_NS / 1e9 if self.orphans() else None)
-            self.look()
+            self.release_orphans()
 
     def forked(self) -> None:
         """Forget what the parent exports, and close the child's copies of its private descriptions."""
