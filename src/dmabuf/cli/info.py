@@ -114,4 +114,4 @@ def _fence(fence: FenceRecord, monotonic: int) -> Text:
         kind = f", a {fence.access}() that {'is entered' if fence.granted else 'waits'}"
     names = " ".join(filter(None, (safe(fence.driver), safe(fence.timeline)))) or "of a timeline that is gone"
     text = f"{fence.usage}: {names} {fence.seqno}, of {safe(fence.comm)} {fence.pid}, made {age(monotonic - fence.since)} ago{kind}"
-    return Text(text + ", signalled", "dim") if fence.signaled else Text(text + blocks)
+    return Text(text + ", signaled", "dim") if fence.signaled else Text(text + blocks)

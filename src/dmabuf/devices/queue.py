@@ -139,7 +139,7 @@ class Job:
     def checkpoint(self) -> None:
         """Raise the error with which the job must end now, if any; the work calls it often. Errors: ECANCELED, ENODEV, ETIME."""
         if self.canceled or self.queue.canceling:
-            raise fail(errno.ECANCELED, self.operation, self, "submit it again elsewhere", what="its queue was closed")
+            raise fail(errno.ECANCELED, self.operation, self, "submit it to another queue", what="its queue was closed")
         if self.epoch != self.queue.owner.epoch:
             raise fail(errno.ENODEV, self.operation, self, "submit it again after power_on()", what="the device lost its power")
         if self._until and time.monotonic_ns() >= self._until:

@@ -1,7 +1,7 @@
 """``Local``: a value of this process for each domain, forgotten after a fork.
 
-The layers above a domain keep their per-domain state here. The module that owns the state declares one ``Local``, and only those who
-import it from there can reach the value::
+The layers above a domain keep their per-domain state here. The module that owns the state declares one ``Local``, and other modules import
+it from there to reach the value::
 
     EXPORTS: Local[Exports] = Local(Exports)
 

@@ -1,8 +1,8 @@
 """``DrmNode``: dumb buffers, PRIME export and import, and vgem's fences (semantics 5.12, 5.13).
 
-A GEM handle is a number of one open node. Importing the same buffer twice gives the same number, and the kernel does not count: one close
-ends it for all. So the node counts, and closes a handle with the last :class:`GemObject` that has it. Closing the node ends all its handles
-and signals its vgem fences. A forked child shares the open node, and so its handles: what ends there ends nothing of the parent's.
+A GEM handle is a number of one open node. Importing a buffer twice gives the same number, and the kernel doesn't count: one close ends the
+handle for all. So the node counts, and closes a handle with its last :class:`GemObject`. Closing the node ends all its handles and signals
+its vgem fences. A forked child shares the open node and its handles, so closing objects in the child has no effect on them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class DrmNode(Closing):
     """An open DRM node. ``path``: None for the first card; ``driver``: the name that the kernel gives, as ``"vgem"``."""
 
     def __init__(self, path: str | None = None) -> None:
-        """Errors: ENODEV no node; ENOENT, EACCES, EMFILE; ENOTTY it is no DRM node."""
+        """Open a node. Errors: ENODEV no node; ENOENT, EACCES, EMFILE; ENOTTY not a DRM node."""
         if path is None:
             path = next(iter(sorted(glob(NODES))), None)
             if path is None:
@@ -42,14 +42,14 @@ class DrmNode(Closing):
         remedies = {errno.EACCES: "join the group of the node: `dmabuf doctor` names it", errno.ENOENT: "load its driver"}
         self._fd = call.open_node(path, "open", remedies)
         self.path, self.driver = path, uapi.driver(self._fd.number)
-        # A finaliser that closes an object may run between any two lines of the thread that has the lock: it leaves the handle to it.
+        # The finalizer of an object may run between any two lines of the thread that has the lock, and leaves the handle to that thread.
         self._lock, self._busy = threading.RLock(), False
         self._users: dict[int, int] = {}
-        self._ended: deque[int] = deque()  # handles that an object has let go of, to be counted down
+        self._ended: deque[int] = deque()  # handles of closed objects, which are counted down
 
     @classmethod
     def of(cls, driver: str) -> DrmNode:
-        """The first node of a driver. Errors: ENODEV there is none that this user may open."""
+        """Return the first node of a driver. Errors: ENODEV there is none that this user may open."""
         for path in sorted(glob(NODES)):
             try:
                 node = cls(path)
@@ -61,7 +61,7 @@ class DrmNode(Closing):
                 return node
             node.close()
         raise fail(
-            errno.ENODEV, "open", f"driver {driver!r}", f"modprobe {driver}; `dmabuf doctor` shows the nodes", what="no such node here"
+            errno.ENODEV, "open", f"driver {driver!r}", f"run: modprobe {driver}; or `dmabuf doctor` for the nodes", what="no such node"
         )
 
     def __repr__(self) -> str:
@@ -82,11 +82,11 @@ class DrmNode(Closing):
         return self.fileno()
 
     def close(self) -> None:
-        """Close it; again: nothing."""
+        """Close the node. Closing twice has no effect."""
         self._fd.close()
 
     def create_dumb(self, width: int, height: int, bpp: int = 32) -> DumbBuffer:
-        """A buffer that the CPU can fill. Errors: EINVAL a 0, or too large; ENOSYS, EOPNOTSUPP the driver has none; ENOMEM."""
+        """Return a buffer that the CPU can fill. Errors: EINVAL a 0, or too large; ENOSYS, EOPNOTSUPP the driver has none; ENOMEM."""
 
         def make() -> DumbBuffer:
             made = uapi.create_dumb(self.fileno(), width, height, bpp, of=self)
@@ -97,16 +97,17 @@ class DrmNode(Closing):
     def import_buffer(self, buf: DmaBuf) -> GemObject:
         """Attach and map a buffer in this device, without a copy.
 
-        Errors: EINVAL the buffer is no real dma-buf (a driver can't use ``memfd`` and ``live``: allocate it on the heap ``udmabuf`` or on a
-        dma-heap), or the device can't reach it; EBADF.
+        Raises:
+            InvalidError: The buffer is not a kernel dma-buf, or the device can't reach it (EINVAL).
+            ClosedError: The buffer or the node is closed (EBADF).
         """
         if handle_of(buf).kernel() is None:
-            what = f"its home is {buf.home!r}, which is no memory of the kernel's dma-bufs"
+            what = f"not a kernel dma-buf, its home is {buf.home!r}"
             raise fail(errno.EINVAL, "import", buf, "allocate it with heap='udmabuf', or on a dma-heap", what=what)
         return self._object(lambda: GemObject(self, uapi.fd_to_handle(self.fileno(), buf.fileno(), of=buf)))
 
     def _object(self, make: Callable[[], _G]) -> _G:
-        """An object whose handle is counted before anybody else's close can end it: the kernel may give one that is about to be closed."""
+        """Make an object and count its handle before another close can end it, because the kernel may return one that is being closed."""
         try:
             with self._lock:
                 self._busy = True
@@ -115,14 +116,14 @@ class DrmNode(Closing):
                 finally:
                     self._busy = False
         finally:
-            self._settle()
+            self._close_unused()
 
     def _close(self, handle: int) -> None:
         self._ended.append(handle)
-        self._settle()
+        self._close_unused()
 
-    def _settle(self) -> None:
-        """Count down what was let go of."""
+    def _close_unused(self) -> None:
+        """Count down the handles of closed objects, and close those at 0."""
         with self._lock:
             if self._busy:
                 return
@@ -156,12 +157,12 @@ class GemObject(Closing):
         return self.handle
 
     def export(self, *, flags: int = os.O_RDWR, domain: Domain | None = None) -> DmaBuf:
-        """The memory as a buffer; the same one each time. The first export decides whether it can be written to. Errors: EBADF, EMFILE."""
+        """Return the memory as a buffer, the same one each time. The first export decides whether it is writable. Errors: EBADF, EMFILE."""
         fd = uapi.handle_to_fd(self.node.fileno(), self._check("export"), flags=flags, of=self)
         return from_fd(fd, domain or Domain.default())
 
     def add_fence(self, *, write: bool = False) -> VgemFence:
-        """A fence of vgem's as a reader's or writer's; ends by itself after 10 s. Errors: EBUSY fences are in the way; ENOTTY not vgem."""
+        """Add a fence of vgem as a reader's or writer's. vgem signals it after 10 s. Errors: EBUSY a fence conflicts; ENOTTY not vgem."""
         handle = self._check("fence")
         if self.node.driver != _VGEM:  # the number is another driver's own there, and does something else
             what = f"{self.node.path} is a node of {self.node.driver}"
@@ -169,7 +170,7 @@ class GemObject(Closing):
         return VgemFence(self.node, uapi.vgem_attach(self.node.fileno(), handle, write=write, of=self))
 
     def close(self) -> None:
-        """Let go of the handle; the memory lives on while buffers have it. Again: nothing."""
+        """Close the handle. Buffers keep the memory. Closing twice has no effect."""
         if self._open:
             self._open = False
             if os.getpid() == self._pid:
@@ -181,7 +182,7 @@ class GemObject(Closing):
 
 
 class DumbBuffer(GemObject):
-    """``pitch``: bytes from line to line; ``size``: bytes."""
+    """A buffer that the CPU can fill. ``pitch``: bytes from line to line; ``size``: bytes."""
 
     def __init__(self, node: DrmNode, handle: int, width: int, height: int, bpp: int, pitch: int, size: int) -> None:
         super().__init__(node, handle)
@@ -195,5 +196,5 @@ class VgemFence:
         self.node, self.number = node, number
 
     def signal(self) -> None:
-        """Errors: ENOENT it was signalled before; ETIMEDOUT it has ended by itself."""
+        """Signal the fence. Errors: ENOENT it is signaled already; ETIMEDOUT vgem has signaled it."""
         uapi.vgem_signal(self.node.fileno(), self.number)

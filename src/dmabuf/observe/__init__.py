@@ -1,1 +1,1 @@
-"""What programs and people see of a domain: its buffers, who holds them, which fences are in the way, and what the machine offers."""
+"""A domain as programs and people see it: its buffers, the processes that have them open, the fences that block them, and the machine."""

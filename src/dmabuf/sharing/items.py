@@ -171,17 +171,17 @@ def _sync_items(sync_file: SyncFile) -> list[bytes]:
 
 
 def check_fence(fence: DmaFence, operation: str) -> None:
-    """Errors: EPERM a fence from before a fork, whose domain began anew since."""
+    """Check that a fence can be sent. Errors: EPERM a fence from before a fork, whose domain has ended since."""
     if fence.shm is not fence.domain.shm:
-        raise fail(errno.EPERM, operation, fence, "what a fork inherits is inert once its domain is gone")
+        raise fail(errno.EPERM, operation, fence, "make a new fence", what="it is from before a fork, and its domain has ended")
 
 
 def timeline_place(timeline: Timeline | RemoteTimeline, operation: str) -> tuple[int, int, int]:
-    """(index, use of the slot, context). Errors: EPERM inherited by a fork; EBADF closed."""
+    """Return (index, use of the slot, context) of a timeline. Errors: EPERM inherited by a fork; EBADF closed."""
     if isinstance(timeline, RemoteTimeline):
         return *use_of(timeline), timeline.context
     if inherited(timeline):
-        raise fail(errno.EPERM, operation, timeline, "what a fork inherits is inert in the child: let the parent send it")
+        raise fail(errno.EPERM, operation, timeline, "send it in the parent", what="the timeline belongs to the parent of this process")
     if timeline.closed:
         raise fail(errno.EBADF, operation, timeline, "make a new timeline", what="the timeline is closed")
     index = slot_of(timeline)

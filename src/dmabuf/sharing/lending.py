@@ -11,7 +11,7 @@ context has the lock, and either process can be killed at any point:
 
 A lender that goes on without waiting closes the return context. Then a request that has not begun is refused (EPERM), and a borrower frees
 the lock. If the lock is lent already, as in a ``move_notify`` that calls back, there is no return context. The borrower takes the lock from
-its holder, who waits for all of it, and returns it there.
+its holder, which waits for all of it, and returns it there.
 
 *Signals.* The lender waits for the end of the call whatever its signal handlers raise. They run, and what they raised comes when the lock
 is back (:func:`finish_shielded`). The kernel doesn't leave an op under its lock either.

@@ -1,7 +1,7 @@
-"""What the stages tell the parent: plain numbers in a buffer of their own, each stage's written by that stage alone.
+"""The stages' numbers for the parent, in a separate buffer. Each stage writes only its own.
 
-Read and written through bare mappings, without fences: a number may be a moment old. What must be right (digests, texts) is read after
-its stage has ended.
+They are read and written through bare mappings, without fences, so a number may be a moment old. The parent reads digests and texts, which
+must be right, after the stage has ended.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ _DIGEST, _DIGEST_BYTES, _TEXT = 128, 32, 160
 class Counters:
     """One stage's block of numbers, by name: ``counters["frames"] += 1``.
 
-    ``frames``: done. ``waits``, ``wait_ns``: for fences. ``started_ns``, ``ended_ns``: CLOCK_MONOTONIC. Bytes of frames:
-    ``copied_between`` processes (found elsewhere than where they were written), ``copied_inside`` this one (between a codec's memory and
-    a buffer), ``shared`` (used where they were written).
+    ``frames``: done. ``waits``, ``wait_ns``: for fences. ``started_ns``, ``ended_ns``: CLOCK_MONOTONIC. Bytes of frames: ``copied_between``
+    processes (not where they were written), ``copied_inside`` this one (between a codec's memory and a buffer), ``shared`` (used where they
+    were written).
     """
 
     def __init__(self, buf: DmaBuf, index: int) -> None:
@@ -39,11 +39,11 @@ class Counters:
 
     @property
     def state(self) -> State:
-        """How far the stage is."""
+        """The stage's state."""
         return STATES[self["state"]]
 
     def say(self, state: State, *, digest: bytes = b"", text: str = "") -> None:
-        """The stage's new state, and what it has to say."""
+        """Write the stage's new state, with its digest and a text."""
         raw = text.encode(errors="replace")[: BLOCK_BYTES - _TEXT]
         self._bytes[_TEXT : _TEXT + len(raw)] = raw
         self._bytes[_DIGEST : _DIGEST + len(digest)] = digest
@@ -51,7 +51,7 @@ class Counters:
 
     @property
     def digest(self) -> bytes:
-        """SHA-256 of what the stage made, zeros until then."""
+        """The SHA-256 of the stage's result, zeros before."""
         return bytes(self._bytes[_DIGEST : _DIGEST + _DIGEST_BYTES])
 
     @property

@@ -1,12 +1,12 @@
-"""A ring of buffers that frames go round by fences alone.
+"""A ring of buffers through which frames pass by fences alone.
 
-Frame n lives in slot k = n mod N. For every frame there is one fence W(n) of the writer, "frame n is written", and one R(n) of each
-reader, "frame n is read". All are on the reservation object of the slot's buffer, with usage BOOKKEEP: this is explicit sync, the order
-of the frames is ours. Who touches the bytes does so inside ``read()``, ``write()`` or ``access()``, whose own fences (READ, WRITE) keep
-out everybody else: a third program may read a slot at any time, and a writer that dies inside leaves the slot torn.
+Frame n is in slot k = n mod N. For every frame there is one fence W(n) of the writer, "frame n is written", and one R(n) of each reader,
+"frame n is read". All are on the reservation object of the slot's buffer, with usage BOOKKEEP: this is explicit synchronization, in the
+order of the frames. A stage accesses the bytes inside ``read()``, ``write()`` or ``access()``, whose own fences (READ, WRITE) keep other
+processes out. So a third program may read a slot at any time, and a writer that dies inside leaves the slot torn.
 
-The rule of the ring is one sentence: **whoever ends a fence has put its successor of the next round on the slot before, and holds the
-fences it will wait for next.**
+The ring has one rule: **before a stage signals a fence, it adds the fence's successor of the next round to the slot, and it has the fences
+that it will wait for next.**
 
     writer, frame n                               reader, frame n
       wait for R(n-N) of every reader (n >= N)      wait for W(n)
@@ -15,23 +15,23 @@ fences it will wait for next.**
       add W(n+N) to the slot                        add R(n+N) to the slot
       signal W(n)                                   signal R(n)
 
-Why a look-up finds exactly the fence that it means:
+A look-up finds exactly the right fence, because:
 
-- *It is there already.* The reader looks W(n+N) up after W(n) has ended, and W(n+N) was added before that. The writer looks R(n) up after
-  R(n-N) has ended, and R(n) was added before that. In round 0 the set-up has seen to it (below).
-- *It is not over yet, and its successor is not there yet.* W(n+N) ends only after R(n), which this reader has not signalled. R(n) ends
-  only after W(n), which this writer has not signalled. So each peer has exactly one pending fence on the slot, whatever the names or
-  numbers of the others.
-- *Nobody looks at the slot for "free" or "full".* Between one round and the next there is no instant at which a slot without fences
-  could be taken for a free one: the successor is there before the fence ends.
+- *The fence is on the slot already.* The reader looks W(n+N) up after W(n) is signaled, and W(n+N) was added before that. The writer looks
+  R(n) up after R(n-N) is signaled, and R(n) was added before that. In round 0 the set-up ensures it (below).
+- *The fence is pending, and its successor is not on the slot.* W(n+N) is signaled only after R(n), which this reader has not signaled. R(n)
+  is signaled only after W(n), which this writer has not signaled. So each peer has exactly one pending fence on the slot, whatever the
+  names or numbers of the others.
+- *No stage checks whether a slot is free or full.* There is no instant between two rounds at which a slot without fences could look free,
+  because the successor is there before the fence is signaled.
 
-Set-up, once: every stage adds its fences of round 0 to every slot; when all have, every stage looks its peers' up; when all have, the
-first frame goes. These two meeting points are the only messages between the processes, and the sockets are closed after them.
+*Set-up, once.* Every stage adds its fences of round 0 to every slot. When all have, every stage looks up its peers' fences. When all have,
+the first frame starts. These two meeting points are the only messages between the processes, and the sockets are closed after them.
 
-Death: a fence always ends. When a process dies its pending fences end with -EOWNERDEAD, a stage that gives up ends its own with
--ECANCELED, one that is through leaves -ENOENT. Whoever waits gets :class:`PeerEnded` and gives up in turn, so the news goes round the
-graph of stages without anybody waiting for a fence that nobody will end. A fence that a look-up no longer finds has ended early, for the
-same three reasons; that matters only if this stage comes to wait for it, which it doesn't after the frame that says "end of stream".
+*Death.* A fence is always signaled. If a process dies, its pending fences are signaled with -EOWNERDEAD. A stage that gives up signals its
+own with -ECANCELED, and one that has finished with -ENOENT. A waiter gets :class:`PeerEnded` and gives up too, so all stages end, and none
+waits for a fence that will not be signaled. A fence that a look-up doesn't find was signaled early, for the same three reasons. That
+matters only if this stage waits for it later, which it doesn't after the frame that says "end of stream".
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from dmabuf.core.fence.fence import DmaFence
 from dmabuf.core.fence.timeline import Timeline
 
 SLOTS: Final = 4  # one being written, one being read, and one in reserve on either side
-HEADER_BYTES: Final = PAGE  # pixels begin on a page of their own
+HEADER_BYTES: Final = PAGE  # pixels begin on the next page
 DRIVER: Final = "dmabuf-demo"
 _HEADER: Final = struct.Struct("<8sQQII")
 _MAGIC: Final = b"dmabuf-1"
@@ -57,7 +57,7 @@ _END: Final = 1
 
 
 class PeerEnded(Exception):
-    """A stage that this one waits for has ended before its time. ``status``: the errno of its fence, 0 when that was not seen any more."""
+    """A stage that this one waits for has ended early. ``status``: the errno of its fence, 0 if it is unknown."""
 
     def __init__(self, peer: str, status: int) -> None:
         self.peer, self.status = peer, status
@@ -66,18 +66,18 @@ class PeerEnded(Exception):
 
 
 def find(buf: DmaBuf, name: str) -> DmaFence | None:
-    """The pending fence on a buffer whose timeline has this name, None when it has ended."""
+    """Return the pending fence on a buffer whose timeline has this name, None if it is signaled."""
     while True:
         found = buf.resv.fences(Usage.BOOKKEEP)
         for fence in found:
             if fence.timeline_name == name and fence.driver_name == DRIVER:
                 return fence
         if not any(fence.is_signaled() for fence in found):
-            return None  # else one ended while we looked, and its successor may be the one
+            return None  # otherwise a fence was signaled meanwhile, and its successor may be the right one
 
 
 def announce(buf: DmaBuf, timeline: Timeline) -> DmaFence:
-    """A new fence of ours on a buffer; who waits for it is outside of implicit sync."""
+    """Add a new fence of this stage to a buffer. Implicit synchronization doesn't wait for it."""
     fence = timeline.fence()
     with buf.resv.locked() as resv:
         resv.reserve(1)
@@ -88,8 +88,8 @@ def announce(buf: DmaBuf, timeline: Timeline) -> DmaFence:
 class Port:
     """One stage's side of a ring: it writes (``peers``: the readers' names) or reads (``peers``: the writer's name).
 
-    Call ``look()`` once after everybody has made his Port, then for n = 0, 1, …: ``acquire(n)``, the access, ``release(n)``.
-    ``waits``, ``wait_ns``: how often and how long a fence was not yet ended. Errors: :class:`PeerEnded` out of ``acquire``.
+    Call ``look()`` once after every stage has made its Port, then for n = 0, 1, …: ``acquire(n)``, the access, ``release(n)``. ``waits``,
+    ``wait_ns``: how often and how long this stage waited for a fence. Errors: :class:`PeerEnded` from ``acquire``.
     """
 
     def __init__(self, slots: Sequence[DmaBuf], name: str, peers: Sequence[str], *, writes: bool) -> None:
@@ -100,11 +100,11 @@ class Port:
         self._theirs: list[dict[str, DmaFence | None]] = []
 
     def look(self) -> None:
-        """Look up the peers' fences of round 0: all of them are on the slots, and nothing has begun."""
+        """Look up the peers' fences of round 0, which are all on the slots before the first frame."""
         self._theirs = [{peer: find(slot, peer) for peer in self.peers} for slot in self.slots]
 
     def acquire(self, n: int) -> DmaBuf:
-        """Wait until frame n may be written, or read; its slot."""
+        """Wait until frame n may be written, or read, and return its slot."""
         k = n % len(self.slots)
         if n >= len(self.slots) or not self.writes:
             theirs = self._theirs[k]
@@ -125,13 +125,13 @@ class Port:
             raise PeerEnded(peer, fence.status)
 
     def release(self, n: int) -> None:
-        """Frame n is written, or read; the successor goes on the slot before the fence ends."""
+        """Signal that frame n is written, or read, after adding the successor to the slot."""
         k = n % len(self.slots)
         done, self._mine[k] = self._mine[k], announce(self.slots[k], self.timeline)
         done.signal()
 
     def close(self, error: int = 0) -> None:
-        """End what is pending: with ``error``, a negative errno, or in order. Again: nothing."""
+        """Signal the pending fences with ``error``, a negative errno, or in order. Closing twice has no effect."""
         if error and not self.timeline.closed:
             for fence in self.timeline.pending():
                 fence.signal(error=error)
@@ -139,7 +139,10 @@ class Port:
 
 
 class Header(NamedTuple):
-    """What the first page of a slot says. ``ino``: the buffer that the writer wrote; ``end``: no frame, the stream is over."""
+    """The header in the first page of a slot.
+
+    ``ino``: the buffer that the writer wrote; ``end``: there is no frame, but the stream's end.
+    """
 
     n: int
     ino: int
@@ -147,12 +150,12 @@ class Header(NamedTuple):
 
 
 def put_header(view: memoryview, n: int, ino: int, *, end: bool = False) -> None:
-    """Say which frame is in the slot."""
+    """Write the header of a frame into a slot."""
     _HEADER.pack_into(view, 0, _MAGIC, n, ino, _END if end else 0, 0)
 
 
 def get_header(view: memoryview, n: int) -> Header:
-    """The slot's header. RuntimeError: it holds another frame than n, so the protocol is broken."""
+    """Return the slot's header. Errors: RuntimeError it has another frame than n, so the protocol is broken."""
     magic, found, ino, flags, _ = _HEADER.unpack_from(view, 0)
     if magic != _MAGIC or found != n:
         raise RuntimeError(f"frame {n} was expected, the slot holds {found if magic == _MAGIC else 'none'}: the fences are out of order")

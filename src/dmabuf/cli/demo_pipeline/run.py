@@ -1,4 +1,4 @@
-"""The parent's side of the demo: makes the rings, starts the stages, watches, and looks at what is left.
+"""The parent's side of the demo: makes the rings, starts the stages, watches them, and checks what is left.
 
 The parent takes no part in the hand-over. It keeps one fence pending while the demo goes on (every stage looks at it before each frame),
 and waits for one fence of each stage, which ends when the stage does, however that happens.
@@ -33,7 +33,7 @@ from dmabuf.observe.records import buffers
 from dmabuf.sharing.passing import send
 
 STAGES: Final = ("decode", "filter", "histogram", "encode")
-# Which rings a stage is on: (ring, writes, whom it waits for there).
+# The rings of each stage: (ring, whether it writes, the stages that it waits for).
 PORTS: Final[dict[str, tuple[tuple[str, bool, tuple[str, ...]], ...]]] = {
     "decode": (("frames", True, ("filter", "histogram")),),
     "filter": (("frames", False, ("decode",)), ("edges", True, ("encode",))),
@@ -49,7 +49,7 @@ class StartFailed(Exception):
 
 @dataclass(frozen=True)
 class Plan:
-    """What to do. ``part``: the file that the encoder writes; ``limit``: frames, None for all; ``kill``: a stage, at frame ``kill_at``."""
+    """What to run. ``part``: the encoder's file; ``limit``: frames, None for all; ``kill``: the stage to kill at frame ``kill_at``."""
 
     clip: Clip
     part: Path
@@ -60,7 +60,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class StageResult:
-    """How a stage did. ``exit``: its status, negative for a signal; ``counts``: see :class:`Counters`."""
+    """The result of a stage. ``exit``: its status, negative for a signal; ``counts``: see :class:`Counters`."""
 
     name: str
     pid: int
@@ -76,18 +76,18 @@ class StageResult:
 
     @property
     def seconds(self) -> float:
-        """From its first frame to its end; of a killed one: unknown, 0."""
+        """The seconds from its first frame to its end, 0 for a killed stage."""
         return max(0, self.counts["ended_ns"] - self.counts["started_ns"]) / 1e9 if self.counts["ended_ns"] else 0.0
 
     @property
     def rate(self) -> float:
-        """Frames/s."""
+        """The frames per second."""
         return self.counts["frames"] / self.seconds if self.seconds else 0.0
 
 
 @dataclass
 class Outcome:
-    """How the demo went. ``buffers``, ``buffer_bytes``: all that was allocated; ``left``: what was not given back, a line each."""
+    """The result of the demo. ``buffers``, ``buffer_bytes``: all that was allocated; ``left``: what was left behind, a line each."""
 
     stages: list[StageResult] = field(default_factory=list)
     seconds: float = 0.0
@@ -141,7 +141,7 @@ def _pipeline(
     try:
         for child in children:
             _set_up(child, plan, board, rings)
-        # Both times nobody goes on before everybody is here: see `ring`, set-up.
+        # The two meeting points: no stage goes on before all are there (see `ring`, set-up).
         for _ in range(2):
             for child in children:
                 _hear(child)
@@ -171,7 +171,7 @@ def _pipeline(
 
 
 def _spawned(sock: socket.socket) -> subprocess.Popen[bytes]:
-    """A stage's interpreter. Ctrl-C is the parent's: a stage is born with it blocked, and then ignores it."""
+    """Start a stage's interpreter. Ctrl-C is for the parent: a stage starts with it blocked, and then ignores it."""
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         return subprocess.Popen(
@@ -179,7 +179,7 @@ def _spawned(sock: socket.socket) -> subprocess.Popen[bytes]:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             pass_fds=(sock.fileno(),),
-            # The package may have been found by a path that only this process was told.
+            # This process may have found the package by a path that only it has.
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         )
     finally:
@@ -189,7 +189,7 @@ def _spawned(sock: socket.socket) -> subprocess.Popen[bytes]:
 
 @contextlib.contextmanager
 def _started(name: str, index: int, board: DmaBuf) -> Iterator[_Child]:
-    """A stage's process, with nothing of ours but a socket; ended at the latest with the block."""
+    """Run a stage's process, which gets only a socket. It has ended when the block ends."""
     here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     counters = Counters(board, index)
     try:
@@ -206,7 +206,7 @@ def _started(name: str, index: int, board: DmaBuf) -> Iterator[_Child]:
 
 
 def _set_up(child: _Child, plan: Plan, board: DmaBuf, rings: dict[str, list[DmaBuf]]) -> None:
-    """Tell a stage what to do, and give it its buffers."""
+    """Send a stage its job and its buffers."""
     ports = PORTS[child.name]
     message: dict[str, Any] = {
         "name": child.name,
@@ -236,7 +236,7 @@ def _hear(child: _Child) -> None:
 
 @contextlib.contextmanager
 def _startup(child: _Child) -> Iterator[None]:
-    """An error on the socket means that the stage is gone: say how."""
+    """Turn an error of the socket into one that says how the stage ended."""
     try:
         yield
     except ConnectionError:
@@ -246,7 +246,7 @@ def _startup(child: _Child) -> Iterator[None]:
 
 
 def signal_name(status: int) -> str:
-    """The signal that a negative exit status stands for."""
+    """Return the name of the signal in a negative exit status."""
     try:
         return signal.Signals(-status).name
     except ValueError:
@@ -264,10 +264,10 @@ _NUMBERS: Final = ("frames", "waits", "wait_ns", "started_ns", "ended_ns", "copi
 
 
 def left_behind(inos: set[int], pids: list[int]) -> list[str]:
-    """What is still there of the demo's buffers and processes, a line each: as `dmabuf ls` and /proc show it."""
+    """Return what is left of the demo's buffers and processes, a line each, as `dmabuf ls` and /proc show it."""
     domain = Domain.default()
     lines = [
-        f"buffer {seen.ino} ({seen.name}), held by {', '.join(str(h.pid) for h in seen.holders) or 'nobody we see'}"
+        f"buffer {seen.ino} ({seen.name}), held by {', '.join(str(h.pid) for h in seen.holders) or 'no visible process'}"
         for seen in buffers(domain=domain)
         if seen.ino in inos
     ]

@@ -35,7 +35,7 @@ DONE, FAILED, GAVE_UP = 0, 1, 2
 
 
 class Job:
-    """What a stage has to do, and with what."""
+    """The job of a stage, with its buffers."""
 
     def __init__(self, setup: dict[str, Any], bufs: list[DmaBuf]) -> None:
         self.name: str = setup["name"]
@@ -60,19 +60,19 @@ class Job:
             port.look()
 
     def begin(self, n: int) -> None:
-        """Before frame n: does the demo still go on?"""
+        """Check before frame n that the demo still runs."""
         if self.goes_on is None or self.goes_on.is_signaled():
             raise PeerEnded("the parent", self.goes_on.status if self.goes_on else 0)
 
     def found(self, view: memoryview, n: int, slot: DmaBuf, size: int) -> bool:
-        """Is there a frame n in a slot (else: the end)? Counts its bytes as shared only if they are where their writer wrote them."""
+        """Return True if a slot has frame n, False at the end. Its bytes count as shared only if they are where the writer wrote them."""
         header = get_header(view, n)
         if not header.end:
             self.counters["shared" if header.ino == os.fstat(slot.fileno()).st_ino else "copied_between"] += size
         return not header.end
 
     def finished(self, n: int) -> None:
-        """Frame n is done and handed on."""
+        """Count frame n as done."""
         self.counters["frames"] = n + 1
         self.counters["waits"] = sum(port.waits for port in self.ports.values())
         self.counters["wait_ns"] = sum(port.wait_ns for port in self.ports.values())
@@ -90,7 +90,7 @@ def _die() -> None:
 
 
 def decode(job: Job) -> bytes:
-    """Frames of the video into the ring ``frames``."""
+    """Decode the frames of the video into the ring ``frames``."""
     ring, clip, n = job.ports["frames"], job.clip, 0
     for frame in video.decoded(clip, job.limit):
         job.begin(n)
@@ -113,7 +113,7 @@ def decode(job: Job) -> bytes:
 
 
 def filter(job: Job) -> bytes:
-    """Edges of the frames into the ring ``edges``."""
+    """Put the edges of the frames into the ring ``edges``."""
     source, target, clip, n, more = job.ports["frames"], job.ports["edges"], job.clip, 0, True
     while more:
         job.begin(n)
@@ -135,7 +135,7 @@ def filter(job: Job) -> bytes:
 
 
 def histogram(job: Job) -> bytes:
-    """Histograms of the frames; the SHA-256 of all."""
+    """Count the brightness of the frames. Return the SHA-256 of all histograms."""
     source, digest, n = job.ports["frames"], hashlib.sha256(), 0
     while True:
         job.begin(n)
@@ -154,7 +154,7 @@ def histogram(job: Job) -> bytes:
 
 
 def encode(job: Job) -> bytes:
-    """The filtered frames into a file; the SHA-256 of all."""
+    """Encode the filtered frames into a file. Return the SHA-256 of all."""
     source, digest, n = job.ports["edges"], hashlib.sha256(), 0
     encoder = video.Encoder(job.output, job.clip)
     try:
@@ -182,7 +182,7 @@ WORK: Final[dict[str, Callable[[Job], bytes]]] = {"decode": decode, "filter": fi
 
 
 def work(job: Job) -> int:
-    """Do the stage's work; its exit status. Whatever happens, no fence of ours stays pending."""
+    """Do the stage's work and return its exit status. In every case the stage's fences are signaled."""
     counters = job.counters
     counters["started_ns"] = time.monotonic_ns()
     counters.say("running")
@@ -211,7 +211,7 @@ def main(fd: int) -> int:
         if not message:
             return GAVE_UP
         job = Job(json.loads(message), recv(sock))
-        # Everybody's fences of round 0 are on the slots before anybody looks; everybody has looked before anybody begins.
+        # All fences of round 0 are on the slots before any stage looks, and all stages have looked before any begins.
         if _meet(sock):
             job.look()
             if _meet(sock):
@@ -222,7 +222,7 @@ def main(fd: int) -> int:
 
 
 def _meet(sock: socket.socket) -> bool:
-    """Here, and wait until all are; False when somebody will not come."""
+    """Wait until all stages are here. Return False if one will not come."""
     try:
         return bool(sock.send(b"1") and sock.recv(1))
     except ConnectionError:

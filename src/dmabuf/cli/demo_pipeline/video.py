@@ -1,4 +1,4 @@
-"""What is done to a video: decode, detect edges, count brightness, encode. Nothing here knows of fences or processes.
+"""The work on a video: decode, detect edges, count brightness, encode. Nothing here uses fences or processes.
 
 A frame in memory is a page of header and then three planes without padding, YUV 4:2:0 (luma height x width, two chroma planes of half of
 each, rounded up); a filtered frame is the header and one luma plane.
@@ -35,12 +35,12 @@ GREY: Final = 128
 
 
 class VideoError(Exception):
-    """The file can't be used; the text says why."""
+    """The file can't be used. The text says why."""
 
 
 @dataclass(frozen=True)
 class Clip:
-    """A video file. ``frames``: how many it says it has, None when it doesn't say; ``rate``: frames/s."""
+    """A video file. ``frames``: how many it says it has, None if it doesn't say; ``rate``: frames per second."""
 
     path: Path
     width: int
@@ -60,7 +60,7 @@ class Clip:
 
 
 def probe(path: Path) -> Clip:
-    """Look into a file: the size of its first frame. Errors: :class:`VideoError`."""
+    """Return what a file says of itself and the size of its first frame. Errors: :class:`VideoError`."""
     with _opened(path) as container:
         stream = container.streams.video[0]
         try:
@@ -82,7 +82,7 @@ def _opened(path: Path) -> Any:
     try:
         container = av.open(str(path))
     except (av.FFmpegError, OSError) as e:
-        raise VideoError(f"{path}: it is no video that FFmpeg can open: {e.strerror}") from None
+        raise VideoError(f"{path}: it is not a video that FFmpeg can open: {e.strerror}") from None
     if not container.streams.video:
         kinds = ", ".join(sorted({str(s.type) for s in container.streams})) or "none"
         container.close()
@@ -91,7 +91,7 @@ def _opened(path: Path) -> Any:
 
 
 def decoded(clip: Clip, limit: int | None) -> Iterator[av.VideoFrame]:
-    """The frames of a clip, all of its first frame's size, as YUV 4:2:0. Errors: :class:`VideoError`."""
+    """Yield the frames of a clip, all in the size of the first, as YUV 4:2:0. Errors: :class:`VideoError`."""
     with _opened(clip.path) as container:
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
@@ -103,17 +103,17 @@ def decoded(clip: Clip, limit: int | None) -> Iterator[av.VideoFrame]:
 
 
 def luma(view: memoryview | bytearray, clip: Clip) -> Plane:
-    """The luma plane in a buffer's view: an array on the same memory, to be gone before the access ends."""
+    """Return the luma plane in a buffer's view, an array on the same memory, which must be gone before the access ends."""
     return np.frombuffer(view, np.uint8, clip.pixels, HEADER_BYTES).reshape(clip.height, clip.width)
 
 
 def _rows(plane: Any) -> Plane:
-    """A plane in a codec's memory, with the padding at the end of its rows."""
+    """Return a plane in a codec's memory, with the padding at the end of its rows."""
     return np.frombuffer(plane, np.uint8)[: plane.line_size * plane.height].reshape(plane.height, plane.line_size)
 
 
 def put_frame(frame: av.VideoFrame, view: memoryview | bytearray, clip: Clip, rows: int | None = None) -> None:
-    """Copy a frame out of the decoder's memory into a buffer. ``rows``: of the luma plane only so many, then stop."""
+    """Copy a frame from the decoder's memory into a buffer. ``rows``: copy only so many of the luma plane."""
     at = HEADER_BYTES
     for plane in frame.planes:
         source = _rows(plane)
@@ -126,7 +126,7 @@ def put_frame(frame: av.VideoFrame, view: memoryview | bytearray, clip: Clip, ro
 
 
 def edges(source: Plane, target: Plane, rows: int | None = None) -> None:
-    """Sobel's edges: |horizontal| + |vertical| gradient, 255 at most, 0 at the border. ``rows``: stop after about so many."""
+    """Compute Sobel's edges: |horizontal| + |vertical| gradient, at most 255, 0 at the border. ``rows``: stop after about so many."""
     height, width = source.shape
     target[0] = target[-1] = 0
     target[:, 0] = target[:, -1] = 0
@@ -147,7 +147,7 @@ def edges(source: Plane, target: Plane, rows: int | None = None) -> None:
 
 
 def histogram(source: Plane) -> bytes:
-    """How many pixels have each of the 256 brightnesses: 256 little-endian 64-bit numbers."""
+    """Return how many pixels have each of the 256 brightnesses, as 256 little-endian 64-bit numbers."""
     total = np.zeros(256, np.int64)
     for top in range(0, source.shape[0], _BAND):
         total += np.bincount(source[top : top + _BAND].ravel(), minlength=256)
@@ -155,7 +155,7 @@ def histogram(source: Plane) -> bytes:
 
 
 class Encoder:
-    """Filtered frames to a file, at the clip's rate, without sound. Errors: :class:`VideoError` no such format; av.FFmpegError."""
+    """A file of filtered frames, at the clip's rate, without sound. Errors: :class:`VideoError` no such format; av.FFmpegError."""
 
     def __init__(self, path: Path, clip: Clip) -> None:
         self.clip = clip
@@ -168,7 +168,7 @@ class Encoder:
             codec, options = self._codec(path)
             rate = clip.rate if clip.rate.numerator <= _MAX_RATE else clip.rate.limit_denominator(1) or Fraction(25)
             stream: Any = self._container.add_stream(codec, rate=rate, options=options)
-            # 4:2:0 wants even sizes: an odd last row or column is cut off.
+            # 4:2:0 needs even sizes, so an odd last row or column is cut off.
             stream.width, stream.height, stream.pix_fmt = clip.width & ~1, clip.height & ~1, "yuv420p"
             stream.codec_context.open()
         except av.FFmpegError as e:
@@ -185,10 +185,10 @@ class Encoder:
                 return codec, dict(options)
         if (codec := self._container.default_video_codec) not in ("", "none"):
             return codec, {}
-        raise VideoError(f"a {path.suffix} file holds no video; choose an ending as .mp4 or .mkv")
+        raise VideoError(f"a {path.suffix} file can't contain a video; choose an ending as .mp4 or .mkv")
 
     def put(self, source: Plane) -> None:
-        """Copy a luma plane into the encoder's memory and encode it, with chroma of no colour."""
+        """Copy a luma plane into the encoder's memory and encode it, with gray chroma."""
         frame = av.VideoFrame(self._stream.width, self._stream.height, "yuv420p")
         for i, plane in enumerate(frame.planes):
             target = _rows(plane)
@@ -201,7 +201,7 @@ class Encoder:
         self._container.mux(self._stream.encode(frame))
 
     def close(self) -> None:
-        """Write what is left, and the index, so that the file is playable."""
+        """Write the rest and the index, so that the file is playable."""
         try:
             if self._n:
                 self._container.mux(self._stream.encode(None))
@@ -210,19 +210,19 @@ class Encoder:
 
 
 class Digests:
-    """What both ways of doing the work are compared by: SHA-256 of all filtered frames, and of all histograms."""
+    """The digests by which the two runs are compared: SHA-256 of all filtered frames, and of all histograms."""
 
     def __init__(self) -> None:
         self.edges, self.histograms = hashlib.sha256(), hashlib.sha256()
 
     @staticmethod
     def joined(edges: bytes, histograms: bytes) -> str:
-        """One checksum of both."""
+        """Return one checksum of both."""
         return hashlib.sha256(edges + histograms).hexdigest()
 
 
 def check(clip: Clip, limit: int | None, output: Path, digests: Digests) -> Iterator[None]:
-    """The same work in one process, in private memory; yields after each frame."""
+    """Do the same work in one process, in private memory. Yield after each frame."""
     memory, result = bytearray(HEADER_BYTES + clip.frame_bytes), bytearray(HEADER_BYTES + clip.pixels)
     encoder = Encoder(output, clip)
     try:
