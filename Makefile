@@ -31,7 +31,7 @@ DEMO := $(VENV)/.stamp-demo
 DEV  := $(VENV)/.stamp-dev
 EXT  := $(VENV)/.stamp-ext
 
-.PHONY: demo test test-long soak test-kernel lint types format sanitize bench wheel dev clean
+.PHONY: demo test test-long mutants soak test-kernel lint types format sanitize bench wheel dev clean
 .DEFAULT_GOAL := test
 
 demo: $(DEMO) $(EXT)
@@ -44,6 +44,10 @@ test: $(DEV) $(EXT)
 # The fault handler's hard end is for the short tests: these set their own watchdogs.
 test-long: $(DEV) $(EXT)
 	$(PY) -m pytest -m long --fresh-children -o faulthandler_timeout=0 -o timeout=7200 $(ARGS)
+
+# Known faults, each put into a copy of the tree: the tests must find them.
+mutants: $(DEV) $(EXT)
+	$(PY) -m tools.mutants $(ARGS)
 
 # A seed says what the processes do and when they are killed, not how they interleave.
 soak: $(DEV) $(EXT)

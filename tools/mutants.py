@@ -1,0 +1,209 @@
+"""Show that the tests find faults: put each known fault into a copy of the tree, and run the tests that should find it.
+
+    python -m tools.mutants                      every mutant, with five seeds of the quick budget
+    python -m tools.mutants --seeds 1 torn-mark  one of them, with one seed
+    python -m tools.mutants --list               their names
+
+A mutant replaces a text of one file by another. It is found if one of its tests fails with every seed, which sets the order of the tests
+and the state of the random generators. The exit status is 0 if all mutants are found.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+SEEDS = 5
+_PASSED, _FAILED = 0, 1  # exit statuses of pytest; any other means that it could not run the tests
+_WATCHDOG = 60  # seconds for one test: a fault may let one wait forever
+
+
+class Change(NamedTuple):
+    """A text that a file has once, and the text in its place."""
+
+    text: str
+    instead: str
+
+
+class Mutant(NamedTuple):
+    """A fault of one file. ``tests``: those that find it, together."""
+
+    name: str
+    what: str
+    file: str
+    changes: tuple[Change, ...]
+    tests: tuple[str, ...]
+
+    def apply(self, root: Path) -> None:
+        """Put the fault into a tree.
+
+        Raises:
+            ValueError: The file doesn't have one of the texts once, so the mutant must be written anew.
+        """
+        path = root / self.file
+        content = path.read_text(encoding="utf-8")
+        for text, instead in self.changes:
+            if content.count(text) != 1:
+                raise ValueError(f"mutant {self.name}: {self.file} has this text {content.count(text)} times: {text!r}")
+            content = content.replace(text, instead)
+        path.write_text(content, encoding="utf-8")
+
+
+MUTANTS = (
+    Mutant(
+        "torn-mark",
+        "the reaper leaves the content that a dead writer wrote in part as if it were whole",
+        "native/domain/reap.c",
+        (Change("    atomic_store(&r->torn, EOWNERDEAD);\n", ""),),
+        ("tests/conformance/test_access_processes.py",),
+    ),
+    Mutant(
+        "rebuild",
+        "a process that takes the table lock from a dead one leaves the table as it is",
+        "native/domain/table.c",
+        (Change("void table_rebuild(Shm *s) {\n", "void table_rebuild(Shm *s) {\n  if (s) return;\n"),),
+        ("tests/crash/test_steps.py",),
+    ),
+    Mutant(
+        "readers",
+        "a writer doesn't wait for readers",
+        "native/domain/access.c",
+        (Change("if (E_USAGE(e) > (write ? 2u : 1u) ||", "if (E_USAGE(e) > 1u ||"),),
+        ("tests/conformance/test_access.py",),
+    ),
+    Mutant(
+        "wake-fence",
+        "the signaler of a fence leaves its waiters to their next tick",
+        "native/domain/fence.c",
+        (Change("  if (w & FW_WAITERS) word_wake(&f->word, INT32_MAX);\n", ""),),
+        ("tests/unit/test_wakes.py",),
+    ),
+    Mutant(
+        "wake-dispatcher",
+        "the signaler of a fence leaves the dispatchers of other processes to their next tick",
+        "native/domain/fence.c",
+        (Change("if (me && i == LIFE_INDEX(me)) continue;", "if (me) continue;"),),
+        ("tests/unit/test_wakes.py",),
+    ),
+    Mutant(
+        "wake-lock",
+        "a process that unlocks a reservation object leaves its waiters to their next tick",
+        "native/domain/resv_lock.c",
+        (Change("  if ((w & CTX_WAITERS) || atomic_load(&r->next)) wake_waiters(r);\n", ""),),
+        ("tests/unit/test_wakes.py",),
+    ),
+    Mutant(
+        "wake-table",
+        "a process that unlocks the table leaves its waiters to their next tick",
+        "native/domain/table.c",
+        (Change("  if (atomic_exchange(w, 0) & TL_WAITERS) word_wake(w, INT32_MAX);\n", "  atomic_exchange(w, 0);\n"),),
+        ("tests/unit/test_wakes.py",),
+    ),
+    Mutant(
+        "size-before-count",
+        "a process that joins while another makes the domain grow takes its file for a broken one",
+        "src/dmabuf/domain/place.py",
+        (
+            Change("    size = os.fstat(fd).st_size\n    if len(head)", "    if len(head)"),
+            Change("    count = os.pread(fd, 4,", "    size = os.fstat(fd).st_size\n    count = os.pread(fd, 4,"),
+        ),
+        ("tests/unit/test_domain_end.py",),
+    ),
+)
+
+
+class Tree:
+    """A copy of the tree, with an extension of its own."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        listed = subprocess.run(
+            ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, check=True, capture_output=True, text=True
+        )
+        for name in filter(None, listed.stdout.split("\0")):
+            if (ROOT / name).is_file():  # a file that was removed and not committed is still listed
+                (root / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(ROOT / name, root / name)
+        self.build()
+
+    def build(self) -> None:
+        """Build the extension in place."""
+        subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=self.root, check=True)
+
+    def test(self, tests: Sequence[str], seed: int) -> tuple[int, str]:
+        """Run tests until one fails. Return pytest's exit status, and the line that says what happened."""
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-x",
+            "-p",
+            "no:cacheprovider",
+            f"--randomly-seed={seed}",
+            "-o",
+            f"timeout={_WATCHDOG}",
+        ]
+        environment = os.environ | {"PYTHONPATH": str(self.root / "src"), "DMABUF_TEST_BUDGET": "quick"}
+        done = subprocess.run([*command, *tests], cwd=self.root, env=environment, capture_output=True, text=True, errors="replace")
+        lines = (done.stdout + done.stderr).splitlines()
+        failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+        return done.returncode, (failed or lines or ["no output"])[-1]
+
+
+def hunt(mutants: Sequence[Mutant], seeds: Sequence[int]) -> list[str]:
+    """Look for each mutant with each seed. Return the names of those that a seed did not find."""
+    escaped = []
+    with tempfile.TemporaryDirectory(prefix="dmabuf-mutants-") as directory:
+        tree = Tree(Path(directory))
+        for mutant in mutants:
+            status, line = tree.test(mutant.tests, seeds[0])
+            if status != _PASSED:
+                raise SystemExit(f"{mutant.name}: its tests fail without the fault: {line}")
+            path = tree.root / mutant.file
+            whole = path.read_bytes()
+            mutant.apply(tree.root)
+            compiled = path.suffix != ".py"
+            if compiled:
+                tree.build()
+            found = []
+            for seed in seeds:
+                status, line = tree.test(mutant.tests, seed)
+                if status not in (_PASSED, _FAILED):
+                    raise SystemExit(f"{mutant.name}: pytest could not run its tests: {line}")
+                found.append(status == _FAILED)
+                print(f"{mutant.name}: seed {seed}: {'found' if found[-1] else 'ESCAPED'}: {line}", flush=True)
+            if not all(found):
+                escaped.append(mutant.name)
+            path.write_bytes(whole)
+            if compiled:
+                tree.build()
+    return escaped
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Hunt the mutants that are named. Return 1 if one escaped."""
+    parser = argparse.ArgumentParser(prog="python -m tools.mutants", description="Show that the tests find known faults.")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="which mutants (all of them)")
+    parser.add_argument("--seeds", type=int, default=SEEDS, help=f"how many seeds, from 1 on ({SEEDS})")
+    parser.add_argument("--list", action="store_true", help="name the mutants, and do nothing else")
+    given = parser.parse_args(arguments)
+    if unknown := set(given.names) - {mutant.name for mutant in MUTANTS}:
+        parser.error(f"no such mutant: {', '.join(sorted(unknown))}; see --list")
+    chosen = [mutant for mutant in MUTANTS if mutant.name in (given.names or {one.name for one in MUTANTS})]
+    if given.list:
+        print("\n".join(f"{mutant.name}: {mutant.what}" for mutant in chosen))
+        return 0
+    escaped = hunt(chosen, range(1, given.seeds + 1))
+    print(f"{len(chosen) - len(escaped)} of {len(chosen)} mutants found" + (f"; escaped: {', '.join(escaped)}" if escaped else ""))
+    return bool(escaped)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
