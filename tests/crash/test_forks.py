@@ -24,7 +24,9 @@ import pytest
 import dmabuf
 from dmabuf import Usage
 from dmabuf.core.buffer.handle import handle_of
+from dmabuf.core.export.exported import EXPORTS
 from dmabuf.domain import lives
+from tests.support.drivers import Bare
 from tests.support.fences import attach
 from tests.support.forks import FORKS, Scene, in_child, python_fork
 from tests.support.steps import reap
@@ -448,3 +450,17 @@ def test_a_child_that_joined_dies_alone(scene: Scene) -> None:
     scene.buf.resv.wait(Usage.BOOKKEEP)
     scene.buf.domain.sweep()
     assert state(scene) == before
+
+
+def test_child_that_leaves_before_it_joins_serves_for_itself(scene: Scene) -> None:
+    """The child's first use forgets what the parent has for its own life, whether the child has left before or not."""
+    exporter = Bare()
+
+    def leave_and_export() -> None:
+        dmabuf.Domain.default().leave()
+        with dmabuf.export(exporter, 4096):
+            assert len(EXPORTS.of(dmabuf.Domain.default()).buffers) == 1
+
+    with dmabuf.export(exporter, 4096):
+        assert in_child(python_fork, leave_and_export) == 0
+    exporter.close()

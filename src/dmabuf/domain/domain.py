@@ -216,9 +216,10 @@ class Domain:
     def leave(self) -> None:
         """End this process's life in the domain. Its pending fences are signaled with -EOWNERDEAD. The last process empties the file."""
         with self.lock:
-            life, self._life = self._life, None
+            life = self._life
             if life is None or self.shm.life != life.id:
-                return
+                return  # a forked child that hasn't joined: what is here is the parent's, until a join forgets it
+            self._life = None
             hooked = self.leave_hooks.call_once()
             if self.path is None:
                 life.leave()
