@@ -303,6 +303,34 @@ def test_child_forked_during_a_release_uses_other_buffers_of_its_parent(child: S
     assert child(forks_in_a_release).recv() == (0, [("begin", FROM), ("end", FROM)])
 
 
+def forks_after_leaving(parent: Parent) -> int:
+    exporter = Static()
+    for _ in range(2):
+        with dmabuf.export(exporter, SIZE) as buf:
+            dmabuf.send(parent.sock, buf)
+            parent.recv()
+    Domain.default().leave()
+    parent.send("left")
+    parent.recv()
+    sys.unraisablehook = lambda info: os._exit(1)  # an error while the child is being made
+    return reap(fork(lambda: None))
+
+
+def test_child_can_be_forked_after_leaving_when_exported_buffers_are_gone(child: Spawn) -> None:
+    other = child(forks_after_leaving)
+    bufs = []
+    for _ in range(2):
+        bufs += dmabuf.recv(other.sock)
+        other.send("have it")
+    assert other.recv() == "left"
+    inodes = {buf.ino for buf in bufs}
+    for buf in bufs:
+        buf.close()
+    until(lambda: inodes.isdisjoint(record.ino for record in dmabuf.buffers()))
+    other.send("fork")
+    assert other.result() == 0
+
+
 def test_a_dynamic_exporter_is_known_by_pin(static: Static, dynamic: Dynamic) -> None:
     with dmabuf.export(static, SIZE) as one, dmabuf.export(dynamic, SIZE) as two:
         assert (one.is_dynamic, two.is_dynamic) == (False, True)

@@ -28,6 +28,7 @@ from dmabuf.core.buffer.backing import Backing
 from dmabuf.core.buffer.shared import BACKINGS, SharedBuffer, known
 from dmabuf.core.contract import OPS
 from dmabuf.core.dma_buf import DmaBuf
+from dmabuf.core.export.exported import OF_PARENT
 from dmabuf.core.resv.lock import lent, record_of
 from dmabuf.core.resv.resv import resv_of
 from dmabuf.domain import dispatcher
@@ -201,4 +202,5 @@ def _after_fork() -> None:
 register("moved", _moved)
 register("revoked", _revoked)
 BACKINGS.register("remote", RemoteBacking.of)
+OF_PARENT.register("remote", RemoteBacking)
 os.register_at_fork(after_in_child=_after_fork)

@@ -15,11 +15,13 @@ import fcntl
 import os
 import threading
 import weakref
+from collections.abc import Callable
 from typing import Final
 
 from dmabuf._native import Mapping
+from dmabuf.core.base.registry import Registry
 from dmabuf.core.buffer.backing import Backing
-from dmabuf.core.buffer.shared import BACKINGS, SharedBuffer
+from dmabuf.core.buffer.shared import SharedBuffer
 from dmabuf.core.contract import Exporter, OwnerReference
 from dmabuf.core.dma_buf import new_handle
 from dmabuf.core.fence.signalling import in_signalling
@@ -155,7 +157,7 @@ class Exports:
         self._lock = fork_lock()
         self._event = AutoResetEvent()  # may be set from __del__
         self._thread: threading.Thread | None = None
-        BACKINGS.find("remote")  # imported now, since a forked child needs it at once
+        OF_PARENT.find("remote")  # imported now, since a forked child needs it at once
         _DOMAINS.add(domain)
         me = weakref.ref(domain)
 
@@ -226,6 +228,12 @@ class Exports:
         self.buffers.clear()
 
 
+OF_PARENT: Final[Registry[Callable[[SharedBuffer, int, bool], Backing]]] = Registry(
+    "backing in a forked child", {"remote": "dmabuf.sharing.remote_backing"}
+)
+"""Functions that make the backing of a parent's buffer, from its record, the parent's life, and whether the memory is in the file."""
+
+
 def _after_fork() -> None:
     """In the child the exporter is in another process: the parent."""
     for domain in list(_DOMAINS):
@@ -233,7 +241,8 @@ def _after_fork() -> None:
         for exported in list(exports.buffers.values()) if exports is not None else ():
             if exported.released:
                 continue  # a thread of the parent has closed the descriptor, or is about to
-            exported.record.backing = BACKINGS.find("remote")(exported.record, exported.private)
+            # Nothing of the shared state is read: if the parent has left the domain, this record is not there any more.
+            exported.record.backing = OF_PARENT.find("remote")(exported.record, exported.life, exported.in_file)
 
 
 os.register_at_fork(after_in_child=_after_fork)
