@@ -9,6 +9,7 @@ import random
 import select
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -41,12 +42,28 @@ def live(where: Path, seed: str, board: Board, number: int) -> None:
 
 
 def in_fork(where: Path, seed: str, board: Board, number: int, log: int) -> NoReturn:
-    """Live in a forked child of the supervisor, and end as an interpreter ends."""
+    """Live in a forked child of the supervisor."""
+    end_with(log, lambda: live(where, seed, board, number))
+
+
+def anchor(told: int, log: int) -> NoReturn:
+    """Be in the domain until the supervisor closes the other end of ``told``."""
+
+    def stay() -> None:
+        prepare("soak anchor")
+        dmabuf.Domain.default().join()
+        os.read(told, 1)
+
+    end_with(log, stay)
+
+
+def end_with(log: int, action: Callable[[], None]) -> NoReturn:
+    """Do something in a forked child of the supervisor, and end as an interpreter ends."""
     try:
         os.setpgid(0, 0)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        live(where, seed, board, number)
+        action()
         threading._shutdown()  # type: ignore[attr-defined]
         atexit._run_exitfuncs()
     except BaseException as e:

@@ -468,3 +468,12 @@ def fork(worker: Worker) -> None:
         if child:
             for _ in range(worker.rng.randint(0, 8)):
                 step(worker)
+
+
+@operation(4)
+def leave_and_come_again(worker: Worker) -> None:
+    """Done with the domain for now. Its buffers and sync files can be used again; the next operation that needs the domain joins."""
+    worker.signaller.end()
+    worker.timelines.clear()
+    worker.grown.clear()
+    dmabuf.Domain.default().leave()

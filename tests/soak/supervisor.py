@@ -90,6 +90,8 @@ class Supervisor:
         self.slots = [Slot(self.board.line(i)) for i in range(WORKERS)]
         self.report = Report(seed)
         self.log_of: dict[int, Path] = {}
+        self.anchors: set[int] = set()
+        self.rope = -1  # closed, it lets the anchors go
         for name in ("peers", "logs"):
             (where / name).mkdir()
         os.environ["DMABUF_DOMAIN"] = str(where / "domain")
@@ -113,6 +115,7 @@ class Supervisor:
 
     def epoch(self, seconds: float) -> None:
         end = time.monotonic() + seconds
+        self.drop_anchors()
         while time.monotonic() < end:
             for slot in self.slots:
                 if not slot.pid:
@@ -124,10 +127,32 @@ class Supervisor:
         self.finish()
         self.check_nothing_left()
 
+    def drop_anchors(self) -> None:
+        """Two processes that join, do nothing, and leave when all others have ended.
+
+        So somebody is in the domain all the time. What processes share about a buffer is forgotten with the last process that has joined,
+        even if a child that hasn't joined yet has the buffer open; a soak isn't the place to see that again.
+        """
+        told, self.rope = os.pipe()
+        for number in range(2):
+            log = self.new_log(f"anchor {number}")
+            sys.stdout.flush()
+            pid = os.fork()
+            if not pid:
+                os.close(self.rope)
+                life.anchor(told, log)
+            os.close(log)
+            self.anchors.add(pid)
+            self.log_of[pid] = self.where / "logs" / f"anchor {number}"
+        os.close(told)
+
+    def new_log(self, name: str) -> int:
+        return os.open(self.where / "logs" / name, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+
     def start(self, slot: Slot) -> None:
         self.report.started += 1
         seed = f"{self.seed}/{self.report.started}"
-        log = os.open(self.where / "logs" / f"{self.report.started}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        log = self.new_log(f"{self.report.started}")
         number = self.slots.index(slot)
         sys.stdout.flush()
         if self.report.started % FRESH == 0:
@@ -174,6 +199,7 @@ class Supervisor:
                 raise FaultError(f"a worker hangs in {OPERATIONS[slot.line.doing].name}:\n{self.stacks(slot.pid)}")
 
     def ended(self, pid: int, code: int) -> None:
+        self.anchors.discard(pid)
         slot = next((slot for slot in self.slots if slot.pid == pid), None)
         killed = slot.killed if slot is not None else True  # a stranger may have killed itself
         if slot is not None:
@@ -185,26 +211,31 @@ class Supervisor:
             doing = f" after {OPERATIONS[slot.line.doing].name}" if slot is not None else ""
             text = log.read_text(errors="replace") if log else self.last_logs()
             raise FaultError(f"a worker ended with {code}{doing}:\n{text}")
-        if log is not None and not log.stat().st_size:
-            log.unlink()
 
     # ---- the end of an epoch ----
 
     def finish(self) -> None:
-        """Ask all to go, and kill some of them while they do."""
+        """Ask all to go, and kill up to two of them while they do; more would hide one that hangs."""
+        kills = self.rng.randint(0, 2)
         (self.where / "stop").touch()
         begun = time.monotonic()
         while True:
             self.look_after()
-            left = children()
+            left = set(children())
+            if self.rope >= 0 and not left - self.anchors:
+                os.close(self.rope)  # the last to leave are two at once
+                self.rope = -1
             if not left:
                 break
             if time.monotonic() - begun > HANG:
                 raise FaultError("these don't end:\n" + "\n".join(map(self.stacks, left)))
             pause(self.rng.uniform(0, PAUSE / 10))
-            if self.rng.random() < 0.05:
+            if kills and self.rng.random() < 0.05:
+                kills -= 1
                 self.kill(self.rng.choice(self.slots))
         (self.where / "stop").unlink()
+        for log in (self.where / "logs").iterdir():
+            log.unlink()
 
     def end_all(self) -> None:
         """Kill whoever is left, without questions."""
