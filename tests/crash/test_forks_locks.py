@@ -92,7 +92,7 @@ def test_what_the_forking_thread_holds_it_releases_in_the_child_too(scene: Scene
     assert reap(pid) == 0
 
 
-def test_a_raw_fork_in_the_middle_keeps_neither_a_reapers_lock_nor_the_door(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_raw_fork_keeps_neither_reapers_lock_nor_lifecycle_lock(monkeypatch: pytest.MonkeyPatch) -> None:
     """A child that lives on has a share in every description that was open for a moment: the locks on them end all the same."""
     domain = dmabuf.Domain.private()
     ours, theirs = socket.socketpair()

@@ -32,7 +32,7 @@ RANGES = [
 
 
 @pytest.mark.parametrize(("offset", "at", "length"), RANGES)
-def test_what_is_read_is_what_the_file_has_there_and_nothing_else_is_touched(
+def test_read_fills_exactly_its_range_with_the_files_content(
     disk: DiskDevice, big: DmaBuf, file: Path, offset: int, at: int, length: int
 ) -> None:
     put(big, b"\xee" * BIG)
@@ -43,9 +43,7 @@ def test_what_is_read_is_what_the_file_has_there_and_nothing_else_is_touched(
 
 
 @pytest.mark.parametrize(("offset", "at", "length"), RANGES)
-def test_what_is_written_is_what_the_buffer_has_there_and_nothing_else_is_touched(
-    disk: DiskDevice, big: DmaBuf, file: Path, offset: int, at: int, length: int
-) -> None:
+def test_write_changes_exactly_its_range_of_the_file(disk: DiskDevice, big: DmaBuf, file: Path, offset: int, at: int, length: int) -> None:
     data, before = random.Random(2).randbytes(BIG), file.read_bytes()
     put(big, data)
     assert disk.submit_write(big, file, offset, at=at, length=length).wait() == length
@@ -95,7 +93,7 @@ def test_memory_in_pieces_is_filled_in_the_order_of_its_table(disk: DiskDevice, 
     exporter.close()
 
 
-def test_whole_blocks_bypass_the_page_cache_where_the_file_system_takes_that(plain: DiskDevice, big: DmaBuf, file: Path) -> None:
+def test_whole_blocks_bypass_the_page_cache_with_o_direct(plain: DiskDevice, big: DmaBuf, file: Path) -> None:
     job = plain.submit_read(big, file, 100, at=100, length=BIG - 200)
     job.wait()
     stats = plain.statistics()
@@ -110,7 +108,7 @@ def test_whole_blocks_bypass_the_page_cache_where_the_file_system_takes_that(pla
         assert (after.direct - stats.direct, after.buffered - stats.buffered) == (3 * BLOCK, 100)
 
 
-def test_memory_and_file_aligned_differently_go_through_the_page_cache_and_it_is_said(plain: DiskDevice, big: DmaBuf, file: Path) -> None:
+def test_different_alignment_uses_the_page_cache_and_notes_it(plain: DiskDevice, big: DmaBuf, file: Path) -> None:
     job = plain.submit_read(big, file, 1)
     job.wait()
     assert plain.statistics().direct == 0

@@ -380,7 +380,7 @@ def test_waiting_for_a_job_times_out(queue: sim.EngineQueue, buf: DmaBuf, tl: Ti
     assert job.wait(0) == SIZE
 
 
-def test_waiting_inside_of_an_access_for_a_job_that_waits_for_it_is_a_deadlock(queue: sim.EngineQueue, buf: DmaBuf) -> None:
+def test_wait_in_an_access_for_a_job_that_waits_for_it_is_edeadlk(queue: sim.EngineQueue, buf: DmaBuf) -> None:
     async def main(job: sim.Job) -> None:
         await job
 
@@ -393,9 +393,7 @@ def test_waiting_inside_of_an_access_for_a_job_that_waits_for_it_is_a_deadlock(q
         assert queue.checksum(buf).wait() == zlib.crc32(b"\1" * SIZE)
 
 
-def test_waiting_inside_of_an_access_for_a_job_behind_one_that_waits_for_it_is_a_deadlock(
-    queue: sim.EngineQueue, buf: DmaBuf, other_buf: DmaBuf
-) -> None:
+def test_wait_in_an_access_for_a_job_behind_such_a_job_is_edeadlk(queue: sim.EngineQueue, buf: DmaBuf, other_buf: DmaBuf) -> None:
     with buf.read():
         first = queue.fill(buf, 1)
         second = queue.fill(other_buf, 1)

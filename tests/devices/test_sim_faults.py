@@ -343,7 +343,7 @@ def test_buffers_that_spill_are_worked_on_one_after_the_other(tmp_path: Path) ->
     heap.close()
 
 
-def test_where_no_thread_can_be_started_nothing_is_added_and_later_all_is_done(
+def test_submission_without_a_thread_adds_nothing_and_next_one_works(
     engine: sim.Engine, queue: sim.EngineQueue, buf: DmaBuf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     attached = engine.attach(buf)

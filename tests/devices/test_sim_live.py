@@ -29,7 +29,7 @@ def fills_and_sums(parent: Parent) -> tuple[int, int, int]:
     return crc, found.moves, found.maps
 
 
-def test_a_device_of_another_process_works_on_an_exporters_memory_and_hears_of_moves(child: Spawn, dynamic: Dynamic) -> None:
+def test_device_of_another_process_uses_exporters_memory_across_moves(child: Spawn, dynamic: Dynamic) -> None:
     with dmabuf.export(dynamic, SIZE) as buf, moving():
         other = child(fills_and_sums)
         give(other, buf)

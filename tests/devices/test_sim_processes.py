@@ -70,7 +70,7 @@ def stale_rounds(child: Spawn, rounds: int, *, seed: int = 1, without: int = NO_
 
 
 @pytest.mark.parametrize("part", range(4))  # 10,000 rounds altogether
-def test_a_writer_and_a_reader_in_two_processes_are_ordered_by_implicit_sync_alone(child: Spawn, part: int) -> None:
+def test_implicit_sync_orders_writer_and_reader_of_two_processes(child: Spawn, part: int) -> None:
     assert stale_rounds(child, 2_500, seed=1 + 2 * part) == []
 
 

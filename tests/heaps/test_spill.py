@@ -226,7 +226,7 @@ def test_a_closed_heap_is_ebadf_and_its_buffers_live_on(heap: SpillHeap, bufs: l
     assert heap._file.fileno() == -1
 
 
-def test_a_heap_that_nobody_has_any_more_lives_as_long_as_its_buffers_and_leaves_nothing(tmp_path: Path) -> None:
+def test_dropped_heap_lives_as_long_as_its_buffers(tmp_path: Path) -> None:
     before = descriptors()
     heap = SpillHeap(budget=2 * SIZE, directory=tmp_path)
     bufs = [heap.allocate(SIZE) for _ in range(5)]
@@ -265,7 +265,7 @@ def test_the_budget_of_the_environment(monkeypatch: pytest.MonkeyPatch, given: s
 
 
 @pytest.mark.parametrize("given", ["much", "-1", "1.5G", "2X", "G"])
-def test_a_budget_of_the_environment_that_is_none_is_einval_and_the_heap_unavailable(monkeypatch: pytest.MonkeyPatch, given: str) -> None:
+def test_bad_budget_in_environment_is_einval_and_heap_unavailable(monkeypatch: pytest.MonkeyPatch, given: str) -> None:
     monkeypatch.setenv("DMABUF_SPILL_BUDGET", given)
     with raises_errno(errno.EINVAL):
         spill.default_budget()

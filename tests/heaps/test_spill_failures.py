@@ -179,7 +179,7 @@ def test_whatever_is_raised_in_a_move_leaves_whole_buffers(
 
 
 @pytest.mark.parametrize("step", ["spill_told", "spill_copying", "spill_punched", "spill_reserved", "spill_read", "spill_here"])
-def test_a_signal_handler_that_raises_ends_the_wait_and_the_move_is_completed(
+def test_move_is_completed_when_a_signal_handler_ends_the_wait(
     heap: SpillHeap, bufs: list[DmaBuf], monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
     import signal

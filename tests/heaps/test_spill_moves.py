@@ -67,7 +67,7 @@ def test_with_move_notify_a_mapped_buffer_moves_and_is_mapped_again(heap: SpillH
     assert dev.statistics().windows == 0
 
 
-def test_unmap_with_another_direction_is_a_contract_error_and_the_table_stays(heap: SpillHeap, bufs: list[DmaBuf]) -> None:
+def test_unmap_with_other_direction_is_contract_error_and_table_stays(heap: SpillHeap, bufs: list[DmaBuf]) -> None:
     att = bufs[0].attach(Device("npu0"), Mover())
     sgt = att.map_unlocked(TO)
     with pytest.raises(ContractError):
@@ -101,7 +101,7 @@ def test_what_an_importer_cannot_stop_at_once_is_waited_for(heap: SpillHeap, buf
     line.close()
 
 
-def test_an_importer_that_never_stops_costs_memory_timeout_and_another_goes(tmp_path: Path) -> None:
+def test_importer_that_never_stops_costs_timeout_and_another_moves(tmp_path: Path) -> None:
     line = Timeline("npu0")
     fences = []
 

@@ -197,7 +197,7 @@ def imports(parent: Parent) -> Any:
     return att.dev.statistics().windows
 
 
-def test_an_importer_elsewhere_is_told_maps_again_and_its_old_table_is_no_memory(heap: SpillHeap, bufs: list[DmaBuf], child: Spawn) -> None:
+def test_remote_importer_maps_again_after_a_move_and_old_table_faults(heap: SpillHeap, bufs: list[DmaBuf], child: Spawn) -> None:
     other = child(imports)
     give(other, bufs[:1])
     assert other.recv() == "in"
@@ -232,9 +232,7 @@ def maps_in_its_callback(parent: Parent) -> Any:
     return answers
 
 
-def test_an_importer_elsewhere_that_maps_in_its_callback_gets_edeadlk_and_nobody_hangs(
-    heap: SpillHeap, bufs: list[DmaBuf], child: Spawn
-) -> None:
+def test_remote_importer_that_maps_in_move_notify_gets_edeadlk(heap: SpillHeap, bufs: list[DmaBuf], child: Spawn) -> None:
     other = child(maps_in_its_callback)
     give(other, bufs[:1])
     assert other.recv() == "in"
@@ -324,7 +322,7 @@ IN = ["spill_claimed", "spill_reserved", "spill_read", "spill_here"]
 
 @pytest.mark.crash
 @pytest.mark.parametrize(("step", "nth"), [(step, 1) for step in OUT + IN] + [("spill_copying", 2)])
-def test_an_exporter_killed_in_a_move_leaves_content_or_enodev_and_never_zeros(child: Spawn, tmp_path: Path, step: str, nth: int) -> None:
+def test_exporter_killed_in_a_move_leaves_content_or_enodev(child: Spawn, tmp_path: Path, step: str, nth: int) -> None:
     """Buffer 0 goes, for 2 to come, while 1 is read and mapped here and another process waits for 0 and a third for 2."""
     exporter = child(exports, str(tmp_path))
     bufs = given(exporter)  # type: ignore[arg-type]
@@ -405,7 +403,7 @@ def looks(parent: Parent, seed: int) -> int:
 
 @pytest.mark.crash
 @pytest.mark.parametrize("nth", [*range(150, 250, 20), *(pytest.param(n, marks=pytest.mark.long) for n in range(101, 701, 7))])
-def test_an_exporter_killed_at_any_step_while_others_look_shows_nothing_wrong(child: Spawn, tmp_path: Path, nth: int) -> None:
+def test_exporter_killed_at_any_step_shows_nothing_wrong_to_readers(child: Spawn, tmp_path: Path, nth: int) -> None:
     exporter = child(churns, str(tmp_path), nth)
     bufs = given(exporter)  # type: ignore[arg-type]
     lookers = [child(looks, seed) for seed in (1, 2)]

@@ -224,7 +224,7 @@ def test_without_memory_timeout_memory_in_use_is_enomem(tmp_path: Path) -> None:
         assert not is_here(a)
 
 
-def test_who_holds_one_and_wants_another_ends_with_enomem_and_not_in_a_circle(tmp_path: Path) -> None:
+def test_process_that_uses_one_buffer_and_wants_another_gets_enomem(tmp_path: Path) -> None:
     """Two threads with one buffer each, room for two, and each wants a third: no order of theirs could end well."""
     with SpillHeap(budget=2 * SIZE, directory=tmp_path, memory_timeout=0.05) as heap:
         bufs = [heap.allocate(SIZE) for _ in range(4)]

@@ -157,7 +157,7 @@ def test_a_buffer_in_flight_survives_kill_9_of_its_sender_with_its_name(child: S
     _check_late(other.sock)
 
 
-def test_a_record_that_went_while_the_buffer_was_in_flight_is_made_again_with_its_name(seqpacket: Pair) -> None:
+def test_recv_recreates_missing_record_with_its_name(seqpacket: Pair) -> None:
     buf = dmabuf.allocate(SIZE, name="again")
     index, gen, shm = handle_of(buf).shared.index, handle_of(buf).shared.gen, handle_of(buf).shared.shm
     dmabuf.send(seqpacket[0], buf)
@@ -236,7 +236,7 @@ def test_a_received_fence_ends_with_its_owner(child: Spawn) -> None:
     assert fence.status == -errno.EOWNERDEAD
 
 
-def test_a_fence_that_ended_before_it_is_received_keeps_its_error_and_number(seqpacket: Pair, tl: dmabuf.Timeline) -> None:
+def test_fence_signaled_before_recv_keeps_its_error_and_number(seqpacket: Pair, tl: dmabuf.Timeline) -> None:
     fence = tl.fence()
     number = fence.context, fence.seqno
     dmabuf.send(seqpacket[0], fence)
@@ -430,7 +430,7 @@ def test_what_claims_to_be_a_domain_and_is_not_is_refused(seqpacket: Pair) -> No
 # ---- waiting ----
 
 
-def test_recv_on_a_non_blocking_socket_takes_nothing_until_there_is_a_message(pair: Pair, buf: dmabuf.DmaBuf) -> None:
+def test_recv_on_non_blocking_socket_takes_nothing_before_a_message(pair: Pair, buf: dmabuf.DmaBuf) -> None:
     pair[1].setblocking(False)
     with raises_errno(errno.EAGAIN, BlockingIOError):
         dmabuf.recv(pair[1])

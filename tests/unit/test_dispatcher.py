@@ -93,7 +93,7 @@ def test_rings_count_and_name_the_slot() -> None:
         assert here.shm.load32(bell) == _native.SLOT_MASK
 
 
-def test_deferred_work_comes_after_the_callbacks_in_its_order_and_does_not_recurse() -> None:
+def test_deferred_work_runs_in_order_after_the_callbacks() -> None:
     with private() as here:
         order: list[str] = []
         handle = fence(here)
@@ -158,7 +158,7 @@ def links() -> list[str]:
     return found
 
 
-def test_a_finaliser_or_signal_handler_may_end_a_fence_in_the_middle_of_the_dispatchers_own_work() -> None:
+def test_finalizer_or_handler_may_signal_amid_dispatchers_work() -> None:
     """Both run wherever the thread happens to be; so where it holds the dispatcher's lock."""
     with private() as here:
         seen: list[int] = []
@@ -169,7 +169,7 @@ def test_a_finaliser_or_signal_handler_may_end_a_fence_in_the_middle_of_the_disp
         assert seen == [handle]
 
 
-def test_what_a_signal_handler_raises_as_callbacks_begin_loses_none_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_handler_that_raises_before_callbacks_loses_none_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[object] = []
     monkeypatch.setattr(sys, "unraisablehook", lambda what: told.append(what.exc_type))
     with private() as here:
@@ -188,7 +188,7 @@ def test_what_a_signal_handler_raises_as_callbacks_begin_loses_none_of_them(monk
         assert (seen, told) == ([handle], [Interrupt])
 
 
-def test_what_a_signal_handler_raises_between_two_callbacks_loses_none_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_handler_that_raises_between_callbacks_loses_none_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
     def handler(*_: object) -> None:
         raise Interrupt
 
@@ -248,7 +248,7 @@ def broken(_: object) -> None:
 
 
 @pytest.mark.parametrize("hook", [sys.__unraisablehook__, broken], ids=["the interpreter's own", "one that raises"])
-def test_a_callback_that_raises_in_the_dispatchers_thread_is_told_and_the_thread_goes_on(
+def test_callback_that_raises_is_reported_and_dispatcher_goes_on(
     hook: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "unraisablehook", hook)

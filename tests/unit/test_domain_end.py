@@ -92,7 +92,7 @@ def come_and_go(path: Path) -> None:
 
 
 @pytest.mark.crash
-def test_death_at_every_step_of_coming_and_going_leaves_a_domain_that_opens(where: Path) -> None:
+def test_domain_opens_after_death_at_every_step_of_join_and_leave(where: Path) -> None:
     for prepare in (lambda: None, lambda: make(where, b""), lambda: reap(fork(lambda: die_inside(where)))):
         prepare()
         steps = trace(lambda: come_and_go(where))
@@ -147,7 +147,7 @@ def test_an_opener_waits_for_nobody_but_who_is_at_the_door(where: Path) -> None:
 # ---- memory that can't be had ----
 
 
-def test_a_header_that_ends_in_the_middle_of_a_page_stays_when_the_rest_is_given_back(where: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_header_stays_when_the_chunks_in_its_page_are_freed(where: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # As it does where pages are larger than the 4 KiB that the header is a multiple of (arm64: 16 or 64 KiB).
     header, rest = _native.HEADER_BYTES + 512, 5 * _native.CHUNK_BYTES
     monkeypatch.setattr(place, "HEADER_BYTES", header)

@@ -231,7 +231,7 @@ def test_random_bytes_without_a_process_are_set_aside_or_emptied(where: Path) ->
 
 
 @pytest.mark.parametrize("what", ["magic", "version", "header", "geometry", "identity", "too many chunks"])
-def test_a_header_spoilt_under_a_living_process_is_euclean_and_touches_nothing(where: Path, what: str) -> None:
+def test_corrupt_header_under_a_living_process_is_euclean(where: Path, what: str) -> None:
     at = {"magic": 0, "version": 8, "header": 12, "geometry": _native.OFF_GEOMETRY, "identity": _native.OFF_ID}.get(
         what, _native.OFF_NCHUNKS
     )

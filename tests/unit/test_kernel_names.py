@@ -117,7 +117,7 @@ def test_a_name_that_no_header_has_is_told() -> None:
     assert line.startswith("gone: a docstring claims it")
 
 
-def test_a_place_and_a_reason_contradict_each_other_unless_it_was_only_not_built() -> None:
+def test_place_and_reason_contradict_unless_it_was_only_not_built() -> None:
     (line,) = problems(listed("go", "stop", go="nobody needs it", stop="not yet: later"), {"go": [PLACE], "stop": [PLACE]})
     assert line.startswith("go: has a place")
 

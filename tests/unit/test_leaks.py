@@ -112,7 +112,7 @@ def test_what_a_thread_has_for_a_moment_is_not_left(tmp_path: Path) -> None:
     running.join()
 
 
-def test_what_a_thread_had_for_a_moment_before_the_test_is_not_missed_after_it(tmp_path: Path) -> None:
+def test_threads_brief_descriptor_before_the_test_is_not_missed(tmp_path: Path) -> None:
     check = LeakCheck(tmp_path)
     fd = os.open("/dev/null", os.O_RDONLY)
     check.begin()

@@ -119,7 +119,7 @@ def test_a_call_without_a_descriptor_is_emfile_and_loses_nothing(buf: dmabuf.Dma
     timeline.close()
 
 
-def test_buffers_without_a_descriptor_is_emfile_while_a_dead_process_left_a_record(buf: dmabuf.DmaBuf) -> None:
+def test_buffers_without_descriptor_is_emfile_after_a_death(buf: dmabuf.DmaBuf) -> None:
     def dies() -> None:
         with dmabuf.allocate(4096):
             os.kill(os.getpid(), signal.SIGKILL)

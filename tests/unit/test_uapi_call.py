@@ -131,7 +131,7 @@ NS_GET_USERNS = 0xB701  # linux/nsfs.h: gives a descriptor as its result, to any
 
 
 @pytest.mark.usefixtures("stops")
-def test_a_signal_handler_that_raises_as_the_call_returns_loses_no_descriptor() -> None:
+def test_handler_that_raises_as_the_call_returns_loses_no_descriptor() -> None:
     namespace = os.open("/proc/self/ns/uts", os.O_RDONLY | os.O_CLOEXEC)
     before, stopped = descriptors(), 0
     alarm = signal.signal(signal.SIGALRM, signal.getsignal(signal.SIGUSR1))

@@ -32,7 +32,7 @@ def no_threads() -> Iterator[None]:
         yield
 
 
-def test_a_caller_that_can_not_be_served_is_told_and_the_next_one_is_served() -> None:
+def test_caller_without_a_server_thread_gets_error_and_next_is_served() -> None:
     serve(Domain.default())
     with no_threads(), connected() as sock:
         assert answer(sock)["errno"] == errno.EAGAIN
@@ -71,7 +71,7 @@ def test_a_service_that_can_not_begin_begins_the_next_time(domain: Domain) -> No
     serve(domain)
 
 
-def test_an_export_that_nobody_could_release_is_refused_and_the_next_is_not(domain: Domain) -> None:
+def test_export_without_a_releaser_is_refused_and_the_next_is_not(domain: Domain) -> None:
     exporter = Static(PAGE)
     serve(domain)
     with no_threads(), pytest.raises(RuntimeError):
