@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+from _pytest.config import create_terminal_writer
 
 # The debug layer is on in every test and in the processes that it starts; conftests of directories import dmabuf before `pytest_configure`.
 os.environ["DMABUF_DEBUG"] = "1"
@@ -11,6 +12,13 @@ os.environ["DMABUF_DEBUG"] = "1"
 _KERNEL = Path(__file__).parent / "kernel"
 
 pytest_plugins = ["tests.plugin"]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config, "workerinput"):
+        # In a worker of xdist stdout is /dev/null, and the watchdog's list of stacks is only seen on stderr, where faulthandler's goes too.
+        writer = create_terminal_writer(config, os.fdopen(os.dup(2), "w"))
+        config.get_terminal_writer = lambda: writer  # type: ignore[method-assign]
 
 
 @pytest.fixture(autouse=True)
