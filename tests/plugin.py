@@ -103,6 +103,8 @@ def leaves_nothing(request: pytest.FixtureRequest, leak_check: LeakCheck) -> Ite
     if request.node.stash.get(_FAILED, False):
         leak_check.forget()
         return
+    # pytest keeps the values of fixtures a little longer.
+    request.node.funcargs.clear()
     lost = leak_check.end()
     if lost:
         pytest.fail("the test left something behind:\n  " + "\n  ".join(lost), pytrace=False)

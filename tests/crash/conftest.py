@@ -8,8 +8,7 @@ from tests.support.forks import Scene
 
 
 @pytest.fixture
-def scene(request: pytest.FixtureRequest) -> Iterator[Scene]:
+def scene() -> Iterator[Scene]:
     made = Scene()
     yield made
     made.close()
-    request.node.funcargs.pop("scene", None)

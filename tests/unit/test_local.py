@@ -6,7 +6,6 @@ import gc
 import os
 import threading
 import weakref
-from collections.abc import Iterator
 
 import pytest
 
@@ -27,9 +26,8 @@ OTHER: Local[Kept] = Local(Kept)
 
 
 @pytest.fixture
-def domain(request: pytest.FixtureRequest) -> Iterator[Domain]:
-    yield dmabuf.Domain.private()
-    request.node.funcargs.pop("domain", None)
+def domain() -> Domain:
+    return dmabuf.Domain.private()
 
 
 def test_value_is_made_at_first_use_and_stays(domain: Domain) -> None:

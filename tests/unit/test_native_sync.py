@@ -16,11 +16,10 @@ GARBAGE = [0, 1, (1 << 64) - 1, 1 << 24, 0x3FFFFF, 0xFFFFFFFF00000000]
 
 
 @pytest.fixture
-def shm(request: pytest.FixtureRequest) -> Iterator[_native.Shm]:
+def shm() -> Iterator[_native.Shm]:
     domain = dmabuf.Domain.private()
     yield domain.join()
     domain.leave()
-    request.node.funcargs.pop("shm", None)
 
 
 def fence(shm: _native.Shm, flags: int = 0) -> int:

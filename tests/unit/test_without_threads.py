@@ -43,12 +43,11 @@ def test_caller_without_a_server_thread_gets_error_and_next_is_served() -> None:
 
 
 @pytest.fixture
-def domain(request: pytest.FixtureRequest) -> Iterator[Domain]:
+def domain() -> Iterator[Domain]:
     made = Domain.private()
     made.join()
     yield made
     made.leave()
-    request.node.funcargs.pop("domain", None)  # or pytest keeps it until after the look for leaks
 
 
 def test_what_can_not_be_watched_is_not_and_what_comes_later_is(domain: Domain) -> None:
