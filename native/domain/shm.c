@@ -25,7 +25,7 @@ int shm_fail(Shm *s, int err, const char *op, const char *obj, const char *what,
 }
 
 int shm_corrupt(Shm *s, const char *what) {
-  return shm_fail(s, EUCLEAN, "domain", "the domain's file", what, "end the processes that use it; the next opener sets it aside");
+  return shm_fail(s, EUCLEAN, "domain", "the domain's file", what, "end the processes that use it, then open it again");
 }
 
 int shm_need_life(Shm *s, const char *op) {

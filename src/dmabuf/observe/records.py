@@ -4,11 +4,11 @@ A snapshot changes nothing that a buffer's users can see, and takes no reservati
 snapshot has the state before or after one of the changes. Each buffer is read by itself, so two buffers may be from slightly different
 times. The dead are reaped first, so the snapshot has nothing of them.
 
-A buffer is there while somebody holds it: a descriptor or a mapping of a process that we may look into, or a lease that
-``/proc/locks`` shows (a descriptor in flight in a socket, a process of which we may not see the descriptors).
+A buffer exists while /proc shows a descriptor or mapping of it, or while ``/proc/locks`` shows its reference lock (for a descriptor in flight
+in a socket, or in a process whose descriptors this one may not see).
 
-Cost: one walk over /proc and some ten microseconds a buffer. Buffers that nobody is seen to hold cost passes over ``/proc/locks``, which
-grow with the square of the leases on the machine: seconds each at tens of thousands.
+A snapshot costs one walk over /proc and about ten microseconds for each buffer. Buffers of which no process is visible cost passes over
+``/proc/locks``, whose time grows with the square of the locks on the machine: seconds for each pass at tens of thousands.
 """
 
 from __future__ import annotations
@@ -133,12 +133,12 @@ def _consistent(shm: Shm, index: int) -> dict[str, Any] | None:
 
 
 def _unheld(infos: dict[int, dict[str, Any]], held: dict[tuple[int, int], list[Holder]]) -> set[int]:
-    """Those whose buffers nobody holds: their processes are dead, or closed them and have not collected the handle.
+    """Return the records whose buffers are gone: their processes are dead, or closed them and have not collected the handle.
 
-    /proc has told of most holders already, and only the rest need the leases: a pass over n of those costs the kernel n² steps.
+    /proc has shown most holders already, and only the rest need the reference locks: a pass over n of those costs the kernel n² steps.
     """
     gone = {i for i, info in infos.items() if (info["dev"], info["ino"]) not in held}
-    for _ in range(records.ABSENT_PASSES):  # a single pass may miss a lease that is there
+    for _ in range(records.ABSENT_PASSES):  # a single pass may miss a lock
         if not gone:
             break
         seen = records.reference_locks()
