@@ -4,8 +4,8 @@ A snapshot changes nothing that a buffer's users can see, and takes no reservati
 snapshot has the state before or after one of the changes. Each buffer is read by itself, so two buffers may be from slightly different
 times. The dead are reaped first, so the snapshot has nothing of them.
 
-A buffer exists while /proc shows a descriptor or mapping of it, or while ``/proc/locks`` shows its reference lock (for a descriptor in flight
-in a socket, or in a process whose descriptors this one may not see).
+A buffer exists while /proc shows a descriptor or mapping of it, or while ``/proc/locks`` shows its reference lock (for a descriptor in
+flight in a socket, or in a process whose descriptors this one may not see).
 
 A snapshot costs one walk over /proc and about ten microseconds for each buffer. Buffers of which no process is visible cost passes over
 ``/proc/locks``, whose time grows with the square of the locks on the machine: seconds for each pass at tens of thousands.
