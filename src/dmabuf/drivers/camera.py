@@ -125,7 +125,11 @@ class Camera(Closing):
         self._streaming = self._requested = False
 
     def fileno(self) -> int:
-        """Return the descriptor, which the camera keeps. It is readable when there is a frame. Errors: EBADF closed."""
+        """Return the descriptor, which the camera keeps. It is readable when there is a frame.
+
+        Raises:
+            ClosedError: The object is closed (EBADF).
+        """
         if self._fd.number < 0:
             raise fail(errno.EBADF, "fileno", f"camera {self.path}", "open it again", what="the camera is closed")
         return self._fd.number
@@ -140,7 +144,12 @@ class Camera(Closing):
         return Picture(told.width, told.height, letters(told.pixelformat), told.bytesperline, told.sizeimage)
 
     def configure(self, width: int, height: int, pixelformat: str) -> Picture:
-        """Ask for a format. Return the nearest one that the driver has. Errors: EBUSY the camera was started; EINVAL."""
+        """Ask for a format. Return the nearest one that the driver has.
+
+        Raises:
+            BusyError: The camera was started (EBUSY).
+            InvalidError: The driver refuses the format (EINVAL).
+        """
         fd = self.fileno()
         uapi.set_format(fd, uapi.with_picture(uapi.get_format(fd), width, height, fourcc(pixelformat)))
         return self.picture

@@ -49,7 +49,11 @@ class DrmNode(Closing):
 
     @classmethod
     def of(cls, driver: str) -> DrmNode:
-        """Return the first node of a driver. Errors: ENODEV there is none that this user may open."""
+        """Return the first node of a driver.
+
+        Raises:
+            NoDeviceError: There is no such node that this user may open (ENODEV).
+        """
         for path in sorted(glob(NODES)):
             try:
                 node = cls(path)
@@ -73,7 +77,11 @@ class DrmNode(Closing):
         return self._fd.number < 0
 
     def fileno(self) -> int:
-        """Return the descriptor, which the node keeps. Errors: EBADF closed."""
+        """Return the descriptor, which the node keeps.
+
+        Raises:
+            ClosedError: The object is closed (EBADF).
+        """
         if self._fd.number < 0:
             raise fail(errno.EBADF, "fileno", self, "open it again", what="the node is closed")
         return self._fd.number
@@ -86,7 +94,13 @@ class DrmNode(Closing):
         self._fd.close()
 
     def create_dumb(self, width: int, height: int, bpp: int = 32) -> DumbBuffer:
-        """Return a buffer that the CPU can fill. Errors: EINVAL a 0, or too large; ENOSYS, EOPNOTSUPP the driver has none; ENOMEM."""
+        """Return a buffer that the CPU can fill.
+
+        Raises:
+            InvalidError: A number is 0 or too large (EINVAL).
+            DmaBufError: The driver has no such buffers (ENOSYS, EOPNOTSUPP).
+            NoMemoryError: There is no memory (ENOMEM).
+        """
 
         def make() -> DumbBuffer:
             made = uapi.create_dumb(self.fileno(), width, height, bpp, of=self)
@@ -157,12 +171,22 @@ class GemObject(Closing):
         return self.handle
 
     def export(self, *, flags: int = os.O_RDWR, domain: Domain | None = None) -> DmaBuf:
-        """Return the memory as a buffer, the same one each time. The first export decides whether it is writable. Errors: EBADF, EMFILE."""
+        """Return the memory as a buffer, the same one each time. The first export decides whether it is writable.
+
+        Raises:
+            ClosedError: The object is closed (EBADF).
+            DmaBufError: No descriptor is left (EMFILE).
+        """
         fd = uapi.handle_to_fd(self.node.fileno(), self._check("export"), flags=flags, of=self)
         return from_fd(fd, domain or Domain.default())
 
     def add_fence(self, *, write: bool = False) -> VgemFence:
-        """Add a fence of vgem as a reader's or writer's. vgem signals it after 10 s. Errors: EBUSY a fence conflicts; ENOTTY not vgem."""
+        """Add a fence of vgem as a reader's or writer's. vgem signals it after 10 s.
+
+        Raises:
+            BusyError: A pending fence conflicts (EBUSY).
+            DmaBufError: The driver is not vgem (ENOTTY).
+        """
         handle = self._check("fence")
         if self.node.driver != _VGEM:  # the number is another driver's own there, and does something else
             what = f"{self.node.path} is a node of {self.node.driver}"
@@ -196,5 +220,10 @@ class VgemFence:
         self.node, self.number = node, number
 
     def signal(self) -> None:
-        """Signal the fence. Errors: ENOENT it is signaled already; ETIMEDOUT vgem has signaled it."""
+        """Signal the fence.
+
+        Raises:
+            NotFoundError: It is signaled already (ENOENT).
+            DmaBufTimeout: The driver has signaled it after 10 s (ETIMEDOUT).
+        """
         uapi.vgem_signal(self.node.fileno(), self.number)

@@ -27,15 +27,29 @@ class SwSyncTimeline:
         return self._fd.number
 
     def fence(self, value: int) -> OwnedFd:
-        """Return a sync_file of the kernel that is signaled when the timeline reaches the value. Errors: EBADF; EMFILE."""
+        """Return a sync_file of the kernel that is signaled when the timeline reaches the value.
+
+        Raises:
+            ClosedError: The object is closed (EBADF).
+            DmaBufError: No descriptor is left (EMFILE).
+        """
         return uapi.create_fence(self._fd.number, value, of=self)
 
     def increment(self, by: int = 1) -> None:
-        """Increment the timeline. Errors: EBADF."""
+        """Increment the timeline.
+
+        Raises:
+            ClosedError: The object is closed (EBADF).
+        """
         uapi.increment(self._fd.number, by, of=self)
 
     def deadline(self, sync_file: int) -> int:
-        """Return the earliest deadline of its fences in ns. Errors: ENOENT none; EINVAL not one of its fences."""
+        """Return the earliest deadline of its fences in ns.
+
+        Raises:
+            NotFoundError: No deadline was set (ENOENT).
+            InvalidError: The descriptor is not one of its fences (EINVAL).
+        """
         return uapi.get_deadline(self._fd.number, sync_file, of=self)
 
     def close(self) -> None:

@@ -33,7 +33,11 @@ class Syncobj(Closing):
 
     @classmethod
     def from_fd(cls, node: DrmNode, fd: int) -> Syncobj:
-        """Return the object behind a descriptor of :meth:`export`, which the caller keeps. Errors: EINVAL not a sync object."""
+        """Return the object behind a descriptor of :meth:`export`, which the caller keeps.
+
+        Raises:
+            InvalidError: The descriptor is not a sync object (EINVAL).
+        """
         made = object.__new__(cls)
         made.node, made._pid = node, os.getpid()
         made.handle = uapi.fd_to_handle(node.fileno(), fd)
@@ -48,7 +52,11 @@ class Syncobj(Closing):
         return self.handle
 
     def signal(self, point: int = 0) -> None:
-        """Signal the object, or a point. Errors: EBADF."""
+        """Signal the object, or a point.
+
+        Raises:
+            ClosedError: The object is closed (EBADF).
+        """
         handle = self._check("signal")
         if point:
             uapi.timeline_signal(self.node.fileno(), [handle], [point])
@@ -56,7 +64,11 @@ class Syncobj(Closing):
             uapi.signal(self.node.fileno(), [handle])
 
     def reset(self) -> None:
-        """Take the fence out. Errors: EBADF."""
+        """Take the fence out.
+
+        Raises:
+            ClosedError: The object is closed (EBADF).
+        """
         uapi.reset(self.node.fileno(), [self._check("reset")])
 
     def wait(self, point: int = 0, timeout: float | None = None, *, submit: bool = False) -> float:
@@ -89,27 +101,57 @@ class Syncobj(Closing):
         return seconds_left(until)
 
     def point(self, *, submitted: bool = False) -> int:
-        """Return the last signaled point, or with ``submitted`` the last that has a fence. Errors: EBADF."""
+        """Return the last signaled point, or with ``submitted`` the last that has a fence.
+
+        Raises:
+            ClosedError: The object is closed (EBADF).
+        """
         return uapi.query(self.node.fileno(), [self._check("point")], submitted=submitted)[0]
 
     def transfer(self, point: int, into: Syncobj, at: int = 0) -> None:
-        """Copy the fence of a point (0: of the object) into another object of the node. Errors: EBADF; EINVAL there is none."""
+        """Copy the fence of a point (0: of the object) into another object of the node.
+
+        Raises:
+            ClosedError: The object is closed (EBADF).
+            InvalidError: There is no fence (EINVAL).
+        """
         uapi.transfer(self.node.fileno(), (self._check("transfer"), point), (into._check("transfer"), at))
 
     def export(self) -> OwnedFd:
-        """Return the object as a descriptor, for other processes. Errors: EBADF, EMFILE."""
+        """Return the object as a descriptor, for other processes.
+
+        Raises:
+            ClosedError: The object is closed (EBADF).
+            DmaBufError: No descriptor is left (EMFILE).
+        """
         return uapi.handle_to_fd(self.node.fileno(), self._check("export"))
 
     def export_sync_file(self) -> OwnedFd:
-        """Return a sync_file of its present fence. Errors: EBADF; EINVAL there is none; EMFILE."""
+        """Return a sync_file of its present fence.
+
+        Raises:
+            ClosedError: The object is closed (EBADF).
+            InvalidError: There is no fence (EINVAL).
+            DmaBufError: No descriptor is left (EMFILE).
+        """
         return uapi.handle_to_fd(self.node.fileno(), self._check("export_sync_file"), sync_file=True)
 
     def import_sync_file(self, fd: int) -> None:
-        """Put the fence of a sync_file of the kernel in. Errors: EBADF; EINVAL not a sync_file."""
+        """Put the fence of a sync_file of the kernel in.
+
+        Raises:
+            ClosedError: The object is closed (EBADF).
+            InvalidError: The descriptor is not a sync_file of the kernel (EINVAL).
+        """
         uapi.import_sync_file(self.node.fileno(), self._check("import_sync_file"), fd)
 
     def on_eventfd(self, eventfd: int, point: int = 0) -> None:
-        """Have the kernel write to an eventfd once the object, or the point, is signaled. Errors: EBADF; ENOTTY before Linux 6.6."""
+        """Have the kernel write to an eventfd once the object, or the point, is signaled.
+
+        Raises:
+            ClosedError: The object is closed (EBADF).
+            DmaBufError: The kernel is older than Linux 6.6 (ENOTTY).
+        """
         uapi.on_eventfd(self.node.fileno(), self._check("on_eventfd"), point, eventfd)
 
     def close(self) -> None:
