@@ -38,6 +38,11 @@ _FD: Final = struct.Struct("=i")
 _CONTROL: Final = socket.CMSG_SPACE(MAX_FDS * _FD.size)
 _UCRED: Final = struct.Struct("=3i")  # pid, uid, gid (unix(7))
 
+# Made once: json.dumps() makes an encoder at each call, json.loads() looks for the encoding, and flags of an enum are slow to combine.
+_encode: Final = json.JSONEncoder(separators=(",", ":")).encode
+_decode: Final[Callable[[str], object]] = json.JSONDecoder().decode
+_NO_SIGNAL, _FDS_LOST, _TRUNCATED, _CLOEXEC = map(int, (socket.MSG_NOSIGNAL, socket.MSG_CTRUNC, socket.MSG_TRUNC, socket.MSG_CMSG_CLOEXEC))
+
 Body = dict[str, Any]
 
 
@@ -77,15 +82,15 @@ def no_room(operation: str, obj: object, where: str, number: int = errno.EMFILE)
 
 
 def send(sock: socket.socket, body: Body, fds: Iterable[int] = (), flags: int = 0) -> None:
-    data, given, extra = json.dumps(body, separators=(",", ":")).encode(), list(fds), -1
+    data, given, extra = _encode(body).encode(), list(fds), -1
     try:
         if len(data) > INLINE:
             extra = os.memfd_create("dmabuf-message", os.MFD_CLOEXEC)
             with open(extra, "wb", closefd=False) as f:
                 f.write(data)
-            data, given = json.dumps({"long": len(data)}).encode(), [extra, *given]
+            data, given = _encode({"long": len(data)}).encode(), [extra, *given]
         control = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"={len(given)}i", *given))] if given else []
-        sock.sendmsg([data], control, socket.MSG_NOSIGNAL | flags)
+        sock.sendmsg([data], control, _NO_SIGNAL | flags)
     finally:
         if extra >= 0:
             os.close(extra)
@@ -93,24 +98,24 @@ def send(sock: socket.socket, body: Body, fds: Iterable[int] = (), flags: int = 
 
 def receive(sock: socket.socket) -> tuple[Body, list[int]] | None:
     """One message; None at the end. Errors: EBADMSG (the descriptors are closed); EMFILE its text is lost; what recvmsg(2) says."""
-    data, control, flags, _ = sock.recvmsg(INLINE + 1, _CONTROL, socket.MSG_CMSG_CLOEXEC)
+    data, control, flags, _ = sock.recvmsg(INLINE + 1, _CONTROL, _CLOEXEC)
     fds: list[int] = []
     for level, kind, raw in control:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             fds += (n for (n,) in _FD.iter_unpack(raw[: len(raw) // _FD.size * _FD.size]))
     try:
-        lost = bool(flags & socket.MSG_CTRUNC)
+        lost = bool(flags & _FDS_LOST)
         if not data and not fds and not lost:
             return None
-        if flags & socket.MSG_TRUNC or len(data) > INLINE:
+        if flags & _TRUNCATED or len(data) > INLINE:
             raise nonsense("it is truncated")
         if lost:
             close_all(fds)
-        body = json.loads(data)
+        body = _decode(data.decode())
         if isinstance(body, dict) and "long" in body:
             if lost:
                 raise no_room("request", "a message", "the process that it was sent to")
-            body = json.loads(_long(number(body, "long", LONGEST), fds))
+            body = _decode(_long(number(body, "long", LONGEST), fds).decode())
         if not isinstance(body, dict):
             raise nonsense("it is not an object")
         body[LOST] = lost
