@@ -100,8 +100,11 @@ int resv_take(Shm *s, db_resv *r, uint64_t me, int acquired, int interruptible, 
       waited = 1;
       continue;
     }
+    STEP(resv_looked); /* it will wait: nothing has changed yet */
     if (!(w & CTX_WAITERS) && !atomic_compare_exchange_strong(&r->lock, &w, w | CTX_WAITERS)) continue;
     waited = 1;
+    /* On a free lock this process relies on the one that `next` names. If that one came and went before the bit was set, nobody wakes us. */
+    if (!owner && atomic_load(&r->next) != next) continue;
     STEP(resv_waiting); /* the bit for waiters is set: a death leaves one wake-up too many */
     STEP_SLEEPING(resv_waiting);
     int k = shm_sleep(s, lock_futex(r), (uint32_t)(w | CTX_WAITERS), until, TICK_RESV, owner ? owner : next);
@@ -115,8 +118,12 @@ int resv_take(Shm *s, db_resv *r, uint64_t me, int acquired, int interruptible, 
     }
   }
   if (waited) { /* leave no name behind, and let the others choose again */
-    uint64_t next = me;
-    if (atomic_compare_exchange_strong(&r->next, &next, 0)) wake_waiters(r);
+    uint64_t next = me, unlocked = CTX_WAITERS;
+    if (atomic_compare_exchange_strong(&r->next, &next, 0)) {
+      /* A process that is about to sleep on a free lock finds another word there, and looks again. */
+      atomic_compare_exchange_strong(&r->lock, &unlocked, 0);
+      wake_waiters(r);
+    }
   }
   return result;
 }

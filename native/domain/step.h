@@ -17,7 +17,7 @@
   X(table_stolen) X(table_rebuilt) \
   X(fence_filled) X(fence_published) X(fence_dropped) X(fence_marking) X(fence_ending) X(fence_error) X(fence_stamped) \
   X(fence_signaled) X(fence_woken) X(fence_rung) \
-  X(resv_locked) X(resv_next) X(resv_waiting) X(resv_stolen) X(resv_passed) X(resv_unlocked) \
+  X(resv_locked) X(resv_next) X(resv_looked) X(resv_waiting) X(resv_stolen) X(resv_passed) X(resv_unlocked) \
   X(resv_heir) X(resv_borrowed) X(resv_returned) \
   X(resv_added) X(resv_copied) X(resv_cut) \
   X(access_fence) X(access_added) X(access_granted) X(access_torn) X(access_whole) X(access_ended) \
