@@ -103,7 +103,7 @@ int resv_take(Shm *s, db_resv *r, uint64_t me, int acquired, int interruptible, 
     STEP(resv_looked); /* it will wait: nothing has changed yet */
     if (!(w & CTX_WAITERS) && !atomic_compare_exchange_strong(&r->lock, &w, w | CTX_WAITERS)) continue;
     waited = 1;
-    /* On a free lock this process relies on the one that `next` names. If that one came and went before the bit was set, nobody wakes us. */
+    /* On a free lock this process relies on the one that `next` names. If that one went before the bit was set, nobody wakes it. */
     if (!owner && atomic_load(&r->next) != next) continue;
     STEP(resv_waiting); /* the bit for waiters is set: a death leaves one wake-up too many */
     STEP_SLEEPING(resv_waiting);
