@@ -4,6 +4,8 @@
  *   step_arm("hold", name or "*", fd)   at each matching crash point write its name and a newline to fd, then wait for one byte from it;
  *                                       where the process is about to sleep in a wait, write "~name" and go on at once
  *   step_disarm()
+ *
+ * Several names are separated by commas. "~" among them stands for every wait.
  */
 #include "domain/step.h"
 #include <signal.h>
@@ -12,7 +14,7 @@
 enum { DISARMED, KILL, HOLD };
 
 int step_armed;
-static char wanted[64];
+static char wanted[512];
 static long countdown;
 static int hold_fd = -1;
 static const char *const names[] = {
@@ -21,7 +23,13 @@ static const char *const names[] = {
 #undef X
 };
 
-static int is_wanted(const char *name) { return wanted[0] == '*' || !strcmp(wanted, name); }
+static int is_wanted(const char *name) {
+  if (wanted[0] == '*') return 1;
+  size_t n = strlen(name);
+  for (const char *p = wanted; (p = strstr(p, name)); p += n)
+    if ((p == wanted || p[-1] == ',') && (p[n] == ',' || !p[n])) return 1;
+  return 0;
+}
 
 static void report(const char *prefix, const char *name) {
   char line[80];
@@ -44,7 +52,7 @@ static void pass(const char *name) {
 }
 
 static void sleeping(const char *name) {
-  if (step_armed == HOLD && is_wanted(name)) report("~", name);
+  if (step_armed == HOLD && (is_wanted(name) || is_wanted("~"))) report("~", name);
 }
 
 void step_hit(int id) { pass(names[id]); }
@@ -57,7 +65,7 @@ static PyObject *step_arm(PyObject *module, PyObject *args) {
   if (!PyArg_ParseTuple(args, "ssl:step_arm", &action, &name, &number)) return NULL;
   int kind = !strcmp(action, "kill") ? KILL : !strcmp(action, "hold") ? HOLD : DISARMED;
   if (kind == DISARMED || strlen(name) >= sizeof wanted) {
-    PyErr_SetString(PyExc_ValueError, "step_arm: the action must be 'kill' or 'hold', and the name at most 63 bytes");
+    PyErr_SetString(PyExc_ValueError, "step_arm: the action must be 'kill' or 'hold', and the names at most 511 bytes");
     return NULL;
   }
   strcpy(wanted, name);
@@ -91,7 +99,7 @@ static PyMethodDef functions[] = {
            "Arm a crash point, for tests.\n\n"
            "Args:\n"
            "    action: \"kill\", or \"hold\".\n"
-           "    name: The crash point; with \"hold\" also \"*\", for all.\n"
+           "    name: The crash point, or several separated by commas; with \"hold\" also \"*\", for all, and \"~\", for every wait.\n"
            "    number: At which passage to kill; or the descriptor by which to report and wait."),
     METHOD(step_disarm, METH_NOARGS, "($module, /)", "Disarm the crash point."),
     METHOD(step, METH_O, "($module, name, /)", "Pass a crash point of a change that Python makes; \"~name\": about to sleep there."),
