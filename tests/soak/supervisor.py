@@ -64,6 +64,8 @@ class Report:
     started: int = 0
     fresh: int = 0
     killed: int = 0
+    slowest_end: float = 0.0  # s that the processes of an epoch took to go
+    slowest_look: float = 0.0  # s until whoever came next saw nothing of them
     outcomes: Counter[Outcome] = field(default_factory=Counter)
 
     def __str__(self) -> str:
@@ -72,6 +74,7 @@ class Report:
         lines = [
             f"seed {self.seed}: {self.seconds:.0f} s, {self.epochs} epochs, {well} operations",
             f"{self.started} processes started ({self.fresh} fresh interpreters), {self.killed} killed",
+            f"after an epoch all had gone within {self.slowest_end:.1f} s, and nothing of them was seen within {self.slowest_look:.1f} s",
             "expected errors: " + (", ".join(f"{name} {count}" for name, count in errors) or "none"),
         ]
         never = sorted(str(outcome) for outcome, count in self.outcomes.items() if not outcome.number and not count)
@@ -124,8 +127,12 @@ class Supervisor:
             self.look_after()
             if self.rng.random() < 0.2:
                 self.kill(self.rng.choice(self.slots))
+        asked = time.monotonic()
         self.finish()
+        gone = time.monotonic()
         self.check_nothing_left()
+        self.report.slowest_end = max(self.report.slowest_end, gone - asked)
+        self.report.slowest_look = max(self.report.slowest_look, time.monotonic() - gone)
 
     def drop_anchors(self) -> None:
         """Two processes that join, do nothing, and leave when all others have ended.
