@@ -31,7 +31,7 @@ def live(where: Path, seed: str, board: Board, number: int) -> None:
     worker = Worker(where, seed, board.line(number))
     chance = random.Random(seed)
     rounds = int(chance.expovariate(1 / ROUNDS)) if chance.random() < 0.6 else chance.randint(1, 3)
-    if chance.random() < 0.3:
+    for _ in range(chance.randrange(4)):
         grow(worker)  # at once, while others are still coming
     while rounds > 0 and not (where / "stop").exists():
         step(worker)
@@ -55,6 +55,17 @@ def anchor(told: int, log: int) -> NoReturn:
         os.read(told, 1)
 
     end_with(log, stay)
+
+
+def visit(log: int) -> NoReturn:
+    """Be in the domain for the time that one buffer takes."""
+
+    def come_and_go() -> None:
+        prepare("soak visitor")
+        with dmabuf.allocate(4096) as buf, buf.write() as view:
+            view[0] = 1
+
+    end_with(log, come_and_go)
 
 
 def end_with(log: int, action: Callable[[], None]) -> NoReturn:

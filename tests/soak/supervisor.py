@@ -34,6 +34,7 @@ from tests.soak.operations import OPERATIONS, outcomes
 WORKERS: Final = 6
 FRESH: Final = 24  # of so many workers one is a fresh interpreter, which costs as much as twenty forks
 HANG: Final = 60.0  # s without a round, or without an end: on a loaded machine a round takes a second or two
+RUSH: Final = 0.7  # s at the start of an epoch, in which the domain grows fastest: with visitors, who join and go at once
 PAUSE: Final = 0.03  # s between two deeds of the supervisor, at most
 EMPTY: Final = 1 << 20  # bytes of a domain file that nobody uses, at most (docs/promises.md)
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
@@ -117,9 +118,11 @@ class Supervisor:
         return self.report
 
     def epoch(self, seconds: float) -> None:
-        end = time.monotonic() + seconds
+        start = time.monotonic()
         self.drop_anchors()
-        while time.monotonic() < end:
+        while (now := time.monotonic()) < start + seconds:
+            if now < start + RUSH:
+                self.start_visitor()
             for slot in self.slots:
                 if not slot.pid:
                     self.start(slot)
@@ -152,6 +155,16 @@ class Supervisor:
             self.anchors.add(pid)
             self.log_of[pid] = self.where / "logs" / f"anchor {number}"
         os.close(told)
+
+    def start_visitor(self) -> None:
+        self.report.started += 1
+        log = self.new_log(f"{self.report.started}")
+        sys.stdout.flush()
+        pid = os.fork()
+        if not pid:
+            life.visit(log)
+        os.close(log)
+        self.log_of[pid] = self.where / "logs" / f"{self.report.started}"
 
     def new_log(self, name: str) -> int:
         return os.open(self.where / "logs" / name, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
