@@ -1,10 +1,16 @@
 """Every test of the project has a domain of its own run, the debug layer, and a look at what it left behind."""
 
 import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from _pytest.config import create_terminal_writer
+
+from tests.support.apart import Apart
+from tests.support.apart import apart as process
+from tests.support.children import Spawn
 
 # The debug layer is on in every test and in the processes that it starts; conftests of directories import dmabuf before `pytest_configure`.
 os.environ["DMABUF_DEBUG"] = "1"
@@ -32,6 +38,14 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
         return None
     named = (config.invocation_params.dir / argument.partition("::")[0] for argument in config.args)
     return None if any(path.is_relative_to(_KERNEL) for path in named) else True
+
+
+@pytest.fixture
+def apart(child: Spawn) -> Iterator[Apart]:
+    """Run a function in a small process with a domain of its own."""
+    base = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix="apart-", dir=base) as directory:
+        yield process(child, directory)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -14,7 +14,7 @@ from collections.abc import Generator, Iterator
 
 import pytest
 
-from tests.support.children import ENTRY, Nursery, Spawn
+from tests.support.children import ENTRY, PREPARE, Nursery, Spawn
 from tests.support.directory import RunDirectory
 from tests.support.leaks import LeakCheck, warm_up
 from tests.support.zygote import Zygote
@@ -116,7 +116,7 @@ def zygote(request: pytest.FixtureRequest) -> Iterator[Zygote | None]:
     if request.config.getoption("--fresh-children"):
         yield None
         return
-    made = Zygote(ENTRY)
+    made = Zygote(ENTRY, PREPARE)
     yield made
     made.close()
 

@@ -5,6 +5,7 @@ import itertools
 import pytest
 
 from dmabuf import DmaResv, Timeline, Usage
+from tests.support.apart import Apart
 from tests.support.fences import attach, key, keys
 from tests.support.steps import Held, fork, reap
 from tests.support.waiting import until_asleep
@@ -12,8 +13,8 @@ from tests.support.waiting import until_asleep
 pytestmark = [pytest.mark.crash, pytest.mark.timeout(600)]
 
 
-@pytest.mark.parametrize(("old", "new"), [(3, 2), (2, 3), (3, 0), (0, 3), (17, 18)])
-def test_death_at_every_step_of_a_copy_leaves_all_old_or_all_new_fences(old: int, new: int) -> None:
+def die_at_every_step(old: int, new: int) -> int:
+    """Check the list after each death. Return how many there were."""
     lines = [Timeline(f"{i}") for i in range(old + new)]
     fences = [line.fence() for line in lines]
     source, extra = DmaResv(), Timeline("extra").fence()
@@ -50,3 +51,9 @@ def test_death_at_every_step_of_a_copy_leaves_all_old_or_all_new_fences(old: int
     extra.signal()
     for line in lines:
         line.close()
+    return nth - 1
+
+
+@pytest.mark.parametrize(("old", "new"), [(3, 2), (2, 3), (3, 0), (0, 3), (17, 18)])
+def test_death_at_every_step_of_a_copy_leaves_all_old_or_all_new_fences(apart: Apart, old: int, new: int) -> None:
+    assert apart(die_at_every_step, old, new) >= 1

@@ -11,7 +11,8 @@ import errno
 import itertools
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import pytest
@@ -20,6 +21,7 @@ import dmabuf
 from dmabuf import Usage
 from dmabuf.core.buffer.handle import handle_of
 from dmabuf.domain import lives, records
+from tests.support.apart import Apart
 from tests.support.budget import times
 from tests.support.fences import attach
 from tests.support.steps import Held, fork, reap
@@ -173,12 +175,10 @@ def wait_for_everything(scene: Scene) -> None:
             pass
 
 
-@pytest.fixture
-def scene() -> Scene:
-    made = Scene(dmabuf.allocate(4096, name="before"), dmabuf.allocate(4096, name="other"))
-    yield made  # type: ignore[misc]
-    for buf in made:
-        buf.close()
+@contextmanager
+def scene() -> Iterator[Scene]:
+    with dmabuf.allocate(4096, name="before") as buf, dmabuf.allocate(4096, name="other") as other:
+        yield Scene(buf, other)
 
 
 def inhabitants() -> list[int]:
@@ -225,13 +225,23 @@ def die_at_every_step(scenario: Callable[[Scene], None], scene: Scene) -> int:
     return nth - 1
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda s: s.__name__)
-def test_death_at_every_step_is_repaired_by_whoever_comes_next(scenario: Callable[[Scene], None], scene: Scene) -> None:
-    assert die_at_every_step(scenario, scene) >= 1, "a scenario without steps proves nothing"
+def deaths(scenario: Callable[[Scene], None]) -> int:
+    with scene() as made:
+        return die_at_every_step(scenario, made)
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda s: s.__name__)
-def test_content_is_torn_only_by_who_may_have_written(scenario: Callable[[Scene], None], scene: Scene) -> None:
+def test_death_at_every_step_is_repaired_by_whoever_comes_next(scenario: Callable[[Scene], None], apart: Apart) -> None:
+    assert apart(deaths, scenario) >= 1, "a scenario without steps proves nothing"
+
+
+def torn_by_deaths(scenario: Callable[[Scene], None]) -> dict[str, set[str]]:
+    """The steps at which a death leaves the content of each buffer torn."""
+    with scene() as made:
+        return tear_at_every_step(scenario, made)
+
+
+def tear_at_every_step(scenario: Callable[[Scene], None], scene: Scene) -> dict[str, set[str]]:
     torn_at: dict[str, set[str]] = {"buf": set(), "other": set()}
     for nth in itertools.count(1):
         for buf in scene:
@@ -251,11 +261,16 @@ def test_content_is_torn_only_by_who_may_have_written(scenario: Callable[[Scene]
                 if error.errno not in (errno.EOWNERDEAD, errno.ECANCELED):
                     raise
                 torn_at[which].add(step)
-    allowed = MAY_TEAR.get(scenario)
+    settled(scene)
+    return torn_at
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda s: s.__name__)
+def test_content_is_torn_only_by_who_may_have_written(scenario: Callable[[Scene], None], apart: Apart) -> None:
+    torn_at, allowed = apart(torn_by_deaths, scenario), MAY_TEAR.get(scenario)
     for which, where in torn_at.items():
         if which != allowed:
             assert not where
     if allowed:
         assert "access_granted" in torn_at[allowed] or scenario is reap_another
         assert not torn_at[allowed] & {"access_fence", "access_added", "access_waiting", "resv_locked"} or scenario is reap_another
-    settled(scene)

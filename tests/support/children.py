@@ -37,8 +37,8 @@ from tests.support.zygote import Forked, Zygote
 
 P = ParamSpec("P")
 
-# What a child runs: `run(messages_fd, sock_fd)`.
-ENTRY = f"{__name__}:run"
+# For the zygote: what a child runs, `run(messages_fd, sock_fd)`, and what runs once before.
+ENTRY, PREPARE = f"{__name__}:run", f"{__name__}:prepare"
 
 
 class ChildFailed(AssertionError):
@@ -222,6 +222,14 @@ class Nursery:
         texts = [text for child in reversed(self._children) if (text := child.end()) is not None]
         if texts:
             raise ChildFailed("\n".join(texts))
+
+
+def prepare() -> None:
+    """Import all of dmabuf, which imports a name's module at the first use. It opens nothing and starts no thread."""
+    import dmabuf
+
+    for name in dmabuf.__all__:
+        getattr(dmabuf, name)
 
 
 def run(messages_fd: int, sock_fd: int) -> None:

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from tests.support.children import prepare
 from tests.support.waiting import until, until_others_sleep
 
 SHM = Path("/dev/shm")
@@ -55,6 +56,9 @@ def warm_up() -> None:
     multiprocessing.forkserver.ensure_running()
     if _default_domain() is not None:
         import dmabuf
+
+        # A module that is imported at first use would be imported in each fork again.
+        prepare()
         from dmabuf.sharing.server import serve
 
         # The first buffer to go opens what the process watches such ends with.

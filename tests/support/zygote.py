@@ -1,8 +1,8 @@
 """A process that forks itself for each child of a test run: a fork costs a fraction of what a fresh interpreter costs.
 
-The zygote is an interpreter that imports the modules of the children's functions and does nothing else. For each child it forks twice.
-The process in the middle ends at once, so that the child gets the test run as its parent, which must be a subreaper. The test run asks
-for a child by a message, and sends along the child's descriptors and its own descriptors 1 and 2.
+The zygote is an interpreter that imports modules, above all those of the children's functions, and does nothing else. For each child it
+forks twice. The process in the middle ends at once, so that the child gets the test run as its parent, which must be a subreaper. The test
+run asks for a child by a message, and sends along the child's descriptors and its own descriptors 1 and 2.
 
 A forked child is as good as a fresh interpreter:
 
@@ -107,16 +107,17 @@ class Zygote:
 
     Args:
         entry: ``"module:function"``. A child calls the function with the numbers of its descriptors.
+        prepare: ``"module:function"``. The zygote calls the function once, to import what most children need.
     """
 
-    def __init__(self, entry: str) -> None:
+    def __init__(self, entry: str, prepare: str = "") -> None:
         self._owner = os.getpid()
         self._surroundings = _surroundings()
         self._asking = threading.Lock()
         self._sock, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with there:
             self._process = subprocess.Popen(
-                [sys.executable, "-X", "faulthandler", "-m", __name__, str(there.fileno()), entry],
+                [sys.executable, "-X", "faulthandler", "-m", __name__, str(there.fileno()), entry, prepare],
                 stdin=subprocess.DEVNULL,
                 pass_fds=(there.fileno(),),
                 process_group=0,
@@ -238,17 +239,22 @@ def _end(status: object) -> NoReturn:
     os._exit(status if isinstance(status, int) else status is not None)
 
 
-def main(control: int, entry: str) -> NoReturn:
+def _function(name: str) -> Any:
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def main(control: int, entry: str, prepare: str) -> NoReturn:
     """Be the zygote, and each of its children."""
-    module, _, name = entry.partition(":")
-    function: Any = getattr(importlib.import_module(module), name)
+    function = _function(entry)
+    if prepare:
+        _function(prepare)()
     os.set_inheritable(control, False)
-    stdio, fds = [], []
-    stdio = _serve(socket.socket(fileno=control))
-    stdio, fds = stdio[: len(_STDIO)], stdio[len(_STDIO) :]
-    for number, fd in zip(_STDIO, stdio, strict=True):
+    received = _serve(socket.socket(fileno=control))
+    for number, fd in zip(_STDIO, received[: len(_STDIO)], strict=True):
         os.dup2(fd, number)
         os.close(fd)
+    fds = received[len(_STDIO) :]
     try:
         function(*fds)
     except SystemExit as end:
@@ -261,4 +267,4 @@ def main(control: int, entry: str) -> NoReturn:
 
 if __name__ == "__main__":
     # Under its real name, so that there is one copy of it.
-    importlib.import_module("tests.support.zygote").main(int(sys.argv[1]), sys.argv[2])
+    importlib.import_module("tests.support.zygote").main(int(sys.argv[1]), sys.argv[2], sys.argv[3])

@@ -18,6 +18,7 @@ import pytest
 import dmabuf
 from dmabuf import _native
 from dmabuf.domain import place
+from tests.support.apart import Apart
 from tests.support.places import FILE, MIB, die_inside, in_process, inhabitant, left, make, refused, visit
 from tests.support.steps import Held, fork, killed_at, reap, trace
 
@@ -91,8 +92,7 @@ def come_and_go(path: Path) -> None:
     domain.leave()
 
 
-@pytest.mark.crash
-def test_domain_opens_after_death_at_every_step_of_join_and_leave(where: Path) -> None:
+def die_at_every_step(where: Path) -> None:
     for prepare in (lambda: None, lambda: make(where, b""), lambda: reap(fork(lambda: die_inside(where)))):
         prepare()
         steps = trace(lambda: come_and_go(where))
@@ -104,6 +104,11 @@ def test_domain_opens_after_death_at_every_step_of_join_and_leave(where: Path) -
             assert [name for name in left(where) if name != FILE + ".new"] == [FILE]
             in_process(lambda: visit(where))
             assert (where / FILE).stat().st_size <= MIB
+
+
+@pytest.mark.crash
+def test_domain_opens_after_death_at_every_step_of_join_and_leave(apart: Apart, where: Path) -> None:
+    apart(die_at_every_step, where)
 
 
 @pytest.mark.crash
