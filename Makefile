@@ -4,6 +4,7 @@
 #   make test [ARGS='tests/unit -k layers']     make test-long
 #   make soak [SECONDS=3600] [SEED=7]           ordinary use, everything at once, with kills
 #   make test-kernel [KERNEL=uml|debian|full]   the tests that ask a real kernel, in a guest
+#   make test-model                             the models of the shared memory's protocol, with Spin
 #   make lint   make types   make format        make sanitize   make bench   make wheel   make clean
 #
 # PYTHON names the interpreter (3.11 or newer): make test PYTHON=python3.13
@@ -31,7 +32,7 @@ DEMO := $(VENV)/.stamp-demo
 DEV  := $(VENV)/.stamp-dev
 EXT  := $(VENV)/.stamp-ext
 
-.PHONY: demo test test-long mutants soak test-kernel lint types format sanitize bench wheel dev clean
+.PHONY: demo test test-long mutants soak test-kernel test-model lint types format sanitize bench wheel dev clean
 .DEFAULT_GOAL := test
 
 demo: $(DEMO) $(EXT)
@@ -52,6 +53,10 @@ mutants: $(DEV) $(EXT)
 # A seed says what the processes do and when they are killed, not how they interleave.
 soak: $(DEV) $(EXT)
 	$(PY) -m tests.soak --seconds $(SECONDS) $(if $(SEED),--seed $(SEED)) $(ARGS)
+
+# The models of the shared memory's protocol, with Spin (apt-get install spin). ARGS='-k facts'
+test-model: $(DEV) $(EXT)
+	$(PY) -m pytest -m model -n0 tests/model $(ARGS)
 
 # A real Linux kernel as the judge: fetched and built once (minutes), kept in the user's cache; see tools/kernel.
 test-kernel: $(DEV) $(EXT)

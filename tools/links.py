@@ -16,7 +16,7 @@ from tools.citations import ROOT, Fault
 
 HISTORY = ("CHANGELOG.md", "bench/RESULTS.md")  # name files as they were at the time
 KERNEL = ("include/", "drivers/")  # paths in the kernel's sources
-PAGES = ("*.md", "docs/**/*.md", "bench/*.md", "examples/*.md")
+PAGES = ("*.md", "docs/**/*.md", "bench/*.md", "examples/*.md", "tests/model/*.md")
 
 _CODE = re.compile(r"^```.*?^```$|<!--.*?-->", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\[(?:[^\[\]]|\[[^\]]*\])*\]\(([^()\s]+)\)")

@@ -1,0 +1,266 @@
+"""Check the models of the domain's protocol with Spin: each must hold, and each must fail with a step left out.
+
+    python -m tests.model.run [--long] [--jobs N] [MODEL ...]
+
+A run is one search of all states of one model. A *control* is a run with one step left out or swapped (``-DBUG=n``), in which the error
+must be found. The README beside this file says what each model stands for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).parent
+TOOLS = ("spin", "gcc")
+JOBS = 2
+MEMORY_MB = 1024  # of one search, at most; two run at a time
+DEPTH = 20_000  # steps of one path; the deepest has about 1,500
+RUN_S = 600  # of one search, on a machine that is busy with something else
+LONG_MEMORY_MB, LONG_RUN_S = 6_000, 7_200
+
+ASSERTION, BLOCKED, CYCLE = "assertion violated", "invalid end state", "non-progress cycle"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One search. ``finds``: the error of a control, else empty. ``cycles``: search for runs without an end, too."""
+
+    model: str
+    name: str
+    defines: str = ""
+    finds: str = ""
+    cycles: bool = False
+    long: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a search found: an error of Spin's, or nothing. ``trouble``: why it proves nothing."""
+
+    run: Run
+    found: str
+    states: int
+    seconds: float
+    trouble: str = ""
+
+    @property
+    def as_expected(self) -> bool:
+        if self.trouble:
+            return False
+        return self.found.startswith(self.run.finds) if self.run.finds else not self.found
+
+    def __str__(self) -> str:
+        verdict = "ok  " if self.as_expected else "FAIL"
+        what = self.trouble or self.found or "nothing found"
+        kind = "control: " if self.run.finds else ""
+        name = f"{self.run.model}: {kind}{self.run.name}"
+        return f"{verdict} {name:<86} {self.states:>10,} states {self.seconds:6.1f} s  {what[:60]}"
+
+
+def _models() -> Iterator[Run]:
+    lock = "lock"
+    yield Run(lock, "three processes, one dies", "N=3 KILLS=1")
+    yield Run(lock, "three processes, one gives up", "N=3 TIMEOUTS=1")
+    yield Run(lock, "three processes, one stops, the others overtake", "N=3 STOPS=1")
+    yield Run(lock, "two locks in both orders, two die", "N=2 L=2 KILLS=2", cycles=True)
+    yield Run(lock, "three processes, no run without an end", "N=3", cycles=True)
+    yield Run(lock, "three processes, one dies, no run without an end", "N=3 KILLS=1", cycles=True, long=True)
+    yield Run(lock, "three processes, one dies, one gives up", "N=3 KILLS=1 TIMEOUTS=1", long=True)
+    yield Run(lock, "three processes, two rounds", "N=3 ROUNDS=2", long=True)
+    yield Run(lock, "three processes, two locks", "N=3 L=2", long=True)
+    yield Run(lock, "two processes, three rounds, one dies", "N=2 ROUNDS=3 KILLS=1", long=True)
+
+    life = "life"
+    yield Run(life, "one slot, three processes, two die", "N=3 S=1 KILLS=2")
+    yield Run(life, "one slot, two rounds, two die, no run without an end", "N=2 S=1 ROUNDS=2 KILLS=2", cycles=True)
+    yield Run(life, "two slots, three processes, one dies", "N=3 S=2 KILLS=1")
+    yield Run(life, "two slots, three processes, two die", "N=3 S=2 KILLS=2", long=True)
+
+    fence = "fence"
+    yield Run(fence, "nobody dies, no wake-up is lost", "KILLS=0")
+    yield Run(fence, "waiter; owner and reaper die", "DISPATCHER=0 SYNC=0", cycles=True)
+    yield Run(fence, "waiter of a buffer that was torn before", "DISPATCHER=0 SYNC=0 TORN=1")
+    yield Run(fence, "dispatcher; owner and reaper die", "WAITER=0 SYNC=0", cycles=True)
+    yield Run(fence, "sync file; owner and reaper die", "WAITER=0 DISPATCHER=0", cycles=True)
+    yield Run(fence, "waiter and dispatcher", "SYNC=0", long=True)
+    yield Run(fence, "waiter and sync file", "DISPATCHER=0", long=True)
+    yield Run(fence, "all of them", "", long=True)
+
+    anybody = "anybody"
+    yield Run(anybody, "three end it at once, two die", "KILLS=2")
+    yield Run(anybody, "three end it at once, one dies, no run without an end", "KILLS=1", cycles=True)
+    yield Run(anybody, "three end it at once, three die", "KILLS=3", long=True)
+
+    facts = "facts"
+    yield Run(facts, "one joins, two die", "KILLS=2 FORK=0 TWO=0")
+    yield Run(facts, "one joins, one dies, no run without an end", "KILLS=1 FORK=0 TWO=0", cycles=True)
+    yield Run(facts, "one leaves without a descriptor, one dies", "KILLS=1 FORK=0 TWO=0 NO_FD=1")
+    yield Run(facts, "other buffers come and go, one dies", "KILLS=1 FORK=0 TWO=0 OWN=1")
+    yield Run(facts, "a raw fork that looks, joins or leaves", "KILLS=0 FORK=2 TWO=0")
+    yield Run(facts, "two join", "KILLS=0 FORK=0 TWO=1")
+    yield Run(facts, "a raw fork that looks, one dies", "KILLS=1 FORK=1 TWO=0", long=True)
+    yield Run(facts, "a raw fork that looks, joins or leaves, one dies", "KILLS=1 FORK=2 TWO=0", long=True)
+    yield Run(facts, "two join, one dies", "KILLS=1 FORK=0 TWO=1", long=True)
+    yield Run(facts, "one joins, three die", "KILLS=3 FORK=0 TWO=0", long=True)
+    yield Run(facts, "other buffers come and go, two die", "KILLS=2 FORK=0 TWO=0 OWN=1", long=True)
+
+    proc_locks = "proc_locks"
+    yield Run(proc_locks, "six locks, three changes", "")
+    yield Run(proc_locks, "six locks, four changes", "CHANGES=4", long=True)
+
+
+def _controls() -> Iterator[Run]:
+    def control(model: str, number: int, name: str, defines: str, finds: str, cycles: bool = False) -> Run:
+        return Run(model, f"{number:2} {name}", f"{defines} BUG={number}", finds, cycles)
+
+    yield control("lock", 1, "unlocking wakes nobody", "N=3", BLOCKED)
+    yield control("lock", 2, "unlocking looks for waiters first", "N=3", BLOCKED)
+    yield control("lock", 3, "locking drops the bit for waiters", "N=3", BLOCKED)
+    yield control("lock", 4, "a waiter doesn't set the bit", "N=3", CYCLE, cycles=True)
+    yield control("lock", 5, "the reaper leaves the context's generation", "N=2 KILLS=1", BLOCKED)
+    yield control("lock", 6, "locking is a store, not a compare-and-swap", "N=3", ASSERTION)
+    yield control("lock", 7, "no wait-die", "N=2 L=2", BLOCKED)
+    yield control("lock", 8, "a waiter that gives up stays named as the next", "N=3 TIMEOUTS=1", BLOCKED)
+    yield control("lock", 9, "nobody overtakes a next waiter that is stopped", "N=3 STOPS=1", BLOCKED)
+    yield control("lock", 10, "a waiter sleeps without comparing the word", "N=3", BLOCKED)
+    yield control("lock", 11, "a waiter on a free lock doesn't look at next again", "N=3", BLOCKED)
+    yield control("lock", 12, "a waiter that gives up leaves a free lock's bit", "N=3 TIMEOUTS=1", BLOCKED)
+
+    yield control("life", 1, "CLEAN before what was owned has ended", "N=2 S=1 ROUNDS=2 KILLS=2", ASSERTION)
+    yield control("life", 2, "a reaper without a life leaves the table lock", "N=2 S=1 ROUNDS=2 KILLS=2", ASSERTION)
+    yield control("life", 3, "the generation is read before the byte is locked", "N=3 S=1 KILLS=2", ASSERTION)
+    yield control("life", 4, "the reaper asks for the byte's lock, and doesn't take it", "N=3 S=1 KILLS=2", ASSERTION)
+    yield control("life", 5, "the reaper doesn't look at the state again", "N=3 S=1 KILLS=2", ASSERTION)
+    yield control("life", 6, "ALIVE before the byte is locked", "N=3 S=2 KILLS=1", ASSERTION)
+    yield control("life", 7, "a newcomer doesn't look at the state again", "N=3 S=1 KILLS=2", ASSERTION)
+    yield control("life", 8, "a new life keeps the generation", "N=3 S=2 KILLS=1", ASSERTION)
+
+    yield control("fence", 1, "sleepers are woken before the state is stored", "KILLS=0 SYNC=0", BLOCKED)
+    yield control("fence", 2, "the dispatcher looks, and then sets its bit", "KILLS=0 SYNC=0", ASSERTION)
+    yield control("fence", 3, "the bits are read before the state is stored", "KILLS=0 SYNC=0", ASSERTION)
+    yield control("fence", 4, "the torn mark after the fence has ended", "DISPATCHER=0 SYNC=0", ASSERTION)
+    yield control("fence", 5, "a writer writes before it is marked as granted", "DISPATCHER=0 SYNC=0", ASSERTION)
+    yield control("fence", 6, "the mark is cleared before the content is whole", "DISPATCHER=0 SYNC=0 TORN=1", ASSERTION)
+    yield control("fence", 7, "the mark is cleared after the fence has ended", "DISPATCHER=0 SYNC=0 TORN=1", ASSERTION)
+    yield control("fence", 8, "the reaper forgets sync files of ended fences", "DISPATCHER=0 WAITER=0", ASSERTION)
+    yield control("fence", 9, "the word is published before its fields", "DISPATCHER=0 SYNC=0", ASSERTION)
+    yield control("fence", 10, "the slot's last failure isn't kept", "DISPATCHER=0 SYNC=0", ASSERTION)
+    yield control("fence", 11, "signaling is a store, not a compare-and-swap", "KILLS=0 SYNC=0", BLOCKED)
+    yield control("fence", 12, "a waiter sleeps without comparing the word", "KILLS=0 SYNC=0", BLOCKED)
+
+    yield control("anybody", 1, "how it ends is a store", "KILLS=1", ASSERTION)
+    yield control("anybody", 2, "the time is a store", "KILLS=1", ASSERTION)
+    yield control("anybody", 3, "signaling doesn't compare the generation", "KILLS=1", ASSERTION)
+    yield control("anybody", 4, "the reaper decides again", "KILLS=2", ASSERTION)
+
+    alone = "FORK=0 TWO=0"
+    yield control("facts", 1, "a reset doesn't ask who is present", f"KILLS=0 {alone}", ASSERTION)
+    yield control("facts", 2, "presence ends before the private copy is made", "KILLS=0 FORK=2 TWO=0", ASSERTION)
+    yield control("facts", 3, "a process that looks on isn't present", f"KILLS=0 {alone}", ASSERTION)
+    yield control("facts", 4, "floors are raised after the chunks have gone", f"KILLS=1 {alone}", ASSERTION)
+    yield control("facts", 5, "pages go before their chunk says so", f"KILLS=1 {alone}", ASSERTION)
+    yield control("facts", 6, "a chunk is used again without allocating it", f"KILLS=1 {alone}", ASSERTION)
+    yield control("facts", 7, "a reset leaves the table lock free", f"KILLS=1 {alone}", ASSERTION)
+    yield control("facts", 8, "a reset doesn't reap first", f"KILLS=1 {alone}", ASSERTION)
+    yield control("facts", 9, "a held buffer is judged gone", f"KILLS=1 {alone}", ASSERTION)
+    yield control("facts", 10, "a new fence may lie below the floor", f"KILLS=1 {alone}", ASSERTION)
+    yield control("facts", 11, "what nobody knows counts as ended well", f"KILLS=1 {alone}", ASSERTION)
+    yield control("facts", 12, "a process that ends stays present", f"KILLS=0 {alone}", ASSERTION)
+    yield control("facts", 13, "the file is cut before fewer chunks are counted", f"KILLS=1 {alone}", ASSERTION)
+    yield control("facts", 14, "a file in which nobody lives is replaced", f"KILLS=1 {alone}", ASSERTION)
+    yield control("facts", 15, "a reset trusts the locks alone", f"KILLS=1 {alone}", ASSERTION)
+    yield control("facts", 16, "a new chunk starts its generations again", f"KILLS=0 {alone} OWN=1", ASSERTION)
+
+    yield control("proc_locks", 1, "nothing is compared", "", ASSERTION)
+    yield control("proc_locks", 2, "an empty page counts as the end", "CHANGES=4", ASSERTION)
+    yield control("proc_locks", 3, "two locks have the same line", "", ASSERTION)
+
+
+RUNS = [*_models(), *_controls()]
+MODELS = list(dict.fromkeys(run.model for run in RUNS))
+
+
+def missing() -> list[str]:
+    """The tools that are not installed."""
+    return [tool for tool in TOOLS if shutil.which(tool) is None]
+
+
+def check(run: Run) -> Outcome:
+    """Run one search, in a directory that goes with it."""
+    begin = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="dmabuf-model-") as where:
+        found, states, trouble = _search(run, Path(where))
+    return Outcome(run, found, states, time.monotonic() - begin, trouble)
+
+
+def check_all(runs: Iterable[Run], jobs: int = JOBS) -> Iterator[Outcome]:
+    """Run searches, ``jobs`` at a time, in their order."""
+    with ThreadPoolExecutor(jobs) as pool:
+        yield from pool.map(check, runs)
+
+
+def _search(run: Run, where: Path) -> tuple[str, int, str]:
+    """The error that Spin found, the number of states, and what went wrong otherwise."""
+    shutil.copy(HERE / f"{run.model}.pml", where)
+    spin = ["spin", *(f"-D{define}" for define in run.defines.split()), "-a", f"{run.model}.pml"]
+    made = _output(spin, where)
+    if not (where / "pan.c").exists():
+        return "", 0, f"spin: {made}"
+    memory, seconds = (LONG_MEMORY_MB, LONG_RUN_S) if run.long else (MEMORY_MB, RUN_S)
+    # Optimizing costs more than it saves in a search that ends at its first error.
+    flags = [f"-DMEMLIM={memory}", "-DNOFAIR", "-DVECTORSZ=1024", "-DCOLLAPSE", "-O0" if run.finds else "-O2" if run.long else "-O1"]
+    made = _output(["gcc", *flags, "-w", "-DNP" if run.cycles else "-DSAFETY", "-o", "pan", "pan.c"], where)
+    if not (where / "pan").exists():
+        return "", 0, f"gcc: {made}"
+    try:
+        text = _output(["./pan", "-n", f"-m{DEPTH}", "-w20", *(["-l"] if run.cycles else [])], where, seconds)
+    except subprocess.TimeoutExpired:
+        return "", 0, f"no end after {seconds} s"
+    error = re.search(r"^pan:1: (.*?) \(at depth", text, re.MULTILINE)
+    states = re.search(r"(\d+) states, stored", text)
+    trouble = ""
+    for sign in ("max search depth too small", "memory limit", "out of memory", "hash table is full"):
+        if sign in text:
+            trouble = sign
+    if not error and not re.search(r"errors: 0$", text, re.MULTILINE):
+        trouble = trouble or f"pan: {text.strip()[-200:]}"
+    return error[1] if error else "", int(states[1]) if states else 0, trouble
+
+
+def _output(command: Sequence[str], where: Path, seconds: float = RUN_S) -> str:
+    done = subprocess.run(command, cwd=where, capture_output=True, text=True, timeout=seconds, check=False, stdin=subprocess.DEVNULL)
+    return done.stdout + done.stderr
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.model.run", description="Check the models of the domain's protocol with Spin.")
+    parser.add_argument("models", nargs="*", metavar="MODEL", help=f"only these, of {', '.join(MODELS)}")
+    parser.add_argument("--long", action="store_true", help="the larger searches too, which take half an hour and 6 GB")
+    parser.add_argument("--jobs", type=int, default=JOBS, metavar="N", help="searches at a time")
+    options = parser.parse_args()
+    if unknown := set(options.models) - set(MODELS):
+        parser.error(f"no such model: {', '.join(sorted(unknown))}")
+    if lacking := missing():
+        print(f"dmabuf: no {lacking[0]} found: apt-get install {lacking[0]}", file=sys.stderr)
+        return 1
+    runs = [run for run in RUNS if (options.long or not run.long) and (not options.models or run.model in options.models)]
+    failed = 0
+    for outcome in check_all(runs, options.jobs):
+        print(outcome, flush=True)
+        failed += not outcome.as_expected
+    print(f"{len(runs) - failed} of {len(runs)} as expected")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
