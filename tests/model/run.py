@@ -111,7 +111,6 @@ def _models() -> Iterator[Run]:
     yield Run(facts, "a raw fork that looks, one dies", "KILLS=1 FORK=1 TWO=0", long=True)
     yield Run(facts, "a raw fork that looks, joins or leaves, one dies", "KILLS=1 FORK=2 TWO=0", long=True)
     yield Run(facts, "two join, one dies", "KILLS=1 FORK=0 TWO=1", long=True)
-    yield Run(facts, "one joins, three die", "KILLS=3 FORK=0 TWO=0", long=True)
     yield Run(facts, "other buffers come and go, two die", "KILLS=2 FORK=0 TWO=0 OWN=1", long=True)
 
     proc_locks = "proc_locks"
