@@ -244,7 +244,7 @@ def _output(command: Sequence[str], where: Path, seconds: float = RUN_S) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.model.run", description="Check the models of the domain's protocol with Spin.")
     parser.add_argument("models", nargs="*", metavar="MODEL", help=f"only these, of {', '.join(MODELS)}")
-    parser.add_argument("--long", action="store_true", help="the larger searches too, which take half an hour and 6 GB")
+    parser.add_argument("--long", action="store_true", help="the larger searches too, which take about ten minutes more")
     parser.add_argument("--jobs", type=int, default=JOBS, metavar="N", help="searches at a time")
     options = parser.parse_args()
     if unknown := set(options.models) - set(MODELS):
