@@ -54,7 +54,7 @@ def _surroundings() -> object:
     return (
         [line for line in status if line.startswith(_INHERITED)],
         Path("/proc/self/limits").read_bytes(),
-        Path("/proc/self/cgroup").read_bytes(),
+        _cgroup(),
         [os.readlink(f"/proc/self/ns/{name}") for name in os.listdir("/proc/self/ns")],
         os.readlink("/proc/self/root"),
         os.getcwd(),
@@ -62,6 +62,14 @@ def _surroundings() -> object:
         _environment(),
         list(sys.path),
     )
+
+
+def _cgroup() -> bytes:
+    """The control groups of this process; empty on a kernel without any, such as the guests' (cgroups(7))."""
+    try:
+        return Path("/proc/self/cgroup").read_bytes()
+    except FileNotFoundError:
+        return b""
 
 
 def _environment() -> dict[str, str]:
