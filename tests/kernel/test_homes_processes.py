@@ -118,13 +118,14 @@ def test_a_writer_that_is_killed_before_the_kernels_fence_has_written_nothing(
 
 
 def test_the_last_close_leaves_no_record(home: str) -> None:
+    shm = dmabuf.Domain.default().shm
+    before = set(shm.rec_list())  # a holder that was killed in another test leaves a record until three sweeps have judged it
     here = made(home)
     again = here.get_dma_buf()
     here.close()
     assert [record.ino for record in dmabuf.buffers()] == [again.ino]
-    shm = dmabuf.Domain.default().shm
     again.close()
-    assert shm.rec_list() == []
+    assert set(shm.rec_list()) <= before
 
 
 def test_what_was_detached_keeps_what_the_domain_knows_of_it(home: str) -> None:
