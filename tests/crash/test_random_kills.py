@@ -205,7 +205,7 @@ class Workload:
                 view[:] = bytes(len(view))
             with buf.read() as view:
                 check_pattern(view)
-        until(lambda: records.sweep(domain) or not shm.rec_orphans())
+        until(lambda: not records.sweep(domain) and not shm.rec_orphans())
         mine = {handle_of(b).shared.index for b in (*self.bufs, self.shared)}
         assert mine <= set(records.present(domain))
         owned = {chunk for chunk, _ in shm.chunks_of(shm.life)}

@@ -194,7 +194,7 @@ def settled(scene: Scene) -> None:
     mine = lives.index_of(shm.life)
     assert inhabitants() == [mine]
     assert sorted(records.present(domain)) == sorted(handle_of(b).shared.index for b in scene)
-    until(lambda: records.sweep(domain) or not shm.rec_orphans())
+    until(lambda: not records.sweep(domain) and not shm.rec_orphans())
     for buf in scene:
         assert not buf.resv.is_locked()
         assert buf.resv.fences(Usage.BOOKKEEP) == []

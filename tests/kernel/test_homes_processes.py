@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import dmabuf
+from dmabuf.domain import records
 from dmabuf.drivers.sw_sync import SwSyncTimeline
 from tests.support.children import Parent, Spawn
 from tests.support.errnos import raises_errno
@@ -118,14 +119,14 @@ def test_a_writer_that_is_killed_before_the_kernels_fence_has_written_nothing(
 
 
 def test_the_last_close_leaves_no_record(home: str) -> None:
-    shm = dmabuf.Domain.default().shm
-    before = set(shm.rec_list())  # a holder that was killed in another test leaves a record until three sweeps have judged it
+    domain = dmabuf.Domain.default()
+    until(lambda: not records.sweep(domain) and not domain.shm.rec_orphans())  # what a killed process of an earlier test had
     here = made(home)
     again = here.get_dma_buf()
     here.close()
     assert [record.ino for record in dmabuf.buffers()] == [again.ino]
     again.close()
-    assert set(shm.rec_list()) <= before
+    assert domain.shm.rec_list() == []
 
 
 def test_what_was_detached_keeps_what_the_domain_knows_of_it(home: str) -> None:
