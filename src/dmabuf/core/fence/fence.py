@@ -21,11 +21,11 @@ import warnings
 import weakref
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 from dmabuf._native import FF_ACCESS, FF_ANYBODY, FF_CONTAINER, FF_SEQNO64, Fence, Shm
 from dmabuf.core.task.waiting import pause
-from dmabuf.domain.dispatcher import DISPATCHER, dispatcher
+from dmabuf.domain.dispatcher import DISPATCHER, Dispatcher, dispatcher
 from dmabuf.domain.domain import Domain
 from dmabuf.domain.local import Local
 from dmabuf.errors import contract_warning, fail
@@ -316,7 +316,7 @@ class DmaFence(Fence):
 
     def __del__(self) -> None:
         if self.owned and not flagged(self):
-            local = DISPATCHER.peek(self.domain)
+            local: Dispatcher | None = self.domain.local.get(DISPATCHER)  # not peek(): each fence that is dropped makes this call
             shared = self.shm.fence_shared(self.handle) or (local is not None and local.watches(self.handle))
             if shared:
                 warnings.warn(
@@ -332,7 +332,8 @@ class DmaFence(Fence):
 # ---- for the package ----
 
 # The fences that this process knows, by handle.
-KNOWN: Local[weakref.WeakValueDictionary[int, DmaFence]] = Local(lambda _: weakref.WeakValueDictionary())
+_Known: TypeAlias = weakref.WeakValueDictionary[int, DmaFence]
+KNOWN: Local[_Known] = Local(lambda _: weakref.WeakValueDictionary())
 
 # The slot number + 1 of each timeline of this process for fences that belong to none, by its driver's name.
 _UNBOUND: Local[dict[str, int]] = Local(lambda _: {})
@@ -341,7 +342,8 @@ _UNBOUND: Local[dict[str, int]] = Local(lambda _: {})
 def register(fence: DmaFence, domain: Domain, timeline: Origin | None) -> None:
     """Complete a new fence object, and let :func:`wrap` find it."""
     fence.domain, fence._timeline, fence._names = domain, timeline, None
-    KNOWN.of(domain)[fence.handle] = fence
+    known: _Known | None = domain.local.get(KNOWN)  # not of() alone: each new fence makes this call
+    (KNOWN.of(domain) if known is None else known)[fence.handle] = fence
 
 
 def names_of(shm: Shm, info: dict[str, Any]) -> tuple[str, str]:
@@ -362,7 +364,7 @@ def names_of(shm: Shm, info: dict[str, Any]) -> tuple[str, str]:
 def unbound_timeline(domain: Domain, kind: str) -> int:
     """Return the slot number + 1 of this process's timeline for fences that belong to none, such as containers and stubs."""
     domain.join()
-    known = _UNBOUND.of(domain)
+    known: dict[str, int] = domain.local.get(_UNBOUND) or _UNBOUND.of(domain)
     found = known.get(kind)
     if found is None:
         found = known[kind] = domain.timeline_open(kind.encode(), b"stub" if kind == "stub" else b"unbound")[0] + 1
@@ -378,7 +380,8 @@ def wrap(domain: Domain, handle: int, past: tuple[int, ...] = (0, 0, 0), names: 
         past: Its context, seqno and timeline_index, and if known its status and timestamp, in case its slot was reused.
         names: The names of its driver and timeline, in the same case.
     """
-    fence = KNOWN.of(domain).get(handle)
+    known: _Known | None = domain.local.get(KNOWN)
+    fence = (KNOWN.of(domain) if known is None else known).get(handle)
     if fence is None:
         fence = DmaFence(domain.shm, handle, False, *past)
         register(fence, domain, None)

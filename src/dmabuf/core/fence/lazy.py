@@ -190,7 +190,7 @@ def ask(domain: Domain, handles: Iterable[int]) -> None:
 
     Cheap where there are none. Every place that reads slots alone may ask first.
     """
-    known = CUSTOM.peek(domain)
+    known: weakref.WeakValueDictionary[int, CustomFence] | None = domain.local.get(CUSTOM)
     if known:
         for handle in handles:
             fence = known.get(handle)
