@@ -67,7 +67,7 @@ SUBJECTS = [
 
 # Run in a checkout, with the row's text on the command line; it prints the µs.
 DRIVER = """
-import os, sys
+import gc, os, sys
 from contextlib import nullcontext
 
 def cpu_us(code):
@@ -81,6 +81,7 @@ def cpu_us(code):
 from bench import awaits, floor, measures
 if not measures.dmabuf.__file__.startswith(os.getcwd()):
     raise RuntimeError(f"measures {measures.dmabuf.__file__}")
+gc.collect()  # else what the imports left decides in which part of the row the next collection falls
 try:
     with eval(sys.argv[2]):
         took = eval(sys.argv[1])
