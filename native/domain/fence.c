@@ -21,16 +21,6 @@
 
 /* ---- state ---- */
 
-int fence_pending(Shm *s, uint64_t handle, db_fence **out) {
-  db_fence *f = fence_at(s, H_SLOT(handle));
-  if (out) *out = NULL;
-  if (!f) return 0;
-  uint32_t w = atomic_load(&f->word);
-  if (FW_GEN(w) != WORD_OF(H_GEN(handle)) || END_GEN(atomic_load(&f->end)) != H_GEN(handle)) return 0;
-  if (out) *out = f;
-  return !(w & FW_SIGNALED);
-}
-
 int fence_past_error(Shm *s, uint64_t handle, uint32_t timeline, uint64_t seqno) {
   db_fence *f = fence_at(s, H_SLOT(handle));
   for (uint32_t i = 0; f && i < FENCE_PAST; i++) {
@@ -108,8 +98,8 @@ int fence_finish(Shm *s, uint64_t handle, db_fence *f, int error, uint64_t stamp
   int e = error ? error : atomic_load(&f->error), decided = 1; /* of another generation: then the next step is in vain */
   uint64_t open = END_OPEN(H_GEN(handle)), none = STAMP_NONE(H_GEN(handle));
   uint64_t end = open | END_DECIDED | (e < 0 && e >= -4095 ? (uint32_t)-e : 0);
-  if (!shared)
-    atomic_store(&f->end, end); /* a reaper overrides what the dead owner had not made known */
+  if (!shared) /* the compare-and-swap of the word below orders these stores before it, so they need no barrier of their own */
+    atomic_store_explicit(&f->end, end, memory_order_release); /* a reaper overrides what the dead owner had not made known */
   else if (!atomic_compare_exchange_strong(&f->end, &open, end)) {
     if (END_GEN(open) != H_GEN(handle)) return 1;
     end = open; /* another process was quicker, and may be dead: the fence ends as that one decided */
@@ -124,7 +114,7 @@ int fence_finish(Shm *s, uint64_t handle, db_fence *f, int error, uint64_t stamp
   }
   if (!stamp) stamp = (uint64_t)now_ns();
   if (!shared)
-    atomic_store(&f->timestamp, stamp);
+    atomic_store_explicit(&f->timestamp, stamp, memory_order_release);
   else
     atomic_compare_exchange_strong(&f->timestamp, &none, stamp);
   STEP(fence_stamped); /* pending, with an end and a time that show once it is signaled */

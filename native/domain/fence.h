@@ -6,7 +6,15 @@
 /* ---- the state of a fence ---- */
 
 /* 1: pending; 0: signaled or past. *out (may be NULL): its slot while the handle is of the present generation, else NULL. */
-int fence_pending(Shm *s, uint64_t handle, db_fence **out);
+static inline int fence_pending(Shm *s, uint64_t handle, db_fence **out) {
+  db_fence *f = fence_at(s, H_SLOT(handle));
+  if (out) *out = NULL;
+  if (!f) return 0;
+  uint32_t w = atomic_load(&f->word);
+  if (FW_GEN(w) != WORD_OF(H_GEN(handle)) || END_GEN(atomic_load(&f->end)) != H_GEN(handle)) return 0;
+  if (out) *out = f;
+  return !(w & FW_SIGNALED);
+}
 
 static inline uint32_t fence_owner(Shm *s, uint64_t handle) { /* the life that owns the slot, 0: none */
   return CT_LIFE(atomic_load(chunk_entry(s, H_SLOT(handle) / FENCES_PER)));

@@ -35,8 +35,7 @@ int shm_need_life(Shm *s, const char *op) {
 
 /* ---- bounds ---- */
 
-static int refresh(Shm *s,
-                   uint32_t wanted) { /* Learn how many chunks are published now. 0, or -1: not that many, or the file lacks some. */
+int chunks_refresh(Shm *s, uint32_t wanted) {
   uint32_t n = atomic_load(&hdr(s)->nchunks);
   if (n > DB_MAX_CHUNKS || wanted >= n) return -1;
   struct stat st;
@@ -47,13 +46,7 @@ static int refresh(Shm *s,
 
 int chunks_known(Shm *s, uint32_t n) {
   if (n > DB_MAX_CHUNKS || n < s->known) return 0;
-  return n == s->known || !refresh(s, n - 1);
-}
-
-char *chunk_at(Shm *s, uint32_t i, uint32_t type) {
-  if (i >= DB_MAX_CHUNKS || (i >= s->known && refresh(s, i))) return NULL;
-  if (CT_TYPE(atomic_load(chunk_entry(s, i))) != type) return NULL;
-  return s->base + DB_HEADER_BYTES + (size_t)i * DB_CHUNK;
+  return n == s->known || !chunks_refresh(s, n - 1);
 }
 
 char *shm_bytes(Shm *s, unsigned long long offset, size_t n) {
@@ -61,7 +54,7 @@ char *shm_bytes(Shm *s, unsigned long long offset, size_t n) {
   if (end < offset || end > s->length) goto bad;
   if (end > DB_HEADER_BYTES) {
     uint32_t last = (uint32_t)((end - 1 - DB_HEADER_BYTES) / DB_CHUNK);
-    if (last >= s->known && refresh(s, last)) goto bad;
+    if (last >= s->known && chunks_refresh(s, last)) goto bad;
   }
   return s->base + offset;
 bad:

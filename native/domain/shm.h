@@ -61,8 +61,16 @@ static inline int life_current(Shm *s, uint32_t id) { /* Is this the id of its s
   return id && atomic_load(&l->state) == LIFE_ALIVE && LIFE_ID(LIFE_INDEX(id), atomic_load(&l->gen)) == id;
 }
 
+/* Learn how many chunks are published now. 0, or -1: the chunk is not among them, or the file lacks some. */
+int chunks_refresh(Shm *s, uint32_t wanted);
+
 /* The address of a chunk; NULL if there is no such chunk of that type. */
-char *chunk_at(Shm *s, uint32_t i, uint32_t type);
+static inline char *chunk_at(Shm *s, uint32_t i, uint32_t type) {
+  if (i >= DB_MAX_CHUNKS || (i >= s->known && chunks_refresh(s, i))) return NULL;
+  if (CT_TYPE(atomic_load(chunk_entry(s, i))) != type) return NULL;
+  return s->base + DB_HEADER_BYTES + (size_t)i * DB_CHUNK;
+}
+
 /* Can n be the count of published chunks? The count never shrinks, and the file has the memory for it. */
 int chunks_known(Shm *s, uint32_t n);
 /* The address of n bytes at an offset of the file; NULL with an exception set. */

@@ -1,7 +1,6 @@
 /* sleep.c - the one sleep of which every wait in a domain is built. */
 #include "domain/sleep.h"
 #include "domain/ticker.h"
-#include <linux/futex.h>
 #include <math.h>
 #include <pthread.h>
 #include <signal.h>

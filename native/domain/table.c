@@ -13,16 +13,6 @@
 
 /* ---- addresses ---- */
 
-#define SLOT_AT(name, type, kind, per)       \
-  type *name(Shm *s, uint32_t i) {           \
-    char *c = chunk_at(s, i / (per), kind);  \
-    return c ? (type *)c + i % (per) : NULL; \
-  }
-SLOT_AT(rec_at, db_rec, CH_REC, RECS_PER)
-SLOT_AT(block_at, db_block, CH_BLOCK, BLOCKS_PER)
-SLOT_AT(timeline_at, db_timeline, CH_TIMELINE, TIMELINES_PER)
-SLOT_AT(fence_at, db_fence, CH_FENCE, FENCES_PER)
-
 db_ctx *ctx_at(Shm *s, uint32_t i) {
   char *c = chunk_at(s, i / CTX_PER, CH_CTX);
   if (!c && i % CTX_PER >= CTX_FIRST_IN_LIFE) c = chunk_at(s, i / CTX_PER, CH_LIFE);

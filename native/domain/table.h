@@ -4,11 +4,16 @@
 #include "domain/shm.h"
 
 /* ---- addresses; NULL: there is no such slot of that type ---- */
-db_fence *fence_at(Shm *s, uint32_t slot);
-db_rec *rec_at(Shm *s, uint32_t rec);
-db_block *block_at(Shm *s, uint32_t block);
+#define SLOT_AT(name, type, kind, per)           \
+  static inline type *name(Shm *s, uint32_t i) { \
+    char *c = chunk_at(s, i / (per), kind);      \
+    return c ? (type *)c + i % (per) : NULL;     \
+  }
+SLOT_AT(rec_at, db_rec, CH_REC, RECS_PER)
+SLOT_AT(block_at, db_block, CH_BLOCK, BLOCKS_PER)
+SLOT_AT(timeline_at, db_timeline, CH_TIMELINE, TIMELINES_PER)
+SLOT_AT(fence_at, db_fence, CH_FENCE, FENCES_PER)
 db_ctx *ctx_at(Shm *s, uint32_t index);
-db_timeline *timeline_at(Shm *s, uint32_t index);
 a64 *ref_word(Shm *s, uint32_t life_index, uint32_t rec); /* the word of that life's bitmap that has the record's bit */
 
 static inline uint64_t ref_bit(uint32_t rec) { return 1ull << (rec % RECS_PER); } /* the record's bit in that word */

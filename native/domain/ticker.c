@@ -4,12 +4,9 @@
  * needs no timeout of its own: an armed timer costs 0.3 us a sleep. Without sleepers the thread parks after 25 ticks.
  */
 #include "domain/ticker.h"
-#include <linux/futex.h>
 #include <pthread.h>
 #include <signal.h>
 #include <sys/mman.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
 #define SLEEPERS   256
 #define IDLE_TICKS 25
@@ -21,12 +18,6 @@ static struct {
 
 static _Atomic(a32 *) sleepers[SLEEPERS];
 static a32 ticks, parked;
-
-long futex(a32 *word, int op, uint32_t value, const struct timespec *timeout) {
-  return syscall(SYS_futex, word, op, value, timeout, NULL, 0);
-}
-
-void word_wake(a32 *word, int n) { futex(word, FUTEX_WAKE, (uint32_t)n, NULL); }
 
 static void *ticker(void *unused) {
   (void)unused;

@@ -2,12 +2,18 @@
 #ifndef DMABUF_TICKER_H
 #define DMABUF_TICKER_H
 #include "domain/layout.h"
+#include <linux/futex.h>
+#include <sys/syscall.h>
 #include <time.h>
+#include <unistd.h>
 
 #define TICK_NS 40000000ll /* a sleeper looks again at least this often */
 
-long futex(a32 *word, int op, uint32_t value, const struct timespec *timeout); /* futex(2) */
-void word_wake(a32 *word, int n);                                              /* wake up to n sleepers of any process */
+static inline long futex(a32 *word, int op, uint32_t value, const struct timespec *timeout) { /* futex(2) */
+  return syscall(SYS_futex, word, op, value, timeout, NULL, 0);
+}
+
+static inline void word_wake(a32 *word, int n) { futex(word, FUTEX_WAKE, (uint32_t)n, NULL); } /* wake up to n sleepers of any process */
 
 int ticker_prepare(void);     /* before anything else here, once a process: 0, or -1 with errno */
 uint32_t ticker_ticks(void);  /* ticks so far */

@@ -2,7 +2,6 @@
 #include "domain/words.h"
 #include "domain/sleep.h"
 #include "domain/ticker.h"
-#include <linux/futex.h>
 
 #define WORD_METHODS(bits, type)                                                           \
   static type *word##bits(Shm *s, unsigned long long off) {                                \
