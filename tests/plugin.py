@@ -7,7 +7,6 @@ A run gets a domain of its own (``DMABUF_DOMAIN``), which no other program sees 
   with ``--fresh-children`` each is a fresh interpreter.
 """
 
-import ctypes
 import gc
 import os
 from collections.abc import Generator, Iterator
@@ -17,9 +16,8 @@ import pytest
 from tests.support.children import ENTRY, PREPARE, Nursery, Spawn
 from tests.support.directory import RunDirectory
 from tests.support.leaks import LeakCheck, warm_up
+from tests.support.parents import adopt_orphans
 from tests.support.zygote import Zygote
-
-_PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
 _DIRECTORY = pytest.StashKey[RunDirectory]()
 _CHECK = pytest.StashKey[LeakCheck]()
@@ -38,7 +36,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[_DIRECTORY] = directory
     os.environ["DMABUF_DOMAIN"] = str(directory.path)
     # An orphan of a killed child becomes a child of this process, where the leak check finds it, and not of init.
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    adopt_orphans()
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -11,7 +11,6 @@ Now and then a worker is a fresh interpreter all the same.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import random
@@ -30,6 +29,7 @@ from typing import Final
 from tests.soak import life
 from tests.soak.board import Board, Line, Outcome
 from tests.soak.operations import OPERATIONS, outcomes
+from tests.support.parents import adopt_orphans
 
 WORKERS: Final = 6
 FRESH: Final = 24  # of so many workers one is a fresh interpreter, which costs as much as twenty forks
@@ -37,7 +37,6 @@ HANG: Final = 60.0  # s without a round, or without an end: on a loaded machine 
 RUSH: Final = 0.7  # s at the start of an epoch, in which the domain grows fastest: with visitors, who join and go at once
 PAUSE: Final = 0.03  # s between two deeds of the supervisor, at most
 EMPTY: Final = 1 << 20  # bytes of a domain file that nobody uses, at most (docs/promises.md)
-_PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
 
 class FaultError(AssertionError):
@@ -100,7 +99,7 @@ class Supervisor:
             (where / name).mkdir()
         os.environ["DMABUF_DOMAIN"] = str(where / "domain")
         # The children of a killed worker become ours, so that none is lost from sight.
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        adopt_orphans()
         self.descriptors = set(os.listdir("/proc/self/fd"))
 
     # ---- the run ----

@@ -11,18 +11,21 @@ import os
 import select
 import signal
 import socket
+import threading
 import traceback
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 from dmabuf import _native
+from tests.support.parents import end_with
 
 Action = Callable[[], Any]
 
 
 def fork(action: Action, before: Action | None = None) -> int:
-    """The pid of a child that runs `action` and exits 0, or 1 with a traceback if it raises."""
+    """The pid of a child that runs `action` and exits 0, or 1 with a traceback if it raises. It ends with this process at the latest."""
+    parent, in_main = os.getpid(), threading.current_thread() is threading.main_thread()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12+: a fork with threads; the child runs only this
         pid = os.fork()
@@ -30,6 +33,8 @@ def fork(action: Action, before: Action | None = None) -> int:
         return pid
     code = 1
     try:
+        if in_main:
+            end_with(parent)
         if before is not None:
             before()
         action()

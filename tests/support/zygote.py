@@ -1,8 +1,9 @@
 """A process that forks itself for each child of a test run: a fork costs a fraction of what a fresh interpreter costs.
 
 The zygote is an interpreter that imports modules, above all those of the children's functions, and does nothing else. For each child it
-forks twice. The process in the middle ends at once, so that the child gets the test run as its parent, which must be a subreaper. The test
-run asks for a child by a message, and sends along the child's descriptors and its own descriptors 1 and 2.
+forks twice. The process in the middle ends at once, so that the child gets the test run as its parent, which must be a subreaper. The child
+ends with the test run, however that ends. The test run asks for a child by a message, and sends along the child's descriptors and its own
+descriptors 1 and 2.
 
 A forked child is as good as a fresh interpreter:
 
@@ -30,6 +31,8 @@ import threading
 import traceback
 from pathlib import Path
 from typing import Any, NoReturn
+
+from tests.support.parents import end_with
 
 _MESSAGE_BYTES = 65536  # of one message; an answer with a traceback is the longest
 _STDIO = (1, 2)
@@ -125,7 +128,7 @@ class Zygote:
         self._sock, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with there:
             self._process = subprocess.Popen(
-                [sys.executable, "-X", "faulthandler", "-m", __name__, str(there.fileno()), entry, prepare],
+                [sys.executable, "-X", "faulthandler", "-m", __name__, str(there.fileno()), str(self._owner), entry, prepare],
                 stdin=subprocess.DEVNULL,
                 pass_fds=(there.fileno(),),
                 process_group=0,
@@ -187,7 +190,7 @@ def _answer(control: socket.socket, answer: int | str) -> None:
     control.send(json.dumps(answer).encode()[:_MESSAGE_BYTES])
 
 
-def _serve(control: socket.socket) -> list[int]:
+def _serve(control: socket.socket, run: int) -> list[int]:
     """Fork a child for each request. Return in the children only: the descriptors of the request."""
     descriptors = _open()
     while True:
@@ -205,15 +208,22 @@ def _serve(control: socket.socket) -> list[int]:
             _answer(control, f"the zygote of the test run can't fork after the import of {module.decode()}: {reason}")
         else:
             here, there = os.pipe()
+            adopted, adopting = os.pipe()
             middle = os.fork()
             if not middle:
                 os.close(here)
+                os.close(adopting)
                 if _in_the_middle(there):
                     control.close()
+                    os.read(adopted, 1)
+                    os.close(adopted)
+                    end_with(run)
                     return fds
             os.close(there)
+            os.close(adopted)
             # The end of the process in the middle gives the child its parent.
             os.waitpid(middle, 0)
+            os.close(adopting)
             pid = os.read(here, 100)
             os.close(here)
             _answer(control, int(pid) if pid else "the zygote of the test run could not fork; see its stderr")
@@ -252,13 +262,13 @@ def _function(name: str) -> Any:
     return getattr(importlib.import_module(module), attribute)
 
 
-def main(control: int, entry: str, prepare: str) -> NoReturn:
-    """Be the zygote, and each of its children."""
+def main(control: int, run: int, entry: str, prepare: str) -> NoReturn:
+    """Be the zygote, and each of its children. ``run``: the pid of the test run."""
     function = _function(entry)
     if prepare:
         _function(prepare)()
     os.set_inheritable(control, False)
-    received = _serve(socket.socket(fileno=control))
+    received = _serve(socket.socket(fileno=control), run)
     for number, fd in zip(_STDIO, received[: len(_STDIO)], strict=True):
         os.dup2(fd, number)
         os.close(fd)
@@ -275,4 +285,4 @@ def main(control: int, entry: str, prepare: str) -> NoReturn:
 
 if __name__ == "__main__":
     # Under its real name, so that there is one copy of it.
-    importlib.import_module("tests.support.zygote").main(int(sys.argv[1]), sys.argv[2], sys.argv[3])
+    importlib.import_module("tests.support.zygote").main(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:5])

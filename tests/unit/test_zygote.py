@@ -1,8 +1,10 @@
 """The process that forks the children of a test run: a child is as good as a fresh interpreter, or is one."""
 
 import atexit
+import multiprocessing
 import os
 import resource
+import select
 import signal
 import socket
 import sys
@@ -14,6 +16,8 @@ from pathlib import Path
 import pytest
 
 from tests.support.children import ENTRY, Nursery, Parent
+from tests.support.parents import adopt_orphans, end_with
+from tests.support.steps import fork, reap
 from tests.support.zygote import Zygote, ZygoteFailed
 
 
@@ -61,6 +65,27 @@ def ends_late(parent: Parent) -> None:
     _, (fd,), _, _ = socket.recv_fds(parent.sock, 1, 1)
     atexit.register(lambda: os.write(fd, b"atexit"))
     threading.Thread(target=later).start()
+
+
+def spins(parent: Parent) -> None:
+    parent.send(os.getpid())
+    while True:
+        pass
+
+
+def starts_with_the_zygote(parent: Parent) -> None:
+    """A test run of its own, with a child that spins. The zygote ends with it too."""
+    adopt_orphans()
+    zygote = Zygote(ENTRY)
+    parent.send([Nursery(zygote)(spins).recv(), zygote._process.pid])
+    parent.recv()
+
+
+def starts_with_a_fork(parent: Parent) -> None:
+    here, there = multiprocessing.Pipe()
+    fork(lambda: spins(Parent(there, parent.sock)))
+    parent.send([here.recv()])
+    parent.recv()
 
 
 def is_forked(nursery: Nursery) -> bool:
@@ -196,3 +221,21 @@ def test_forked_process_starts_fresh_interpreters() -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     assert zygote.usable()
     zygote.close()
+
+
+@pytest.mark.parametrize("starts", [starts_with_the_zygote, starts_with_a_fork])
+def test_children_end_with_a_test_run_that_is_killed(starts: Callable[[Parent], None]) -> None:
+    with Nursery() as nursery:
+        run = nursery(starts)
+        pids = run.recv()
+        end = os.pidfd_open(pids[0])
+        run.kill()
+        ended = bool(select.select([end], [], [], 30)[0])
+        os.close(end)
+        os.kill(pids[0], signal.SIGKILL)  # ours now, and not waited for
+        assert [reap(pid) for pid in pids] == [-signal.SIGKILL, 0][: len(pids)]
+    assert ended
+
+
+def test_process_whose_parent_is_gone_ends_at_once() -> None:
+    assert reap(fork(lambda: None, lambda: end_with(os.getpid()))) == -signal.SIGKILL
