@@ -1,25 +1,19 @@
 """A spill heap, and ten times as many buffers as fit into it."""
 
-import gc
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from dmabuf import DmaBuf, Domain, SpillHeap
-from dmabuf.core.export.exported import EXPORTS
-from dmabuf.heap.spill_buffer import SpillBuffer
-from tests.support.spilling import ROOM, SIZE, fill
-from tests.support.waiting import until
+from dmabuf import DmaBuf, SpillHeap
+from tests.support.spilling import ROOM, SIZE, fill, no_buffer_is_left
 
 
 @pytest.fixture
 def heap(tmp_path: Path) -> Iterator[SpillHeap]:
     with SpillHeap(budget=ROOM * SIZE, directory=tmp_path, memory_timeout=60) as made:
         yield made
-    gc.collect()  # a traceback's frames may still have a mapping
-    # The last holder may have been another process, or a thread of ours releases what the collector found.
-    until(lambda: not any(isinstance(found.exporter, SpillBuffer) for found in list(EXPORTS.of(Domain.default()).buffers.values())))
+    no_buffer_is_left()
 
 
 @pytest.fixture

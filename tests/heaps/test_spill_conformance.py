@@ -1,6 +1,5 @@
 """What the conformance suite asks of plain buffers, asked of a spill heap's: to its users it is a buffer like any other."""
 
-import gc
 import inspect
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +9,7 @@ import pytest
 from dmabuf import DmaBuf, SpillHeap
 from tests.conformance import test_access, test_cpu_access, test_file_operations
 from tests.conformance.conftest import SIZE, dev, other_tl, tl
-from tests.support.waiting import until
+from tests.support.spilling import no_buffer_is_left
 
 __all__ = ["dev", "other_tl", "tl"]  # fixtures of that suite
 
@@ -25,8 +24,7 @@ for suite in (test_access, test_cpu_access, test_file_operations):
 def crowded(tmp_path: Path) -> Iterator[SpillHeap]:
     with SpillHeap(budget=2 * SIZE, directory=tmp_path) as made:
         yield made
-    gc.collect()  # a traceback's frames may still have a mapping
-    until(lambda: not made.statistics().buffers)
+    no_buffer_is_left()
 
 
 @pytest.fixture

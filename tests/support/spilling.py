@@ -1,10 +1,14 @@
 """Buffers of a spill heap whose every byte says whose and how new it is."""
 
+import gc
 import os
 
 import dmabuf
-from dmabuf import DmaBuf
+from dmabuf import DmaBuf, Domain
+from dmabuf.core.export.exported import EXPORTS
+from dmabuf.heap.spill_buffer import SpillBuffer
 from tests.support.children import Child, Parent
+from tests.support.waiting import until
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 SIZE = 4 * PAGE
@@ -52,6 +56,19 @@ def number_in(view: memoryview) -> int:
     found = (int.from_bytes(view[:8], "little") - 1) // 1_000_003
     assert bytes(view) == pattern(found, len(view)), "bytes of two writes, or of none"
     return found
+
+
+def exported() -> list[SpillBuffer]:
+    """The buffers of spill heaps that this process still has, or somebody has of it."""
+    found = list(EXPORTS.of(Domain.default()).buffers.values())
+    return [entry.exporter for entry in found if isinstance(entry.exporter, SpillBuffer)]
+
+
+def no_buffer_is_left(limit_s: float = 20) -> None:
+    """Until the buffers of all spill heaps are gone; AssertionError if the limit passes: the traceback of a failed test keeps some."""
+    gc.collect()  # a traceback's frames may still have a mapping
+    # The last holder may have been another process, or a thread of ours releases what the collector found.
+    until(lambda: not exported(), left=exported, limit_s=limit_s)
 
 
 def given(parent: Parent) -> list[DmaBuf]:

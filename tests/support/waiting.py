@@ -22,6 +22,8 @@ T = TypeVar("T")
 _CALM_NS = 12_000_000
 # On a machine so loaded that each look comes after a tick: asleep in so many of them, with so much time between, is asleep.
 _LOOKS = 20
+# For what others do, in s: less than the watchdog of a test (pyproject.toml), which ends the whole run.
+_LIMIT_S = 100.0
 
 
 def _never() -> bool:
@@ -97,9 +99,19 @@ def _until_calm(paths: list[str], over: Callable[[], bool]) -> None:
             os.close(fd)
 
 
-def until(condition: Callable[[], object]) -> None:
-    """Until the condition is true; for what another process does, and only the shared state tells."""
+def until(condition: Callable[[], object], *, left: Callable[[], object] = lambda: "unknown", limit_s: float = _LIMIT_S) -> None:
+    """Until the condition is true; for what another process does, and only the shared state tells.
+
+    Args:
+        condition: Asked again and again.
+        left: What is in the way, for the error.
+        limit_s: After so long it is an error, an AssertionError. A failed test's traceback keeps objects, and a teardown that waits until
+            they are gone would wait forever.
+    """
+    end = time.monotonic() + limit_s
     while not condition():
+        if time.monotonic() > end:
+            raise AssertionError(f"waited for {limit_s:g} s in vain; left: {left()}")
         os.sched_yield()
 
 
