@@ -2,6 +2,7 @@
 #include "domain/access.h"
 #include "domain/fence_methods.h"
 #include "domain/fence_type.h"
+#include "domain/file.h"
 #include "domain/lend.h"
 #include "domain/pools.h"
 #include "domain/reap.h"
@@ -13,7 +14,9 @@
 #include "domain/table.h"
 #include "domain/ticker.h"
 #include "domain/words.h"
+#include "errors.h"
 #include "fds/fds.h"
+#include "fds/same.h"
 #include "memory/mapping.h"
 #include "memory/view.h"
 
@@ -39,8 +42,8 @@ static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT,
                                         NULL,
                                         NULL,
                                         NULL};
-static PyMethodDef *const shm_methods[] = {word_methods, table_methods,  record_methods, pool_methods, fence_methods, resv_lock_methods,
-                                           resv_methods, access_methods, lend_methods,   reap_methods, NULL};
+static PyMethodDef *const shm_methods[] = {word_methods,      file_methods, table_methods,  record_methods, pool_methods, fence_methods,
+                                           resv_lock_methods, resv_methods, access_methods, lend_methods,   reap_methods, NULL};
 
 static int add_constants(PyObject *module) {
   static const struct {
@@ -118,7 +121,7 @@ PyMODINIT_FUNC PyInit__native(void) {
   if (!module) return NULL;
   if (add_constants(module) || shm_register(module, shm_methods) || fence_register(module) || step_register(module) ||
       mapping_register(module) || view_register(module) || passing_register(module) || descriptor_register(module) ||
-      probe_register(module) || file_register(module)) {
+      probe_register(module) || file_register(module) || same_register(module) || errors_register(module)) {
     Py_DECREF(module);
     return NULL;
   }

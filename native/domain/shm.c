@@ -1,5 +1,6 @@
 /* shm.c - Shm: a domain's file, mapped whole. module.c lists the tables of its methods. */
 #include "domain/shm.h"
+#include "errors.h"
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -9,19 +10,7 @@ PyTypeObject *Shm_Type;
 /* ---- errors ---- */
 
 int shm_fail(Shm *s, int err, const char *op, const char *obj, const char *what, const char *remedy) {
-  PyObject *args = s->fail ? Py_BuildValue("(isss)", err, op, obj, remedy) : NULL;
-  PyObject *names = args && what ? Py_BuildValue("{ss}", "what", what) : NULL;
-  PyObject *error = args && (names || !what) ? PyObject_Call(s->fail, args, names) : NULL;
-  Py_XDECREF(args);
-  Py_XDECREF(names);
-  if (error) {
-    PyErr_SetObject((PyObject *)Py_TYPE(error), error);
-    Py_DECREF(error);
-  } else if (!PyErr_Occurred()) {
-    errno = err;
-    PyErr_SetFromErrno(PyExc_OSError);
-  }
-  return -1;
+  return raise_error_by(s->fail, err, op, obj, what, remedy);
 }
 
 int shm_corrupt(Shm *s, const char *what) {
@@ -38,8 +27,7 @@ int shm_need_life(Shm *s, const char *op) {
 int chunks_refresh(Shm *s, uint32_t wanted) {
   uint32_t n = atomic_load(&hdr(s)->nchunks);
   if (n > DB_MAX_CHUNKS || wanted >= n) return -1;
-  struct stat st;
-  if (fstat(s->fd, &st) || (uint64_t)st.st_size < DB_HEADER_BYTES + (uint64_t)n * DB_CHUNK) return -1;
+  if (!shm_has(s, DB_HEADER_BYTES + (uint64_t)s->known * DB_CHUNK, DB_HEADER_BYTES + (uint64_t)n * DB_CHUNK)) return -1;
   s->known = n;
   return 0;
 }
@@ -75,7 +63,7 @@ static PyObject *shm_new(PyTypeObject *type, PyObject *args, PyObject *kw) {
   s->length = DB_HEADER_BYTES + (size_t)DB_MAX_CHUNKS * DB_CHUNK;
   s->fail = Py_XNewRef(fail);
   struct stat st;
-  if (fstat(fd, &st)) goto os;
+  if (fstat(fd, &st) || fd_identify(fd, &s->id)) goto os;
   if ((uint64_t)st.st_size < DB_HEADER_BYTES) {
     shm_corrupt(s, "it is shorter than its header");
     goto out;
@@ -124,8 +112,9 @@ static void shm_dealloc(Shm *s) {
   if (s->weakrefs) PyObject_ClearWeakRefs((PyObject *)s);
   shm_clear(s);
   Py_CLEAR(s->fail);
+  Py_CLEAR(s->path);
   if (s->base) munmap(s->base, s->length);
-  if (s->owns_fd) close(s->fd);
+  if (s->owns_fd) fd_close(s->fd, &s->id);
   if (s->token) munmap(s->token, DB_PAGE);
   PyMem_Free(s->fifo);
   type->tp_free(s);
@@ -141,18 +130,36 @@ static int set_life(Shm *s, PyObject *value, void *unused) {
   return 0;
 }
 
+static PyObject *get_fd(Shm *s, void *unused) {
+  int fd = shm_file(s);
+  return fd < 0 ? (shm_lost(s, "fileno"), NULL) : PyLong_FromLong(fd);
+}
+
+static PyObject *get_path(Shm *s, void *unused) { return Py_NewRef(s->path ? s->path : Py_None); }
+
+static int set_path(Shm *s, PyObject *value, void *unused) {
+  if (value && value != Py_None && !PyBytes_Check(value)) {
+    PyErr_SetString(PyExc_TypeError, "the path of a domain's file is bytes");
+    return -1;
+  }
+  Py_XSETREF(s->path, value && value != Py_None ? Py_NewRef(value) : NULL);
+  return 0;
+}
+
 static PyMemberDef members[] = {
     {"tick", T_OBJECT, offsetof(Shm, tick), 0, "tick(kind, value), called at each tick of a wait"},
     {"on_local", T_OBJECT, offsetof(Shm, on_local), 0,
      "on_local(handle), called when this process signals a fence that has callbacks here"},
     {"on_sync", T_OBJECT, offsetof(Shm, on_sync), 0, "on_sync(handle) -> done, called when a fence that a sync file waits for is signaled"},
     {"fail", T_OBJECT, offsetof(Shm, fail), 0, "fail(errno, operation, object, remedy, *, what), which makes an error"},
-    {"fd", T_INT, offsetof(Shm, fd), READONLY, "the domain's fd"},
     {"owns_fd", T_BOOL, offsetof(Shm, owns_fd), 0, "whether the fd is closed with the mapping"},
     {"__weaklistoffset__", T_PYSSIZET, offsetof(Shm, weakrefs), READONLY, NULL},
     {0}};
 static PyGetSetDef getset[] = {
-    {"life", (getter)get_life, (setter)set_life, "this process's life id in the domain; 0: none, or forked since", NULL}, {0}};
+    {"fd", (getter)get_fd, NULL, "the domain's descriptor, opened again if somebody else closed it", NULL},
+    {"path", (getter)get_path, (setter)set_path, "where the domain's file can be opened again; None: nowhere", NULL},
+    {"life", (getter)get_life, (setter)set_life, "this process's life id in the domain; 0: none, or forked since", NULL},
+    {0}};
 
 int shm_register(PyObject *module, PyMethodDef *const *sets) {
   static PyMethodDef all[96];

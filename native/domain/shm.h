@@ -5,6 +5,7 @@
 #ifndef DMABUF_SHM_H
 #define DMABUF_SHM_H
 #include "domain/layout.h"
+#include "fds/same.h"
 #include "python.h"
 #include <time.h>
 
@@ -12,7 +13,9 @@ typedef struct {
   PyObject_HEAD
   char *base;
   size_t length;
-  int fd;
+  int fd;             /* asked for with shm_file() (file.h), since somebody else may have closed it */
+  fd_id id;           /* of the file */
+  PyObject *path;     /* bytes: where the file can be opened again; NULL: nowhere */
   char owns_fd;       /* close the fd with the mapping: after every finalizer, whatever order the garbage collector takes */
   uint32_t known;     /* chunks that this process has checked against the size of the file */
   a64 *token;         /* in a page that fork wipes: this process's life id, 0 in a child */
@@ -75,6 +78,14 @@ static inline char *chunk_at(Shm *s, uint32_t i, uint32_t type) {
 int chunks_known(Shm *s, uint32_t n);
 /* The address of n bytes at an offset of the file; NULL with an exception set. */
 char *shm_bytes(Shm *s, unsigned long long offset, size_t n);
+
+/* The descriptor of the domain's file. If somebody else closed it, or uses the number again, the file is opened anew. -1 with errno ESTALE:
+ * that is impossible. The caller compares again in the call that uses it, or after it (fds/same.h). */
+int shm_file(Shm *s);
+/* Raise the error for -1 of shm_file(), and of fds/same.h for this descriptor. -1. */
+int shm_lost(Shm *s, const char *op);
+/* Does the file have all bytes of a range behind the published chunks? 1; 0. */
+int shm_has(Shm *s, uint64_t from, uint64_t end);
 
 /* Raise the error for an errno, in words: "op: obj: what (ERRNO); remedy". what: NULL for the C library's text. -1. */
 int shm_fail(Shm *s, int err, const char *op, const char *obj, const char *what, const char *remedy);

@@ -70,7 +70,7 @@ void table_unlock(Shm *s) {
 
 /* ---- chunks ---- */
 
-enum { GROW_FULL = -1, GROW_NO_ROOM = -2, GROW_NO_MEMORY = -3, GROW_CORRUPT = -4 };
+enum { GROW_FULL = -1, GROW_NO_ROOM = -2, GROW_NO_MEMORY = -3, GROW_CORRUPT = -4, GROW_LOST = -5 };
 
 int64_t chunk_grow(Shm *s, uint32_t type, uint32_t owner) {
   db_header *h = hdr(s);
@@ -84,8 +84,11 @@ int64_t chunk_grow(Shm *s, uint32_t type, uint32_t owner) {
   if (n == DB_MAX_CHUNKS) return GROW_FULL;
   off_t at = (off_t)DB_HEADER_BYTES + (off_t)n * DB_CHUNK;
   int r, tries = 0;
-  do r = fallocate(s->fd, 0, at, DB_CHUNK);
-  while (r && errno == EINTR && ++tries < 100);
+  do {
+    int fd = shm_file(s); /* compared just before: nobody else's file grows */
+    if (fd < 0) return GROW_LOST;
+    r = fallocate(fd, 0, at, DB_CHUNK);
+  } while (r && errno == EINTR && ++tries < 100);
   if (r) return errno == ENOSPC ? GROW_NO_ROOM : GROW_NO_MEMORY;
   STEP(chunk_allocated); /* memory behind the published chunks, which the next growth uses */
   char *c = s->base + DB_HEADER_BYTES + (size_t)n * DB_CHUNK;
@@ -102,6 +105,10 @@ int64_t chunk_grow(Shm *s, uint32_t type, uint32_t owner) {
 
 int grow_failed(Shm *s, int64_t reason) {
   if (reason == GROW_CORRUPT) return shm_corrupt(s, "its number of chunks is impossible");
+  if (reason == GROW_LOST) {
+    errno = ESTALE;
+    return shm_lost(s, "allocate");
+  }
   if (reason == GROW_FULL)
     return shm_fail(s, ENOSPC, "allocate", "the domain", "every slot is in use",
                     "close buffers and drop fences, or use a second domain (DMABUF_DOMAIN)");

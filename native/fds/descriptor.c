@@ -1,9 +1,14 @@
-/* descriptor.c - OwnedFd: a descriptor that is closed with the last reference to the object, in C.
+/* descriptor.c - OwnedFd: a descriptor that is closed with the last reference to the object, in C, if it is still the one that it was.
  *
  * A __del__ in Python would not do: a signal handler that raises may end it before its first line. Code that makes descriptors by system
  * calls puts them into one of these without a line of Python in between, see dmabuf/uapi/call.py.
+ *
+ * Other code of the program may close the number, and open a file of its own that gets it: a library that closes what it was lent, a daemon
+ * that closes all descriptors. So each method compares the inode in the same call (same.h), and a file of somebody else stays as it is.
  */
 #include "fds/fds.h"
+#include "fds/same.h"
+#include <fcntl.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -14,24 +19,32 @@
 typedef struct {
   PyObject_HEAD
   int number; /* -1: taken or closed */
+  fd_id id;
 } OwnedFd;
 
 /* One interpreter (sub-interpreters are not supported), so one type. */
 static PyTypeObject *owned_type;
 
+PyObject *owned_fd(int number, int mark) {
+  if (number < 0) return PyErr_SetFromErrno(PyExc_OSError);
+  OwnedFd *self = (OwnedFd *)owned_type->tp_alloc(owned_type, 0);
+  if (self && !(mark ? fd_mark(number, &self->id) : fd_identify(number, &self->id))) {
+    self->number = number;
+    return (PyObject *)self;
+  }
+  if (self) PyErr_SetFromErrno(PyExc_OSError);
+  int open = !self || errno != EBADF;
+  if (self) self->number = -1;
+  Py_XDECREF(self);
+  if (open) close(number);
+  return NULL;
+}
+
 static PyObject *owned_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
   int number;
   if (!PyArg_ParseTuple(args, "i:OwnedFd", &number)) return NULL;
-  if (number < 0) {
-    PyErr_Format(PyExc_ValueError, "OwnedFd: %d is not a descriptor", number);
-    return NULL;
-  }
-  OwnedFd *self = (OwnedFd *)type->tp_alloc(type, 0);
-  if (self)
-    self->number = number;
-  else
-    close(number);
-  return (PyObject *)self;
+  if (number >= 0) return owned_fd(number, false);
+  return PyErr_Format(PyExc_ValueError, "OwnedFd: %d is not a descriptor", number);
 }
 
 static void owned_shut(OwnedFd *self) {
@@ -39,7 +52,7 @@ static void owned_shut(OwnedFd *self) {
   self->number = -1;
   if (number < 0) return;
   Py_BEGIN_ALLOW_THREADS /* to close the last descriptor of a file may free much memory */
-  close(number);
+  fd_close(number, &self->id);
   Py_END_ALLOW_THREADS
 }
 
@@ -58,7 +71,10 @@ static PyObject *owned_repr(OwnedFd *self) {
   return PyUnicode_FromFormat("<dmabuf fd %d>", self->number);
 }
 
-static PyObject *owned_fileno(OwnedFd *self, PyObject *unused) { return PyLong_FromLong(self->number); }
+static PyObject *owned_fileno(OwnedFd *self, PyObject *unused) {
+  if (self->number >= 0 && !fd_is(self->number, &self->id)) return fd_error("fileno", self->number);
+  return PyLong_FromLong(self->number);
+}
 
 static PyObject *owned_take(OwnedFd *self, PyObject *unused) {
   int number = self->number;
@@ -75,16 +91,131 @@ static PyObject *owned_enter(PyObject *self, PyObject *unused) { return Py_NewRe
 
 static PyObject *owned_exit(OwnedFd *self, PyObject *args) { return owned_close(self, NULL); }
 
+int owned_checked(PyObject *object, const char *op) {
+  if (!Py_IS_TYPE(object, owned_type)) {
+    PyErr_Format(PyExc_TypeError, "an OwnedFd is required, not %s", Py_TYPE(object)->tp_name);
+    return -1;
+  }
+  OwnedFd *self = (OwnedFd *)object;
+  if (fd_is(self->number, &self->id)) return self->number;
+  fd_error(op, self->number);
+  return -1;
+}
+
+/* ---- calls on the file ---- */
+
+static PyObject *owned_dup(OwnedFd *self, PyObject *unused) {
+  int fd = fd_dup(self->number, &self->id, F_DUPFD_CLOEXEC, 3);
+  return fd < 0 ? fd_error("dup", self->number) : owned_fd(fd, false);
+}
+
+static PyObject *owned_reopen(OwnedFd *self, PyObject *args) {
+  int flags = O_RDWR;
+  if (!PyArg_ParseTuple(args, "|i:reopen", &flags)) return NULL;
+  int fd = fd_reopen(self->number, &self->id, flags);
+  return fd < 0 ? fd_error("reopen", self->number) : owned_fd(fd, false);
+}
+
+static PyObject *owned_set_lock(OwnedFd *self, PyObject *args) {
+  int kind, wait = 0, r;
+  long long start, length = 1;
+  if (!PyArg_ParseTuple(args, "iL|Lp:set_lock", &kind, &start, &length, &wait)) return NULL;
+  do {
+    Py_BEGIN_ALLOW_THREADS
+    r = fd_set_lock(self->number, &self->id, kind, start, length, wait);
+    Py_END_ALLOW_THREADS
+  } while (r < 0 && errno == EINTR && !PyErr_CheckSignals());
+  if (PyErr_Occurred()) return NULL;
+  return r < 0 ? fd_error("lock", self->number) : PyBool_FromLong(r);
+}
+
+static PyObject *owned_get_lock(OwnedFd *self, PyObject *args) {
+  int kind = F_WRLCK;
+  long long start, length = 1;
+  if (!PyArg_ParseTuple(args, "L|Li:get_lock", &start, &length, &kind)) return NULL;
+  int r = fd_get_lock(self->number, &self->id, kind, start, length);
+  return r < 0 ? fd_error("lock", self->number) : PyBool_FromLong(r);
+}
+
+static PyObject *owned_size(OwnedFd *self, PyObject *unused) {
+  struct stat st;
+  if (fstat(self->number, &st) || !stat_is(&st, &self->id)) {
+    errno = ESTALE;
+    return fd_error("size", self->number);
+  }
+  return PyLong_FromLongLong(st.st_size);
+}
+
+/* Read or write at an offset, once. */
+static PyObject *moved(OwnedFd *self, PyObject *args, bool write, const char *op) {
+  Py_buffer data;
+  long long offset;
+  ssize_t n;
+  int error;
+  if (!PyArg_ParseTuple(args, write ? "y*L" : "w*L", &data, &offset)) return NULL;
+  do {
+    Py_BEGIN_ALLOW_THREADS
+    if (!fd_is(self->number, &self->id)) {
+      n = -1;
+    } else if (write) {
+      n = pwrite(self->number, data.buf, (size_t)data.len, offset);
+    } else {
+      n = pread(self->number, data.buf, (size_t)data.len, offset);
+    }
+    error = errno;
+    Py_END_ALLOW_THREADS
+  } while (n < 0 && error == EINTR && !PyErr_CheckSignals());
+  PyBuffer_Release(&data);
+  if (PyErr_Occurred()) return NULL;
+  errno = error;
+  return n < 0 ? fd_error(op, self->number) : PyLong_FromSsize_t(n);
+}
+
+static PyObject *owned_pwrite(OwnedFd *self, PyObject *args) { return moved(self, args, true, "write"); }
+
+static PyObject *owned_pread(OwnedFd *self, PyObject *args) { return moved(self, args, false, "read"); }
+
+/* Reserve a range, or free one. */
+static PyObject *allocated(OwnedFd *self, PyObject *args, int mode, const char *op) {
+  long long start, length;
+  int r, error;
+  if (!PyArg_ParseTuple(args, "LL", &start, &length)) return NULL;
+  do {
+    Py_BEGIN_ALLOW_THREADS
+    if (!fd_is(self->number, &self->id)) {
+      r = -1;
+      error = errno;
+    } else if (mode) {
+      r = fallocate(self->number, mode, start, length);
+      error = errno;
+    } else {
+      r = error = posix_fallocate(self->number, start, length); /* also on a file system that can't: it writes */
+    }
+    Py_END_ALLOW_THREADS
+  } while (r && error == EINTR && !PyErr_CheckSignals());
+  if (PyErr_Occurred()) return NULL;
+  if (!r) Py_RETURN_NONE;
+  errno = error;
+  return fd_error(op, self->number);
+}
+
+static PyObject *owned_reserve(OwnedFd *self, PyObject *args) { return allocated(self, args, 0, "reserve"); }
+
+static PyObject *owned_punch(OwnedFd *self, PyObject *args) {
+  return allocated(self, args, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, "punch");
+}
+
+static PyObject *owned_mark(OwnedFd *self, PyObject *unused) {
+  if (fd_is(self->number, &self->id) && !fd_mark(self->number, &self->id)) Py_RETURN_NONE;
+  return fd_error("mark", self->number);
+}
+
+/* ---- descriptors of other processes ---- */
+
 static PyObject *fd_of(PyObject *module, PyObject *args) {
   int pidfd, theirs;
   if (!PyArg_ParseTuple(args, "ii", &pidfd, &theirs)) return NULL;
-  OwnedFd *self = (OwnedFd *)owned_type->tp_alloc(owned_type, 0);
-  if (!self) return NULL;
-  self->number = (int)syscall(SYS_pidfd_getfd, pidfd, theirs, 0);
-  if (self->number >= 0) return (PyObject *)self;
-  PyErr_SetFromErrno(PyExc_OSError);
-  Py_DECREF(self);
-  return NULL;
+  return owned_fd((int)syscall(SYS_pidfd_getfd, pidfd, theirs, 0), false);
 }
 
 static PyMethodDef functions[] = {
@@ -92,18 +223,41 @@ static PyMethodDef functions[] = {
         fd_of, METH_VARARGS, "($module, pidfd, number, /)",
         "Return a duplicate of another process's descriptor, as OwnedFd. The kernel asks the rights of ptrace(2) for it (pidfd_getfd(2))."),
     {0}};
+
+#define OWNED(name, flags, signature, doc) {#name, (PyCFunction)(void *)owned_##name, flags, #name signature "\n--\n\n" doc}
+
 static PyMethodDef methods[] = {
-    {"fileno", (PyCFunction)owned_fileno, METH_NOARGS,
-     "fileno($self, /)\n--\n\nReturn the descriptor, which the object keeps owning; -1 once it was taken or closed."},
-    {"take", (PyCFunction)owned_take, METH_NOARGS,
-     "take($self, /)\n--\n\nReturn the descriptor, which the caller owns from now on; -1 if it was taken or closed before."},
-    {"close", (PyCFunction)owned_close, METH_NOARGS, "close($self, /)\n--\n\nClose the descriptor. Closing twice has no effect."},
+    OWNED(fileno, METH_NOARGS, "($self, /)", "Return the descriptor, which the object keeps owning; -1 once it was taken or closed."),
+    OWNED(take, METH_NOARGS, "($self, /)",
+          "Return the descriptor, which the caller owns from now on; -1 if it was taken or closed before."),
+    OWNED(close, METH_NOARGS, "($self, /)", "Close the descriptor, unless the number is another file's now. Closing twice has no effect."),
+    OWNED(dup, METH_NOARGS, "($self, /)", "Return a duplicate, which exec doesn't inherit."),
+    OWNED(reopen, METH_VARARGS, "($self, flags=O_RDWR, /)", "Return another open file description of the file, opened through /proc."),
+    OWNED(set_lock, METH_VARARGS, "($self, kind, start, length=1, wait=False, /)",
+          "Set an open-file-description lock (fcntl(2)). Return False if the lock of another description conflicts."),
+    OWNED(get_lock, METH_VARARGS, "($self, start, length=1, kind=F_WRLCK, /)",
+          "Return True if another description holds a lock on the bytes that conflicts with this kind."),
+    OWNED(size, METH_NOARGS, "($self, /)", "Return the size of the file."),
+    OWNED(pread, METH_VARARGS, "($self, buffer, offset, /)", "Fill the buffer from an offset. Return how many bytes there were."),
+    OWNED(pwrite, METH_VARARGS, "($self, data, offset, /)", "Write at an offset. Return how many bytes were written."),
+    OWNED(reserve, METH_VARARGS, "($self, start, length, /)", "Reserve the space of a range (posix_fallocate(3))."),
+    OWNED(punch, METH_VARARGS, "($self, start, length, /)",
+          "Free the memory or disk space of a range. It reads as zeros then, in every mapping too, and the size stays."),
+    OWNED(mark, METH_NOARGS, "($self, /)",
+          "Tell this eventfd, or inotify descriptor, from all others, whose inode is the same. It was made by this library."),
     {"__enter__", owned_enter, METH_NOARGS, NULL},
     {"__exit__", (PyCFunction)owned_exit, METH_VARARGS, NULL},
     {0}};
-static PyMemberDef members[] = {{"number", T_INT, offsetof(OwnedFd, number), READONLY, "What fileno() returns."}, {0}};
+static PyMemberDef members[] = {
+    {"number", T_INT, offsetof(OwnedFd, number), READONLY, "The descriptor, unchecked; -1 once it was taken or closed."},
+    {"dev", T_ULONGLONG, offsetof(OwnedFd, id.dev), READONLY, "st_dev of the file."},
+    {"ino", T_ULONGLONG, offsetof(OwnedFd, id.ino), READONLY, "st_ino of the file."},
+    {0}};
 static PyType_Slot slots[] = {
-    {Py_tp_doc, "OwnedFd(number, /)\n--\n\nA descriptor that is closed with the last reference to the object, unless it was taken."},
+    {Py_tp_doc,
+     "OwnedFd(number, /)\n--\n\nA descriptor that is closed with the last reference to the object, unless it was taken.\n\n"
+     "Each method compares the inode with that of the beginning, in the same call, and raises ClosedError (EBADF) if somebody else closed\n"
+     "the number, or uses it again. close() leaves the other file open then."},
     {Py_tp_new, owned_new},
     {Py_tp_dealloc, owned_dealloc},
     {Py_tp_repr, owned_repr},

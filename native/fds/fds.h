@@ -9,6 +9,11 @@ int buffer_is_sealed(int fd, struct stat *st);
 /* Put the reference lock on a buffer's descriptor: a read lock on byte 0, which shows that the buffer is referenced. 1; 0: errno. */
 int buffer_reference(int fd);
 
+/* An OwnedFd of a descriptor, which is closed if this fails. mark: see fd_mark(). number -1: raises errno. */
+PyObject *owned_fd(int number, int mark);
+/* The descriptor of an OwnedFd, compared just now; -1 with an exception set. */
+int owned_checked(PyObject *object, const char *op);
+
 int probe_register(PyObject *module);
 int passing_register(PyObject *module);
 int descriptor_register(PyObject *module);

@@ -1,9 +1,11 @@
 /* file.c - what Python's os module leaves out: holes, pages that carry a lock, and inotify. */
 #include "domain/layout.h"
 #include "fds/fds.h"
+#include "fds/same.h"
 #include <fcntl.h>
 #include <sys/inotify.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 static PyObject *punch(PyObject *module, PyObject *args) {
   int fd, r, error;
@@ -40,18 +42,32 @@ static PyObject *drop_page(PyObject *module, PyObject *arg) {
   Py_RETURN_NONE;
 }
 
-static PyObject *watch_open(PyObject *module, PyObject *unused) {
-  int fd = inotify_init1(IN_CLOEXEC | IN_NONBLOCK);
-  return fd < 0 ? PyErr_SetFromErrno(PyExc_OSError) : PyLong_FromLong(fd);
-}
+static PyObject *watch_open(PyObject *module, PyObject *unused) { return owned_fd(inotify_init1(IN_CLOEXEC | IN_NONBLOCK), true); }
 
 static PyObject *watch_add(PyObject *module, PyObject *args) {
-  int watch, fd;
-  if (!PyArg_ParseTuple(args, "ii", &watch, &fd)) return NULL;
+  PyObject *object;
+  int fd;
+  fd_id id = {.marked = false};
+  if (!PyArg_ParseTuple(args, "OiKK:watch_add", &object, &fd, &id.dev, &id.ino)) return NULL;
+  int watch = owned_checked(object, "watch");
+  if (watch < 0) return NULL;
   char path[40];
   snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
-  int wd = inotify_add_watch(watch, path, IN_DELETE_SELF);
-  return wd < 0 ? PyErr_SetFromErrno(PyExc_OSError) : PyLong_FromLong(wd);
+  int wd = fd_is(fd, &id) ? inotify_add_watch(watch, path, IN_DELETE_SELF) : -1;
+  if (wd >= 0 && fd_is(fd, &id)) return PyLong_FromLong(wd);
+  if (wd >= 0) inotify_rm_watch(watch, wd); /* a file of somebody else */
+  return fd_error("watch", fd);
+}
+
+static PyObject *watch_read(PyObject *module, PyObject *object) {
+  int watch = owned_checked(object, "watch");
+  if (watch < 0) return NULL;
+  char events[4096];
+  ssize_t n;
+  do n = read(watch, events, sizeof events);
+  while (n < 0 && errno == EINTR);
+  if (n < 0 && errno != EAGAIN) return PyErr_SetFromErrno(PyExc_OSError);
+  return PyBytes_FromStringAndSize(events, n < 0 ? 0 : n);
 }
 
 static PyMethodDef functions[] = {
@@ -59,9 +75,10 @@ static PyMethodDef functions[] = {
            "Free the memory or disk space of a range of a file. It reads as zeros then, in every mapping too, and the size stays."),
     METHOD(hold_page, METH_O, "($module, fd, /)", "Map the first page of fd, which no fork inherits, and return its address."),
     METHOD(drop_page, METH_O, "($module, address, /)", "Unmap a page that hold_page() mapped."),
-    METHOD(watch_open, METH_NOARGS, "($module, /)", "Return a new inotify descriptor, which doesn't block."),
-    METHOD(watch_add, METH_VARARGS, "($module, watch, fd, /)",
-           "Watch for the end of fd's inode with an inotify descriptor. Return the watch descriptor."),
+    METHOD(watch_open, METH_NOARGS, "($module, /)", "Return a new inotify descriptor, which doesn't block, as OwnedFd."),
+    METHOD(watch_add, METH_VARARGS, "($module, watch, fd, dev, ino, /)",
+           "Watch for the end of the inode, of which fd is a descriptor, with an inotify descriptor. Return the watch descriptor."),
+    METHOD(watch_read, METH_O, "($module, watch, /)", "Return the events that wait in an inotify descriptor, b\"\" if there are none."),
     {0}};
 
 int file_register(PyObject *module) { return PyModule_AddFunctions(module, functions); }

@@ -54,6 +54,8 @@ import warnings
 from collections.abc import Iterator
 from typing import Final
 
+from dmabuf._native import errors_by
+
 __all__ = [
     "AlreadyHeldError",
     "BrokenConnectionError",
@@ -285,6 +287,9 @@ def rebuilt(errno_value: int, message: str, operation: str | None, remedy: str |
     error = _CLASSES.get(errno_value, DmaBufError)(errno_value, message)
     error.operation, error.remedy = operation, remedy
     return error
+
+
+errors_by(fail)
 
 
 @contextlib.contextmanager

@@ -99,7 +99,7 @@ BLOCKS: list[Callable[[Scene], AbstractContextManager[None]]] = [
 def state(scene: Scene) -> dict[str, object]:
     """What of the parent must not change."""
     shm = scene.buf.domain.shm
-    found: dict[str, object] = {"life": shm.life, "breathes": lives.is_alive(scene.buf.domain.fileno(), lives.index_of(shm.life))}
+    found: dict[str, object] = {"life": shm.life, "breathes": lives.is_alive(scene.buf.domain.shm, lives.index_of(shm.life))}
     for name in ("buf", "other"):
         index = handle_of(getattr(scene, name)).shared.index
         found[name] = (shm.resv_owner(index), shm.resv_pending(index, Usage.BOOKKEEP, 0), shm.rec_torn(index), shm.rec_holders(index))

@@ -49,7 +49,7 @@ def test_forks_never_share_the_lock_of_a_life_that_is_being_made() -> None:
         stop.set()
         assert job.result() > 0
     theirs.close()
-    assert not any(lives.is_alive(domain.fileno(), index) for index in range(64))
+    assert not any(lives.is_alive(domain.shm, index) for index in range(64))
     ours.close()
     for pid in children:
         assert reap(pid) == 0
@@ -121,7 +121,7 @@ def test_raw_fork_keeps_neither_reapers_lock_nor_lifecycle_lock(monkeypatch: pyt
     assert not place.ofd_locked(domain.fileno(), place.LIFECYCLE_BYTE)
     assert lives.index_of(domain.shm.life) == dead  # its slot could be used again at once
     domain.leave()
-    assert not lives.is_alive(domain.fileno(), dead)
+    assert not lives.is_alive(domain.shm, dead)
     ours.close()
     for pid in children:
         assert reap(pid) == 0

@@ -123,7 +123,7 @@ class ReapAgainstJoin(AfterDeath):
         super().settle()
         self.world.alive = lives.alive_slots(self.world.shm)
         assert len(self.world.alive) == 3
-        assert all(lives.is_alive(self.world.domain.fileno(), i) for i in self.world.alive if i != lives.index_of(self.world.shm.life))
+        assert all(lives.is_alive(self.world.domain.shm, i) for i in self.world.alive if i != lives.index_of(self.world.shm.life))
 
 
 class ReapBriefly(Reap):

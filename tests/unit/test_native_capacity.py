@@ -205,7 +205,7 @@ def test_a_life_without_room_for_its_chunk_leaves_its_slot_free() -> None:
         domain.join()
     assert caught.value.errno in (errno.ENOMEM, errno.ENOSPC)
     assert lives.alive_slots(domain.shm) == []
-    assert not lives.is_alive(domain.fileno(), 0)
+    assert not lives.is_alive(domain.shm, 0)
     domain.join()
     assert lives.alive_slots(domain.shm) == [0]
     domain.leave()

@@ -24,6 +24,7 @@ from dmabuf._native import (
     CTX_FIRST_IN_LIFE,
     CTX_PER,
     LIFE_PID,
+    LIVES,
     OFF_CONTEXT,
     OFF_STAMP,
     OFF_SWEEP,
@@ -158,6 +159,7 @@ class Domain:
             return False
 
         shm.tick, shm.on_sync = tick, on_sync
+        shm.path = None if self.path is None else os.fsencode(self.path / place.FILE)
 
     @property
     def life(self) -> int:
@@ -229,7 +231,7 @@ class Domain:
                     self.forget_socket(life.id)
                 self.sync_directory.tidy()
                 life.leave()
-                if not place.inhabited(self.shm.fd):
+                if not self.shm.locked(place.LIFE_BYTE, LIVES):
                     try:
                         directory = place.open_directory(self.path, make=False)
                     except OSError:
@@ -285,7 +287,7 @@ class Domain:
         with contextlib.suppress(OSError):  # the error has nothing to do with the wait; the next tick, or another process, tries again
             if kind == TICK_CHECK:  # value: a life that the waiter is about to yield to
                 index = lives.index_of(value)
-                if value != self.shm.life and not lives.is_alive(self.shm.fd, index) and lives.reap(self.shm, index, self.forget_socket):
+                if value != self.shm.life and not lives.is_alive(self.shm, index) and lives.reap(self.shm, index, self.forget_socket):
                     self.sync_directory.wake_all(self.shm)
                 return
             self.sweep_if_due()
@@ -307,7 +309,7 @@ class Domain:
         """Reap every life whose process is gone. Return how many."""
         shm = self.shm
         mine = lives.index_of(shm.life) if shm.life else -1
-        count = sum(lives.reap(shm, i, self.forget_socket) for i in lives.alive_slots(shm) if i != mine and not lives.is_alive(shm.fd, i))
+        count = sum(lives.reap(shm, i, self.forget_socket) for i in lives.alive_slots(shm) if i != mine and not lives.is_alive(shm, i))
         if count:
             self.sync_directory.wake_all(self.shm)
         return count

@@ -40,12 +40,13 @@ from dmabuf._native import (
     OFF_LIFE_HIGH,
     OFF_LIVES,
     TIMELINES_PER,
+    OwnedFd,
     Shm,
     drop_page,
     hold_page,
     step,
 )
-from dmabuf.domain.place import LIFE_BYTE, comm, ofd_lock, ofd_locked, reopen
+from dmabuf.domain.place import LIFE_BYTE, comm
 from dmabuf.errors import fail
 
 # A fork while the description of a lock is open would give the child a share in the lock. Forks wait until it is closed.
@@ -84,14 +85,13 @@ def alive_slots(shm: Shm) -> list[int]:
     return [i for i in range(high) if shm.load32(slot_offset(i) + LIFE_STATE) == LIFE_ALIVE]
 
 
-def is_alive(fd: int, index: int) -> bool:
+def is_alive(shm: Shm, index: int) -> bool:
     """Return True if the process that owns this slot is alive.
 
-    Args:
-        fd: Any description of the domain's file, except the life's own.
-        index: The slot.
+    Raises:
+        ClosedError: Nobody can say, because the domain's descriptor was closed by somebody else (EBADF). That is no death.
     """
-    return ofd_locked(fd, LIFE_BYTE + index)
+    return shm.locked(LIFE_BYTE + index)
 
 
 class Life:
@@ -104,24 +104,24 @@ class Life:
 
     def _claim(self) -> int:
         shm = self.shm
-        own = reopen(shm.fd)
+        own = shm.reopen()
         try:
             for index in range(LIVES):
                 at = slot_offset(index)
                 if shm.load32(at + LIFE_STATE) != LIFE_CLEAN:
                     continue
-                if not ofd_lock(own, fcntl.F_WRLCK, LIFE_BYTE + index):
+                if not own.set_lock(fcntl.F_WRLCK, LIFE_BYTE + index):
                     continue
                 if shm.load32(at + LIFE_STATE) != LIFE_CLEAN:
-                    ofd_lock(own, fcntl.F_UNLCK, LIFE_BYTE + index)
+                    own.set_lock(fcntl.F_UNLCK, LIFE_BYTE + index)
                     continue
                 break
             else:
                 raise fail(errno.ENOSPC, "join", "the domain", "use a second domain (DMABUF_DOMAIN)", what=f"it has {LIVES} processes")
             step("life_locked")  # a locked byte of a CLEAN slot: the kernel frees it if this process dies
-            page = hold_page(own)
+            page = hold_page(own.fileno())
         finally:
-            os.close(own)
+            own.close()
         gen = (shm.load32(at + LIFE_GEN) + 1) & _LIFE_ID_GEN or 1
         shm.store32(at + LIFE_GEN, gen)
         shm.store32(at + LIFE_PID, os.getpid())
@@ -170,9 +170,9 @@ def reap(shm: Shm, index: int, ended: Callable[[int], None]) -> bool:
         ended: Called with the life's id, to remove what it left outside of the file.
     """
     with FORK_GUARD:
-        own = _spare(shm.fd)
+        own = _spare(shm)
         try:
-            if not ofd_lock(own, fcntl.F_WRLCK, LIFE_BYTE + index):
+            if not own.set_lock(fcntl.F_WRLCK, LIFE_BYTE + index):  # compares the file too: a lock on another one is no proof
                 return False
             step("reap_locked")
             at = slot_offset(index)
@@ -184,19 +184,21 @@ def reap(shm: Shm, index: int, ended: Callable[[int], None]) -> bool:
             _end(shm, index, life)
             return True
         finally:
-            ofd_lock(own, fcntl.F_UNLCK, LIFE_BYTE + index)  # closing would not be enough, as a raw fork may share the description
-            if own != shm.fd:
-                os.close(own)
+            own.set_lock(fcntl.F_UNLCK, LIFE_BYTE + index)  # closing would not be enough, as a raw fork may share the description
+            if own.number != shm.fd:
+                own.close()
+            else:
+                own.take()
 
 
-def _spare(fd: int) -> int:
+def _spare(shm: Shm) -> OwnedFd:
     """Return a description for a reaper's lock: its own, or the domain's if no descriptor is left."""
     try:
-        return reopen(fd)
+        return shm.reopen()
     except OSError as e:
         if e.errno not in (errno.EMFILE, errno.ENFILE):
             raise
-        return fd
+        return OwnedFd(shm.fd)
 
 
 def _end(shm: Shm, index: int, life: int) -> None:

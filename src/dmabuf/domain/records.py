@@ -21,7 +21,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Final, Self, TypeVar
 
-from dmabuf._native import OFF_ID, Shm, watch_add, watch_open
+from dmabuf._native import OFF_ID, OwnedFd, Shm, watch_add, watch_open, watch_read
 from dmabuf.domain.domain import TICK_NS, Domain
 from dmabuf.domain.forks import fork_lock
 from dmabuf.domain.local import Local
@@ -153,7 +153,7 @@ class Record:
                 shm.rec_free(self.index, self.gen)
             return None
         watch = _WATCH.of(self.domain)
-        return watch if watch.add(fd, self.index, self.gen) else None
+        return watch if watch.add(fd, self) else None
 
     def tombstone(self) -> Self:
         """Return a record that says which buffer it was, without a reference: for a closed handle."""
@@ -172,17 +172,18 @@ class InodeWatch:
     def __init__(self, domain: Domain) -> None:
         self.domain = weakref.ref(domain)
         self.watched: dict[int, tuple[int, int]] = {}
+        self.watch: OwnedFd | None
         try:
-            self.fd = watch_open()
+            self.watch = watch_open()
         except OSError:
-            self.fd = -1  # no descriptor or no instance left (inotify(7)): the sweep checks reference locks
+            self.watch = None  # no descriptor or no instance left (inotify(7)): the sweep checks reference locks
 
-    def add(self, fd: int, index: int, gen: int) -> bool:
-        """Watch the inode of ``fd``, whose end frees the record. Returns False if that is impossible."""
-        if self.fd < 0:
+    def add(self, fd: int, record: Record) -> bool:
+        """Watch the inode of a record, of which ``fd`` is a descriptor. Its end frees the record. Returns False if that is impossible."""
+        if self.watch is None:
             return False
         try:
-            self.watched[watch_add(self.fd, fd)] = (index, gen)
+            self.watched[watch_add(self.watch, fd, record.dev, record.ino)] = (record.index, record.gen)
         except OSError:
             return False
         return True
@@ -190,19 +191,18 @@ class InodeWatch:
     def free_gone(self) -> None:
         """Free the records of the inodes that have ended."""
         domain = self.domain()
-        while self.fd >= 0 and self.watched and domain is not None:
+        while self.watch is not None and self.watched and domain is not None:
             try:
-                events = os.read(self.fd, 4096)
-            except (BlockingIOError, InterruptedError):
+                events = watch_read(self.watch)
+            except OSError:  # somebody else closed it: the sweep checks reference locks
+                self.watch = None
+                return
+            if not events:
                 return
             for at in range(0, len(events), _EVENT.size):
                 wd, mask, _, _ = _EVENT.unpack_from(events, at)
                 if mask & _IN_DELETE_SELF and (found := self.watched.pop(wd, None)) and domain.shm.life:
                     domain.shm.rec_free(*found)
-
-    def __del__(self) -> None:
-        if self.fd >= 0:
-            os.close(self.fd)  # a forked child closes its own copy
 
 
 _EVENT = struct.Struct("iIII")  # struct inotify_event; for a watched inode itself no name follows

@@ -1,0 +1,125 @@
+/* same.c - calls on a descriptor that compare first whether it is still the one that it was. */
+#include "fds/same.h"
+#include "errors.h"
+#include <fcntl.h>
+#include <signal.h>
+#include <unistd.h>
+
+/* The signal for asynchronous input, which this library never asks for, so no signal comes. Nobody else chooses the last one. */
+#define MARK SIGRTMAX
+
+bool stat_is(const struct stat *st, const fd_id *id) { return st->st_dev == id->dev && st->st_ino == id->ino; }
+
+int fd_identify(int fd, fd_id *id) {
+  struct stat st;
+  if (fstat(fd, &st)) return -1;
+  id->dev = (unsigned long long)st.st_dev;
+  id->ino = (unsigned long long)st.st_ino;
+  id->marked = false;
+  return 0;
+}
+
+int fd_mark(int fd, fd_id *id) {
+  if (fd_identify(fd, id) || fcntl(fd, F_SETSIG, MARK)) return -1;
+  id->marked = true;
+  return 0;
+}
+
+bool fd_is(int fd, const fd_id *id) {
+  struct stat st;
+  if (fd >= 0 && !fstat(fd, &st) && stat_is(&st, id) && (!id->marked || fcntl(fd, F_GETSIG) == MARK)) return true;
+  errno = ESTALE;
+  return false;
+}
+
+int fd_close(int fd, const fd_id *id) { return fd_is(fd, id) ? close(fd) : -1; }
+
+/* A descriptor that was just made from a number: was it the right one? The new one is nobody else's, so this is certain. */
+static int made(int fd, const fd_id *id) {
+  if (fd < 0 && errno == EBADF) errno = ESTALE;
+  if (fd < 0 || fd_is(fd, id)) return fd;
+  close(fd);
+  errno = ESTALE;
+  return -1;
+}
+
+int fd_dup(int fd, const fd_id *id, int command, int lowest) { return made(fcntl(fd, command, lowest), id); }
+
+int fd_reopen(int fd, const fd_id *id, int flags) {
+  char path[40];
+  snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
+  if (!fd_is(fd, id)) return -1; /* first, since to open a device, or a FIFO, has effects */
+  return made(open(path, flags | O_CLOEXEC | O_NONBLOCK | O_NOCTTY), id);
+}
+
+int fd_set_lock(int fd, const fd_id *id, int kind, long long start, long long length, bool wait) {
+  struct flock lock = {.l_type = (short)kind, .l_whence = SEEK_SET, .l_start = start, .l_len = length};
+  if (!fd_is(fd, id)) return -1;
+  if (fcntl(fd, wait ? F_OFD_SETLKW : F_OFD_SETLK, &lock)) return errno == EAGAIN || errno == EACCES ? 0 : -1;
+  return fd_is(fd, id) ? 1 : -1; /* again: a lock on a file of somebody else proves nothing */
+}
+
+int fd_get_lock(int fd, const fd_id *id, int kind, long long start, long long length) {
+  struct flock lock = {.l_type = (short)kind, .l_whence = SEEK_SET, .l_start = start, .l_len = length};
+  int r = fcntl(fd, F_OFD_GETLK, &lock), error = errno;
+  if (!fd_is(fd, id)) return -1; /* after the call: an answer about a file of somebody else is none */
+  if (r) {
+    errno = error;
+    return -1;
+  }
+  return lock.l_type != F_UNLCK;
+}
+
+PyObject *fd_error(const char *op, int fd) {
+  if (errno != ESTALE) return PyErr_SetFromErrno(PyExc_OSError);
+  char name[24];
+  snprintf(name, sizeof name, "fd %d", fd);
+  raise_error(EBADF, op, name, "it was closed by somebody else, and the number may be another file's now",
+              "close the object, not its descriptor");
+  return NULL;
+}
+
+/* ---- for objects that keep the number and know the inode otherwise ---- */
+
+static int arguments(PyObject *args, const char *format, int *fd, fd_id *id, int *more) {
+  id->marked = false;
+  return PyArg_ParseTuple(args, format, fd, &id->dev, &id->ino, more);
+}
+
+static PyObject *is_same(PyObject *module, PyObject *args) {
+  int fd;
+  fd_id id;
+  if (!arguments(args, "iKK:is_same", &fd, &id, NULL)) return NULL;
+  return PyBool_FromLong(fd_is(fd, &id));
+}
+
+static PyObject *close_same(PyObject *module, PyObject *args) {
+  int fd, r;
+  fd_id id;
+  if (!arguments(args, "iKK:close_same", &fd, &id, NULL)) return NULL;
+  Py_BEGIN_ALLOW_THREADS /* to close the last descriptor of a file may free much memory */
+  r = fd_close(fd, &id);
+  Py_END_ALLOW_THREADS
+  return PyBool_FromLong(!r);
+}
+
+static PyObject *dup_same(PyObject *module, PyObject *args) {
+  int fd, cloexec;
+  fd_id id;
+  if (!arguments(args, "iKKp:dup_same", &fd, &id, &cloexec)) return NULL;
+  int made = fd_dup(fd, &id, cloexec ? F_DUPFD_CLOEXEC : F_DUPFD, 0);
+  return made < 0 ? fd_error("dup", fd) : PyLong_FromLong(made);
+}
+
+static PyMethodDef functions[] = {
+    METHOD(is_same, METH_VARARGS, "($module, fd, dev, ino, /)", "Return True if the descriptor is one of the file with that inode."),
+    METHOD(close_same, METH_VARARGS, "($module, fd, dev, ino, /)",
+           "Close the descriptor if it is one of the file with that inode. Return False if it isn't; it stays open then."),
+    METHOD(dup_same, METH_VARARGS, "($module, fd, dev, ino, cloexec, /)",
+           "Return a duplicate of the descriptor if it is one of the file with that inode.\n\n"
+           "Raises:\n"
+           "    ClosedError: It is another file's (EBADF).\n"
+           "    OSError: No descriptor is free (EMFILE)."),
+    {0}};
+
+int same_register(PyObject *module) { return PyModule_AddFunctions(module, functions); }
