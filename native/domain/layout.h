@@ -21,7 +21,7 @@
  * All numbers are little-endian. The offsets of this table are from the start of the file.
  */
 #define DB_MAGIC        "DMABUFDM"
-#define DB_VERSION      3u                                  /* of the layout */
+#define DB_VERSION      4u                                  /* of the layout */
 #define DB_PAGE         4096u                               /* bytes of the header page */
 #define DB_CHUNK        32768u                              /* bytes of a chunk */
 #define DB_MAX_CHUNKS   16384u                              /* chunks at most, 512 MiB */
@@ -278,30 +278,41 @@ DB_AT(db_fence, past, 88);
 /* No time has this value and no other generation has it, so a compare-and-swap from it can only meet this generation. */
 #define STAMP_NONE(gen) (1ull << 63 | (gen))
 
-/* ---- Timelines ---- */
+/* ---- Timelines ----
+ *
+ * What names a timeline is there twice. Opening the slot writes the copy that does not count and then switches, so a reader always finds
+ * one that is whole. The names of a closed timeline stay until the slot is opened again.
+ */
 typedef struct {
-  a32 gen;     /* generation: one more with each use of the slot */
-  a32 open;    /* 1: in use */
-  a64 context; /* its fence context */
-  a64 seqno;   /* not used */
+  a64 context; /* fence context */
   a32 life;    /* the life that made it */
   a32 spare;
   char driver[64]; /* the driver's name, with a NUL */
   char name[64];   /* its name, with a NUL */
-  char pad[352];
+} db_origin;
+
+DB_SIZE(db_origin, 144);
+DB_AT(db_origin, context, 0);
+DB_AT(db_origin, life, 8);
+DB_AT(db_origin, spare, 12);
+DB_AT(db_origin, driver, 16);
+DB_AT(db_origin, name, 80);
+
+typedef struct {
+  a32 gen;  /* generation: one more with each use of the slot; its lowest bit tells which copy of the origin counts */
+  a32 open; /* 1: in use */
+  a64 spare;
+  db_origin origin[2]; /* what names it, twice */
+  char pad[208];
   a64 ring[64]; /* at seqno % 64: [slot 22 | low part of the generation 30 | -error 12] of the last failed fences */
 } db_timeline;
 
 DB_SIZE(db_timeline, 1024);
 DB_AT(db_timeline, gen, 0);
 DB_AT(db_timeline, open, 4);
-DB_AT(db_timeline, context, 8);
-DB_AT(db_timeline, seqno, 16);
-DB_AT(db_timeline, life, 24);
-DB_AT(db_timeline, spare, 28);
-DB_AT(db_timeline, driver, 32);
-DB_AT(db_timeline, name, 96);
-DB_AT(db_timeline, pad, 160);
+DB_AT(db_timeline, spare, 8);
+DB_AT(db_timeline, origin, 16);
+DB_AT(db_timeline, pad, 304);
 DB_AT(db_timeline, ring, 512);
 
 #define RING_SLOTS  64u /* errors that a timeline remembers */
@@ -316,10 +327,10 @@ DB_AT(db_timeline, ring, 512);
 #define BLOCK_ENTRIES  15u /* entries in a block */
 
 typedef struct {
-  a64 lock;  /* [context generation 32 | waiters 1 | context index 31], 0: free; its low half is the futex */
-  a64 next;  /* the oldest waiter, in the same form but without the bit for waiters; 0: none */
-  a32 block; /* first block + 1, 0: none */
-  a32 spare;
+  a64 lock;    /* [context generation 32 | waiters 1 | context index 31], 0: free; its low half is the futex */
+  a64 next;    /* the oldest waiter, in the same form but without the bit for waiters; 0: none */
+  a32 block;   /* first block + 1, 0: none */
+  a32 changes; /* one more before each store into the list */
   a64 spare2;
   a64 entry[INLINE_ENTRIES]; /* the list */
 } db_resv;
@@ -328,7 +339,7 @@ DB_SIZE(db_resv, 160);
 DB_AT(db_resv, lock, 0);
 DB_AT(db_resv, next, 8);
 DB_AT(db_resv, block, 16);
-DB_AT(db_resv, spare, 20);
+DB_AT(db_resv, changes, 20);
 DB_AT(db_resv, spare2, 24);
 DB_AT(db_resv, entry, 32);
 

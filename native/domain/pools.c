@@ -1,5 +1,6 @@
 /* pools.c - contexts and timelines: slots that one life owns. Only the owner writes them, and once it is dead its reaper. */
 #include "domain/pools.h"
+#include "domain/step.h"
 #include "domain/table.h"
 
 #define NAME_MAX_BYTES 63
@@ -72,17 +73,23 @@ static PyObject *timeline_open(Shm *s, PyObject *args) {
     PyErr_SetString(PyExc_ValueError, "timeline_open: a name must have at most 63 bytes");
     return NULL;
   }
-  atomic_fetch_add(&t->gen, 1);
-  bytes_follow();
-  memset(t->driver, 0, sizeof t->driver);
-  memset(t->name, 0, sizeof t->name);
-  memcpy(t->driver, driver, (size_t)ndriver);
-  memcpy(t->name, name, (size_t)nname);
+  uint32_t gen = atomic_load(&t->gen) + 1;
+  db_origin *o = &t->origin[gen & 1];
+  atomic_store(&t->open, 0);
+  bytes_follow(); /* a reader that still copies this half must see that the other one counts */
+  memset(o->driver, 0, sizeof o->driver);
+  memset(o->name, 0, sizeof o->name);
+  memcpy(o->driver, driver, (size_t)ndriver);
+  STEP(timeline_half); /* free, with the names of its last use */
+  memcpy(o->name, name, (size_t)nname);
+  atomic_store(&o->context, context);
+  atomic_store(&o->life, my_life(s));
   for (uint32_t k = 0; k < RING_SLOTS; k++) atomic_store(&t->ring[k], 0);
-  atomic_store(&t->context, context);
-  atomic_store(&t->life, my_life(s));
-  atomic_store(&t->open, 1); /* last: a timeline that is not open is free, whatever the other fields say */
-  return PyLong_FromUnsignedLong(atomic_load(&t->gen));
+  STEP(timeline_filled); /* the same */
+  atomic_store(&t->gen, gen);
+  STEP(timeline_switched); /* free, with the new names */
+  atomic_store(&t->open, 1);
+  return PyLong_FromUnsignedLong(gen);
 }
 
 static PyObject *timeline_close(Shm *s, PyObject *arg) {
@@ -98,18 +105,19 @@ static PyObject *timeline_info(Shm *s, PyObject *arg) {
   if (arg_u32(arg, &i)) return NULL;
   db_timeline *t = timeline_at(s, i);
   if (!t) Py_RETURN_NONE;
-  char driver[sizeof t->driver], name[sizeof t->name];
+  char driver[sizeof t->origin->driver], name[sizeof t->origin->name];
   uint32_t gen, open, life;
   uint64_t context;
   for (int tries = 0;; tries++) {
     gen = atomic_load(&t->gen);
+    db_origin *o = &t->origin[gen & 1];
     open = atomic_load(&t->open);
-    context = atomic_load(&t->context);
-    life = atomic_load(&t->life);
-    memcpy(driver, t->driver, sizeof driver);
-    memcpy(name, t->name, sizeof name);
+    context = atomic_load(&o->context);
+    life = atomic_load(&o->life);
+    memcpy(driver, o->driver, sizeof driver);
+    memcpy(name, o->name, sizeof name);
     bytes_read();
-    if (atomic_load(&t->gen) == gen) break; /* else the slot was opened again during the copy */
+    if (atomic_load(&t->gen) == gen) break; /* else the slot was opened twice during the copy, or is about to be */
     if (tries < 1000) continue;
     *driver = *name = 0;
     break;

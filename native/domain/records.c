@@ -93,10 +93,17 @@ static PyObject *rec_create(Shm *s, PyObject *args) {
   r->kind = kind;
   set_bounded(r->exp_name, &r->exp_len, exp, nexp);
   set_bounded(r->home, &r->home_len, home, nhome);
-  if (name) {
-    memcpy(r->name[0], name, (size_t)nname);
-    r->name_len[0] = (uint8_t)(nname + 1);
-  }
+  /* Every field is written, because a process that died at the next step may have left its own in a free record. */
+  memset(r->name, 0, sizeof r->name);
+  if (name) memcpy(r->name[0], name, (size_t)nname);
+  r->name_len[0] = (uint8_t)(name ? nname + 1 : 0);
+  r->name_len[1] = 0;
+  atomic_store(&r->name_version, 0);
+  atomic_store(&r->torn, 0);
+  atomic_store(&r->torn_pid, 0);
+  atomic_store(&r->absent, 0);
+  atomic_store(&r->absent_ns, 0);
+  atomic_store(&r->foreign_resv, 0);
   STEP(rec_filled); /* FREE and in no list: table_rebuild() puts it into the free list */
   a64 *w = ref_word(s, LIFE_INDEX(me), i);
   if (!w) {

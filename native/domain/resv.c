@@ -1,8 +1,13 @@
 /* resv.c - the list of fences of a reservation object.
  *
  * The list is an array of words, each a fence and its usage, and a 0 ends it. Adding is one store, and so is replacing. The entry of a
- * signaled fence stays until an entry overwrites it or it is cut off at the end. The list never has a hole and no entry ever moves, so a
- * reader without the lock can't miss a pending fence.
+ * signaled fence stays until an entry overwrites it or it is cut off at the end. The list never has a hole and no entry ever moves.
+ *
+ * What a reader without the lock is told: a fence that it gets was in the list, and pending, at an instant of the call. If it gets none,
+ * then at an instant of the call no fence of the list was pending. One look would not do for that: a fence can be put into a place that the
+ * reader has passed, before the one is signaled to which it comes. So each change of the list is counted before it is made, and the reader
+ * looks twice. Without a change counted meanwhile, at most one store, by the process that held the lock before, came during the two looks,
+ * so during one of them none did. All fences that this look saw are signaled when it ends.
  */
 #include "domain/resv.h"
 #include "domain/fence.h"
@@ -39,32 +44,63 @@ static uint64_t entry_read(Shm *s, a64 *p, int *pending) {
   return e;
 }
 
-static uint64_t first_pending(Shm *s, db_resv *r, uint32_t rec, uint32_t usage) {
+/* One look: a pending handle up to the usage, but not one; 0: none. *last: some entry's handle. */
+static uint64_t look(Shm *s, db_resv *r, uint32_t rec, uint32_t usage, uint64_t but, uint64_t *last) {
   cursor c = cursor_of(s, r, rec);
   for (a64 *p; (p = entry_next(&c));) {
     int pending;
     uint64_t e = entry_read(s, p, &pending);
+    STEP(resv_read);
     if (!e) break;
-    if (E_USAGE(e) <= usage && pending) return E_HANDLE(e);
+    *last = E_HANDLE(e);
+    if (E_USAGE(e) <= usage && pending && E_HANDLE(e) != but) return E_HANDLE(e);
   }
   return 0;
 }
+
+/* A pending handle up to a usage, but not `but`; 0: at an instant of the call there was none. */
+static uint64_t first_pending(Shm *s, db_resv *r, uint32_t rec, uint32_t usage, uint64_t but) {
+  uint64_t last = 0;
+  for (int tries = 0; tries < 1000; tries++) {
+    uint32_t seen = atomic_load(&r->changes);
+    uint64_t h = look(s, r, rec, usage, but, &last);
+    if (!h) h = look(s, r, rec, usage, but, &last);
+    if (h || atomic_load(&r->changes) == seen) return h;
+  }
+  return last; /* others add fences without a pause: this one is signaled, so a waiter comes back at once */
+}
+
+/* Add to a list what `item` returns for each entry up to the usage; pending_only: of a pending fence that is not `but`. 0 or -1. */
+static int list_entries(Shm *s, db_resv *r, uint32_t rec, uint32_t usage, int pending_only, uint64_t but, PyObject *out,
+                        PyObject *(*item)(uint64_t e)) {
+  for (int tries = 0;; tries++) {
+    cursor c = cursor_of(s, r, rec);
+    for (a64 *p; (p = entry_next(&c));) {
+      int pending;
+      uint64_t e = entry_read(s, p, &pending);
+      if (!e) break;
+      if (E_USAGE(e) > usage || (pending_only && (!pending || E_HANDLE(e) == but))) continue;
+      if (list_add(out, item(e))) return -1;
+    }
+    /* An empty list says that none was pending at an instant, as first_pending() does. */
+    uint64_t h = pending_only && !PyList_GET_SIZE(out) ? first_pending(s, r, rec, usage, but) : 0;
+    if (!h) return 0;
+    if (tries == 1000) return list_add(out, item(E_MAKE(h, usage)));
+  }
+}
+
+static PyObject *handle_item(uint64_t e) { return PyLong_FromUnsignedLongLong(E_HANDLE(e)); }
+
+static PyObject *usage_item(uint64_t e) { return Py_BuildValue("KI", (unsigned long long)E_HANDLE(e), E_USAGE(e)); }
 
 static PyObject *resv_entries(Shm *s, PyObject *args) {
   unsigned rec, usage;
   int pending_only;
   if (!PyArg_ParseTuple(args, "IIp", &rec, &usage, &pending_only)) return NULL;
   db_resv *r = resv_of(s, rec);
-  if (r && pending_only && first_pending(s, r, rec, usage) && shm_notice_deaths(s) < 0) return NULL;
+  if (r && pending_only && first_pending(s, r, rec, usage, 0) && shm_notice_deaths(s) < 0) return NULL;
   PyObject *out = r ? PyList_New(0) : NULL;
-  cursor c = cursor_of(s, r, rec);
-  for (a64 *p; out && (p = entry_next(&c));) {
-    int pending;
-    uint64_t e = entry_read(s, p, &pending);
-    if (!e) break;
-    if (E_USAGE(e) > usage || (pending_only && !pending)) continue;
-    if (list_add(out, Py_BuildValue("KI", (unsigned long long)E_HANDLE(e), E_USAGE(e)))) Py_CLEAR(out);
-  }
+  if (out && list_entries(s, r, rec, usage, pending_only, 0, out, usage_item)) Py_CLEAR(out);
   return out;
 }
 
@@ -73,16 +109,9 @@ static PyObject *resv_pending(Shm *s, PyObject *args) {
   unsigned long long but;
   if (!PyArg_ParseTuple(args, "IIK", &rec, &usage, &but)) return NULL;
   db_resv *r = resv_of(s, rec);
-  if (r && first_pending(s, r, rec, usage) && shm_notice_deaths(s) < 0) return NULL;
+  if (r && first_pending(s, r, rec, usage, but) && shm_notice_deaths(s) < 0) return NULL;
   PyObject *out = r ? PyList_New(0) : NULL;
-  cursor c = cursor_of(s, r, rec);
-  for (a64 *p; out && (p = entry_next(&c));) {
-    int pending;
-    uint64_t e = entry_read(s, p, &pending);
-    if (!e) break;
-    if (E_USAGE(e) > usage || E_HANDLE(e) == but || !pending) continue;
-    if (list_add(out, PyLong_FromUnsignedLongLong(E_HANDLE(e)))) Py_CLEAR(out);
-  }
+  if (out && list_entries(s, r, rec, usage, 1, but, out, handle_item)) Py_CLEAR(out);
   return out;
 }
 
@@ -91,16 +120,22 @@ static PyObject *resv_busy(Shm *s, PyObject *args) {
   if (!PyArg_ParseTuple(args, "II", &rec, &usage)) return NULL;
   db_resv *r = resv_of(s, rec);
   if (!r) return NULL;
-  uint64_t h = first_pending(s, r, rec, usage);
+  uint64_t h = first_pending(s, r, rec, usage, 0);
   if (h) {
     int k = shm_notice_deaths(s);
     if (k < 0) return NULL;
-    if (k) h = first_pending(s, r, rec, usage);
+    if (k) h = first_pending(s, r, rec, usage, 0);
   }
   return PyLong_FromUnsignedLongLong(h);
 }
 
 /* ---- changing, with the lock ---- */
+
+/* Every store into the list is one of these. A death between the two counts a change that did not come. */
+static void entry_put(db_resv *r, a64 *p, uint64_t value) {
+  atomic_store(&r->changes, atomic_load(&r->changes) + 1);
+  atomic_store(p, value);
+}
 
 static int entries_grow(Shm *s, db_resv *r, uint32_t rec, uint32_t cap,
                         uint32_t n) { /* Have room for n more than cap. 0, -errno, RAISED. */
@@ -134,7 +169,7 @@ int entries_reserve(Shm *s, db_resv *r, uint32_t rec, uint32_t n) {
     for (uint32_t k = 0; k < 16; k++) {
       a64 *p = tail[(used - 1 - k) & 15];
       if (fence_pending(s, E_HANDLE(atomic_load(p)), NULL)) break;
-      atomic_store(p, 0);
+      entry_put(r, p, 0);
     }
   return room >= n ? 0 : entries_grow(s, r, rec, cap, n - room);
 }
@@ -145,9 +180,9 @@ static int is_later(db_fence *a, uint64_t seqno, db_fence *b) {
   return atomic_load(&a->flags) & FF_SEQNO64 ? seqno > other : (int32_t)((uint32_t)seqno - (uint32_t)other) > 0;
 }
 
-static void entry_store(a64 *p, uint64_t handle, db_fence *f, uint32_t usage) {
+static void entry_store(db_resv *r, a64 *p, uint64_t handle, db_fence *f, uint32_t usage) {
   if (f) fence_flag(handle, f, FW_SHARED);
-  atomic_store(p, E_MAKE(handle, usage));
+  entry_put(r, p, E_MAKE(handle, usage));
 }
 
 int entries_add(Shm *s, db_resv *r, uint32_t rec, uint64_t handle, uint32_t usage, long room) {
@@ -161,7 +196,7 @@ int entries_add(Shm *s, db_resv *r, uint32_t rec, uint64_t handle, uint32_t usag
     db_fence *o;
     if (!e || !fence_pending(s, E_HANDLE(e), &o) ||
         (f && o && atomic_load(&o->context) == context && E_USAGE(e) >= usage && (E_HANDLE(e) == handle || is_later(f, seqno, o)))) {
-      entry_store(p, handle, f, usage);
+      entry_store(r, p, handle, f, usage);
       STEP(resv_added); /* added: each entry is complete at every instant */
       return !e;
     }
@@ -242,15 +277,15 @@ static PyObject *resv_copy(Shm *s, PyObject *args) {
       goto out;
     }
   for (uint32_t i = 0; i < n; i++) {
-    atomic_store(at[used + i], new[i]);
+    entry_put(r, at[used + i], new[i]);
     STEP(resv_copied); /* the old ones, and some of the new */
   }
   for (uint32_t i = 0; i < n; i++) {
-    atomic_store(at[i], new[i]);
+    entry_put(r, at[i], new[i]);
     STEP(resv_copied); /* all of the new ones, some of them twice, and some of the old */
   }
   for (uint32_t i = used + n; i > n; i--) {
-    atomic_store(at[i - 1], 0);
+    entry_put(r, at[i - 1], 0);
     STEP(resv_cut); /* all of the new ones, and behind them some that are signaled, old, or there twice */
   }
 out:
@@ -275,7 +310,7 @@ static PyObject *resv_replace(Shm *s, PyObject *args) {
     db_fence *o;
     fence_pending(s, E_HANDLE(e), &o);
     if (!o || atomic_load(&o->context) != context) continue;
-    entry_store(p, handle, f, usage & 3);
+    entry_store(r, p, handle, f, usage & 3);
     n++;
   }
   return PyLong_FromUnsignedLong(n);

@@ -12,6 +12,7 @@
 #define DB_STEPS(X) \
   X(rec_locked) X(rec_filled) X(rec_held) X(rec_live) X(rec_linked) X(rec_dying) X(rec_unlinked) X(rec_cleared) X(rec_freed) \
   X(name_written) X(name_switched) \
+  X(timeline_half) X(timeline_filled) X(timeline_switched) \
   X(chunk_allocated) X(chunk_typed) X(chunk_published) X(chunk_owned) \
   X(block_taken) X(block_linked) \
   X(table_stolen) X(table_rebuilt) \
@@ -19,7 +20,7 @@
   X(fence_signaled) X(fence_woken) X(fence_rung) \
   X(resv_locked) X(resv_next) X(resv_looked) X(resv_waiting) X(resv_stolen) X(resv_passed) X(resv_unlocked) \
   X(resv_heir) X(resv_borrowed) X(resv_returned) \
-  X(resv_added) X(resv_copied) X(resv_cut) \
+  X(resv_read) X(resv_added) X(resv_copied) X(resv_cut) \
   X(access_fence) X(access_added) X(access_granted) X(access_torn) X(access_whole) X(access_ended) \
   X(reap_torn) X(reap_fence) X(reap_heir) X(reap_ctx) X(reap_chunk)
 /* clang-format on */

@@ -194,6 +194,8 @@ class _Names:
         if found is None:
             pid = self.domain.pid_of(life)
             comm = self.shm.read(lives.slot_offset(lives.index_of(life)) + LIFE_COMM, 16) if pid else b""
+            if not self.shm.life_current(life):  # it ended meanwhile, and the slot may be another process's
+                pid, comm = 0, b""
             found = self._processes[life] = (pid, os.fsdecode(comm.partition(b"\0")[0]))
         return found
 
