@@ -121,7 +121,7 @@ PyMODINIT_FUNC PyInit__native(void) {
   if (!module) return NULL;
   if (add_constants(module) || shm_register(module, shm_methods) || fence_register(module) || step_register(module) ||
       mapping_register(module) || view_register(module) || passing_register(module) || descriptor_register(module) ||
-      probe_register(module) || file_register(module) || same_register(module) || errors_register(module)) {
+      probe_register(module) || file_register(module) || hold_register(module) || same_register(module) || errors_register(module)) {
     Py_DECREF(module);
     return NULL;
   }

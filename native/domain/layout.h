@@ -115,7 +115,7 @@ typedef struct {
   a32 gen;       /* generation: one more with each life */
   a32 pid;       /* the process */
   a32 chunk;     /* the life's first chunk + 1 (CH_LIFE), 0: none yet */
-  a64 start;     /* start time of the process, in clock ticks (proc(5)) */
+  a64 start;     /* start time of the process, in clock ticks (proc(5)); bit 63: a thread keeps the lock, and not a mapping */
   a32 doorbell;  /* futex of the dispatcher: [wake-ups 10 | slot of the last fence 22] */
   a32 served;    /* 1: a dispatcher sleeps on the doorbell, or will */
   a32 cpu;       /* CPU from which the process last signaled a fence, + 1; a hint */

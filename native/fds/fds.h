@@ -18,4 +18,5 @@ int probe_register(PyObject *module);
 int passing_register(PyObject *module);
 int descriptor_register(PyObject *module);
 int file_register(PyObject *module);
+int hold_register(PyObject *module);
 #endif

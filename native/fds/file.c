@@ -1,19 +1,17 @@
-/* file.c - what Python's os module leaves out: holes, pages that carry a lock, and inotify. */
-#include "domain/layout.h"
+/* file.c - what Python's os module leaves out: room and holes, and inotify. */
 #include "fds/fds.h"
 #include "fds/same.h"
 #include <fcntl.h>
 #include <sys/inotify.h>
-#include <sys/mman.h>
 #include <unistd.h>
 
-static PyObject *punch(PyObject *module, PyObject *args) {
+static PyObject *change_range(PyObject *args, const char *format, int mode) {
   int fd, r, error;
   long long start, length;
-  if (!PyArg_ParseTuple(args, "iLL:punch", &fd, &start, &length)) return NULL;
+  if (!PyArg_ParseTuple(args, format, &fd, &start, &length)) return NULL;
   do {
     Py_BEGIN_ALLOW_THREADS
-    r = fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)start, (off_t)length);
+    r = fallocate(fd, mode, (off_t)start, (off_t)length);
     error = errno;
     Py_END_ALLOW_THREADS
   } while (r && error == EINTR && !PyErr_CheckSignals());
@@ -23,23 +21,10 @@ static PyObject *punch(PyObject *module, PyObject *args) {
   return PyErr_SetFromErrno(PyExc_OSError);
 }
 
-/* The mapping refers to the fd's open file description, so the OFD locks of that description last as long as the mapping. */
-static PyObject *hold_page(PyObject *module, PyObject *arg) {
-  int fd = (int)PyLong_AsLong(arg);
-  if (fd == -1 && PyErr_Occurred()) return NULL;
-  void *page = mmap(NULL, DB_PAGE, PROT_READ, MAP_SHARED, fd, 0);
-  if (page == MAP_FAILED) return PyErr_SetFromErrno(PyExc_OSError);
-  if (!madvise(page, DB_PAGE, MADV_DONTFORK)) return PyLong_FromVoidPtr(page);
-  PyErr_SetFromErrno(PyExc_OSError);
-  munmap(page, DB_PAGE);
-  return NULL;
-}
+static PyObject *allocate_range(PyObject *module, PyObject *args) { return change_range(args, "iLL:allocate_range", 0); }
 
-static PyObject *drop_page(PyObject *module, PyObject *arg) {
-  void *page = PyLong_AsVoidPtr(arg);
-  if (!page && PyErr_Occurred()) return NULL;
-  munmap(page, DB_PAGE);
-  Py_RETURN_NONE;
+static PyObject *punch(PyObject *module, PyObject *args) {
+  return change_range(args, "iLL:punch", FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE);
 }
 
 static PyObject *watch_open(PyObject *module, PyObject *unused) { return owned_fd(inotify_init1(IN_CLOEXEC | IN_NONBLOCK), true); }
@@ -71,10 +56,11 @@ static PyObject *watch_read(PyObject *module, PyObject *object) {
 }
 
 static PyMethodDef functions[] = {
+    METHOD(
+        allocate_range, METH_VARARGS, "($module, fd, start, length, /)",
+        "Allocate memory or disk space for a range of a file, which becomes as long as that. Never by writing, unlike posix_fallocate(3)."),
     METHOD(punch, METH_VARARGS, "($module, fd, start, length, /)",
            "Free the memory or disk space of a range of a file. It reads as zeros then, in every mapping too, and the size stays."),
-    METHOD(hold_page, METH_O, "($module, fd, /)", "Map the first page of fd, which no fork inherits, and return its address."),
-    METHOD(drop_page, METH_O, "($module, address, /)", "Unmap a page that hold_page() mapped."),
     METHOD(watch_open, METH_NOARGS, "($module, /)", "Return a new inotify descriptor, which doesn't block, as OwnedFd."),
     METHOD(watch_add, METH_VARARGS, "($module, watch, fd, dev, ino, /)",
            "Watch for the end of the inode, of which fd is a descriptor, with an inotify descriptor. Return the watch descriptor."),

@@ -30,7 +30,7 @@ class Ghost:
 
     def die(self) -> None:
         self.shm.life = 0
-        _native.drop_page(self.life._page)
+        self.life.hold.drop()
 
 
 class World:

@@ -2,8 +2,8 @@
 
 A life is one process slot and one byte of the file on which the process holds a write lock. The lock belongs to the description behind a
 one-page mapping, which forks don't inherit and whose descriptor is closed. The kernel therefore drops the lock with the process's memory,
-however the process ends, and nothing else can take or lose it. The slot says ALIVE from just after the lock is taken until a reaper has
-finished.
+however the process ends, and nothing else can take or lose it. Where a mapping doesn't keep a lock, a thread does (see `proved`). The slot
+says ALIVE from just after the lock is taken until a reaper has finished.
 
 A reaper takes the write lock of the dead life's byte. That proves the death, keeps other reapers out, and is freed if the reaper dies. Then
 it ends everything that the dead process left, in idempotent steps, and stores CLEAN last. A new process claims only CLEAN slots.
@@ -42,10 +42,9 @@ from dmabuf._native import (
     TIMELINES_PER,
     OwnedFd,
     Shm,
-    drop_page,
-    hold_page,
     step,
 )
+from dmabuf.domain import proved
 from dmabuf.domain.place import LIFE_BYTE, comm
 from dmabuf.errors import fail
 
@@ -72,11 +71,8 @@ def index_of(life: int) -> int:
 
 def start_time(pid: int) -> int:
     """Return the start time of a process in clock ticks after boot, 0 if there is no such process (proc(5), stat field 22)."""
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as f:
-            return int(f.read().rpartition(b")")[2].split()[19])
-    except (OSError, IndexError, ValueError):
-        return 0
+    found = proved.process(pid)
+    return found.start if found is not None else 0
 
 
 def alive_slots(shm: Shm) -> list[int]:
@@ -100,9 +96,9 @@ class Life:
     def __init__(self, shm: Shm) -> None:
         self.shm = shm
         with FORK_GUARD:
-            self._page = self._claim()
+            self.hold = self._claim()
 
-    def _claim(self) -> int:
+    def _claim(self) -> proved.Hold:
         shm = self.shm
         own = shm.reopen()
         try:
@@ -119,14 +115,14 @@ class Life:
             else:
                 raise fail(errno.ENOSPC, "join", "the domain", "use a second domain (DMABUF_DOMAIN)", what=f"it has {LIVES} processes")
             step("life_locked")  # a locked byte of a CLEAN slot: the kernel frees it if this process dies
-            page = hold_page(own.fileno())
+            hold = proved.Hold(own, shm.fd, LIFE_BYTE + index)
         finally:
             own.close()
         gen = (shm.load32(at + LIFE_GEN) + 1) & _LIFE_ID_GEN or 1
         shm.store32(at + LIFE_GEN, gen)
         shm.store32(at + LIFE_PID, os.getpid())
         shm.store32(at + LIFE_UID, os.geteuid())
-        shm.store64(at + LIFE_START, start_time(os.getpid()))
+        shm.store64(at + LIFE_START, start_time(os.getpid()) | (proved.BY_THREAD if hold.by_thread else 0))
         shm.store64(at + LIFE_JOINED, time.time_ns())
         name = comm().ljust(16, b"\0")
         for i in (0, 8):
@@ -144,12 +140,12 @@ class Life:
         except BaseException:
             shm.life = 0
             shm.store32(at + LIFE_STATE, LIFE_CLEAN)
-            drop_page(page)
+            hold.drop()
             raise
         step("life_chunk")  # the chunk names this life as its owner: the reaper returns it
         shm.store32(at + LIFE_CHUNK, chunk + 1)
         self.chunk = chunk
-        return page
+        return hold
 
     def leave(self) -> None:
         """End this life. What it still owns ends as if the process had died. In a forked child this has no effect."""
@@ -158,7 +154,7 @@ class Life:
         with FORK_GUARD:
             _end(self.shm, self.index, self.id)
             self.shm.life = 0
-            drop_page(self._page)
+            self.hold.drop()
 
 
 def reap(shm: Shm, index: int, ended: Callable[[int], None]) -> bool:
@@ -179,6 +175,8 @@ def reap(shm: Shm, index: int, ended: Callable[[int], None]) -> bool:
             if shm.load32(at + LIFE_STATE) != LIFE_ALIVE:
                 return False  # another reaper was faster
             life = life_id(index, shm.load32(at + LIFE_GEN))
+            if _still_dies(shm, at, life):
+                return False
             ended(life)  # before CLEAN is stored: if this reaper dies, the next one does it again
             step("reap_outside")
             _end(shm, index, life)
@@ -189,6 +187,23 @@ def reap(shm: Shm, index: int, ended: Callable[[int], None]) -> bool:
                 own.close()
             else:
                 own.take()
+
+
+_dying: dict[int, float] = {}
+"""When this process first found the lock of a life free, although a thread of the life's process may still run."""
+
+
+def _still_dies(shm: Shm, at: int, life: int) -> bool:
+    """Return True if a thread kept the life's lock, and another thread of its process may not have stopped yet."""
+    start = shm.load64(at + LIFE_START)
+    if not start & proved.BY_THREAD or not proved.still_runs(shm.load32(at + LIFE_PID), start):
+        _dying.pop(life, None)
+        return False
+    now = time.monotonic()
+    if now - _dying.setdefault(life, now) < proved.DYING_S:
+        return True
+    del _dying[life]  # the process has executed another program
+    return False
 
 
 def _spare(shm: Shm) -> OwnedFd:

@@ -41,45 +41,22 @@ from dmabuf._native import (
     step,
 )
 from dmabuf.domain import sync_files
+from dmabuf.domain.ofd import OFD_SETLK as OFD_SETLK
+from dmabuf.domain.ofd import ofd_lock as ofd_lock
+from dmabuf.domain.ofd import ofd_locked as ofd_locked
+from dmabuf.domain.ofd import reopen as reopen
 from dmabuf.errors import DmaBufError, fail, needing_descriptors
 
 FILE = f"domain-{VERSION}"
 SOCKET = "server-"  # and the life's id in 8 hexadecimal digits: the socket of a process that serves others
-OFD_GETLK, OFD_SETLK, OFD_SETLKW = 36, 37, 38  # fcntl(2); Python 3.11 has no names for them
 LIFE_BYTE = 1 << 40  # byte of the first life's lock, far behind any data
 LIFECYCLE_BYTE = 1 << 41
-_FLOCK = "hhqqi4x"  # struct flock of 64-bit Linux
-
-
-def ofd_lock(fd: int, kind: int, start: int, length: int = 1, *, wait: bool = False) -> bool:
-    """Set an open-file-description lock (fcntl(2)). Return False if the lock of another description conflicts."""
-    try:
-        fcntl.fcntl(fd, OFD_SETLKW if wait else OFD_SETLK, struct.pack(_FLOCK, kind, os.SEEK_SET, start, length, 0))
-    except OSError as e:
-        if e.errno in (errno.EAGAIN, errno.EACCES):
-            return False
-        raise
-    return True
-
-
-def ofd_locked(fd: int, start: int, length: int = 1, *, kind: int = fcntl.F_WRLCK) -> bool:
-    """Return True if another open file description holds a lock on the bytes. With ``kind=F_RDLCK`` only write locks count."""
-    answer = fcntl.fcntl(fd, OFD_GETLK, struct.pack(_FLOCK, kind, os.SEEK_SET, start, length, 0))
-    return bool(struct.unpack(_FLOCK, answer)[0] != fcntl.F_UNLCK)
 
 
 def comm() -> bytes:
     """Return the kernel's name of this process, at most 15 bytes (proc_pid_comm(5))."""
     with needing_descriptors("read", "/proc/self/comm"), open("/proc/self/comm", "rb") as f:
         return f.read().strip()[:15]
-
-
-def reopen(fd: int) -> int:
-    """Open the file behind a descriptor again, and return the new description's descriptor."""
-    try:
-        return os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
-        raise fail(errno.ENOSYS, "open domain", "/proc", "mount it", what="there is no /proc") from None
 
 
 @contextmanager

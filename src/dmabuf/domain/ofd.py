@@ -1,0 +1,41 @@
+"""Locks of open file descriptions (OFD locks, fcntl(2)), and a second description of a file.
+
+Such a lock belongs to the description. It ends with the description's last descriptor and last mapping, in whichever process.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import struct
+
+from dmabuf.errors import fail
+
+OFD_GETLK, OFD_SETLK, OFD_SETLKW = 36, 37, 38  # fcntl(2); Python 3.11 has no names for them
+_FLOCK = "hhqqi4x"  # struct flock of 64-bit Linux
+
+
+def ofd_lock(fd: int, kind: int, start: int, length: int = 1, *, wait: bool = False) -> bool:
+    """Set an open-file-description lock (fcntl(2)). Return False if the lock of another description conflicts."""
+    try:
+        fcntl.fcntl(fd, OFD_SETLKW if wait else OFD_SETLK, struct.pack(_FLOCK, kind, os.SEEK_SET, start, length, 0))
+    except OSError as e:
+        if e.errno in (errno.EAGAIN, errno.EACCES):
+            return False
+        raise
+    return True
+
+
+def ofd_locked(fd: int, start: int, length: int = 1, *, kind: int = fcntl.F_WRLCK) -> bool:
+    """Return True if another open file description holds a lock on the bytes. With ``kind=F_RDLCK`` only write locks count."""
+    answer = fcntl.fcntl(fd, OFD_GETLK, struct.pack(_FLOCK, kind, os.SEEK_SET, start, length, 0))
+    return bool(struct.unpack(_FLOCK, answer)[0] != fcntl.F_UNLCK)
+
+
+def reopen(fd: int) -> int:
+    """Open the file behind a descriptor again, and return the new description's descriptor."""
+    try:
+        return os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise fail(errno.ENOSYS, "open domain", "/proc", "mount it", what="there is no /proc") from None
