@@ -1,9 +1,9 @@
 /* hold.c - what keeps a lock for a process: a mapping, or a thread where a mapping doesn't.
  *
- * On nearly every file system a mapping refers to the open file description that was mapped, so the description's locks last as long as the
- * mapping. On overlayfs, and on a FUSE file system that passes through, it refers to the file below. There the locks end with the last
- * descriptor, so a thread holds one, in a table of descriptors of its own. No fork inherits that table, no other thread can close what is in
- * it, and the kernel frees it with the thread: when the process ends, dies, or executes another program.
+ * On nearly every file system a mapping refers to the open file description that was mapped, so the description's locks last as long as
+ * the mapping. On overlayfs, and on a FUSE file system that passes through, it refers to the file below. There the locks end with the last
+ * descriptor, so a thread holds one, in a table of descriptors of its own. No fork inherits that table, no other thread can close what is
+ * in it, and the kernel frees it with the thread: when the process ends, dies, or executes another program.
  *
  * The kernel ends the threads of a process in any order. A lock that a thread keeps may therefore be free a little before the last of them
  * stops (see domain/proved.py).

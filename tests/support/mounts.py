@@ -26,4 +26,4 @@ def mounted(kind: str, at: Path, options: str = "mode=0700", base: Path | None =
     try:
         yield at
     finally:
-        subprocess.run(["umount", at], check=True)
+        subprocess.run(["umount", "--lazy", at], check=True)  # objects of the test may still have files of it open

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import mmap
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -17,7 +19,7 @@ import pytest
 import dmabuf
 from dmabuf import _native
 from dmabuf.domain import lives, place, proved
-from dmabuf.domain.ofd import ofd_lock, ofd_locked
+from dmabuf.domain.ofd import ofd_lock, ofd_locked, reopen
 from tests.support.mounts import mounted
 from tests.support.places import left
 from tests.support.scenarios import Ghost
@@ -41,91 +43,76 @@ def overlay(tmp_path: Path) -> Iterator[Path]:
         yield path
 
 
-@pytest.fixture
-def mapping_loses_locks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A mapping refers to another file, as on overlayfs."""
-    other = os.memfd_create("below")
-    os.ftruncate(other, 4096)
-    monkeypatch.setattr(proved, "hold_page", lambda fd: _native.hold_page(other))
-    yield
-    os.close(other)
-
-
-def held(fd: int) -> proved.Hold:
-    hold = proved.hold_lock(fd, BYTE)
-    assert hold is not None
+def held(fd: int, by_thread: bool = False) -> proved.Hold:
+    """Hold the lock on BYTE. ``by_thread``: as on overlayfs, what is mapped is another file."""
+    own = _native.OwnedFd(os.memfd_create("below") if by_thread else reopen(fd))
+    if by_thread:
+        os.ftruncate(own.fileno(), 4096)
+    assert own.set_lock(fcntl.F_WRLCK, BYTE)
+    hold = proved.Hold(own, fd, BYTE)
+    assert hold.by_thread == by_thread
+    assert own.number == -1
     return hold
 
 
 # ---- what keeps a lock ----
 
 
-def test_hold_lock_uses_a_mapping_where_it_keeps_the_lock(file: int) -> None:
-    hold = held(file)
-    assert not hold.by_thread
+@pytest.mark.parametrize("by_thread", [False, True])
+def test_hold_keeps_the_lock_until_it_is_dropped(file: int, by_thread: bool) -> None:
+    hold = held(file, by_thread)
     assert ofd_locked(file, BYTE)
+    assert not ofd_locked(file, BYTE + 1)
     hold.drop()
     assert not ofd_locked(file, BYTE)
-
-
-def test_hold_lock_uses_a_thread_where_a_mapping_loses_the_lock(file: int, mapping_loses_locks: None) -> None:
-    hold = held(file)
-    assert hold.by_thread
-    assert ofd_locked(file, BYTE)
     hold.drop()
-    assert not ofd_locked(file, BYTE)
 
 
-def test_hold_lock_uses_a_thread_on_overlayfs(overlay: Path) -> None:
+def test_hold_uses_a_thread_on_overlayfs(overlay: Path) -> None:
     fd = os.open(overlay / "file", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     os.ftruncate(fd, 4096)
-    hold = held(fd)
+    own = _native.OwnedFd(reopen(fd))
+    assert own.set_lock(fcntl.F_WRLCK, BYTE)
+    hold = proved.Hold(own, fd, BYTE)
     assert hold.by_thread
     assert ofd_locked(fd, BYTE)
     hold.drop()
+    assert not ofd_locked(fd, BYTE)
     os.close(fd)
 
 
-def test_hold_lock_returns_none_when_another_has_the_lock(file: int) -> None:
-    hold = held(file)
-    assert proved.hold_lock(file, BYTE) is None
-    hold.drop()
+def test_hold_reports_enotsup_with_file_system_and_remedy(file: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(own: int, fd: int, byte: int) -> tuple[int, bool]:
+        os.close(own)
+        raise OSError(errno.ENOTSUP, "lost")
 
-
-@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EPERM, errno.EAGAIN])
-def test_hold_lock_is_enotsup_when_nothing_keeps_it(
-    file: int, mapping_loses_locks: None, monkeypatch: pytest.MonkeyPatch, number: int
-) -> None:
-    def refused(fd: int) -> int:
-        raise OSError(number, "no")
-
-    monkeypatch.setattr(proved, "hold_thread", refused)
+    monkeypatch.setattr(proved, "hold_keep", lost)
     with pytest.raises(dmabuf.DmaBufError) as caught:
-        proved.hold_lock(file, BYTE)
+        held(file)
     assert caught.value.errno == errno.ENOTSUP
-    assert errno.errorcode[number] in str(caught.value)
-    assert proved.file_system(file).kind in str(caught.value)
+    assert str(proved.file_system(file)) in str(caught.value)
     assert f"/dev/shm/dmabuf-{os.geteuid()}" in str(caught.value)
-    assert not ofd_locked(file, BYTE)
 
 
-def test_hold_lock_is_enotsup_when_a_thread_loses_it_too(
-    file: int, mapping_loses_locks: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    other = os.memfd_create("other")
-    monkeypatch.setattr(proved, "hold_thread", lambda fd: _native.hold_thread(other))
-    with pytest.raises(dmabuf.DmaBufError) as caught:
-        proved.hold_lock(file, BYTE)
-    assert caught.value.errno == errno.ENOTSUP
-    os.close(other)
+def test_hold_releases_the_lock_when_the_thread_cannot_start(file: int) -> None:
+    def child() -> None:
+        resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
+        if not os.geteuid():
+            os.setresuid(12345, 12345, 12345)
+        with pytest.raises(dmabuf.DmaBufError, match="a thread can't keep it"):
+            held(file, by_thread=True)
+        assert not ofd_locked(file, BYTE)
+
+    os.chmod(f"/proc/self/fd/{file}", 0o666)
+    assert reap(fork(child)) == 0
 
 
-def ends_the_hold(file: int, end: Callable[[], object]) -> None:
+def ends_the_hold(file: int, by_thread: bool, end: Callable[[], object]) -> None:
     """The lock ends with the process, although a child of it that inherited everything lives on."""
     ready, go = os.pipe(), os.pipe()
 
     def parent() -> None:
-        held(file)
+        held(file, by_thread)
         if not os.fork():
             os.close(ready[0])
             os.close(go[1])
@@ -147,16 +134,18 @@ def ends_the_hold(file: int, end: Callable[[], object]) -> None:
         os.waitpid(-1, 0)  # the orphan is this process's (tests/plugin.py)
 
 
+@pytest.mark.parametrize("by_thread", [False, True])
 @pytest.mark.parametrize("end", ["_exit", "kill"])
-def test_held_lock_ends_with_its_process_not_with_its_children(file: int, mapping_loses_locks: None, end: str) -> None:
-    ends_the_hold(file, (lambda: os._exit(0)) if end == "_exit" else (lambda: os.kill(os.getpid(), signal.SIGKILL)))
+def test_held_lock_ends_with_its_process_not_with_its_children(file: int, by_thread: bool, end: str) -> None:
+    ends_the_hold(file, by_thread, (lambda: os._exit(0)) if end == "_exit" else (lambda: os.kill(os.getpid(), signal.SIGKILL)))
 
 
-def test_held_lock_stays_when_every_descriptor_is_closed(file: int, mapping_loses_locks: None) -> None:
+@pytest.mark.parametrize("by_thread", [False, True])
+def test_held_lock_stays_when_every_descriptor_is_closed(file: int, by_thread: bool) -> None:
     ready, go = os.pipe(), os.pipe()
 
     def child() -> None:
-        held(file)
+        held(file, by_thread)
         os.dup2(ready[1], 0)
         os.dup2(go[0], 1)
         os.closerange(2, 4096)
@@ -174,12 +163,13 @@ def test_held_lock_stays_when_every_descriptor_is_closed(file: int, mapping_lose
         os.close(fd)
 
 
-def test_held_lock_ends_with_exec(file: int, mapping_loses_locks: None) -> None:
+@pytest.mark.parametrize("by_thread", [False, True])
+def test_held_lock_ends_with_exec(file: int, by_thread: bool) -> None:
     there, here = os.pipe()
     r, w = os.pipe()
 
     def child() -> None:
-        held(file)
+        held(file, by_thread)
         os.dup2(r, 0)
         os.dup2(here, 1)
         os.close(w)
@@ -195,50 +185,50 @@ def test_held_lock_ends_with_exec(file: int, mapping_loses_locks: None) -> None:
     os.close(r)
 
 
-def test_hold_thread_keeps_nothing_else_open(file: int) -> None:
+def test_hold_by_thread_keeps_nothing_else_open(file: int) -> None:
     r, w = os.pipe()
-    thread = _native.hold_thread(file)
+    hold = held(file, by_thread=True)
     os.close(w)
     assert os.read(r, 1) == b""
     os.close(r)
-    _native.drop_thread(thread)
-
-
-def test_hold_thread_reports_a_bad_argument() -> None:
-    with pytest.raises(TypeError):
-        _native.hold_thread("no descriptor")  # type: ignore[arg-type]
+    hold.drop()
 
 
 # ---- the end of a life that a thread keeps ----
 
 
-def test_life_by_thread_is_reaped_when_its_process_has_stopped(
-    domain: dmabuf.Domain, mapping_loses_locks: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def overlaid(overlay: Path) -> Iterator[dmabuf.Domain]:
+    domain = dmabuf.Domain.open(overlay / "domain")
+    yield domain
+    domain.leave()
+
+
+def test_life_by_thread_is_reaped_when_its_process_has_stopped(overlaid: dmabuf.Domain, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1000.0
     monkeypatch.setattr(lives.time, "monotonic", lambda: now)
-    ghost = Ghost(domain)
+    ghost = Ghost(overlaid)
     life = ghost.live()
     assert ghost.life.hold.by_thread
     ghost.die()  # the lock is free, and the process that the slot names runs: as in the last moment of a dying process
     index = lives.index_of(life)
-    assert not lives.reap(domain.shm, index, lambda _: None)
+    assert not lives.reap(overlaid.shm, index, lambda _: None)
     now += proved.DYING_S / 2
-    assert not lives.reap(domain.shm, index, lambda _: None)
-    assert index in lives.alive_slots(domain.shm)
+    assert not lives.reap(overlaid.shm, index, lambda _: None)
+    assert index in lives.alive_slots(overlaid.shm)
     now += proved.DYING_S / 2  # it has executed another program
-    assert lives.reap(domain.shm, index, lambda _: None)
-    assert index not in lives.alive_slots(domain.shm)
+    assert lives.reap(overlaid.shm, index, lambda _: None)
+    assert index not in lives.alive_slots(overlaid.shm)
 
 
-def test_life_by_thread_of_a_killed_process_is_reaped_at_once(domain: dmabuf.Domain, mapping_loses_locks: None) -> None:
+def test_life_by_thread_of_a_killed_process_is_reaped_at_once(overlaid: dmabuf.Domain) -> None:
     def die() -> None:
-        assert domain.join().load64(lives.slot_offset(lives.index_of(domain.life)) + _native.LIFE_START) & proved.BY_THREAD
+        assert overlaid.join().load64(lives.slot_offset(lives.index_of(overlaid.life)) + _native.LIFE_START) & proved.BY_THREAD
         os.kill(os.getpid(), signal.SIGKILL)
 
     pid = fork(die)
     os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
-    assert domain.reap_dead() == 1  # while it is a zombie
+    assert overlaid.reap_dead() == 1  # while it is a zombie
     assert reap(pid) == -signal.SIGKILL
 
 
@@ -278,17 +268,6 @@ def test_prove_accepts_overlayfs(overlay: Path) -> None:
     assert proved.prove(fd, overlay / "domain") == ("overlay", str(overlay))
     os.close(fd)
     assert left(overlay / "domain") == []
-
-
-def test_prove_refuses_ramfs_which_cannot_allocate(tmp_path: Path) -> None:
-    with mounted("ramfs", tmp_path / "ramfs") as path:
-        with pytest.raises(dmabuf.DmaBufError) as caught:
-            dmabuf.Domain.open(path / "domain")
-        assert caught.value.errno == errno.ENOTSUP
-        assert f"ramfs at {path}" in str(caught.value)
-        assert "fallocate" in str(caught.value)
-        assert f"/dev/shm/dmabuf-{os.geteuid()} " not in str(caught.value).split(";")[0]
-        assert left(path / "domain") in ([], [place.FILE])
 
 
 ATTEMPTS = [what for what, _ in proved._ATTEMPTS]
@@ -335,9 +314,7 @@ def test_prove_notices_a_place_that_only_pretends(
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EMFILE, errno.EROFS, errno.EACCES])
-def test_prove_keeps_the_errno_of_what_can_be_mended(
-    directory: int, where: Path, monkeypatch: pytest.MonkeyPatch, number: int
-) -> None:
+def test_prove_keeps_the_errno_of_what_can_be_mended(directory: int, where: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     def attempt(directory: int, name: str, fds: list[int]) -> None:
         raise OSError(number, "no")
 

@@ -1,15 +1,15 @@
 """What a domain needs of the place where its file is, and the proof that it is there: each thing is tried.
 
-``prove`` tries a directory once, when a domain's file is made in it. A life's lock is proved each time one is taken, because everything else
-rests on it.
+``prove`` tries a directory once, when a domain's file is made in it. A life's lock is proved each time one is taken, because everything
+else rests on it.
 
-*What keeps a life's lock.* On nearly every file system a mapping of one page keeps the lock's description: no fork inherits the page, closing
-descriptors doesn't touch it, and it ends with the process's memory. On overlayfs, which is the root of every container, and on a FUSE file
-system that passes through, a mapping refers to the file below, and the lock ends with its descriptor. There a thread keeps the description,
-in a table of descriptors of its own (native/fds/hold.c). The kernel ends the threads of a dying process in any order. So the lock of such a
-life may be free while another thread still runs for some microseconds. Before a life with the mark ``BY_THREAD`` is reaped, ``still_runs``
-looks for its process in /proc too. A process that has executed another program keeps its number and start time. So that question is asked
-for at most ``DYING_S`` seconds.
+*What keeps a life's lock.* On nearly every file system a mapping of one page keeps the lock's description: no fork inherits the page,
+closing descriptors doesn't touch it, and it ends with the process's memory. On overlayfs, which is the root of every container, and on a
+FUSE file system that passes through, a mapping refers to the file below, and the lock ends with its descriptor. There a thread keeps the
+description, in a table of descriptors of its own (native/fds/hold.c). The kernel ends the threads of a dying process in any order. So the
+lock of such a life may be free while another thread still runs for some microseconds. Before a life with the mark ``BY_THREAD`` is reaped,
+``still_runs`` looks for its process in /proc too. A process that has executed another program keeps its number and start time. So that
+question is asked for at most ``DYING_S`` seconds.
 """
 
 from __future__ import annotations
