@@ -167,9 +167,7 @@ def test_F46_importers_see_no_pages_in_debug_mode(static: Static, dev: Device) -
     assert seen == [1]
 
 
-def test_F48_static_exporters_are_ready_at_map_and_dynamic_importers_wait_themselves(
-    static: Static, dynamic: Dynamic, dev: Device, tl: Timeline
-) -> None:
+def test_F48_static_map_is_ready_and_dynamic_importers_wait(static: Static, dynamic: Dynamic, dev: Device, tl: Timeline) -> None:
     clear = tl.fence()
     with dmabuf.export(static, SIZE) as buf:
         add(buf.resv, clear, Usage.KERNEL)

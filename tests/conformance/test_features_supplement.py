@@ -86,7 +86,7 @@ def test_S02_sync_start_blocks_while_a_write_is_pending(buf: DmaBuf, tl: Timelin
     buf.sync(flags | SYNC_END)
 
 
-def test_S03_a_buffer_is_renamed_while_attached_and_both_numbers_of_the_ioctl_are_known(buf: DmaBuf, dev: Device) -> None:
+def test_S03_rename_while_attached_works_by_both_ioctl_numbers(buf: DmaBuf, dev: Device) -> None:
     att = buf.attach(dev)
     buf.name = "cam"
     with att.mapped(TO):
@@ -305,9 +305,7 @@ def test_S17_a_reservation_lock_in_a_signalling_section_is_told(tl: Timeline) ->
 
 
 @pytest.mark.parametrize(("direction", "usage"), list(itertools.product((FROM, TO), (Usage.WRITE, Usage.READ))))
-def test_S18_begin_cpu_access_waits_for_writers_and_to_write_for_readers_too(
-    buf: DmaBuf, tl: Timeline, direction: Direction, usage: Usage
-) -> None:
+def test_S18_begin_cpu_access_waits_for_writers_and_readers(buf: DmaBuf, tl: Timeline, direction: Direction, usage: Usage) -> None:
     fence = tl.fence()
     add(buf.resv, fence, usage)
     with Background(lambda: buf.begin_cpu_access(direction)) as job:
@@ -321,7 +319,7 @@ def test_S18_begin_cpu_access_waits_for_writers_and_to_write_for_readers_too(
     buf.end_cpu_access(direction)
 
 
-def test_S19_map_of_a_static_importer_blocks_until_the_kernel_fence_is_signalled(static: Static, dev: Device, tl: Timeline) -> None:
+def test_S19_static_map_blocks_until_the_kernel_fence_is_signaled(static: Static, dev: Device, tl: Timeline) -> None:
     with dmabuf.export(static, SIZE) as buf:
         att, fence = buf.attach(dev), tl.fence()
         add(buf.resv, fence, Usage.KERNEL)

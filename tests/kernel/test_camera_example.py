@@ -13,7 +13,7 @@ GPUS = [name for name in ("vgem", "vkms") if Path("/sys/devices/platform", name)
 
 
 @pytest.mark.skipif(not any(Path("/sys/class/video4linux").glob("*")), reason="this kernel has no test camera; KERNEL=debian has")
-def test_frames_of_the_camera_reach_a_second_process_after_the_gpus_fence_and_without_a_copy() -> None:
+def test_camera_frames_reach_another_process_after_the_gpu_uncopied() -> None:
     done = subprocess.run([sys.executable, str(EXAMPLE), "4"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     first, *frames = done.stdout.splitlines()

@@ -194,7 +194,7 @@ def test_vkms_imports_a_buffer_without_a_copy(vkms: DrmNode, home: str) -> None:
             assert again == buf
 
 
-def test_the_fence_of_another_driver_keeps_who_waits_for_what_vkms_imported(vkms: DrmNode, node: DrmNode) -> None:
+def test_fence_of_another_driver_blocks_waiters_for_a_vkms_import(vkms: DrmNode, node: DrmNode) -> None:
     with vkms.create_dumb(64, 64) as dumb, dumb.export() as buf, node.import_buffer(buf) as imported:
         fence = imported.add_fence(write=True)
         assert not buf.poll(select.POLLIN)
@@ -295,7 +295,7 @@ def _histogram(parent: Parent) -> list[int]:
 
 
 @needs_camera
-def test_frames_of_a_camera_go_into_a_driver_and_another_process_without_a_copy(child: Spawn, node: DrmNode) -> None:
+def test_camera_frames_reach_a_driver_and_a_process_uncopied(child: Spawn, node: DrmNode) -> None:
     with Camera(CAMERA) as camera:
         picture = camera.configure(160, 90, "RGB3")
         assert picture.pixelformat == "RGB3"

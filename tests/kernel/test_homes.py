@@ -269,7 +269,7 @@ def test_an_access_that_is_not_granted_opens_no_bracket(
     kernel_timeline.increment()
 
 
-def test_an_array_that_outlives_block_and_handle_keeps_the_bracket_until_it_goes(home: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_array_kept_beyond_block_and_handle_keeps_the_bracket(home: str, monkeypatch: pytest.MonkeyPatch) -> None:
     here = made(home)
     with brackets(monkeypatch) as seen:
         with here.read() as view:

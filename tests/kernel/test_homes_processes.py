@@ -101,9 +101,7 @@ def test_a_writer_that_is_killed_leaves_it_torn(child: Spawn, buf: dmabuf.DmaBuf
         pass
 
 
-def test_a_writer_that_is_killed_before_the_kernels_fence_has_written_nothing(
-    child: Spawn, buf: dmabuf.DmaBuf, kernel_timeline: SwSyncTimeline
-) -> None:
+def test_writer_killed_before_the_kernel_fence_wrote_nothing(child: Spawn, buf: dmabuf.DmaBuf, kernel_timeline: SwSyncTimeline) -> None:
     fence = kernel_timeline.fence(1)
     add_fence(buf, fence.number, write=True)
     other = child(_blocked, buf.ino)
