@@ -6,9 +6,9 @@ import os
 import select
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -16,6 +16,7 @@ import dmabuf
 from dmabuf import _native
 from dmabuf.domain.dispatcher import Dispatcher, defer, dispatcher, in_callback
 from tests.support.interrupts import Interrupt
+from tests.support.waiting import until_asleep
 
 
 @contextmanager
@@ -268,3 +269,120 @@ def test_only_an_exception_is_told() -> None:
     wrong: Any = "no exception"
     with pytest.raises(TypeError):
         _native.unraisable(wrong, None)
+
+
+class Held:
+    """A stand-in for a dispatcher's Shm: a thread that comes to ``fence_watch`` runs ``call`` before it."""
+
+    def __init__(self, shm: _native.Shm, call: Callable[[], object]) -> None:
+        self._shm, self._call = shm, call
+
+    def fence_watch(self, handle: int) -> bool:
+        self._call()
+        return self._shm.fence_watch(handle)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._shm, name)
+
+
+def asleep_without_ticks(here: Dispatcher) -> None:
+    """Have the thread watch something and then nothing, until it sleeps without a limit."""
+    handle = fence(here)
+    token = here.watch(handle, lambda _: None, foreign=True)
+    assert token is not None
+    here.unwatch(handle, token)
+    thread = here._thread
+    assert thread is not None
+    while not here._tickless:
+        pass
+    until_asleep(os.getpid(), thread.native_id or 0)
+    here.shm.fence_signal(handle, 0, True)
+
+
+def test_dispatcher_ticks_for_a_watcher_beside_an_unfinished_one() -> None:
+    """The first watcher has found the thread asleep, and has not come to its end when the second one comes."""
+    with private() as here:
+        asleep_without_ticks(here)
+        first, second, seen = fence(here), fence(here), threading.Event()
+
+        def another() -> None:
+            here.shm = shm
+            here.watch(second, lambda _: seen.set(), foreign=True)
+
+        shm = here.shm
+        here.shm = cast(_native.Shm, Held(shm, another))
+        here.watch(first, lambda _: None, foreign=True)
+        ended_without_a_ring(here, second)
+        seen.wait()
+
+
+def test_dispatcher_ticks_for_a_watcher_after_an_interrupted_one() -> None:
+    with private() as here:
+        asleep_without_ticks(here)
+        first, second, seen = fence(here), fence(here), threading.Event()
+
+        def interrupt() -> None:
+            here.shm = shm
+            raise Interrupt
+
+        shm = here.shm
+        here.shm = cast(_native.Shm, Held(shm, interrupt))
+        with pytest.raises(Interrupt):
+            here.watch(first, lambda _: None, foreign=True)
+        assert here.watching == 0  # the caller got no token, so it could remove nothing
+        here.watch(second, lambda _: seen.set(), foreign=True)
+        ended_without_a_ring(here, second)
+        seen.wait()
+
+
+def test_stop_ends_a_thread_that_was_about_to_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread has seen that it goes on, and reads the doorbell after stop() has rung."""
+    with private() as here:
+        domain, load, stopping, arm = here.domain, here.shm.load32, threading.Event(), threading.Event()
+
+        class Shm:
+            def load32(self, offset: int) -> int:
+                if arm.is_set() and not stopping.is_set():
+                    stopping.set()
+                    while here.shm.life and not rung.is_set():
+                        rung.wait()
+                return load(offset)
+
+            def __getattr__(self, name: str) -> Any:
+                return getattr(domain.shm, name)
+
+        rung = threading.Event()
+        wake = here._wake
+
+        def rings() -> None:
+            wake()
+            rung.set()
+
+        here.shm = cast(_native.Shm, Shm())
+        asleep_without_ticks(here)
+        arm.set()
+        wake()
+        stopping.wait()
+        monkeypatch.setattr(here, "_wake", rings)
+        here.stop()
+        here.shm = domain.shm
+
+
+def test_local_callbacks_survive_a_handler_that_uses_the_dispatcher_amid_its_making() -> None:
+    domain = dmabuf.Domain.private()
+    domain.join()
+    made: list[Dispatcher] = []
+
+    class Interrupted(Dispatcher):
+        def __init__(self, of: dmabuf.Domain) -> None:
+            made.append(dispatcher(of))  # as a signal handler that comes here
+            super().__init__(of)
+
+    with domain.lock:
+        made.append(Interrupted(domain))
+    here, seen = made[0], list[int]()
+    handle = fence(here)
+    here.watch(handle, seen.append, foreign=False)
+    here.shm.fence_signal(handle, 0, True)
+    assert seen == [handle]
+    assert dispatcher(domain) is here

@@ -40,12 +40,17 @@ class Dispatcher:
         self._deadlines: dict[int, Callable[[], None]] = {}  # slot -> what to call when another process has set a deadline
         self._thread: threading.Thread | None = None
         self._running = True
+        # Whether the thread sleeps, or is about to, until a process rings. The thread alone changes it, under the lock, when it has seen that
+        # nothing is watched. Every watcher that finds it set rings, so none relies on what another was about to do.
+        self._tickless = False
         self._doorbell = lives.slot_offset(lives.index_of(self.life)) + LIFE_DOORBELL
         self._served = lives.slot_offset(lives.index_of(self.life)) + LIFE_SERVED
-        me = weakref.ref(self)
+        me, of = weakref.ref(self), weakref.ref(domain)
 
         def on_local(handle: int) -> None:
-            dispatcher = me()
+            # The one that the domain has now: a signal handler may have made another in the middle of this one's making.
+            domain = of()
+            dispatcher = DISPATCHER.peek(domain) if domain is not None else None
             if dispatcher is not None:
                 dispatcher.run(handle)
 
@@ -55,27 +60,30 @@ class Dispatcher:
     def watch(self, handle: int, call: Callable[[int], object], *, foreign: bool) -> int | None:
         """Call ``call(handle)`` once the fence is signaled. Return a token for :meth:`unwatch`, None if the fence is signaled already."""
         token = next(_tokens)
-        idle = False
-        with self._lock:
-            self._watched.setdefault(handle, {})[token] = call
-            if foreign:
-                idle = not self._foreign
-                before = self._foreign.setdefault(handle & SLOT_MASK, handle)
-                if before != handle:  # the slot was used again, so the fence before is signaled
-                    self._past.append(before)
-                    self._foreign[handle & SLOT_MASK] = handle
-                if self._thread is None and self._running:
-                    try:
-                        self._start()
-                    except RuntimeError:
-                        self.unwatch(handle, token)
-                        raise
-        if self.shm.fence_watch(handle):
-            if idle:
-                self._wake()  # while it watches nothing it sleeps without a limit, and else it checks at every tick
+        try:
+            with self._lock:
+                self._watched.setdefault(handle, {})[token] = call
+                if foreign:
+                    self._look_for(handle)
+            pending = self.shm.fence_watch(handle)
+        except BaseException:
+            self.unwatch(handle, token)  # the caller gets no token to do it with
+            raise
+        if pending:
             return token
         # The fence was signaled before the bit was set, so no process will wake this one. If the callback ran, it was registered in time.
         return None if self.unwatch(handle, token) else token
+
+    def _look_for(self, handle: int) -> None:
+        """Have the thread look at a fence that another process may signal. The lock is held."""
+        before = self._foreign.setdefault(handle & SLOT_MASK, handle)
+        if before != handle:  # the slot was used again, so the fence before is signaled
+            self._past.append(before)
+            self._foreign[handle & SLOT_MASK] = handle
+        if self._thread is None and self._running:
+            self._start()
+        if self._tickless:
+            self._wake()  # from now on it looks at every tick
 
     def unwatch(self, handle: int, token: int) -> bool:
         """Remove a registration. Return False if its callback ran already, or there was none."""
@@ -153,8 +161,10 @@ class Dispatcher:
     def _serve(self) -> None:
         shm = self.shm
         one, last, ticked = SLOT_MASK + 1, 0, True
-        while self._running and shm.life == self.life:
-            seen = shm.load32(self._doorbell)
+        while True:
+            seen = shm.load32(self._doorbell)  # before each look, so that who rings after the look changes it
+            if not self._running or shm.life != self.life:
+                return
             with self._lock:
                 if not ticked and not self._past and (seen // one - last // one) % 1024 == 1:
                     # After one wake-up check that slot. If the count wrapped meanwhile, the next tick checks the others.
@@ -172,11 +182,13 @@ class Dispatcher:
                 except BaseException as e:
                     report(e, call)
             last, ticked = seen, False
+            with self._lock:
+                self._tickless = not self._foreign and not self._past
             try:
-                if self._foreign:
-                    ticked = shm.wait(self._doorbell, seen, None) != 0
-                else:
+                if self._tickless:  # a watcher that comes from here on rings, and then the doorbell isn't what was seen
                     shm.idle(self._doorbell, seen)
+                else:
+                    ticked = shm.wait(self._doorbell, seen, None) != 0
             except Exception as e:  # the error of a hook at a tick: the thread must go on
                 report(e, self._serve)
                 ticked = True
