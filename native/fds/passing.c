@@ -3,6 +3,7 @@
  * A message with anything unusual (more than one thing, another kind, a cut message, another inode) is returned raw and judged in Python.
  */
 #include "fds/fds.h"
+#include "fds/same.h"
 #include <fcntl.h>
 #include <sys/socket.h>
 
@@ -31,7 +32,14 @@ static PyObject *send_one(PyObject *module, PyObject *const *a, Py_ssize_t n) {
   }
   int sock = (int)PyLong_AsLong(a[0]), fd = (int)PyLong_AsLong(a[2]);
   if (PyErr_Occurred()) return NULL;
-  struct iovec iov = {PyBytes_AS_STRING(a[1]), (size_t)PyBytes_GET_SIZE(a[1])};
+  const message *x = (const message *)PyBytes_AS_STRING(a[1]);
+  if (PyBytes_GET_SIZE(a[1]) != MESSAGE) {
+    PyErr_SetString(PyExc_ValueError, "send_one() sends a message of one buffer");
+    return NULL;
+  }
+  fd_id id = {.dev = x->dev, .ino = x->ino, .marked = false};
+  if (!fd_is(fd, &id)) return PyLong_FromLong(-ESTALE);
+  struct iovec iov = {PyBytes_AS_STRING(a[1]), MESSAGE};
 
   union {
     struct cmsghdr head;
@@ -119,8 +127,9 @@ static PyObject *recv_one(PyObject *module, PyObject *const *a, Py_ssize_t n) {
 }
 
 static PyMethodDef functions[] = {
-    METHOD(send_one, METH_FASTCALL, "($module, sock, message, fd, /)",
-           "Send a message with one descriptor. Return the bytes sent, or -errno."),
+    METHOD(
+        send_one, METH_FASTCALL, "($module, sock, message, fd, /)",
+        "Send a message with one descriptor. Return the bytes sent, or -errno: -ESTALE if it is not of the inode that the message names."),
     METHOD(recv_one, METH_FASTCALL, "($module, sock, most, magic, /)",
            "Receive a message of at most that many bytes.\n\n"
            "Returns:\n"

@@ -13,6 +13,7 @@
  * or still shows its first.
  */
 #include "memory/mapping.h"
+#include "fds/same.h"
 #include <stdarg.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
@@ -82,13 +83,15 @@ static bool within_file(int fd, Py_ssize_t length, long long offset, long page, 
 }
 
 static PyObject *mapping_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
-  static char *names[] = {"fd", "length", "offset", "writable", "from_start", "on_close", NULL};
+  static char *names[] = {"fd", "length", "offset", "writable", "from_start", "on_close", "dev", "ino", NULL};
   int fd, writable = 1, from_start = 0;
   Py_ssize_t length;
   long long offset = 0;
   PyObject *on_close = Py_None;
   struct stat st;
-  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "in|$LppO:Mapping", names, &fd, &length, &offset, &writable, &from_start, &on_close))
+  fd_id id = {.dev = 0, .ino = 0, .marked = false};
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "in|$LppOKK:Mapping", names, &fd, &length, &offset, &writable, &from_start, &on_close,
+                                   &id.dev, &id.ino))
     return NULL;
   long page = sysconf(_SC_PAGESIZE);
   if (length <= 0) {
@@ -99,6 +102,7 @@ static PyObject *mapping_new(PyTypeObject *type, PyObject *args, PyObject *kwarg
     os_error(EINVAL, "mmap: fd %d: offset %lld is not a multiple of the page size (EINVAL); pass a multiple of %ld", fd, offset, page);
     return NULL;
   }
+  if (id.ino && !fd_is(fd, &id)) return fd_error("mmap", fd);
   if (!within_file(fd, length, offset, page, &st)) return NULL;
   Py_ssize_t lead = from_start ? (Py_ssize_t)offset : 0;
   if (lead > PY_SSIZE_T_MAX - length) {
@@ -113,6 +117,11 @@ static PyObject *mapping_new(PyTypeObject *type, PyObject *args, PyObject *kwarg
   base = mmap(NULL, (size_t)(lead + length), writable ? PROT_READ | PROT_WRITE : PROT_READ, MAP_SHARED, fd, (off_t)offset - (off_t)lead);
   error = errno;
   Py_END_ALLOW_THREADS
+  if (base != MAP_FAILED && id.ino && !fd_is(fd, &id)) { /* it may have been used again since it was compared */
+    munmap(base, (size_t)(lead + length));
+    Py_DECREF(self);
+    return fd_error("mmap", fd);
+  }
   if (base == MAP_FAILED) {
     Py_DECREF(self);
     os_error(error, "mmap: fd %d: %s, for %zd %s bytes at %lld", fd, strerror(error), length, writable ? "writable" : "read-only", offset);
@@ -222,7 +231,7 @@ static PyMemberDef members[] = {
     {"__weaklistoffset__", T_PYSSIZET, offsetof(Mapping, weakrefs), READONLY, NULL},
     {0}};
 static PyType_Slot slots[] = {
-    {Py_tp_doc, "Mapping(fd, length, *, offset=0, writable=True, from_start=False, on_close=None)\n--\n\n"
+    {Py_tp_doc, "Mapping(fd, length, *, offset=0, writable=True, from_start=False, on_close=None, dev=0, ino=0)\n--\n\n"
                 "A shared memory mapping of a file descriptor, which the caller keeps.\n\n"
                 "It exports its bytes as a flat buffer.\n\n"
                 "Args:\n"
@@ -230,10 +239,12 @@ static PyType_Slot slots[] = {
                 "    offset: Where they begin in the file, a multiple of the page size.\n"
                 "    from_start: Map from the start of the file, and show this part only.\n"
                 "    on_close: Called once when the memory is unmapped, by close() or by the garbage collector at any point of the\n"
-                "        program. It must not wait.\n\n"
+                "        program. It must not wait.\n"
+                "    dev: With ino, the file that the descriptor must be of: it is compared in the same call.\n\n"
                 "Raises:\n"
                 "    OSError: The length is not positive, the offset is not a multiple of the page size, or the range reaches beyond\n"
-                "        the end of a regular file (EINVAL); or what mmap(2) answers (EACCES, EBADF, ENODEV, ENOMEM).\n\n"
+                "        the end of a regular file (EINVAL); or what mmap(2) answers (EACCES, EBADF, ENODEV, ENOMEM).\n"
+                "    ClosedError: The descriptor is another file's (EBADF).\n\n"
                 "See semantics 2.17."},
     {Py_tp_new, mapping_new},
     {Py_tp_dealloc, mapping_dealloc},

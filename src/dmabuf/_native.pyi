@@ -235,6 +235,8 @@ class Mapping:
         writable: bool = True,
         from_start: bool = False,
         on_close: Callable[[], object] | None = None,
+        dev: int = 0,
+        ino: int = 0,
     ) -> Self: ...
     @property
     def size(self) -> int: ...

@@ -14,7 +14,7 @@ import pytest
 import dmabuf
 from dmabuf import DmaBuf, SwSync, SyncFile, _native
 from dmabuf.domain import shared_file
-from dmabuf.domain.place import reopen
+from dmabuf.domain.place import ofd_lock, reopen
 from tests.support.errnos import raises_errno
 from tests.support.facts import FACTS
 from tests.support.interrupts import Interrupt
@@ -170,17 +170,17 @@ def test_another_handle_in_the_middle_of_a_call_is_edeadlk(sw: SwSync) -> None:
 
 
 def test_a_signal_handler_that_raises_at_the_lock_leaves_it_free(sw: SwSync, monkeypatch: pytest.MonkeyPatch) -> None:
-    def got_it(*args: int) -> bool:
+    def got_it(*args: Any) -> bool:
         patched.undo()
-        shared_file.ofd_lock(*args)
+        shared_file.set_lock(*args)
         raise Interrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(shared_file, "ofd_lock", got_it)
+        patched.setattr(shared_file, "set_lock", got_it)
         with pytest.raises(Interrupt):
             sw.inc()
     other = reopen(sw.fileno())
-    assert shared_file.ofd_lock(other, fcntl.F_WRLCK, 0)
+    assert ofd_lock(other, fcntl.F_WRLCK, 0)
     os.close(other)
     assert sw.value == 0
 

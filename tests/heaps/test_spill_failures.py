@@ -42,8 +42,8 @@ def state(heap: SpillHeap, bufs: list[DmaBuf]) -> Any:
 @pytest.mark.parametrize(
     ("where", "name", "number", "expected"),
     [
-        (os, "pwrite", errno.ENOSPC, errno.ENOSPC),
-        (os, "pwrite", errno.EIO, errno.EIO),
+        (spill_file, "write_at", errno.ENOSPC, errno.ENOSPC),
+        (spill_file, "write_at", errno.EIO, errno.EIO),
         (spill_moves, "punch", errno.EPERM, errno.EPERM),
         (spill_moves, "Mapping", errno.ENOMEM, errno.ENOMEM),
         (residency, "evict", errno.ENOLCK, errno.ENOLCK),
@@ -71,9 +71,9 @@ def test_a_move_out_that_fails_leaves_all_as_it_was(
 @pytest.mark.parametrize(
     ("where", "name", "number", "expected"),
     [
-        (os, "posix_fallocate", errno.ENOSPC, errno.ENOMEM),
-        (os, "posix_fallocate", errno.ENOMEM, errno.ENOMEM),
-        (os, "preadv", errno.EIO, errno.EIO),
+        (spill_file, "reserve_range", errno.ENOSPC, errno.ENOMEM),
+        (spill_file, "reserve_range", errno.ENOMEM, errno.ENOMEM),
+        (spill_file, "read_at", errno.EIO, errno.EIO),
         (spill_file.SpillFile, "read", errno.EIO, errno.EIO),
         (spill_moves, "Mapping", errno.ENOMEM, errno.ENOMEM),
         (residency, "make_resident", errno.ENOLCK, errno.ENOLCK),
@@ -140,7 +140,7 @@ def test_a_file_that_may_not_grow_is_told_at_allocate(heap: SpillHeap) -> None:
 
 def test_a_full_disk_is_told_at_allocate_and_never_later(heap: SpillHeap, bufs: list[DmaBuf], monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(os, "posix_fallocate", Fails(os.posix_fallocate, errno.ENOSPC))
+        patch.setattr(spill_file, "reserve_range", Fails(spill_file.reserve_range, errno.ENOSPC))
         with raises_errno(errno.ENOSPC):
             heap.allocate(SIZE)
     assert heap.statistics().buffers == len(bufs)

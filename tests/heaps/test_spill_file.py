@@ -97,7 +97,7 @@ def test_a_range_that_cannot_be_reserved_is_not_taken(file: SpillFile, monkeypat
         raise OSError(errno.ENOSPC, "no space")
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "posix_fallocate", full)
+        patch.setattr(spill_file, "reserve_range", full)
         with raises_errno(errno.ENOSPC):
             file.take(PAGE)
     assert file.take(PAGE) == 0

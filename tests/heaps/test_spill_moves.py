@@ -1,18 +1,18 @@
 """The spill heap in one process: importers that are told of a move, and what others see of it."""
 
 import errno
-import os
 import random
 import threading
 from pathlib import Path
 
 import pytest
 
-from dmabuf import ContractError, Device, Direction, DmaBuf, DmaBufAttachment, Importer, SpillHeap, Timeline, Usage, _native
+from dmabuf import ContractError, Device, Direction, DmaBuf, DmaBufAttachment, Importer, SpillHeap, Timeline, Usage
+from dmabuf._native import OwnedFd
 from dmabuf.core.attach.attachment import moving
+from dmabuf.heap import spill_moves
 from dmabuf.heap.spill_file import SpillFile
 from tests.support.drivers import Mover
-from tests.support.native import patch_native
 from tests.support.spilling import ROOM, SIZE, fill, holds, is_here, pattern, resident, use
 from tests.support.waiting import Background
 
@@ -150,16 +150,16 @@ def test_a_reader_that_comes_during_a_move_waits_and_gets_the_content(
     heap: SpillHeap, bufs: list[DmaBuf], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     moving_now, go_on = threading.Event(), threading.Event()
-    real = _native.punch
+    real = spill_moves.punch
 
-    def punch(fd: int, start: int, length: int) -> None:
-        if os.fstat(fd).st_ino == bufs[0].ino:
+    def punch(fd: OwnedFd, start: int, length: int) -> None:
+        if fd.ino == bufs[0].ino:
             moving_now.set()
             go_on.wait()
         real(fd, start, length)
 
     use(bufs[:ROOM])
-    patch_native(monkeypatch, "punch", punch)
+    monkeypatch.setattr(spill_moves, "punch", punch)
     with Background(lambda: use([bufs[ROOM]])) as mover:
         moving_now.wait()
         with Background(lambda: holds(bufs[0], 0)) as reader:

@@ -32,6 +32,7 @@ import dmabuf
 from dmabuf import _native
 from dmabuf.core.buffer import backing_kernel as kernel
 from dmabuf.domain import place
+from dmabuf.heap import memfd
 from dmabuf.uapi import call, dma_buf, table
 from tests.support.leaks import rest
 from tests.support.native import patch_native
@@ -78,8 +79,8 @@ PLACES = (
     Place(call, "opening", _always(errno.EMFILE, errno.ENFILE, errno.ENOMEM)),
     Place(os, "memfd_create", _always(errno.EMFILE, errno.ENFILE, errno.ENOMEM)),
     Place(os, "ftruncate", _always(errno.ENOMEM)),
-    Place(os, "posix_fallocate", _always(errno.ENOSPC, errno.ENOMEM)),
-    Place(os, "pwrite", _always(errno.ENOSPC, errno.ENOMEM)),
+    Place(memfd, "reserve_range", _always(errno.ENOSPC, errno.ENOMEM)),
+    Place(memfd, "write_at", _always(errno.ENOSPC, errno.ENOMEM)),
     Place(os, "pidfd_open", _always(errno.EMFILE, errno.ENFILE, errno.ENOMEM)),
     Place(fcntl, "fcntl", _of_fcntl),
     Place(_native, "Mapping", _always(errno.ENOMEM, errno.EAGAIN)),

@@ -2,7 +2,6 @@
 
 import errno
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,20 +12,7 @@ from dmabuf._native import CH_TIMELINE, CHUNK_BYTES, HEADER_BYTES, OFF_NCHUNKS, 
 from dmabuf.domain import lives, place
 from dmabuf.domain.domain import Domain
 from tests.support.children import Parent, Spawn
-
-CONTENT = b"precious" * 512
-
-
-def replaced(number: int) -> None:
-    """Have a file of the program under the number."""
-    with tempfile.TemporaryFile(buffering=0) as file:
-        file.write(CONTENT)
-        os.dup2(file.fileno(), number)
-
-
-def untouched(number: int) -> bool:
-    return os.fstat(number).st_size == len(CONTENT) and os.pread(number, len(CONTENT), 0) == CONTENT
-
+from tests.support.lost import replaced, untouched
 
 LOST: list[Callable[[int], None]] = [os.close, replaced]
 

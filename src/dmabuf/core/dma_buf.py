@@ -149,8 +149,12 @@ class DmaBuf(Face, Closing):
         return new_handle(self._handle.dup(), self._handle.shared)
 
     def fileno(self) -> int:
-        """Return the file descriptor, which the buffer keeps owning and closes itself."""
-        return self._handle.check("fileno")
+        """Return the file descriptor, which the buffer keeps owning and closes itself.
+
+        Raises:
+            ClosedError: The buffer is closed, or somebody else closed the descriptor (EBADF).
+        """
+        return self._handle.fileno()
 
     def dup(self, cloexec: bool = True) -> int:
         """Return a new file descriptor of the buffer, which the caller owns.

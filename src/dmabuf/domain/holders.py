@@ -52,13 +52,14 @@ def _walk(wanted: Collection[tuple[int, int]], found: dict[tuple[int, int], list
 
 def _fds(process: str) -> list[tuple[int, int]]:
     seen = []
-    for entry in os.scandir(f"{process}/fd"):
-        try:
-            if os.readlink(entry.path).startswith(("/memfd:dmabuf:", "/dmabuf:")):
-                st = os.stat(entry.path)
-                seen.append((st.st_dev, st.st_ino))
-        except OSError:
-            continue  # closed meanwhile
+    with os.scandir(f"{process}/fd") as entries:
+        for entry in entries:
+            try:
+                if os.readlink(entry.path).startswith(("/memfd:dmabuf:", "/dmabuf:")):
+                    st = os.stat(entry.path)
+                    seen.append((st.st_dev, st.st_ino))
+            except OSError:
+                continue  # closed meanwhile
     return seen
 
 

@@ -21,15 +21,15 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from dmabuf._native import step
+from dmabuf._native import OwnedFd, step
 from dmabuf.domain.domain import Domain, known
-from dmabuf.domain.place import ofd_lock, reopen
-from dmabuf.errors import fail
+from dmabuf.errors import ClosedError, fail
 
 RECORD_ROOM = 256  # bytes at the beginning of a file with a record; the first half is for the module that made the file
 _RECORD = struct.Struct("=IIQQQQQQ")  # which of two copies counts; of each: offset, room, length
 _RECORD_AT = 128
 _LOCK, _REFERENCE_LOCK = 0, 1  # bytes of the file that the locks are on
+set_lock = OwnedFd.set_lock  # a name of its own, so that tests can replace it
 _NAME = re.compile(r"/memfd:dmabuf-([a-z_]+):([0-9a-f]{16}):[0-9a-f]{16}(?: \(deleted\))?\Z")
 _ALL: weakref.WeakSet[SharedFile] = weakref.WeakSet()
 
@@ -48,34 +48,52 @@ _process_locks: weakref.WeakValueDictionary[tuple[int, int], _ProcessLock] = wea
 
 
 class SharedFile:
-    """A file, as one process has it open. ``fd``: the descriptor that travels, -1 once closed."""
+    """A file, as one process has it open.
 
-    def __init__(self, fd: int, domain: Domain) -> None:
+    ``_fd``: the descriptor that travels; ``_own``: this process's description, None in a forked child that has used neither yet. Each call
+    compares the inode (``OwnedFd``), so nothing is read from, or written to, a file that got the number of a descriptor that was closed.
+    """
+
+    def __init__(self, fd: OwnedFd, domain: Domain) -> None:
         """Take ownership of ``fd``, unless it raises."""
         self.domain = domain
-        self._own = reopen(fd)
+        own = fd.reopen()
         try:
-            if not ofd_lock(fd, fcntl.F_RDLCK, _REFERENCE_LOCK):
-                raise fail(errno.ENODEV, "open", f"fd {fd}", "make a new one", what="its last process is closing it")
+            if not fd.set_lock(fcntl.F_RDLCK, _REFERENCE_LOCK):
+                raise fail(errno.ENODEV, "open", f"fd {fd.number}", "make a new one", what="its last process is closing it")
         except BaseException:
-            os.close(self._own)
+            own.close()
             raise
-        self.fd = fd
-        self._process_lock = _process_lock_of(self._own)
+        self._fd, self._own = fd, own
+        self._process_lock = _process_lock_of(own)
         _ALL.add(self)
+
+    @property
+    def fd(self) -> int:
+        """The descriptor that travels, compared just now; -1 once closed."""
+        return self._fd.fileno()
+
+    def dup(self) -> int:
+        """Return a duplicate of the descriptor that travels, which the caller owns. Errors: EBADF, EMFILE."""
+        return self._fd.dup().take()
+
+    def disown(self) -> None:
+        """Leave the descriptor that travels to the caller, who owned it."""
+        self._fd.take()
 
     @classmethod
     def make(cls, kind: str, domain: Domain, content: bytes) -> SharedFile:
         """Return a new file with this content. Errors: EMFILE, ENOMEM."""
         try:
-            fd = os.memfd_create(f"dmabuf-{kind}:{domain.id}:{secrets.token_hex(8)}", os.MFD_CLOEXEC)
+            name = f"dmabuf-{kind}:{domain.id}:{secrets.token_hex(8)}"
+            fd = next(map(OwnedFd, map(os.memfd_create, (name,), (os.MFD_CLOEXEC,))))
         except OSError as e:
             raise fail(e.errno or errno.EIO, kind, "memfd", "raise RLIMIT_NOFILE or close descriptors") from None
         try:
-            os.pwrite(fd, content, 0)
+            fd.pwrite(content, 0)
             return cls(fd, domain)
         except BaseException:
-            os.close(fd)
+            fd.close()
             raise
 
     @classmethod
@@ -106,7 +124,12 @@ class SharedFile:
         if found_domain.id != identity:
             remedy = "start both processes with the same DMABUF_DOMAIN, or send the domain along: dmabuf.send(sock, domain, …)"
             raise fail(errno.EXDEV, operation, f"domain {identity}", remedy, what="this process is not in its domain")
-        return cls(fd, found_domain)
+        own = OwnedFd(fd)
+        try:
+            return cls(own, found_domain)
+        except BaseException:
+            own.take()  # stays the caller's
+            raise
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -116,30 +139,37 @@ class SharedFile:
             if process_lock.held:
                 remedy = "don't call it from a signal handler, a fence's callback, or a garbage collector's callback"
                 raise fail(errno.EDEADLK, "lock", "shared state", remedy, what="this thread is in the middle of another call")
-            if self._own < 0:  # forked
-                self._own = reopen(self.fd)
-            own = self._own
+            own = self._description()
             try:
                 process_lock.held = True
-                if not ofd_lock(own, fcntl.F_WRLCK, _LOCK):
+                if not set_lock(own, fcntl.F_WRLCK, _LOCK):
                     step("~cell")
-                    ofd_lock(own, fcntl.F_WRLCK, _LOCK, wait=True)
+                    set_lock(own, fcntl.F_WRLCK, _LOCK, 1, True)
                 yield
             finally:
                 # A signal handler may have raised before we knew that we have the lock. Unlocking a free lock has no effect.
                 try:
-                    if own == self._own:
-                        ofd_lock(own, fcntl.F_UNLCK, _LOCK)
+                    if own is self._own:
+                        own.set_lock(fcntl.F_UNLCK, _LOCK)
                 finally:
                     process_lock.held = False
 
+    def _description(self) -> OwnedFd:
+        """Return this process's own description. A forked child makes one at first use."""
+        if self._own is None:
+            self._own = self._fd.reopen()
+        return self._own
+
     def read(self, offset: int, n: int) -> bytes:
         """Return the bytes at an offset: fewer at the end of the file."""
-        return os.pread(self._own if self._own >= 0 else self.fd, n, offset)
+        file = self._own or self._fd
+        data = bytearray(max(0, min(n, file.size() - offset)))  # no more than there is, whatever the file says of itself
+        got = file.pread(data, offset) if data else 0
+        return bytes(data[:got])
 
     def write(self, offset: int, data: bytes) -> None:
         """Write all of ``data``. Errors: ENOSPC, ENOMEM no memory, and nothing was written."""
-        if os.pwrite(self._own, data, offset) != len(data):
+        if self._description().pwrite(data, offset) != len(data):
             raise fail(errno.ENOSPC, "write", "shared state", "free memory")
 
     def load(self) -> bytes:
@@ -173,27 +203,33 @@ class SharedFile:
     @property
     def size(self) -> int:
         """The file's size in bytes."""
-        return os.fstat(self._own if self._own >= 0 else self.fd).st_size
+        return (self._own or self._fd).size()
 
     def close_fd(self) -> bool:
         """Close the descriptor that travels. Return True if no process has one. The rest stays usable until :meth:`close`."""
-        fd, self.fd = self.fd, -1
-        if fd >= 0:
-            if self._own < 0:
-                self._own = reopen(fd)
-            os.close(fd)
+        if self._fd.number >= 0:
+            try:
+                self._description()
+            except ClosedError:
+                return False  # somebody else closed it: whether it is the last can't be said any more
+            finally:
+                self._fd.close()
         return self.is_last()
 
     def is_last(self) -> bool:
         """Return True if no process has a descriptor that travels. Then none ever will."""
-        return self.fd < 0 and self._own >= 0 and ofd_lock(self._own, fcntl.F_WRLCK, _REFERENCE_LOCK)
+        if self._fd.number >= 0 or self._own is None:
+            return False
+        try:
+            return set_lock(self._own, fcntl.F_WRLCK, _REFERENCE_LOCK)
+        except ClosedError:
+            return False  # somebody else closed it: a lock on another file would prove nothing
 
     def close(self) -> None:
         """Close everything. Closing twice has no effect."""
-        for fd in (self.fd, self._own):
-            if fd >= 0:
-                os.close(fd)
-        self.fd = self._own = -1
+        self._fd.close()
+        if self._own is not None:
+            self._own.close()
 
 
 def kind_of(fd: int) -> tuple[str, str]:
@@ -205,18 +241,17 @@ def kind_of(fd: int) -> tuple[str, str]:
     return (match[1], match[2]) if match else ("", "")
 
 
-def _process_lock_of(fd: int) -> _ProcessLock:
-    about = os.fstat(fd)
-    return _process_locks.setdefault((about.st_dev, about.st_ino), _ProcessLock())
+def _process_lock_of(fd: OwnedFd) -> _ProcessLock:
+    return _process_locks.setdefault((fd.dev, fd.ino), _ProcessLock())
 
 
 def _after_fork() -> None:
     """Close the descriptions that the child shares with the parent, and with them the locks."""
     _process_locks.clear()
     for file in list(_ALL):
-        if file._own >= 0:
-            os.close(file._own)
-        file._own, file._process_lock = -1, _process_lock_of(file.fd) if file.fd >= 0 else _ProcessLock()
+        if file._own is not None:
+            file._own.close()
+        file._own, file._process_lock = None, _process_lock_of(file._fd)
 
 
 os.register_at_fork(after_in_child=_after_fork)

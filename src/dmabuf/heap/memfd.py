@@ -31,6 +31,10 @@ _ZEROS = bytes(1 << 20)
 _F_ADD_SEALS = 1033
 
 
+reserve_range, write_at = OwnedFd.reserve, OwnedFd.pwrite
+"""Names of their own, so that tests can replace them."""
+
+
 def unavailable() -> str | None:
     """Return why this heap can't be used here, None if it can."""
     return None if hasattr(os, "memfd_create") else "the kernel has no memfd_create"
@@ -74,10 +78,10 @@ def reserved(name: str, size: int, *, filled: bool = False) -> OwnedFd:
     try:
         os.ftruncate(fd.number, size)
         for start in range(0, size, _SLICE):
-            os.posix_fallocate(fd.number, start, min(_SLICE, size - start))
+            reserve_range(fd, start, min(_SLICE, size - start))
         done = 0 if filled else size
         while done < size:
-            done += os.pwrite(fd.number, memoryview(_ZEROS)[: size - done], done)
+            done += write_at(fd, memoryview(_ZEROS)[: size - done], done)
         step("memfd_reserved")
         fcntl.fcntl(fd.number, _F_ADD_SEALS, SEALS)
     except OSError as e:

@@ -6,7 +6,7 @@ import threading
 from enum import Enum
 from typing import Final, Protocol
 
-from dmabuf._native import Mapping
+from dmabuf._native import Mapping, OwnedFd
 from dmabuf.core.attach.attachment import DmaBufAttachment
 from dmabuf.core.base.usage import Direction
 from dmabuf.core.buffer import residency
@@ -76,7 +76,7 @@ class SpillBuffer(Exporter):
 
     def __init__(self, residents: Residents, size: int, at: int) -> None:
         self.residents, self.size, self.at = residents, size, at
-        self.private = -1  # the exporter's own description of the memfd, which the framework closes
+        self.private: OwnedFd  # the exporter's own description of the memfd, which the framework closes; from prepare() on
         self.ino = 0
         self.residency = Residency.NOT_IN_MEMORY
         self.mover = 0  # the thread that moves it
@@ -91,7 +91,7 @@ class SpillBuffer(Exporter):
     def __repr__(self) -> str:
         return f"<spill buffer ino {self.ino} {self.size} bytes {self.residency.value}>"
 
-    def prepare(self, private: int) -> None:
+    def prepare(self, private: OwnedFd) -> None:
         """Keep the memfd from being mapped before it has memory."""
         self.private = private
         residency.evict(private)
@@ -132,7 +132,8 @@ class SpillBuffer(Exporter):
     def vmap(self, buf: DmaBuf) -> IosysMap:
         self.residents.enter(self, write=True, locked=True)
         try:
-            self.vmapped = residency.mapping(buf.fileno(), "vmap", buf, 0, self.size, residency.may_write(buf.fileno()))
+            fd, inode = buf.fileno(), (self.shared.dev, self.shared.ino)
+            self.vmapped = residency.mapping(fd, inode, "vmap", buf, 0, self.size, residency.may_write(fd))
         finally:
             self.residents.leave(self)
         return IosysMap.init_vaddr(memoryview(self.vmapped))

@@ -18,14 +18,13 @@ import bisect
 import contextlib
 import errno
 import os
-import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from dmabuf._native import punch
+from dmabuf._native import OwnedFd
 from dmabuf.errors import DmaBufError, fail, needing_descriptors
 
 SLICE: Final = 8 << 20  #: bytes of one read or write: between two of them signals are served
@@ -33,13 +32,17 @@ RESERVE: Final = 64 << 20  #: bytes of one fallocate, which a signal makes start
 _IN_MEMORY: Final = frozenset({b"tmpfs", b"ramfs", b"devtmpfs", b"hugetlbfs"})
 
 
-def reserve(fd: int, start: int, length: int) -> None:
+reserve_range, write_at, read_at = OwnedFd.reserve, OwnedFd.pwrite, OwnedFd.pread
+"""Names of their own, so that tests can replace them."""
+
+
+def reserve(fd: OwnedFd, start: int, length: int) -> None:
     """Reserve the space of a range of a file (posix_fallocate(3)).
 
     Errors: ENOSPC, EFBIG, EDQUOT, and then a part may be reserved.
     """
     for at in range(start, start + length, RESERVE):
-        os.posix_fallocate(fd, at, min(RESERVE, start + length - at))
+        reserve_range(fd, at, min(RESERVE, start + length - at))
 
 
 def slices(length: int) -> Iterator[tuple[int, int]]:
@@ -59,7 +62,7 @@ class SpillFile:
         self._lock = threading.RLock()
         self._free: list[tuple[int, int]] = []  # (start, length), in order, with no two adjacent
         self._end = 0
-        self._fd = -1
+        self._fd: OwnedFd
         try:
             with needing_descriptors("spill", self.directory):
                 self._fd = _unnamed(self.directory)
@@ -75,7 +78,7 @@ class SpillFile:
 
     def fileno(self) -> int:
         """Return the descriptor, which the file keeps; -1 if closed."""
-        return self._fd
+        return self._fd.number
 
     def take(self, length: int) -> int:
         """Reserve a range and return its first byte. Errors: ENOSPC, EFBIG, EDQUOT, and nothing is taken."""
@@ -100,7 +103,7 @@ class SpillFile:
     def give(self, start: int, length: int) -> None:
         """Free a range, also in the file system."""
         with contextlib.suppress(OSError):  # on a file system without holes the file keeps the space for the next take()
-            punch(self._fd, start, length)
+            self._fd.punch(start, length)
         with self._lock:
             i = bisect.bisect(self._free, (start, length))
             if i < len(self._free) and self._free[i][0] == start + length:
@@ -118,38 +121,33 @@ class SpillFile:
         """Write all of the view at ``start``. Errors: ENOSPC, EIO and the like, and then a part may be written."""
         done = 0
         while done < len(view):
-            done += os.pwrite(self._fd, view[done:], start + done)
+            done += write_at(self._fd, view[done:], start + done)
 
     def read(self, start: int, view: memoryview) -> None:
         """Fill the view from ``start``. Errors: EIO, also if the file is shorter."""
         done = 0
         while done < len(view):
-            got = os.preadv(self._fd, [view[done:]], start + done)
+            got = read_at(self._fd, view[done:], start + done)
             if not got:
                 raise OSError(errno.EIO, "the spill file is shorter than its content")
             done += got
 
     def close(self) -> None:
         """Close the file and lose its content. Closing twice has no effect."""
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
-
-    def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
-        if not ending():
-            self.close()
+        self._fd.close()
 
 
-def _unnamed(directory: str) -> int:
+def _unnamed(directory: str) -> OwnedFd:
     try:
-        return os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        return next(map(OwnedFd, map(os.open, (directory,), (os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC,), (0o600,))))
     except OSError as e:
         # EOPNOTSUPP: not this file system; EISDIR: not this kernel (open(2)).
         if e.errno not in (errno.EOPNOTSUPP, errno.EISDIR):
             raise
     fd, path = tempfile.mkstemp(prefix="dmabuf-spill-", dir=directory)
+    own = OwnedFd(fd)
     os.unlink(path)
-    return fd
+    return own
 
 
 def default_directory() -> str:

@@ -28,14 +28,13 @@ It may be taken inside a reservation lock.
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import threading
 import time
 import weakref
 from collections import OrderedDict
 
-from dmabuf._native import Mapping, punch, step
+from dmabuf._native import Mapping, OwnedFd, step
 from dmabuf.core.attach import attachment
 from dmabuf.core.attach.attachment import DmaBufAttachment
 from dmabuf.core.base.usage import Usage
@@ -50,6 +49,9 @@ from dmabuf.heap import budget
 from dmabuf.heap.shielded import run_shielded
 from dmabuf.heap.spill_buffer import Residency, SpillBuffer
 from dmabuf.heap.spill_file import SpillFile, reserve, slices
+
+punch = OwnedFd.punch
+"""A name of its own, so that tests can replace it."""
 
 
 class ResidentSet:
@@ -120,7 +122,7 @@ class ResidentSet:
         while (fd := self._start_move_in(b, locked)) is not None:
             self._move_in(b, fd, owner)
 
-    def _start_move_in(self, b: SpillBuffer, locked: bool) -> int | None:
+    def _start_move_in(self, b: SpillBuffer, locked: bool) -> OwnedFd | None:
         """Wait until no thread moves it. Return None if it is in memory, else a duplicate of its description with which to move it in."""
         with self.lock:
             while b.residency is not Residency.IN_MEMORY:
@@ -153,7 +155,7 @@ class ResidentSet:
 
     # ---- moving in ----
 
-    def _move_in(self, b: SpillBuffer, fd: int, owner: int) -> None:
+    def _move_in(self, b: SpillBuffer, fd: OwnedFd, owner: int) -> None:
         """Move a buffer in. The duplicate of its description is closed. Errors: ENOMEM; EIO and the like of the file."""
         here = False
         try:
@@ -184,7 +186,7 @@ class ResidentSet:
                 if not here:
                     punch(fd, 0, b.size)
             finally:
-                os.close(fd)
+                fd.close()
                 self._end_move(b, Residency.IN_MEMORY if here else Residency.NOT_IN_MEMORY, claimed=here)
         step("spill_here")
 
@@ -210,7 +212,7 @@ class ResidentSet:
             if chosen is not None and not self._move_out(*chosen):
                 passed.add(chosen[0])
 
-    def _choose(self, passed: set[SpillBuffer]) -> tuple[SpillBuffer, int] | None:
+    def _choose(self, passed: set[SpillBuffer]) -> tuple[SpillBuffer, OwnedFd] | None:
         """Return the buffer to move out, marked, and a duplicate of its description. The lock is held."""
         for b in self.order:
             if b.residency is not Residency.IN_MEMORY or b.uses or b.pins or b in passed or not b.resv.test_signaled(Usage.BOOKKEEP):
@@ -254,7 +256,7 @@ class ResidentSet:
 
     # ---- moving out ----
 
-    def _move_out(self, b: SpillBuffer, fd: int) -> bool:
+    def _move_out(self, b: SpillBuffer, fd: OwnedFd) -> bool:
         """Move a chosen buffer out. Return False if it is about to be used. Errors: those of the file, and then it stays in memory."""
         fence, evicted = None, False
         try:
@@ -308,7 +310,7 @@ class ResidentSet:
                 if not evicted:
                     residency.make_resident(fd)
             finally:
-                os.close(fd)
+                fd.close()
                 self._end_move(b, Residency.NOT_IN_MEMORY if evicted else Residency.IN_MEMORY, claimed=not evicted)
                 if fence is not None:
                     fence.signal()
@@ -327,8 +329,8 @@ class ResidentSet:
             if isinstance(att.importer, RevocableImporter):
                 att.importer.revoke(att)
 
-    def _copy(self, b: SpillBuffer, fd: int, *, out: bool) -> None:
-        whole = memoryview(Mapping(fd, b.size))
+    def _copy(self, b: SpillBuffer, fd: OwnedFd, *, out: bool) -> None:
+        whole = memoryview(Mapping(fd.number, b.size, dev=fd.dev, ino=fd.ino))
         try:
             for start, end in slices(b.size):
                 step("spill_copying")
@@ -379,10 +381,12 @@ class ResidentSet:
         self.file.close()
 
 
-def _duplicate(b: SpillBuffer) -> int:
+def _duplicate(b: SpillBuffer) -> OwnedFd:
     """Return a duplicate of its description for a move, because a release meanwhile closes the one that the framework lends."""
     try:
-        return fcntl.fcntl(b.private, fcntl.F_DUPFD_CLOEXEC, 3)
+        return b.private.dup()
+    except DmaBufError:
+        raise
     except OSError as e:
         raise fail(e.errno or errno.EIO, "move", b, "close descriptors, or raise RLIMIT_NOFILE") from None
 

@@ -102,11 +102,11 @@ def pack_objects(objects: tuple[Any, ...]) -> tuple[bytes, list[int], list[DmaFe
     for one in objects:
         if isinstance(one, DmaBuf):
             handle = handle_of(one)
-            fds.append(handle.check("send"))
+            fds.append(handle.descriptor("send"))
             items.append(_item_of(handle.shared))
         elif isinstance(one, BufferRange):
             handle = handle_of(one.buf)
-            fds.append(handle.check("send"))
+            fds.append(handle.descriptor("send"))
             items += [_item_of(handle.shared), _item(_RANGE, one.buf.domain, _PART.pack(one.offset, one.length))]
         elif isinstance(one, DmaFence):
             check_fence(one, "send")

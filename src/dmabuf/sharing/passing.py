@@ -119,6 +119,8 @@ def send(sock: socket.socket, *objects: Sent) -> None:
         sent = send_one(sock.fileno(), data, handle.fd)
         if sent == len(data):
             return
+        if sent == -errno.ESTALE:
+            raise handle.lost("send", handle.fd)
         if sent < 0:
             raise _translated(OSError(-sent, ""), "send", sock)
         _send_rest(sock, data[sent:])
@@ -127,7 +129,7 @@ def send(sock: socket.socket, *objects: Sent) -> None:
     opened: list[int] | tuple[()] = ()
     if handle is not None and handle.fd >= 0:
         data = handle.shared.message or message_of(handle.shared)
-        control = [(_SOL_SOCKET, _SCM_RIGHTS, _FD.pack(handle.fd))]
+        control = [(_SOL_SOCKET, _SCM_RIGHTS, _FD.pack(handle.descriptor("send")))]
     else:
         data, fds, fences, opened = pack_objects(objects)
         control = [(_SOL_SOCKET, _SCM_RIGHTS, struct.pack(f"={len(fds)}i", *fds))] if fds else []

@@ -44,7 +44,7 @@ _MODULE = "multiprocessing.reduction"
 
 def _reduce_buffer(buf: DmaBuf) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     handle = handle_of(buf)
-    fd = handle.check("pickle")
+    fd = handle.descriptor("pickle")
     return _make_buffer, (sys.modules[_MODULE].DupFd(fd), buf.domain, handle.shared.info()["name"])
 
 

@@ -9,6 +9,7 @@ from dmabuf._native import Mapping
 from dmabuf.core.attach.attachment import DmaBufAttachment, tables_of
 from dmabuf.core.base.usage import Direction
 from dmabuf.core.buffer import residency
+from dmabuf.core.buffer.shared import SharedBuffer
 from dmabuf.core.contract import Exporter
 from dmabuf.core.dma_buf import DmaBuf
 from dmabuf.core.memory.iosys_map import IosysMap
@@ -26,6 +27,7 @@ class Calls(Protocol):
     """The calls about one buffer to its exporter's process (see `remote_backing.RemoteBacking`)."""
 
     in_file: bool
+    record: SharedBuffer
 
     def call(self, kind: str, buf: DmaBuf | None = None, body: Body | None = None, *, operation: str = "") -> tuple[Body, list[int]]:
         """Call without the reservation lock."""
@@ -156,7 +158,8 @@ class RemoteExporter(Exporter):
         try:
             if self.calls.in_file:  # a view that outlives the vmap keeps the memory in its place
                 fd = buf.fileno()
-                return IosysMap.init_vaddr(memoryview(residency.mapping(fd, "vmap", buf, 0, buf.size, residency.may_write(fd))))
+                inode = self.calls.record.dev, self.calls.record.ino
+                return IosysMap.init_vaddr(memoryview(residency.mapping(fd, inode, "vmap", buf, 0, buf.size, residency.may_write(fd))))
             _, view = memory.shown(_first(fds), number(answer, "offset", _MOST), number(answer, "length", _MOST), flag(answer, "writable"))
             return IosysMap.init_vaddr_iomem(view) if flag(answer, "iomem") else IosysMap.init_vaddr(view)
         except BaseException:

@@ -221,7 +221,7 @@ class Access:
     async def bring(self, owner: Owner) -> None:
         """Once granted, bring memory that has been moved away back, in a thread: it may take a disk's time, and wait for other buffers."""
         handle, backing = self.handle, self.handle.shared.backing
-        if backing is not None and backing.in_file and residency.is_evicted(handle.check(self.operation)):
+        if backing is not None and backing.in_file and residency.is_evicted(handle.descriptor(self.operation)):
             await awaiting.to_its_end(lambda: acting(owner, lambda: self._bracket(backing)))
 
     def _unbracket(self) -> None:

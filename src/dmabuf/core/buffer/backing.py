@@ -185,7 +185,7 @@ class Backing(ABC):
         direction = Direction.BIDIRECTIONAL if writable else Direction.FROM_DEVICE
         self.begin(buf, direction)  # keeps the memory there until the end, and from then on the mapping does
         try:
-            mapping = residency.mapping(buf.fileno(), operation, buf, offset, length, writable)
+            mapping = residency.mapping(buf.fileno(), (self.record.dev, self.record.ino), operation, buf, offset, length, writable)
         finally:
             self.end(buf, direction)
         self.keep(mapping)

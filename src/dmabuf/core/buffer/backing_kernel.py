@@ -20,7 +20,7 @@ import os
 import select
 import time
 
-from dmabuf._native import Mapping
+from dmabuf._native import Mapping, is_same
 from dmabuf.core.base.usage import Direction
 from dmabuf.core.buffer.backing import SERVERS, Backing, Descriptor, KernelSide
 from dmabuf.core.buffer.backing_memfd import FILE_EXPORTER, FILE_OPS
@@ -29,7 +29,7 @@ from dmabuf.core.buffer.shared import BACKINGS, SharedBuffer
 from dmabuf.core.contract import Buffer
 from dmabuf.core.task import waiting as awaiting
 from dmabuf.domain.records import Record
-from dmabuf.errors import fail
+from dmabuf.errors import DmaBufError, fail
 from dmabuf.uapi import dma_buf as uapi
 from dmabuf.uapi.call import OwnedFd, told
 
@@ -59,7 +59,10 @@ class KernelBacking(Backing, KernelSide):
         # DRM's buffers show their first page in a partial mapping, whatever its offset (seen on Linux 6.12): mapped from the start.
         whole = self.record.home == IMPORTED
         try:
-            return Mapping(buf.fileno(), length, offset=offset, writable=writable, from_start=whole)
+            inode = self.record
+            return Mapping(buf.fileno(), length, offset=offset, writable=writable, from_start=whole, dev=inode.dev, ino=inode.ino)
+        except DmaBufError:
+            raise
         except OSError as e:
             raise fail(e.errno or errno.EIO, operation, buf) from None
 
@@ -140,7 +143,7 @@ class KernelBacking(Backing, KernelSide):
     def last(self, fd: int) -> bool:
         """Return True if fd is the only reference to the buffer that is left anywhere. The kernel's count proves it."""
         try:
-            return uapi.fdinfo(fd).references == 1
+            return uapi.fdinfo(fd).references == 1 and is_same(fd, self.record.dev, self.record.ino)
         except OSError:
             return False
 

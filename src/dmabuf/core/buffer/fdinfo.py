@@ -16,7 +16,7 @@ _O_LARGEFILE = 0o400000 if os.uname().machine == "aarch64" else 0o100000
 
 def fdinfo(handle: Handle) -> str:
     """Return the lines. ``count``: the descriptors and mappings that this user may see."""
-    fd = handle.check("fdinfo")
+    fd = handle.descriptor("fdinfo")
     kernel = handle.kernel()
     if kernel is not None:
         return kernel.fdinfo(handle)

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from operator import attrgetter
 from typing import Protocol, TypeVar
 
-from dmabuf._native import Mapping
+from dmabuf._native import Mapping, close_same, dup_same, is_same
 from dmabuf.core.buffer.backing import KernelSide
 from dmabuf.core.buffer.identity import checked_name
 from dmabuf.core.buffer.shared import MEMFD, SharedBuffer
@@ -29,7 +29,7 @@ from dmabuf.core.resv.lock import record_of
 from dmabuf.core.resv.resv import DmaResv, resv_of
 from dmabuf.domain.domain import Domain
 from dmabuf.domain.records import Record
-from dmabuf.errors import ContractError, contract_warning, fail
+from dmabuf.errors import ClosedError, ContractError, DmaBufError, contract_warning, fail
 from dmabuf.uapi.call import OwnedFd
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -87,20 +87,38 @@ class Handle(ABC):
             raise fail(errno.EBADF, operation, self, "open the buffer again", what="the buffer is closed")
         return self.fd
 
+    def descriptor(self, operation: str) -> int:
+        """Return the descriptor for a system call that follows at once. The number is compared with the buffer's inode.
+
+        Raises:
+            ClosedError: The handle is closed, or somebody else closed its descriptor (EBADF).
+        """
+        fd = self.check(operation)
+        if not is_same(fd, self.shared.dev, self.shared.ino):
+            raise self.lost(operation, fd)
+        return fd
+
+    def lost(self, operation: str, fd: int) -> OSError:
+        """Return the error for a descriptor that is not the buffer's any more."""
+        what = f"fd {fd} was closed by somebody else, and the number may be another file's now"
+        return fail(errno.EBADF, operation, self, "close the buffer, not its descriptor", what=what)
+
     def usable(self, operation: str) -> None:
         """Check the handle, and have this process's present membership reference the record."""
         self.check(operation)
         self.shared.ensure()
 
     def fileno(self) -> int:
-        return self.check("fileno")
+        return self.descriptor("fileno")
 
     def dup(self, cloexec: bool = True) -> int:
         """Return a new descriptor of the buffer, which the caller owns."""
         fd = self.check("dup")
         try:
-            return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC if cloexec else fcntl.F_DUPFD, 0)
+            return dup_same(fd, self.shared.dev, self.shared.ino, cloexec)
         except OSError as e:
+            if e.errno == errno.EBADF:
+                raise self.lost("dup", fd) from None
             raise fail(e.errno or errno.EIO, "dup", self, "raise RLIMIT_NOFILE or close descriptors") from None
 
     def duplicate(self) -> Handle:
@@ -109,7 +127,7 @@ class Handle(ABC):
 
     def detach(self) -> int:
         """Close the handle but keep its descriptor, which the caller owns from now on."""
-        fd = self.check("detach")
+        fd = self.descriptor("detach")
         self._leave("detach")
         self.fd = -1
         backing = self.shared.backing
@@ -146,7 +164,7 @@ class Handle(ABC):
         else:
             watch = None
             self._pass_on()
-        os.close(fd)
+        close_same(fd, shared.dev, shared.ino)  # if somebody else closed it, nothing is left to close
         if watch is not None:
             watch.free_gone()
         if backing is not None:
@@ -233,25 +251,34 @@ class Handle(ABC):
                 return backing.mmap(self.face(), operation, 0, self.size, write)
             size = self.size if backing is None else self.size // PAGE * PAGE or self.size
             try:
-                mapping = Mapping(self.fd, size)
+                mapping = self._map(operation, 0, size, True)
             except PermissionError:
                 if write:
                     what = "its descriptor is read-only"
                     raise fail(errno.EACCES, "write", self, "receive a descriptor that is open for writing", what=what) from None
-                mapping = Mapping(self.fd, size, writable=False)
+                mapping = self._map(operation, 0, size, False)
             self.view = mapping
         return mapping
 
     def any_view(self) -> Mapping:
         """Return that mapping, writable if the descriptor is: for devices, which learn the direction when they map."""
-        return self.view_source(fcntl.fcntl(self.check("attach"), fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY)
+        return self.view_source(fcntl.fcntl(self.descriptor("attach"), fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY)
 
     def map_file(self, operation: str, offset: int, length: int, writable: bool) -> Mapping:
         """Return a mapping of the buffer's own file."""
         try:
-            return Mapping(self.fd, length, offset=offset, writable=writable)
+            return self._map(operation, offset, length, writable)
+        except DmaBufError:
+            raise
         except OSError as e:
             raise fail(e.errno or errno.EIO, operation, self) from None
+
+    def _map(self, operation: str, offset: int, length: int, writable: bool) -> Mapping:
+        fd, shared = self.fd, self.shared
+        try:
+            return Mapping(fd, length, offset=offset, writable=writable, dev=shared.dev, ino=shared.ino)
+        except ClosedError:
+            raise self.lost(operation, fd) from None
 
     # ---- its name ----
 

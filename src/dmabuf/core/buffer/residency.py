@@ -27,7 +27,7 @@ import errno
 import fcntl
 import os
 
-from dmabuf._native import Mapping
+from dmabuf._native import Mapping, OwnedFd
 from dmabuf.core.buffer.identity import put_reference_lock
 from dmabuf.domain import place
 from dmabuf.errors import fail
@@ -46,10 +46,13 @@ def may_write(fd: int) -> bool:
     return fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY
 
 
-def mapping(fd: int, operation: str, obj: object, offset: int, length: int, writable: bool) -> Mapping:
+def mapping(fd: int, inode: tuple[int, int], operation: str, obj: object, offset: int, length: int, writable: bool) -> Mapping:
     """Return a bare mapping that keeps the memory where it is until nobody maps it any more. The caller is inside an access.
 
+    ``inode``: (st_dev, st_ino) of the buffer, of which ``fd`` is a descriptor.
+
     Raises:
+        ClosedError: Somebody else closed the descriptor (EBADF).
         NotPermittedError: A writable mapping of a read-only descriptor (EACCES).
         NoDeviceError: The exporter has released the buffer (ENODEV).
         BusyError: The memory is moved out, since the caller is in no access (EBUSY).
@@ -60,16 +63,18 @@ def mapping(fd: int, operation: str, obj: object, offset: int, length: int, writ
         what = "its descriptor is read-only"
         raise fail(errno.EACCES, operation, obj, "receive a descriptor that is open for writing", what=what)
     try:
-        own = os.open(f"/proc/self/fd/{fd}", (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
+        flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC
+        own = next(map(OwnedFd, map(os.open, (f"/proc/self/fd/{fd}",), (flags,))))
     except OSError as e:
         raise fail(e.errno or errno.EIO, operation, obj, "close descriptors, or raise RLIMIT_NOFILE") from None
-    try:
-        put_reference_lock(own)
-        if not place.ofd_lock(own, fcntl.F_RDLCK, BYTE):
+    with own:  # afterwards only the mapping keeps the description, and with it the locks
+        if (own.dev, own.ino) != inode:
+            what = f"fd {fd} was closed by somebody else, and the number is another file's now"
+            raise fail(errno.EBADF, operation, obj, "close the buffer, not its descriptor", what=what)
+        put_reference_lock(own.number)
+        if not own.set_lock(fcntl.F_RDLCK, BYTE):
             raise fail(errno.EBUSY, operation, obj, "map it inside an access", what="its memory is moved out")
-        return Mapping(own, length, offset=offset, writable=writable)
-    finally:
-        os.close(own)  # from here on only the mapping keeps the description, and with it the locks
+        return Mapping(own.number, length, offset=offset, writable=writable, dev=own.dev, ino=own.ino)
 
 
 def is_evicted(fd: int) -> bool:
@@ -77,15 +82,16 @@ def is_evicted(fd: int) -> bool:
     return place.ofd_locked(fd, BYTE, kind=fcntl.F_RDLCK)
 
 
-def evict(private: int) -> bool:
+def evict(private: OwnedFd) -> bool:
     """Take the lock for moving the memory out, the exporter's first step. Returns False if somebody has it mapped.
 
     Raises:
+        ClosedError: Somebody else closed the descriptor (EBADF).
         DmaBufError: The kernel has no room for the lock (ENOLCK).
     """
-    return place.ofd_lock(private, fcntl.F_WRLCK, BYTE)
+    return private.set_lock(fcntl.F_WRLCK, BYTE)
 
 
-def make_resident(private: int) -> None:
+def make_resident(private: OwnedFd) -> None:
     """Release the lock: the exporter's last step of moving memory in, or of giving up."""
-    place.ofd_lock(private, fcntl.F_UNLCK, BYTE)
+    private.set_lock(fcntl.F_UNLCK, BYTE)

@@ -9,6 +9,7 @@ import secrets
 import weakref
 from collections.abc import Callable
 
+from dmabuf._native import OwnedFd
 from dmabuf.core.buffer import residency
 from dmabuf.core.buffer.backing import SERVERS
 from dmabuf.core.buffer.handle import handle_of
@@ -20,7 +21,6 @@ from dmabuf.core.export.exported import EXPORTS, Exported
 from dmabuf.core.get import from_fd
 from dmabuf.core.resv.lock import record_of
 from dmabuf.core.resv.resv import DmaResv
-from dmabuf.domain import place
 from dmabuf.domain.domain import Domain
 from dmabuf.errors import DmaBufError, contract_warning, fail
 
@@ -108,7 +108,7 @@ def make(
     owner: OwnerReference | None,
     name: str | bytes | None,
     domain: Domain,
-    prepare: Callable[[int], None] | None = None,
+    prepare: Callable[[OwnedFd], None] | None = None,
 ) -> DmaBuf:
     """Return the buffer that ``export`` returns. Its memfd is a placeholder without memory, sealed against writing too.
 
@@ -117,30 +117,27 @@ def make(
     """
     raw = None if name is None else checked_name(name, f"{size} bytes")
     shm = domain.join()
-    fd = private = -1
+    fd: OwnedFd | None = None
+    private: OwnedFd | None = None
     try:
-        fd = os.memfd_create(memfd_name(domain, secrets.token_bytes(16)), os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        os.ftruncate(fd, size)
-        fcntl.fcntl(fd, _F_ADD_SEALS, SEALS if prepare is not None else SEALS | residency.F_SEAL_WRITE)
-        private = place.reopen(fd)
+        name_of_file = memfd_name(domain, secrets.token_bytes(16))
+        fd = next(map(OwnedFd, map(os.memfd_create, (name_of_file,), (os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING,))))
+        os.ftruncate(fd.number, size)
+        fcntl.fcntl(fd.number, _F_ADD_SEALS, SEALS if prepare is not None else SEALS | residency.F_SEAL_WRITE)
+        private = fd.reopen()
         if prepare is not None:
             prepare(private)
         if flags & os.O_ACCMODE == os.O_RDONLY:
-            readonly = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
-            os.close(fd)
-            fd = readonly
+            writable, fd = fd, fd.reopen(os.O_RDONLY)
+            writable.close()
+        buf = from_fd(fd, domain, exp_name=exp_name, home=EXPORTED, name=raw)
     except BaseException as e:
         for opened in (fd, private):
-            if opened >= 0:
-                os.close(opened)
+            if opened is not None:
+                opened.close()
         if isinstance(e, DmaBufError) or not isinstance(e, OSError):
             raise
         raise fail(e.errno or errno.EIO, "export", f"{size} bytes", "close buffers or raise RLIMIT_NOFILE") from None
-    try:
-        buf = from_fd(fd, domain, exp_name=exp_name, home=EXPORTED, name=raw)
-    except BaseException:
-        os.close(private)
-        raise
     shared = handle_of(buf).shared
     try:
         if resv is not None:
@@ -153,6 +150,6 @@ def make(
     except BaseException:
         shared.backing = None
         buf.close()
-        os.close(private)
+        private.close()
         raise
     return buf

@@ -9,7 +9,6 @@ runs while there are exported buffers. While others hold a buffer that this proc
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
 import os
@@ -18,7 +17,7 @@ import weakref
 from collections.abc import Callable
 from typing import Final
 
-from dmabuf._native import Mapping
+from dmabuf._native import Mapping, OwnedFd
 from dmabuf.core.base.registry import Registry
 from dmabuf.core.buffer.backing import Backing
 from dmabuf.core.buffer.shared import SharedBuffer
@@ -27,13 +26,13 @@ from dmabuf.core.dma_buf import new_handle
 from dmabuf.core.fence.signalling import in_signalling
 from dmabuf.core.resv.resv import DmaResv
 from dmabuf.core.task.owner import current
-from dmabuf.domain import dispatcher, place
+from dmabuf.domain import dispatcher
 from dmabuf.domain.auto_reset_event import AutoResetEvent
 from dmabuf.domain.domain import TICK_NS, Domain
 from dmabuf.domain.forks import fork_lock
 from dmabuf.domain.local import Local
 from dmabuf.domain.records import KIND_RESV
-from dmabuf.errors import ContractError, contract_warning, fail
+from dmabuf.errors import ClosedError, ContractError, contract_warning, fail
 
 
 class Exported(Backing):
@@ -50,14 +49,14 @@ class Exported(Backing):
         cache: bool,
         resv: DmaResv,
         owner: OwnerReference | None,
-        private: int,
+        private: OwnedFd,
         in_file: bool,
     ) -> None:
         super().__init__(exporter, ops, record, cache)
         self.in_file = in_file
         self.resv, self.owner, self.private = resv, owner, private
         self.life = record.shm.life
-        self.released = False
+        self.released = self.lost = False
         self.closing = 0  # handles of this process that are being closed: their close() releases, and the thread doesn't
         self._once = fork_lock()  # a handle's __del__ may run in the middle
         self._mappings: weakref.WeakSet[Mapping] = weakref.WeakSet()
@@ -105,9 +104,13 @@ class Exported(Backing):
 
     def _claimed(self) -> bool:
         """Return True if nobody holds it, and the caller is the one to release it. The lock is held."""
-        if self.released or self.record.handles or any(not mapping.closed for mapping in list(self._mappings)):
+        if self.released or self.lost or self.record.handles or any(not mapping.closed for mapping in list(self._mappings)):
             return False
-        self.released = place.ofd_lock(self.private, fcntl.F_WRLCK, 0)
+        try:
+            self.released = self.private.set_lock(fcntl.F_WRLCK, 0)  # compares the file too: a lock on another one is no proof
+        except ClosedError as e:
+            self.lost = True  # somebody else closed the description: that nobody holds the buffer can't be proven any more
+            dispatcher.report(e, self.exporter.release)
         return self.released
 
     def _release(self) -> None:
@@ -196,7 +199,7 @@ class Exports:
     def orphans(self) -> list[Exported]:
         """Return those that this process has closed and others may hold."""
         with self._lock:
-            return [exported for exported in self.buffers.values() if not exported.record.handles and not exported.closing]
+            return [exported for exported in self.buffers.values() if not (exported.record.handles or exported.closing or exported.lost)]
 
     def release_orphans(self) -> None:
         """Release what can be released: here if the caller may, else in the thread."""
@@ -222,9 +225,7 @@ class Exports:
     def forked(self) -> None:
         """Forget what the parent exports, and close the child's copies of its private descriptions."""
         for exported in self.buffers.values():
-            with contextlib.suppress(OSError):  # the child has closed it already, and the number may be in use again
-                if os.fstat(exported.private).st_ino == exported.record.ino:
-                    os.close(exported.private)
+            exported.private.close()
         self.buffers.clear()
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import errno
-import os
 from typing import Any, ClassVar, Self
 
 from dmabuf.core.base.closing import Closing
 from dmabuf.domain.domain import Domain
 from dmabuf.domain.shared_file import SharedFile
-from dmabuf.errors import fail
+from dmabuf.errors import DmaBufError, fail
 
 
 class SharedObject(Closing):
@@ -38,7 +37,7 @@ class SharedObject(Closing):
             self._set(file)
         except BaseException:
             if callers_fd:
-                file.fd = -1
+                file.disown()
             file.close()
             raise
         return self
@@ -86,7 +85,9 @@ class SharedObject(Closing):
         """
         self._check("dup")
         try:
-            return os.dup(self._file.fd)
+            return self._file.dup()
+        except DmaBufError:
+            raise
         except OSError as e:
             raise fail(e.errno or errno.EIO, "dup", self, "raise RLIMIT_NOFILE or close descriptors") from None
 
