@@ -3,6 +3,8 @@
 #include "domain/fence_methods.h"
 #include "domain/fence_type.h"
 #include "domain/file.h"
+#include "domain/guard.h"
+#include "domain/held.h"
 #include "domain/lend.h"
 #include "domain/pools.h"
 #include "domain/reap.h"
@@ -42,8 +44,9 @@ static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT,
                                         NULL,
                                         NULL,
                                         NULL};
-static PyMethodDef *const shm_methods[] = {word_methods,      file_methods, table_methods,  record_methods, pool_methods, fence_methods,
-                                           resv_lock_methods, resv_methods, access_methods, lend_methods,   reap_methods, NULL};
+static PyMethodDef *const shm_methods[] = {word_methods,  file_methods,      table_methods, record_methods, pool_methods,
+                                           fence_methods, resv_lock_methods, resv_methods,  access_methods, lend_methods,
+                                           held_methods,  reap_methods,      NULL};
 
 static int add_constants(PyObject *module) {
   static const struct {
@@ -121,7 +124,8 @@ PyMODINIT_FUNC PyInit__native(void) {
   if (!module) return NULL;
   if (add_constants(module) || shm_register(module, shm_methods) || fence_register(module) || step_register(module) ||
       mapping_register(module) || view_register(module) || passing_register(module) || descriptor_register(module) ||
-      probe_register(module) || file_register(module) || hold_register(module) || same_register(module) || errors_register(module)) {
+      probe_register(module) || file_register(module) || hold_register(module) || same_register(module) || errors_register(module) ||
+      held_register(module) || guard_register(module)) {
     Py_DECREF(module);
     return NULL;
   }

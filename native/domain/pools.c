@@ -5,36 +5,44 @@
 
 #define NAME_MAX_BYTES 63
 
-static PyObject *ctx_open(Shm *s, PyObject *args) {
-  unsigned i, tid, real;
-  unsigned long long stamp;
-  if (!PyArg_ParseTuple(args, "IIIK", &i, &tid, &real, &stamp)) return NULL;
+uint64_t pool_ctx_open(Shm *s, uint32_t i, uint32_t tid, int real, uint64_t stamp) {
   db_ctx *c = ctx_at(s, i);
   if (!c) {
     shm_corrupt(s, "a context lies outside of it");
-    return NULL;
+    return 0;
   }
   uint32_t gen = atomic_load(&c->gen) + 1;
   if (!gen) gen = 1;
   atomic_store(&c->stamp, stamp);
   atomic_store(&c->tid, tid);
-  atomic_store(&c->real, real);
+  atomic_store(&c->real, real != 0);
   atomic_store(&c->waits_on, 0);
   atomic_store(&c->return_to, 0);
   atomic_store(&c->gen, gen);
   atomic_store(&c->life, my_life(s)); /* last: a context without a life is closed, whatever the other fields say */
-  return PyLong_FromUnsignedLongLong((uint64_t)gen << 32 | i);
+  return (uint64_t)gen << 32 | i;
+}
+
+void pool_ctx_close(Shm *s, uint64_t w) {
+  db_ctx *c = ctx_at(s, CTX_INDEX(w));
+  if (!c || !my_life(s) || atomic_load(&c->gen) != CTX_GEN(w)) return;
+  atomic_fetch_add(&c->gen, 1); /* from here on every lock that it named can be taken */
+  atomic_store(&c->waits_on, 0);
+  atomic_store(&c->life, 0);
+}
+
+static PyObject *ctx_open(Shm *s, PyObject *args) {
+  unsigned i, tid, real;
+  unsigned long long stamp;
+  if (!PyArg_ParseTuple(args, "IIIK", &i, &tid, &real, &stamp)) return NULL;
+  uint64_t word = pool_ctx_open(s, i, tid, (int)real, stamp);
+  return word ? PyLong_FromUnsignedLongLong(word) : NULL;
 }
 
 static PyObject *ctx_close(Shm *s, PyObject *arg) {
   uint64_t w;
   if (arg_u64(arg, &w)) return NULL;
-  db_ctx *c = ctx_at(s, CTX_INDEX(w));
-  if (c && my_life(s) && atomic_load(&c->gen) == CTX_GEN(w)) {
-    atomic_fetch_add(&c->gen, 1); /* from here on every lock that it named can be taken */
-    atomic_store(&c->waits_on, 0);
-    atomic_store(&c->life, 0);
-  }
+  pool_ctx_close(s, w);
   Py_RETURN_NONE;
 }
 

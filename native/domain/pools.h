@@ -1,7 +1,10 @@
-/* pools.h - methods of Shm on contexts and timelines. */
+/* pools.h - contexts and timelines: slots that one life owns, and methods of Shm on them. */
 #ifndef DMABUF_POOLS_H
 #define DMABUF_POOLS_H
-#include "python.h"
+#include "domain/shm.h"
+
+uint64_t pool_ctx_open(Shm *s, uint32_t index, uint32_t tid, int real, uint64_t stamp); /* its word; 0 with an exception set */
+void pool_ctx_close(Shm *s, uint64_t word);
 
 extern PyMethodDef pool_methods[];
 #endif

@@ -5,7 +5,8 @@ import errno
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any
 
 import pytest
 
@@ -150,17 +151,115 @@ def test_lock_all_waits_for_one_that_is_held() -> None:
 
 
 def test_signal_handler_that_raises_before_the_block_leaves_no_lock(resv: DmaResv, monkeypatch: pytest.MonkeyPatch) -> None:
-    def lock(self: DmaResv, ctx: WwAcquireContext | None = None) -> None:
-        taken(self, ctx)
+    def lock(self: DmaResv, *args: Any, **options: Any) -> None:
+        taken(self, *args, **options)
         raise KeyboardInterrupt  # as a handler does that runs when the lock is just taken
 
-    taken = DmaResv.lock
-    monkeypatch.setattr(DmaResv, "lock", lock)
+    taken = DmaResv._lock
+    monkeypatch.setattr(DmaResv, "_lock", lock)
     with pytest.raises(KeyboardInterrupt) as kept, resv.locked():
         pass
+    assert kept.value is not None
+    assert not resv.is_locked()
+    with pytest.raises(KeyboardInterrupt) as kept:
+        resv.lock()
     assert kept.value is not None
     assert not resv.is_locked()
     monkeypatch.undo()
     with resv.locked(), pytest.warns(ContractWarning), raises_errno(errno.EDEADLK), resv.locked():
         pass
     assert not resv.is_locked()
+
+
+# -- a lock belongs to the block that took it, and not to what runs when the block ends
+
+BLOCKS = {
+    "locked": lambda resv: resv.locked(),
+    "lock_all": lambda resv: dmabuf.lock_all([resv, DmaResv()]),
+}
+
+
+@pytest.fixture(params=BLOCKS)
+def block(request: pytest.FixtureRequest) -> Callable[[DmaResv], Any]:
+    return BLOCKS[request.param]
+
+
+def test_block_of_generator_ends_in_another_thread(resv: DmaResv, block: Callable[[DmaResv], Any]) -> None:
+    def holding() -> Iterator[None]:
+        with block(resv):
+            yield
+
+    generator = holding()
+    next(generator)
+    assert resv.held_here()
+    with Background(generator.close):  # type: ignore[attr-defined]
+        pass
+    assert not resv.is_locked()
+    assert not resv.held_here()
+    # Nothing of it is left with the thread that took it: it takes more locks, and opens a context, without a warning.
+    with block(resv):
+        pass
+    with WwAcquireContext() as ctx:
+        assert resv.trylock(ctx)
+        resv.unlock()
+
+
+def test_block_of_generator_ends_when_it_is_dropped(resv: DmaResv, block: Callable[[DmaResv], Any]) -> None:
+    def holding() -> Iterator[None]:
+        with block(resv):
+            yield
+
+    generator = holding()
+    next(generator)
+    del generator
+    assert not resv.is_locked()
+
+
+def test_block_of_async_generator_ends_in_another_task(resv: DmaResv, block: Callable[[DmaResv], Any]) -> None:
+    async def holding() -> AsyncIterator[None]:
+        with block(resv):
+            yield
+
+    async def main() -> None:
+        generator = holding()
+        await anext(generator)
+        assert resv.held_here()
+        await asyncio.create_task(generator.aclose())  # type: ignore[attr-defined]
+        assert not resv.is_locked()
+
+    asyncio.run(main())
+
+
+def test_block_ends_in_another_thread_with_locks_of_it_unlocked(resv: DmaResv) -> None:
+    other = DmaResv()
+    with dmabuf.lock_all([resv, other]) as ctx:
+        resv.unlock()
+        resv.lock()  # of its own, without the context
+    assert not other.is_locked()
+    assert ctx is not None
+    assert (ctx.closed, ctx.acquired) == (True, 0)
+    assert resv.held_here()
+    resv.unlock()
+
+
+def test_unlock_by_another_thread_is_refused_and_loses_nothing(resv: DmaResv) -> None:
+    resv.lock()
+
+    def unlock() -> None:
+        with pytest.raises(ContractError):
+            resv.unlock()
+
+    with Background(unlock):
+        pass
+    assert resv.held_here()
+    resv.unlock()
+    assert not resv.is_locked()
+
+
+def test_context_closed_by_another_thread_is_closed() -> None:
+    ctx = WwAcquireContext()
+    with Background(ctx.fini):
+        pass
+    assert ctx.closed
+    with WwAcquireContext():
+        pass

@@ -19,18 +19,17 @@ from pathlib import Path
 from typing import Any, Final
 
 from dmabuf._native import (
-    CH_CTX,
     CH_TIMELINE,
     CTX_FIRST_IN_LIFE,
     CTX_PER,
     LIFE_PID,
     LIVES,
     OFF_CONTEXT,
-    OFF_STAMP,
     OFF_SWEEP,
     TICK_CHECK,
     TICK_POLL,
     TIMELINES_PER,
+    Context,
     Shm,
 )
 from dmabuf.domain import lives, place
@@ -328,21 +327,9 @@ class Domain:
 
     # ---- pools of this life ----
 
-    def ctx_open(self, tid: int, real: bool, stamp: int = 0) -> int:
-        """Open a context of this life and return its word."""
-        shm = self.join()
-        with self.lock:
-            if not self._free_ctx:
-                first = shm.chunk_claim(CH_CTX) * CTX_PER
-                self._free_ctx = [first + i for i in range(CTX_PER - 1, -1, -1)]
-            index = self._free_ctx.pop()
-        return shm.ctx_open(index, tid, real, stamp or shm.add64(OFF_STAMP, 1))
-
-    def ctx_close(self, word: int, life: int) -> None:
-        """Close a context. In a forked child this has no effect."""
-        if life and self.shm.life == life:
-            self.shm.ctx_close(word)
-            self._free_ctx.append(word & 0x7FFFFFFF)
+    def ctx_open(self, ctx: Context, tid: int, real: bool) -> None:
+        """Open a context of this life, which closes with the object. ``real``: a WwAcquireContext."""
+        ctx.open(self.join(), self._free_ctx, tid, real, 0)
 
     def timeline_open(self, driver: bytes, name: bytes, context: int = 0) -> tuple[int, int]:
         """Open a timeline of this life. Return (index, context).

@@ -27,11 +27,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final, TypeVar
 
-from dmabuf._native import OFF_ID
+from dmabuf._native import OFF_ID, Context, HeldLock
 from dmabuf._native import step as native_step
-from dmabuf.core.resv.lock import HeldLock, ResvLock, holding, lent, lose, record_of
+from dmabuf.core.resv.lock import ResvLock, holding, is_held, lent, lose, record_of
 from dmabuf.core.task.owner import current
 from dmabuf.domain.domain import TICK_NS, Domain
+from dmabuf.domain.guards import finished
 from dmabuf.errors import fail
 
 _MOST_EXCEPTIONS: Final = 1000  # of signal handlers during one wait
@@ -57,24 +58,12 @@ def finish_shielded(step: Callable[[], T]) -> T:
     raise raised
 
 
-class _ReturnContext:
+class _ReturnContext(Context):
     """A context in the lender's place. Once it is closed, a lock that it has is free, and no process can pass it one."""
-
-    __slots__ = ("domain", "life", "word")
 
     def __init__(self, domain: Domain, holder: int) -> None:
         info = domain.shm.ctx_info(holder)
-        self.domain, self.life = domain, domain.shm.life
-        self.word = domain.ctx_open(info[1] if info else 0, False)
-
-    def close(self) -> None:
-        word, self.word = self.word, 0
-        if word:
-            self.domain.ctx_close(word, self.life)
-
-    def __del__(self) -> None:
-        if hasattr(self, "word"):
-            self.close()
+        domain.ctx_open(self, info[1] if info else 0, False)
 
 
 class Lent:
@@ -106,17 +95,17 @@ class Lent:
             raise
         return self._loan.word
 
+    @finished
     def __exit__(self, *_: object) -> None:
         self._back()
 
+    @finished
     def _back(self) -> None:
         loan, held = self._loan, self._held
-        try:
-            if held.owner.life == record_of(self._resv).shm.life:
-                regain(self._resv, held, loan.word if loan else held.word, self._peer)
-        finally:
-            if loan is not None:
-                loan.close()
+        if held.owner.life == record_of(self._resv).shm.life:
+            regain(self._resv, held, loan.word if loan else held.word, self._peer)
+        if loan is not None:
+            loan.close()
 
 
 def regain(resv: ResvLock, held: HeldLock, loan: int, life: int) -> None:
@@ -126,6 +115,8 @@ def regain(resv: ResvLock, held: HeldLock, loan: int, life: int) -> None:
     """
     if not finish_shielded(lambda: _regained(resv, held.word, loan, life)):
         lose(resv, held)
+    elif not is_held(resv, held):  # another thread ended the block of the lock during the call
+        record_of(resv).shm.resv_unlock(record_of(resv).index, held.word)
 
 
 def _regained(resv: ResvLock, word: int, loan: int, life: int) -> bool:

@@ -12,14 +12,16 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Generic, NoReturn, Self, TypeVar
+from functools import partial
+from typing import NoReturn, Self, TypeVar
 
-from dmabuf._native import Shm
+from dmabuf._native import HeldBlock, HeldLock
 from dmabuf.core.fence import signalling
 from dmabuf.core.resv import ww_mutex
 from dmabuf.core.resv.ww_mutex import WwAcquireContext
 from dmabuf.core.task.owner import Owner, current
 from dmabuf.domain.domain import Domain
+from dmabuf.domain.guards import Taken, finished, guarded
 from dmabuf.domain.records import Record
 from dmabuf.errors import ContractError, DmaBufError, contract_warning, fail
 
@@ -33,21 +35,6 @@ _ANSWERS = {
 }
 
 
-class HeldLock:
-    """What this process knows about the lock while one of its owners holds it.
-
-    ``room``: how many fences can still be added. ``lent``: a remote call has the lock, and ``word`` is its context.
-    """
-
-    __slots__ = ("ctx", "lent", "owner", "room", "word")
-
-    def __init__(self, owner: Owner, ctx: WwAcquireContext | None, lent: int = 0) -> None:
-        self.owner, self.ctx, self.room = owner, ctx, 0
-        self.word = lent or (ctx.word if ctx else owner.word)
-        self.lent = lent != 0
-        owner.locks += 1
-
-
 class ResvLock:
     """The lock of a reservation object; see the module."""
 
@@ -58,7 +45,8 @@ class ResvLock:
         self._held: HeldLock | None = None
         self._lost: HeldLock | None = None  # lent to a process that died with it; one unlock() of its owner is forgiven
 
-    def lock(self, ctx: WwAcquireContext | None = None) -> None:
+    @guarded
+    def lock(self, taken: Taken, ctx: WwAcquireContext | None = None) -> None:
         """Take the lock, and wait for it as long as it takes (semantics 4.8, 4.10).
 
         Args:
@@ -72,9 +60,10 @@ class ResvLock:
 
         Kernel: dma_resv_lock, dma_resv.lock.
         """
-        self._lock(ctx, "lock", interruptible=False)
+        self._lock(taken, ctx, "lock")
 
-    def lock_interruptible(self, ctx: WwAcquireContext | None = None) -> None:
+    @guarded
+    def lock_interruptible(self, taken: Taken, ctx: WwAcquireContext | None = None) -> None:
         """Take the lock as :meth:`lock` does, but let a signal end the wait.
 
         Raises:
@@ -82,9 +71,10 @@ class ResvLock:
 
         Kernel: dma_resv_lock_interruptible.
         """
-        self._lock(ctx, "lock_interruptible", interruptible=True)
+        self._lock(taken, ctx, "lock_interruptible", interruptible=True)
 
-    def lock_slow(self, ctx: WwAcquireContext, *, interruptible: bool = False) -> None:
+    @guarded
+    def lock_slow(self, taken: Taken, ctx: WwAcquireContext, *, interruptible: bool = False) -> None:
         """Take the contended lock after EDEADLK, holding no other: waits, and can't fail with EDEADLK (semantics 4.10).
 
         Args:
@@ -96,64 +86,46 @@ class ResvLock:
 
         Kernel: dma_resv_lock_slow, dma_resv_lock_slow_interruptible.
         """
-        self._lock(ctx, "lock_slow", interruptible=interruptible, slow=True)
+        self._lock(taken, ctx, "lock_slow", interruptible=interruptible, slow=True)
 
-    def _lock(self, ctx: WwAcquireContext | None, operation: str, *, interruptible: bool, slow: bool = False) -> None:
+    def take(self, taken: Taken, ctx: WwAcquireContext, *, slow: bool, until: int) -> None:
+        """Take the lock for a block of several (``core/resv/ww_mutex.py``)."""
+        self._lock(taken, ctx, "lock_slow" if slow else "lock", slow=slow, until=until)
+
+    def _lock(
+        self,
+        taken: Taken,
+        ctx: WwAcquireContext | None,
+        operation: str,
+        *,
+        interruptible: bool = False,
+        slow: bool = False,
+        until: int = -1,
+    ) -> None:
+        """Take the lock and note it in ``taken``."""
         owner = current(self.domain)
         held = self._held_by(owner)
-        if held is not None and held.ctx is not ctx:
+        if held is not None and (ctx is None or held.ctx is not ctx):
             self._recursive(operation, 4)
-        if ctx is None:
-            if held is not None:
-                self._recursive(operation, 4)
-            self._acquire(owner, operation, interruptible)
-            return
-        ctx.check(self, operation, slow=slow)
+        if ctx is not None:
+            ctx.check(self, operation, slow=slow)
         if signalling.sections:
             signalling.check_signalling(operation, self)
         shm, index = self._record.at()
-        try:
-            answer = shm.resv_lock(index, ctx.word, 0 if slow else ctx.acquired, interruptible, False, -1)
-            if answer >= 0:
-                self._held = HeldLock(owner, ctx)
-        except BaseException:
-            self._undo(shm, index, ctx.word)
-            raise
+        answer = shm.resv_hold(taken, self, index, owner, ctx, slow, interruptible, False, until)
         if answer < 0:
             if answer == -errno.EDEADLK:
+                if ctx is None:
+                    self._recursive(operation, 4)
                 ctx.contended = self
             raise self._refused(-answer, operation)
-        if ctx.contended is self:
-            ctx.contended = None
-        ctx.acquired += 1
-        if ww_mutex.deadlock_every and not slow and ww_mutex.inject(ctx):
-            self.unlock()
-            ctx.contended = self
-            raise fail(errno.EDEADLK, operation, self, _ANSWERS[errno.EDEADLK][1], what="made up by the debug layer")
-
-    def _acquire(self, owner: Owner, operation: str, interruptible: bool) -> None:
-        """Take the lock for an owner without a context."""
-        if signalling.sections:
-            signalling.check_signalling(operation, self)
-        shm, index = self._record.at()
-        try:
-            answer = shm.resv_lock(index, owner.word, 0, interruptible, False, -1)
-            if answer >= 0:
-                self._held = HeldLock(owner, None)
-        except BaseException:
-            self._undo(shm, index, owner.word)
-            raise
-        if answer < 0:
-            if answer == -errno.EDEADLK:
-                self._recursive(operation, 4)
-            raise self._refused(-answer, operation)
-
-    def _undo(self, shm: Shm, index: int, word: int) -> None:
-        """Release the lock, taken or not: a signal handler raised around the moment of locking."""
-        if self._held is not None and self._held.word == word:
-            self._held.owner.locks -= 1
-            self._held = None
-        shm.resv_unlock(index, word)
+        if ctx is not None:
+            if ctx.contended is self:
+                ctx.contended = None
+            if ww_mutex.deadlock_every and not slow and ww_mutex.inject(ctx):
+                taken[-1].release()
+                ctx.contended = self
+                raise fail(errno.EDEADLK, operation, self, _ANSWERS[errno.EDEADLK][1], what="made up by the debug layer")
 
     def _refused(self, error: int, operation: str) -> DmaBufError:
         what, remedy = _ANSWERS.get(error, (None, None))
@@ -164,7 +136,8 @@ class ResvLock:
         remedy = "unlock it first, or take all locks under one WwAcquireContext"
         raise fail(errno.EDEADLK, operation, self, remedy, what="this thread or task already holds it")
 
-    def trylock(self, ctx: WwAcquireContext | None = None) -> bool:
+    @guarded
+    def trylock(self, taken: Taken, ctx: WwAcquireContext | None = None) -> bool:
         """Take the lock if it is free. Never waits, and never fails with EDEADLK (semantics 4.10).
 
         Returns:
@@ -178,21 +151,13 @@ class ResvLock:
         if self._held_by(owner) is not None:
             return False
         shm, index = self._record.at()
-        word = ctx.word if ctx else owner.word
-        try:
-            answer = shm.resv_lock(index, word, 0, False, True, -1)
-            if answer < 0:
-                return False
-            self._held = HeldLock(owner, ctx)
-        except BaseException:
-            self._undo(shm, index, word)
-            raise
-        if ctx is not None:
-            ctx.acquired += 1
-            if ctx.contended is self:
-                ctx.contended = None
+        if shm.resv_hold(taken, self, index, owner, ctx, True, False, True, -1) < 0:
+            return False
+        if ctx is not None and ctx.contended is self:
+            ctx.contended = None
         return True
 
+    @finished
     def unlock(self) -> None:
         """Release the lock, and forget what :meth:`~dmabuf.DmaResv.reserve` made room for.
 
@@ -208,24 +173,17 @@ class ResvLock:
             if lost is not None and lost.owner is owner:
                 return
             raise ContractError(f"unlock: {self!r}: this thread or task doesn't hold it; unlock what was locked, once, by who locked it")
-        self._release(held)
-
-    def _release(self, held: HeldLock) -> None:
-        try:
-            self._held = None
-            held.owner.locks -= 1
-        finally:
-            self._record.shm.resv_unlock(self._record.index, held.word)
-        if held.ctx is not None:
-            held.ctx.acquired -= 1
+        held.release()
 
     def locked(self, ctx: WwAcquireContext | None = None) -> AbstractContextManager[Self]:
-        """Hold the lock for a ``with`` block. In a forked child the end of the block has no effect.
+        """Hold the lock for a ``with`` block.
+
+        The end of the block releases it, whichever thread or task it runs in. In a forked child it has no effect.
 
         Raises:
             DeadlockError: As :meth:`lock` (EDEADLK).
         """
-        return _LockedBlock(self, ctx)
+        return HeldBlock(partial(_take, self, ctx))
 
     def is_locked(self) -> bool:
         """Return True if a living process holds the lock.
@@ -264,35 +222,9 @@ class ResvLock:
 LockT = TypeVar("LockT", bound=ResvLock)
 
 
-class _LockedBlock(Generic[LockT]):
-    """The block of :meth:`ResvLock.locked`.
-
-    Not a generator: what a signal handler raises between the lock and the block must find the lock noted in this object.
-    """
-
-    __slots__ = ("_ctx", "_held", "_resv")
-
-    def __init__(self, resv: LockT, ctx: WwAcquireContext | None) -> None:
-        self._resv, self._ctx = resv, ctx
-        self._held: HeldLock | None = None
-
-    def __enter__(self) -> LockT:
-        resv = self._resv
-        before = resv._held
-        try:
-            resv.lock(self._ctx)
-            self._held = resv._held
-        except BaseException:
-            now = resv._held_by(current(resv.domain))
-            if now is not None and now is not before:
-                resv._release(now)
-            raise
-        return resv
-
-    def __exit__(self, *_: object) -> None:
-        held, resv = self._held, self._resv
-        if held is not None and resv._held is held and held.owner.life == resv._record.shm.life:
-            resv._release(held)
+def _take(resv: LockT, ctx: WwAcquireContext | None, taken: Taken) -> LockT:
+    resv._lock(taken, ctx, "lock")
+    return resv
 
 
 # ---- for the package ----
@@ -309,6 +241,11 @@ def held_by(resv: ResvLock, owner: Owner) -> HeldLock | None:
     return held if held is not None and held.owner is owner else None
 
 
+def is_held(resv: ResvLock, held: HeldLock) -> bool:
+    """Return True if the lock is still held as ``held``."""
+    return resv._held is held
+
+
 def holding(resv: ResvLock) -> HeldLock:
     """Return what is known of the lock, which the running thread or task holds. Raises ContractError if it doesn't."""
     return resv._assert_held("call")
@@ -321,7 +258,8 @@ def lent(resv: ResvLock, word: int) -> Iterator[None]:
     For remote calls (``sharing/serving.py``).
     """
     before, owner = resv._held, current(resv.domain)
-    held = resv._held = HeldLock(owner, None, word)
+    held = resv._held = HeldLock(owner, word)
+    owner.locks += 1
     try:
         yield
     finally:
@@ -336,4 +274,4 @@ def lose(resv: ResvLock, held: HeldLock) -> None:
         resv._held, resv._lost = None, held
         held.owner.locks -= 1
         if held.ctx is not None:
-            held.ctx.acquired -= 1
+            held.ctx.locks -= 1

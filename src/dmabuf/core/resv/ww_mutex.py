@@ -12,18 +12,18 @@ from __future__ import annotations
 
 import errno
 import threading
+import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Protocol, Self, TypeVar
 
+from dmabuf._native import Context, HeldBlock, HeldLock
 from dmabuf.core.base.debug import setting
 from dmabuf.core.task.owner import Owner, current
 from dmabuf.domain.domain import Domain
-from dmabuf.domain.local import Local
+from dmabuf.domain.guards import Taken, finished
 from dmabuf.errors import ContractError, contract_warning, fail
-
-# The open contexts of this process: the word of each by the word of its owner.
-_OPEN: Local[dict[int, int]] = Local(lambda _: {})
 
 
 class Lock(Protocol):
@@ -31,17 +31,15 @@ class Lock(Protocol):
 
     domain: Domain
 
-    def lock(self, ctx: WwAcquireContext) -> None:
-        """Take it. Raises DeadlockError when an older context is in the way, which ``ctx.contended`` then names."""
+    def take(self, taken: Taken, ctx: WwAcquireContext, *, slow: bool, until: int) -> None:
+        """Take it, and note it in ``taken``.
 
-    def lock_slow(self, ctx: WwAcquireContext) -> None:
-        """Take it after DeadlockError, with no lock held."""
-
-    def unlock(self) -> None:
-        """Release it."""
+        Raises DeadlockError when an older context is in the way, which ``ctx.contended`` then names. ``slow``: after that, and with no lock
+        held.
+        """
 
 
-class WwAcquireContext:
+class WwAcquireContext(Context):
     """An acquire context: the age under which one owner takes several locks.
 
     ``acquired``: how many locks it holds. ``contended``: the reservation object that last answered EDEADLK, until it is taken. A
@@ -57,17 +55,24 @@ class WwAcquireContext:
     def __init__(self, *, domain: Domain | None = None) -> None:
         self.domain = domain or Domain.default()
         self.owner: Owner = current(self.domain)
-        open_contexts = _OPEN.of(self.domain)
-        if self.owner.word in open_contexts:
+        other = self.owner.open_context() if self.owner.open_context is not None else None
+        if other is not None and other.word:
             contract_warning("WwAcquireContext: this thread or task already has one open; finish it first", 2)
-        self.word = self.domain.ctx_open(threading.get_native_id(), True)
-        self.life = self.domain.shm.life
-        open_contexts[self.owner.word] = self.word
-        self.acquired = 0
+        self.domain.ctx_open(self, threading.get_native_id(), True)
+        self.owner.open_context = weakref.ref(self)
         self.contended: Lock | None = None
         self.injection: tuple[int, int] | None = None  # for inject(): locks left to the next made-up deadlock, and its distance
         self.is_done = False
-        self.closed = False
+
+    @property
+    def acquired(self) -> int:
+        """How many locks it holds."""
+        return self.locks
+
+    @property
+    def closed(self) -> bool:
+        """Whether it is finished."""
+        return not self.word
 
     @property
     def stamp(self) -> int:
@@ -123,33 +128,23 @@ class WwAcquireContext:
         if self.acquired:
             contract_warning(f"fini: {self.acquired} locks are still held; unlock them first", 2)
             return
-        self._close()
-
-    def _close(self) -> None:
-        self.closed = True
-        contexts = _OPEN.peek(self.domain)
-        if contexts is not None and contexts.get(self.owner.word) == self.word:
-            del contexts[self.owner.word]
-        self.domain.ctx_close(self.word, self.life)
+        self.close()
 
     def __enter__(self) -> Self:
         return self
 
+    @finished
     def __exit__(self, *_: object) -> None:
         self.fini()
-
-    def __del__(self) -> None:
-        # After the process has left the domain nothing is to be closed, and at the interpreter's end the module may be empty.
-        if not getattr(self, "closed", True) and not self.acquired and not self.inherited:
-            self._close()
 
 
 LockT = TypeVar("LockT", bound=Lock)
 
 
-@contextmanager
-def lock_all(resvs: Iterable[LockT]) -> Iterator[WwAcquireContext | None]:
+def lock_all(resvs: Iterable[LockT]) -> AbstractContextManager[WwAcquireContext | None]:
     """Hold the locks of several reservation objects for a block: the back-off loop, written once. Waits as long as it takes.
+
+    The end of the block releases them, whichever thread or task it runs in.
 
     Args:
         resvs: The reservation objects; one that is named twice is locked once.
@@ -161,39 +156,45 @@ def lock_all(resvs: Iterable[LockT]) -> Iterator[WwAcquireContext | None]:
         CrossDomainError: They belong to several domains (EXDEV).
         NoSpaceError: The domain is full (ENOSPC).
     """
+    return lock_all_until(resvs, -1)
+
+
+def lock_all_until(resvs: Iterable[LockT], until: int) -> AbstractContextManager[WwAcquireContext | None]:
+    """Do the same as :func:`lock_all`, but wait until a CLOCK_MONOTONIC time in ns at most (-1: without a limit).
+
+    Raises:
+        DmaBufTimeout: Others held one of the locks at that time (ETIMEDOUT).
+    """
+    return HeldBlock(partial(_take_all, resvs, until))
+
+
+def _take_all(resvs: Iterable[LockT], until: int, taken: Taken) -> WwAcquireContext | None:
     wanted = list(dict.fromkeys(resvs))
     if not wanted:
-        yield None
-        return
-    with WwAcquireContext(domain=wanted[0].domain) as ctx:
-        held: list[LockT] = []
-        try:
-            _take(wanted, held, ctx)
-            yield ctx
-        finally:
-            if not ctx.inherited:
-                for resv in reversed(held):
-                    resv.unlock()
-
-
-def _take(wanted: list[LockT], held: list[LockT], ctx: WwAcquireContext) -> None:
-    while True:
+        return None
+    ctx = WwAcquireContext.__new__(WwAcquireContext)
+    taken.append(ctx)  # before it is open, so that an interruption closes it at once
+    ctx.__init__(domain=wanted[0].domain)  # type: ignore[misc]
+    held: dict[LockT, None] = {}
+    while len(held) < len(wanted):
         for resv in wanted:
             if resv in held:
                 continue
             try:
-                resv.lock(ctx)
+                resv.take(taken, ctx, slow=False, until=until)
             except OSError as e:
                 if e.errno != errno.EDEADLK or ctx.contended is not resv:
                     raise
-                while held:
-                    held.pop().unlock()
-                resv.lock_slow(ctx)
-                held.append(resv)
+                while taken[-1] is not ctx:
+                    if isinstance(taken[-1], HeldLock):
+                        taken[-1].release()
+                    del taken[-1]
+                held.clear()
+                resv.take(taken, ctx, slow=True, until=until)
+                held[resv] = None
                 break
-            held.append(resv)
-        else:
-            return
+            held[resv] = None
+    return ctx
 
 
 # ---- made-up deadlocks (CONFIG_DEBUG_WW_MUTEX_SLOWPATH) ----

@@ -11,7 +11,7 @@ import threading
 import weakref
 from collections.abc import Callable
 
-from dmabuf._native import OFF_STAMP, TICK_FENCE
+from dmabuf._native import OFF_STAMP, TICK_FENCE, Context
 from dmabuf.core.task import waiting
 from dmabuf.core.task.pause import Pause
 from dmabuf.domain.domain import Domain
@@ -21,23 +21,18 @@ from dmabuf.errors import fail
 _CYCLE_LIMIT = 256
 
 
-class Owner:
-    """One thread or task in one domain; ``word`` names its context."""
+class Owner(Context):
+    """One thread or task in one domain; ``word`` names its context, and ``locks`` counts the reservation locks that it holds."""
 
-    __slots__ = ("__weakref__", "awaiting", "domain", "life", "locks", "name", "wait_stamp", "word")
+    __slots__ = ("__weakref__", "awaiting", "domain", "name", "open_context", "wait_stamp")
 
     def __init__(self, domain: Domain, name: str) -> None:
         self.domain = domain
         self.name = name
-        self.word = domain.ctx_open(threading.get_native_id(), False)
-        self.life = domain.shm.life
         self.wait_stamp = 0
-        self.locks = 0  # reservation locks that it holds
         self.awaiting: Pause | None = None  # where its task waits for an access
-
-    def __del__(self) -> None:
-        if hasattr(self, "life"):
-            self.domain.ctx_close(self.word, self.life)
+        self.open_context: weakref.ref[Context] | None = None  # the WwAcquireContext that it made last
+        domain.ctx_open(self, threading.get_native_id(), False)
 
 
 class _Thread(threading.local):

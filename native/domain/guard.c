@@ -1,0 +1,283 @@
+/* guard.c - what a signal handler that raises can't cut short.
+ *
+ * Python runs signal handlers between two bytecodes, so one may raise after a function's last act, or before the first line of an
+ * __exit__ or a __del__. A caller in C is never interrupted. These are such callers of functions in Python:
+ *
+ *     guarded(fn)   calls fn with a list, and undoes what is on the list if fn raises: what an operation took is not left behind.
+ *     finished(fn)  calls fn again until it ends, and then raises what a signal handler raised meanwhile.
+ *     finalizer(fn) is finished(fn) for a __del__, whose exceptions nobody would see: the main thread raises it a moment later.
+ *     HeldBlock     is the context manager of a block that holds locks: entering is guarded, and leaving is one call.
+ */
+#include "domain/guard.h"
+#include "domain/held.h"
+#include <pthread.h>
+
+#define MOST_CALLS 1000 /* of a function that signal handlers interrupt each time */
+#define MOST_SAME  8    /* exceptions of one type in a row, from which on the function itself is what raises them */
+
+enum { GUARDED, FINISHED, FINALIZER };
+
+typedef struct {
+  PyObject_HEAD
+  PyObject *fn, *dict;
+  int kind;
+  vectorcallfunc call;
+} Guard;
+
+static PyTypeObject *guard_types[3], *block_type;
+static PyObject *own_errors; /* what fn raises by itself: a tuple of exception types */
+static pthread_t main_thread;
+
+/* ---- guarded ---- */
+
+static PyObject *guarded_call(PyObject *callable, PyObject *const *args, size_t nargsf, PyObject *names) {
+  Guard *g = (Guard *)callable;
+  Py_ssize_t n = PyVectorcall_NARGS(nargsf), all = n + (names ? PyTuple_GET_SIZE(names) : 0);
+  PyObject *few[8], **given = all < 8 ? few : PyMem_New(PyObject *, (size_t)all + 1), *taken = PyList_New(0), *result = NULL;
+  if (!n) {
+    PyErr_SetString(PyExc_TypeError, "a method is called without its object");
+  } else if (given && taken) { /* fn(self, taken, ...) */
+    given[0] = args[0];
+    given[1] = taken;
+    for (Py_ssize_t i = 1; i < all; i++) given[i + 1] = args[i];
+    result = PyObject_Vectorcall(g->fn, given, (size_t)n + 1, names);
+    if (!result) taken_undo(taken, 0);
+  } else if (!given) {
+    PyErr_NoMemory();
+  }
+  Py_XDECREF(taken);
+  if (given != few) PyMem_Free(given);
+  return result;
+}
+
+/* ---- finished, finalizer ---- */
+
+static int raise_later(void *error) {
+  PyErr_SetObject((PyObject *)Py_TYPE((PyObject *)error), error);
+  Py_DECREF((PyObject *)error);
+  return -1;
+}
+
+static PyObject *normal_error(void) { /* the exception that is set, as an object; it is set no longer */
+  PyObject *kind, *value, *trace;
+  PyErr_Fetch(&kind, &value, &trace);
+  PyErr_NormalizeException(&kind, &value, &trace);
+  if (trace) PyException_SetTraceback(value, trace);
+  Py_XDECREF(kind);
+  Py_XDECREF(trace);
+  return value;
+}
+
+static PyObject *finished_call(PyObject *callable, PyObject *const *args, size_t nargsf, PyObject *names) {
+  Guard *g = (Guard *)callable;
+  PyObject *result = PyObject_Vectorcall(g->fn, args, (size_t)PyVectorcall_NARGS(nargsf), names);
+  if (result || !pthread_equal(pthread_self(), main_thread)) return result; /* signal handlers run in the main thread only */
+  PyObject *error = NULL;                                                   /* the last one that a signal handler may have raised */
+  int same = 0, by_itself = 0;
+  for (int calls = 1; !result; calls++) {
+    by_itself = PyErr_ExceptionMatches(own_errors) || same == MOST_SAME || calls == MOST_CALLS;
+    if (by_itself && !error) return NULL; /* as it is */
+    if (by_itself) {
+      PyErr_Clear();
+      break;
+    }
+    PyObject *now = normal_error();
+    same = error && Py_IS_TYPE(error, Py_TYPE(now)) ? same + 1 : 0;
+    Py_XSETREF(error, now);
+    result = PyObject_Vectorcall(g->fn, args, (size_t)PyVectorcall_NARGS(nargsf), names);
+  }
+  Py_XDECREF(result);
+  if (g->kind == FINALIZER && same < MOST_SAME && !Py_AddPendingCall(raise_later, error)) Py_RETURN_NONE;
+  PyErr_SetObject((PyObject *)Py_TYPE(error), error);
+  Py_DECREF(error);
+  return NULL;
+}
+
+/* ---- the three types ---- */
+
+static PyObject *guard_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
+  PyObject *fn;
+  if (!PyArg_ParseTuple(args, "O", &fn)) return NULL;
+  Guard *g = (Guard *)type->tp_alloc(type, 0);
+  if (!g) return NULL;
+  while (guard_types[g->kind] != type) g->kind++;
+  g->fn = Py_NewRef(fn);
+  g->call = g->kind == GUARDED ? guarded_call : finished_call;
+  PyObject *about = PyObject_GetAttrString(fn, "__dict__");
+  g->dict = about ? PyDict_Copy(about) : NULL;
+  Py_XDECREF(about);
+  static const char *const names[] = {"__doc__", "__name__", "__qualname__", "__module__"};
+  for (size_t i = 0; g->dict && i < sizeof names / sizeof *names; i++) {
+    PyObject *value = PyObject_GetAttrString(fn, names[i]);
+    if (!value || PyDict_SetItemString(g->dict, names[i], value)) Py_CLEAR(g->dict);
+    Py_XDECREF(value);
+  }
+  if (g->dict && !PyDict_SetItemString(g->dict, "__wrapped__", fn)) return (PyObject *)g;
+  Py_DECREF(g);
+  return NULL;
+}
+
+static PyObject *guard_bind(PyObject *self, PyObject *object, PyObject *type) {
+  return object && object != Py_None ? PyMethod_New(self, object) : Py_NewRef(self);
+}
+
+static PyObject *guard_repr(Guard *g) { return PyUnicode_FromFormat("<%s of %R>", Py_TYPE(g)->tp_name, g->fn); }
+
+static int guard_traverse(Guard *g, visitproc visit, void *arg) {
+  Py_VISIT(Py_TYPE(g));
+  Py_VISIT(g->fn);
+  Py_VISIT(g->dict);
+  return 0;
+}
+
+static int guard_clear(Guard *g) {
+  Py_CLEAR(g->dict);
+  return 0; /* not fn: a finalizer may still be called */
+}
+
+static void guard_dealloc(Guard *g) {
+  PyTypeObject *type = Py_TYPE(g);
+  PyObject_GC_UnTrack(g);
+  Py_CLEAR(g->dict);
+  Py_CLEAR(g->fn);
+  type->tp_free(g);
+  Py_DECREF(type);
+}
+
+static PyObject *guard_doc(Guard *g, void *unused) {
+  PyObject *doc = g->dict ? PyDict_GetItemString(g->dict, "__doc__") : NULL;
+  return Py_NewRef(doc ? doc : Py_None);
+}
+
+static PyGetSetDef guard_getset[] = {{"__doc__", (getter)guard_doc, NULL, NULL, NULL}, {0}};
+static PyMemberDef guard_members[] = {{"__dictoffset__", T_PYSSIZET, offsetof(Guard, dict), READONLY, NULL},
+                                      {"__vectorcalloffset__", T_PYSSIZET, offsetof(Guard, call), READONLY, NULL},
+                                      {0}};
+static PyType_Slot guard_slots[] = {{Py_tp_new, guard_new},
+                                    {Py_tp_call, PyVectorcall_Call},
+                                    {Py_tp_descr_get, guard_bind},
+                                    {Py_tp_repr, guard_repr},
+                                    {Py_tp_traverse, guard_traverse},
+                                    {Py_tp_clear, guard_clear},
+                                    {Py_tp_dealloc, guard_dealloc},
+                                    {Py_tp_getset, guard_getset},
+                                    {Py_tp_members, guard_members},
+                                    {Py_tp_getattro, PyObject_GenericGetAttr},
+                                    {0, NULL}};
+static const char *const guard_names[] = {"dmabuf._native.guarded", "dmabuf._native.finished", "dmabuf._native.finalizer"};
+
+/* ---- HeldBlock ---- */
+
+typedef struct {
+  PyObject_HEAD
+  PyObject *enter, *taken;
+} Block;
+
+static PyObject *block_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
+  PyObject *enter;
+  if (!PyArg_ParseTuple(args, "O", &enter)) return NULL;
+  Block *b = (Block *)type->tp_alloc(type, 0);
+  if (!b) return NULL;
+  b->enter = Py_NewRef(enter);
+  if ((b->taken = PyList_New(0))) return (PyObject *)b;
+  Py_DECREF(b);
+  return NULL;
+}
+
+static PyObject *block_enter(Block *b, PyObject *unused) {
+  Py_ssize_t before = PyList_GET_SIZE(b->taken); /* not 0 if the block is entered twice, which is refused */
+  PyObject *result = PyObject_CallOneArg(b->enter, b->taken);
+  if (!result) taken_undo(b->taken, before);
+  return result;
+}
+
+static PyObject *block_exit(Block *b, PyObject *args) {
+  if (taken_undo(b->taken, 0)) return NULL;
+  Py_RETURN_NONE;
+}
+
+static int block_traverse(Block *b, visitproc visit, void *arg) {
+  Py_VISIT(Py_TYPE(b));
+  Py_VISIT(b->enter);
+  Py_VISIT(b->taken);
+  return 0;
+}
+
+static void block_finalize(Block *b) {
+  PyObject *kind, *value, *trace;
+  PyErr_Fetch(&kind, &value, &trace);
+  if (b->taken && taken_undo(b->taken, 0)) PyErr_WriteUnraisable(NULL);
+  PyErr_Restore(kind, value, trace);
+}
+
+static int block_clear(Block *b) {
+  Py_CLEAR(b->enter);
+  Py_CLEAR(b->taken);
+  return 0;
+}
+
+static void block_dealloc(Block *b) {
+  PyTypeObject *type = Py_TYPE(b);
+  if (PyObject_CallFinalizerFromDealloc((PyObject *)b)) return;
+  PyObject_GC_UnTrack(b);
+  block_clear(b);
+  type->tp_free(b);
+  Py_DECREF(type);
+}
+
+static PyMethodDef block_methods[] = {
+    {"__enter__", (PyCFunction)block_enter, METH_NOARGS, NULL}, {"__exit__", (PyCFunction)block_exit, METH_VARARGS, NULL}, {0}};
+static PyType_Slot block_slots[] = {
+    {Py_tp_doc,
+     "HeldBlock(enter)\n--\n\nThe block of what enter(taken) takes and appends to the list. Its end undoes that, in any thread."},
+    {Py_tp_new, block_new},
+    {Py_tp_traverse, block_traverse},
+    {Py_tp_clear, block_clear},
+    {Py_tp_finalize, block_finalize},
+    {Py_tp_dealloc, block_dealloc},
+    {Py_tp_methods, block_methods},
+    {0, NULL}};
+static PyType_Spec block_spec = {
+    .name = "dmabuf._native.HeldBlock",
+    .basicsize = sizeof(Block),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE | Py_TPFLAGS_HAVE_GC,
+    .slots = block_slots,
+};
+
+static PyObject *set_own_errors(PyObject *module, PyObject *types) {
+  if (!PyTuple_Check(types)) return PyErr_Format(PyExc_TypeError, "set_own_errors() takes a tuple of exception types");
+  Py_XSETREF(own_errors, Py_NewRef(types));
+  Py_RETURN_NONE;
+}
+
+static void forked(void) { main_thread = pthread_self(); } /* Python makes the thread that forked its main thread */
+
+static PyMethodDef functions[] = {
+    METHOD(set_own_errors, METH_O, "($module, types, /)",
+           "Say which exceptions a finished() function raises by itself. It is not called again after one of them."),
+    {0}};
+
+int guard_register(PyObject *module) {
+  static int once;
+  if (!once++) {
+    PyObject *threading = PyImport_ImportModule("threading"),
+             *main = threading ? PyObject_CallMethod(threading, "main_thread", NULL) : NULL;
+    PyObject *ident = main ? PyObject_GetAttrString(main, "ident") : NULL;
+    if (ident && ident != Py_None) main_thread = (pthread_t)PyLong_AsUnsignedLong(ident);
+    Py_XDECREF(threading);
+    Py_XDECREF(main);
+    Py_XDECREF(ident);
+    if (PyErr_Occurred() || !(own_errors = PyTuple_New(0))) return -1;
+    pthread_atfork(NULL, NULL, forked);
+  }
+  for (int i = 0; i < 3; i++) {
+    PyType_Spec spec = {.name = guard_names[i],
+                        .basicsize = sizeof(Guard),
+                        .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_HAVE_VECTORCALL | Py_TPFLAGS_METHOD_DESCRIPTOR,
+                        .slots = guard_slots};
+    if (!guard_types[i] && !(guard_types[i] = (PyTypeObject *)PyType_FromModuleAndSpec(module, &spec, NULL))) return -1;
+    if (PyModule_AddType(module, guard_types[i])) return -1;
+  }
+  if (!block_type && !(block_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &block_spec, NULL))) return -1;
+  return PyModule_AddType(module, block_type) || PyModule_AddFunctions(module, functions) ? -1 : 0;
+}
