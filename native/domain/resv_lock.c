@@ -2,7 +2,10 @@
  *
  * The lock is one word. It goes from 0 to its owner's context by one compare-and-swap, so at no instant does it belong to nobody in
  * particular. A lock whose owner's context has another generation by now belonged to a dead process, and is taken in the same way. `next`
- * names the oldest waiter, which no younger one overtakes. A waiter that wakes looks at everything again, and may find that it must die.
+ * names the oldest waiter, which younger ones let pass. A waiter that wakes looks at everything again, and may find that it must die.
+ *
+ * Nobody's progress depends on the process that `next` names: it may be stopped, frozen or in a debugger. A waiter that has slept for a
+ * tick, or whose time is over, and finds the lock free takes it, and removes the name. The overtaken waiter writes it again when it runs.
  */
 #include "domain/resv_lock.h"
 #include "domain/sleep.h"
@@ -43,7 +46,7 @@ int resv_take(Shm *s, db_resv *r, uint64_t me, int acquired, int interruptible, 
     STEP(resv_locked); /* locked: a death frees it, by the context's generation */
     return 0;
   }
-  int real = (int)atomic_load(&mine->real), result = 0, waited = 0;
+  int real = (int)atomic_load(&mine->real), result = 0, waited = 0, ticked = 0;
   for (;;) {
     w = atomic_load(&r->lock);
     uint64_t owner = w & ~CTX_WAITERS, next = atomic_load(&r->next);
@@ -53,13 +56,15 @@ int resv_take(Shm *s, db_resv *r, uint64_t me, int acquired, int interruptible, 
     }
     db_ctx *holder = owner ? ctx_open_at(s, owner) : NULL, *first = next && next != me ? ctx_open_at(s, next) : NULL;
     if (!holder) {
-      if (!first || try || older(mine, first)) {
+      int overtakes = ticked || (first && until >= 0 && now_ns() >= until);
+      if (!first || try || overtakes || older(mine, first)) {
         if (!atomic_compare_exchange_strong(&r->lock, &w, me | (w & CTX_WAITERS))) continue;
         if (owner)
           STEP(resv_stolen); /* locked, as above: the dead owner left a whole list of fences */
         else
           STEP(resv_locked);
-        if (next == me) atomic_compare_exchange_strong(&r->next, &next, 0);
+        /* A name that is stale, or whose process let a free lock lie for a tick, would keep every later locker from the short way. */
+        if (next && (!first || overtakes)) atomic_compare_exchange_strong(&r->next, &next, 0);
         if (w & CTX_WAITERS) wake_waiters(r); /* they look again: some must die, and one becomes the next */
         return owner ? 1 : 0;
       }
@@ -112,6 +117,7 @@ int resv_take(Shm *s, db_resv *r, uint64_t me, int acquired, int interruptible, 
       result = RAISED;
       break;
     }
+    ticked = k == SLEEP_TICK && !holder; /* the lock was free, and has been left alone for a while */
     if (k == SLEEP_SIGNAL && interruptible) {
       result = -EINTR;
       break;

@@ -5,7 +5,8 @@
  *
  * What is checked. No two processes are inside the lock, and nobody takes it from a living process: assertions. Every wait ends: a process
  * that has not come to its end is an invalid end state. Without a death there are no ticks, so a wake-up that only a tick would make up for
- * is found as well. After a death, a sleeper ticks whenever it would find something to do; a tick that finds nothing changes nothing.
+ * is found as well. After a death or a stop, a sleeper ticks whenever it would find something to do; a tick that finds nothing changes
+ * nothing.
  *
  * Process 1 has the oldest stamp. Every process can be killed at each of its statements.
  */
@@ -25,7 +26,7 @@
 #define TIMEOUTS 0 /* waits that give up, by a timeout or a signal */
 #endif
 #ifndef STOPS
-#define STOPS 0    /* processes that stop forever (SIGSTOP) while they wait; the others overtake at a tick, which the code doesn't do yet */
+#define STOPS 0    /* processes that stop forever (SIGSTOP) while they wait */
 #endif
 #ifndef BUG
 #define BUG 0      /* a negative control: the step with this number is left out or swapped */
@@ -79,12 +80,12 @@ inline reap() {
 #define HELD(l)     ALIVE(lock[l])
 #define FIRST(l)    (next[l] != me && ALIVE(next[l]))
 #define MUST_DIE(l) (acquired && HELD(l) && ((ALIVE(lock[l]) && OLDER(lock[l], me)) || (FIRST(l) && OLDER(next[l], me))))
-#define RESTS(l)    ((lock[l] & WAITERS) && (HELD(l) || (FIRST(l) && OLDER(next[l], me) && !(STOPS && BUG != 9))) && \
+#define RESTS(l)    ((lock[l] & WAITERS) && (HELD(l) || (FIRST(l) && OLDER(next[l], me) && BUG == 9)) && \
                      !MUST_DIE(l) && !(next[l] != me && (!FIRST(l) || OLDER(me, next[l]))))
 
 /* resv_take(). result: 0 locked, 1 EDEADLK, 2 timed out */
 inline take(l) {
-  atomic { result = 9; waited = 0; overtakes = 0 };
+  atomic { result = 9; waited = 0; overtakes = 0; late = 0 };
   nx = next[l];
   if
   :: nx == 0 ->
@@ -116,7 +117,8 @@ inline take(l) {
           :: else -> goto again
 #endif
           fi };
-        atomic { if :: nx == me && next[l] == me -> next[l] = 0 :: else fi };
+        /* a name that is stale, or that was overtaken, goes */
+        atomic { if :: nx && (nx == me || !ALIVE(nx) || overtakes) && next[l] == nx -> next[l] = 0 :: else fi };
         if :: w & WAITERS -> wake(l) :: else fi;
         goto out
      :: else
@@ -139,6 +141,7 @@ inline take(l) {
         fi
      :: else
      fi;
+     if :: late -> result = 2; goto out :: else fi;
      if
      :: nx != me && (nx == 0 || !ALIVE(nx) || OLDER(me, nx)) ->
         atomic { if :: next[l] == nx -> next[l] = me :: else -> goto again fi };
@@ -161,8 +164,8 @@ inline take(l) {
      :: else
      fi;
 #endif
-     /* shm_sleep() */
-     atomic { if
+     /* shm_sleep(). idle: the lock is free, so that a tick finds that it was left alone. */
+     atomic { idle = !ALIVE(w); if
 #if BUG == 10 /* sleeps without comparing the word */
        :: true -> asleep[me & 3] = l + 1
 #else
@@ -171,13 +174,14 @@ inline take(l) {
 #endif
        fi };
      if
-     :: atomic { asleep[me & 3] == 0 -> skip }
-     :: atomic { ANY_UNREAPED -> asleep[me & 3] = 0; reap() }
-     :: atomic { (deaths || stops) && !ANY_UNREAPED && !RESTS(l) -> asleep[me & 3] = 0; overtakes = (STOPS && BUG != 9) }
-     :: atomic { given_up < TIMEOUTS -> given_up++; asleep[me & 3] = 0; result = 2; goto out }
+     :: atomic { asleep[me & 3] == 0 -> overtakes = 0 }
+     :: atomic { ANY_UNREAPED -> asleep[me & 3] = 0; reap(); overtakes = (idle && BUG != 9) }
+     :: atomic { (deaths || stops) && !ANY_UNREAPED && !RESTS(l) -> asleep[me & 3] = 0; overtakes = (idle && BUG != 9) }
+     :: atomic { given_up < TIMEOUTS -> given_up++; asleep[me & 3] = 0; result = 2; goto out } /* a signal */
+     :: atomic { given_up < TIMEOUTS -> given_up++; asleep[me & 3] = 0; late = 1; overtakes = 1 } /* it looks once more */
      :: atomic { stops < STOPS -> stops++; halted[me & 3] = 1; asleep[me & 3] = 0 }
      fi;
-again: atomic { w = 0; nx = 0 }
+again: atomic { w = 0; nx = 0; idle = 0 }
   od;
 out:
   if
@@ -193,7 +197,7 @@ left:
      skip
   :: else
   fi;
-  atomic { w = 0; nx = 0; waited = 0; overtakes = 0 }
+  atomic { w = 0; nx = 0; waited = 0; overtakes = 0; late = 0; idle = 0 }
 }
 
 inline enter(l) {
@@ -221,7 +225,7 @@ inline give(l) {
 
 proctype Process(byte id) {
   byte me, w, nx, result, k, round, a, b;
-  bit waited, acquired, overtakes;
+  bit waited, acquired, overtakes, late, idle;
   { do
     :: round == ROUNDS -> break
     :: else ->

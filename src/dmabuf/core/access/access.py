@@ -18,8 +18,8 @@ import contextlib
 import errno
 import os
 import time
-from collections.abc import Sequence
-from typing import Final, NoReturn
+from collections.abc import Callable, Sequence
+from typing import Final, NoReturn, TypeVar
 
 from dmabuf._native import FF_ACCESS, FF_WRITE, Shm, View, open_view, step
 from dmabuf.core.base.clock import monotonic_deadline
@@ -33,7 +33,7 @@ from dmabuf.core.fence.lazy import ask
 from dmabuf.core.resv.lock import held_by
 from dmabuf.core.resv.resv import pending as pending_on
 from dmabuf.core.resv.until_free import until_free
-from dmabuf.core.resv.ww_mutex import lock_all
+from dmabuf.core.resv.ww_mutex import lock_all_until
 from dmabuf.core.task import waiting as awaiting
 from dmabuf.core.task.owner import Owner, acting, current, publish
 from dmabuf.core.task.pause import Pause
@@ -41,10 +41,12 @@ from dmabuf.domain import place
 from dmabuf.domain.dispatcher import dispatcher, report
 from dmabuf.domain.domain import Domain
 from dmabuf.domain.local import Local
-from dmabuf.errors import contract_warning, fail
+from dmabuf.errors import DmaBufTimeout, contract_warning, fail
 
 _READ, _WRITE = int(Usage.READ), int(Usage.WRITE)
 _pid = os.getpid
+_LOOP_WAIT_NS: Final = 2_000_000  # a lock is held for microseconds; a loop may stand still so long for one
+T = TypeVar("T")
 
 
 def _open_timeline(domain: Domain) -> int:
@@ -149,7 +151,7 @@ class Access:
             return self.add(owner, until)
         if held_by(self.handle.resv, owner) is not None:
             locked_here(self)
-        with lock_all((self.handle.resv,)):
+        with lock_all_until((self.handle.resv,), until):
             return self.add(owner, until, locked=True) or []
 
     def add(self, owner: Owner, until: int, locked: bool = False) -> list[int] | None:
@@ -324,8 +326,7 @@ class Access:
         until = self.begin()
         owner = current(self.handle.domain)
         try:
-            await locks_free([self], owner, until)
-            pending = self._arrive(owner, until)
+            pending = await arrive_async([self], owner, until, lambda limit: self._arrive(owner, limit))
             if pending is not None:
                 await wait_async([self], owner, pending, until)
                 self.grant()
@@ -405,7 +406,23 @@ async def wait_async(parts: Sequence[Access], owner: Owner, pending: Sequence[in
             raise part.timed_out("a kernel fence")
 
 
-async def locks_free(parts: Sequence[Access], owner: Owner, until: int) -> None:
+async def arrive_async(parts: Sequence[Access], owner: Owner, until: int, arrive: Callable[[int], T]) -> T:
+    """Call ``arrive(limit)``, which takes the reservation locks, when they are free, until it gets them before its limit.
+
+    A holder, or the next waiter in line, may be stopped at any moment. The loop then stands still for :data:`_LOOP_WAIT_NS` at most.
+    """
+    while True:
+        await _locks_free(parts, owner, until)
+        limit = time.monotonic_ns() + _LOOP_WAIT_NS
+        try:
+            return arrive(limit if until < 0 else min(limit, until))
+        except DmaBufTimeout:
+            if 0 <= until <= limit:
+                raise
+        await awaiting.checkpoint()
+
+
+async def _locks_free(parts: Sequence[Access], owner: Owner, until: int) -> None:
     """Wait until nobody else holds the reservation locks: usually microseconds, but an event loop must not block if it takes longer."""
     for resv in [part.handle.resv for part in parts]:
         while resv.is_locked() and held_by(resv, owner) is None:

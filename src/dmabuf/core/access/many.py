@@ -5,12 +5,12 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterable, Sequence
 
-from dmabuf.core.access.access import Access, locked_here, locks_free, wait, wait_async
+from dmabuf.core.access.access import Access, arrive_async, locked_here, wait, wait_async
 from dmabuf.core.base.clock import monotonic_deadline
 from dmabuf.core.buffer.handle import Face, handle_of
 from dmabuf.core.contract import Buffer
 from dmabuf.core.resv.lock import held_by
-from dmabuf.core.resv.ww_mutex import lock_all
+from dmabuf.core.resv.ww_mutex import lock_all_until
 from dmabuf.core.task.owner import Owner, current
 from dmabuf.errors import fail
 
@@ -52,8 +52,8 @@ class ManyAccesses:
         owner = current(self._parts[0].handle.domain) if self._parts else None
         try:
             if owner is not None:
-                await locks_free(self._parts, owner, until)
-                await wait_async(self._parts, owner, self._add(owner, until), until)
+                pending = await arrive_async(self._parts, owner, until, lambda limit: self._add(owner, limit))
+                await wait_async(self._parts, owner, pending, until)
                 for part in self._parts:
                     part.grant()
                 for part in self._parts:
@@ -77,7 +77,7 @@ class ManyAccesses:
             if held_by(part.handle.resv, owner) is not None:
                 locked_here(part)
         pending: dict[int, None] = {}
-        with lock_all(part.handle.resv for part in self._parts):
+        with lock_all_until((part.handle.resv for part in self._parts), until):
             own: set[int] = set()
             for part in self._parts:
                 pending.update(dict.fromkeys(part.add(owner, until, locked=True) or ()))
