@@ -3,6 +3,7 @@
 #include "fds/same.h"
 #include <fcntl.h>
 #include <sys/inotify.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 static PyObject *change_range(PyObject *args, const char *format, int mode) {
@@ -25,6 +26,20 @@ static PyObject *allocate_range(PyObject *module, PyObject *args) { return chang
 
 static PyObject *punch(PyObject *module, PyObject *args) {
   return change_range(args, "iLL:punch", FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE);
+}
+
+/* renameat2(2) with RENAME_NOREPLACE: rename(2) would replace an empty directory that another process has just made. */
+static PyObject *rename_new(PyObject *module, PyObject *args) {
+  PyObject *old, *new = NULL;
+  if (!PyArg_ParseTuple(args, "O&O&:rename_new", PyUnicode_FSConverter, &old, PyUnicode_FSConverter, &new)) return NULL;
+  int r;
+  Py_BEGIN_ALLOW_THREADS
+  r = (int)syscall(SYS_renameat2, AT_FDCWD, PyBytes_AS_STRING(old), AT_FDCWD, PyBytes_AS_STRING(new), 1u);
+  Py_END_ALLOW_THREADS
+  Py_DECREF(old);
+  Py_DECREF(new);
+  if (r) return PyErr_SetFromErrno(PyExc_OSError);
+  Py_RETURN_NONE;
 }
 
 static PyObject *watch_open(PyObject *module, PyObject *unused) { return owned_fd(inotify_init1(IN_CLOEXEC | IN_NONBLOCK), true); }
@@ -61,6 +76,7 @@ static PyMethodDef functions[] = {
         "Allocate memory or disk space for a range of a file, which becomes as long as that. Never by writing, unlike posix_fallocate(3)."),
     METHOD(punch, METH_VARARGS, "($module, fd, start, length, /)",
            "Free the memory or disk space of a range of a file. It reads as zeros then, in every mapping too, and the size stays."),
+    METHOD(rename_new, METH_VARARGS, "($module, old, new, /)", "Rename a file or directory. FileExistsError: something has the new name."),
     METHOD(watch_open, METH_NOARGS, "($module, /)", "Return a new inotify descriptor, which doesn't block, as OwnedFd."),
     METHOD(watch_add, METH_VARARGS, "($module, watch, fd, dev, ino, /)",
            "Watch for the end of the inode, of which fd is a descriptor, with an inotify descriptor. Return the watch descriptor."),

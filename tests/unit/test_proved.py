@@ -270,6 +270,17 @@ def test_prove_accepts_overlayfs(overlay: Path) -> None:
     assert left(overlay / "domain") == []
 
 
+def test_prove_refuses_ramfs_which_cannot_allocate(tmp_path: Path) -> None:
+    with mounted("ramfs", tmp_path / "ramfs") as path:
+        with pytest.raises(dmabuf.DmaBufError) as caught:
+            dmabuf.Domain.open(path / "domain")
+        assert caught.value.errno == errno.ENOTSUP
+        assert f"ramfs at {path}" in str(caught.value)
+        assert "fallocate" in str(caught.value)
+        assert f"/dev/shm/dmabuf-{os.geteuid()} " not in str(caught.value).split(";")[0]
+        assert left(path / "domain") == [place.FILE]
+
+
 ATTEMPTS = [what for what, _ in proved._ATTEMPTS]
 
 

@@ -33,6 +33,7 @@ from dmabuf._native import (
     Shm,
 )
 from dmabuf.domain import lives, place
+from dmabuf.domain.directory import remove_socket
 from dmabuf.domain.forks import fork_lock
 from dmabuf.domain.hooks import Hooks
 from dmabuf.domain.retries import Retries
@@ -250,7 +251,7 @@ class Domain:
         with contextlib.suppress(OSError):  # the directory is gone, or no longer this user's
             directory = place.open_directory(self.path, make=False)
             try:
-                os.unlink(place.socket_name(life), dir_fd=directory)
+                remove_socket(directory, place.socket_name(life))
             finally:
                 os.close(directory)
 

@@ -18,8 +18,8 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import secrets
-import stat
 import struct
 import warnings
 from collections.abc import Iterator
@@ -40,15 +40,18 @@ from dmabuf._native import (
     punch,
     step,
 )
-from dmabuf.domain import sync_files
+from dmabuf.domain import proved, sync_files
+from dmabuf.domain.directory import make_file, open_file, remove_socket
+from dmabuf.domain.directory import open_directory as open_directory
 from dmabuf.domain.ofd import OFD_SETLK as OFD_SETLK
 from dmabuf.domain.ofd import ofd_lock as ofd_lock
 from dmabuf.domain.ofd import ofd_locked as ofd_locked
 from dmabuf.domain.ofd import reopen as reopen
-from dmabuf.errors import DmaBufError, fail, needing_descriptors
+from dmabuf.errors import fail, needing_descriptors
 
 FILE = f"domain-{VERSION}"
 SOCKET = "server-"  # and the life's id in 8 hexadecimal digits: the socket of a process that serves others
+_SOCKET_NAME = re.compile(SOCKET + "[0-9a-f]{8}")
 LIFE_BYTE = 1 << 40  # byte of the first life's lock, far behind any data
 LIFECYCLE_BYTE = 1 << 41
 
@@ -99,35 +102,6 @@ def default_path() -> Path:
     except OSError:
         pass
     return Path(f"/dev/shm/dmabuf-{uid}")
-
-
-def open_directory(path: Path, *, make: bool = True) -> int:
-    """Open the domain's directory, and make it if need be. Errors: EACCES it doesn't belong to this user alone."""
-    try:
-        if make:
-            os.mkdir(path, 0o700)
-    except FileExistsError:
-        pass
-    except OSError as e:
-        raise fail(e.errno or errno.EIO, "open domain", path, "name another directory in DMABUF_DOMAIN") from None
-    try:
-        with needing_descriptors("open domain", path):
-            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except DmaBufError:
-        raise
-    except OSError as e:
-        raise fail(e.errno or errno.EIO, "open domain", path, "name a directory, not a link or a file, in DMABUF_DOMAIN") from None
-    st = os.fstat(fd)
-    if st.st_uid != os.geteuid() or stat.S_IMODE(st.st_mode) != 0o700:
-        os.close(fd)
-        raise fail(
-            errno.EACCES,
-            "open domain",
-            path,
-            "make the directory yours with mode 0700, or name another in DMABUF_DOMAIN",
-            what=f"it belongs to uid {st.st_uid} with mode {stat.S_IMODE(st.st_mode):04o}",
-        )
-    return fd
 
 
 def format_file(fd: int, identity: bytes) -> None:
@@ -193,8 +167,8 @@ def replace_file(directory: int, identity: bytes) -> None:
     """
     sync_files.make_all_readable(directory)
     for name in os.listdir(directory):
-        if name.startswith(SOCKET):
-            os.unlink(name, dir_fd=directory)
+        if _SOCKET_NAME.fullmatch(name):
+            remove_socket(directory, name)
     try:
         _replace_file(directory, identity)
     except OSError as e:
@@ -218,7 +192,7 @@ def _empty_file(directory: int) -> None:
 
 def _replace_file(directory: int, identity: bytes) -> None:
     name = FILE + ".new"
-    fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600, dir_fd=directory)
+    fd = make_file(directory, name)
     try:
         format_file(fd, identity)
         step("domain_formatted")  # if this process dies here, FILE.new is left, which the next replacement overwrites
@@ -237,7 +211,7 @@ def entered(path: Path) -> Iterator[tuple[int, bytes]]:
     directory = open_directory(path)
     try:
         while True:
-            fd = os.open(FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600, dir_fd=directory)
+            fd = open_file(directory, FILE, make=True)
             try:
                 with lifecycle_lock(fd):
                     if not is_current(fd, directory):
@@ -252,13 +226,10 @@ def entered(path: Path) -> Iterator[tuple[int, bytes]]:
                                 "end the processes that use it, then open it again",
                                 what=wrong,
                             )
-                        if os.fstat(fd).st_uid != os.geteuid():
-                            remedy = "remove it, or name another directory in DMABUF_DOMAIN"
-                            raise fail(errno.EACCES, "open domain", path / FILE, remedy, what="it belongs to another user")
                         yield fd, identity
                         return
                     if wrong and os.fstat(fd).st_size:
-                        os.rename(FILE, FILE + ".corrupt", src_dir_fd=directory, dst_dir_fd=directory)
+                        _set_aside(directory, path)
                         warnings.warn(
                             f"dmabuf: the domain {path / FILE} was corrupt ({wrong}); renamed to {FILE}.corrupt",
                             RuntimeWarning,
@@ -266,6 +237,8 @@ def entered(path: Path) -> Iterator[tuple[int, bytes]]:
                         )
                         continue
                     if wrong or os.fstat(fd).st_size > HEADER_BYTES or _used(fd):
+                        if wrong:
+                            proved.prove(directory, path)
                         replace_file(directory, identity or new_identity())
                         continue
                     yield fd, identity
@@ -280,6 +253,16 @@ def _used(fd: int) -> bool:
     """Return True if a process has lived in this file. Even a process that added no chunk leaves the number of its slot."""
     high: int = struct.unpack("<I", os.pread(fd, 4, OFF_LIFE_HIGH))[0]
     return high != 0
+
+
+def _set_aside(directory: int, path: Path) -> None:
+    """Rename a file that makes no sense."""
+    name = FILE + ".corrupt"
+    try:
+        os.rename(FILE, name, src_dir_fd=directory, dst_dir_fd=directory)
+    except OSError as e:  # a directory stands there
+        remedy = "remove that directory, or name another one in DMABUF_DOMAIN"
+        raise fail(e.errno or errno.EIO, "open domain", path / FILE, remedy, what=f"corrupt, and can't be renamed to {name}") from None
 
 
 def is_current(fd: int, directory: int) -> bool:

@@ -29,6 +29,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import secrets
 import socket
 import struct
@@ -36,6 +37,7 @@ from collections.abc import Iterable, Iterator
 from typing import Final, NamedTuple
 
 from dmabuf._native import Fence, Shm, step
+from dmabuf.domain.directory import bind_socket, is_socket, new_file, read_file, remove_file, socket_address
 from dmabuf.errors import fail
 
 PREFIX: Final = "sync-"
@@ -43,6 +45,7 @@ MAX_LEAVES: Final = 1 << 16
 NAME_BYTES: Final = 32  # with its NUL (SYNC_IOC_MERGE, semantics 5.1)
 _HEAD: Final = struct.Struct("=8s32sI")
 _LEAF: Final = struct.Struct("=QQQIiQ64s64s")
+_OURS: Final = re.compile(PREFIX + r"[0-9a-f]{16}-[0-9a-f]{16}\.(sock|done|[0-9a-f]{16}|new[0-9a-f]{8})")
 _MAGIC: Final = b"dmabufS\1"  # the last byte is the version
 
 
@@ -142,16 +145,18 @@ def identity_of(stem: str) -> str:
     return stem.split("-")[1]
 
 
-def _address(stem: str, directory: int | None) -> str:
-    # The path goes through the directory's descriptor, because a socket's path has at most 107 bytes.
-    return f"\0dmabuf/{stem}.sock" if directory is None else f"/proc/self/fd/{directory}/{stem}.sock"
+def _abstract(stem: str) -> str:
+    return f"\0dmabuf/{stem}.sock"
 
 
 def listen(stem: str, directory: int | None) -> int:
     """Make the socket and return its descriptor, which the caller owns. Errors: EMFILE, ENOSPC, … of the system."""
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC) as sock:
-            sock.bind(_address(stem, directory))
+            if directory is None:
+                sock.bind(_abstract(stem))
+            else:
+                bind_socket(sock, directory, f"{stem}.sock")
             step("sync_bound")  # if this process dies here, the name of a socket is left that refuses: tidy() removes it
             sock.listen(0)
             return sock.detach()
@@ -170,8 +175,11 @@ def is_open(stem: str, directory: int | None) -> bool:
 
 
 def _connect(stem: str, directory: int | None, kind: int) -> bool:
+    name = f"{stem}.sock"
+    if directory is not None and not is_socket(directory, name):
+        return False
     with socket.socket(socket.AF_UNIX, kind | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC) as sock:
-        answer = sock.connect_ex(_address(stem, directory))
+        answer = sock.connect_ex(_abstract(stem) if directory is None else socket_address(directory, name))
     if answer in (0, errno.EAGAIN, errno.EPROTOTYPE):  # EAGAIN: a connection is waiting already
         return True
     if answer in (errno.ECONNREFUSED, errno.ENOENT):
@@ -198,7 +206,7 @@ def register(shm: Shm, stem: str, directory: int, record: SyncFileRecord) -> Non
 
 
 def _write(name: str, directory: int, record: SyncFileRecord) -> None:
-    fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600, dir_fd=directory)
+    fd = new_file(directory, name)
     try:
         data = memoryview(record.pack())
         while data:
@@ -211,8 +219,7 @@ def _write(name: str, directory: int, record: SyncFileRecord) -> None:
 
 
 def _read(name: str, directory: int) -> SyncFileRecord:
-    with open(os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=directory), "rb") as f:
-        return SyncFileRecord.unpack(f.read(_HEAD.size + MAX_LEAVES * _LEAF.size + 1))
+    return SyncFileRecord.unpack(read_file(directory, name, _HEAD.size + MAX_LEAVES * _LEAF.size + 1))
 
 
 def advance(shm: Shm, name: str, directory: int) -> None:
@@ -243,14 +250,16 @@ def advance(shm: Shm, name: str, directory: int) -> None:
         if e.errno != errno.EUCLEAN:
             raise
         make_readable(stem, directory)  # the record makes no sense: waiters check the fences
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name, dir_fd=directory)
+        remove_file(directory, name)
 
 
 def _finish(shm: Shm, stem: str, name: str, directory: int, record: SyncFileRecord) -> None:
     temporary = f"{stem}.new{secrets.token_hex(4)}"
     _write(temporary, directory, with_results(shm, record))
-    os.rename(temporary, f"{stem}.done", src_dir_fd=directory, dst_dir_fd=directory)
+    try:
+        os.rename(temporary, f"{stem}.done", src_dir_fd=directory, dst_dir_fd=directory)
+    except IsADirectoryError:
+        remove_file(directory, temporary)  # another program's: the results are lost, and the descriptor becomes readable all the same
     step("sync_done")  # both the results and the name that waits are there: done again
     if make_readable(stem, directory):
         step("sync_rung")
@@ -284,15 +293,14 @@ def waiting(directory: int, stem: str = PREFIX) -> list[str]:
 
 
 def _names(directory: int, prefix: str) -> Iterator[str]:
-    return (name for name in sorted(os.listdir(directory)) if name.startswith(prefix))
+    return (name for name in sorted(os.listdir(directory)) if name.startswith(prefix) and _OURS.fullmatch(name))
 
 
 def remove(stem: str, directory: int) -> None:
     """Remove the names of a sync file that no process has open, the socket's last."""
     found = [name for name in _names(directory, f"{stem}.") if not name.endswith(".sock")]
     for name in [*found, f"{stem}.sock"]:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name, dir_fd=directory)
+        remove_file(directory, name)
 
 
 def _stems(directory: int) -> Iterable[str]:

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final
 
 from dmabuf.domain import dispatcher, lives, place
+from dmabuf.domain.directory import bind_socket, socket_address
 from dmabuf.domain.domain import Domain
 from dmabuf.errors import ContractError, ContractWarning, DmaBufError, fail, rebuilt
 
@@ -220,16 +221,32 @@ def _after_fork() -> None:
 
 
 @contextlib.contextmanager
-def address_of(domain: Domain, life: int, *, make: bool = False) -> Iterator[str | bytes]:
+def address_of(domain: Domain, life: int) -> Iterator[str | bytes]:
     """Yield the address of a life's socket, which is valid in the block."""
     if domain.path is None:
-        yield b"\0dmabuf-" + domain.id.encode() + b"-%08x" % life
+        yield _abstract(domain, life)
         return
-    directory = place.open_directory(domain.path, make=make)
+    directory = place.open_directory(domain.path, make=False)
     try:
-        yield f"/proc/self/fd/{directory}/{place.socket_name(life)}"  # the directory's own path may be too long for a socket (unix(7))
+        yield socket_address(directory, place.socket_name(life))
     finally:
         os.close(directory)
+
+
+def bind(sock: socket.socket, domain: Domain, life: int) -> None:
+    """Give the socket of this process's life its address."""
+    if domain.path is None:
+        sock.bind(_abstract(domain, life))
+        return
+    directory = place.open_directory(domain.path, make=False)
+    try:
+        bind_socket(sock, directory, place.socket_name(life))
+    finally:
+        os.close(directory)
+
+
+def _abstract(domain: Domain, life: int) -> bytes:
+    return b"\0dmabuf-" + domain.id.encode() + b"-%08x" % life
 
 
 os.register_at_fork(after_in_child=_after_fork)

@@ -38,7 +38,7 @@ from dmabuf.sharing.messages import (
     THERE,
     VERSION,
     Body,
-    address_of,
+    bind,
     check_user,
     close_all,
     encode_error,
@@ -134,8 +134,7 @@ class Server:
         self._connections: set[socket.socket] = set()
         sock = opened(lambda: socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC))
         try:
-            with address_of(domain, self.life, make=True) as address:
-                sock.bind(address)
+            bind(sock, domain, self.life)
             step("service_bound")  # if this process dies, the reaper of its life unlinks the socket
             sock.listen(128)
             sock.setblocking(False)  # accepted sockets block all the same

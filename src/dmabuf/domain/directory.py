@@ -1,0 +1,254 @@
+"""The directory of a domain, and the files in it. What stands there may be anybody's work, and is looked at before it is used.
+
+The directory has mode 0700 and belongs to the effective user. So only programs of this user, and root, put something into it: by mistake,
+by a backup that was restored, or to do harm. A file is used only if it is a regular file of this user with one name. What this library
+didn't make is left alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+import socket
+import stat
+from pathlib import Path
+from typing import Final
+
+from dmabuf._native import rename_new, step
+from dmabuf.errors import DmaBufError, fail, needing_descriptors
+
+_FLAGS: Final = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY  # a FIFO or a device must not make the caller wait
+_REMEDY: Final = "remove it, or name another directory in DMABUF_DOMAIN"
+_KINDS: Final = {
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFCHR: "a device",
+    stat.S_IFDIR: "a directory",
+    stat.S_IFBLK: "a device",
+    stat.S_IFLNK: "a link",
+    stat.S_IFSOCK: "a socket",
+}
+
+
+def open_directory(path: Path, *, make: bool = True) -> int:
+    """Open the domain's directory, and make it if need be. Errors: EACCES it doesn't belong to this user alone."""
+    try:
+        if make:
+            _make_directory(path)
+    except FileExistsError:
+        pass
+    except OSError as e:
+        raise fail(e.errno or errno.EIO, "open domain", path, "name another directory in DMABUF_DOMAIN") from None
+    try:
+        with needing_descriptors("open domain", path):
+            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except DmaBufError:
+        raise
+    except OSError as e:
+        raise fail(e.errno or errno.EIO, "open domain", path, "name a directory, not a link or a file, in DMABUF_DOMAIN") from None
+    st = os.fstat(fd)
+    if st.st_uid != os.geteuid() or stat.S_IMODE(st.st_mode) & ~stat.S_ISGID != 0o700:
+        os.close(fd)
+        raise fail(
+            errno.EACCES,
+            "open domain",
+            path,
+            "make the directory yours with mode 0700, or name another in DMABUF_DOMAIN",
+            what=f"it belongs to uid {st.st_uid} with mode {stat.S_IMODE(st.st_mode):04o}",
+        )
+    return fd
+
+
+def _make_directory(path: Path) -> None:
+    """Make a directory of mode 0700. Errors: EEXIST; the others of mkdir(2).
+
+    A strict umask takes rights of the owner away. Then the directory gets them before it gets its name, so that no other process finds it
+    without them, even if this one dies in between.
+    """
+    if not _umask() & 0o700:
+        os.mkdir(path, 0o700)  # it may inherit the set-group-ID bit, which gives nobody rights
+        return
+    if os.path.lexists(path):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+    made = path.with_name(f"{path.name}.new-{secrets.token_hex(4)}")
+    os.mkdir(made, 0o700)
+    try:
+        os.chmod(made, 0o700)
+        step("directory_made")  # an empty directory of a name that nobody uses
+        rename_new(made, path)
+    except BaseException:
+        os.rmdir(made)
+        raise
+
+
+def _umask() -> int:
+    """Return the umask, which only a change would tell otherwise; 0o700 if /proc doesn't tell (Linux 4.7)."""
+    try:
+        with needing_descriptors("read", "/proc/self/status"), open("/proc/self/status", "rb") as f:
+            return next((int(line.split()[1], 8) for line in f if line.startswith(b"Umask:")), 0o700)
+    except FileNotFoundError:
+        return 0o700
+
+
+def open_file(directory: int, name: str, *, make: bool = False) -> int:
+    """Open a file of the domain for reading and writing, and prove that it is one.
+
+    Args:
+        directory: A descriptor of the domain's directory.
+        name: Its name there.
+        make: Make it if nothing has the name.
+
+    Raises:
+        NotFoundError: Nothing has the name (ENOENT).
+        NotPermittedError: It belongs to another user (EACCES).
+        DmaBufError: It is something else: a link (ELOOP), a directory (EISDIR), a FIFO, a socket or a device (EUCLEAN), or it has several
+            names (EUCLEAN).
+    """
+    flags = os.O_RDWR | _FLAGS
+    try:
+        with needing_descriptors("open domain", name):
+            fd = _opened(directory, name, flags, make)
+    except DmaBufError:
+        raise
+    except OSError as e:
+        raise _refused(directory, name, e.errno or errno.EIO) from None
+    try:
+        _check(os.fstat(fd), directory, name)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def make_file(directory: int, name: str) -> int:
+    """Make a file that replaces what a dead process left of that name. Errors: as `open_file`, of what stands there instead."""
+    with contextlib.suppress(FileNotFoundError):
+        os.close(open_file(directory, name))
+        os.unlink(name, dir_fd=directory)
+    return new_file(directory, name)
+
+
+def _opened(directory: int, name: str, flags: int, make: bool) -> int:
+    while True:
+        if make:
+            with contextlib.suppress(FileExistsError):
+                return new_file(directory, name)
+        try:
+            return os.open(name, flags, dir_fd=directory)
+        except PermissionError:
+            _grant_owner_of_file(directory, name)
+            return os.open(name, flags, dir_fd=directory)
+        except FileNotFoundError:
+            if not make:  # else another process has just renamed it
+                raise
+
+
+def new_file(directory: int, name: str) -> int:
+    """Make a file that doesn't exist, and open it. Errors: EEXIST."""
+    fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | _FLAGS, 0o600, dir_fd=directory)
+    os.fchmod(fd, 0o600)  # what a strict umask took away; if this process dies before, the next one does it
+    return fd
+
+
+def _grant_owner_of_file(directory: int, name: str) -> None:
+    own = os.open(name, os.O_PATH | _FLAGS, dir_fd=directory)
+    try:
+        st = os.fstat(own)
+        if stat.S_ISREG(st.st_mode) and st.st_uid == os.geteuid() and st.st_nlink == 1:
+            os.chmod(f"/proc/self/fd/{own}", 0o600)
+    finally:
+        os.close(own)
+
+
+def _refused(directory: int, name: str, number: int) -> DmaBufError:
+    """Return the error of a file that can't be opened."""
+    try:
+        kind = _KINDS.get(stat.S_IFMT(os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode))
+    except OSError:
+        kind = None
+    shown = _path_of(directory, name)
+    if kind is None:
+        return fail(number, "open domain", shown, "free space there, or name another directory in DMABUF_DOMAIN")
+    number = number if number in (errno.ELOOP, errno.EISDIR) else errno.EUCLEAN
+    return fail(number, "open domain", shown, _REMEDY, what=f"not a file but {kind}")
+
+
+def _path_of(directory: int, name: str) -> str:
+    try:
+        return f"{os.readlink(f'/proc/self/fd/{directory}')}/{name}"
+    except OSError:
+        return name
+
+
+def _check(st: os.stat_result, directory: int, name: str) -> None:
+    if is_file(st):
+        return
+    kind, shown = stat.S_IFMT(st.st_mode), _path_of(directory, name)
+    if kind != stat.S_IFREG:
+        raise fail(errno.EUCLEAN, "open domain", shown, _REMEDY, what=f"not a file but {_KINDS.get(kind, 'something else')}")
+    if st.st_uid != os.geteuid():
+        raise fail(errno.EACCES, "open domain", shown, _REMEDY, what=f"it belongs to uid {st.st_uid}")
+    raise fail(errno.EUCLEAN, "open domain", shown, _REMEDY, what=f"it has {st.st_nlink} names (hard links)")
+
+
+def read_file(directory: int, name: str, most: int) -> bytes:
+    """Return at most so many bytes of a file of the domain. Errors: ENOENT nothing of that name is a file of this user."""
+    try:
+        fd = os.open(name, os.O_RDONLY | _FLAGS, dir_fd=directory)
+    except OSError as e:
+        if e.errno not in (errno.ELOOP, errno.ENXIO, errno.EACCES, errno.ENODEV):
+            raise
+        raise _no_file(name) from None  # a link, a socket, another user's
+    with open(fd, "rb") as f:
+        if not is_file(os.fstat(fd)):
+            raise _no_file(name)
+        return f.read(most)
+
+
+def _no_file(name: str) -> OSError:
+    return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
+
+
+def is_file(st: os.stat_result) -> bool:
+    """Return True if this may be a file that this library made: a regular file of this user with one name, or none any more."""
+    return stat.S_ISREG(st.st_mode) and st.st_uid == os.geteuid() and st.st_nlink <= 1
+
+
+def is_socket(directory: int, name: str) -> bool:
+    """Return True if a socket of this user has the name. A link to one doesn't count."""
+    try:
+        st = os.stat(name, dir_fd=directory, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return stat.S_ISSOCK(st.st_mode) and st.st_uid == os.geteuid()
+
+
+def bind_socket(sock: socket.socket, directory: int, name: str) -> None:
+    """Bind a socket to a name that only this process uses. A dead process's socket goes. Errors: EADDRINUSE something else stands there."""
+    address = socket_address(directory, name)
+    remove_socket(directory, name)
+    try:
+        sock.bind(address)
+    except OSError as e:
+        if e.errno != errno.EADDRINUSE:
+            raise
+        raise fail(errno.EADDRINUSE, "serve", _path_of(directory, name), _REMEDY, what="something else stands there") from None
+    os.chmod(address, 0o600)  # whatever the umask took away
+
+
+def socket_address(directory: int, name: str) -> str:
+    """Return the address of a socket in the directory, whose own path may be too long for one (unix(7))."""
+    return f"/proc/self/fd/{directory}/{name}"
+
+
+def remove_socket(directory: int, name: str) -> None:
+    """Remove a socket of this user. Anything else of that name stays."""
+    if is_socket(directory, name):
+        os.unlink(name, dir_fd=directory)
+
+
+def remove_file(directory: int, name: str) -> None:
+    """Remove what stands at a name of this library, unless that is a directory."""
+    with contextlib.suppress(FileNotFoundError, IsADirectoryError):
+        os.unlink(name, dir_fd=directory)
