@@ -81,41 +81,44 @@ PyObject *fd_error(const char *op, int fd) {
 
 /* ---- for objects that keep the number and know the inode otherwise ---- */
 
-static int arguments(PyObject *args, const char *format, int *fd, fd_id *id, int *more) {
-  id->marked = false;
-  return PyArg_ParseTuple(args, format, fd, &id->dev, &id->ino, more);
+static int arguments(PyObject *const *a, Py_ssize_t n, Py_ssize_t wanted, int *fd, fd_id *id) {
+  uint64_t dev, ino;
+  if (n != wanted) return PyErr_Format(PyExc_TypeError, "%zd arguments are required, not %zd", wanted, n), -1;
+  *fd = (int)PyLong_AsLong(a[0]);
+  if (PyErr_Occurred() || arg_u64(a[1], &dev) || arg_u64(a[2], &ino)) return -1;
+  *id = (fd_id){.dev = dev, .ino = ino, .marked = false};
+  return 0;
 }
 
-static PyObject *is_same(PyObject *module, PyObject *args) {
+static PyObject *is_same(PyObject *module, PyObject *const *a, Py_ssize_t n) {
   int fd;
   fd_id id;
-  if (!arguments(args, "iKK:is_same", &fd, &id, NULL)) return NULL;
-  return PyBool_FromLong(fd_is(fd, &id));
+  return arguments(a, n, 3, &fd, &id) ? NULL : PyBool_FromLong(fd_is(fd, &id));
 }
 
-static PyObject *close_same(PyObject *module, PyObject *args) {
+static PyObject *close_same(PyObject *module, PyObject *const *a, Py_ssize_t n) {
   int fd, r;
   fd_id id;
-  if (!arguments(args, "iKK:close_same", &fd, &id, NULL)) return NULL;
+  if (arguments(a, n, 3, &fd, &id)) return NULL;
   Py_BEGIN_ALLOW_THREADS /* to close the last descriptor of a file may free much memory */
   r = fd_close(fd, &id);
   Py_END_ALLOW_THREADS
   return PyBool_FromLong(!r);
 }
 
-static PyObject *dup_same(PyObject *module, PyObject *args) {
+static PyObject *dup_same(PyObject *module, PyObject *const *a, Py_ssize_t n) {
   int fd, cloexec;
   fd_id id;
-  if (!arguments(args, "iKKp:dup_same", &fd, &id, &cloexec)) return NULL;
+  if (arguments(a, n, 4, &fd, &id) || (cloexec = PyObject_IsTrue(a[3])) < 0) return NULL;
   int made = fd_dup(fd, &id, cloexec ? F_DUPFD_CLOEXEC : F_DUPFD, 0);
   return made < 0 ? fd_error("dup", fd) : PyLong_FromLong(made);
 }
 
 static PyMethodDef functions[] = {
-    METHOD(is_same, METH_VARARGS, "($module, fd, dev, ino, /)", "Return True if the descriptor is one of the file with that inode."),
-    METHOD(close_same, METH_VARARGS, "($module, fd, dev, ino, /)",
+    METHOD(is_same, METH_FASTCALL, "($module, fd, dev, ino, /)", "Return True if the descriptor is one of the file with that inode."),
+    METHOD(close_same, METH_FASTCALL, "($module, fd, dev, ino, /)",
            "Close the descriptor if it is one of the file with that inode. Return False if it isn't; it stays open then."),
-    METHOD(dup_same, METH_VARARGS, "($module, fd, dev, ino, cloexec, /)",
+    METHOD(dup_same, METH_FASTCALL, "($module, fd, dev, ino, cloexec, /)",
            "Return a duplicate of the descriptor if it is one of the file with that inode.\n\n"
            "Raises:\n"
            "    ClosedError: It is another file's (EBADF).\n"

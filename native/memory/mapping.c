@@ -67,10 +67,15 @@ Mapping *mapping_of(PyObject *object) {
 /* ---- making and unmaking ---- */
 
 /* A memfd can be mapped beyond its end, and the touch there is SIGBUS. A kernel dma-buf is not a regular file, and checks the range itself
- * (semantics 2.17). */
-static bool within_file(int fd, Py_ssize_t length, long long offset, long page, struct stat *st) {
-  if (fstat(fd, st)) {
+ * (semantics 2.17). id: the file that it must be, NULL for any. */
+static bool within_file(int fd, const fd_id *id, Py_ssize_t length, long long offset, long page, struct stat *st) {
+  if (fstat(fd, st) && !(id && errno == EBADF)) {
     os_error(errno, "mmap: fd %d: %s", fd, strerror(errno));
+    return false;
+  }
+  if (id && !stat_is(st, id)) {
+    errno = ESTALE;
+    fd_error("mmap", fd);
     return false;
   }
   if (!S_ISREG(st->st_mode)) return true;
@@ -82,17 +87,8 @@ static bool within_file(int fd, Py_ssize_t length, long long offset, long page, 
   return false;
 }
 
-static PyObject *mapping_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
-  static char *names[] = {"fd", "length", "offset", "writable", "from_start", "on_close", "dev", "ino", NULL};
-  int fd, writable = 1, from_start = 0;
-  Py_ssize_t length;
-  long long offset = 0;
-  PyObject *on_close = Py_None;
-  struct stat st;
-  fd_id id = {.dev = 0, .ino = 0, .marked = false};
-  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "in|$LppOKK:Mapping", names, &fd, &length, &offset, &writable, &from_start, &on_close,
-                                   &id.dev, &id.ino))
-    return NULL;
+static PyObject *mapped(int fd, const fd_id *id, Py_ssize_t length, long long offset, int writable, int from_start, PyObject *on_close) {
+  struct stat st = {.st_ino = 0};
   long page = sysconf(_SC_PAGESIZE);
   if (length <= 0) {
     os_error(EINVAL, "mmap: fd %d: length %zd is not positive (EINVAL); pass a number of bytes", fd, length);
@@ -102,26 +98,24 @@ static PyObject *mapping_new(PyTypeObject *type, PyObject *args, PyObject *kwarg
     os_error(EINVAL, "mmap: fd %d: offset %lld is not a multiple of the page size (EINVAL); pass a multiple of %ld", fd, offset, page);
     return NULL;
   }
-  if (id.ino && !fd_is(fd, &id)) return fd_error("mmap", fd);
-  if (!within_file(fd, length, offset, page, &st)) return NULL;
   Py_ssize_t lead = from_start ? (Py_ssize_t)offset : 0;
+  Mapping *self = (Mapping *)mapping_type->tp_alloc(mapping_type, 0);
+  if (!self) return NULL;
+  if (!within_file(fd, id, length, offset, page, &st)) { /* just before the mapping: the number may be used again */
+    Py_DECREF(self);
+    return NULL;
+  }
   if (lead > PY_SSIZE_T_MAX - length) {
+    Py_DECREF(self);
     os_error(EINVAL, "mmap: fd %d: offset %lld and length %zd exceed the address range (EINVAL); map less", fd, offset, length);
     return NULL;
   }
-  Mapping *self = (Mapping *)type->tp_alloc(type, 0);
-  if (!self) return NULL;
   char *base;
   int error;
   Py_BEGIN_ALLOW_THREADS
   base = mmap(NULL, (size_t)(lead + length), writable ? PROT_READ | PROT_WRITE : PROT_READ, MAP_SHARED, fd, (off_t)offset - (off_t)lead);
   error = errno;
   Py_END_ALLOW_THREADS
-  if (base != MAP_FAILED && id.ino && !fd_is(fd, &id)) { /* it may have been used again since it was compared */
-    munmap(base, (size_t)(lead + length));
-    Py_DECREF(self);
-    return fd_error("mmap", fd);
-  }
   if (base == MAP_FAILED) {
     Py_DECREF(self);
     os_error(error, "mmap: fd %d: %s, for %zd %s bytes at %lld", fd, strerror(error), length, writable ? "writable" : "read-only", offset);
@@ -136,6 +130,36 @@ static PyObject *mapping_new(PyTypeObject *type, PyObject *args, PyObject *kwarg
   self->offset = offset;
   if (on_close != Py_None) self->on_close = Py_NewRef(on_close);
   return (PyObject *)self;
+}
+
+static PyObject *mapping_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
+  static char *names[] = {"fd", "length", "offset", "writable", "from_start", "on_close", NULL};
+  int fd, writable = 1, from_start = 0;
+  Py_ssize_t length;
+  long long offset = 0;
+  PyObject *on_close = Py_None;
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "in|$LppO:Mapping", names, &fd, &length, &offset, &writable, &from_start, &on_close))
+    return NULL;
+  return mapped(fd, NULL, length, offset, writable, from_start, on_close);
+}
+
+static PyObject *map_same(PyObject *module, PyObject *const *a, Py_ssize_t n) {
+  fd_id id = {.marked = false};
+  if (n != 7) {
+    PyErr_SetString(PyExc_TypeError, "map_same(fd, length, offset, writable, from_start, dev, ino)");
+    return NULL;
+  }
+  uint64_t dev, ino;
+  int fd = (int)PyLong_AsLong(a[0]);
+  Py_ssize_t length = PyNumber_AsSsize_t(a[1], PyExc_OverflowError);
+  if (PyErr_Occurred()) return NULL;
+  long long offset = PyLong_AsLongLong(a[2]);
+  if (PyErr_Occurred() || arg_u64(a[5], &dev) || arg_u64(a[6], &ino)) return NULL;
+  id.dev = dev;
+  id.ino = ino;
+  int writable = PyObject_IsTrue(a[3]), from_start = PyObject_IsTrue(a[4]);
+  if (writable < 0 || from_start < 0) return NULL;
+  return mapped(fd, &id, length, offset, writable, from_start, Py_None);
 }
 
 static void unmap(Mapping *self) {
@@ -231,7 +255,7 @@ static PyMemberDef members[] = {
     {"__weaklistoffset__", T_PYSSIZET, offsetof(Mapping, weakrefs), READONLY, NULL},
     {0}};
 static PyType_Slot slots[] = {
-    {Py_tp_doc, "Mapping(fd, length, *, offset=0, writable=True, from_start=False, on_close=None, dev=0, ino=0)\n--\n\n"
+    {Py_tp_doc, "Mapping(fd, length, *, offset=0, writable=True, from_start=False, on_close=None)\n--\n\n"
                 "A shared memory mapping of a file descriptor, which the caller keeps.\n\n"
                 "It exports its bytes as a flat buffer.\n\n"
                 "Args:\n"
@@ -239,12 +263,10 @@ static PyType_Slot slots[] = {
                 "    offset: Where they begin in the file, a multiple of the page size.\n"
                 "    from_start: Map from the start of the file, and show this part only.\n"
                 "    on_close: Called once when the memory is unmapped, by close() or by the garbage collector at any point of the\n"
-                "        program. It must not wait.\n"
-                "    dev: With ino, the file that the descriptor must be of: it is compared in the same call.\n\n"
+                "        program. It must not wait.\n\n"
                 "Raises:\n"
                 "    OSError: The length is not positive, the offset is not a multiple of the page size, or the range reaches beyond\n"
-                "        the end of a regular file (EINVAL); or what mmap(2) answers (EACCES, EBADF, ENODEV, ENOMEM).\n"
-                "    ClosedError: The descriptor is another file's (EBADF).\n\n"
+                "        the end of a regular file (EINVAL); or what mmap(2) answers (EACCES, EBADF, ENODEV, ENOMEM).\n\n"
                 "See semantics 2.17."},
     {Py_tp_new, mapping_new},
     {Py_tp_dealloc, mapping_dealloc},
@@ -280,6 +302,11 @@ static PyMethodDef functions[] = {METHOD(buffer_address, METH_O, "($module, buff
                                          "Raises:\n"
                                          "    TypeError: The object has no buffer.\n"
                                          "    BufferError: The buffer is not contiguous."),
+                                  METHOD(map_same, METH_FASTCALL, "($module, fd, length, offset, writable, from_start, dev, ino, /)",
+                                         "Return a Mapping of a descriptor of the file with that inode.\n\n"
+                                         "Raises:\n"
+                                         "    ClosedError: The descriptor is another file's (EBADF).\n"
+                                         "    OSError: As Mapping()."),
                                   {0}};
 
 int mapping_register(PyObject *module) {

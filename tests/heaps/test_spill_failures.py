@@ -45,7 +45,7 @@ def state(heap: SpillHeap, bufs: list[DmaBuf]) -> Any:
         (spill_file, "write_at", errno.ENOSPC, errno.ENOSPC),
         (spill_file, "write_at", errno.EIO, errno.EIO),
         (spill_moves, "punch", errno.EPERM, errno.EPERM),
-        (spill_moves, "Mapping", errno.ENOMEM, errno.ENOMEM),
+        (spill_moves, "map_same", errno.ENOMEM, errno.ENOMEM),
         (residency, "evict", errno.ENOLCK, errno.ENOLCK),
         (spill_moves, "_duplicate", errno.EMFILE, errno.EMFILE),
         (spill.ResidentSet, "_timeline", errno.ENOSPC, errno.ENOSPC),
@@ -75,7 +75,7 @@ def test_a_move_out_that_fails_leaves_all_as_it_was(
         (spill_file, "reserve_range", errno.ENOMEM, errno.ENOMEM),
         (spill_file, "read_at", errno.EIO, errno.EIO),
         (spill_file.SpillFile, "read", errno.EIO, errno.EIO),
-        (spill_moves, "Mapping", errno.ENOMEM, errno.ENOMEM),
+        (spill_moves, "map_same", errno.ENOMEM, errno.ENOMEM),
         (residency, "make_resident", errno.ENOLCK, errno.ENOLCK),
     ],
 )

@@ -84,6 +84,7 @@ PLACES = (
     Place(os, "pidfd_open", _always(errno.EMFILE, errno.ENFILE, errno.ENOMEM)),
     Place(fcntl, "fcntl", _of_fcntl),
     Place(_native, "Mapping", _always(errno.ENOMEM, errno.EAGAIN)),
+    Place(_native, "map_same", _always(errno.ENOMEM, errno.EAGAIN)),
     Place(_native, "fd_of", _always(errno.EMFILE)),
     Place(dma_buf, "fdinfo", _always(errno.EMFILE, errno.ENOMEM)),
     Place(kernel, "poll_until", _always(errno.ENOMEM)),
@@ -183,7 +184,7 @@ class Fault:
         gc.collect(0)
         canaries.check(self)
         assert len(watch.calls) > self.at, f"{self}: the scenario calls something else each time"
-        if self.number in RESTARTED and self.name not in ("Mapping",):
+        if self.number in RESTARTED and self.name not in ("Mapping", "map_same"):
             assert got is None, f"{self}: was not restarted: {said}"
         assert got in (None, self.number), f"{self}: raised {said}"
         assert set(reported) <= {self.number}, f"{self}: reported {reported}"

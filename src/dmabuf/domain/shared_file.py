@@ -64,7 +64,8 @@ class SharedFile:
         except BaseException:
             own.close()
             raise
-        self._fd, self._own = fd, own
+        self._fd = fd
+        self._own: OwnedFd | None = own
         self._process_lock = _process_lock_of(own)
         _ALL.add(self)
 

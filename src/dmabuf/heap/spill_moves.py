@@ -34,7 +34,7 @@ import time
 import weakref
 from collections import OrderedDict
 
-from dmabuf._native import Mapping, OwnedFd, step
+from dmabuf._native import OwnedFd, map_same, step
 from dmabuf.core.attach import attachment
 from dmabuf.core.attach.attachment import DmaBufAttachment
 from dmabuf.core.base.usage import Usage
@@ -330,7 +330,7 @@ class ResidentSet:
                 att.importer.revoke(att)
 
     def _copy(self, b: SpillBuffer, fd: OwnedFd, *, out: bool) -> None:
-        whole = memoryview(Mapping(fd.number, b.size, dev=fd.dev, ino=fd.ino))
+        whole = memoryview(map_same(fd.number, b.size, 0, True, False, fd.dev, fd.ino))
         try:
             for start, end in slices(b.size):
                 step("spill_copying")

@@ -20,7 +20,7 @@ import os
 import select
 import time
 
-from dmabuf._native import Mapping, is_same
+from dmabuf._native import Mapping, is_same, map_same
 from dmabuf.core.base.usage import Direction
 from dmabuf.core.buffer.backing import SERVERS, Backing, Descriptor, KernelSide
 from dmabuf.core.buffer.backing_memfd import FILE_EXPORTER, FILE_OPS
@@ -59,8 +59,7 @@ class KernelBacking(Backing, KernelSide):
         # DRM's buffers show their first page in a partial mapping, whatever its offset (seen on Linux 6.12): mapped from the start.
         whole = self.record.home == IMPORTED
         try:
-            inode = self.record
-            return Mapping(buf.fileno(), length, offset=offset, writable=writable, from_start=whole, dev=inode.dev, ino=inode.ino)
+            return map_same(buf.fileno(), length, offset, writable, whole, self.record.dev, self.record.ino)
         except DmaBufError:
             raise
         except OSError as e:

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from operator import attrgetter
 from typing import Protocol, TypeVar
 
-from dmabuf._native import Mapping, close_same, dup_same, is_same
+from dmabuf._native import Mapping, close_same, dup_same, is_same, map_same
 from dmabuf.core.buffer.backing import KernelSide
 from dmabuf.core.buffer.identity import checked_name
 from dmabuf.core.buffer.shared import MEMFD, SharedBuffer
@@ -276,7 +276,7 @@ class Handle(ABC):
     def _map(self, operation: str, offset: int, length: int, writable: bool) -> Mapping:
         fd, shared = self.fd, self.shared
         try:
-            return Mapping(fd, length, offset=offset, writable=writable, dev=shared.dev, ino=shared.ino)
+            return map_same(fd, length, offset, writable, False, shared.dev, shared.ino)
         except ClosedError:
             raise self.lost(operation, fd) from None
 

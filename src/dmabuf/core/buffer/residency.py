@@ -27,7 +27,7 @@ import errno
 import fcntl
 import os
 
-from dmabuf._native import Mapping, OwnedFd
+from dmabuf._native import Mapping, OwnedFd, map_same
 from dmabuf.core.buffer.identity import put_reference_lock
 from dmabuf.domain import place
 from dmabuf.errors import fail
@@ -74,7 +74,7 @@ def mapping(fd: int, inode: tuple[int, int], operation: str, obj: object, offset
         put_reference_lock(own.number)
         if not own.set_lock(fcntl.F_RDLCK, BYTE):
             raise fail(errno.EBUSY, operation, obj, "map it inside an access", what="its memory is moved out")
-        return Mapping(own.number, length, offset=offset, writable=writable, dev=own.dev, ino=own.ino)
+        return map_same(own.number, length, offset, writable, False, own.dev, own.ino)
 
 
 def is_evicted(fd: int) -> bool:
