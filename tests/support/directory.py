@@ -17,7 +17,8 @@ class RunDirectory:
     """A fresh directory of mode 0700, removed by `close()`."""
 
     def __init__(self) -> None:
-        base = SHM if os.access(SHM, os.W_OK) else Path(tempfile.gettempdir())
+        # DMABUF_TEST_BASE: a directory on a file system that is to be tried, such as overlayfs.
+        base = Path(os.environ.get("DMABUF_TEST_BASE") or (SHM if os.access(SHM, os.W_OK) else tempfile.gettempdir()))
         _remove_stale(base)
         self.path = Path(tempfile.mkdtemp(prefix=DIRECTORY_PREFIX, dir=base))
         self._fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)

@@ -15,8 +15,10 @@ from pathlib import Path
 import pytest
 
 import dmabuf
-from dmabuf import _native
-from dmabuf.domain import place
+from dmabuf import DmaBufError, _native
+from dmabuf.domain import domain as domain_module
+from dmabuf.domain import place, proved
+from dmabuf.errors import fail
 from tests.support.places import FILE, MIB, in_process, inhabitant, left, make, refused, visit
 
 # ---- where ----
@@ -56,6 +58,102 @@ def test_the_runtime_directory_comes_first_if_it_is_ours(monkeypatch: pytest.Mon
     run = Path(f"/run/user/{os.geteuid()}")
     ours = run.is_dir() and run.stat().st_uid == os.geteuid()
     assert place.default_path() == (run / "dmabuf" if ours else Path(f"/dev/shm/dmabuf-{os.geteuid()}"))
+
+
+@pytest.fixture
+def two_places(where: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """The default places of a user who is logged in."""
+    places = (where.with_name("run"), where.with_name("memory"))
+    monkeypatch.delenv("DMABUF_DOMAIN", raising=False)
+    monkeypatch.setattr(place, "default_places", lambda: list(places))
+    monkeypatch.setattr(domain_module, "_default", None)  # in children, which inherit it
+    return places
+
+
+def test_default_places_are_two_when_the_user_is_logged_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DMABUF_DOMAIN", raising=False)
+    memory = Path(f"/dev/shm/dmabuf-{os.geteuid()}")
+    monkeypatch.setattr(place, "_runtime_directory", lambda uid: None)
+    assert place.default_places() == [memory]
+    monkeypatch.setattr(place, "_runtime_directory", lambda uid: tmp_path)
+    assert place.default_places() == [tmp_path / "dmabuf", memory]
+
+
+def test_default_place_is_the_first_when_nobody_lives_in_either(two_places: tuple[Path, Path]) -> None:
+    run, memory = two_places
+    assert place.default_path() == run
+    for path in (memory, run):
+        in_process(lambda path=path: visit(path))
+        assert place.default_path() == run
+
+
+def test_default_place_stays_where_somebody_lives_after_a_login(two_places: tuple[Path, Path]) -> None:
+    run, memory = two_places
+    with inhabitant(memory):
+        assert place.default_path() == memory
+        in_process(lambda: exit_unless(dmabuf.Domain.default().path == memory))
+        with inhabitant(run):
+            assert place.default_path() == run
+        assert place.default_path() == memory
+    assert place.default_path() == run
+    in_process(lambda: exit_unless(dmabuf.Domain.default().path == run))
+
+
+def exit_unless(expected: bool) -> None:
+    assert expected
+
+
+@pytest.mark.parametrize("mode", [0o755, 0o000])
+def test_default_place_of_another_mode_is_not_lived_in(two_places: tuple[Path, Path], mode: int) -> None:
+    run, memory = two_places
+    memory.mkdir()
+    memory.chmod(mode)
+    assert not place.lived_in(memory)
+    assert place.default_path() == run
+    memory.chmod(0o700)
+
+
+def test_lived_in_makes_nothing(where: Path) -> None:
+    assert not place.lived_in(where)
+    assert not where.exists()
+    where.mkdir(mode=0o700)
+    assert not place.lived_in(where)
+    assert left(where) == []
+
+
+@pytest.mark.parametrize("number", [errno.ENOTSUP, errno.EROFS])
+def test_default_domain_is_in_the_second_place_when_the_first_never_works(
+    two_places: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    run, memory = two_places
+    real = proved.prove
+
+    def prove(directory: int, path: Path) -> proved.FileSystem:
+        if path == run:
+            raise fail(number, "open domain", path)
+        return real(directory, path)
+
+    monkeypatch.setattr(proved, "prove", prove)
+    in_process(lambda: exit_unless(dmabuf.Domain.default().path == memory))
+    assert left(run) == []
+    assert left(memory) == [FILE]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES])
+def test_default_domain_is_an_error_when_the_first_place_may_work_later(
+    two_places: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def prove(directory: int, path: Path) -> proved.FileSystem:
+        raise fail(number, "open domain", path)
+
+    def refused_default() -> None:
+        with pytest.raises(DmaBufError) as caught:
+            dmabuf.Domain.default()
+        assert caught.value.errno == number
+
+    monkeypatch.setattr(proved, "prove", prove)
+    in_process(refused_default)
+    assert not two_places[1].exists()
 
 
 def test_the_directory_is_made_for_us_alone(where: Path) -> None:

@@ -84,14 +84,26 @@ class Domain:
 
     @classmethod
     def default(cls) -> Domain:
-        """Return this user's domain, or the one that ``DMABUF_DOMAIN`` names. A process opens it once."""
+        """Return this user's domain, or the one that ``DMABUF_DOMAIN`` names. A process opens it once, and stays in it."""
         global _default
         if _default is not None:
             return _default
         with _lock:
             if _default is None:
-                _default = cls.open(place.default_path())
+                _default = cls._open_default()
         return _default
+
+    @classmethod
+    def _open_default(cls) -> Domain:
+        chosen = place.default_path()
+        try:
+            return cls.open(chosen)
+        except OSError as e:
+            # What never works there is the same for every process, so all of them go on to the same place.
+            others = [path for path in place.default_places() if path != chosen]
+            if e.errno not in (errno.ENOTSUP, errno.EROFS) or not others:
+                raise
+            return cls.open(others[-1])
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Domain:

@@ -2,7 +2,8 @@
 
 A domain is a directory of mode 0700 that belongs to the effective user, with one file in it. The version of the layout is part of the
 file's name. The directory is ``$DMABUF_DOMAIN`` (ignored if the kernel set AT_SECURE), else ``/run/user/UID/dmabuf`` if ``/run/user/UID``
-exists and belongs to the user, else ``/dev/shm/dmabuf-UID``.
+exists and belongs to the user, else ``/dev/shm/dmabuf-UID``. If processes live in the second of these, that one is meant. If the file
+system of the first can't keep a domain, the second is used.
 
 A process that opens, joins, leaves or replaces a domain's file holds the *lifecycle lock*, a write lock on one byte of the file, so these
 never overlap. The kernel frees the lock if the holder dies. A domain in which no life's byte is locked has no living process. The next
@@ -89,19 +90,52 @@ def _secure() -> bool:
     return any(words[i] == 23 and words[i + 1] for i in range(0, len(words) - 1, 2))
 
 
-def default_path() -> Path:
-    """Return the directory of this user's default domain."""
+def default_places() -> list[Path]:
+    """Return the directories in which this user's default domain may be, the first choice first."""
     given = os.environ.get("DMABUF_DOMAIN")
     if given and not _secure():
-        return Path(given)
+        return [Path(given)]
     uid = os.geteuid()
+    memory = Path(f"/dev/shm/dmabuf-{uid}")
+    run = _runtime_directory(uid)
+    return [memory] if run is None else [run / "dmabuf", memory]
+
+
+def _runtime_directory(uid: int) -> Path | None:
+    """Return the directory that the system gives to a user who is logged in; None without one."""
     run = Path(f"/run/user/{uid}")
     try:
-        if os.stat(run).st_uid == uid:
-            return run / "dmabuf"
+        return run if os.stat(run).st_uid == uid else None
     except OSError:
-        pass
-    return Path(f"/dev/shm/dmabuf-{uid}")
+        return None
+
+
+def default_path() -> Path:
+    """Return the directory of this user's default domain.
+
+    ``/run/user/UID`` comes and goes with the user's logins. So if processes live in another place, their place is the default one until the
+    last of them has left.
+    """
+    places = default_places()
+    return next((path for path in places if len(places) > 1 and lived_in(path)), places[0])
+
+
+def lived_in(path: Path) -> bool:
+    """Return True if a process lives in the domain of a directory. Nothing is made."""
+    try:
+        directory = open_directory(path, make=False)
+    except OSError:
+        return False
+    try:
+        fd = open_file(directory, FILE)
+    except OSError:
+        return False
+    finally:
+        os.close(directory)
+    try:
+        return inhabited(fd)
+    finally:
+        os.close(fd)
 
 
 def format_file(fd: int, identity: bytes) -> None:
@@ -238,7 +272,7 @@ def entered(path: Path) -> Iterator[tuple[int, bytes]]:
                         continue
                     if wrong or os.fstat(fd).st_size > HEADER_BYTES or _used(fd):
                         if wrong:
-                            proved.prove(directory, path)
+                            _prove(directory, path)
                         replace_file(directory, identity or new_identity())
                         continue
                     yield fd, identity
@@ -253,6 +287,15 @@ def _used(fd: int) -> bool:
     """Return True if a process has lived in this file. Even a process that added no chunk leaves the number of its slot."""
     high: int = struct.unpack("<I", os.pread(fd, 4, OFF_LIFE_HIGH))[0]
     return high != 0
+
+
+def _prove(directory: int, path: Path) -> None:
+    """Try what a new domain needs of its place. The empty file goes if something is missing."""
+    try:
+        proved.prove(directory, path)
+    except BaseException:
+        os.unlink(FILE, dir_fd=directory)  # whoever waits for its lock finds that it isn't the domain's
+        raise
 
 
 def _set_aside(directory: int, path: Path) -> None:

@@ -204,6 +204,13 @@ def _locks(directory: int, name: str, fds: list[int]) -> None:
             ofd_lock(fd, fcntl.F_UNLCK, _LOCK, 2)
 
 
+def _keeping(directory: int, name: str, fds: list[int]) -> None:
+    own = OwnedFd(reopen(fds[0]))
+    with own:
+        own.set_lock(fcntl.F_WRLCK, _LOCK)
+        Hold(own, fds[1], _LOCK).drop()
+
+
 def _renaming(directory: int, name: str, fds: list[int]) -> None:
     os.rename(name, f"{name}.new", src_dir_fd=directory, dst_dir_fd=directory)
     there, here = os.stat(f"{name}.new", dir_fd=directory, follow_symlinks=False), os.fstat(fds[0])
@@ -227,6 +234,7 @@ _ATTEMPTS: Final[tuple[tuple[str, Callable[[int, str, list[int]], None]], ...]] 
     ("can't free a part of a file (FALLOC_FL_PUNCH_HOLE)", _holes),
     ("has no mappings that processes share (MAP_SHARED)", _mappings),
     ("has no locks of open file descriptions that others see (F_OFD_SETLK)", _locks),
+    ("can't keep a lock for a process", _keeping),
     ("can't rename a file that is open", _renaming),
     ("can't have sockets", _sockets),
 )
