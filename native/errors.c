@@ -5,11 +5,13 @@
 static PyObject *maker;
 
 int raise_error_by(PyObject *fail, int err, const char *op, const char *obj, const char *what, const char *remedy) {
+  Py_XINCREF(fail); /* another thread may replace it during the call */
   PyObject *args = fail ? Py_BuildValue("(isss)", err, op, obj, remedy) : NULL;
   PyObject *names = args && what ? Py_BuildValue("{ss}", "what", what) : NULL;
   PyObject *error = args && (names || !what) ? PyObject_Call(fail, args, names) : NULL;
   Py_XDECREF(args);
   Py_XDECREF(names);
+  Py_XDECREF(fail);
   if (error) {
     PyErr_SetObject((PyObject *)Py_TYPE(error), error);
     Py_DECREF(error);

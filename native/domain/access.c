@@ -11,12 +11,48 @@
 #include "domain/resv_lock.h"
 #include "domain/step.h"
 
-/* With the lock: put the handles that block the access into *pending (NULL if there are none), and add the access's own fence. Returns its
- * handle, or 0 with *error set, or with an exception set. */
-static uint64_t access_add(Shm *s, db_resv *r, uint32_t target, uint32_t rec, uint64_t me, int write, uint32_t timeline, PyObject **pending,
+/* Handles that block an access. Not a list: an object that is allocated under the lock may collect garbage there, and a finalizer of the
+ * program may wait for the process or thread that waits for the lock. */
+#define FEW 16
+
+typedef struct {
+  uint64_t *more; /* NULL: they are in `few`; else all of them are here */
+  uint32_t count, room;
+  uint64_t few[FEW];
+} handles;
+
+static int handles_add(handles *x, uint64_t handle) { /* 0, or -1 with an exception set */
+  if (x->count == x->room) {
+    uint64_t *more = PyMem_Realloc(x->more, 2 * x->room * sizeof *more);
+    if (!more) {
+      PyErr_NoMemory();
+      return -1;
+    }
+    if (!x->more) memcpy(more, x->few, sizeof x->few);
+    x->more = more;
+    x->room *= 2;
+  }
+  (x->more ? x->more : x->few)[x->count++] = handle;
+  return 0;
+}
+
+static PyObject *handles_list(handles *x) {
+  PyObject *list = PyList_New(x->count);
+  for (uint32_t i = 0; list && i < x->count; i++) {
+    PyObject *h = PyLong_FromUnsignedLongLong((x->more ? x->more : x->few)[i]);
+    if (!h)
+      Py_CLEAR(list);
+    else
+      PyList_SET_ITEM(list, i, h);
+  }
+  return list;
+}
+
+/* With the lock: put the handles that block the access into *pending, and add the access's own fence. Returns its handle, or 0 with *error
+ * set, or with an exception set. */
+static uint64_t access_add(Shm *s, db_resv *r, uint32_t target, uint32_t rec, uint64_t me, int write, uint32_t timeline, handles *pending,
                            int *error) {
   cursor c = cursor_of(s, r, target);
-  *pending = NULL;
   *error = 0;
   for (a64 *p; (p = entry_next(&c));) {
     uint64_t e = atomic_load(p);
@@ -25,30 +61,23 @@ static uint64_t access_add(Shm *s, db_resv *r, uint32_t target, uint32_t rec, ui
     if (E_USAGE(e) > (write ? 2u : 1u) || !fence_pending(s, E_HANDLE(e), &f)) continue;
     if (f && atomic_load(&f->owner) == me) { /* the access would wait for its own thread or task */
       *error = EDEADLK;
-      goto fail;
+      return 0;
     }
-    PyObject *h = PyLong_FromUnsignedLongLong(E_HANDLE(e));
-    if (!*pending) *pending = PyList_New(0);
-    int bad = !h || !*pending || PyList_Append(*pending, h);
-    Py_XDECREF(h);
-    if (bad) goto fail;
+    if (handles_add(pending, E_HANDLE(e))) return 0;
   }
   int room = entries_reserve(s, r, target, 1);
   if (room) {
     if (room != RAISED) *error = -room;
-    goto fail;
+    return 0;
   }
   /* A fence context of its own: accesses overlap, so none may replace another. */
   uint64_t context = atomic_fetch_add(&hdr(s)->next_context, 1);
   uint64_t h = fence_make(s, timeline, context, 1, FF_ACCESS | (write ? FF_WRITE : 0), me, rec + 1);
-  if (!h) goto fail;
+  if (!h) return 0;
   STEP(access_fence); /* pending, and in no list: the reaper signals it */
   entries_add(s, r, target, h, write ? 1 : 2, 1);
   STEP(access_added); /* WAITING: the content is whole */
   return h;
-fail:
-  Py_CLEAR(*pending);
-  return 0;
 }
 
 /* WAITING -> GRANTED. 0; or the errno of a torn write(), which keeps a reader out. */
@@ -83,12 +112,18 @@ static PyObject *access_begin(Shm *s, PyObject *const *a, Py_ssize_t n) {
     if (got == RAISED) return NULL;
     if (got < 0) return PyLong_FromLong(got == -EDEADLK ? -EALREADY : got);
   }
-  PyObject *pending;
+  handles blocking;
+  blocking.more = NULL;
+  blocking.count = 0;
+  blocking.room = FEW;
   int error;
-  uint64_t h = access_add(s, r, target, rec, me, write, timeline, &pending, &error);
+  uint64_t h = access_add(s, r, target, rec, me, write, timeline, &blocking, &error);
   if (!locked) resv_release(r, me);
+  PyObject *handle = h ? PyLong_FromUnsignedLongLong(h) : NULL, *pending = NULL;
+  /* Without blocking fences: of one of several accesses, which are let in together. */
+  if (handle && (blocking.count || locked) && !(pending = handles_list(&blocking))) Py_CLEAR(handle);
+  PyMem_Free(blocking.more);
   if (!h) return PyErr_Occurred() ? NULL : PyLong_FromLong(-error);
-  PyObject *handle = PyLong_FromUnsignedLongLong(h);
   if (!handle || PyObject_SetAttr(a[7], name, handle)) {
     Py_XDECREF(handle);
     Py_XDECREF(pending);
@@ -97,7 +132,6 @@ static PyObject *access_begin(Shm *s, PyObject *const *a, Py_ssize_t n) {
   }
   Py_DECREF(handle);
   if (pending) return pending;
-  if (locked) return PyList_New(0); /* one of several accesses, which are let in together */
   int torn = access_let_in(s, h, rec, write);
   if (torn) return PyLong_FromLong(torn);
   Py_RETURN_NONE;

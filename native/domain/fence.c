@@ -67,22 +67,25 @@ static void wake_dispatchers(Shm *s, uint64_t mask, uint64_t handle) {
     fence_wake_dispatcher(l, handle);
   }
   if (!me || !(mask >> (LIFE_INDEX(me) & 63) & 1) || !s->on_local) return;
+  PyObject *call = Py_NewRef(s->on_local); /* another thread may replace it during the call */
   /* A signal handler may raise before the call has begun its work. After a second call that work is begun, or done. */
   for (int k = 0; k < 2; k++) {
-    PyObject *x = PyObject_CallFunction(s->on_local, "K", (unsigned long long)handle);
+    PyObject *x = PyObject_CallFunction(call, "K", (unsigned long long)handle);
     if (x) {
       Py_DECREF(x);
       break;
     }
-    PyErr_WriteUnraisable(s->on_local);
+    PyErr_WriteUnraisable(call);
   }
+  Py_DECREF(call);
 }
 
 void fence_wake_sync_files(Shm *s, uint64_t handle, db_fence *f) {
-  PyObject *x = NULL;
+  PyObject *x = NULL, *call = Py_XNewRef(s->on_sync); /* another thread may replace it during the call */
   /* Call again if a signal handler raised in the middle: to wake twice is to wake once. */
-  for (int k = 0; k < 2 && !x && s->on_sync; k++)
-    if (!(x = PyObject_CallFunction(s->on_sync, "K", (unsigned long long)handle))) PyErr_WriteUnraisable(s->on_sync);
+  for (int k = 0; k < 2 && !x && call; k++)
+    if (!(x = PyObject_CallFunction(call, "K", (unsigned long long)handle))) PyErr_WriteUnraisable(call);
+  Py_XDECREF(call);
   if (x == Py_True) { /* while the bit is set, the process that reaps the slot wakes them again */
     uint32_t w = atomic_load(&f->word);
     while (FW_GEN(w) == WORD_OF(H_GEN(handle)) && (w & FW_SYNC) && !atomic_compare_exchange_weak(&f->word, &w, w & ~FW_SYNC)) {}

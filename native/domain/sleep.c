@@ -56,8 +56,10 @@ int shm_sleep(Shm *s, a32 *word, uint32_t expected, int64_t until, int kind, uin
 
 int shm_tick(Shm *s, int kind, uint64_t value) {
   if (!s->tick) return 0;
-  PyObject *x = PyObject_CallFunction(s->tick, "iK", kind, (unsigned long long)value);
+  PyObject *tick = Py_NewRef(s->tick); /* another thread may replace it during the call */
+  PyObject *x = PyObject_CallFunction(tick, "iK", kind, (unsigned long long)value);
   Py_XDECREF(x);
+  Py_DECREF(tick);
   return x ? 0 : -1;
 }
 

@@ -99,6 +99,7 @@ static PyObject *mapped(int fd, const fd_id *id, Py_ssize_t length, long long of
     return NULL;
   }
   Py_ssize_t lead = from_start ? (Py_ssize_t)offset : 0;
+  /* Before the look at the file: the allocation may collect garbage, whose finalizers may close the descriptor or make the file shorter. */
   Mapping *self = (Mapping *)mapping_type->tp_alloc(mapping_type, 0);
   if (!self) return NULL;
   if (!within_file(fd, id, length, offset, page, &st)) { /* just before the mapping: the number may be used again */

@@ -40,8 +40,12 @@ static View *view_open(Mapping *mapping, PyObject *on_release, bool readonly, Py
     PyErr_SetString(PyExc_BufferError, "view: mapping: it is read-only; map it writable, or take a read-only view");
     return NULL;
   }
+  mapping->views++; /* first: the allocation may collect garbage, whose finalizers may close a mapping that nothing uses */
   View *self = PyObject_GC_New(View, view_type);
-  if (!self) return NULL;
+  if (!self) {
+    mapping->views--;
+    return NULL;
+  }
   self->mapping = (Mapping *)Py_NewRef(mapping);
   self->on_release = on_release == Py_None ? NULL : Py_NewRef(on_release);
   self->base = mapping->base + offset;
@@ -50,7 +54,6 @@ static View *view_open(Mapping *mapping, PyObject *on_release, bool readonly, Py
   self->readonly = readonly;
   self->retired = false;
   self->weakrefs = NULL;
-  mapping->views++;
   PyObject_GC_Track(self);
   return self;
 }

@@ -40,8 +40,8 @@ class Dispatcher:
         self._deadlines: dict[int, Callable[[], None]] = {}  # slot -> what to call when another process has set a deadline
         self._thread: threading.Thread | None = None
         self._running = True
-        # Whether the thread sleeps, or is about to, until a process rings. The thread alone changes it, under the lock, when it has seen that
-        # nothing is watched. Every watcher that finds it set rings, so none relies on what another was about to do.
+        # Whether the thread sleeps, or is about to, until a process rings. Only the thread changes it, under the lock, after it has looked
+        # whether anything is watched. Every watcher that finds it set rings, so none relies on what another was about to do.
         self._tickless = False
         self._doorbell = lives.slot_offset(lives.index_of(self.life)) + LIFE_DOORBELL
         self._served = lives.slot_offset(lives.index_of(self.life)) + LIFE_SERVED

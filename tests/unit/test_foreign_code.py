@@ -1,0 +1,157 @@
+"""Code of the program that runs in the middle of a call: finalizers that the garbage collector calls, and hooks that are replaced."""
+
+import errno
+import gc
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import pytest
+
+import dmabuf
+from dmabuf._native import Mapping, open_view
+from dmabuf.core.buffer.handle import handle_of
+from dmabuf.core.task.owner import current
+from tests.support.mappings import SIZE
+
+IN_ALLOCATIONS = pytest.mark.skipif(sys.version_info >= (3, 12), reason="from CPython 3.12 on no allocation collects garbage")
+
+
+class _Finalized:
+    def __init__(self, call: Callable[[], object]) -> None:
+        self.call, self.me = call, self  # a circle, which only the collector takes apart
+
+    def __del__(self) -> None:
+        self.call()
+
+
+@contextmanager
+def garbage(call: Callable[[], object], allocations: int) -> Iterator[None]:
+    """In the block, collect garbage whose finalizer is ``call`` after so many allocations."""
+    thresholds, inside = gc.get_threshold(), [True]
+    spare: list[list[None]] = [[] for _ in range(200)]  # else lists come from those that CPython has kept, without an allocation
+    gc.disable()
+    gc.collect()
+    _Finalized(lambda: inside and call())
+    gc.set_threshold(allocations, 1000, 1000)
+    gc.enable()
+    try:
+        yield
+    finally:
+        gc.disable()
+        inside.clear()
+        gc.set_threshold(*thresholds)
+        gc.enable()
+        spare.clear()
+
+
+MOMENTS = range(1, 60)  # one of these many allocations comes where the test wants it
+
+
+def closed_or_not(mapping: Mapping) -> bool:
+    """Close the mapping, unless something uses it."""
+    try:
+        mapping.close()
+    except BufferError:
+        return False
+    return True
+
+
+@IN_ALLOCATIONS
+def test_view_keeps_its_mapping_though_a_finalizer_closes_it_amid_its_making() -> None:
+    fd = os.memfd_create("view")
+    os.ftruncate(fd, SIZE)
+    outcomes = set()
+    for moment in MOMENTS:
+        mapping, closed = Mapping(fd, SIZE), list[bool]()
+        try:
+            with garbage(partial(lambda mapping, closed: closed.append(closed_or_not(mapping)), mapping, closed), moment):
+                view, memory = open_view(mapping, None, True)
+        except ValueError:  # it was closed before
+            assert closed == [True]
+            continue
+        finally:
+            outcomes.update(closed)
+        assert memory[SIZE - 1] == 0
+        memory.release()
+        view.retire()
+        mapping.close()
+    os.close(fd)
+    assert False in outcomes
+
+
+@IN_ALLOCATIONS
+def test_mapping_looks_at_a_file_that_a_finalizer_makes_shorter_einval() -> None:
+    refused = 0
+    for moment in MOMENTS:
+        fd, shorter = os.memfd_create("mapping"), list[None]()
+        os.ftruncate(fd, SIZE)
+        mapping = None
+        try:
+            with garbage(partial(lambda fd, shorter: shorter.append(os.ftruncate(fd, 0)), fd, shorter), moment):
+                mapping = Mapping(fd, SIZE)
+                seen = len(shorter)
+            assert not seen, "it was mapped beyond its end"
+        except OSError as e:
+            refused += e.errno == errno.EINVAL
+        finally:
+            os.close(fd)
+            if mapping is not None:
+                mapping.close()
+    assert refused
+
+
+class Added:
+    """What ``access_begin`` stores the fence of an access in."""
+
+    fence = 0
+
+
+@pytest.mark.parametrize("blocking", [1, 16, 17, 70])
+def test_access_runs_no_finalizer_under_the_reservation_lock(blocking: int) -> None:
+    """The fences that block it become a list when the lock is free again."""
+    buf = dmabuf.allocate(4096)
+    fences = [dmabuf.Timeline(f"work {i}").fence() for i in range(blocking)]
+    with buf.resv.locked() as resv:
+        resv.reserve(blocking)
+        for fence in fences:
+            resv.add(fence, dmabuf.Usage.WRITE)
+    shm, index = handle_of(buf).shared.at()
+    word, added, locked = current(buf.resv.domain).word, Added(), set[int]()
+    for moment in MOMENTS:
+        with garbage(lambda: locked.add(shm.resv_owner(index)), moment):
+            answer = shm.access_begin(index, index, word, False, 0, -1, False, added)
+        assert answer == [fence.handle for fence in fences]
+        shm.fence_signal(added.fence, 0, True)
+    assert locked == {0}
+    for fence in fences:
+        fence.signal()
+    with buf.read(timeout=0):
+        pass
+    buf.close()
+
+
+@pytest.mark.parametrize("hook", ["on_local", "on_sync"])
+def test_hook_that_is_replaced_during_its_call_is_the_one_reported(hook: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing but the domain's object refers to the hook, which its replacement would free."""
+    told: list[str] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda what: told.append(type(what.object).__name__))
+    domain = dmabuf.Domain.private()
+    shm = domain.join()
+    fence = dmabuf.Timeline("work", domain=domain).fence()
+
+    class Replaced:
+        def __call__(self, handle: int) -> bool:
+            setattr(shm, hook, before)
+            raise ValueError(handle)
+
+    if hook == "on_sync":
+        shm.fence_watch_sync(fence.handle)
+    else:
+        shm.fence_watch(fence.handle)
+    before = getattr(shm, hook)
+    setattr(shm, hook, Replaced())
+    fence.signal()
+    assert told[0] == "Replaced"
