@@ -1,18 +1,31 @@
 """What `dmabuf doctor` looks at."""
 
+import errno
 import grp
 import os
 from pathlib import Path
 
 import pytest
 
+from dmabuf import _native
+from dmabuf.domain import proved
+from dmabuf.observe import machine
 from dmabuf.observe.machine import MISSING, OK, WARNING, Check, checks
 from dmabuf.observe.units import age, size
+from tests.support.mounts import mounted
 
 
 def named(found: list[Check], name: str) -> Check:
     (check,) = (check for check in found if check.name == name)
     return check
+
+
+def file_system(path: Path) -> str:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        return str(proved.file_system(fd))
+    finally:
+        os.close(fd)
 
 
 def test_here_everything_required_is_there() -> None:
@@ -38,6 +51,49 @@ def test_a_domain_that_could_be_made_is_ok_and_not_made(tmp_path: Path) -> None:
     check = named(checks(domain_path=tmp_path / "new"), "domain")
     assert (check.status, check.required) == (OK, True)
     assert not (tmp_path / "new").exists()
+
+
+def test_domain_is_tried_and_nothing_is_left(tmp_path: Path) -> None:
+    (tmp_path / "domain").mkdir(mode=0o700)
+    kind = file_system(tmp_path)
+    for path in (tmp_path / "domain", tmp_path / "new"):
+        check = named(checks(domain_path=path), "domain")
+        assert check.status == OK
+        assert f" on {kind}" in check.detail
+    assert [p.name for p in tmp_path.rglob("*")] == ["domain"]
+
+
+def test_domain_on_overlayfs_is_ok_and_says_what_keeps_the_locks(tmp_path: Path) -> None:
+    with mounted("overlay", tmp_path / "merged", base=tmp_path) as path:
+        check = named(checks(domain_path=path / "domain"), "domain")
+        assert check.status == OK
+        assert f"overlay at {path}" in check.detail
+        assert "a thread of each process keeps its lock" in check.detail
+
+
+def test_domain_where_it_cannot_work_is_missing_and_names_what_and_a_remedy(tmp_path: Path) -> None:
+    with mounted("ramfs", tmp_path / "ramfs") as path:
+        check = named(checks(domain_path=path / "domain"), "domain")
+        assert check.status == MISSING
+        assert check.required
+        assert f"ramfs at {path}" in check.detail
+        assert "fallocate" in check.detail
+        assert "DMABUF_DOMAIN" in check.remedy
+        assert check.remedy not in check.detail
+
+
+def test_inotify_that_is_refused_is_missing_but_not_required(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert named(checks(), "inotify").status == OK
+
+    def refused() -> object:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(machine, "watch_open", refused)
+    check = named(checks(), "inotify")
+    assert (check.status, check.required) == (MISSING, False)
+    monkeypatch.setattr(machine, "watch_open", _native.watch_open)
+    monkeypatch.setattr(machine, "watch_read", lambda watch: b"")
+    assert named(checks(), "inotify").status == MISSING
 
 
 def test_a_directory_that_others_may_read_is_no_domain(tmp_path: Path) -> None:

@@ -128,7 +128,7 @@ def test_default_domain_is_in_the_second_place_when_the_first_never_works(
     run, memory = two_places
     real = proved.prove
 
-    def prove(directory: int, path: Path) -> proved.FileSystem:
+    def prove(directory: int, path: Path) -> proved.Proof:
         if path == run:
             raise fail(number, "open domain", path)
         return real(directory, path)
@@ -143,7 +143,7 @@ def test_default_domain_is_in_the_second_place_when_the_first_never_works(
 def test_default_domain_is_an_error_when_the_first_place_may_work_later(
     two_places: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    def prove(directory: int, path: Path) -> proved.FileSystem:
+    def prove(directory: int, path: Path) -> proved.Proof:
         raise fail(number, "open domain", path)
 
     def refused_default() -> None:

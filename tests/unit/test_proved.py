@@ -259,13 +259,13 @@ def directory(where: Path) -> Iterator[int]:
 
 
 def test_prove_accepts_memory_and_leaves_nothing(directory: int, where: Path) -> None:
-    assert proved.prove(directory, where) == proved.file_system(directory)
+    assert proved.prove(directory, where) == (proved.file_system(directory), False)
     assert left(where) == []
 
 
 def test_prove_accepts_overlayfs(overlay: Path) -> None:
     fd = place.open_directory(overlay / "domain")
-    assert proved.prove(fd, overlay / "domain") == ("overlay", str(overlay))
+    assert proved.prove(fd, overlay / "domain") == (("overlay", str(overlay)), True)
     os.close(fd)
     assert left(overlay / "domain") == []
 

@@ -118,8 +118,15 @@ def still_runs(pid: int, start: int) -> bool:
 # ---- the place ----
 
 
-def prove(directory: int, path: Path) -> FileSystem:
-    """Try in a directory what a domain needs of its file system, and return which one it is.
+class Proof(NamedTuple):
+    """A place in which a domain can be. ``by_thread``: a thread keeps the lock of each process, because a mapping doesn't."""
+
+    file_system: FileSystem
+    by_thread: bool
+
+
+def prove(directory: int, path: Path) -> Proof:
+    """Try in a directory what a domain needs of its file system.
 
     Args:
         directory: A descriptor of it.
@@ -129,13 +136,13 @@ def prove(directory: int, path: Path) -> FileSystem:
         DmaBufError: Something is missing (ENOTSUP), and the message says what, where, and what to do.
         NoSpaceError: There is no room (ENOSPC).
     """
-    found = file_system(directory)
+    found, by_thread = file_system(directory), False
     name = f"{PROOF}{secrets.token_hex(8)}"
     fds: list[int] = []
     try:
         for what, attempt in _ATTEMPTS:
             try:
-                attempt(directory, name, fds)
+                by_thread |= bool(attempt(directory, name, fds))
             except OSError as e:
                 if e.errno in (errno.EMFILE, errno.ENFILE, errno.EDQUOT, errno.ENOSPC, errno.ENOMEM, errno.EROFS, errno.EACCES):
                     raise fail(e.errno, "open domain", path, _REMEDIES.get(e.errno) or remedy(), what=_SAID.get(e.errno)) from None
@@ -147,7 +154,7 @@ def prove(directory: int, path: Path) -> FileSystem:
         for ending in ("", ".new", ".sock"):
             with contextlib.suppress(OSError):
                 os.unlink(name + ending, dir_fd=directory)
-    return found
+    return Proof(found, by_thread)
 
 
 _REMEDIES: Final = {
@@ -204,11 +211,12 @@ def _locks(directory: int, name: str, fds: list[int]) -> None:
             ofd_lock(fd, fcntl.F_UNLCK, _LOCK, 2)
 
 
-def _keeping(directory: int, name: str, fds: list[int]) -> None:
-    own = OwnedFd(reopen(fds[0]))
-    with own:
+def _keeping(directory: int, name: str, fds: list[int]) -> bool:
+    with OwnedFd(reopen(fds[0])) as own:
         own.set_lock(fcntl.F_WRLCK, _LOCK)
-        Hold(own, fds[1], _LOCK).drop()
+        hold = Hold(own, fds[1], _LOCK)
+    hold.drop()
+    return hold.by_thread
 
 
 def _renaming(directory: int, name: str, fds: list[int]) -> None:
@@ -228,7 +236,7 @@ def _sockets(directory: int, name: str, fds: list[int]) -> None:
 
 
 # What a domain does with its place, in an order in which each needs only what stands before it; and what is wrong if it fails.
-_ATTEMPTS: Final[tuple[tuple[str, Callable[[int, str, list[int]], None]], ...]] = (
+_ATTEMPTS: Final[tuple[tuple[str, Callable[[int, str, list[int]], bool | None]], ...]] = (
     ("doesn't give two descriptions of a new file", _files),
     ("can't allocate the space of a file (fallocate)", _room),
     ("can't free a part of a file (FALLOC_FL_PUNCH_HOLE)", _holes),

@@ -5,20 +5,23 @@ Each check tries the feature itself, and doesn't ask for a version. It leaves no
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import importlib.util
 import os
 import resource
 import stat
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dmabuf.domain import place
+from dmabuf._native import watch_add, watch_open, watch_read
+from dmabuf.domain import place, proved
 from dmabuf.domain.records import reference_locks
-from dmabuf.errors import errno_name
+from dmabuf.errors import DmaBufError, errno_name
 from dmabuf.heap import budget, devices, udmabuf
 from dmabuf.observe.units import size
 
@@ -52,7 +55,7 @@ def checks(
     ``domain_path``: None for this user's domain. ``dev``, ``proc``, ``parameters``: for tests.
     """
     found = [_kernel(), _proc(proc), _memfd(), _locks(proc), _domain(domain_path or place.default_path()), *_memory()]
-    found += [_descriptors(), _namespace(proc), _cpus()]
+    found += [_descriptors(), _inotify(), _namespace(proc), _cpus()]
     found.append(_udmabuf(dev / "udmabuf", parameters))
     found.extend(_devices(dev, "dma_heap", "dma_heap/*", "dma-buf heaps", "use a kernel with CONFIG_DMABUF_HEAPS_SYSTEM"))
     found.extend(_devices(dev, "dri", "dri/card*", "GPU buffers", "load a GPU's driver, or: modprobe vgem", "dri/renderD*"))
@@ -125,7 +128,7 @@ def _locks(proc: Path) -> Check:
 
 
 def _domain(path: Path) -> Check:
-    """Check that the domain's directory belongs to this user, or can be made."""
+    """Check that the domain's directory belongs to this user, or can be made, and that a domain works there."""
     remedy = "make it yours with mode 0700, or name another directory in DMABUF_DOMAIN"
     given = "from DMABUF_DOMAIN" if os.environ.get("DMABUF_DOMAIN") == str(path) else "the default"
     try:
@@ -133,18 +136,35 @@ def _domain(path: Path) -> Check:
     except FileNotFoundError:
         parent = path.parent
         if os.access(parent, os.W_OK | os.X_OK):
-            return Check("domain", OK, True, f"{path} ({given}): doesn't exist yet, made at first use{_room(parent)}")
+            return _place(parent, f"{path} ({given}): doesn't exist yet, made at first use", temporary=True)
         why = "can't be made in" if parent.is_dir() else "can't be made: there is no"
         return Check("domain", MISSING, True, f"{path} ({given}) {why} {parent}", "name a directory you can write to in DMABUF_DOMAIN")
     except OSError as e:
         return Check("domain", MISSING, True, f"{path} ({given}): {e.strerror}", remedy)
     if not stat.S_ISDIR(st.st_mode):
         return Check("domain", MISSING, True, f"{path} ({given}) is not a directory", remedy)
-    if st.st_uid != os.geteuid() or stat.S_IMODE(st.st_mode) != 0o700:
+    if st.st_uid != os.geteuid() or stat.S_IMODE(st.st_mode) & ~stat.S_ISGID != 0o700:
         return Check(
             "domain", MISSING, True, f"{path} ({given}) belongs to {devices.user(st.st_uid)}, mode {stat.S_IMODE(st.st_mode):04o}", remedy
         )
-    return Check("domain", OK, True, f"{path} ({given}): belongs to you{_room(path)}")
+    return _place(path, f"{path} ({given}): belongs to you")
+
+
+def _place(path: Path, found: str, *, temporary: bool = False) -> Check:
+    """Try what a domain needs of a directory. ``temporary``: in a directory of its own there, because ``path`` may be anybody's."""
+    try:
+        with tempfile.TemporaryDirectory(prefix=".dmabuf-", dir=path) if temporary else contextlib.nullcontext(path) as where:
+            directory = os.open(where, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                proof = proved.prove(directory, path)
+            finally:
+                os.close(directory)
+    except DmaBufError as e:
+        return Check("domain", MISSING, True, str(e).removesuffix(f"; {e.remedy}"), e.remedy or "")
+    except OSError as e:
+        return Check("domain", MISSING, True, f"{found}, but can't be tried: {e.strerror}", "name another directory in DMABUF_DOMAIN")
+    locks = ", where a thread of each process keeps its lock" if proof.by_thread else ""
+    return Check("domain", OK, True, f"{found}, on {proof.file_system}{locks}{_room(path)}")
 
 
 def _room(path: Path) -> str:
@@ -153,6 +173,26 @@ def _room(path: Path) -> str:
     except OSError:
         return ""
     return f", {size(fs.f_bavail * fs.f_frsize)} free on its file system"
+
+
+def _inotify() -> Check:
+    """Check that the end of a buffer is noticed when it comes."""
+    remedy = "allow inotify in the sandbox, or raise fs.inotify.max_user_instances"
+    try:
+        fd = os.memfd_create("dmabuf-doctor", os.MFD_CLOEXEC)
+        try:
+            st = os.fstat(fd)
+            watch = watch_open()
+            watch_add(watch, fd, st.st_dev, st.st_ino)
+        finally:
+            os.close(fd)
+        with watch:
+            noticed = bool(watch_read(watch))
+    except OSError as e:
+        return Check("inotify", MISSING, False, f"the end of a buffer is noticed later ({e.strerror})", remedy)
+    if not noticed:
+        return Check("inotify", MISSING, False, "the end of a buffer is noticed later (no event comes)", remedy)
+    return Check("inotify", OK, False, "the end of a buffer is noticed at once")
 
 
 # ---- limits ----
