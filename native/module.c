@@ -123,9 +123,9 @@ PyMODINIT_FUNC PyInit__native(void) {
   PyObject *module = PyModule_Create(&definition);
   if (!module) return NULL;
   if (add_constants(module) || shm_register(module, shm_methods) || fence_register(module) || step_register(module) ||
-      mapping_register(module) || view_register(module) || passing_register(module) || descriptor_register(module) ||
-      probe_register(module) || file_register(module) || hold_register(module) || same_register(module) || errors_register(module) ||
-      held_register(module) || guard_register(module)) {
+      mapping_register(module) || view_register(module) || passing_register(module) || messages_register(module) ||
+      descriptor_register(module) || probe_register(module) || file_register(module) || hold_register(module) || same_register(module) ||
+      errors_register(module) || held_register(module) || guard_register(module)) {
     Py_DECREF(module);
     return NULL;
   }

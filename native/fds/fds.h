@@ -16,6 +16,7 @@ int owned_checked(PyObject *object, const char *op);
 
 int probe_register(PyObject *module);
 int passing_register(PyObject *module);
+int messages_register(PyObject *module);
 int descriptor_register(PyObject *module);
 int file_register(PyObject *module);
 int hold_register(PyObject *module);

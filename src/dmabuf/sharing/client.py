@@ -27,6 +27,7 @@ from dmabuf.sharing.messages import (
     VERSION,
     Body,
     address_of,
+    check_socket,
     check_user,
     close_all,
     decode_error,
@@ -205,6 +206,7 @@ class Client:
         poller.register(sock, select.POLLIN)
         while not poller.poll(TICK_NS // 1_000_000):
             self.domain.sweep_if_due()
+            check_socket(sock)
             if not self.alive:
                 return None
         return receive_last(sock)

@@ -14,13 +14,14 @@ import struct
 import weakref
 from typing import Any, Final
 
+from dmabuf._native import OwnedFd
 from dmabuf.core.access.range import BufferRange
 from dmabuf.core.buffer.handle import handle_of
 from dmabuf.core.buffer.shared import SharedBuffer
 from dmabuf.core.dma_buf import DmaBuf
 from dmabuf.core.fence.fence import DmaFence, wrap
 from dmabuf.core.fence.timeline import Timeline, inherited, slot_of
-from dmabuf.core.fence.travel import pack, unpack
+from dmabuf.core.fence.travel import MOST_BYTES, pack, unpack
 from dmabuf.core.get import received
 from dmabuf.core.sync.semaphore import TimelineSemaphore
 from dmabuf.core.sync.sw_sync import SwSync
@@ -30,6 +31,7 @@ from dmabuf.domain.records import Record
 from dmabuf.domain.sync_files import SyncFileRecord
 from dmabuf.errors import DmaBufError, fail
 from dmabuf.sharing.remote_timeline import RemoteTimeline, use_of
+from dmabuf.sharing.sealed import content, sealed
 
 MAX_OBJECTS: Final = 253  # SCM_MAX_FD, include/net/scm.h
 
@@ -41,7 +43,6 @@ _BODY: Final = struct.Struct("=QQ16s32s")  # of a buffer: st_dev, st_ino, nonce,
 _PART: Final = struct.Struct("=QQ48x")  # of a range: offset, length
 _FENCE: Final = struct.Struct("=QQQ40x")  # handle, context, seqno
 _TIMELINE: Final = struct.Struct("=QQ48x")  # number of the slot's use, context
-_MOST_STRUCTURE: Final = 1 << 28  # bytes of a fence container: more than a domain has fences for
 _SYNC: Final = struct.Struct("=I60x")  # of a sync file: bytes of its record, in the items that follow
 
 _BUFFER, _FENCE_KIND, _TIMELINE_KIND, _PRIVATE_DOMAIN, _DIRECTORY = 1, 2, 3, 4, 5
@@ -112,6 +113,9 @@ def pack_objects(objects: tuple[Any, ...]) -> tuple[bytes, list[int], list[DmaFe
             check_fence(one, "send")
             structure = pack(one)
             if structure is not None:
+                if len(structure) > MOST_BYTES:
+                    remedy = "merge fewer fences into one"
+                    raise fail(errno.EMSGSIZE, "send", one, remedy, what=f"it has more than {MOST_BYTES // 40} fences")
                 structures.append((len(fds), structure))
                 fds.append(-1)
                 items.append(_item(_CONTAINER, one.domain, b""))
@@ -150,10 +154,8 @@ def pack_objects(objects: tuple[Any, ...]) -> tuple[bytes, list[int], list[DmaFe
         raise fail(e.errno or errno.EIO, "send", "a domain", "don't remove or rename its directory", what=e.strerror) from None
     try:
         for at, structure in structures:
-            fds[at] = os.memfd_create("dmabuf-fence", os.MFD_CLOEXEC)
+            fds[at] = sealed("dmabuf-fence", structure).take()
             opened.append(fds[at])
-            if os.pwrite(fds[at], structure, 0) != len(structure):
-                raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
     except OSError as e:
         for fd in opened:
             os.close(fd)
@@ -245,11 +247,11 @@ def objects_of(sock: socket.socket, items: list[tuple[Any, ...]], fds: list[int]
 
 def _container(sock: socket.socket, domain: Domain, fd: int) -> DmaFence:
     """Return the container of fences whose structure is behind a descriptor, which is consumed."""
-    with open(fd, "rb") as structure:
+    with OwnedFd(fd) as structure:
         try:
-            return unpack(domain, structure.read() if os.fstat(fd).st_size <= _MOST_STRUCTURE else b"")
-        except (ValueError, struct.error):
-            raise foreign(sock, "something that is not a container of fences") from None
+            return unpack(domain, content(structure, 1, MOST_BYTES))
+        except ValueError as e:
+            raise foreign(sock, f"something that is not a container of fences: {e}") from None
 
 
 def domain_of(identity: bytes, flags: int) -> Domain:

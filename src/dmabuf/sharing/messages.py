@@ -1,6 +1,6 @@
 """The messages and errors between clients and servers, and their sockets.
 
-*A message* is one SOCK_SEQPACKET datagram of JSON, with descriptors. A message of more than :data:`INLINE` bytes is in a memfd. The
+*A message* is one SOCK_SEQPACKET datagram of JSON, with descriptors. A message of more than :data:`INLINE` bytes is in a sealed memfd. The
 receiver trusts nothing in it: lengths and counts are bounded, :func:`number`, :func:`text` and :func:`flag` check fields, and a message
 that makes no sense is EBADMSG. There are no pickles. An error travels as its errno, its text and the parts of the message, and a
 ``ContractError`` as itself. If the receiver has no room for descriptors, the message is :data:`LOST`. Where it needs them, that is EMFILE
@@ -20,10 +20,12 @@ import struct
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final
 
+from dmabuf._native import OwnedFd, close_same, is_same, receive_message, send_message
 from dmabuf.domain import dispatcher, lives, place
 from dmabuf.domain.directory import bind_socket, socket_address
 from dmabuf.domain.domain import Domain
 from dmabuf.errors import ContractError, ContractWarning, DmaBufError, fail, rebuilt
+from dmabuf.sharing.sealed import content, sealed
 
 VERSION: Final = 2
 INLINE: Final = 32 << 10  # bytes of JSON in the datagram itself; well below any SO_SNDBUF
@@ -35,14 +37,12 @@ LOST: Final = "lost"  # a field of a received message: its descriptors are missi
 THERE: Final = "the other process"  # where no descriptor is left, in the caller's message
 NO_ROOM: Final = (errno.EMFILE, errno.ENFILE, errno.ETOOMANYREFS)
 
-_FD: Final = struct.Struct("=i")
-_CONTROL: Final = socket.CMSG_SPACE(MAX_FDS * _FD.size)
 _UCRED: Final = struct.Struct("=3i")  # pid, uid, gid (unix(7))
 
 # Made once: json.dumps() makes an encoder at each call, json.loads() looks for the encoding, and flags of an enum are slow to combine.
 _encode: Final = json.JSONEncoder(separators=(",", ":")).encode
 _decode: Final[Callable[[str], object]] = json.JSONDecoder().decode
-_NO_SIGNAL, _FDS_LOST, _TRUNCATED, _CLOEXEC = map(int, (socket.MSG_NOSIGNAL, socket.MSG_CTRUNC, socket.MSG_TRUNC, socket.MSG_CMSG_CLOEXEC))
+_FDS_LOST, _TRUNCATED = int(socket.MSG_CTRUNC), int(socket.MSG_TRUNC)
 
 Body = dict[str, Any]
 
@@ -83,50 +83,43 @@ def no_room(operation: str, obj: object, where: str, number: int = errno.EMFILE)
 
 
 def send(sock: socket.socket, body: Body, fds: Iterable[int] = (), flags: int = 0) -> None:
-    data, given, extra = _encode(body).encode(), list(fds), -1
-    try:
-        if len(data) > INLINE:
-            extra = os.memfd_create("dmabuf-message", os.MFD_CLOEXEC)
-            with open(extra, "wb", closefd=False) as f:
-                f.write(data)
-            data, given = _encode({"long": len(data)}).encode(), [extra, *given]
-        control = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"={len(given)}i", *given))] if given else []
-        sock.sendmsg([data], control, _NO_SIGNAL | flags)
-    finally:
-        if extra >= 0:
-            os.close(extra)
+    """Send a message. Errors: EBADF somebody else closed the socket's descriptor; those of sendmsg(2)."""
+    data, given = _encode(body).encode(), list(fds)
+    if len(data) <= INLINE:
+        send_message(sock.fileno(), *_inode(sock), data, given, flags)
+        return
+    with sealed("dmabuf-message", data) as extra:
+        send_message(sock.fileno(), *_inode(sock), _encode({"long": len(data)}).encode(), [extra.number, *given], flags)
 
 
 def receive(sock: socket.socket) -> tuple[Body, list[int]] | None:
-    """One message; None at the end. Errors: EBADMSG (the descriptors are closed); EMFILE its text is lost; what recvmsg(2) says."""
-    data, control, flags, _ = sock.recvmsg(INLINE + 1, _CONTROL, _CLOEXEC)
-    fds: list[int] = []
-    for level, kind, raw in control:
-        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-            fds += (n for (n,) in _FD.iter_unpack(raw[: len(raw) // _FD.size * _FD.size]))
+    """One message; None at the end.
+
+    Errors: EBADMSG (the descriptors are closed); EMFILE its text is lost; EBADF somebody else closed the socket's descriptor; what
+    recvmsg(2) says.
+    """
+    data, fds, flags = receive_message(sock.fileno(), *_inode(sock), INLINE + 1)
+    lost = bool(flags & _FDS_LOST)
+    if not data and not fds and not lost:
+        return None
     try:
-        lost = bool(flags & _FDS_LOST)
-        if not data and not fds and not lost:
-            return None
         if flags & _TRUNCATED or len(data) > INLINE:
             raise nonsense("it is truncated")
+        if len(fds) > MAX_FDS:
+            raise nonsense(f"it has {len(fds)} descriptors")
         if lost:
-            close_all(fds)
+            fds.clear()
         body = _decode(data.decode())
         if isinstance(body, dict) and "long" in body:
             if lost:
                 raise no_room("request", "a message", "the process that it was sent to")
             body = _decode(_long(number(body, "long", LONGEST), fds).decode())
-        if not isinstance(body, dict):
-            raise nonsense("it is not an object")
-        body[LOST] = lost
     except (ValueError, RecursionError) as e:
-        close_all(fds)
         raise nonsense(f"it is not JSON: {e}") from None
-    except BaseException:
-        close_all(fds)
-        raise
-    return body, fds
+    if not isinstance(body, dict):
+        raise nonsense("it is not an object")
+    body[LOST] = lost
+    return body, [fd.take() for fd in fds]
 
 
 def receive_last(sock: socket.socket) -> tuple[Body, list[int]] | None:
@@ -137,19 +130,14 @@ def receive_last(sock: socket.socket) -> tuple[Body, list[int]] | None:
     return None
 
 
-def _long(size: int, fds: list[int]) -> bytes:
+def _long(size: int, fds: list[OwnedFd]) -> bytes:
     if not fds:
         raise nonsense("a long message has no memory")
-    fd = fds.pop(0)
-    try:
-        data = os.pread(fd, size, 0)
-    except OSError:
-        data = b""  # the descriptor is not a file
-    finally:
-        os.close(fd)
-    if len(data) != size:
-        raise nonsense("a long message is shorter than it says")
-    return data
+    with fds.pop(0) as memory:
+        try:
+            return content(memory, size, size)
+        except ValueError as e:
+            raise nonsense(f"the memory of a long message {e}") from None
 
 
 def close_all(fds: list[int]) -> None:
@@ -197,26 +185,49 @@ def check_user(sock: socket.socket) -> None:
         )
 
 
-_sockets: set[socket.socket] = set()  # every open socket; a forked child closes them
+_sockets: dict[socket.socket, tuple[int, int]] = {}  # every open socket, with its (st_dev, st_ino); a forked child closes them
+
+
+def _inode(sock: socket.socket) -> tuple[int, int]:
+    found = _sockets.get(sock)
+    if found is None:  # one that opened() didn't make
+        about = os.fstat(sock.fileno())
+        found = about.st_dev, about.st_ino
+    return found
+
+
+def check_socket(sock: socket.socket) -> None:
+    """Errors: EBADF somebody else closed the socket's descriptor, and the number may be another file's now."""
+    if not is_same(sock.fileno(), *_inode(sock)):
+        what = "it was closed by somebody else, and the number may be another file's now"
+        raise fail(errno.EBADF, "request", f"fd {sock.fileno()}", "close the object, not its descriptor", what=what)
 
 
 def opened(make: Callable[[], socket.socket]) -> socket.socket:
     """Make a socket that a forked child closes."""
     with lives.FORK_GUARD:
         sock = make()
-        _sockets.add(sock)
+        about = os.fstat(sock.fileno())
+        _sockets[sock] = about.st_dev, about.st_ino
         return sock
 
 
 def shut(sock: socket.socket) -> None:
     """Close a socket of :func:`opened`."""
-    sock.close()
-    _sockets.discard(sock)  # in this order: after a fork in between the child closes the socket again, and doesn't keep a copy
+    _close(sock)
+    _sockets.pop(sock, None)  # in this order: after a fork in between the child closes the socket again, and doesn't keep a copy
+
+
+def _close(sock: socket.socket) -> None:
+    """Close it, unless somebody else did, and the number is another file's now."""
+    inode, fd = _sockets.get(sock), sock.detach()
+    if fd >= 0:
+        close_same(fd, *inode) if inode else os.close(fd)
 
 
 def _after_fork() -> None:
     for sock in list(_sockets):
-        sock.close()
+        _close(sock)
     _sockets.clear()
 
 

@@ -39,6 +39,7 @@ from dmabuf.sharing.messages import (
     VERSION,
     Body,
     bind,
+    check_socket,
     check_user,
     close_all,
     encode_error,
@@ -283,6 +284,7 @@ def _stop(sock: socket.socket, connections: set[socket.socket]) -> None:
     """End the server. Every caller notices."""
     for one in [sock, *connections]:
         with contextlib.suppress(OSError):
+            check_socket(one)
             one.shutdown(socket.SHUT_RDWR)
     shut(sock)
 
@@ -328,6 +330,10 @@ def _accepting(sock: socket.socket, me: weakref.ref[Server], spare: _Spare) -> N
     while sock.fileno() >= 0:
         spare.fill()
         poller.poll()
+        try:
+            check_socket(sock)
+        except OSError:
+            return  # somebody else closed it: nobody can be served any more, and the next socket of this number is another one's
         try:
             conn = opened(lambda: sock.accept()[0])
         except BlockingIOError:

@@ -28,6 +28,7 @@ from dmabuf.domain.domain import Domain
 _RECORD: Final = struct.Struct("=BBHiQQQQ")
 _LEAF, _ARRAY, _CHAIN, _POINT = range(4)
 _ANY, _ENABLED, _SIGNALED, _BEFORE = 1, 2, 4, 8
+MOST_BYTES: Final = (1 << 20) * _RECORD.size  # of a container; send() makes none that is longer
 _DEEPEST: Final = 16  # containers inside of containers, which no program should make
 
 
@@ -37,22 +38,57 @@ def pack(fence: DmaFence) -> bytes | None:
 
 
 def unpack(domain: Domain, data: bytes) -> DmaFence:
-    """Make the container that :func:`pack` packed.
+    """Make the container that :func:`pack` packed. All of the bytes are checked before the first fence is made.
 
     Raises:
         ValueError: The bytes are nonsense.
         NoSpaceError: The domain is full (ENOSPC).
     """
-    if not data or len(data) % _RECORD.size:
+    if not data or len(data) % _RECORD.size or len(data) > MOST_BYTES:
         raise ValueError(f"{len(data)} bytes are not a fence container")
-    records = _RECORD.iter_unpack(data)
-    try:
-        fence = _unpacked(domain, records, len(data) // _RECORD.size, 0)
-    except StopIteration:
-        raise ValueError("a fence container ends too early") from None
-    if next(records, None) is not None or not isinstance(fence, DmaFenceArray | DmaFenceChain):
-        raise ValueError("a fence container continues after its end")
-    return fence
+    if data[0] not in (_ARRAY, _CHAIN):
+        raise ValueError(f"a fence of kind {data[0]} is not a container")
+    _check(data)
+    return _unpacked(domain, _RECORD.iter_unpack(data))
+
+
+class _Open:
+    """A container, or a point, whose parts are being read. ``parts``: that are missing; ``before``: also what stood before a chain."""
+
+    __slots__ = ("before", "depth", "parts", "points")
+
+    def __init__(self, parts: int, depth: int, points: bool = False, before: bool = False) -> None:
+        self.parts, self.depth, self.points, self.before = parts, depth, points, before
+
+
+def _check(data: bytes) -> None:
+    """Raise ValueError unless the records are one container and nothing else."""
+    inside = [_Open(1, 0)]
+    for kind, flags, _, _, first, *_ in _RECORD.iter_unpack(data):
+        while inside and not (inside[-1].parts or inside[-1].before):
+            inside.pop()
+        if not inside:
+            raise ValueError("a fence container continues after its end")
+        around = inside[-1]
+        wanted = around.points and not around.before
+        if wanted != (kind == _POINT):
+            raise ValueError(f"a fence of kind {kind} where {'a point' if wanted else 'a fence'} must be")
+        if around.before:
+            around.before = False
+        else:
+            around.parts -= 1
+        if kind == _POINT:
+            inside.append(_Open(1, around.depth))
+        elif kind in (_ARRAY, _CHAIN):
+            if not 1 <= first <= len(data) // _RECORD.size:
+                raise ValueError(f"a fence of kind {kind} with {first} parts")
+            if around.depth >= _DEEPEST:
+                raise ValueError(f"containers are nested deeper than {_DEEPEST}")
+            inside.append(_Open(first, around.depth + 1, kind == _CHAIN, kind == _CHAIN and bool(flags & _BEFORE)))
+        elif kind != _LEAF:
+            raise ValueError(f"a fence of kind {kind}")
+    if any(one.parts or one.before for one in inside):
+        raise ValueError("a fence container ends too early")
 
 
 def _packed(fence: DmaFence) -> Iterator[bytes]:
@@ -81,23 +117,18 @@ def _state(fence: LazyFence) -> int:
     return (_SIGNALED if flagged(fence) else 0) | (_ENABLED if fence.enabled else 0)
 
 
-def _unpacked(domain: Domain, records: Iterator[tuple[int, ...]], most: int, depth: int) -> DmaFence:
+def _unpacked(domain: Domain, records: Iterator[tuple[int, ...]]) -> DmaFence:
+    """Make the next fence of some records, which are checked."""
     kind, flags, _, number, first, context, seqno, timestamp = next(records)
-    if depth > _DEEPEST:
-        raise ValueError(f"containers are nested deeper than {_DEEPEST}")
     if kind == _LEAF:
-        return wrap(domain, first & 0xFFFFFFFFFFFFFFFF, (context, seqno, number & 0xFFFFFFFF))
-    if kind not in (_ARRAY, _CHAIN) or not 1 <= first <= most:
-        raise ValueError(f"a fence of kind {kind} with {first} parts")
+        return wrap(domain, first, (context, seqno, number & 0xFFFFFFFF))
     if kind == _ARRAY:
-        members = [_unpacked(domain, records, most, depth + 1) for _ in range(first)]
+        members = [_unpacked(domain, records) for _ in range(first)]
         return _as_it_was(array_as_sent(members, bool(flags & _ANY), context, seqno), flags, number, timestamp)
-    before = _unpacked(domain, records, most, depth + 1) if flags & _BEFORE else None
+    before = _unpacked(domain, records) if flags & _BEFORE else None
     for _ in range(first):
-        kind, flags, _, number, prev_seqno, context, seqno, timestamp = next(records)
-        if kind != _POINT:
-            raise ValueError(f"a point of kind {kind}")
-        inside = _unpacked(domain, records, most, depth + 1)
+        _, flags, _, number, prev_seqno, context, seqno, timestamp = next(records)
+        inside = _unpacked(domain, records)
         before = _as_it_was(point_as_sent(before, inside, context, seqno, prev_seqno), flags, number, timestamp)
     assert before is not None
     return before
