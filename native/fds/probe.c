@@ -1,15 +1,30 @@
 /* probe.c - what is behind a descriptor, asked in one call; and the reference lock on it if it is a buffer. */
 #include "fds/fds.h"
 #include <fcntl.h>
+#include <sys/mman.h>
 #include <sys/vfs.h>
 #include <unistd.h>
 
 #define LINK_PREFIX "/memfd:dmabuf:" /* then 16 digits of the domain's identity, a colon, 32 of the nonce, and perhaps " (deleted)" */
 #define LINK_BYTES  63
 
+/* st_dev of ordinary memfds. Those of huge pages have seals too, but a touch may find no page, which is SIGBUS. */
+static dev_t memfd_device(void) {
+  static dev_t device;
+  struct stat st;
+  if (device) return device;
+  int fd = memfd_create("dmabuf-device", MFD_CLOEXEC);
+  if (fd < 0) return 0; /* no descriptor is free: asked again */
+  if (!fstat(fd, &st)) device = st.st_dev;
+  close(fd);
+  return device;
+}
+
 int buffer_is_sealed(int fd, struct stat *st) {
   int wanted = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL, seals = fcntl(fd, F_GET_SEALS);
-  return seals >= 0 && (seals & wanted) == wanted && !fstat(fd, st);
+  if (seals < 0 || (seals & wanted) != wanted || fstat(fd, st)) return 0;
+  dev_t device = memfd_device();
+  return !device || st->st_dev == device;
 }
 
 int buffer_reference(int fd) {

@@ -31,6 +31,7 @@ from dmabuf._native import (
     TIMELINES_PER,
     Context,
     Shm,
+    probe_fd,
 )
 from dmabuf.domain import lives, place
 from dmabuf.domain.directory import remove_socket
@@ -40,6 +41,7 @@ from dmabuf.domain.retries import Retries
 from dmabuf.domain.sync_directory import SyncDirectory
 from dmabuf.errors import fail, needing_descriptors
 
+_F_ADD_SEALS: Final = 1033  # linux/fcntl.h
 TICK_NS: Final = 40_000_000
 _ALL: weakref.WeakSet[Domain] = weakref.WeakSet()
 _lock = fork_lock()
@@ -124,9 +126,10 @@ class Domain:
         """Return a new domain without a name. It ends with its last process."""
         identity = place.new_identity()
         with needing_descriptors("make domain", "a private domain"):
-            fd = os.memfd_create(f"dmabuf-domain:{identity.decode()}", os.MFD_CLOEXEC)
+            fd = os.memfd_create(f"dmabuf-domain:{identity.decode()}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             place.format_file(fd, identity)
+            fcntl.fcntl(fd, _F_ADD_SEALS, fcntl.F_SEAL_SHRINK)  # a file that gets shorter ends every process that maps it
         except BaseException:
             os.close(fd)
             raise
@@ -135,8 +138,11 @@ class Domain:
     @classmethod
     def adopt(cls, fd: int) -> Domain:
         """Return the private domain behind a received descriptor, which is consumed."""
-        identity, wrong = place.read_header(fd)
-        if wrong or not os.readlink(f"/proc/self/fd/{fd}").startswith("/memfd:dmabuf-domain:"):
+        *_, seals, link, _ = probe_fd(fd)
+        # Not even read before it is known to be a memfd, whose reads end, and which can't become shorter.
+        sealed = link.startswith(b"/memfd:dmabuf-domain:") and seals >= 0 and seals & fcntl.F_SEAL_SHRINK
+        identity, wrong = place.read_header(fd) if sealed else (b"", "not sealed")
+        if wrong:
             os.close(fd)
             raise fail(errno.EINVAL, "open domain", "the received fd", "send a private Domain", what="not a private domain")
         with _lock:

@@ -26,6 +26,7 @@ from dmabuf.domain.domain import Domain, known
 from dmabuf.errors import ClosedError, fail
 
 RECORD_ROOM = 256  # bytes at the beginning of a file with a record; the first half is for the module that made the file
+MOST_BYTES = 16 << 20  # of a record, so that a number that somebody wrote costs no more
 _RECORD = struct.Struct("=IIQQQQQQ")  # which of two copies counts; of each: offset, room, length
 _RECORD_AT = 128
 _LOCK, _REFERENCE_LOCK = 0, 1  # bytes of the file that the locks are on
@@ -180,13 +181,15 @@ class SharedFile:
             return b""
         which, _, *copies = _RECORD.unpack(raw)
         offset, room, length = copies[3 * (which & 1) : 3 * (which & 1) + 3]
-        return self.read(offset, min(length, room)) if length else b""
+        return self.read(offset, min(length, room, MOST_BYTES)) if length else b""
 
     def store(self, data: bytes) -> None:
         """Replace the record: write the copy that doesn't count, then make it count. A death leaves the old record or the new one.
 
         Errors: ENOSPC, ENOMEM, and the old record counts.
         """
+        if len(data) > MOST_BYTES:
+            raise fail(errno.ENOSPC, "write", "shared state", "wait for some of it first", what=f"it has {len(data)} bytes")
         raw = self.read(_RECORD_AT, _RECORD.size)
         which, _, *copies = _RECORD.unpack(raw) if len(raw) == _RECORD.size else (1, 0, 0, 0, 0, 0, 0, 0)
         other = 1 - (which & 1)

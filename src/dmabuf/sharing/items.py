@@ -17,6 +17,7 @@ from typing import Any, Final
 from dmabuf._native import OwnedFd
 from dmabuf.core.access.range import BufferRange
 from dmabuf.core.buffer.handle import handle_of
+from dmabuf.core.buffer.identity import NAME_BYTES
 from dmabuf.core.buffer.shared import SharedBuffer
 from dmabuf.core.dma_buf import DmaBuf
 from dmabuf.core.fence.fence import DmaFence, wrap
@@ -26,6 +27,7 @@ from dmabuf.core.get import received
 from dmabuf.core.sync.semaphore import TimelineSemaphore
 from dmabuf.core.sync.sw_sync import SwSync
 from dmabuf.core.sync.sync_file import SyncFile
+from dmabuf.domain import place
 from dmabuf.domain.domain import Domain, known
 from dmabuf.domain.records import Record
 from dmabuf.domain.sync_files import SyncFileRecord
@@ -194,6 +196,11 @@ def timeline_place(timeline: Timeline | RemoteTimeline, operation: str) -> tuple
 # ---- from bytes ----
 
 
+def name_in(body: bytes) -> bytes:
+    """Return a buffer's name from a message, up to its first NUL, and not longer than a name can be."""
+    return body[:NAME_BYTES].partition(b"\0")[0]
+
+
 def objects_of(sock: socket.socket, items: list[tuple[Any, ...]], fds: list[int], made: list[Any]) -> list[Any]:
     """Return the objects of some items, in their order. A descriptor that belongs to an object is then -1 in ``fds``."""
     order = iter(range(len(fds)))
@@ -215,7 +222,7 @@ def objects_of(sock: socket.socket, items: list[tuple[Any, ...]], fds: list[int]
         if kind == _BUFFER:
             fd, fds[places[at]] = fds[places[at]], -1
             dev, ino, nonce, name = _BODY.unpack(body)
-            made.append(received(fd, domain, dev, ino, nonce, name.rstrip(b"\0") if flags & HAS_NAME else None))
+            made.append(received(fd, domain, dev, ino, nonce, name_in(name) if flags & HAS_NAME else None))
         elif kind == _RANGE:
             if not made or items[at - 1][0] != _BUFFER:
                 raise foreign(sock, "a range without its buffer")
@@ -279,6 +286,7 @@ def _directory(fd: int) -> Domain:
         here = os.fstat(fd)
         try:
             there = os.stat(path)
+            os.stat(place.FILE, dir_fd=fd, follow_symlinks=False)  # in a directory of something else nothing is made
         except OSError:
             there = None
         if there is None or (here.st_dev, here.st_ino) != (there.st_dev, there.st_ino):

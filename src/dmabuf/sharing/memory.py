@@ -7,12 +7,14 @@ anonymous mapping), or of which every descriptor is closed, can't be shown to an
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
+import stat
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from dmabuf._native import Mapping, buffer_address
+from dmabuf._native import Mapping, buffer_address, probe_fd
 from dmabuf.errors import DmaBufError, fail
 from dmabuf.sharing.messages import THERE, no_room
 
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
 PAGE: Final = os.sysconf("SC_PAGE_SIZE")
 _O_PATH: Final = 0o10000000  # include/uapi/asm-generic/fcntl.h
+_F_ADD_SEALS: Final = 1033  # linux/fcntl.h
 _MOST_HINTS: Final = 1024
 _hints: dict[tuple[int, int], int] = {}  # (st_dev, st_ino) -> the descriptor found last
 
@@ -42,14 +45,38 @@ def range_of(memory: ReadableBuffer, operation: str, obj: object) -> Range:
     found = _descriptor(mapping.dev, mapping.ino, mapping.writable)
     if found < 0:
         raise _hidden(operation, obj, "this process has closed every descriptor of it")
+    with contextlib.suppress(OSError):  # not sealable, which the next line finds
+        fcntl.fcntl(found, _F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+    if not keeps_size(found):
+        os.close(found)
+        raise _hidden(operation, obj, "its file can be truncated, which would end every process that maps it")
     return Range(found, mapping.offset + start, length, mapping.writable)
 
 
 def shown(fd: int, offset: int, length: int, writable: bool) -> tuple[Mapping, memoryview]:
-    """Map a range in the other process. Return the mapping, and the range in it. The caller keeps ``fd``. Errors: those of ``Mapping``."""
+    """Map a range in the other process. Return the mapping, and the range in it. The caller keeps ``fd``.
+
+    Errors: EOPNOTSUPP the memory could go away while it is mapped; those of ``Mapping``.
+    """
+    check_size_kept(fd)
     lead = offset % PAGE
     mapping = Mapping(fd, length + lead, offset=offset - lead, writable=writable)
     return mapping, memoryview(mapping)[lead:]
+
+
+def keeps_size(fd: int) -> bool:
+    """Return True if the memory of a descriptor can't be truncated: a memfd that is sealed so, or no regular file, as a dma-buf."""
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        return True
+    seals = probe_fd(fd)[3]
+    return seals >= 0 and bool(seals & fcntl.F_SEAL_SHRINK)
+
+
+def check_size_kept(fd: int) -> None:
+    """Errors: EOPNOTSUPP the memory that an exporter's process sent can be truncated: the next touch would be SIGBUS."""
+    if not keeps_size(fd):
+        what = "the exporter's memory is in a file that can be truncated"
+        raise fail(errno.EOPNOTSUPP, "mmap", f"fd {fd}", "export memory of dmabuf.allocate(), or of a memfd that can be sealed", what=what)
 
 
 def _hidden(operation: str, obj: object, why: str) -> DmaBufError:
@@ -57,7 +84,7 @@ def _hidden(operation: str, obj: object, why: str) -> DmaBufError:
         errno.EOPNOTSUPP,
         operation,
         obj,
-        "return mappings of a dmabuf.allocate() buffer, or of a file, that stays open",
+        "return mappings of a dmabuf.allocate() buffer, or of a memfd that can be sealed, and keep its descriptor open",
         what=f"the exporter's memory can't be shown to another process: {why}",
     )
 

@@ -186,7 +186,11 @@ def _from_process(domain: Domain, wanted: _Found, pid: int, denied: list[int]) -
         try:
             if os.readlink(path).removesuffix(" (deleted)") != link:
                 continue
-            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            # First only the name: the number may be another file's now, and to open a FIFO or a device has effects.
+            with OwnedFd(os.open(path, os.O_PATH | os.O_CLOEXEC)) as seen:
+                if os.readlink(f"/proc/self/fd/{seen.number}").removesuffix(" (deleted)") != link:
+                    continue
+                fd = os.open(f"/proc/self/fd/{seen.number}", os.O_RDWR | os.O_CLOEXEC)
         except OSError as e:
             if e.errno in (errno.EMFILE, errno.ENFILE):
                 raise

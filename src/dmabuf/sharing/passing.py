@@ -62,6 +62,7 @@ from dmabuf.sharing.items import (
     domains,
     foreign,
     message_of,
+    name_in,
     objects_of,
     pack_objects,
     socket_name,
@@ -178,7 +179,7 @@ def recv(sock: socket.socket) -> list[Any]:
             return _take(sock, peer, *got)
         fd, identity, dev, ino, nonce, size, item_flags, body = got
         domain = domains.get(identity)
-        name = body.rstrip(b"\0") if item_flags & HAS_NAME else None
+        name = name_in(body) if item_flags & HAS_NAME else None
         try:
             shared = None if domain is None else confirmed(SharedBuffer, domain, dev, ino, size, nonce)
             domain = domain or domain_of(identity, item_flags)

@@ -140,6 +140,7 @@ class RemoteExporter(Exporter):
         n = number(answer, "mapping")
         calls.count_mapping()
         try:
+            memory.check_size_kept(_first(fds))
             return Mapping(
                 _first(fds),
                 number(answer, "length", _MOST),
