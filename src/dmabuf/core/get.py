@@ -72,7 +72,7 @@ def from_fd(fd: int | OwnedFd, domain: Domain, *, exp_name: bytes = MEMFD, home:
             put_reference_lock(number)
             if found.kernel:
                 exp_name, home, name = described(number)
-        buffer = shared.adopt(domain, *taken, exp_name, home, name)
+        buffer = shared.adopt(domain, *taken, exp_name, home)
     except BaseException:
         close_fd(fd)
         raise

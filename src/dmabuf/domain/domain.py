@@ -39,11 +39,12 @@ from dmabuf.domain.forks import fork_lock
 from dmabuf.domain.hooks import Hooks
 from dmabuf.domain.retries import Retries
 from dmabuf.domain.sync_directory import SyncDirectory
+from dmabuf.domain.weak_objects import WeakObjects
 from dmabuf.errors import fail, needing_descriptors
 
 _F_ADD_SEALS: Final = 1033  # linux/fcntl.h
 TICK_NS: Final = 40_000_000
-_ALL: weakref.WeakSet[Domain] = weakref.WeakSet()
+_ALL: WeakObjects[Domain] = WeakObjects()
 _lock = fork_lock()
 _default: Domain | None = None
 

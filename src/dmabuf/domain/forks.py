@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import os
 import threading
-import weakref
 from typing import Any
 
-_locks: weakref.WeakSet[Any] = weakref.WeakSet()
+from dmabuf.domain.weak_objects import WeakObjects
+
+_locks: WeakObjects[Any] = WeakObjects()
 
 
 def fork_lock() -> Any:

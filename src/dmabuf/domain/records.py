@@ -47,7 +47,7 @@ class Record:
         self.dev, self.ino, self.size, self.nonce, self.exp_name, self.home, self.kind = dev, ino, size, nonce, exp_name, home, kind
         self.life = 0
         self.shm: Shm = domain.shm
-        self.index = self.gen = 0
+        self.index = self.gen = 0  # gen 0: it was never referenced
         self.lock = fork_lock()  # a handle's __del__ may run in the middle of another handle's enter()
         self.handles = 0
         self.last: Callable[[int], bool] | None = None
@@ -96,7 +96,7 @@ class Record:
         shm = self.domain.join()
         if shm is self.shm and self.life == shm.life:
             return
-        if shm is self.shm and shm.rec_get(self.index, self.gen):
+        if shm is self.shm and self.gen and shm.rec_get(self.index, self.gen):
             self.life = shm.life
         else:
             self.reference(name)
@@ -213,6 +213,7 @@ _RECORDS: Final[Local[weakref.WeakValueDictionary[tuple[int, int], Record]]] = L
 """The buffers of this process, by ``(st_dev, st_ino)``."""
 _RESVS: Final[Local[weakref.WeakValueDictionary[tuple[int, int], Record]]] = Local(lambda domain: _swept(domain))
 """The reservation objects on records of their own that this process has, by index and generation."""
+_adding = fork_lock()  # of both: a WeakValueDictionary can't look and add in one step
 _WARM: Final[Local[deque[Record]]] = Local(lambda _: deque(maxlen=WARM))
 _WATCH: Final[Local[InodeWatch]] = Local(InodeWatch)
 
@@ -236,18 +237,23 @@ def known(domain: Domain, dev: int, ino: int) -> Record | None:
     return None if table is None else table.get((dev, ino))
 
 
-def adopt(
-    kind: type[R], domain: Domain, dev: int, ino: int, size: int, nonce: bytes, exp_name: bytes, home: bytes, name: bytes | None = None
-) -> R:
-    """Return the record of a buffer whose fd this process has, as a ``kind``; made if nobody has one. Each handle then enters it."""
+def adopt(kind: type[R], domain: Domain, dev: int, ino: int, size: int, nonce: bytes, exp_name: bytes, home: bytes) -> R:
+    """Return the record of a buffer whose fd this process has, as a ``kind``; made if nobody has one.
+
+    Each handle then enters it, and the first one references it. Two threads that come at once get the same one, because a process has one
+    bit for each record: if two objects shared it, the end of one would take it from the other.
+    """
     domain.join()
     table = _RECORDS.of(domain)
     record = table.get((dev, ino))
     if isinstance(record, kind) and record.nonce == nonce:
         return record
     made = kind(domain, dev, ino, size, nonce, exp_name, home, KIND_BUFFER)
-    made.reference(name)
-    table[dev, ino] = made
+    with _adding:
+        record = table.get((dev, ino))
+        if isinstance(record, kind) and record.nonce == nonce:
+            return record
+        table[dev, ino] = made
     return made
 
 
@@ -285,13 +291,14 @@ def foreign_resv(record: Record) -> Record | None:
     info = shm.rec_info(index)
     if info is None or info["kind"] != KIND_RESV:
         raise _resv_gone(record)
-    found = table.get((index, info["gen"]))
-    if found is None:
-        found = Record(record.domain, 0, 0, 0, info["nonce"], b"", b"", KIND_RESV)
-        if not shm.rec_get(index, info["gen"]):
-            raise _resv_gone(record)
-        found.index, found.gen, found.shm, found.life = index, info["gen"], shm, shm.life
-        table[index, info["gen"]] = found
+    with _adding:
+        found = table.get((index, info["gen"]))
+        if found is None:
+            found = Record(record.domain, 0, 0, 0, info["nonce"], b"", b"", KIND_RESV)
+            if not shm.rec_get(index, info["gen"]):
+                raise _resv_gone(record)
+            found.index, found.gen, found.shm, found.life = index, info["gen"], shm, shm.life
+            table[index, info["gen"]] = found
     return found
 
 

@@ -23,6 +23,8 @@ from contextlib import contextmanager
 
 from dmabuf._native import OwnedFd, step
 from dmabuf.domain.domain import Domain, known
+from dmabuf.domain.forks import fork_lock
+from dmabuf.domain.weak_objects import WeakObjects
 from dmabuf.errors import ClosedError, fail
 
 RECORD_ROOM = 256  # bytes at the beginning of a file with a record; the first half is for the module that made the file
@@ -32,7 +34,7 @@ _RECORD_AT = 128
 _LOCK, _REFERENCE_LOCK = 0, 1  # bytes of the file that the locks are on
 set_lock = OwnedFd.set_lock  # a name of its own, so that tests can replace it
 _NAME = re.compile(r"/memfd:dmabuf-([a-z_]+):([0-9a-f]{16}):[0-9a-f]{16}(?: \(deleted\))?\Z")
-_ALL: weakref.WeakSet[SharedFile] = weakref.WeakSet()
+_ALL: WeakObjects[SharedFile] = WeakObjects()
 
 
 class _ProcessLock:
@@ -45,6 +47,7 @@ class _ProcessLock:
         self.held = False
 
 
+_adding = fork_lock()  # setdefault() of a WeakValueDictionary looks and adds in two steps
 _process_locks: weakref.WeakValueDictionary[tuple[int, int], _ProcessLock] = weakref.WeakValueDictionary()  # by (st_dev, st_ino)
 
 
@@ -246,7 +249,11 @@ def kind_of(fd: int) -> tuple[str, str]:
 
 
 def _process_lock_of(fd: OwnedFd) -> _ProcessLock:
-    return _process_locks.setdefault((fd.dev, fd.ino), _ProcessLock())
+    with _adding:
+        found = _process_locks.get((fd.dev, fd.ino))
+        if found is None:
+            found = _process_locks[fd.dev, fd.ino] = _ProcessLock()
+        return found
 
 
 def _after_fork() -> None:

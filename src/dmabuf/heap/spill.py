@@ -25,7 +25,6 @@ import errno
 import os
 import re
 import threading
-import weakref
 from dataclasses import dataclass
 from typing import Final
 
@@ -34,6 +33,7 @@ from dmabuf.core.contract import checked_ops
 from dmabuf.core.dma_buf import DmaBuf
 from dmabuf.core.export.export import make
 from dmabuf.domain.domain import Domain
+from dmabuf.domain.weak_objects import WeakObjects
 from dmabuf.errors import fail
 from dmabuf.heap import budget
 from dmabuf.heap.budget import whole
@@ -187,7 +187,7 @@ class SpillHeap:
         self._resident_set.forked()
 
 
-_HEAPS: weakref.WeakSet[SpillHeap] = weakref.WeakSet()
+_HEAPS: WeakObjects[SpillHeap] = WeakObjects()
 _default: SpillHeap | None = None
 _making = threading.Lock()
 _SIZE: Final = re.compile(r"\s*(\d+)\s*([KMGT]?)(?:i?B)?\s*\Z", re.IGNORECASE)

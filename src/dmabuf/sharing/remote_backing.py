@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import errno
 import os
-import weakref
 from collections.abc import Iterable
 from typing import Final
 
@@ -32,6 +31,7 @@ from dmabuf.core.export.exported import OF_PARENT
 from dmabuf.core.resv.lock import lent, record_of
 from dmabuf.core.resv.resv import resv_of
 from dmabuf.domain import dispatcher
+from dmabuf.domain.weak_objects import WeakObjects
 from dmabuf.errors import DmaBufError, fail
 from dmabuf.sharing.client import Client, client_of
 from dmabuf.sharing.lending import Lent
@@ -41,7 +41,7 @@ from dmabuf.sharing.server import Answer, Session, register
 
 # These ops only give back. Without the exporter they do this process's part.
 _GIVE_BACK: Final = frozenset({"unmap", "unmap_unlocked", "unpin", "detach", "vunmap"})
-_all: weakref.WeakSet[RemoteBacking] = weakref.WeakSet()
+_all: WeakObjects[RemoteBacking] = WeakObjects()
 
 
 class RemoteBacking(Backing):

@@ -16,7 +16,6 @@ import errno
 import os
 import select
 import time
-import weakref
 
 from dmabuf.core.base.clock import monotonic_deadline
 from dmabuf.core.base.usage import Usage
@@ -29,6 +28,7 @@ from dmabuf.core.resv.resv import pending
 from dmabuf.core.task import waiting as awaiting
 from dmabuf.domain.dispatcher import dispatcher
 from dmabuf.domain.forks import fork_lock
+from dmabuf.domain.weak_objects import WeakObjects
 from dmabuf.errors import fail, needing_descriptors
 
 _lock = fork_lock()  # of every buffer's slots: held to read and store one
@@ -159,12 +159,16 @@ def poll_fd(handle: Handle, events: int) -> int:
     handle.usable("poll_fd")
     if handle.kernel() is not None and events & (select.POLLIN | select.POLLOUT):
         return handle.dup()
-    if handle.polls is None:
-        handle.polls = weakref.WeakSet()
+    with _lock:
+        polls = handle.polls
+        if polls is None:
+            polls = handle.polls = WeakObjects()
     waiting = _PollFd(handle, events)
     fd = waiting.open()
     if not waiting.done:
-        handle.polls.add(waiting)
+        polls.add(waiting)
+        if handle.closed:  # in another thread, which perhaps didn't find it there yet
+            waiting.cancel()
     return fd
 
 
@@ -203,7 +207,7 @@ class _PollFd:
         """Make the descriptor readable if the condition is met, else watch the next fence that blocks it."""
         while self._own >= 0:
             if self._handle.closed or ready(self._handle, self._events):
-                own, self._own = self._own, -1
+                own = self._take()
                 if own >= 0:  # else the buffer was closed in another thread meanwhile
                     os.eventfd_write(own, 1)
                     os.close(own)
@@ -212,12 +216,20 @@ class _PollFd:
             if self._fence:
                 self._token = dispatcher(self._handle.domain).watch(self._fence, self.next, foreign=True)
                 if self._token is not None:
+                    if self._own < 0:  # canceled in another thread, before that could find the token
+                        self.cancel()
                     return
+
+    def _take(self) -> int:
+        """Return the own descriptor, which the caller closes; -1 if another thread closes it."""
+        with _lock:
+            own, self._own = self._own, -1
+        return own
 
     def cancel(self) -> None:
         """Stop watching: the buffer's handle is closed."""
         if self._token is not None:
             dispatcher(self._handle.domain).unwatch(self._fence, self._token)
-        own, self._own = self._own, -1
+        own = self._take()
         if own >= 0:
             os.close(own)

@@ -14,7 +14,6 @@ import errno
 import fcntl
 import os
 import sys
-import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from operator import attrgetter
@@ -29,6 +28,7 @@ from dmabuf.core.resv.lock import record_of
 from dmabuf.core.resv.resv import DmaResv, resv_of
 from dmabuf.domain.domain import Domain
 from dmabuf.domain.records import Record
+from dmabuf.domain.weak_objects import WeakObjects
 from dmabuf.errors import ClosedError, ContractError, DmaBufError, contract_warning, fail
 from dmabuf.uapi.call import OwnedFd
 
@@ -59,7 +59,7 @@ class Handle(ABC):
     known_resv: DmaResv | None
     resv_record: Record  # of known_resv, once that is there
     accesses: int
-    polls: weakref.WeakSet[Cancelable] | None
+    polls: WeakObjects[Cancelable] | None
     _life: int
 
     def __repr__(self) -> str:

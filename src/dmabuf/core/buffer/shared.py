@@ -47,12 +47,19 @@ class SharedBuffer(Record):
         self._plain: Backing | None = None
 
     def find_backing(self, fd: int) -> None:
-        """Find the backing that this buffer's accesses must ask, if its home says that there is one. ``fd``: a descriptor of the buffer."""
-        if self.kind == KIND_BUFFER:
-            if self.home == EXPORTED:
-                self.backing = BACKINGS.find("remote")(self, fd)
-            elif is_kernel_home(self.home):
-                self.backing = BACKINGS.find("kernel")(self, fd)
+        """Find the backing that this buffer's accesses must ask, if its home says that there is one. ``fd``: a descriptor of the buffer.
+
+        Two threads that come at once get the same one, which knows all that this process has of the buffer.
+        """
+        name = "remote" if self.home == EXPORTED else "kernel" if is_kernel_home(self.home) else None
+        if self.kind != KIND_BUFFER or name is None:
+            return
+        make = BACKINGS.find(name)  # before the lock: it may import a module
+        with self.lock:
+            if self.backing is None:
+                made = make(self, fd)
+                if self.backing is None:  # looked at again: a signal handler may have found one meanwhile
+                    self.backing = made
 
     def any_backing(self) -> Backing | None:
         """Return the backing, if there is one; plain memory has one from the first attachment or vmap on."""
@@ -79,9 +86,9 @@ BACKINGS: Final[Registry[Callable[[SharedBuffer, int], Backing]]] = Registry(
 """Functions that make the backing of a buffer which doesn't have one yet in this process, from its record and a descriptor of it."""
 
 
-def adopt(domain: Domain, dev: int, ino: int, size: int, nonce: bytes, exp_name: bytes, home: bytes, name: bytes | None) -> SharedBuffer:
+def adopt(domain: Domain, dev: int, ino: int, size: int, nonce: bytes, exp_name: bytes, home: bytes) -> SharedBuffer:
     """Return the buffer of this inode, whose descriptor this process has; see ``records.adopt``."""
-    return records.adopt(SharedBuffer, domain, dev, ino, size, nonce, exp_name, home, name)
+    return records.adopt(SharedBuffer, domain, dev, ino, size, nonce, exp_name, home)
 
 
 def confirmed(domain: Domain, dev: int, ino: int, size: int, nonce: bytes) -> SharedBuffer | None:

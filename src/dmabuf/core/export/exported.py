@@ -32,6 +32,7 @@ from dmabuf.domain.domain import TICK_NS, Domain
 from dmabuf.domain.forks import fork_lock
 from dmabuf.domain.local import Local
 from dmabuf.domain.records import KIND_RESV
+from dmabuf.domain.weak_objects import WeakObjects
 from dmabuf.errors import ClosedError, ContractError, contract_warning, fail
 
 
@@ -59,7 +60,7 @@ class Exported(Backing):
         self.released = self.lost = False
         self.closing = 0  # handles of this process that are being closed: their close() releases, and the thread doesn't
         self._once = fork_lock()  # a handle's __del__ may run in the middle
-        self._mappings: weakref.WeakSet[Mapping] = weakref.WeakSet()
+        self._mappings: WeakObjects[Mapping] = WeakObjects()
 
     def check_reachable(self, operation: str) -> None:
         if self.life != self.record.shm.life:  # an attachment from before a fork, or a fork that Python didn't see
@@ -148,7 +149,7 @@ def outside() -> bool:
     return not dispatcher.in_callback() and not in_signalling() and not any(current(d).locks for d in _DOMAINS)
 
 
-_DOMAINS: weakref.WeakSet[Domain] = weakref.WeakSet()
+_DOMAINS: WeakObjects[Domain] = WeakObjects()
 
 
 class Exports:
@@ -199,7 +200,9 @@ class Exports:
     def orphans(self) -> list[Exported]:
         """Return those that this process has closed and others may hold."""
         with self._lock:
-            return [exported for exported in self.buffers.values() if not (exported.record.handles or exported.closing or exported.lost)]
+            return [
+                exported for exported in list(self.buffers.values()) if not (exported.record.handles or exported.closing or exported.lost)
+            ]
 
     def release_orphans(self) -> None:
         """Release what can be released: here if the caller may, else in the thread."""
@@ -224,7 +227,7 @@ class Exports:
 
     def forked(self) -> None:
         """Forget what the parent exports, and close the child's copies of its private descriptions."""
-        for exported in self.buffers.values():
+        for exported in list(self.buffers.values()):
             exported.private.close()
         self.buffers.clear()
 

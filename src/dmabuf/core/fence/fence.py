@@ -367,7 +367,8 @@ def unbound_timeline(domain: Domain, kind: str) -> int:
     known: dict[str, int] = domain.local.get(_UNBOUND) or _UNBOUND.of(domain)
     found = known.get(kind)
     if found is None:
-        found = known[kind] = domain.timeline_open(kind.encode(), b"stub" if kind == "stub" else b"unbound")[0] + 1
+        # Two threads may both open one: the one that is known first serves both.
+        found = known.setdefault(kind, domain.timeline_open(kind.encode(), b"stub" if kind == "stub" else b"unbound")[0] + 1)
     return found
 
 

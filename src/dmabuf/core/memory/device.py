@@ -19,7 +19,6 @@ import bisect
 import errno
 import os
 import threading
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,6 +39,7 @@ from dmabuf.core.memory.scatterlist import (
     pieces_of,
     set_mapping,
 )
+from dmabuf.domain.weak_objects import WeakObjects
 from dmabuf.errors import ContractError, fail
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ _WRITES = (Direction.BIDIRECTIONAL, Direction.FROM_DEVICE)
 _WAYS = {Direction.TO_DEVICE: _READS, Direction.FROM_DEVICE: _WRITES, Direction.BIDIRECTIONAL: (Direction.BIDIRECTIONAL,)}
 
 
-_ALL: weakref.WeakSet[Device] = weakref.WeakSet()
+_ALL: WeakObjects[Device] = WeakObjects()
 
 
 @dataclass(frozen=True)

@@ -320,8 +320,12 @@ def resv_of(record: Record) -> DmaResv:
     found = in_use(record)
     if found is None:
         outer = foreign_resv(record)
-        found = DmaResv(_record=record) if outer is None else resv_of(outer)
-        record.resv_ref = weakref.ref(found)
+        given = None if outer is None else resv_of(outer)
+        with record.lock:  # two threads that come at once get the same one, which knows who holds the lock
+            found = in_use(record)
+            if found is None:
+                found = given or DmaResv(_record=record)
+                record.resv_ref = weakref.ref(found)
     return found
 
 

@@ -20,7 +20,6 @@ import os
 import struct
 import sys
 import threading
-import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -36,6 +35,7 @@ from dmabuf.domain import place
 from dmabuf.domain.dispatcher import dispatcher
 from dmabuf.domain.domain import Domain
 from dmabuf.domain.shared_file import SharedFile
+from dmabuf.domain.weak_objects import WeakObjects
 from dmabuf.errors import fail
 
 KIND: Final = "sw_sync"
@@ -47,7 +47,7 @@ _ENTRY: Final = struct.Struct("=QQ")  # handle, value
 _MAGIC: Final = b"dmabufW\1"
 _VALUE, _CLOSED, _COUNT, _ENDING = 8, 12, 24, 44  # offsets
 _U32: Final = struct.Struct("=I")
-_OPEN: weakref.WeakSet[SwSync] = weakref.WeakSet()
+_OPEN: WeakObjects[SwSync] = WeakObjects()
 
 
 @dataclass(frozen=True)

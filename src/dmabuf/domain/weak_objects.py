@@ -1,0 +1,44 @@
+"""``WeakObjects``: objects that nothing here keeps alive, which threads add, lose and walk at the same time.
+
+A ``weakref.WeakSet`` would do, but a thread that walks one gets RuntimeError when another thread adds to it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class WeakObjects(Generic[T]):
+    """A set of objects by identity. Every change is one operation of a dict, so threads, finalizers and signal handlers need no lock."""
+
+    __slots__ = ("_refs",)
+
+    def __init__(self) -> None:
+        self._refs: dict[int, weakref.ref[T]] = {}  # by the id of the reference, which is here as long as it is registered
+
+    def add(self, found: T) -> None:
+        """Add an object, once by each call."""
+        refs = self._refs
+
+        def forget(ref: weakref.ref[T]) -> None:
+            refs.pop(id(ref), None)
+
+        ref = weakref.ref(found, forget)
+        refs[id(ref)] = ref
+
+    def discard(self, found: T) -> None:
+        """Remove an object, if it is there."""
+        for key, ref in list(self._refs.items()):
+            if ref() is found:
+                self._refs.pop(key, None)
+
+    def __iter__(self) -> Iterator[T]:
+        """The objects that are there now, oldest first. They live at least as long as the iteration."""
+        return iter([found for ref in list(self._refs.values()) if (found := ref()) is not None])
+
+    def __len__(self) -> int:
+        return len(self._refs)
