@@ -51,6 +51,7 @@ static PyObject *ctx_waits(Shm *s, PyObject *args) {
   if (!PyArg_ParseTuple(args, "KKK", &w, &h, &stamp)) return NULL;
   db_ctx *c = ctx_at(s, CTX_INDEX(w));
   if (c && atomic_load(&c->gen) == CTX_GEN(w)) {
+    atomic_store(&c->waits_on, 0); /* no wait has the stamp of another: ctx_info() reads this word before the stamp, and after it */
     atomic_store(&c->wait_stamp, stamp);
     atomic_store(&c->waits_on, h);
   }
@@ -61,9 +62,18 @@ static PyObject *ctx_info(Shm *s, PyObject *arg) {
   uint64_t w;
   if (arg_u64(arg, &w)) return NULL;
   db_ctx *c = ctx_at(s, CTX_INDEX(w));
-  if (!c || atomic_load(&c->gen) != CTX_GEN(w)) Py_RETURN_NONE;
-  return Py_BuildValue("IIIKKK", atomic_load(&c->life), atomic_load(&c->tid), atomic_load(&c->real), atomic_load(&c->stamp),
-                       atomic_load(&c->waits_on), atomic_load(&c->wait_stamp));
+  if (!c) Py_RETURN_NONE;
+  for (int tries = 0; tries < 1000; tries++) {
+    uint64_t waits_on = atomic_load(&c->waits_on);
+    uint64_t wait_stamp = atomic_load(&c->wait_stamp);
+    uint32_t life = atomic_load(&c->life), tid = atomic_load(&c->tid), real = atomic_load(&c->real);
+    uint64_t stamp = atomic_load(&c->stamp);
+    STEP(ctx_read);
+    if (atomic_load(&c->waits_on) != waits_on) continue;    /* another wait began or ended: its stamp is another one */
+    if (atomic_load(&c->gen) != CTX_GEN(w)) Py_RETURN_NONE; /* last: whatever was read was of this use of the slot, or doesn't count */
+    return Py_BuildValue("IIIKKK", life, tid, real, stamp, waits_on, wait_stamp);
+  }
+  Py_RETURN_NONE; /* only a lie of the file changes that often */
 }
 
 static PyObject *timeline_open(Shm *s, PyObject *args) {

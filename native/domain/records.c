@@ -316,7 +316,11 @@ static PyObject *number_of(Shm *s, uint32_t i, db_rec *r) { return PyLong_FromUn
 
 static PyObject *orphan_of(Shm *s, uint32_t i, db_rec *r) {
   if (rec_referenced(s, i)) Py_RETURN_NONE;
-  return Py_BuildValue("IIKKIK", i, atomic_load(&r->gen), r->dev, r->ino, r->absent, r->absent_ns);
+  uint32_t gen = atomic_load(&r->gen);
+  uint32_t absent = atomic_load(&r->absent); /* before its time: a later time only makes the record stay longer */
+  uint64_t absent_ns = atomic_load(&r->absent_ns), dev = atomic_load(&r->dev), ino = atomic_load(&r->ino);
+  if (atomic_load(&r->state) != REC_LIVE || atomic_load(&r->gen) != gen) Py_RETURN_NONE; /* last, as in rec_find() */
+  return Py_BuildValue("IIKKIK", i, gen, dev, ino, absent, absent_ns);
 }
 
 static PyObject *rec_list(Shm *s, PyObject *unused) { return list_live(s, number_of); }

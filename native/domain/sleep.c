@@ -64,7 +64,7 @@ int shm_tick(Shm *s, int kind, uint64_t value) {
 }
 
 int shm_notice_deaths(Shm *s) {
-  int64_t age = now_ns() - (int64_t)atomic_load(&hdr(s)->sweep_ns);
+  int64_t last = (int64_t)atomic_load(&hdr(s)->sweep_ns), age = now_ns() - last; /* in this order: time only grows */
   if (age >= 0 && age < TICK_NS) return 0;
   return shm_tick(s, TICK_POLL, 0) ? -1 : 1;
 }

@@ -67,7 +67,11 @@ def _by_descriptor(pid: int, fd: int, seen: list[BufferSnapshot], domain: Domain
     link = f"/proc/{pid}/fd/{fd}"
     what = f"{pid}:{fd}"
     try:
-        target, st = os.readlink(link), os.stat(link)
+        own = os.open(link, os.O_PATH | os.O_CLOEXEC)  # so that both looks are at one file
+        try:
+            target, st = os.readlink(f"/proc/self/fd/{own}"), os.fstat(own)
+        finally:
+            os.close(own)
     except FileNotFoundError:
         why = "the process has no such descriptor" if os.path.exists(f"/proc/{pid}") else "there is no such process"
         raise fail(errno.ENOENT, "info", what, "run `dmabuf ls` for the processes of each buffer", what=why) from None

@@ -318,7 +318,7 @@ class Domain:
     def sweep_if_due(self) -> None:
         """Reap the dead if no process has done so within this tick. The process that moves the shared time forward does it."""
         shm = self.shm
-        now, last = time.monotonic_ns(), shm.load64(OFF_SWEEP)
+        last, now = shm.load64(OFF_SWEEP), time.monotonic_ns()  # in this order: time only grows
         if 0 <= now - last < TICK_NS * 9 // 10:
             return
         if shm.cas64(OFF_SWEEP, last, now):
@@ -341,9 +341,8 @@ class Domain:
 
     def pid_of(self, life: int) -> int:
         """Return the pid of a life, 0 if the life has ended."""
-        if not self.shm.life_current(life):
-            return 0
-        return self.shm.load32(lives.slot_offset(lives.index_of(life)) + LIFE_PID)
+        pid = self.shm.load32(lives.slot_offset(lives.index_of(life)) + LIFE_PID)
+        return pid if self.shm.life_current(life) else 0  # in this order: the next life of the slot changes the generation before the pid
 
     # ---- pools of this life ----
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 from dmabuf.errors import needing_descriptors
@@ -30,42 +30,57 @@ def holders(wanted: Collection[tuple[int, int]]) -> dict[tuple[int, int], list[H
 
 def _walk(wanted: Collection[tuple[int, int]], found: dict[tuple[int, int], list[Holder]]) -> None:
     for pid in filter(str.isdigit, os.listdir("/proc")):
-        process = f"/proc/{pid}"
-        counts: dict[tuple[int, int], list[int]] = {}
         try:
-            for key in _fds(process):
-                if key in wanted:
-                    counts.setdefault(key, [0, 0])[0] += 1
-            for key in _maps(process):
-                if key in wanted:
-                    counts.setdefault(key, [0, 0])[1] += 1
-            if counts:
-                with open(f"{process}/comm", "rb") as f:
-                    comm = os.fsdecode(f.read().strip())
-                for key, (fds, maps) in counts.items():
-                    found.setdefault(key, []).append(Holder(int(pid), comm, fds, maps))
+            # What is read through this descriptor is of one process. A path would lead to the next process with its number.
+            process = os.open(f"/proc/{pid}", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                _look(int(pid), process, wanted, found)
+            finally:
+                os.close(process)
         except OSError as e:
             if e.errno in (errno.EMFILE, errno.ENFILE):  # a buffer whose holders aren't found would be taken for a buffer that is gone
                 raise
             # Otherwise this process may not read them, or the other process has ended.
 
 
-def _fds(process: str) -> list[tuple[int, int]]:
+def _look(pid: int, process: int, wanted: Collection[tuple[int, int]], found: dict[tuple[int, int], list[Holder]]) -> None:
+    counts: dict[tuple[int, int], list[int]] = {}
+    for key in _fds(process):
+        if key in wanted:
+            counts.setdefault(key, [0, 0])[0] += 1
+    for key in _maps(process):
+        if key in wanted:
+            counts.setdefault(key, [0, 0])[1] += 1
+    if counts:
+        with open("comm", "rb", opener=_below(process)) as f:
+            comm = os.fsdecode(f.read().strip())
+        for key, (fds, maps) in counts.items():
+            found.setdefault(key, []).append(Holder(pid, comm, fds, maps))
+
+
+def _below(process: int) -> Callable[[str, int], int]:
+    return lambda name, flags: os.open(name, flags, dir_fd=process)
+
+
+def _fds(process: int) -> list[tuple[int, int]]:
     seen = []
-    with os.scandir(f"{process}/fd") as entries:
-        for entry in entries:
+    directory = os.open("fd", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=process)
+    try:
+        for name in os.listdir(directory):
             try:
-                if os.readlink(entry.path).startswith(("/memfd:dmabuf:", "/dmabuf:")):
-                    st = os.stat(entry.path)
+                if os.readlink(name, dir_fd=directory).startswith(("/memfd:dmabuf:", "/dmabuf:")):
+                    st = os.stat(name, dir_fd=directory)
                     seen.append((st.st_dev, st.st_ino))
             except OSError:
                 continue  # closed meanwhile
+    finally:
+        os.close(directory)
     return seen
 
 
-def _maps(process: str) -> list[tuple[int, int]]:
+def _maps(process: int) -> list[tuple[int, int]]:
     seen = []
-    with open(f"{process}/maps", "rb") as f:
+    with open("maps", "rb", opener=_below(process)) as f:
         for line in f:
             if b"/memfd:dmabuf:" in line or b"/dmabuf:" in line:
                 fields = line.split(maxsplit=5)

@@ -69,11 +69,18 @@ def _by_the_kernel(record: BufferRecord) -> FdInfo | None:
     for holder in record.holders:
         with contextlib.suppress(OSError):  # the process ended meanwhile
             for name in os.listdir(f"/proc/{holder.pid}/fd"):
+                path = f"/proc/{holder.pid}/fd/{name}"
                 with contextlib.suppress(OSError):  # it was closed meanwhile
-                    st = os.stat(f"/proc/{holder.pid}/fd/{name}")
-                    if (st.st_dev, st.st_ino) == (record.dev, record.ino):
-                        return fdinfo(int(name), process=str(holder.pid))
+                    if _inode(path) == (record.dev, record.ino):
+                        found = fdinfo(int(name), process=str(holder.pid))
+                        if _inode(path) == (record.dev, record.ino):  # else the number was used again, and the text may be another's
+                            return found
     return None
+
+
+def _inode(path: str) -> tuple[int, int]:
+    st = os.stat(path)
+    return st.st_dev, st.st_ino
 
 
 def _fence(fence: FenceRecord) -> str:
