@@ -13,11 +13,13 @@
 #include "domain/resv_lock.h"
 #include "domain/sleep.h"
 #include "domain/step.h"
+#include "domain/sync.h"
 #include "domain/table.h"
 #include "domain/ticker.h"
 #include "domain/words.h"
 #include "errors.h"
 #include "fds/fds.h"
+#include "fds/pollable.h"
 #include "fds/same.h"
 #include "memory/mapping.h"
 #include "memory/view.h"
@@ -44,9 +46,9 @@ static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT,
                                         NULL,
                                         NULL,
                                         NULL};
-static PyMethodDef *const shm_methods[] = {word_methods,  file_methods,      table_methods, record_methods, pool_methods,
-                                           fence_methods, resv_lock_methods, resv_methods,  access_methods, lend_methods,
-                                           held_methods,  reap_methods,      NULL};
+static PyMethodDef *const shm_methods[] = {word_methods,      file_methods, table_methods,  record_methods, pool_methods, fence_methods,
+                                           resv_lock_methods, resv_methods, access_methods, lend_methods,   held_methods, reap_methods,
+                                           sync_methods,      NULL};
 
 static int add_constants(PyObject *module) {
   static const struct {
@@ -93,11 +95,14 @@ static int add_constants(PyObject *module) {
       VALUE(CH_BLOCK),
       VALUE(CH_TIMELINE),
       VALUE(CH_CTX),
+      VALUE(CH_SYNC),
+      VALUE(CH_LEAF),
       VALUE(CTX_PER),
       VALUE(CTX_FIRST_IN_LIFE),
       VALUE(TIMELINES_PER),
       VALUE(FENCES_PER),
       VALUE(RECS_PER),
+      VALUE(SYNC_PER),
       VALUE(SLOT_MASK),
       VALUE(FF_ACCESS),
       VALUE(FF_WRITE),
@@ -125,7 +130,7 @@ PyMODINIT_FUNC PyInit__native(void) {
   if (add_constants(module) || shm_register(module, shm_methods) || fence_register(module) || step_register(module) ||
       mapping_register(module) || view_register(module) || passing_register(module) || messages_register(module) ||
       descriptor_register(module) || probe_register(module) || file_register(module) || hold_register(module) || same_register(module) ||
-      errors_register(module) || held_register(module) || guard_register(module)) {
+      errors_register(module) || held_register(module) || pollable_register(module) || guard_register(module)) {
     Py_DECREF(module);
     return NULL;
   }

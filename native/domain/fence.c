@@ -80,19 +80,6 @@ static void wake_dispatchers(Shm *s, uint64_t mask, uint64_t handle) {
   Py_DECREF(call);
 }
 
-void fence_wake_sync_files(Shm *s, uint64_t handle, db_fence *f) {
-  PyObject *x = NULL, *call = Py_XNewRef(s->on_sync); /* another thread may replace it during the call */
-  /* Call again if a signal handler raised in the middle: to wake twice is to wake once. */
-  for (int k = 0; k < 2 && !x && call; k++)
-    if (!(x = PyObject_CallFunction(call, "K", (unsigned long long)handle))) PyErr_WriteUnraisable(call);
-  Py_XDECREF(call);
-  if (x == Py_True) { /* while the bit is set, the process that reaps the slot wakes them again */
-    uint32_t w = atomic_load(&f->word);
-    while (FW_GEN(w) == WORD_OF(H_GEN(handle)) && (w & FW_SYNC) && !atomic_compare_exchange_weak(&f->word, &w, w & ~FW_SYNC)) {}
-  }
-  Py_XDECREF(x);
-}
-
 /* ---- signaling ---- */
 
 int fence_finish(Shm *s, uint64_t handle, db_fence *f, int error, uint64_t stamp, int shared) {

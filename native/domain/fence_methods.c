@@ -97,16 +97,6 @@ static PyObject *fence_watch(Shm *s, PyObject *arg) {
   return PyBool_FromLong(fence_pending(s, h, NULL)); /* after the bit: the signaler sees the bit, or this process that it is signaled */
 }
 
-static PyObject *fence_watch_sync(Shm *s, PyObject *arg) {
-  uint64_t h;
-  if (arg_u64(arg, &h)) return NULL;
-  int pending;
-  db_fence *f = fence_to_mark(s, h, &pending);
-  if (!f) Py_RETURN_FALSE;
-  fence_flag(h, f, FW_SYNC); /* in the same word: the signaler sees the bit, or this process sees that it is signaled */
-  return PyBool_FromLong(fence_pending(s, h, NULL));
-}
-
 static PyObject *fence_set_error(Shm *s, PyObject *args) {
   unsigned long long h;
   int error, pending;
@@ -184,7 +174,6 @@ PyMethodDef fence_methods[] = {
     METHOD(fence_share, METH_O, "($self, handle, /)", "Note that others than the owner may know a fence. Return whether it is pending."),
     METHOD(fence_watch, METH_O, "($self, handle, /)",
            "Let the signaler wake this process's dispatcher, or call on_local() in this process. Return whether the fence is pending."),
-    METHOD(fence_watch_sync, METH_O, "($self, handle, /)", "Let the signaler call on_sync(). Return whether the fence is pending."),
     METHOD(fence_set_error, METH_VARARGS, "($self, handle, error, /)",
            "Set the error with which the owner will signal a fence. Return whether it is pending."),
     METHOD(fence_set_deadline, METH_VARARGS, "($self, handle, ns, /)",

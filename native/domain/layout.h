@@ -155,6 +155,9 @@ enum {
   CH_BLOCK,    /* 256 db_block */
   CH_TIMELINE, /* 32 db_timeline */
   CH_CTX,      /* 512 db_ctx */
+  CH_SYNC,     /* 256 db_sync */
+  CH_LEAF,     /* 256 db_leaf */
+  CH_TYPES,    /* how many there are */
 };
 
 #define FENCES_PER        256u  /* fences in a chunk */
@@ -162,6 +165,7 @@ enum {
 #define BLOCKS_PER        256u  /* blocks in a chunk */
 #define TIMELINES_PER     32u   /* timelines in a chunk */
 #define CTX_PER           512u  /* contexts in a chunk of them */
+#define SYNC_PER          256u  /* sync files in a chunk, or fences of sync files */
 #define CTX_FIRST_IN_LIFE 256u  /* the first context in a chunk of a life */
 #define REC_CHUNKS        2048u /* chunks of records at most: the bitmap has a word for each, by its ordinal */
 
@@ -212,7 +216,7 @@ DB_AT(db_ctx, spare, 56);
  * generation and its word lacks FW_SIGNALED. A slot rests as long as possible before it is used again, and keeps the errors of its last
  * failed uses, so that a process that looks late still finds a failure.
  */
-#define FENCE_PAST 5u /* failed uses that a slot remembers */
+#define FENCE_PAST 4u /* failed uses that a slot remembers */
 
 typedef struct {
   a32 word;             /* [low part of the generation 26 | FW_ flags 6]; the futex of its waiters */
@@ -229,6 +233,7 @@ typedef struct {
   a32 rec;              /* of an access: its record + 1 */
   a32 rec_gen;          /* and that record's generation */
   a64 created;          /* CLOCK_MONOTONIC ns */
+  a64 sync;             /* [generation 40 | slot 24]: the sync file that waits for it, its slot + 1; SYNC_MANY: several may */
   a64 past[FENCE_PAST]; /* [generation 52 | -error 12] of the last failed uses of the slot */
 } db_fence;
 
@@ -247,12 +252,13 @@ DB_AT(db_fence, owner, 64);
 DB_AT(db_fence, rec, 72);
 DB_AT(db_fence, rec_gen, 76);
 DB_AT(db_fence, created, 80);
-DB_AT(db_fence, past, 88);
+DB_AT(db_fence, sync, 88);
+DB_AT(db_fence, past, 96);
 
 #define FW_SIGNALED 1u  /* it has ended, with or without an error */
 #define FW_WAITERS  2u  /* a thread sleeps on it */
 #define FW_SHARED   4u  /* others than the owner may know the fence */
-#define FW_SYNC     8u  /* a sync file waits for it: the process that signals it wakes the file's readers, then clears the bit */
+#define FW_SYNC     8u  /* a sync file waits for it: the process that signals it advances that, then clears the bit */
 #define FW_DROPPED  16u /* known to nobody else, and its owner is dropping it: too late to share it */
 
 #define FF_ACCESS         1u  /* it stands for a read() or write() block */
@@ -278,10 +284,66 @@ DB_AT(db_fence, past, 88);
 /* No time has this value and no other generation has it, so a compare-and-swap from it can only meet this generation. */
 #define STAMP_NONE(gen) (1ull << 63 | (gen))
 
+/* ---- Sync files ----
+ *
+ * A sync file has a slot, and a slot for each of its fences. Its descriptor is a socket whose abstract name has the domain's identity, the
+ * slot and its generation. The slots are in use as long as some process has the socket, which only the kernel knows.
+ */
+typedef struct {
+  a32 gen;       /* generation: one more with each use of the slot */
+  a32 count;     /* its fences; 0: it is being made */
+  a32 first;     /* slot of the first fence + 1 */
+  a32 at;        /* slot of the fence that it waits for + 1; a hint */
+  a64 waits;     /* handle of that fence, 0: the descriptor was made readable */
+  a64 net;       /* cookie of the network namespace that the socket is in (SO_NETNS_COOKIE), 0: not known */
+  char name[32]; /* its name, with a NUL */
+  a64 spare[8];
+} db_sync;
+
+DB_SIZE(db_sync, 128);
+DB_AT(db_sync, gen, 0);
+DB_AT(db_sync, count, 4);
+DB_AT(db_sync, first, 8);
+DB_AT(db_sync, at, 12);
+DB_AT(db_sync, waits, 16);
+DB_AT(db_sync, net, 24);
+DB_AT(db_sync, name, 32);
+DB_AT(db_sync, spare, 64);
+
+typedef struct {
+  a32 gen;         /* generation: one more with each use of the slot */
+  a32 next;        /* slot of the next fence + 1, 0: the last */
+  a64 head;        /* the sync file: [generation 32 | slot + 1 32]; 0: none */
+  a32 index;       /* its place among the fences */
+  a32 timeline;    /* slot of the fence's timeline + 1, 0: none */
+  a64 handle;      /* the fence */
+  a64 context;     /* its context */
+  a64 seqno;       /* and its number there */
+  a64 result;      /* [generation 32 | unused 19 | signaled 1 | -error 12], once it is known to be signaled */
+  a64 timestamp;   /* CLOCK_MONOTONIC ns of the signal, STAMP_NONE of the generation: not known */
+  char driver[32]; /* its driver's name, cut, with a NUL */
+  char name[32];   /* its timeline's name, cut, with a NUL */
+} db_leaf;
+
+DB_SIZE(db_leaf, 128);
+DB_AT(db_leaf, gen, 0);
+DB_AT(db_leaf, next, 4);
+DB_AT(db_leaf, head, 8);
+DB_AT(db_leaf, index, 16);
+DB_AT(db_leaf, timeline, 20);
+DB_AT(db_leaf, handle, 24);
+DB_AT(db_leaf, context, 32);
+DB_AT(db_leaf, seqno, 40);
+DB_AT(db_leaf, result, 48);
+DB_AT(db_leaf, timestamp, 56);
+DB_AT(db_leaf, driver, 64);
+DB_AT(db_leaf, name, 96);
+
+#define SYNC_MANY 0xffffffu /* in the sync word of a fence: several sync files may wait for it, or none */
+
 /* ---- Timelines ----
  *
- * What names a timeline is there twice. Opening the slot writes the copy that does not count and then switches, so a reader always finds
- * one that is whole. The names of a closed timeline stay until the slot is opened again.
+ * What names it is there twice. Opening the slot writes the copy that does not count, and then switches. The names stay until then.
  */
 typedef struct {
   a64 context; /* fence context */
@@ -299,20 +361,18 @@ DB_AT(db_origin, driver, 16);
 DB_AT(db_origin, name, 80);
 
 typedef struct {
-  a32 gen;  /* generation: one more with each use of the slot; its lowest bit tells which copy of the origin counts */
-  a32 open; /* 1: in use */
-  a64 spare;
+  a32 gen;             /* generation: one more with each use of the slot; its lowest bit tells which copy of the origin counts */
+  a32 open;            /* 1: in use */
   db_origin origin[2]; /* what names it, twice */
-  char pad[208];
+  char pad[216];
   a64 ring[64]; /* at seqno % 64: [slot 22 | low part of the generation 30 | -error 12] of the last failed fences */
 } db_timeline;
 
 DB_SIZE(db_timeline, 1024);
 DB_AT(db_timeline, gen, 0);
 DB_AT(db_timeline, open, 4);
-DB_AT(db_timeline, spare, 8);
-DB_AT(db_timeline, origin, 16);
-DB_AT(db_timeline, pad, 304);
+DB_AT(db_timeline, origin, 8);
+DB_AT(db_timeline, pad, 296);
 DB_AT(db_timeline, ring, 512);
 
 #define RING_SLOTS  64u /* errors that a timeline remembers */
@@ -435,5 +495,6 @@ _Static_assert(OFF_CHUNKTAB == OFF_LIVES + DB_LIVES * sizeof(db_life), "the chun
 _Static_assert(DB_HEADER_BYTES % DB_PAGE == 0, "chunks begin at a page");
 _Static_assert(FENCES_PER * sizeof(db_fence) == DB_CHUNK && RECS_PER * sizeof(db_rec) == DB_CHUNK, "a chunk is full of fences, of records");
 _Static_assert(BLOCKS_PER * sizeof(db_block) == DB_CHUNK && TIMELINES_PER * sizeof(db_timeline) == DB_CHUNK, "of blocks, of timelines");
+_Static_assert(SYNC_PER * sizeof(db_sync) == DB_CHUNK && SYNC_PER * sizeof(db_leaf) == DB_CHUNK, "of sync files, of their fences");
 _Static_assert(CTX_PER * sizeof(db_ctx) == DB_CHUNK && REC_CHUNKS * sizeof(a64) == CTX_FIRST_IN_LIFE * sizeof(db_ctx), "of contexts");
 #endif

@@ -150,7 +150,7 @@ static PyMemberDef members[] = {
     {"tick", T_OBJECT, offsetof(Shm, tick), 0, "tick(kind, value), called at each tick of a wait"},
     {"on_local", T_OBJECT, offsetof(Shm, on_local), 0,
      "on_local(handle), called when this process signals a fence that has callbacks here"},
-    {"on_sync", T_OBJECT, offsetof(Shm, on_sync), 0, "on_sync(handle) -> done, called when a fence that a sync file waits for is signaled"},
+    {"on_sync", T_OBJECT, offsetof(Shm, on_sync), 0, "on_sync(handle), called to call sync_wake(handle) until it returns True"},
     {"fail", T_OBJECT, offsetof(Shm, fail), 0, "fail(errno, operation, object, remedy, *, what), which makes an error"},
     {"owns_fd", T_BOOL, offsetof(Shm, owns_fd), 0, "whether the fd is closed with the mapping"},
     {"__weaklistoffset__", T_PYSSIZET, offsetof(Shm, weakrefs), READONLY, NULL},

@@ -21,12 +21,12 @@ typedef struct {
   a64 *token;         /* in a page that fork wipes: this process's life id, 0 in a child */
   PyObject *tick;     /* tick(kind, value): a wait has lasted TICK_NS; may raise */
   PyObject *on_local; /* on_local(handle): this process signaled a fence that has callbacks here */
-  PyObject *on_sync;  /* on_sync(handle) -> done: a fence that a sync file waits for has been signaled */
+  PyObject *on_sync;  /* on_sync(handle): call sync_wake(handle) until it returns True */
   PyObject *fail;     /* errors.fail */
   PyObject *weakrefs;
   uint64_t *fifo; /* free fence slots of this life, oldest first, so that a slot rests as long as possible */
   uint32_t fifo_cap, fifo_head, fifo_count, fifo_life;
-  uint32_t claim_hint[8]; /* by chunk type: where to begin to look for an ownerless chunk */
+  uint32_t claim_hint[CH_TYPES]; /* by chunk type: where to begin to look for an ownerless chunk */
 } Shm;
 
 extern PyTypeObject *Shm_Type;

@@ -350,7 +350,7 @@ static PyObject *table_audit(Shm *s, PyObject *unused) {
 static PyObject *py_chunk_claim(Shm *s, PyObject *arg) {
   long type = PyLong_AsLong(arg);
   if (type == -1 && PyErr_Occurred()) return NULL;
-  if (type <= CH_NONE || type > CH_CTX) {
+  if (type <= CH_NONE || type >= CH_TYPES) {
     PyErr_SetString(PyExc_ValueError, "chunk_claim: not a type of chunk");
     return NULL;
   }

@@ -16,7 +16,7 @@ from dmabuf import DmaBuf, DmaFence, DmaFenceArray, SyncFile, Timeline
 from tests.support.errnos import raises_errno
 from tests.support.facts import FACTS, Fact, fact_id
 from tests.support.fences import key
-from tests.support.sync_files import names_in_domain, polled
+from tests.support.sync_files import FIRST, open_in_domain, polled, scribble
 
 # ---- what it is ----
 
@@ -331,31 +331,34 @@ def test_descriptor_of_private_domain_becomes_readable() -> None:
         assert polled(sf) == 0
         b.signal()
         assert polled(sf) == select.POLLIN
-    assert not names_in_domain()
+    assert open_in_domain(domain) == 0
 
 
-def test_facts_that_make_no_sense_are_said_to_be_so(sf: SyncFile) -> None:
+NONSENSE = [  # whether in the slot of the fence, byte, value
+    pytest.param(False, FIRST, 0, id="no first fence"),
+    pytest.param(False, FIRST, 0xFFFFFFFF, id="a first fence outside"),
+    pytest.param(False, 4, 7, id="more fences than there are"),
+    pytest.param(True, 8, 0, id="a fence of none"),
+    pytest.param(True, 16, 3, id="a fence at another place"),
+]
+
+
+@pytest.mark.parametrize(("of_fence", "at", "value"), NONSENSE)
+def test_slots_that_make_no_sense_are_said_to_be_so(sf: SyncFile, of_fence: bool, at: int, value: int) -> None:
     fd = sf.fileno()
-    path = dmabuf.Domain.default().path
-    assert path is not None
-    (name,) = [name for name in names_in_domain() if not name.endswith(".sock")]
-    (path / name).write_bytes(b"nonsense")
+    scribble(fd, of_fence, at, value)
     with raises_errno(errno.EUCLEAN):
         SyncFile.from_fd(fd)
 
 
-@pytest.mark.parametrize("bytes_", [b"", b"nonsense", b"dmabufS\1" + b"\xff" * 36, b"dmabufS\1" + bytes(36)])
-def test_nonsense_record_makes_readable(sf: SyncFile, fence: DmaFence, bytes_: bytes) -> None:
+@pytest.mark.parametrize(("of_fence", "at", "value"), NONSENSE)
+def test_descriptor_of_nonsense_becomes_readable(sf: SyncFile, fence: DmaFence, of_fence: bool, at: int, value: int) -> None:
     fd = sf.dup()
-    path = dmabuf.Domain.default().path
-    assert path is not None
-    (name,) = [name for name in names_in_domain() if not name.endswith(".sock")]
-    (path / name).write_bytes(bytes_)
+    scribble(fd, of_fence, at, value)
     sf.close()
     fence.signal()
     assert polled(fd) == select.POLLIN
     os.close(fd)
-    dmabuf.Domain.default().sweep()
 
 
 # ---- merging ----

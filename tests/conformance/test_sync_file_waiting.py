@@ -1,6 +1,7 @@
 """The descriptor of a sync file, polled and waited for in every way (semantics 5.5)."""
 
 import asyncio
+import contextlib
 import errno
 import math
 import os
@@ -12,10 +13,12 @@ import pytest
 
 import dmabuf
 from dmabuf import DmaFence, DmaFenceArray, DmaFenceChain, SyncFile, Timeline
+from dmabuf._native import SYNC_PER
+from dmabuf.domain.sync_files import place_of
 from tests.support.errnos import raises_errno
 from tests.support.facts import FACTS
 from tests.support.interrupts import ended_by_a_signal
-from tests.support.sync_files import names_in_domain, polled
+from tests.support.sync_files import open_in_domain, polled
 from tests.support.waiting import Background
 
 ALL_EVENTS = select.POLLIN | select.POLLOUT | select.POLLPRI | select.POLLRDNORM | select.POLLWRNORM | select.POLLRDHUP
@@ -164,30 +167,58 @@ def test_what_is_forgotten_closes_its_descriptor(tl: Timeline) -> None:
     fd = SyncFile(fence).fileno()
     with raises_errno(errno.EBADF):
         os.fstat(fd)
-    assert not names_in_domain()
+    assert open_in_domain() == 0
 
 
 def test_nothing_is_left_in_the_domain_after_the_last_descriptor(sf: SyncFile, fence: DmaFence) -> None:
-    assert not names_in_domain()  # nobody has asked for a descriptor
+    assert open_in_domain() == 0  # nobody has asked for a descriptor
     copy = sf.dup()
     sf.close()
-    assert names_in_domain()
+    assert open_in_domain() == 1
     fence.signal()
+    assert open_in_domain() == 1
     os.close(copy)
-    dmabuf.Domain.default().sweep()
-    assert not names_in_domain()
+    assert open_in_domain() == 0
 
 
-def test_names_of_closed_sync_files_are_removed_by_later_ones(tl: Timeline) -> None:
+def test_slots_of_closed_sync_files_are_used_by_later_ones(tl: Timeline) -> None:
     fence = tl.fence()
-    for _ in range(100):
+    slots = set()
+    for _ in range(1000):
         sf = SyncFile(fence)
         fd = sf.dup()
+        slots.add(place_of(fd))
         sf.close()
         os.close(fd)  # by somebody who doesn't know what it is
-    assert 0 < len({name.rpartition(".")[0] for name in names_in_domain()}) < 70
-    dmabuf.Domain.default().sweep()
+    assert len(slots) == 1000
+    assert len({place.slot for _, place in filter(None, slots)}) < 2 * SYNC_PER  # as many as tests before this one have left
     fence.signal()
+
+
+def test_slot_of_an_open_descriptor_is_not_used_by_later_ones(tl: Timeline) -> None:
+    fence = tl.fence()
+    with SyncFile(fence, "kept") as sf:
+        kept = sf.dup()
+    for _ in range(600):
+        with SyncFile(fence, "later") as sf:
+            sf.fileno()
+    with SyncFile.from_fd(kept) as found:
+        assert (found.name, found.fence) == ("kept", fence)
+    fence.signal()
+    assert polled(kept) == select.POLLIN
+    os.close(kept)
+
+
+def test_many_sync_files_of_one_fence_become_readable(tl: Timeline) -> None:
+    fence, other = tl.fence(), tl.fence()
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(SyncFile(fence)) for _ in range(300)]  # more than a chunk has slots
+        last = stack.enter_context(SyncFile(other))
+        assert [polled(sf) for sf in (*files, last)] == [0] * 301
+        fence.signal()
+        assert [polled(sf) for sf in (*files, last)] == [select.POLLIN] * 300 + [0]
+        other.signal()
+        assert polled(last) == select.POLLIN
 
 
 def test_without_a_free_descriptor_there_is_a_clear_error(sf: SyncFile, fence: DmaFence, few_descriptors: Callable[[], None]) -> None:
@@ -196,15 +227,14 @@ def test_without_a_free_descriptor_there_is_a_clear_error(sf: SyncFile, fence: D
         sf.fileno()
 
 
-def test_descriptor_is_readable_after_emfile_at_the_signal(
+def test_making_it_readable_needs_no_free_descriptor(
     sf: SyncFile, fence: DmaFence, few_descriptors: Callable[[], Callable[[], None]]
 ) -> None:
     fd = sf.fileno()
     free = few_descriptors()
     fence.signal()
-    assert polled(fd) == 0
+    assert polled(fd) == select.POLLIN
     free()
-    select.select([fd], [], [])
 
 
 @pytest.fixture
@@ -285,9 +315,9 @@ async def _awaited(sf: SyncFile) -> int:
 
 
 def test_closing_leaves_nothing_registered() -> None:
-    with Timeline("alone", domain=dmabuf.Domain.private()) as timeline:
-        fence = timeline.fence()
-        sf = SyncFile(fence)
+    """Any process may signal the fence, so this one watches it, in case that one dies in the middle."""
+    with dmabuf.SwSync() as sw, sw.create_fence(1) as sf:
+        fence = sf.fence
         sf.fileno()
         assert fence.statistics().callbacks == 1
         sf.close()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +17,8 @@ from typing import NamedTuple
 import pytest
 
 import dmabuf
-from dmabuf import _native
+from dmabuf import SyncFile, _native
+from dmabuf.core.fence.fence import wrap
 from tests.support.steps import Held, fork, reap
 
 pytestmark = [pytest.mark.crash]
@@ -140,9 +142,14 @@ def test_who_ends_a_fence_too_late_touches_no_stranger_in_its_slot(owner: Owner,
         assert look(owner.fence) == decided
 
 
+def sync_file_of(handle: int) -> bool:
+    with SyncFile(wrap(dmabuf.Domain.default(), handle)) as sf:
+        return not select.select([sf], [], [], 0)[0]
+
+
 MARKS: dict[str, Callable[[_native.Shm, int], bool]] = {
     "shared": lambda shm, handle: shm.fence_share(handle),
-    "sync": lambda shm, handle: shm.fence_watch_sync(handle),
+    "sync": lambda _, handle: sync_file_of(handle),
     "watched": lambda shm, handle: shm.fence_watch(handle),
     "deadline": lambda shm, handle: shm.fence_set_deadline(handle, 1),
 }

@@ -11,17 +11,13 @@ import pytest
 
 import dmabuf
 from dmabuf import DmaFence, DmaFenceArray, SyncFile, Timeline
+from dmabuf.domain.sync_files import place_of
 from tests.support.steps import Held, fork, killed_at, reap, trace
+from tests.support.sync_files import open_in_domain
 
 pytestmark = [pytest.mark.crash, pytest.mark.timeout(600)]
 
 Action = Callable[[], None]
-
-
-def names() -> list[str]:
-    path = dmabuf.Domain.default().path
-    assert path is not None
-    return [name for name in os.listdir(path) if name.startswith("sync-")]
 
 
 def readable(fd: int) -> bool:
@@ -100,8 +96,7 @@ def killed_everywhere(action: Callable[[socket.socket], None], after: Callable[[
         after(fds, count)
         for fd in fds:
             os.close(fd)
-        dmabuf.Domain.default().sweep()
-        assert not names(), steps[count - 1]
+        assert open_in_domain() == 0, steps[count - 1]
 
 
 def test_wherever_who_made_and_signals_dies_it_is_rung_and_nothing_is_left() -> None:
@@ -152,7 +147,7 @@ def test_two_who_go_on_at_once_ring_once(step: str) -> None:
         there.close()
         assert other.run_to(step)
         (fd,) = socket.recv_fds(here, 1, 1)[1]
-        dmabuf.Domain.default().sync_directory.wake_all(dmabuf.Domain.default().shm)
+        assert dmabuf.Domain.default().wake_sync_files()
         assert readable(fd) is (step != "sync_moved")
         other.go_on()
         other.release()
@@ -161,8 +156,44 @@ def test_two_who_go_on_at_once_ring_once(step: str) -> None:
         with SyncFile.from_fd(fd) as sf:
             assert sf.info().status == 1
         os.close(fd)
-    dmabuf.Domain.default().sweep()
-    assert not names()
+    assert open_in_domain() == 0
+
+
+@pytest.mark.parametrize("step", ["fence_rung", "sync_moved", "sync_marked", "sync_done", "sync_rung"])
+def test_signaler_that_stopped_does_nothing_to_the_next_use_of_the_slot(step: str) -> None:
+    """It stands in the middle of an old sync file, while its slots become those of another one, which waits for another fence."""
+    fences = [Timeline(f"t{i}").fence() for i in range(2)]
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+    def signals() -> None:
+        timeline = Timeline("signaler")
+        own = [timeline.fence() for _ in range(2)]
+        dmabuf.send(theirs, *own)
+        theirs.recv(1)
+        for fence in own:
+            fence.signal()
+
+    with ours, Held(signals, only=step) as other:
+        theirs.close()
+        old = SyncFile(DmaFenceArray(dmabuf.recv(ours)))
+        slot = place_of(old.fileno())
+        ours.send(b"g")
+        assert other.run_to(step)
+        old.close()
+        with SyncFile(DmaFenceArray(fences)) as new:
+            again = place_of(new.fileno())
+            assert slot is not None
+            assert again is not None
+            assert (again[1].slot, again[1].gen) == (slot[1].slot, slot[1].gen + 1)
+            other.go_on()
+            other.release()
+            assert other.wait() == 0
+            assert not readable(new.fileno())
+            fences[1].signal()
+            assert not readable(new.fileno())
+            fences[0].signal()
+            assert readable(new.fileno())
+            assert [one.status for one in new.info().fences] == [1, 1]
 
 
 def test_a_fork_in_the_middle_of_it_all_leaves_nothing() -> None:
@@ -172,4 +203,4 @@ def test_a_fork_in_the_middle_of_it_all_leaves_nothing() -> None:
         assert reap(fork(lambda: None)) == 0
         fence.signal()
         assert readable(sf.fileno())
-    assert not names()
+    assert open_in_domain() == 0

@@ -108,7 +108,15 @@ INDEX_CALLS: dict[str, Callable[[_native.Shm, int], object]] = {
     "fence_info": lambda s, i: s.fence_info(i),
     "fence_share": lambda s, i: s.fence_share(i),
     "fence_watch": lambda s, i: s.fence_watch(i),
-    "fence_watch_sync": lambda s, i: s.fence_watch_sync(i),
+    "sync_make": lambda s, i: s.sync_make(i, (i,), b"", ((i, 1, 1, 0, 0, 0, b"", b""),)),
+    "sync_make, of fences": lambda s, i: s.sync_make(
+        s.chunk_claim(_native.CH_SYNC) * _native.SYNC_PER, (i,), b"", ((i,) * 6 + (b"",) * 2,)
+    ),
+    "sync_slots": lambda s, i: s.sync_slots(i),
+    "sync_exists": lambda s, i: s.sync_exists(i, 1),
+    "sync_info": lambda s, i: s.sync_info(i, 1),
+    "sync_advance": lambda s, i: s.sync_advance(i, 1),
+    "sync_wake": lambda s, i: s.sync_wake(i),
     "fence_set_error": lambda s, i: s.fence_set_error(i, -errno.EIO),
     "fence_set_deadline": lambda s, i: s.fence_set_deadline(i, 1),
     "fence_shared": lambda s, i: s.fence_shared(i),

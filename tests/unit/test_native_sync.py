@@ -3,38 +3,36 @@
 from __future__ import annotations
 
 import errno
-import sys
+import select
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 import dmabuf
-from dmabuf import _native
+from dmabuf import SyncFile, Timeline, _native
+from tests.support.errnos import raises_errno
+from tests.support.sync_files import polled
 
 ANYBODY = _native.FF_ANYBODY
 GARBAGE = [0, 1, (1 << 64) - 1, 1 << 24, 0x3FFFFF, 0xFFFFFFFF00000000]
 
 
 @pytest.fixture
-def shm() -> Iterator[_native.Shm]:
-    domain = dmabuf.Domain.private()
-    yield domain.join()
-    domain.leave()
+def domain() -> Iterator[dmabuf.Domain]:
+    made = dmabuf.Domain.private()
+    made.join()
+    yield made
+    made.leave()
+
+
+@pytest.fixture
+def shm(domain: dmabuf.Domain) -> _native.Shm:
+    return domain.shm
 
 
 def fence(shm: _native.Shm, flags: int = 0) -> int:
     return shm.fence_alloc(0, 1, 1, flags, 0, 0)
-
-
-def rung(shm: _native.Shm, answer: bool) -> list[int]:
-    seen: list[int] = []
-
-    def on_sync(handle: int) -> bool:
-        seen.append(handle)
-        return answer
-
-    shm.on_sync = on_sync
-    return seen
 
 
 def marked(shm: _native.Shm, handle: int) -> bool:
@@ -61,7 +59,6 @@ def test_a_fence_of_its_owners_alone_is_not(shm: _native.Shm) -> None:
 @pytest.mark.parametrize("handle", GARBAGE)
 def test_no_fence_is_not(shm: _native.Shm, handle: int) -> None:
     assert shm.fence_end_any(handle, 0) is False
-    assert shm.fence_watch_sync(handle) is False
 
 
 def test_a_slot_that_was_used_again_is_not(shm: _native.Shm) -> None:
@@ -75,57 +72,51 @@ def test_a_slot_that_was_used_again_is_not(shm: _native.Shm) -> None:
         shm.fence_signal(one, 0, True)
 
 
-@pytest.mark.parametrize("answer", [True, False])
-def test_who_ends_a_marked_fence_rings_and_clears_the_mark_when_it_is_done(shm: _native.Shm, answer: bool) -> None:
-    seen = rung(shm, answer)
+def test_signaler_makes_readable_and_clears_the_mark(domain: dmabuf.Domain) -> None:
+    with Timeline(domain=domain) as timeline, SyncFile(fence := timeline.fence()) as sf:
+        assert (polled(sf), marked(domain.shm, fence.handle)) == (0, True)
+        fence.signal()
+        assert (polled(sf), marked(domain.shm, fence.handle)) == (select.POLLIN, False)
+
+
+def test_reaper_makes_readable_and_clears_the_mark(domain: dmabuf.Domain) -> None:
+    with Timeline(domain=domain) as timeline, SyncFile(fence := timeline.fence()) as sf:
+        sf.fileno()
+        domain.shm.reap_fences((fence.handle & _native.SLOT_MASK) // _native.FENCES_PER, -errno.EOWNERDEAD)
+        assert (polled(sf), marked(domain.shm, fence.handle)) == (select.POLLIN, False)
+        assert sf.status == -errno.EOWNERDEAD
+
+
+@pytest.mark.parametrize(("slots", "leaves"), [((), ()), ((0,), ())], ids=["no fence", "a slot too many"])
+def test_sync_file_without_a_slot_for_each_fence_is_valueerror(shm: _native.Shm, slots: tuple[int, ...], leaves: tuple[Any, ...]) -> None:
+    with pytest.raises(ValueError, match="one slot for each fence"):
+        shm.sync_make(shm.chunk_claim(_native.CH_SYNC) * _native.SYNC_PER, slots, b"", leaves)
+
+
+def test_sync_file_in_a_slot_of_another_life_is_euclean(shm: _native.Shm) -> None:
+    mine = shm.chunk_claim(_native.CH_SYNC) * _native.SYNC_PER, shm.chunk_claim(_native.CH_LEAF) * _native.SYNC_PER
     handle = fence(shm)
-    assert shm.fence_watch_sync(handle) is True
-    shm.fence_signal(handle, 0, False)
-    assert seen == [handle]
-    assert marked(shm, handle) is not answer
+    leaf = (handle, 1, 1, 0, 0, 0, b"", b"")
+    shm.chunk_return(mine[0] // _native.SYNC_PER, shm.life)
+    with raises_errno(errno.EUCLEAN):
+        shm.sync_make(mine[0], (mine[1],), b"", (leaf,))
     shm.fence_signal(handle, 0, True)
 
 
-def test_an_unmarked_fence_rings_nothing(shm: _native.Shm) -> None:
-    seen = rung(shm, True)
-    shm.fence_signal(fence(shm), 0, True)
-    assert seen == []
-
-
-def test_a_mark_after_the_end_is_told_so(shm: _native.Shm) -> None:
+def test_chunk_of_a_dead_life_has_slots_but_those_in_use(shm: _native.Shm) -> None:
+    """The next owner of the chunks asks for each slot whether some process has the descriptor."""
+    heads, leaves = shm.chunk_claim(_native.CH_SYNC), shm.chunk_claim(_native.CH_LEAF)
+    slots = heads * _native.SYNC_PER, leaves * _native.SYNC_PER
     handle = fence(shm)
-    shm.fence_signal(handle, 0, False)
-    assert shm.fence_watch_sync(handle) is False
-    shm.fence_signal(handle, 0, True)
-
-
-@pytest.mark.parametrize("ended", [True, False], ids=["ended", "pending"])
-def test_the_reaper_rings_what_is_marked(shm: _native.Shm, ended: bool) -> None:
-    handle = fence(shm)
-    shm.fence_watch_sync(handle)
-    if ended:
-        rung(shm, False)
-        shm.fence_signal(handle, 0, False)
-    seen = rung(shm, True)
-    shm.reap_fences((handle & _native.SLOT_MASK) // _native.FENCES_PER, -errno.EOWNERDEAD)
-    assert (seen, marked(shm, handle)) == ([handle], False)
-    assert _native.Fence(shm, handle).status == (1 if ended else -errno.EOWNERDEAD)
-
-
-def test_a_ring_that_raises_is_reported_and_leaves_the_mark(shm: _native.Shm, monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[type[BaseException]] = []
-    monkeypatch.setattr(sys, "unraisablehook", lambda what: told.append(what.exc_type))
-
-    def on_sync(_: int) -> bool:
-        raise KeyError("ring")
-
-    shm.on_sync = on_sync
-    handle = fence(shm)
-    shm.fence_watch_sync(handle)
-    shm.fence_signal(handle, 0, False)
-    # Tried once more: what raised may have been a signal's handler.
-    assert (told, shm.fence_pending(handle), marked(shm, handle)) == ([KeyError, KeyError], False, True)
-    rung(shm, True)
+    leaf = (handle, 1, 1, 0, 0, 0, b"", b"")
+    kept, gen = shm.sync_make(slots[0] + 5, (slots[1] + 1, slots[1] + 2), b"", (leaf, leaf))
+    closed, _ = shm.sync_make(slots[0] + 6, (slots[1] + 3,), b"", (leaf,))
+    closed.close()
+    assert set(range(slots[0], slots[0] + _native.SYNC_PER)) - set(shm.sync_slots(heads)) == {slots[0] + 5}
+    assert set(range(slots[1], slots[1] + _native.SYNC_PER)) - set(shm.sync_slots(leaves)) == {slots[1] + 1, slots[1] + 2}
+    kept.close()
+    assert (len(shm.sync_slots(heads)), len(shm.sync_slots(leaves))) == (_native.SYNC_PER, _native.SYNC_PER)
+    assert not shm.sync_exists(slots[0] + 5, gen)
     shm.fence_signal(handle, 0, True)
 
 

@@ -192,24 +192,6 @@ def _check(st: os.stat_result, directory: int, name: str) -> None:
     raise fail(errno.EUCLEAN, "open domain", shown, _REMEDY, what=f"it has {st.st_nlink} names (hard links)")
 
 
-def read_file(directory: int, name: str, most: int) -> bytes:
-    """Return at most so many bytes of a file of the domain. Errors: ENOENT nothing of that name is a file of this user."""
-    try:
-        fd = os.open(name, os.O_RDONLY | _FLAGS, dir_fd=directory)
-    except OSError as e:
-        if e.errno not in (errno.ELOOP, errno.ENXIO, errno.EACCES, errno.ENODEV):
-            raise
-        raise _no_file(name) from None  # a link, a socket, another user's
-    with open(fd, "rb") as f:
-        if not is_file(os.fstat(fd)):
-            raise _no_file(name)
-        return f.read(most)
-
-
-def _no_file(name: str) -> OSError:
-    return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
-
-
 def is_file(st: os.stat_result) -> bool:
     """Return True if this may be a file that this library made: a regular file of this user with one name, or none any more."""
     return stat.S_ISREG(st.st_mode) and st.st_uid == os.geteuid() and st.st_nlink <= 1
@@ -245,10 +227,4 @@ def socket_address(directory: int, name: str) -> str:
 def remove_socket(directory: int, name: str) -> None:
     """Remove a socket of this user. Anything else of that name stays."""
     if is_socket(directory, name):
-        os.unlink(name, dir_fd=directory)
-
-
-def remove_file(directory: int, name: str) -> None:
-    """Remove what stands at a name of this library, unless that is a directory."""
-    with contextlib.suppress(FileNotFoundError, IsADirectoryError):
         os.unlink(name, dir_fd=directory)

@@ -38,7 +38,6 @@ from dmabuf.domain.directory import remove_socket
 from dmabuf.domain.forks import fork_lock
 from dmabuf.domain.hooks import Hooks
 from dmabuf.domain.retries import Retries
-from dmabuf.domain.sync_directory import SyncDirectory
 from dmabuf.domain.weak_objects import WeakObjects
 from dmabuf.errors import fail, needing_descriptors
 
@@ -75,7 +74,6 @@ class Domain:
         self.leave_hooks: Hooks[[]] = Hooks("leave")
         self._free_ctx: list[int] = []
         self._free_timelines: list[int] = []
-        self.sync_directory = SyncDirectory(path)
         me = weakref.ref(self)
         self.retries = Retries(lambda: domain.shm.life if (domain := me()) is not None else 0, TICK_NS / 1e9)
         # What the layers above keep for this domain in this process (domain/local.py). A forked child starts with nothing.
@@ -170,12 +168,10 @@ class Domain:
             if domain is not None:
                 domain.tick(kind, value)
 
-        def on_sync(handle: int) -> bool:
+        def on_sync(handle: int) -> None:
             domain = me()
-            if domain is None or domain.sync_directory.wake(domain.shm, handle):
-                return True
-            domain.retries.later(lambda: domain.sync_directory.wake(domain.shm, handle))
-            return False
+            if domain is not None:
+                domain.retries.later(lambda: domain.shm.sync_wake(handle))
 
         shm.tick, shm.on_sync = tick, on_sync
         shm.path = None if self.path is None else os.fsencode(self.path / place.FILE)
@@ -248,7 +244,6 @@ class Domain:
             with place.lifecycle_lock(self.shm.fd):
                 if hooked:
                     self.forget_socket(life.id)
-                self.sync_directory.tidy()
                 life.leave()
                 if not self.shm.locked(place.LIFE_BYTE, LIVES):
                     try:
@@ -307,7 +302,7 @@ class Domain:
             if kind == TICK_CHECK:  # value: a life that the waiter is about to yield to
                 index = lives.index_of(value)
                 if value != self.shm.life and not lives.is_alive(self.shm, index) and lives.reap(self.shm, index, self.forget_socket):
-                    self.sync_directory.wake_all(self.shm)
+                    self.wake_sync_files()
                 return
             self.sweep_if_due()
             if kind == TICK_POLL:
@@ -330,13 +325,20 @@ class Domain:
         mine = lives.index_of(shm.life) if shm.life else -1
         count = sum(lives.reap(shm, i, self.forget_socket) for i in lives.alive_slots(shm) if i != mine and not lives.is_alive(shm, i))
         if count:
-            self.sync_directory.wake_all(self.shm)
+            self.wake_sync_files()
         return count
 
+    def wake_sync_files(self) -> bool:
+        """Advance every sync file, after a death, to finish what the dead process had begun. Return False if that must be tried again."""
+        if self.shm.sync_wake_all(False):
+            return True
+        shm = self.shm
+        self.retries.later(lambda: shm.sync_wake_all(False))
+        return False
+
     def sweep(self) -> None:
-        """Clean up after the dead, after closed sync files, and after buffers that are gone, although no process waits for that."""
+        """Clean up after the dead and after buffers that are gone, although no process waits for that."""
         self.reap_dead()
-        self.sync_directory.tidy()
         self.sweep_hooks()
 
     def pid_of(self, life: int) -> int:

@@ -38,10 +38,11 @@ from dmabuf._native import (
     OFF_LIFE_HIGH,
     OFF_NCHUNKS,
     VERSION,
+    Shm,
     punch,
     step,
 )
-from dmabuf.domain import proved, sync_files
+from dmabuf.domain import proved
 from dmabuf.domain.directory import make_file, open_file, remove_socket
 from dmabuf.domain.directory import open_directory as open_directory
 from dmabuf.domain.ofd import OFD_SETLK as OFD_SETLK
@@ -199,7 +200,7 @@ def replace_file(directory: int, identity: bytes) -> None:
 
     What dead processes left in the directory is removed first, because a fresh file looks as if nothing were left to do.
     """
-    sync_files.make_all_readable(directory)
+    _wake_sync_files(directory)
     for name in os.listdir(directory):
         if _SOCKET_NAME.fullmatch(name):
             remove_socket(directory, name)
@@ -211,6 +212,16 @@ def replace_file(directory: int, identity: bytes) -> None:
         # A domain that has filled its file system must not stay unusable for ever. Free the old file's memory.
         _empty_file(directory)
         _replace_file(directory, identity)
+
+
+def _wake_sync_files(directory: int) -> None:
+    """Make the descriptor of every sync file readable. No process lives in the domain, so every fence is signaled."""
+    fd = open_file(directory, FILE)
+    try:
+        if os.fstat(fd).st_size > HEADER_BYTES and not read_header(fd)[1]:
+            Shm(fd, fail).sync_wake_all(True)
+    finally:
+        os.close(fd)
 
 
 def _empty_file(directory: int) -> None:

@@ -66,7 +66,7 @@ def _reduce_fence(fence: DmaFence) -> tuple[Callable[..., Any], tuple[Any, ...]]
 
 def _reduce_sync_file(sync_file: SyncFile) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     sync_file.share("pickle")
-    facts = None if sync_file.kernel else sync_file.record().pack()
+    facts = sync_file.record().pack() if sync_file.domain.path is None and not sync_file.kernel else None
     return _make_sync_file, (sys.modules[_MODULE].DupFd(sync_file.fileno()), sync_file.domain, facts)
 
 

@@ -181,7 +181,7 @@ class SwSync(SharedObject):
         self.domain.join()
         with self._file.locked():
             # Did a process that signaled fences die before it woke everything that waits for them?
-            if self._file.read(_ENDING, 4) == _U32.pack(1) and self.domain.sync_directory.wake_all(self.domain.shm):
+            if self._file.read(_ENDING, 4) == _U32.pack(1) and self.domain.wake_sync_files():
                 self._file.write(_ENDING, _U32.pack(0))
             yield
 

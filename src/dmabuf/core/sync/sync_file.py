@@ -3,8 +3,8 @@
 It wraps one fence, as it is at that moment, for good. The descriptor (``fileno()``, made when it is first asked for) is readable once the
 fence is signaled, with an error or without, and stays so. It is never writable and never hung up. It can be polled, added to an event
 loop, duplicated, inherited, and sent to any program. Its receiver can make a ``SyncFile`` of it (``SyncFile.from_fd``), with the names, the
-fences and, once they are signaled, the results. It needs neither its maker nor any other process that has it: the process that signals the
-last of its fences makes it readable, or the process that reaps that fence's owner (``domain/sync_files.py`` says how).
+fences and, once they are signaled, the results. It needs neither its maker nor any other process that has it, and no file. The process
+that signals the last of its fences makes it readable, or the process that reaps that fence's owner (``domain/sync_files.py`` says how).
 
 It waits for the plain fences inside containers, so it outlives a container's maker. Of an array that any member signals, it waits for the
 array itself.
@@ -20,22 +20,22 @@ reservation lock.
 from __future__ import annotations
 
 import errno
-import itertools
 import os
 import sys
 import weakref
-from collections.abc import Callable, Generator, Iterator
+from collections import deque
+from collections.abc import Callable, Generator
 from typing import Any, Self
 
-from dmabuf._native import FF_ANYBODY
+from dmabuf._native import FF_ANYBODY, OwnedFd
 from dmabuf.core.base.closing import Closing
 from dmabuf.core.fence.array import DmaFenceArray
 from dmabuf.core.fence.container import is_container
-from dmabuf.core.fence.fence import DmaFence, flagged
+from dmabuf.core.fence.fence import DmaFence
 from dmabuf.core.fence.stub import private_stub
 from dmabuf.core.fence.unwrap import leaves_of, merge
 from dmabuf.core.sync import kernel_fences
-from dmabuf.core.sync.descriptors import advance, duplicate, forget_if_last, is_readable
+from dmabuf.core.sync.descriptors import duplicate
 from dmabuf.core.sync.sync_file_info import (
     NAME_BYTES,
     SyncFenceInfo,
@@ -50,13 +50,9 @@ from dmabuf.core.sync.sync_file_info import (
 from dmabuf.domain import sync_files
 from dmabuf.domain.domain import Domain, known
 from dmabuf.domain.forks import fork_lock
-from dmabuf.domain.local import Local
-from dmabuf.domain.sync_files import SyncFileRecord
+from dmabuf.domain.sync_files import Place, SyncFileRecord
 from dmabuf.errors import fail
 from dmabuf.uapi import sync_file as uapi
-
-_OPENED: Local[Iterator[int]] = Local(lambda _: itertools.count(1))
-_TIDY_EVERY = 64  # descriptors made between two scans for names of closed sync files
 
 
 class SyncFile(Closing):
@@ -77,12 +73,13 @@ class SyncFile(Closing):
         "_domain",
         "_fd",
         "_fence",
+        "_foreign",
         "_kernel",
         "_leaves",
         "_life",
         "_lock",
         "_name",
-        "_stem",
+        "_place",
         "_watch",
         "closed",
     )
@@ -95,9 +92,12 @@ class SyncFile(Closing):
             raise TypeError(f"SyncFile: a DmaFence is expected, not {type(fence).__name__}")
         self._set(fence.domain, fence, leaves_of(fence), cut_name(name) or name_of(fence))
 
-    def _set(self, domain: Domain, fence: DmaFence | None, leaves: tuple[DmaFence, ...], name: bytes, fd: int = -1, stem: str = "") -> None:
+    def _set(self, domain: Domain, fence: DmaFence | None, leaves: tuple[DmaFence, ...], name: bytes) -> None:
         self._domain, self._fence, self._leaves, self._name = domain, fence, leaves, name
-        self._fd, self._stem, self._kernel, self._life = fd, stem, False, domain.join().life
+        self._fd: OwnedFd | None = None
+        self._place: Place | None = None  # of the descriptor, unless that is the kernel's
+        self._kernel, self._life = False, domain.join().life
+        self._foreign: deque[DmaFence] = deque()  # that others signal, and that may be pending
         self._watch: tuple[DmaFence, int] | None = None
         self._lock = fork_lock()
         self.closed = False
@@ -140,34 +140,35 @@ class SyncFile(Closing):
         said = f"fd {fd if named is None else named}"
         if kernel_fences.is_kernel_sync_file(fd):
             return cls._of_kernel(fd, domain or Domain.default())
-        found = sync_files.stem_of(fd)
+        found = sync_files.place_of(fd)
         if found is None:
             raise fail(errno.EINVAL, "from_fd", said, "pass the descriptor of a SyncFile", what="not a sync file")
-        stem, private = found
-        identity = sync_files.identity_of(stem)
+        identity, place = found
         domain = domain if domain is not None and domain.id == identity else known(identity) or Domain.default()
         if domain.id != identity:
             remedy = "start both processes with the same DMABUF_DOMAIN, or send the domain along: dmabuf.send(sock, domain, sync_file)"
             raise fail(errno.EXDEV, "from_fd", f"sync file of domain {identity}", remedy, what="this process doesn't have its domain")
         if record is None:
-            if private:
+            if domain.path is None:
                 remedy = "send the SyncFile with dmabuf.send() or through multiprocessing"
-                raise fail(errno.EXDEV, "from_fd", said, remedy, what="its private domain has no directory to find it in")
-            with domain.sync_directory.opened() as directory:
-                record = sync_files.find(stem, directory or 0)
+                raise fail(errno.EXDEV, "from_fd", said, remedy, what="a bare descriptor doesn't lead to a private domain")
+            record = sync_files.find(domain, place)
         self = cls.__new__(cls)
         domain.join()
         if record is None:  # every process had left the domain: all its fences are signaled, and their results are lost
             lost = private_stub(0, domain=domain, error=-errno.EOWNERDEAD)
-            self._set(domain, lost, (lost,), stem.encode()[:NAME_BYTES], fd, stem)
+            self._set(domain, lost, (lost,), f"sync-{identity}".encode()[:NAME_BYTES])
+            self._fd = OwnedFd(fd)
             return self
         leaves = tuple(fence_of(domain, leaf) for leaf in record.leaves)
         fence = leaves[0] if len(leaves) == 1 else DmaFenceArray(leaves)
-        self._set(domain, fence, leaves, record.name, fd, stem)
+        self._set(domain, fence, leaves, record.name)
+        self._fd, self._place = OwnedFd(fd), place
         try:
-            self._watch_next()
+            self._watch_foreign()
         except BaseException:
-            self._fd, self.closed = -1, True  # the descriptor is the caller's again
+            self._fd.take()  # the descriptor is the caller's again
+            self._fd, self.closed = None, True
             raise
         return self
 
@@ -175,8 +176,8 @@ class SyncFile(Closing):
     def _of_kernel(cls, fd: int, domain: Domain) -> Self:
         info = uapi.file_info(fd)
         self = cls.__new__(cls)
-        self._set(domain, None, (), info.name, fd)
-        self._kernel = True
+        self._set(domain, None, (), info.name)
+        self._fd, self._kernel = OwnedFd(fd), True
         return self
 
     def __repr__(self) -> str:
@@ -198,12 +199,12 @@ class SyncFile(Closing):
             NoSpaceError: The domain's file system is full (ENOSPC).
         """
         self._check("fileno")
-        if self._fd < 0:
+        fd = self._fd
+        if fd is None:
             with self._lock:
                 self._check("fileno")  # another thread may have closed it
-                if self._fd < 0:
-                    self._open()
-        return self._fd
+                fd = self._fd or self._open()
+        return fd.fileno()
 
     def dup(self) -> int:
         """Return a new descriptor of the same sync file, which the caller owns and exec doesn't inherit.
@@ -234,37 +235,28 @@ class SyncFile(Closing):
         """Return what goes along with the descriptor to its receiver."""
         return SyncFileRecord(self._name, tuple(map(leaf_of, self._leaves)))
 
-    def _open(self) -> None:
+    def _open(self) -> OwnedFd:
         domain = self._domain
-        shm = domain.join()
         for leaf in self._leaves:
             leaf.publish()
-        if next(_OPENED.of(domain)) % _TIDY_EVERY == 0:
-            domain.sync_directory.tidy()
-        stem = sync_files.new_stem(domain.id)
-        with domain.sync_directory.opened() as directory:
-            fd = sync_files.listen(stem, directory)
-            try:
-                if directory is not None:
-                    sync_files.register(shm, stem, directory, self.record())
-            except BaseException:
-                os.close(fd)
-                if directory is not None:
-                    sync_files.remove(stem, directory)
-                raise
-        self._fd, self._stem = fd, stem
+        fd, self._place = sync_files.slots_of(domain).make(self.record())
+        self._fd = fd
+        self._watch_foreign()
+        return fd
+
+    def _watch_foreign(self) -> None:
+        """Watch the fences that other processes signal, one after the other.
+
+        Those processes make the descriptor readable. But if one of them dies first, some process has to notice, and the program may do
+        nothing but poll the descriptor. While a fence of another process is watched, the dispatcher looks after the dead.
+        """
+        # Any process may signal some of our own, and may die before it makes the descriptor readable.
+        self._foreign.extend(leaf for leaf in self._leaves if not leaf.owned or leaf.flags & FF_ANYBODY)
         self._watch_next()
 
     def _watch_next(self) -> None:
-        """Watch a pending fence that another process signals, so that this process acts if that one dies. If there is none, see to it that
-        the descriptor becomes readable.
-
-        In a private domain no signaler makes a descriptor readable, so there any pending fence is watched.
-        """
         with self._lock:
             self._watch = None
-            if self.closed or self._fd < 0 or self._kernel:
-                return
             me = weakref.ref(self)
 
             def again(_: int) -> None:
@@ -272,22 +264,19 @@ class SyncFile(Closing):
                 if this is not None:
                     this._watch_next()
 
-            private = self._domain.path is None
-            for leaf in self._leaves:
-                # Any process may signal some of our own, and may die before it makes the descriptor readable.
-                watched = private or not leaf.owned or leaf.flags & FF_ANYBODY
-                token = leaf.listen(again) if watched else None
+            while self._foreign and not self.closed:
+                leaf = self._foreign[0]
+                token = leaf.listen(again)
                 if token is not None:
                     self._watch = (leaf, token)
                     return
-            signaled = [flagged(leaf) for leaf in self._leaves]
-            if not any(signaled) or is_readable(self._fd):
-                return
-            # Every pending fence is ours. But the signaler of an earlier one may have died before it handed on the duty to make the
-            # descriptor readable.
-            domain, stem, over = self._domain, self._stem, all(signaled)
-            if not advance(domain, stem, over):
-                domain.retries.later(lambda: advance(domain, stem, over))
+                self._foreign.popleft()
+            domain, place = self._domain, self._place
+        # The signaler of one of them may have died before it handed on the duty to make the descriptor readable.
+        if place is not None and not self.closed and self._life == domain.shm.life:
+            shm, slot, gen, _ = domain.shm, *place
+            if not shm.sync_advance(slot, gen):
+                domain.retries.later(lambda: shm.sync_advance(slot, gen))
 
     def kernel_fileno(self) -> int:
         """Return the descriptor of a kernel sync_file for a driver. The sync file keeps owning it.
@@ -300,7 +289,7 @@ class SyncFile(Closing):
         if not self._kernel:
             remedy = "wait for it first, then submit: the kernel must not wait for a process, which may signal late or never"
             raise fail(errno.EINVAL, "kernel_fileno", self, remedy, what="not a kernel sync_file")
-        return self._fd
+        return self.fileno()
 
     def close(self) -> None:
         """Close the descriptor, if it was made, and drop the fence. Closing twice has no effect."""
@@ -309,15 +298,17 @@ class SyncFile(Closing):
                 return
             self.closed = True
             watch, self._watch = self._watch, None
-            fd, self._fd = self._fd, -1
+            fd, self._fd = self._fd, None
             alive = self._domain.shm.life == self._life
         if watch is not None and alive:
             watch[0].remove_callback(watch[1])
         self._fence, self._leaves = None, ()
-        if fd >= 0:
-            os.close(fd)
-            if not self._kernel and self._domain.path is not None:
-                forget_if_last(self._domain, self._stem)
+        self._foreign.clear()
+        if fd is None:
+            return
+        fd.close()
+        if alive and self._place is not None and self._place.leaves:
+            sync_files.slots_of(self._domain).closed(self._place)
 
     def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
         # The callback stays in the dispatcher, whose lock this thread may hold. It has no effect any more.
@@ -352,7 +343,7 @@ class SyncFile(Closing):
         self._check("fence")
         with self._lock:
             if self._fence is None:
-                self._fence = kernel_fences.fence_of(self._fd, self._domain)
+                self._fence = kernel_fences.fence_of(self.fileno(), self._domain)
                 self._leaves = (self._fence,)
             return self._fence
 
@@ -361,7 +352,7 @@ class SyncFile(Closing):
         """0 pending, 1 signaled, or the negative errno that the fence was signaled with."""
         self._check("status")
         if self._kernel and self._fence is None:
-            return uapi.file_info(self._fd).status
+            return uapi.file_info(self.fileno()).status
         fence = self.fence
         if is_container(fence) and not fence.is_signaled() and not any(not leaf.is_signaled() for leaf in self._leaves):
             fence.enable_signaling()  # an array that is not enabled doesn't look at its members (semantics 3.15)
@@ -387,7 +378,7 @@ class SyncFile(Closing):
         """
         self._check("info")
         if self._kernel:
-            answer = uapi.file_info(self._fd, of=self)
+            answer = uapi.file_info(self.fileno(), of=self)
             fences = tuple(
                 SyncFenceInfo(os.fsdecode(one.obj_name), os.fsdecode(one.driver_name), one.status, one.flags, one.timestamp_ns)
                 for one in answer.fences
@@ -411,7 +402,7 @@ class SyncFile(Closing):
         """
         seen = self.info()
         pending = sum(not one.status for one in seen.fences)
-        return SyncFileStatistics(seen.name, seen.status, seen.num_fences, pending, self._fd >= 0, self._kernel)
+        return SyncFileStatistics(seen.name, seen.status, seen.num_fences, pending, self._fd is not None, self._kernel)
 
     # ---- using it ----
 
@@ -449,7 +440,7 @@ class SyncFile(Closing):
 
     def _merge(self, other: SyncFile, name: bytes) -> SyncFile:
         if self._kernel and other._kernel:
-            made = uapi.merge(self._fd, other._fd, name, of=self)
+            made = uapi.merge(self.fileno(), other.fileno(), name, of=self)
             return SyncFile._of_kernel(made.take(), self._domain)
         return SyncFile(merge(self.fence, other.fence), name or None)
 
@@ -464,7 +455,7 @@ class SyncFile(Closing):
         if ns < 0:
             raise fail(errno.EINVAL, "set_deadline", self, "pass CLOCK_MONOTONIC ns", what=f"the time {ns} is negative")
         if self._kernel:
-            uapi.set_deadline(self._fd, ns, of=self)
+            uapi.set_deadline(self.fileno(), ns, of=self)
             return
         for leaf in self._leaves:
             leaf.set_deadline(ns)
