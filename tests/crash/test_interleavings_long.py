@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
-import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import pytest
 
@@ -18,17 +17,12 @@ from dmabuf.core.buffer.handle import handle_of
 from dmabuf.domain import lives
 from tests.crash.test_interleavings import Access
 from tests.crash.test_interleavings_dead import AfterDeath
-from tests.support.budget import times
+from tests.support.budget import seeds, times
 from tests.support.fences import attach
 from tests.support.scenarios import Scenario, World, step_through
 from tests.support.stepper import Program
 
 pytestmark = [pytest.mark.crash, pytest.mark.timeout(600)]
-
-
-def seeds(count: int) -> Sequence[int]:
-    given = os.environ.get("DMABUF_TEST_SEEDS")
-    return [int(seed) for seed in given.split(",")] if given else random.sample(range(count), times(quick=count // 3, full=count))
 
 
 @pytest.fixture
@@ -225,6 +219,7 @@ SCENARIOS: dict[type[Scenario], int] = {TwoDays: 500, BothCrossed: 600, TwoHeirs
 
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda s: s.__name__)
 def test_random_orders_of_two_processes(scenario: type[Scenario], world: World) -> None:
-    made, chosen = scenario(world), seeds(SCENARIOS[scenario])
+    made, count = scenario(world), SCENARIOS[scenario]
+    chosen = seeds(count, times(quick=count // 3, full=count))
     assert step_through(made, seeds=chosen) == len(chosen)
     made.close()

@@ -5,11 +5,13 @@ find what it is there to find with the quick number too (`make mutants` proves i
 """
 
 import os
+import random
+from collections.abc import Sequence
 from typing import Literal, cast
 
 Budget = Literal["quick", "full"]
 
-_VARIABLE = "DMABUF_TEST_BUDGET"
+_VARIABLE, _SEEDS = "DMABUF_TEST_BUDGET", "DMABUF_TEST_SEEDS"
 
 
 def budget() -> Budget:
@@ -23,3 +25,9 @@ def budget() -> Budget:
 def times(*, quick: int, full: int) -> int:
     """The number of repetitions in this run."""
     return {"quick": quick, "full": full}[budget()]
+
+
+def seeds(count: int, drawn: int) -> Sequence[int]:
+    """Return the seeds of this run: ``drawn`` of those below ``count``, or the ones that ``DMABUF_TEST_SEEDS=17,18`` names."""
+    given = os.environ.get(_SEEDS)
+    return [int(seed) for seed in given.split(",")] if given else random.sample(range(count), drawn)

@@ -30,7 +30,7 @@ def _never() -> bool:
     return False
 
 
-def _state(fd: int) -> tuple[bytes, bytes] | None:
+def thread_state(fd: int) -> tuple[bytes, bytes] | None:
     """(letter of the state, voluntary switches so far) from an open /proc/…/status; None when the thread is gone."""
     try:
         text = os.pread(fd, 4096, 0)
@@ -84,7 +84,7 @@ def _until_calm(paths: list[str], over: Callable[[], bool]) -> None:
         while waited and not over():
             asleep = True
             for fd, seen in list(waited.items()):
-                before, now = time.monotonic_ns(), _state(fd)
+                before, now = time.monotonic_ns(), thread_state(fd)
                 if now is None or now[0] in b"ZX" or seen.again(now, before):
                     del waited[fd]
                 else:
