@@ -21,6 +21,7 @@ from tests.support.children import Parent, Spawn
 from tests.support.errnos import raises_errno
 from tests.support.fences import USAGES, attach
 from tests.support.partners import handed
+from tests.support.steps import fork, reap
 from tests.support.waiting import Background, until_asleep
 
 IN, OUT = select.POLLIN, select.POLLOUT
@@ -244,6 +245,43 @@ def test_the_fd_may_be_closed_before_it_is_readable(buf: DmaBuf, tl: Timeline) -
     fence.signal()
     assert not by_poll(reused, 0.01)
     os.close(reused)
+
+
+@pytest.mark.parametrize("open_at_once", [1, 40])
+def test_callers_that_give_up_leave_no_descriptor_and_few_callbacks(buf: DmaBuf, tl: Timeline, open_at_once: int) -> None:
+    """A loop whose time is over closes its descriptors and comes back, again and again, while the fence stays pending."""
+    fence = tl.fence()
+    attach(buf.resv, fence, Usage.WRITE)
+    os.close(buf.poll_fd(IN))
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(400 // open_at_once):
+        fds = [buf.poll_fd(IN) for _ in range(open_at_once)]
+        assert not any(by_poll(fd, 0) for fd in fds)
+        for fd in fds:
+            os.close(fd)
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert fence.statistics().callbacks <= 2 * max(open_at_once, 16) + 1
+    kept = [buf.poll_fd(IN) for _ in range(100)]
+    fence.signal()
+    assert all(by_poll(fd, None) for fd in kept)
+    for fd in kept:
+        os.close(fd)
+
+
+def test_fd_that_only_a_child_has_becomes_readable(buf: DmaBuf, tl: Timeline) -> None:
+    fence = tl.fence()
+    attach(buf.resv, fence, Usage.WRITE)
+    fd = buf.poll_fd(IN)
+    here, there = os.pipe()
+    pid = fork(lambda: (os.write(there, b"x"), os._exit(not by_poll(fd, None))))
+    assert os.read(here, 1) == b"x"
+    os.close(fd)
+    for _ in range(100):
+        os.close(buf.poll_fd(IN))
+    fence.signal()
+    assert reap(pid) == 0
+    os.close(here)
+    os.close(there)
 
 
 # -- awaitables

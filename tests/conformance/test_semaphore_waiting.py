@@ -176,6 +176,34 @@ def test_closing_takes_an_eventfd_back(sem: TimelineSemaphore, fences: list[DmaF
     assert not told(event)
 
 
+def test_request_for_an_eventfd_can_be_taken_back(sem: TimelineSemaphore, fences: list[DmaFence], event: int) -> None:
+    """A loop whose time is over cancels, closes its eventfd, and comes back, while the point stays unreached."""
+    sem.import_fence(fences[0], 1)
+    before = len(os.listdir("/proc/self/fd"))
+    kept = sem.eventfd(event, 1)
+    for point in (1, 2):  # one that is submitted, and one that isn't
+        for _ in range(50):
+            own = os.eventfd(0, os.EFD_CLOEXEC)
+            request = sem.eventfd(own, point)
+            request.cancel()
+            request.cancel()
+            os.close(own)
+    assert len(os.listdir("/proc/self/fd")) == before + 1
+    assert fences[0].statistics().callbacks == 1
+    fences[0].signal()
+    assert os.eventfd_read(event) == 1
+    kept.cancel()
+
+
+def test_eventfd_that_is_full_does_not_block_the_signaler(sem: TimelineSemaphore) -> None:
+    own = os.eventfd(0, os.EFD_CLOEXEC)  # a blocking one
+    os.eventfd_write(own, 2**64 - 2)
+    sem.eventfd(own, 1)
+    sem.signal(1)
+    assert os.eventfd_read(own) == 2**64 - 2
+    os.close(own)
+
+
 def test_eventfd_is_written_after_a_failed_change(sem: TimelineSemaphore, event: int, monkeypatch: pytest.MonkeyPatch) -> None:
     sem.eventfd(event, 1, available=True)
 

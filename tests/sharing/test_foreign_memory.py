@@ -16,7 +16,6 @@ import dmabuf
 from dmabuf import _native
 from dmabuf._native import Mapping
 from dmabuf.core.fence.travel import MOST_BYTES
-from dmabuf.domain import place
 from dmabuf.domain.domain import Domain
 from dmabuf.sharing import items, memory, messages
 from dmabuf.sharing.remote_exporter import RemoteExporter

@@ -16,10 +16,12 @@ import errno
 import os
 import select
 import time
+from typing import Final
 
+from dmabuf._native import OwnedFd, pollable_exists, pollable_open, pollable_wake
 from dmabuf.core.base.clock import monotonic_deadline
 from dmabuf.core.base.usage import Usage
-from dmabuf.core.buffer.handle import Handle
+from dmabuf.core.buffer.handle import Cancelable, Handle
 from dmabuf.core.buffer.shared import SharedBuffer
 from dmabuf.core.fence.fence import wrap
 from dmabuf.core.fence.lazy import asks
@@ -162,74 +164,104 @@ def poll_fd(handle: Handle, events: int) -> int:
     with _lock:
         polls = handle.polls
         if polls is None:
-            polls = handle.polls = WeakObjects()
+            polls = handle.polls = _PollFds()
     waiting = _PollFd(handle, events)
     fd = waiting.open()
-    if not waiting.done:
+    if not waiting.done():
         polls.add(waiting)
         if handle.closed:  # in another thread, which perhaps didn't find it there yet
             waiting.cancel()
-    return fd
+    return fd.take()
 
 
 class _PollFd:
-    """Makes a one-shot pollable descriptor readable once its condition was met."""
+    """Makes a one-shot pollable descriptor readable once its condition was met.
+
+    It knows the descriptor by its name (``native/fds/pollable.h``) and has no duplicate. So it sees when the caller gave up and closed it.
+    """
 
     def __init__(self, handle: Handle, events: int) -> None:
         self._handle, self._events = handle, events & (select.POLLIN | select.POLLOUT)
         if not self._events:
             what = f"events {events} have neither POLLIN nor POLLOUT"
             raise fail(errno.EINVAL, "poll_fd", handle, "ask for select.POLLIN or POLLOUT", what=what)
+        self._name = b"dmabuf/poll-" + os.urandom(16).hex().encode()
         self._token: int | None = None
         self._fence = 0
-        self._own = -1
+        self._done = False
 
-    @property
     def done(self) -> bool:
-        """Whether the descriptor was made readable, or won't be."""
-        return self._own < 0
+        """Return True if the descriptor was made readable, or won't be."""
+        return self._done
 
-    def open(self) -> int:
-        """Return the caller's descriptor. The own one is a duplicate, closed once it was written or the buffer's handle is closed."""
+    def open(self) -> OwnedFd:
+        """Return the descriptor."""
         with needing_descriptors("poll_fd", self._handle):
-            fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            fd = pollable_open(self._name)
         try:
-            with needing_descriptors("poll_fd", self._handle):
-                self._own = os.dup(fd)
             self.next(0)
         except BaseException:
-            os.close(fd)
             self.cancel()
             raise
         return fd
 
     def next(self, _: int) -> None:
         """Make the descriptor readable if the condition is met, else watch the next fence that blocks it."""
-        while self._own >= 0:
+        while not self.done():
             if self._handle.closed or ready(self._handle, self._events):
-                own = self._take()
-                if own >= 0:  # else the buffer was closed in another thread meanwhile
-                    os.eventfd_write(own, 1)
-                    os.close(own)
+                self._done = True
+                if not self._wake():
+                    self._handle.domain.retries.later(self._wake)
                 return
             self._fence = _blocking(self._handle, self._events)
             if self._fence:
                 self._token = dispatcher(self._handle.domain).watch(self._fence, self.next, foreign=True)
                 if self._token is not None:
-                    if self._own < 0:  # canceled in another thread, before that could find the token
+                    if self.done():  # canceled in another thread, before that could find the token
                         self.cancel()
                     return
 
-    def _take(self) -> int:
-        """Return the own descriptor, which the caller closes; -1 if another thread closes it."""
-        with _lock:
-            own, self._own = self._own, -1
-        return own
+    def _wake(self) -> bool:
+        try:
+            pollable_wake(self._name)
+        except OSError:  # the system has no room for a socket at this moment
+            return False
+        return True
+
+    def abandoned(self) -> bool:
+        """Return True if no process has the descriptor any more."""
+        try:
+            return not pollable_exists(self._name)
+        except OSError:
+            return False  # no descriptor is free to look with
 
     def cancel(self) -> None:
-        """Stop watching: the buffer's handle is closed."""
+        """Stop watching: the buffer's handle is closed, or the descriptor."""
+        self._done = True
         if self._token is not None:
             dispatcher(self._handle.domain).unwatch(self._fence, self._token)
-        own = self._take()
-        if own >= 0:
-            os.close(own)
+
+
+class _PollFds(WeakObjects[Cancelable]):
+    """The descriptors of a handle that aren't readable yet.
+
+    A caller that gives up only closes its descriptor, and tells nobody. So whenever there are twice as many as the last time, those that no
+    process has are taken back.
+    """
+
+    __slots__ = ("_most",)
+
+    LEAST: Final = 16
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._most = self.LEAST
+
+    def add(self, found: Cancelable) -> None:
+        super().add(found)
+        if len(self) > self._most:
+            for waiting in self:
+                if isinstance(waiting, _PollFd) and waiting.abandoned():
+                    waiting.cancel()
+                    self.discard(waiting)
+            self._most = max(2 * len(self), self.LEAST)

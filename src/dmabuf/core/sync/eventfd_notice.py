@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import threading
 from collections.abc import Callable
 
@@ -43,7 +44,7 @@ class EventfdNotice:
                 fence = self.blocking()
                 if fence is None:
                     with self.lock:  # if another thread canceled it now, the number could become somebody else's
-                        if self.fd >= 0:
+                        if self.fd >= 0 and _has_room(self.fd):
                             os.eventfd_write(self.fd, 1)
                     self.end()
                     return
@@ -75,11 +76,18 @@ class EventfdNotice:
         self.over(self)
 
     def cancel(self) -> None:
-        """Stop waiting, and close the descriptor."""
+        """Take the request back. The eventfd is not written any more. Canceling twice, or too late, has no effect."""
         waits, self.waits = self.waits, None
         if waits is not None and not flagged(waits[0]):
             waits[0].remove_callback(waits[1])
         self.end()
+
+
+def _has_room(fd: int) -> bool:
+    """Return True unless the eventfd's count is at its most, at which a write to a blocking one would wait for a reader."""
+    asked = select.poll()
+    asked.register(fd, select.POLLOUT)
+    return bool(asked.poll(0))
 
 
 def deferring(change: Callable[[], object]) -> None:

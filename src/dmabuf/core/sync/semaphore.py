@@ -373,13 +373,18 @@ class TimelineSemaphore(SharedObject):
         while (fence := self._blocking(point, "reached", for_submit=for_submit, available=available)) is not None:
             await fence
 
-    def eventfd(self, fd: int, point: int = 0, *, available: bool = False) -> None:
+    def eventfd(self, fd: int, point: int = 0, *, available: bool = False) -> EventfdNotice:
         """Add 1 to an eventfd when a point is reached (SYNCOBJ_EVENTFD). :meth:`close` cancels it.
+
+        The request has a descriptor of its own. A caller that gives up before the point is reached cancels the request too.
 
         Args:
             fd: The eventfd. The caller keeps it.
             point: The point.
             available: Add 1 as soon as the point is submitted.
+
+        Returns:
+            The request, whose ``cancel()`` takes it back.
 
         Raises:
             ClosedError: The semaphore is closed, or ``fd`` is not open (EBADF).
@@ -406,6 +411,7 @@ class TimelineSemaphore(SharedObject):
         )
         self._notices.add(notice)
         notice.advance()
+        return notice
 
 
 def wait_semaphores(
