@@ -7,15 +7,18 @@ dies, waiters in other processes get ``-EOWNERDEAD``, whatever the kernel's fenc
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import select
 import threading
+import weakref
 from collections.abc import Callable
 
-from dmabuf.core.fence.fence import DmaFence
-from dmabuf.core.fence.timeline import Timeline
-from dmabuf.domain.dispatcher import report
+from dmabuf._native import FF_SEQNO64
+from dmabuf.core.fence.fence import DmaFence, flagged, register
+from dmabuf.core.fence.timeline import Timeline, slot_of
+from dmabuf.domain.dispatcher import DISPATCHER, report
 from dmabuf.domain.domain import Domain
 from dmabuf.uapi import sync_file as uapi
 
@@ -42,19 +45,40 @@ def fence_of(fd: int, domain: Domain) -> DmaFence:
     driver, name = (one.driver_name, one.obj_name) if one else (b"dma_fence_array", b"unbound")
     # A context of its own: fences of one context are signaled in order, and the kernel's order is unknown.
     timeline = Timeline(name, driver=driver, domain=domain)
-    fence = timeline.fence()
+    if info.status:
+        fence = timeline.fence()
+        fence.signal(min(info.status, 0))
+        return fence
+    shm = domain.shm
+    fence = KernelFence(shm, shm.fence_alloc(slot_of(timeline) + 1, timeline.context, 1, FF_SEQNO64, 0, 0), True)
+    register(fence, domain, timeline)
+    # The descriptor's call has the timeline, whose names others may look up, but not the fence: somebody may lose interest in it.
+    handle, ref, life = fence.handle, weakref.ref(fence), shm.life
 
     def signaled(own: int) -> None:
-        status = uapi.file_info(own).status
-        if domain.shm.life == life and not fence.is_signaled():
-            fence.signal(min(status, 0))
+        error = min(uapi.file_info(own).status, 0)
+        if timeline.domain.shm.life != life:
+            return
+        there = ref()
+        shm.fence_signal(handle, error, there is None)  # nobody else frees the slot of one that was dropped while others wait for it
 
-    life = domain.shm.life
-    if info.status:
-        fence.signal(min(info.status, 0))
-    else:
-        watch(fd, signaled)
+    fence.own = watch(fd, signaled)
     return fence
+
+
+class KernelFence(DmaFence):
+    """A fence that stands for a kernel sync_file. ``own``: the descriptor that is polled for it."""
+
+    __slots__ = ("own",)
+
+    own: int
+
+    def __del__(self) -> None:
+        if not self.owned or flagged(self):
+            return
+        local = DISPATCHER.peek(self.domain)
+        if (local is None or not local.watches(self.handle)) and self.shm.fence_drop(self.handle, 0):
+            _poller.remove(getattr(self, "own", -1))  # nobody waits for it
 
 
 class _Poller:
@@ -64,55 +88,83 @@ class _Poller:
         self.lock = threading.RLock()  # a signal handler or a finalizer may run in the middle
         self.calls: dict[int, Callable[[int], None]] = {}
         self.wake = -1
+        self.epoll: select.epoll | None = None
 
-    def add(self, fd: int, call: Callable[[int], None]) -> None:
+    def add(self, fd: int, call: Callable[[int], None]) -> int:
+        """Call ``call(own)`` once, when the descriptor is readable. Returns ``own``, the duplicate that is polled."""
         own = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
         with self.lock:
             try:
                 self.calls[own] = call
-                if self.wake < 0:
-                    self.wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+                if self.epoll is None:
                     self._start()
-                else:
-                    os.eventfd_write(self.wake, 1)
+                assert self.epoll is not None
+                self.epoll.register(own, select.EPOLLIN)
             except BaseException:
-                self.calls.pop(own, None)
-                os.close(own)
+                self.remove(own)
                 raise
+        return own
+
+    def remove(self, own: int) -> None:
+        """Take back what :meth:`add` returned. Too late, this has no effect."""
+        with self.lock:
+            if self.calls.pop(own, None) is None:
+                return
+            self._close(own)
+            if not self.calls and self.wake >= 0:
+                os.eventfd_write(self.wake, 1)  # the thread ends
+
+    def _close(self, own: int) -> None:
+        if self.epoll is not None:
+            with contextlib.suppress(OSError):  # it wasn't registered yet
+                self.epoll.unregister(own)  # closing alone wouldn't do that while a duplicate is open
+        os.close(own)
 
     def _start(self) -> None:
+        self.wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         try:
-            threading.Thread(target=self.run, name="dmabuf-kernel-sync", daemon=True).start()
-        except RuntimeError:  # no thread can be started; the next descriptor tries again
-            os.close(self.wake)
-            self.wake = -1
+            self.epoll = select.epoll()
+            self.epoll.register(self.wake, select.EPOLLIN)
+            threading.Thread(target=self.run, args=(self.epoll,), name="dmabuf-kernel-sync", daemon=True).start()
+        except BaseException:  # no descriptor is free, or no thread can be started; the next descriptor tries again
+            self._stop()
             raise
 
-    def run(self) -> None:
+    def _stop(self) -> None:
+        """Close what the thread waits with."""
+        epoll, self.epoll = self.epoll, None
+        if epoll is not None:
+            epoll.close()
+        wake, self.wake = self.wake, -1
+        if wake >= 0:
+            os.close(wake)
+
+    def run(self, epoll: select.epoll) -> None:
         while True:
+            found = [fd for fd, _ in epoll.poll()]
             with self.lock:
-                if not self.calls:
-                    os.close(self.wake)
-                    self.wake = -1
-                    return
-                waiting = select.poll()
-                waiting.register(self.wake, select.POLLIN)
-                for fd in list(self.calls):
-                    waiting.register(fd, select.POLLIN)
-            for fd, _ in waiting.poll():
-                if fd == self.wake:
-                    os.eventfd_read(fd)
-                    continue
-                with self.lock:
-                    call = self.calls.pop(fd, None)
-                if call is None:
-                    continue  # its adder removed it, because a signal handler raised
+                # Look again: one may have been removed, and its number given to another, since epoll told of it.
+                ready = [(fd, self.calls.pop(fd)) for fd in found if fd in self.calls and _is_readable(fd)]
+            for fd, call in ready:
                 try:
                     call(fd)
                 except BaseException as e:
                     report(e, call)
                 finally:
-                    os.close(fd)
+                    with self.lock:
+                        self._close(fd)
+            with self.lock:
+                if not self.calls:
+                    self._stop()
+                    return
+                if self.wake in found:
+                    os.eventfd_read(self.wake)
+
+
+def _is_readable(fd: int) -> bool:
+    asked = select.poll()
+    asked.register(fd, select.POLLIN)
+    return bool(asked.poll(0))
 
 
 _poller = _Poller()
@@ -120,6 +172,8 @@ _poller = _Poller()
 
 def _after_fork() -> None:
     """Forget everything: a fork takes no thread along, and the fences are the parent's."""
+    if _poller.epoll is not None:
+        _poller.epoll.close()  # first: what is unregistered in it would be unregistered for the parent too
     for fd in (*_poller.calls, _poller.wake):
         if fd >= 0:
             os.close(fd)
@@ -129,6 +183,6 @@ def _after_fork() -> None:
 os.register_at_fork(after_in_child=_after_fork)
 
 
-def watch(fd: int, call: Callable[[int], None]) -> None:
-    """Call ``call(a duplicate of fd)`` once, from the thread, when the descriptor is readable."""
-    _poller.add(fd, call)
+def watch(fd: int, call: Callable[[int], None]) -> int:
+    """Call ``call(own)`` once, from the thread, when the descriptor is readable. Returns ``own``, a duplicate that the thread polls."""
+    return _poller.add(fd, call)
