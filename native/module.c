@@ -16,6 +16,7 @@
 #include "domain/sync.h"
 #include "domain/table.h"
 #include "domain/ticker.h"
+#include "domain/timeline_slot.h"
 #include "domain/words.h"
 #include "errors.h"
 #include "fds/fds.h"
@@ -130,7 +131,8 @@ PyMODINIT_FUNC PyInit__native(void) {
   if (add_constants(module) || shm_register(module, shm_methods) || fence_register(module) || step_register(module) ||
       mapping_register(module) || view_register(module) || passing_register(module) || messages_register(module) ||
       descriptor_register(module) || probe_register(module) || file_register(module) || hold_register(module) || same_register(module) ||
-      errors_register(module) || held_register(module) || pollable_register(module) || guard_register(module)) {
+      errors_register(module) || held_register(module) || pollable_register(module) || guard_register(module) ||
+      timeline_slot_register(module)) {
     Py_DECREF(module);
     return NULL;
   }

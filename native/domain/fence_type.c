@@ -82,12 +82,42 @@ static PyObject *fence_new(PyTypeObject *type, PyObject *args, PyObject *kw) {
   return (PyObject *)x;
 }
 
+/* A new fence and its object in one call: a signal handler that raises finds the fence owned. */
+static PyObject *fence_made(PyTypeObject *type, PyObject *args) {
+  Shm *s;
+  unsigned timeline, flags;
+  unsigned long long context, seqno;
+  if (!PyArg_ParseTuple(args, "O!IKKI", Shm_Type, &s, &timeline, &context, &seqno, &flags) || shm_need_life(s, "fence")) return NULL;
+  Fence *x = (Fence *)type->tp_alloc(type, 0);
+  if (!x) return NULL;
+  x->s = (Shm *)Py_NewRef(s);
+  if (!(x->handle = fence_make(s, timeline, context, seqno, flags, 0, 0))) {
+    Py_DECREF(x);
+    return NULL;
+  }
+  x->context = context;
+  x->seqno = seqno;
+  x->timeline = timeline;
+  x->flags = flags;
+  x->life = my_life(s);
+  return (PyObject *)x;
+}
+
 static void fence_dealloc(Fence *x) {
   PyTypeObject *type = Py_TYPE(x);
   if (x->s) {
     db_fence *f;
-    /* DmaFence has seen to it that a fence of this process is signaled by now. */
-    if (owned_here(x) && !fence_pending(x->s, x->handle, &f) && f && fence_free_slot(x->s, H_SLOT(x->handle))) PyErr_Clear();
+    PyObject *kind, *value, *trace;
+    PyErr_Fetch(&kind, &value, &trace);
+    /* DmaFence has seen to it that a fence of this process is signaled by now, unless an exception kept it from that. */
+    if (owned_here(x)) {
+      if (fence_pending(x->s, x->handle, &f))
+        fence_end_own(x->s, x->handle, 0, 1, 0);
+      else if (f)
+        fence_free_slot(x->s, H_SLOT(x->handle));
+      PyErr_Clear();
+    }
+    PyErr_Restore(kind, value, trace);
     Py_DECREF(x->s);
   }
   type->tp_free(x);
@@ -152,6 +182,11 @@ static PyObject *fence_wait(Fence *x, PyObject *const *args, Py_ssize_t n, PyObj
   return PyFloat_FromDouble(r ? remaining_s(until) : 0.0);
 }
 
+static PyObject *fence_disown(Fence *x, PyObject *unused) {
+  x->life = 0;
+  Py_RETURN_NONE;
+}
+
 static PyObject *fence_is_signaled(Fence *x, PyObject *unused) {
   int r = check(x);
   return r < 0 ? NULL : PyBool_FromLong(r);
@@ -172,6 +207,8 @@ static PyObject *fence_get_timestamp(Fence *x, void *unused) {
 static PyObject *fence_get_owned(Fence *x, void *unused) { return PyBool_FromLong(owned_here(x)); }
 
 static PyMethodDef methods[] = {
+    {"made", (PyCFunction)(void *)fence_made, METH_VARARGS | METH_CLASS,
+     "made($type, shm, timeline, context, seqno, flags, /)\n--\n\nReturn a new pending fence of this life, see Shm.fence_alloc()."},
     {"signal", (PyCFunction)(void *)fence_signal, METH_FASTCALL | METH_KEYWORDS,
      "signal($self, error=0)\n--\n\n"
      "Signal the fence, once. Only the process that owns its timeline can.\n\n"
@@ -193,6 +230,8 @@ static PyMethodDef methods[] = {
      "    InvalidError: timeout is negative or not a number (EINVAL).\n"
      "    InterruptedWaitError: A signal ended an interruptible wait (EINTR).\n\n"
      "See semantics 3.9."},
+    {"disown", (PyCFunction)fence_disown, METH_NOARGS,
+     "disown($self, /)\n--\n\nLeave the fence to another object of this process: it doesn't end with this one."},
     {"is_signaled", (PyCFunction)fence_is_signaled, METH_NOARGS,
      "is_signaled($self)\n--\n\nReturn True if the fence is signaled, with or without an error. See semantics 3.6."},
     {0}};

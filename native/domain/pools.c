@@ -76,20 +76,12 @@ static PyObject *ctx_info(Shm *s, PyObject *arg) {
   Py_RETURN_NONE; /* only a lie of the file changes that often */
 }
 
-static PyObject *timeline_open(Shm *s, PyObject *args) {
-  unsigned i;
-  unsigned long long context;
-  const char *driver, *name;
-  Py_ssize_t ndriver, nname;
-  if (!PyArg_ParseTuple(args, "IKy#y#", &i, &context, &driver, &ndriver, &name, &nname)) return NULL;
+int pool_timeline_open(Shm *s, uint32_t i, uint64_t context, const char *driver, size_t ndriver, const char *name, size_t nname) {
   db_timeline *t = timeline_at(s, i);
-  if (!t) {
-    shm_corrupt(s, "a timeline lies outside of it");
-    return NULL;
-  }
+  if (!t) return shm_corrupt(s, "a timeline lies outside of it");
   if (ndriver > NAME_MAX_BYTES || nname > NAME_MAX_BYTES) {
     PyErr_SetString(PyExc_ValueError, "timeline_open: a name must have at most 63 bytes");
-    return NULL;
+    return -1;
   }
   uint32_t gen = atomic_load(&t->gen) + 1;
   db_origin *o = &t->origin[gen & 1];
@@ -97,9 +89,9 @@ static PyObject *timeline_open(Shm *s, PyObject *args) {
   bytes_follow(); /* a reader that still copies this half must see that the other one counts */
   memset(o->driver, 0, sizeof o->driver);
   memset(o->name, 0, sizeof o->name);
-  memcpy(o->driver, driver, (size_t)ndriver);
+  memcpy(o->driver, driver, ndriver);
   STEP(timeline_half); /* free, with the names of its last use */
-  memcpy(o->name, name, (size_t)nname);
+  memcpy(o->name, name, nname);
   atomic_store(&o->context, context);
   atomic_store(&o->life, my_life(s));
   for (uint32_t k = 0; k < RING_SLOTS; k++) atomic_store(&t->ring[k], 0);
@@ -107,7 +99,17 @@ static PyObject *timeline_open(Shm *s, PyObject *args) {
   atomic_store(&t->gen, gen);
   STEP(timeline_switched); /* free, with the new names */
   atomic_store(&t->open, 1);
-  return PyLong_FromUnsignedLong(gen);
+  return 0;
+}
+
+static PyObject *timeline_open(Shm *s, PyObject *args) {
+  unsigned i;
+  unsigned long long context;
+  const char *driver, *name;
+  Py_ssize_t ndriver, nname;
+  if (!PyArg_ParseTuple(args, "IKy#y#", &i, &context, &driver, &ndriver, &name, &nname)) return NULL;
+  if (pool_timeline_open(s, i, context, driver, (size_t)ndriver, name, (size_t)nname)) return NULL;
+  return PyLong_FromUnsignedLong(atomic_load(&timeline_at(s, i)->gen));
 }
 
 static PyObject *timeline_close(Shm *s, PyObject *arg) {

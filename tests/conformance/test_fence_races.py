@@ -149,7 +149,7 @@ def test_close_inside_a_call_signals_the_fences_afterwards() -> None:
             assert sf.status == 0
         assert sf.wait() == math.inf
         assert sf.status == -errno.ENOENT
-    until(lambda: sw._file._own < 0)
+    until(lambda: sw._file._own.number < 0)
 
 
 # ---- semaphores ----

@@ -129,7 +129,7 @@ class Holdings:
         """Look at this process, and at the files of the domain in this directory."""
         return cls(
             descriptors=dict(_descriptors()),
-            mappings=Counter(_shared_mappings()),
+            mappings=Counter(shared_mappings()),
             children={pid: _command(pid) for pid in _children()},
             threads=frozenset(f"{t.name} ({t.ident})" for t in threading.enumerate() if not (t.daemon or t.name.startswith(_WATCHDOG))),
             files=frozenset(map(str, domain.rglob("*"))),
@@ -226,7 +226,7 @@ def _size(path: Path) -> int:
         return 0
 
 
-def _shared_mappings() -> Iterator[str]:
+def shared_mappings() -> Iterator[str]:
     """The name and inode of each mapping of shared memory; addresses say nothing, a mapping may move."""
     for line in Path("/proc/self/maps").read_text(encoding="utf-8", errors="surrogateescape").splitlines():
         _, permissions, _, _, inode, *name = line.split(maxsplit=5)

@@ -19,18 +19,16 @@ from pathlib import Path
 from typing import Any, Final
 
 from dmabuf._native import (
-    CH_TIMELINE,
     CTX_FIRST_IN_LIFE,
     CTX_PER,
     LIFE_PID,
     LIVES,
-    OFF_CONTEXT,
     OFF_SWEEP,
     TICK_CHECK,
     TICK_POLL,
-    TIMELINES_PER,
     Context,
     Shm,
+    TimelineSlot,
     probe_fd,
 )
 from dmabuf.domain import lives, place
@@ -352,28 +350,15 @@ class Domain:
         """Open a context of this life, which closes with the object. ``real``: a WwAcquireContext."""
         ctx.open(self.join(), self._free_ctx, tid, real, 0)
 
-    def timeline_open(self, driver: bytes, name: bytes, context: int = 0) -> tuple[int, int]:
-        """Open a timeline of this life. Return (index, context).
+    def timeline_open(self, driver: bytes, name: bytes, context: int = 0) -> TimelineSlot:
+        """Open a timeline of this life, which closes with the object.
 
         Args:
+            driver: Its driver's name.
+            name: Its name.
             context: The context number that it shares with other timelines, 0 for a number of its own.
         """
-        shm = self.join()
-        with self.lock:
-            if not self._free_timelines:
-                first = shm.chunk_claim(CH_TIMELINE) * TIMELINES_PER
-                self._free_timelines = [first + i for i in range(TIMELINES_PER - 1, -1, -1)]
-            # The slot that was closed longest ago. Names and errors of the others stay readable for processes that know their fences.
-            index = self._free_timelines.pop()
-        context = context or shm.add64(OFF_CONTEXT, 1)
-        shm.timeline_open(index, context, driver, name)
-        return index, context
-
-    def timeline_close(self, index: int, life: int) -> None:
-        """Close a timeline of this life. On a timeline of another life this has no effect."""
-        if life and self.shm.life == life:
-            self.shm.timeline_close(index)
-            self._free_timelines.insert(0, index)
+        return TimelineSlot(self.join(), self._free_timelines, context, driver, name)
 
 
 def known(identity: str) -> Domain | None:

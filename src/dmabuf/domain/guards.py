@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from typing import Any, Concatenate, ParamSpec, TypeVar, cast
+from weakref import WeakValueDictionary
 
 from dmabuf._native import finalizer as _finalizer
 from dmabuf._native import finished as _finished
@@ -19,11 +20,22 @@ from dmabuf._native import set_own_errors
 from dmabuf.errors import ContractError, ContractWarning, DmaBufError
 
 P = ParamSpec("P")
+K = TypeVar("K")
 R = TypeVar("R")
 S = TypeVar("S")
+V = TypeVar("V")
 
 Taken = list[Any]
 """What an operation or a block has taken so far: locks and contexts, which are released, and anything else, which is only dropped."""
+
+
+class WeakValues(WeakValueDictionary[K, V]):
+    """A WeakValueDictionary whose values may go at any moment, without the loss of what a signal handler raises just then."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._remove = _finalizer(self._remove)  # type: ignore[has-type]
+
 
 set_own_errors((DmaBufError, ContractError, ContractWarning))
 

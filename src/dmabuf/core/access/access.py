@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Final, NoReturn, TypeVar
 
-from dmabuf._native import FF_ACCESS, FF_WRITE, Shm, View, open_view, step
+from dmabuf._native import FF_ACCESS, FF_WRITE, Shm, TimelineSlot, View, open_view, step
 from dmabuf.core.base.clock import monotonic_deadline
 from dmabuf.core.base.usage import Direction, Usage
 from dmabuf.core.buffer import residency
@@ -39,7 +39,6 @@ from dmabuf.core.task.owner import Owner, acting, current, publish
 from dmabuf.core.task.pause import Pause
 from dmabuf.domain import place
 from dmabuf.domain.dispatcher import dispatcher, report
-from dmabuf.domain.domain import Domain
 from dmabuf.domain.local import Local
 from dmabuf.errors import DmaBufTimeout, contract_warning, fail
 
@@ -49,13 +48,8 @@ _LOOP_WAIT_NS: Final = 2_000_000  # a lock is held for microseconds; a loop may 
 T = TypeVar("T")
 
 
-def _open_timeline(domain: Domain) -> int:
-    domain.join()
-    index, _ = domain.timeline_open(b"dmabuf", place.comm() + b"-%d" % os.getpid())
-    return index + 1
-
-
-_TIMELINE: Final[Local[int]] = Local(_open_timeline)
+_SLOT: Final[Local[TimelineSlot]] = Local(lambda domain: domain.timeline_open(b"dmabuf", place.comm() + b"-%d" % os.getpid()))
+_TIMELINE: Final[Local[int]] = Local(lambda domain: _SLOT.of(domain).index + 1)
 """The slot number + 1 of this process's timeline for accesses, whose names `dmabuf ls` shows."""
 
 

@@ -58,8 +58,7 @@ class DmaFenceArray(Container):
     def _made(cls, members: Sequence[DmaFence], signal_on_any: bool, context: int, seqno: int) -> Self:
         domain = members[0].domain
         shm = domain.join()
-        handle = shm.fence_alloc(unbound_timeline(domain, "dma_fence_array"), context, seqno, FF_CONTAINER, 0, 0)
-        self = super().__new__(cls, shm, handle, True)
+        self = cls.made(shm, unbound_timeline(domain, "dma_fence_array"), context, seqno, FF_CONTAINER)
         register(self, domain, None)
         self.fences, self.signal_on_any, self._not_enabled, self._copied = tuple(members), signal_on_any, True, None
         self._left, self._errors = dict.fromkeys(range(len(members))), []

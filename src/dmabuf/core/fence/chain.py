@@ -67,8 +67,7 @@ class DmaFenceChain(Container):
     def _point(cls, prev: DmaFence | None, fence: DmaFence, context: int, seqno: int, prev_seqno: int) -> Self:
         domain = fence.domain
         shm = domain.join()
-        handle = shm.fence_alloc(unbound_timeline(domain, "dma_fence_chain"), context, seqno, _FLAGS, 0, 0)
-        self = super().__new__(cls, shm, handle, True)
+        self = cls.made(shm, unbound_timeline(domain, "dma_fence_chain"), context, seqno, _FLAGS)
         register(self, domain, None)
         self._prev, self.fence, self.prev_seqno, self._not_enabled, self._copied = prev, fence, prev_seqno, True, None
         return self

@@ -23,10 +23,11 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
-from dmabuf._native import FF_ACCESS, FF_ANYBODY, FF_CONTAINER, FF_SEQNO64, Fence, Shm
+from dmabuf._native import FF_ACCESS, FF_ANYBODY, FF_CONTAINER, FF_SEQNO64, Fence, Shm, TimelineSlot
 from dmabuf.core.task.waiting import pause
 from dmabuf.domain.dispatcher import DISPATCHER, Dispatcher, dispatcher
 from dmabuf.domain.domain import Domain
+from dmabuf.domain.guards import WeakValues, finalizer
 from dmabuf.domain.local import Local
 from dmabuf.errors import contract_warning, fail
 
@@ -314,9 +315,17 @@ class DmaFence(Fence):
     def __reduce__(self) -> Any:
         raise TypeError("a DmaFence can't be pickled: send it with dmabuf.send(), or add it to a buffer's reservation object")
 
+    @finalizer
     def __del__(self) -> None:
+        self.drop()
+
+    def drop(self) -> None:
+        """Signal the fence, whose object goes, if it is this process's and pending."""
         if self.owned and not flagged(self):
-            local: Dispatcher | None = self.domain.local.get(DISPATCHER)  # not peek(): each fence that is dropped makes this call
+            domain = getattr(self, "domain", None)  # None: a signal handler raised before it was complete
+            local: Dispatcher | None = (
+                domain.local.get(DISPATCHER) if domain is not None else None
+            )  # not peek(): each fence makes this call
             shared = self.shm.fence_shared(self.handle) or (local is not None and local.watches(self.handle))
             if shared:
                 warnings.warn(
@@ -333,10 +342,10 @@ class DmaFence(Fence):
 
 # The fences that this process knows, by handle.
 _Known: TypeAlias = weakref.WeakValueDictionary[int, DmaFence]
-KNOWN: Local[_Known] = Local(lambda _: weakref.WeakValueDictionary())
+KNOWN: Local[_Known] = Local(lambda _: WeakValues())
 
-# The slot number + 1 of each timeline of this process for fences that belong to none, by its driver's name.
-_UNBOUND: Local[dict[str, int]] = Local(lambda _: {})
+# The timelines of this process for fences that belong to none, by their driver's names.
+_UNBOUND: Local[dict[str, TimelineSlot]] = Local(lambda _: {})
 
 
 def register(fence: DmaFence, domain: Domain, timeline: Origin | None) -> None:
@@ -364,12 +373,12 @@ def names_of(shm: Shm, info: dict[str, Any]) -> tuple[str, str]:
 def unbound_timeline(domain: Domain, kind: str) -> int:
     """Return the slot number + 1 of this process's timeline for fences that belong to none, such as containers and stubs."""
     domain.join()
-    known: dict[str, int] = domain.local.get(_UNBOUND) or _UNBOUND.of(domain)
+    known: dict[str, TimelineSlot] = domain.local.get(_UNBOUND) or _UNBOUND.of(domain)
     found = known.get(kind)
     if found is None:
         # Two threads may both open one: the one that is known first serves both.
-        found = known.setdefault(kind, domain.timeline_open(kind.encode(), b"stub" if kind == "stub" else b"unbound")[0] + 1)
-    return found
+        found = known.setdefault(kind, domain.timeline_open(kind.encode(), b"stub" if kind == "stub" else b"unbound"))
+    return found.index + 1
 
 
 def wrap(domain: Domain, handle: int, past: tuple[int, ...] = (0, 0, 0), names: tuple[str, str] | None = None) -> DmaFence:

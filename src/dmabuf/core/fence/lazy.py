@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
-from dmabuf._native import FF_WATCH_DEADLINE, Shm
+from dmabuf._native import FF_WATCH_DEADLINE
 from dmabuf.core.base.clock import monotonic_deadline
 from dmabuf.core.fence.fence import DmaFence, flagged
 from dmabuf.core.fence.ops import FenceOps
 from dmabuf.domain.dispatcher import DISPATCHER, dispatcher, report
 from dmabuf.domain.domain import Domain
+from dmabuf.domain.guards import WeakValues, finalizer
 from dmabuf.domain.local import Local
 
 
@@ -151,9 +152,10 @@ class CustomFence(LazyFence):
 
             dispatcher(self.domain).watch_deadline(self.handle, pass_on)
 
+    @finalizer
     def __del__(self) -> None:
-        super().__del__()
-        if self.owned:
+        self.drop()
+        if self.owned and hasattr(self, "_earliest"):
             if self.flags & FF_WATCH_DEADLINE and (local := DISPATCHER.peek(self.domain)) is not None:
                 local.watch_deadline(self.handle, None)
             try:
@@ -163,21 +165,21 @@ class CustomFence(LazyFence):
 
 
 # The fences of this process that have operations, by handle.
-CUSTOM: Local[weakref.WeakValueDictionary[int, CustomFence]] = Local(lambda _: weakref.WeakValueDictionary())
+CUSTOM: Local[weakref.WeakValueDictionary[int, CustomFence]] = Local(lambda _: WeakValues())
 
 
-def custom(ops: object, domain: Domain) -> tuple[Callable[[Shm, int, bool], CustomFence], int]:
-    """Return what makes fences with these operations, and the flags for their slots. Raises TypeError if ``ops`` isn't a FenceOps."""
+def flags_for(ops: object) -> int:
+    """Return the flags of a fence with these operations. Raises TypeError if ``ops`` isn't a FenceOps."""
     if not isinstance(ops, FenceOps):
         raise TypeError(f"fence: ops is a dmabuf.FenceOps, not {type(ops).__name__}")
+    return 0 if type(ops).set_deadline is FenceOps.set_deadline else FF_WATCH_DEADLINE
 
-    def make(shm: Shm, handle: int, owned: bool) -> CustomFence:
-        fence = CustomFence(shm, handle, owned)
-        fence.ops, fence._not_enabled, fence._earliest = ops, True, 0
-        CUSTOM.of(domain)[handle] = fence
-        return fence
 
-    return make, 0 if type(ops).set_deadline is FenceOps.set_deadline else FF_WATCH_DEADLINE
+def customize(fence: DmaFence, ops: FenceOps) -> None:
+    """Give a new fence, a CustomFence, its operations."""
+    assert isinstance(fence, CustomFence)
+    fence.ops, fence._not_enabled, fence._earliest = ops, True, 0
+    CUSTOM.of(fence.domain)[fence.handle] = fence
 
 
 def asks(domain: Domain) -> bool:

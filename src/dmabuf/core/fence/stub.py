@@ -46,8 +46,7 @@ def private_stub(timestamp: int, *, error: int = 0, domain: Domain | None = None
         raise fail(errno.EINVAL, "private_stub", f"timestamp {timestamp}", "pass CLOCK_MONOTONIC ns, or 0 for now", what="it is negative")
     domain = domain or Domain.default()
     shm = domain.join()
-    handle = shm.fence_alloc(unbound_timeline(domain, "stub"), 0, 0, 0, 0, 0)
-    shm.fence_signal(handle, error, False, timestamp)
-    fence = DmaFence(shm, handle, True)
+    fence = DmaFence.made(shm, unbound_timeline(domain, "stub"), 0, 0, 0)
     register(fence, domain, None)
+    shm.fence_signal(fence.handle, error, False, timestamp)
     return fence

@@ -12,11 +12,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
-from dmabuf._native import FF_SEQNO64, Shm
+from dmabuf._native import FF_SEQNO64
 from dmabuf.core.fence.fence import DmaFence, flagged, register
-from dmabuf.core.fence.lazy import custom
+from dmabuf.core.fence.lazy import CustomFence, customize, flags_for
 from dmabuf.core.fence.ops import FenceOps
 from dmabuf.domain.domain import Domain
+from dmabuf.domain.guards import WeakValues, finalizer, finished
 from dmabuf.errors import fail
 
 NAME_BYTES = 63
@@ -64,13 +65,14 @@ class Timeline:
     ) -> None:
         self.domain = domain or Domain.default()
         self.driver, self.name = _checked(driver, "driver"), _checked(name, "name")
-        self._index, self.context = self.domain.timeline_open(os.fsencode(self.driver), os.fsencode(self.name), _context)
+        self._slot = self.domain.timeline_open(os.fsencode(self.driver), os.fsencode(self.name), _context)
+        self._index, self.context = self._slot.index, self._slot.context
         self._life = self.domain.shm.life
         self._shm = self.domain.shm
         self._seqno = 0  # of the newest fence
         self._numbers = itertools.count(1)  # taking the next one is one step, whatever interrupts it
         self._flags = FF_SEQNO64 if seqno64 else 0
-        self._pending: weakref.WeakValueDictionary[int, DmaFence] = weakref.WeakValueDictionary()
+        self._pending: weakref.WeakValueDictionary[int, DmaFence] = WeakValues()
         self.closed = False
 
     def __repr__(self) -> str:
@@ -95,16 +97,14 @@ class Timeline:
             raise fail(errno.EPERM, "fence", self, "make a timeline in this process", what="it belongs to the parent process")
         if self.closed:
             raise fail(errno.EBADF, "fence", self, "make a new timeline", what="the timeline is closed")
-        kind: Callable[[Shm, int, bool], DmaFence] = DmaFence
-        flags = 0
-        if ops is not None:
-            kind, flags = custom(ops, self.domain)
+        flags = 0 if ops is None else flags_for(ops)
         number = self._number(seqno)
-        handle = self._shm.fence_alloc(self._index + 1, self.context, number, self._flags | flags, 0, 0)
+        fence = (DmaFence if ops is None else CustomFence).made(self._shm, self._index + 1, self.context, number, self._flags | flags)
         self._seqno = number
-        fence = kind(self._shm, handle, True)
         register(fence, self.domain, self)
-        self._pending[handle] = fence
+        if ops is not None:
+            customize(fence, ops)
+        self._pending[fence.handle] = fence
         return fence
 
     def _number(self, given: int | None) -> int:
@@ -121,14 +121,15 @@ class Timeline:
         known = (ref() for ref in self._pending.valuerefs())  # a list made in one step: other threads may add
         return sorted((fence for fence in known if fence is not None and not flagged(fence)), key=lambda fence: fence.seqno)
 
+    @finished
     def close(self) -> None:
         """Signal the pending fences with ``-ENOENT``. Closing twice, or in a forked child, has no effect."""
-        if self.closed or inherited(self):
+        if not self._slot.open or inherited(self):
             return
         self.closed = True
         for fence in self.pending():
             self._shm.fence_signal(fence.handle, -errno.ENOENT, False)
-        self.domain.timeline_close(self._index, self._life)
+        self._slot.close()
 
     def statistics(self) -> TimelineStatistics:
         """Return a snapshot for programs."""
@@ -137,9 +138,11 @@ class Timeline:
     def __enter__(self) -> Self:
         return self
 
+    @finished
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @finalizer
     def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:  # bound: at the interpreter's end modules are empty
         # Fences keep their timeline, so none is pending here, and only the slot is left to free.
         if hasattr(self, "closed") and not ending():

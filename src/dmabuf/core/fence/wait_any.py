@@ -5,11 +5,12 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterable
 
-from dmabuf._native import OFF_CONTEXT
+from dmabuf._native import OFF_CONTEXT, Fence
 from dmabuf.core.base.clock import monotonic_deadline, seconds_left
 from dmabuf.core.fence.container import Container
 from dmabuf.core.fence.fence import DmaFence, flagged, unbound_timeline
 from dmabuf.domain.domain import Domain
+from dmabuf.domain.guards import finished
 from dmabuf.errors import contract_warning, fail
 
 
@@ -49,25 +50,32 @@ def wait_any(fences: Iterable[DmaFence], timeout: float | None = None, *, interr
     # that ends a sleep ends this one.
     domain: Domain = found[0].domain
     shm = domain.join()
-    first = shm.fence_alloc(unbound_timeline(domain, "wait_any"), shm.add64(OFF_CONTEXT, 1), 1, 0, 0, 0)
+    # It goes, and its slot is free, with the last of the callbacks.
+    first = Fence.made(shm, unbound_timeline(domain, "wait_any"), shm.add64(OFF_CONTEXT, 1), 1, 0)
     watched: list[tuple[DmaFence, int]] = []
     try:
         for index, fence in enumerate(found):
-            token = fence.listen(lambda _: shm.fence_signal(first, 0, False))
+            token = fence.listen(lambda _: shm.fence_signal(first.handle, 0, False))
             if token is None:
                 return index, seconds_left(until)
             watched.append((fence, token))
-        answer = shm.fence_wait(first, until, interruptible)
+        answer = shm.fence_wait(first.handle, until, interruptible)
     finally:
-        for fence, token in watched:
-            fence.remove_callback(token)
-        shm.fence_signal(first, 0, True)
+        _unwatch(watched)
     index = next((i for i, fence in enumerate(found) if _signaled(fence)), None)
     if index is not None and answer:
         return index, seconds_left(until)
     if answer < 0:
         raise fail(errno.EINTR, "wait_any", f"{len(found)} fences", "wait again", what="interrupted by a signal")
     return None, 0.0
+
+
+@finished
+def _unwatch(watched: list[tuple[DmaFence, int]]) -> None:
+    while watched:
+        fence, token = watched[-1]
+        fence.remove_callback(token)
+        del watched[-1:]
 
 
 def _signaled(fence: DmaFence) -> bool:

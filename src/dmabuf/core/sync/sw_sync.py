@@ -34,6 +34,7 @@ from dmabuf.core.sync.sync_file import SyncFile
 from dmabuf.domain import place
 from dmabuf.domain.dispatcher import dispatcher
 from dmabuf.domain.domain import Domain
+from dmabuf.domain.guards import finalizer
 from dmabuf.domain.shared_file import SharedFile
 from dmabuf.domain.weak_objects import WeakObjects
 from dmabuf.errors import fail
@@ -67,14 +68,16 @@ class SwFence(DmaFence):
 
     _keep: dict[int, SwFence]
 
+    @finalizer
     def __del__(self) -> None:
-        if self.owned and not flagged(self):
+        if self.owned and not flagged(self) and hasattr(self, "_names"):  # else it was never complete, and nobody knows it
             if not self.shm.fence_drop(self.handle, -errno.ENOENT) and not flagged(self):
-                self._keep[self.handle] = _fence(self.domain, self.handle, self._timeline, self._keep)  # another process references it
+                again = SwFence(self.shm, self.handle, True)
+                self.disown()
+                self._keep[self.handle] = _complete(again, self.domain, self._timeline, self._keep)  # another process references it
 
 
-def _fence(domain: Domain, handle: int, timeline: Origin | None, keep: dict[int, SwFence]) -> SwFence:
-    fence = SwFence(domain.shm, handle, True)
+def _complete(fence: SwFence, domain: Domain, timeline: Origin | None, keep: dict[int, SwFence]) -> SwFence:
     fence._keep = keep
     register(fence, domain, timeline)
     return fence
@@ -251,8 +254,7 @@ class SwSync(SharedObject):
         if timeline is None or inherited(timeline):
             timeline = self._timeline = Timeline(self.name, driver=KIND, seqno64=False, domain=self.domain, _context=self.context)
             self._keep = {}
-        handle = shm.fence_alloc(slot_of(timeline) + 1, self.context, value, FF_ANYBODY, 0, 0)
-        return _fence(self.domain, handle, timeline, self._keep)
+        return _complete(SwFence.made(shm, slot_of(timeline) + 1, self.context, value, FF_ANYBODY), self.domain, timeline, self._keep)
 
     def _forget_signaled(self) -> None:
         for handle in list(self._keep):  # a copy, because a fence that is collected now may add itself
