@@ -22,6 +22,7 @@
 #include "fds/fds.h"
 #include "fds/pollable.h"
 #include "fds/same.h"
+#include "later.h"
 #include "memory/mapping.h"
 #include "memory/view.h"
 
@@ -132,7 +133,7 @@ PyMODINIT_FUNC PyInit__native(void) {
       mapping_register(module) || view_register(module) || passing_register(module) || messages_register(module) ||
       descriptor_register(module) || probe_register(module) || file_register(module) || hold_register(module) || same_register(module) ||
       errors_register(module) || held_register(module) || pollable_register(module) || guard_register(module) ||
-      timeline_slot_register(module)) {
+      timeline_slot_register(module) || later_register(module)) {
     Py_DECREF(module);
     return NULL;
   }

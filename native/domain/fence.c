@@ -14,6 +14,7 @@
 #include "domain/sleep.h"
 #include "domain/step.h"
 #include "domain/ticker.h"
+#include "later.h"
 #include <sched.h>
 
 #define SPIN_NS     20000ll /* a wait spins at most this long before it sleeps */
@@ -68,15 +69,7 @@ static void wake_dispatchers(Shm *s, uint64_t mask, uint64_t handle) {
   }
   if (!me || !(mask >> (LIFE_INDEX(me) & 63) & 1) || !s->on_local) return;
   PyObject *call = Py_NewRef(s->on_local); /* another thread may replace it during the call */
-  /* A signal handler may raise before the call has begun its work. After a second call that work is begun, or done. */
-  for (int k = 0; k < 2; k++) {
-    PyObject *x = PyObject_CallFunction(call, "K", (unsigned long long)handle);
-    if (x) {
-      Py_DECREF(x);
-      break;
-    }
-    PyErr_WriteUnraisable(call);
-  }
+  call_hook(call, handle);
   Py_DECREF(call);
 }
 

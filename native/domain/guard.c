@@ -10,7 +10,7 @@
  */
 #include "domain/guard.h"
 #include "domain/held.h"
-#include <pthread.h>
+#include "later.h"
 
 #define MOST_CALLS 1000 /* of a function that signal handlers interrupt each time */
 #define MOST_SAME  8    /* exceptions of one type in a row, from which on the function itself is what raises them */
@@ -26,7 +26,6 @@ typedef struct {
 
 static PyTypeObject *guard_types[3], *block_type;
 static PyObject *own_errors; /* what fn raises by itself: a tuple of exception types */
-static pthread_t main_thread;
 
 /* ---- guarded ---- */
 
@@ -52,27 +51,10 @@ static PyObject *guarded_call(PyObject *callable, PyObject *const *args, size_t 
 
 /* ---- finished, finalizer ---- */
 
-static int raise_later(void *error) {
-  PyErr_SetObject((PyObject *)Py_TYPE((PyObject *)error), error);
-  Py_DECREF((PyObject *)error);
-  return -1;
-}
-
-static PyObject *normal_error(void) { /* the exception that is set, as an object; it is set no longer */
-  PyObject *kind, *value, *trace;
-  PyErr_Fetch(&kind, &value, &trace);
-  PyErr_NormalizeException(&kind, &value, &trace);
-  if (trace) PyException_SetTraceback(value, trace);
-  Py_XDECREF(kind);
-  Py_XDECREF(trace);
-  return value;
-}
-
-static PyObject *finished_call(PyObject *callable, PyObject *const *args, size_t nargsf, PyObject *names) {
-  Guard *g = (Guard *)callable;
-  PyObject *result = PyObject_Vectorcall(g->fn, args, (size_t)PyVectorcall_NARGS(nargsf), names);
-  if (result || !pthread_equal(pthread_self(), main_thread)) return result; /* signal handlers run in the main thread only */
-  PyObject *error = NULL;                                                   /* the last one that a signal handler may have raised */
+static PyObject *finish(PyObject *fn, PyObject *const *args, size_t nargsf, PyObject *names, bool later) {
+  PyObject *result = PyObject_Vectorcall(fn, args, nargsf, names);
+  if (result || !in_main_thread()) return result;
+  PyObject *error = NULL; /* the last one that a signal handler may have raised */
   int same = 0, by_itself = 0;
   for (int calls = 1; !result; calls++) {
     by_itself = PyErr_ExceptionMatches(own_errors) || same == MOST_SAME || calls == MOST_CALLS;
@@ -81,16 +63,26 @@ static PyObject *finished_call(PyObject *callable, PyObject *const *args, size_t
       PyErr_Clear();
       break;
     }
-    PyObject *now = normal_error();
+    PyObject *now = take_exception();
     same = error && Py_IS_TYPE(error, Py_TYPE(now)) ? same + 1 : 0;
     Py_XSETREF(error, now);
-    result = PyObject_Vectorcall(g->fn, args, (size_t)PyVectorcall_NARGS(nargsf), names);
+    result = PyObject_Vectorcall(fn, args, nargsf, names);
   }
   Py_XDECREF(result);
-  if (g->kind == FINALIZER && same < MOST_SAME && !Py_AddPendingCall(raise_later, error)) Py_RETURN_NONE;
+  if (later && same < MOST_SAME && raise_later(error)) Py_RETURN_NONE;
   PyErr_SetObject((PyObject *)Py_TYPE(error), error);
   Py_DECREF(error);
   return NULL;
+}
+
+static PyObject *finished_call(PyObject *callable, PyObject *const *args, size_t nargsf, PyObject *names) {
+  Guard *g = (Guard *)callable;
+  return finish(g->fn, args, (size_t)PyVectorcall_NARGS(nargsf), names, g->kind == FINALIZER);
+}
+
+static PyObject *finish_call(PyObject *module, PyObject *const *args, Py_ssize_t n) {
+  if (n < 1) return PyErr_Format(PyExc_TypeError, "finish() takes a function and its arguments");
+  return finish(args[0], args + 1, (size_t)n - 1, NULL, false);
 }
 
 /* ---- the three types ---- */
@@ -250,26 +242,15 @@ static PyObject *set_own_errors(PyObject *module, PyObject *types) {
   Py_RETURN_NONE;
 }
 
-static void forked(void) { main_thread = pthread_self(); } /* Python makes the thread that forked its main thread */
-
 static PyMethodDef functions[] = {
+    {"finish", (PyCFunction)(void *)finish_call, METH_FASTCALL,
+     "finish($module, fn, /, *args)\n--\n\nCall fn(*args) as finished(fn) would, and return None. For a function that needs no result."},
     METHOD(set_own_errors, METH_O, "($module, types, /)",
            "Say which exceptions a finished() function raises by itself. It is not called again after one of them."),
     {0}};
 
 int guard_register(PyObject *module) {
-  static int once;
-  if (!once++) {
-    PyObject *threading = PyImport_ImportModule("threading"),
-             *main = threading ? PyObject_CallMethod(threading, "main_thread", NULL) : NULL;
-    PyObject *ident = main ? PyObject_GetAttrString(main, "ident") : NULL;
-    if (ident && ident != Py_None) main_thread = (pthread_t)PyLong_AsUnsignedLong(ident);
-    Py_XDECREF(threading);
-    Py_XDECREF(main);
-    Py_XDECREF(ident);
-    if (PyErr_Occurred() || !(own_errors = PyTuple_New(0))) return -1;
-    pthread_atfork(NULL, NULL, forked);
-  }
+  if (!own_errors && !(own_errors = PyTuple_New(0))) return -1;
   for (int i = 0; i < 3; i++) {
     PyType_Spec spec = {.name = guard_names[i],
                         .basicsize = sizeof(Guard),

@@ -18,6 +18,7 @@
 #include "domain/table.h"
 #include "fds/fds.h"
 #include "fds/pollable.h"
+#include "later.h"
 #include <stdio.h>
 #include <unistd.h>
 
@@ -178,14 +179,8 @@ void fence_wake_sync_files(Shm *s, uint64_t handle, db_fence *f) {
     while (FW_GEN(w) == WORD_OF(H_GEN(handle)) && (w & FW_SYNC) && !atomic_compare_exchange_weak(&f->word, &w, w & ~FW_SYNC)) {}
     return;
   }
-  /* Call again if a signal handler raised in the middle: to ask twice is to ask once. */
   PyObject *call = Py_XNewRef(s->on_sync); /* another thread may replace it during the call */
-  for (int k = 0; k < 2 && call; k++) {
-    PyObject *x = PyObject_CallFunction(call, "K", (unsigned long long)handle);
-    Py_XDECREF(x);
-    if (x) break;
-    PyErr_WriteUnraisable(call);
-  }
+  if (call) call_hook(call, handle);
   Py_XDECREF(call);
 }
 

@@ -13,12 +13,13 @@ import itertools
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-from dmabuf._native import LIFE_DOORBELL, LIFE_SERVED, SLOT_MASK, unraisable
+from dmabuf._native import LIFE_DOORBELL, LIFE_SERVED, SLOT_MASK, finish, raise_later, unraisable
 from dmabuf.domain import lives
 from dmabuf.domain.domain import Domain
+from dmabuf.domain.guards import finished
 from dmabuf.domain.local import Local
 
 _tokens = itertools.count(1)
@@ -54,7 +55,7 @@ class Dispatcher:
             if dispatcher is not None:
                 dispatcher.run(handle)
 
-        self.shm.on_local = on_local
+        self.shm.on_local = finished(on_local)  # what is left after a signal handler's exception is called again
         atexit.register(_stop, me)
 
     def watch(self, handle: int, call: Callable[[int], object], *, foreign: bool) -> int | None:
@@ -115,25 +116,20 @@ class Dispatcher:
         """Run the callbacks of a signaled fence in the order of registration."""
         with self._lock:
             self._forget(handle)
-            left = iter(self._watched.pop(handle, {}).values())
+            calls = self._watched.get(handle)
         before = getattr(_here, "running", 0)
         try:
             _here.running = 1
-            self._run(left, handle)
-        finally:  # if a signal handler raises between two callbacks, the others are called all the same
-            try:
-                self._run(left, handle)
-                if not before:
-                    _work_off()
-            finally:
-                _here.running = before
-
-    def _run(self, calls: Iterator[Callable[[int], object]], handle: int) -> None:
-        for call in calls:
-            try:
-                call(handle)
-            except BaseException as e:
-                report(e, call)
+            while calls:
+                _call_next(calls, handle)
+            if not before:
+                _work_off()
+        finally:
+            _here.running = before
+        if calls is not None:
+            with self._lock:
+                if not calls and self._watched.get(handle) is calls:
+                    del self._watched[handle]
 
     def watches(self, handle: int) -> int:
         """Return how many callbacks are registered with one fence."""
@@ -221,6 +217,21 @@ def defer(work: Callable[[], object]) -> None:
         _here.running = 0
 
 
+def _call_next(calls: dict[int, Callable[[int], object]], handle: int) -> None:
+    """Take the oldest callback out and call it."""
+    try:
+        token = next(iter(calls))
+        # No signal handler runs between these two lines and the call: a callback is neither lost nor called twice.
+        call = calls[token]
+        del calls[token]
+    except (KeyError, RuntimeError, StopIteration):
+        return  # another thread took it
+    try:
+        finish(call, handle)
+    except BaseException as e:
+        report(e, call)
+
+
 def _deferred() -> deque[Callable[[], object]]:
     found: deque[Callable[[], object]] | None = getattr(_here, "deferred", None)
     if found is None:
@@ -231,16 +242,21 @@ def _deferred() -> deque[Callable[[], object]]:
 def _work_off() -> None:
     waiting: deque[Callable[[], object]] | None = getattr(_here, "deferred", None)
     while waiting:
-        work = waiting.popleft()
+        work = waiting[0]
+        del waiting[0]
         try:
-            work()
+            finish(work)
         except BaseException as e:
             report(e, work)
 
 
 def report(error: BaseException, where: Any) -> None:
-    """Pass an exception that no caller can catch to ``sys.unraisablehook``. What the hook raises is dropped."""
-    unraisable(error, where)
+    """Pass an exception that no caller can catch to ``sys.unraisablehook``. What the hook raises is dropped.
+
+    KeyboardInterrupt and its like come from a signal handler, and not from a callback: the main thread raises them a moment later.
+    """
+    if isinstance(error, Exception) or not raise_later(error):
+        unraisable(error, where)
 
 
 def _stop(ref: weakref.ref[Dispatcher]) -> None:
