@@ -13,8 +13,10 @@ import pytest
 
 import dmabuf
 from dmabuf import DmaBuf, SwSync, SyncFile, _native
+from dmabuf.core.sync import sw_sync
 from dmabuf.domain import shared_file
 from dmabuf.domain.place import ofd_lock, reopen
+from dmabuf.domain.shared_file import SharedFile
 from tests.support.errnos import raises_errno
 from tests.support.facts import FACTS
 from tests.support.interrupts import Interrupt
@@ -395,3 +397,75 @@ def test_fence_without_error_is_not_taken_for_failed_one_of_same_value() -> None
             while shm.fence_info(old.handle) is not None:  # until its slot is used again
                 others.fence().signal()
         assert _native.Fence(shm, old.handle, False, old.context, old.seqno, old.timeline).status == 1
+
+
+# ---- how much work it is ----
+
+
+class Counted(SharedFile):
+    """A file that counts the bytes that are read."""
+
+    read_bytes = 0
+
+    def read(self, offset: int, n: int) -> bytes:
+        data = super().read(offset, n)
+        Counted.read_bytes += len(data)
+        return data
+
+
+def bytes_read(monkeypatch: pytest.MonkeyPatch, work: Callable[[SwSync], None]) -> int:
+    with monkeypatch.context() as patch:
+        patch.setattr(sw_sync, "SharedFile", Counted)
+        Counted.read_bytes = 0
+        with SwSync() as sw:
+            work(sw)
+        return Counted.read_bytes
+
+
+def one_by_one(n: int) -> Callable[[SwSync], None]:
+    def work(sw: SwSync) -> None:
+        files = [sw.create_fence(i + 1) for i in range(n)]
+        for _ in range(n):
+            sw.inc()
+        assert all(sf.status == 1 for sf in files)
+
+    return work
+
+
+def all_at_the_close(n: int) -> Callable[[SwSync], None]:
+    def work(sw: SwSync) -> None:
+        files = [sw.create_fence(n - i) for i in range(n)]
+        sw.close()
+        assert all(sf.status == -errno.ENOENT for sf in files)
+
+    return work
+
+
+def a_few_at_a_time(n: int) -> Callable[[SwSync], None]:
+    def work(sw: SwSync) -> None:
+        for i in range(n):
+            sf = sw.create_fence(i + 3)
+            sw.inc()
+            assert sf.status == 0
+
+    return work
+
+
+@pytest.mark.parametrize("work", [one_by_one, all_at_the_close, a_few_at_a_time])
+def test_work_is_in_proportion_to_the_fences(work: Callable[[int], Callable[[SwSync], None]], monkeypatch: pytest.MonkeyPatch) -> None:
+    few, many = bytes_read(monkeypatch, work(250)), bytes_read(monkeypatch, work(1000))
+    assert many < 4.6 * few
+
+
+@pytest.mark.parametrize("start", [0, 0xFFFFFFF0])
+def test_order_is_kept_where_the_count_wraps_and_others_change_it(start: int) -> None:
+    """Two objects of one timeline, each of which reads what the other has done."""
+    with SwSync() as sw, SwSync.from_fd(sw.fileno()) as other:
+        sw.inc(start)
+        values = [(start + i) & 0xFFFFFFFF for i in range(1, 200)]
+        files = {value: (sw, other)[value % 2].create_fence(value) for value in values[::-1]}
+        for i, value in enumerate(values):
+            (sw, other)[i % 3 == 0].inc()
+            assert [files[one].status for one in values[max(0, i - 1) : i + 2]] == [1] * min(i + 1, 2) + [0] * min(1, len(values) - 1 - i)
+            assert files[value].status == 1
+        assert sw.statistics().pending == other.statistics().pending == 0

@@ -30,6 +30,7 @@ from dmabuf._native import FF_ANYBODY, OFF_CONTEXT, step
 from dmabuf.core.fence.fence import KNOWN, DmaFence, Origin, flagged, register, wrap
 from dmabuf.core.fence.timeline import Timeline, inherited, slot_of
 from dmabuf.core.sync.shared_object import SharedObject
+from dmabuf.core.sync.sw_pending import U32, UINT_MAX, VALUE, PendingFences, ahead
 from dmabuf.core.sync.sync_file import SyncFile
 from dmabuf.domain import place
 from dmabuf.domain.dispatcher import dispatcher
@@ -41,13 +42,10 @@ from dmabuf.errors import fail
 
 KIND: Final = "sw_sync"
 INT_MAX: Final = 0x7FFFFFFF
-UINT_MAX: Final = 0xFFFFFFFF
-MAX_PENDING: Final = 1 << 20
-_HEAD: Final = struct.Struct("=8sIIQI16s20x")  # magic, count of the timeline, closed, context, entries, name; entries don't cross pages
-_ENTRY: Final = struct.Struct("=QQ")  # handle, value
+_HEAD: Final = struct.Struct("=8sIIQI16s20x")  # magic, count of the timeline, closed, context, entries, name
 _MAGIC: Final = b"dmabufW\1"
-_VALUE, _CLOSED, _COUNT, _ENDING = 8, 12, 24, 44  # offsets
-_U32: Final = struct.Struct("=I")
+_CLOSED, _ENDING = 12, 44  # offsets
+_KEPT: Final = 16  # fences that nobody has any more, from which on to look whether they are signaled
 _OPEN: WeakObjects[SwSync] = WeakObjects()
 
 
@@ -83,9 +81,8 @@ def _complete(fence: SwFence, domain: Domain, timeline: Origin | None, keep: dic
     return fence
 
 
-def _ahead(value: int, of: int) -> int:
-    """Return how far a value is ahead of another, as a signed 32-bit number."""
-    return (value - of + 0x80000000 & UINT_MAX) - 0x80000000
+def _is_own(fence: DmaFence | None) -> bool:
+    return isinstance(fence, SwFence) and fence.owned
 
 
 class SwSync(SharedObject):
@@ -101,7 +98,7 @@ class SwSync(SharedObject):
         DmaBufError: No descriptor is free (EMFILE).
     """
 
-    __slots__ = ("_keep", "_timeline", "context", "name")
+    __slots__ = ("_keep", "_next_look", "_own", "_pending", "_timeline", "context", "name")
 
     KIND, NOUN = KIND, "timeline"
 
@@ -123,6 +120,9 @@ class SwSync(SharedObject):
         super()._set(file)
         self._timeline: Timeline | None = None
         self._keep: dict[int, SwFence] = {}
+        self._next_look = _KEPT
+        self._own: deque[int] | None = None
+        self._pending = PendingFences(file)
         _OPEN.add(self)
 
     def __repr__(self) -> str:
@@ -149,19 +149,23 @@ class SwSync(SharedObject):
             return
         self._file.close()
 
-    def _own_pending(self) -> list[int]:
-        if self._timeline is None or inherited(self._timeline):
-            return []
-        # Without the lock, because entries that others add now are not ours.
-        found = [handle for handle, _ in self._entries()]
-        known = KNOWN.of(self.domain)
-        return [handle for handle in found if isinstance(fence := known.get(handle), SwFence) and fence.owned and not flagged(fence)]
+    def _own_pending(self) -> deque[int]:
+        """Return the fences of this process that may be pending, of which the first is. For a timeline that is closed here."""
+        if self._own is None:
+            self._own = deque()
+            if self._timeline is not None and not inherited(self._timeline):
+                known = KNOWN.of(self.domain)
+                # Without the lock, because entries that others add now are not ours.
+                self._own.extend(handle for handle, _ in self._pending.all(self.domain.shm) if _is_own(known.get(handle)))
+        while self._own and not self.domain.shm.fence_pending(self._own[0]):
+            self._own.popleft()
+        return self._own
 
     def _signal_all(self) -> None:
         with self._file.locked():
-            self._file.write(_CLOSED, _U32.pack(1))
-            value = self._value()
-            for handle, _ in sorted(self._entries(), key=lambda entry: _ahead(entry[1], value)):
+            self._file.write(_CLOSED, U32.pack(1))
+            value = self._pending.count()
+            for handle, _ in sorted(self._pending.all(self.domain.join()), key=lambda entry: ahead(entry[1], value)):
                 self.domain.join().fence_end_any(handle, -errno.ENOENT)
         self._keep.clear()
 
@@ -184,37 +188,9 @@ class SwSync(SharedObject):
         self.domain.join()
         with self._file.locked():
             # Did a process that signaled fences die before it woke everything that waits for them?
-            if self._file.read(_ENDING, 4) == _U32.pack(1) and self.domain.wake_sync_files():
-                self._file.write(_ENDING, _U32.pack(0))
+            if self._file.read(_ENDING, 4) == U32.pack(1) and self.domain.wake_sync_files():
+                self._file.write(_ENDING, U32.pack(0))
             yield
-
-    def _value(self) -> int:
-        return int(_U32.unpack(self._file.read(_VALUE, 4))[0])
-
-    def _used(self) -> int:
-        return min(int(_U32.unpack(self._file.read(_COUNT, 4))[0]), MAX_PENDING)
-
-    def _entries(self) -> list[tuple[int, int]]:
-        """Return (handle, value) of the pending fences."""
-        raw = self._file.read(_HEAD.size, self._used() * _ENTRY.size)
-        shm = self.domain.shm
-        whole = len(raw) // _ENTRY.size * _ENTRY.size
-        return [(handle, value) for handle, value in _ENTRY.iter_unpack(raw[:whole]) if handle and shm.fence_pending(handle)]
-
-    def _enter(self, handle: int, value: int) -> None:
-        """Append a pending fence to the list, which is compacted first if half of its fences are signaled."""
-        used, pending = self._used(), self._entries()
-        if used >= 64 and len(pending) <= used // 2:
-            # Compact from the front. If this process dies partway, every pending fence is still at its old offset or at its new one.
-            self._file.write(_HEAD.size, b"".join(_ENTRY.pack(*entry) for entry in pending))
-            step("sw_compacted")
-            self._file.write(_COUNT, _U32.pack(len(pending)))
-            used = len(pending)
-        if used >= MAX_PENDING:
-            raise fail(errno.ENOSPC, "create_fence", self, "signal some first", what=f"{MAX_PENDING} fences are pending")
-        self._file.write(_HEAD.size + used * _ENTRY.size, _ENTRY.pack(handle, value))
-        step("sw_entered")  # past the end, so not on the list yet; the fence is signaled when this process dies
-        self._file.write(_COUNT, _U32.pack(used + 1))
 
     # ---- using it ----
 
@@ -222,7 +198,7 @@ class SwSync(SharedObject):
     def value(self) -> int:
         """The count, 0 to 2³²-1."""
         with self._locked("value"):
-            return self._value()
+            return self._pending.count()
 
     def create_fence(self, value: int) -> SyncFile:
         """Return a sync file that is signaled when the count reaches a value (SW_SYNC_IOC_CREATE_FENCE).
@@ -236,17 +212,17 @@ class SwSync(SharedObject):
             raise fail(errno.EINVAL, "create_fence", f"value {value}", f"pass 0 to {UINT_MAX}", what="it is not a number of 32 bits")
         with self._locked("create_fence"):
             self._forget_signaled()
-            if _ahead(value, self._value()) <= 0:
+            if ahead(value, self._pending.count()) <= 0:
                 fence = self._make(value)
                 self.domain.shm.fence_end_any(fence.handle, 0)
                 return SyncFile(fence)
-            for handle, at in self._entries():
-                if at == value and self.domain.shm.fence_share(handle):  # else its owner is dropping it now
-                    found = wrap(self.domain, handle, (self.context, value, 0))
-                    if not flagged(found):
-                        return SyncFile(found)
+            handle = self._pending.at(self.domain.shm, value)
+            if handle and self.domain.shm.fence_share(handle):  # else its owner is dropping it now
+                found = wrap(self.domain, handle, (self.context, value, 0))
+                if not flagged(found):
+                    return SyncFile(found)
             fence = self._make(value)
-            self._enter(fence.handle, value)
+            self._pending.append(self.domain.shm, fence.handle, value)
             return SyncFile(fence)
 
     def _make(self, value: int) -> DmaFence:
@@ -257,9 +233,12 @@ class SwSync(SharedObject):
         return _complete(SwFence.made(shm, slot_of(timeline) + 1, self.context, value, FF_ANYBODY), self.domain, timeline, self._keep)
 
     def _forget_signaled(self) -> None:
+        if len(self._keep) < self._next_look:
+            return
         for handle in list(self._keep):  # a copy, because a fence that is collected now may add itself
             if flagged(self._keep[handle]):
                 del self._keep[handle]
+        self._next_look = max(_KEPT, 2 * len(self._keep))
 
     def inc(self, n: int = 1) -> None:
         """Advance the count by n, and signal the fences that are due, in the order of their values (SW_SYNC_IOC_INC).
@@ -280,20 +259,24 @@ class SwSync(SharedObject):
             self._forget_signaled()
 
     def _step(self, n: int) -> None:
-        value, shm = self._value(), self.domain.shm
-        target = value + n & UINT_MAX
-        due = [(_ahead(at, value), at, handle) for handle, at in self._entries() if _ahead(at, target) <= 0]
+        shm = self.domain.shm
+        target = self._pending.count() + n & UINT_MAX
+        due = self._pending.due(shm, n)
+        try:
+            if due:
+                self._file.write(_ENDING, U32.pack(1))
+            for distance, at, handle in due:
+                if distance > 0:
+                    self._file.write(VALUE, U32.pack(at))
+                    step("sw_counted")  # this one is due and pending: the next inc of any holder signals it, or its owner's death
+                shm.fence_end_any(handle, 0)
+                step("sw_ended")  # as after an inc by less
+            self._file.write(VALUE, U32.pack(target))
+        except BaseException:
+            self._pending.put_back(due)
+            raise
         if due:
-            self._file.write(_ENDING, _U32.pack(1))
-        for ahead, at, handle in sorted(due):
-            if ahead > 0:
-                self._file.write(_VALUE, _U32.pack(at))
-                step("sw_counted")  # this one is due and pending: the next inc of any holder signals it, or its owner's death
-            shm.fence_end_any(handle, 0)
-            step("sw_ended")  # as after an inc by less
-        self._file.write(_VALUE, _U32.pack(target))
-        if due:
-            self._file.write(_ENDING, _U32.pack(0))
+            self._file.write(_ENDING, U32.pack(0))
 
     def get_deadline(self, sync_file: SyncFile) -> int:
         """Return the earliest deadline of a fence of a software timeline, in CLOCK_MONOTONIC ns (SW_SYNC_GET_DEADLINE).
@@ -324,13 +307,13 @@ class SwSync(SharedObject):
             ClosedError: The timeline is closed (EBADF).
         """
         with self._locked("statistics"):
-            return SwSyncStatistics(self.name, self.context, self._value(), len(self._entries()))
+            return SwSyncStatistics(self.name, self.context, self._pending.count(), len(self._pending.all(self.domain.shm)))
 
     def _info(self) -> str:
         with self._locked("sync_info"):
-            value, entries = self._value(), self._entries()
-        pending = sorted((_ahead(at, value), at) for _, at in entries)
-        shown = _ahead(value, 0)
+            value, entries = self._pending.count(), self._pending.all(self.domain.shm)
+        pending = sorted((ahead(at, value), at) for _, at in entries)
+        shown = ahead(value, 0)
         return f"{self.name}: {shown}\n" + "".join(f"  fence active: {at} / {shown}\n" for _, at in pending) + "\n"
 
 
@@ -376,8 +359,8 @@ class _Guard:
     def _watch_next(self) -> None:
         """Keep the dispatcher's thread ticking while one of the fences is pending."""
         watching = dispatcher(self.domain)
-        for handle in self.timeline._own_pending():
-            if watching.watch(handle, self.next, foreign=True) is not None:
+        while left := self.timeline._own_pending():
+            if watching.watch(left[0], self.next, foreign=True) is not None:
                 return
         self._end()
 
