@@ -32,6 +32,7 @@ from dmabuf.domain.local import Local
 from dmabuf.errors import contract_warning, fail
 
 MAX_ERRNO = 4095  # include/linux/err.h
+MAX_TIME = (1 << 63) - 1  # ns, include/linux/ktime.h
 _NOT_OURS = "another process owns its timeline"
 _OWNER_SIGNALS = "signal it in the process that made its timeline"
 
@@ -149,15 +150,17 @@ class DmaFence(Fence):
             error: A negative errno, or 0.
 
         Raises:
-            InvalidError: The fence is already signaled, the time is not positive, or ``error`` is positive or below -4095 (EINVAL).
+            InvalidError: The fence is already signaled, the time is not positive or above 2⁶³-1, or ``error`` is positive or below -4095
+                (EINVAL).
             NotPermittedError: Another process owns the timeline (EPERM).
 
         Kernel: dma_fence_signal_timestamp.
         """
         if not self.owned:
             raise fail(errno.EPERM, "signal_timestamp", self, _OWNER_SIGNALS, what=_NOT_OURS)
-        if timestamp <= 0:
-            raise fail(errno.EINVAL, "signal_timestamp", self, "pass CLOCK_MONOTONIC ns", what=f"the time {timestamp} is not positive")
+        if not 0 < timestamp <= MAX_TIME:
+            what = f"the time {timestamp} is {'not positive' if timestamp <= 0 else 'out of range'}"
+            raise fail(errno.EINVAL, "signal_timestamp", self, "pass CLOCK_MONOTONIC ns", what=what)
         if not -MAX_ERRNO <= error <= 0:
             raise fail(errno.EINVAL, "signal_timestamp", self, "pass a negative errno, or 0", what=f"{error} is not a negative errno")
         if not self.shm.fence_signal(self.handle, error, False, timestamp):
@@ -277,7 +280,7 @@ class DmaFence(Fence):
         if ns < 0:
             raise fail(errno.EINVAL, "set_deadline", self, "pass CLOCK_MONOTONIC ns", what=f"the time {ns} is negative")
         if not self.is_signaled():
-            self.shm.fence_set_deadline(self.handle, max(ns, 1))
+            self.shm.fence_set_deadline(self.handle, min(max(ns, 1), MAX_TIME))
 
     @property
     def deadline(self) -> int | None:

@@ -14,6 +14,7 @@ points, oldest first, each followed by the fence that it contains. They come fro
 
 from __future__ import annotations
 
+import errno
 import struct
 from collections.abc import Iterator
 from typing import Final
@@ -23,6 +24,7 @@ from dmabuf.core.fence.chain import DmaFenceChain, point_as_sent
 from dmabuf.core.fence.fence import DmaFence, flagged, wrap
 from dmabuf.core.fence.lazy import LazyFence
 from dmabuf.domain.domain import Domain
+from dmabuf.errors import fail
 
 # kind, flags, 0, timeline or error, (handle | count | prev_seqno), context, seqno, timestamp
 _RECORD: Final = struct.Struct("=BBHiQQQQ")
@@ -33,8 +35,12 @@ _DEEPEST: Final = 16  # containers inside of containers, which no program should
 
 
 def pack(fence: DmaFence) -> bytes | None:
-    """Return the bytes to send for a container, None for a fence that travels by its handle."""
-    return b"".join(_packed(fence)) if isinstance(fence, DmaFenceArray | DmaFenceChain) else None
+    """Return the bytes to send for a container, None for a fence that travels by its handle.
+
+    Raises:
+        DmaBufError: Containers are nested deeper than a receiver takes (EMSGSIZE).
+    """
+    return b"".join(_packed(fence, 0)) if isinstance(fence, DmaFenceArray | DmaFenceChain) else None
 
 
 def unpack(domain: Domain, data: bytes) -> DmaFence:
@@ -91,22 +97,25 @@ def _check(data: bytes) -> None:
         raise ValueError("a fence container ends too early")
 
 
-def _packed(fence: DmaFence) -> Iterator[bytes]:
+def _packed(fence: DmaFence, depth: int) -> Iterator[bytes]:
+    if depth >= _DEEPEST and isinstance(fence, DmaFenceArray | DmaFenceChain):
+        remedy = "pass merge(*unwrap(fence)), which nests nothing"
+        raise fail(errno.EMSGSIZE, "send", "a container of fences", remedy, what=f"it is nested deeper than {_DEEPEST}")
     if isinstance(fence, DmaFenceArray):
         flags = _state(fence) | (_ANY if fence.signal_on_any else 0)
         yield _RECORD.pack(_ARRAY, flags, 0, fence.error, len(fence.fences), fence.context, fence.seqno, fence.timestamp)
         for member in fence.fences:
-            yield from _packed(member)
+            yield from _packed(member, depth + 1)
     elif isinstance(fence, DmaFenceChain):
         points = list(fence)[::-1]
         before = None if isinstance(points[0], DmaFenceChain) else points.pop(0)
         yield _RECORD.pack(_CHAIN, _BEFORE if before is not None else 0, 0, 0, len(points), 0, 0, 0)
         if before is not None:
-            yield from _packed(before)
+            yield from _packed(before, depth + 1)
         for point in points:
             assert isinstance(point, DmaFenceChain)
             yield _RECORD.pack(_POINT, _state(point), 0, point.error, point.prev_seqno, point.context, point.seqno, point.timestamp)
-            yield from _packed(point.fence)
+            yield from _packed(point.fence, depth + 1)
     else:
         fence.publish()
         fence.shm.fence_share(fence.handle)  # from now on a drop of the pending fence is an error to others
