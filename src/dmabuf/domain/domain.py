@@ -159,6 +159,8 @@ class Domain:
     # ---- life ----
 
     def _wire(self, shm: Shm) -> None:
+        st = os.fstat(shm.fd)
+        self.file = (st.st_dev, st.st_ino)
         me = weakref.ref(self)
 
         def tick(kind: int, value: int) -> None:
@@ -194,7 +196,9 @@ class Domain:
                 return self.shm.life
             if self._life is not None:
                 self._forget()
-            if self.path is None:
+            with self.directory() as directory:
+                lost = directory is None
+            if lost:  # by the file that this process has
                 with place.lifecycle_lock(self.shm.fd):
                     return self._join_here()
             with place.entered(self.path) as (fd, identity):
@@ -258,14 +262,13 @@ class Domain:
 
     def forget_socket(self, life: int) -> None:
         """Remove the socket of a life that has ended, if it had one."""
-        if self.path is None:
-            return  # the abstract name ended with the process
-        with contextlib.suppress(OSError):  # the directory is gone, or no longer this user's
-            directory = place.open_directory(self.path, make=False)
-            try:
+        with contextlib.suppress(OSError), self.directory() as directory:  # an abstract name ends with the process
+            if directory is not None:
                 remove_socket(directory, place.socket_name(life))
-            finally:
-                os.close(directory)
+
+    def directory(self) -> contextlib.AbstractContextManager[int | None]:
+        """Open the domain's directory for the block; None if it is private, or its directory was removed."""
+        return place.own_directory(self.path, self.file)
 
     def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:  # bound: at the interpreter's end modules are empty
         # Nothing of this process uses the domain. A private domain's memory is freed with its last process.

@@ -51,6 +51,10 @@ from dmabuf.domain.ofd import ofd_locked as ofd_locked
 from dmabuf.domain.ofd import reopen as reopen
 from dmabuf.errors import fail, needing_descriptors
 
+SHARE_DOMAIN = (
+    "start both processes with the same DMABUF_DOMAIN, and again if its directory was removed meanwhile, or send the domain along: "
+    "dmabuf.send(sock, domain, …)"
+)  # what to do about an object of another domain
 FILE = f"domain-{VERSION}"
 SOCKET = "server-"  # and the life's id in 8 hexadecimal digits: the socket of a process that serves others
 _SOCKET_NAME = re.compile(SOCKET + "[0-9a-f]{8}")
@@ -319,12 +323,40 @@ def _set_aside(directory: int, path: Path) -> None:
         raise fail(e.errno or errno.EIO, "open domain", path / FILE, remedy, what=f"corrupt, and can't be renamed to {name}") from None
 
 
-def is_current(fd: int, directory: int) -> bool:
-    """Return True if the directory still has the file behind ``fd``."""
+@contextmanager
+def own_directory(path: Path | None, file: tuple[int, int]) -> Iterator[int | None]:
+    """Open the directory of a domain whose file is open, for the block.
+
+    Yield None if the domain has no directory: a private domain never had one. Another one's was removed, and what is at its path now, if
+    anything, is not its own.
+
+    Args:
+        path: Where the directory was.
+        file: ``(st_dev, st_ino)`` of the domain's file.
+    """
+    directory = -1
+    if path is not None:
+        try:
+            directory = open_directory(path, make=False)
+        except OSError as e:
+            if e.errno in (errno.EMFILE, errno.ENFILE):
+                raise
+    try:
+        yield directory if directory >= 0 and _has_file(directory, file) else None
+    finally:
+        if directory >= 0:
+            os.close(directory)
+
+
+def _has_file(directory: int, file: tuple[int, int]) -> bool:
     try:
         there = os.stat(FILE, dir_fd=directory, follow_symlinks=False)
     except FileNotFoundError:
         return False
+    return (there.st_dev, there.st_ino) == file
+
+
+def is_current(fd: int, directory: int) -> bool:
+    """Return True if the directory still has the file behind ``fd``."""
     here = os.fstat(fd)
-    same: bool = (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino)
-    return same
+    return _has_file(directory, (here.st_dev, here.st_ino))

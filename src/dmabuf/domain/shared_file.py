@@ -23,6 +23,7 @@ from contextlib import contextmanager
 
 from dmabuf._native import OwnedFd, step
 from dmabuf.domain.domain import Domain, known
+from dmabuf.domain.place import SHARE_DOMAIN
 from dmabuf.domain.forks import fork_lock
 from dmabuf.domain.weak_objects import WeakObjects
 from dmabuf.errors import ClosedError, fail
@@ -127,8 +128,7 @@ class SharedFile:
             raise fail(errno.EINVAL, operation, f"fd {fd}", f"pass the descriptor of a {kind}", what=f"not a {kind}")
         found_domain = domain if domain is not None and domain.id == identity else known(identity) or Domain.default()
         if found_domain.id != identity:
-            remedy = "start both processes with the same DMABUF_DOMAIN, or send the domain along: dmabuf.send(sock, domain, …)"
-            raise fail(errno.EXDEV, operation, f"domain {identity}", remedy, what="this process is not in its domain")
+            raise fail(errno.EXDEV, operation, f"domain {identity}", SHARE_DOMAIN, what="this process is not in its domain")
         own = OwnedFd(fd)
         try:
             return cls(own, found_domain)

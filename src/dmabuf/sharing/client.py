@@ -26,10 +26,10 @@ from dmabuf.sharing.messages import (
     NO_ROOM,
     VERSION,
     Body,
-    address_of,
     check_socket,
     check_user,
     close_all,
+    connect,
     decode_error,
     no_room,
     opened,
@@ -216,8 +216,7 @@ class Client:
             raise ConnectionRefusedError
         sock = opened(lambda: socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC))
         try:
-            with address_of(self.domain, self.peer) as address:
-                sock.connect(address)
+            connect(sock, self.domain, self.peer)
             check_user(sock)
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the server refuses, and has sent the reason
                 send(sock, {"version": VERSION, "domain": self.domain.id, "to": self.peer, "life": self.life, **hello})

@@ -148,8 +148,15 @@ def pack_objects(objects: tuple[Any, ...]) -> tuple[bytes, list[int], list[DmaFe
         raise fail(errno.EMSGSIZE, "send", f"{len(objects)} objects", remedy, what="their fences don't fit into a message")
     try:
         for at, one in directories:
-            fds[at] = os.open(one.path or "", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            with one.directory() as directory:
+                if directory is None:
+                    raise directory_lost("send", one)
+                fds[at] = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=directory)
             opened.append(fds[at])
+    except DmaBufError:
+        for fd in opened:
+            os.close(fd)
+        raise
     except OSError as e:
         for fd in opened:
             os.close(fd)
@@ -163,6 +170,12 @@ def pack_objects(objects: tuple[Any, ...]) -> tuple[bytes, list[int], list[DmaFe
             os.close(fd)
         raise fail(e.errno or errno.EIO, "send", "a container of fences", "close descriptors, or free memory") from None
     return HEADER.pack(MAGIC, len(items), len(fds), 0) + b"".join(items), fds, fences, opened
+
+
+def directory_lost(operation: str, domain: Domain) -> OSError:
+    """Return the error for a process that should join a domain whose directory is gone."""
+    remedy = "start its processes again; those that it has go on, but no other can join them"
+    return fail(errno.ENOENT, operation, domain, remedy, what="its directory was removed")
 
 
 def _sync_items(sync_file: SyncFile) -> list[bytes]:
@@ -272,7 +285,7 @@ def domain_of(identity: bytes, flags: int) -> Domain:
                 errno.EXDEV, "recv", f"domain {identity.hex()}",
                 "send the domain along: dmabuf.send(sock, domain, …)"
                 if private
-                else "start both processes with the same DMABUF_DOMAIN, or send the domain along: dmabuf.send(sock, domain, …)",
+                else place.SHARE_DOMAIN,
                 what=f"the message belongs to a {'private domain' if private else 'domain'} that this process doesn't have",
             )  # fmt: skip
     domains[identity] = domain
@@ -290,7 +303,9 @@ def _directory(fd: int) -> Domain:
         except OSError:
             there = None
         if there is None or (here.st_dev, here.st_ino) != (there.st_dev, there.st_ino):
-            raise fail(errno.ENOENT, "recv", path, "don't remove or rename it", what="the domain's directory is gone")
+            remedy = "start the domain's processes again, or give both processes the same mounts"
+            what = "the domain's directory isn't there for this process: removed, renamed, or in another mount namespace"
+            raise fail(errno.ENOENT, "recv", path, remedy, what=what)
     finally:
         os.close(fd)
     return Domain.open(path)

@@ -17,7 +17,7 @@ import json
 import os
 import socket
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, Final
 
 from dmabuf._native import OwnedFd, close_same, is_same, receive_message, send_message
@@ -231,29 +231,28 @@ def _after_fork() -> None:
     _sockets.clear()
 
 
-@contextlib.contextmanager
-def address_of(domain: Domain, life: int) -> Iterator[str | bytes]:
-    """Yield the address of a life's socket, which is valid in the block."""
-    if domain.path is None:
-        yield _abstract(domain, life)
-        return
-    directory = place.open_directory(domain.path, make=False)
-    try:
-        yield socket_address(directory, place.socket_name(life))
-    finally:
-        os.close(directory)
+def connect(sock: socket.socket, domain: Domain, life: int) -> None:
+    """Connect to the socket of a life. Errors: ENOENT, ECONNREFUSED the process is gone, or serves nothing."""
+    with domain.directory() as directory:
+        if directory is not None:
+            with contextlib.suppress(FileNotFoundError):  # the directory was removed just now, or the name in it
+                return sock.connect(socket_address(directory, place.socket_name(life)))
+    sock.connect(_abstract(domain, life))
 
 
-def bind(sock: socket.socket, domain: Domain, life: int) -> None:
-    """Give the socket of this process's life its address."""
-    if domain.path is None:
-        sock.bind(_abstract(domain, life))
-        return
-    directory = place.open_directory(domain.path, make=False)
-    try:
-        bind_socket(sock, directory, place.socket_name(life))
-    finally:
-        os.close(directory)
+def bind(sock: socket.socket, domain: Domain, life: int) -> bool:
+    """Give the socket of this process's life its address. Return True if the address is in the domain's directory."""
+    with domain.directory() as directory:
+        if directory is not None:
+            bind_socket(sock, directory, place.socket_name(life))
+            return True
+    bind_without_path(sock, domain, life)
+    return False
+
+
+def bind_without_path(sock: socket.socket, domain: Domain, life: int) -> None:
+    """Give the socket of this process's life the address by which it is found without the domain's directory."""
+    sock.bind(_abstract(domain, life))
 
 
 def _abstract(domain: Domain, life: int) -> bytes:

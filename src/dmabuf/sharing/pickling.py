@@ -33,7 +33,7 @@ from dmabuf.core.sync.sync_file import SyncFile
 from dmabuf.domain.domain import Domain, known
 from dmabuf.domain.sync_files import SyncFileRecord
 from dmabuf.errors import fail
-from dmabuf.sharing.items import check_fence, timeline_place
+from dmabuf.sharing.items import check_fence, directory_lost, timeline_place
 from dmabuf.sharing.remote_timeline import RemoteTimeline
 
 _MODULE = "multiprocessing.reduction"
@@ -50,6 +50,9 @@ def _reduce_buffer(buf: DmaBuf) -> tuple[Callable[..., Any], tuple[Any, ...]]:
 
 def _reduce_domain(domain: Domain) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     if domain.path is not None:
+        with domain.directory() as directory:
+            if directory is None:
+                raise directory_lost("pickle", domain)
         return _make_domain, (domain.id, str(domain.path), None)
     return _make_domain, (domain.id, None, sys.modules[_MODULE].DupFd(domain.fileno()))
 
@@ -91,7 +94,8 @@ def _make_domain(identity: str, path: str | None, there: Any) -> Domain:
     domain = known(identity) or Domain.open(Path(path))
     if domain.id != identity:
         what = f"its directory has another domain now, {domain.id}"
-        raise fail(errno.EXDEV, "unpickle", f"domain {identity}", "keep the sender running until it is received", what=what)
+        remedy = "keep the sender running until it is received, or start it again if its directory was removed"
+        raise fail(errno.EXDEV, "unpickle", f"domain {identity}", remedy, what=what)
     return domain
 
 

@@ -39,6 +39,7 @@ from dmabuf.sharing.messages import (
     VERSION,
     Body,
     bind,
+    bind_without_path,
     check_socket,
     check_user,
     close_all,
@@ -133,21 +134,25 @@ class Server:
         self._domain, self.life, self._id = weakref.ref(domain), domain.life, domain.id
         self._sessions: weakref.WeakValueDictionary[str, Session] = weakref.WeakValueDictionary()
         self._connections: set[socket.socket] = set()
-        sock = opened(lambda: socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC))
+        sock, second = _listener(), None
         try:
-            bind(sock, domain, self.life)
+            in_directory = bind(sock, domain, self.life)
             step("service_bound")  # if this process dies, the reaper of its life unlinks the socket
             sock.listen(128)
-            sock.setblocking(False)  # accepted sockets block all the same
+            if in_directory:
+                second = _second_listener(domain, self.life)
             try:
-                threading.Thread(target=_accept, args=(sock, weakref.ref(self)), name="dmabuf-service", daemon=True).start()
+                listeners = [one for one in (sock, second) if one is not None]
+                threading.Thread(target=_accept, args=(listeners, weakref.ref(self)), name="dmabuf-service", daemon=True).start()
             except RuntimeError:  # no thread can be started: the next serve() tries again, at the same address
                 domain.forget_socket(self.life)
                 raise
         except BaseException:
             shut(sock)
+            if second is not None:
+                shut(second)
             raise
-        domain.on_leave("server", partial(_stop, sock, self._connections))
+        domain.on_leave("server", partial(_stop, listeners, self._connections))
 
     def take(self, conn: socket.socket) -> None:
         """Serve a connection in a thread of its own."""
@@ -280,18 +285,43 @@ def _undo(answer: Answer, told: Body) -> None:
             dispatcher.report(e, call)
 
 
-def _stop(sock: socket.socket, connections: set[socket.socket]) -> None:
+def _listener() -> socket.socket:
+    sock = opened(lambda: socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC))
+    sock.setblocking(False)  # accepted sockets block all the same
+    return sock
+
+
+def _second_listener(domain: Domain, life: int) -> socket.socket | None:
+    """Listen at an address without a path too, where clients ask if the domain's directory is removed.
+
+    It is an abstract name, which every user of the machine can take. Then this process can't be called after that.
+    """
+    try:
+        sock = _listener()
+    except OSError:
+        return None
+    try:
+        bind_without_path(sock, domain, life)
+        sock.listen(128)
+    except OSError:
+        shut(sock)
+        return None
+    return sock
+
+
+def _stop(listeners: list[socket.socket], connections: set[socket.socket]) -> None:
     """End the server. Every caller notices."""
-    for one in [sock, *connections]:
+    for one in [*listeners, *connections]:
         with contextlib.suppress(OSError):
             check_socket(one)
             one.shutdown(socket.SHUT_RDWR)
-    shut(sock)
+    for sock in listeners:
+        shut(sock)
 
 
-def _accept(sock: socket.socket, me: weakref.ref[Server]) -> None:
+def _accept(listeners: list[socket.socket], me: weakref.ref[Server]) -> None:
     with contextlib.closing(_Spare()) as spare:
-        _accepting(sock, me, spare)
+        _accepting(listeners, me, spare)
 
 
 class _Spare:
@@ -323,31 +353,41 @@ class _Spare:
         return True
 
 
-def _accepting(sock: socket.socket, me: weakref.ref[Server], spare: _Spare) -> None:
+def _accepting(listeners: list[socket.socket], me: weakref.ref[Server], spare: _Spare) -> None:
     poller = select.poll()
-    with contextlib.suppress(ValueError):  # the server has ended already
-        poller.register(sock, select.POLLIN)
-    while sock.fileno() >= 0:
+    by_fd = {sock.fileno(): sock for sock in listeners}
+    for fd in by_fd:
+        if fd >= 0:  # else the server has ended already
+            poller.register(fd, select.POLLIN)
+    while all(sock.fileno() >= 0 for sock in listeners):
         spare.fill()
-        poller.poll()
-        try:
-            check_socket(sock)
-        except OSError:
-            return  # somebody else closed it: nobody can be served any more, and the next socket of this number is another one's
-        try:
-            conn = opened(lambda: sock.accept()[0])
-        except BlockingIOError:
-            continue
-        except OSError as e:  # the server has ended, or no descriptor is left
-            if not (e.errno in NO_ROOM and spare.refuse(sock, e.errno)) and sock.fileno() >= 0:
-                select.select([], [], [], TICK_NS / 1e9)  # a descriptor may be closed meanwhile
-            continue
-        server = me()
-        if server is None:
-            shut(conn)
-            return
-        server.take(conn)
-        del server
+        for fd, _ in poller.poll():
+            sock = by_fd[fd]
+            try:
+                check_socket(sock)
+            except OSError:
+                return  # somebody else closed it: nobody can be served any more, and the next socket of this number is another one's
+            conn = _accepted(sock, spare)
+            if conn is None:
+                continue
+            server = me()
+            if server is None:
+                shut(conn)
+                return
+            server.take(conn)
+            del server
+
+
+def _accepted(sock: socket.socket, spare: _Spare) -> socket.socket | None:
+    """Accept a connection. Return None if there is none after all, or no descriptor is left for it, or the server has ended."""
+    try:
+        return opened(lambda: sock.accept()[0])
+    except BlockingIOError:
+        return None
+    except OSError as e:
+        if not (e.errno in NO_ROOM and spare.refuse(sock, e.errno)) and sock.fileno() >= 0:
+            select.select([], [], [], TICK_NS / 1e9)  # a descriptor may be closed meanwhile
+        return None
 
 
 SERVER: Local[Server] = Local(Server)

@@ -116,7 +116,7 @@ def identify(fd: int, domain: Domain, operation: str = "get") -> Identity:
             errno.EXDEV,
             operation,
             f"fd {fd}",
-            "start both processes with the same DMABUF_DOMAIN (one user: the same directory), or send the private domain along",
+            place.SHARE_DOMAIN,
             what=f"the buffer belongs to domain {match[1].decode()}, this process uses {domain.id}",
         )
     return Identity(dev, ino, size, bytes.fromhex(match[2].decode()))

@@ -50,6 +50,7 @@ from dmabuf.core.sync.sync_file_info import (
 from dmabuf.domain import sync_files
 from dmabuf.domain.domain import Domain, known
 from dmabuf.domain.forks import fork_lock
+from dmabuf.domain.place import SHARE_DOMAIN
 from dmabuf.domain.sync_files import Place, SyncFileRecord
 from dmabuf.errors import fail
 from dmabuf.uapi import sync_file as uapi
@@ -146,8 +147,8 @@ class SyncFile(Closing):
         identity, place = found
         domain = domain if domain is not None and domain.id == identity else known(identity) or Domain.default()
         if domain.id != identity:
-            remedy = "start both processes with the same DMABUF_DOMAIN, or send the domain along: dmabuf.send(sock, domain, sync_file)"
-            raise fail(errno.EXDEV, "from_fd", f"sync file of domain {identity}", remedy, what="this process doesn't have its domain")
+            what = "this process doesn't have its domain"
+            raise fail(errno.EXDEV, "from_fd", f"sync file of domain {identity}", SHARE_DOMAIN, what=what)
         if record is None:
             if domain.path is None:
                 remedy = "send the SyncFile with dmabuf.send() or through multiprocessing"
