@@ -23,8 +23,8 @@ from contextlib import contextmanager
 
 from dmabuf._native import OwnedFd, step
 from dmabuf.domain.domain import Domain, known
-from dmabuf.domain.place import SHARE_DOMAIN
 from dmabuf.domain.forks import fork_lock
+from dmabuf.domain.place import SHARE_DOMAIN
 from dmabuf.domain.weak_objects import WeakObjects
 from dmabuf.errors import ClosedError, fail
 
