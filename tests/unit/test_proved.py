@@ -21,9 +21,9 @@ from dmabuf import _native
 from dmabuf.domain import lives, place, proved
 from dmabuf.domain.ofd import ofd_lock, ofd_locked, reopen
 from tests.support.mounts import mounted
-from tests.support.places import left
+from tests.support.places import in_process, left
 from tests.support.scenarios import Ghost
-from tests.support.steps import fork, reap
+from tests.support.steps import fork, killed_at, reap, trace
 
 BYTE = 1 << 40
 
@@ -261,6 +261,20 @@ def directory(where: Path) -> Iterator[int]:
 def test_prove_accepts_memory_and_leaves_nothing(directory: int, where: Path) -> None:
     assert proved.prove(directory, where) == (proved.file_system(directory), False)
     assert left(where) == []
+
+
+@pytest.mark.crash
+def test_domain_is_made_after_death_while_its_place_is_proved(where: Path) -> None:
+    steps = trace(lambda: dmabuf.Domain.open(where).leave())
+    assert steps.count("place_tried") == len(ATTEMPTS)
+    for nth in [i + 1 for i, step in enumerate(steps) if step == "place_tried"]:
+        path = where.with_name(f"killed-{nth}")
+        killed_at(lambda path=path: dmabuf.Domain.open(path).leave(), nth)
+        assert any(name.startswith(proved.PROOF) for name in left(path))
+        foreign = path / "proof-of-something"
+        foreign.write_text("somebody's")
+        in_process(lambda path=path: dmabuf.Domain.open(path).leave())
+        assert left(path) == [place.FILE, foreign.name]
 
 
 def test_prove_accepts_overlayfs(overlay: Path) -> None:

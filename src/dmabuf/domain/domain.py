@@ -198,7 +198,7 @@ class Domain:
                 self._forget()
             with self.directory() as directory:
                 lost = directory is None
-            if lost:  # by the file that this process has
+            if lost or self.path is None:  # by the file that this process has
                 with place.lifecycle_lock(self.shm.fd):
                     return self._join_here()
             with place.entered(self.path) as (fd, identity):

@@ -306,6 +306,7 @@ def _used(fd: int) -> bool:
 
 def _prove(directory: int, path: Path) -> None:
     """Try what a new domain needs of its place. The empty file goes if something is missing."""
+    proved.tidy(directory)
     try:
         proved.prove(directory, path)
     except BaseException:

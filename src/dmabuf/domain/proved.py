@@ -19,6 +19,7 @@ import errno
 import fcntl
 import mmap
 import os
+import re
 import secrets
 import socket
 import stat
@@ -26,13 +27,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from dmabuf._native import OwnedFd, allocate_range, hold_drop, hold_keep, punch
+from dmabuf._native import OwnedFd, allocate_range, hold_drop, hold_keep, punch, step
 from dmabuf.domain.ofd import ofd_lock, ofd_locked, reopen
 from dmabuf.errors import errno_name, fail
 
 BY_THREAD: Final = 1 << 63  # in the start time of a life's slot: a thread keeps the life's lock
 DYING_S: Final = 1.0  # the longest that the end of a life waits for its process's last thread
 PROOF: Final = "proof-"  # and 16 hexadecimal digits: the names that `prove` uses, for a moment
+_LEFT: Final = re.compile(PROOF + r"[0-9a-f]{16}(\.new|\.sock)?")
 _BYTES: Final = 65536  # of the file that `prove` makes
 _LOCK: Final = 1 << 40  # a byte behind the data, as a life's is
 
@@ -143,6 +145,7 @@ def prove(directory: int, path: Path) -> Proof:
         for what, attempt in _ATTEMPTS:
             try:
                 by_thread |= bool(attempt(directory, name, fds))
+                step("place_tried")  # names of the proof are left: the next process that makes the domain removes them
             except OSError as e:
                 if e.errno in (errno.EMFILE, errno.ENFILE, errno.EDQUOT, errno.ENOSPC, errno.ENOMEM, errno.EROFS, errno.EACCES):
                     raise fail(e.errno, "open domain", path, _REMEDIES.get(e.errno) or remedy(), what=_SAID.get(e.errno)) from None
@@ -155,6 +158,13 @@ def prove(directory: int, path: Path) -> Proof:
             with contextlib.suppress(OSError):
                 os.unlink(name + ending, dir_fd=directory)
     return Proof(found, by_thread)
+
+
+def tidy(directory: int) -> None:
+    """Remove what a process left that died in `prove`. The caller has the lifecycle lock of the domain that is made here."""
+    for name in os.listdir(directory):
+        if _LEFT.fullmatch(name):
+            os.unlink(name, dir_fd=directory)
 
 
 _REMEDIES: Final = {
