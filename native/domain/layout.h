@@ -78,7 +78,7 @@ typedef struct {
   a32 rec_chunks;        /* chunks of records, and the next ordinal of one */
   a32 rec_free;          /* first free record + 1, 0: none */
   a32 life_high;         /* process slots below this one have been used */
-  a32 spare;
+  a32 block_free;        /* first free block + 1, 0: none */
 } db_header;
 
 DB_SIZE(db_header, 112);
@@ -98,7 +98,7 @@ DB_AT(db_header, sweep_ns, 88);
 DB_AT(db_header, rec_chunks, 96);
 DB_AT(db_header, rec_free, 100);
 DB_AT(db_header, life_high, 104);
-DB_AT(db_header, spare, 108);
+DB_AT(db_header, block_free, 108);
 
 /* ---- Process slots ----
  *
@@ -405,7 +405,7 @@ DB_AT(db_resv, entry, 32);
 
 typedef struct {
   a32 owner;                /* record + 1, 0: free */
-  a32 next;                 /* next block + 1, 0: the last */
+  a32 next;                 /* next block of the record, or free one, + 1; 0: the last */
   a64 entry[BLOCK_ENTRIES]; /* more of the list */
 } db_block;
 

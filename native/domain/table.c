@@ -181,10 +181,16 @@ void rec_push(Shm *s, uint32_t i, db_rec *r) {
   atomic_store(&hdr(s)->rec_free, i + 1);
 }
 
-static void block_clear(db_block *b) {
-  atomic_store(&b->next, 0);
-  for (uint32_t i = 0; i < BLOCK_ENTRIES; i++) atomic_store(&b->entry[i], 0);
+/* Put an unowned block at the head of the free list. */
+static void block_push(Shm *s, uint32_t i, db_block *b) {
+  atomic_store(&b->next, atomic_load(&hdr(s)->block_free));
+  atomic_store(&hdr(s)->block_free, i + 1);
+}
+
+static void block_clear(Shm *s, uint32_t i, db_block *b) {
+  for (uint32_t k = 0; k < BLOCK_ENTRIES; k++) atomic_store(&b->entry[k], 0);
   atomic_store(&b->owner, 0);
+  block_push(s, i, b);
 }
 
 static void blocks_free(Shm *s, uint32_t rec, a32 *link) { /* Free the blocks of a record from *link on. */
@@ -192,8 +198,9 @@ static void blocks_free(Shm *s, uint32_t rec, a32 *link) { /* Free the blocks of
   for (uint32_t n = 0; v && n < DB_MAX_CHUNKS * BLOCKS_PER; n++) {
     db_block *b = block_at(s, v - 1);
     if (!b || atomic_load(&b->owner) != rec + 1) return; /* table_rebuild() frees what is cut off here */
-    v = atomic_load(&b->next);
-    block_clear(b);
+    uint32_t next = atomic_load(&b->next);
+    block_clear(s, v - 1, b);
+    v = next;
   }
 }
 
@@ -207,9 +214,10 @@ void rec_clear(Shm *s, uint32_t i, db_rec *r) {
   atomic_store(&r->state, REC_FREE);
 }
 
-/* Free the blocks that are in no record's list: their owner died after taking them and before linking them. */
+/* Make the free list again, with the blocks that are in no record's list: their owner died after taking them and before linking them. */
 static void blocks_rebuild(Shm *s, uint32_t chunks) {
   uint8_t *seen = calloc(chunks, BLOCKS_PER / 8);
+  atomic_store(&hdr(s)->block_free, 0);
   if (!seen) return; /* they stay taken until the next time */
   for (uint32_t i = 0; i < chunks * RECS_PER; i++) {
     db_rec *r = rec_at(s, i);
@@ -231,11 +239,12 @@ static void blocks_rebuild(Shm *s, uint32_t chunks) {
   }
   for (uint32_t i = 0; i < chunks * BLOCKS_PER; i++) {
     db_block *b = block_at(s, i);
-    if (!b) {
+    if (!b)
       i |= BLOCKS_PER - 1;
-      continue;
-    }
-    if (atomic_load(&b->owner) && !(seen[i / 8] >> i % 8 & 1)) block_clear(b);
+    else if (!atomic_load(&b->owner))
+      block_push(s, i, b);
+    else if (!(seen[i / 8] >> i % 8 & 1))
+      block_clear(s, i, b);
   }
   free(seen);
 }
@@ -267,45 +276,41 @@ void table_rebuild(Shm *s) {
 
 /* ---- blocks ---- */
 
-/* A free block, from the count *seen of chunks on; NULL: none is left in those n chunks. */
-static db_block *block_find(Shm *s, uint32_t n, uint32_t *seen, uint32_t *at) {
-  for (; *seen < n; (*seen)++) {
-    uint32_t c = (s->claim_hint[CH_BLOCK] + *seen) % n;
-    if (CT_TYPE(atomic_load(chunk_entry(s, c))) != CH_BLOCK) continue;
-    for (uint32_t i = c * BLOCKS_PER; i < (c + 1) * BLOCKS_PER; i++) {
-      db_block *b = block_at(s, i);
-      if (!b) break;
-      if (atomic_load(&b->owner)) continue;
-      *at = i;
+/* Take a block out of the free list, into which more are put if it is empty. NULL: *failed is a reason for grow_failed(), or 0 if the file is
+ * corrupt. */
+static db_block *block_take(Shm *s, uint32_t *at, int64_t *failed) {
+  *failed = 0;
+  for (int k = 0; k < 2; k++) {
+    uint32_t v = atomic_load(&hdr(s)->block_free);
+    db_block *b = v ? block_at(s, v - 1) : NULL;
+    if (b && !atomic_load(&b->owner)) {
+      *at = v - 1;
+      atomic_store(&hdr(s)->block_free, atomic_load(&b->next)); /* unowned and in no list: table_rebuild() puts it into the free list */
       return b;
     }
+    if (v) { /* the list lies */
+      blocks_rebuild(s, chunk_count(s));
+      if (atomic_load(&hdr(s)->block_free)) continue;
+    }
+    int64_t c = chunk_grow(s, CH_BLOCK, 0);
+    if (c < 0) {
+      *failed = c;
+      return NULL;
+    }
+    for (uint32_t i = (uint32_t)(c + 1) * BLOCKS_PER; i-- > (uint32_t)c * BLOCKS_PER && (b = block_at(s, i));) block_push(s, i, b);
   }
   return NULL;
 }
 
 int blocks_add(Shm *s, uint32_t rec, a32 *link, uint32_t count) {
   if (table_lock(s)) return -1;
-  for (uint32_t total = 0, seen = 0; count && total <= DB_MAX_CHUNKS * BLOCKS_PER; count--, total++) {
-    uint32_t n = atomic_load(&hdr(s)->nchunks), i = 0;
-    if (n > DB_MAX_CHUNKS) {
-      table_unlock(s);
-      return shm_corrupt(s, "it counts more chunks than there can be");
-    }
-    db_block *b = block_find(s, n, &seen, &i);
-    if (!b) {
-      int64_t c = chunk_grow(s, CH_BLOCK, 0);
-      if (c < 0) {
-        table_unlock(s);
-        return grow_failed(s, c);
-      }
-      i = (uint32_t)c * BLOCKS_PER;
-      b = block_at(s, i);
-      s->claim_hint[CH_BLOCK] = (uint32_t)c;
-      seen = 0;
-    }
+  for (uint32_t total = 0; count && total <= DB_MAX_CHUNKS * BLOCKS_PER; count--, total++) {
+    uint32_t i = 0;
+    int64_t failed;
+    db_block *b = block_take(s, &i, &failed);
     if (!b) {
       table_unlock(s);
-      return shm_corrupt(s, "a block lies outside of it");
+      return failed ? grow_failed(s, failed) : shm_corrupt(s, "a block lies outside of it");
     }
     atomic_store(&b->next, 0);
     atomic_store(&b->owner, rec + 1);
@@ -322,9 +327,11 @@ int blocks_add(Shm *s, uint32_t rec, a32 *link, uint32_t count) {
 
 static PyObject *table_audit(Shm *s, PyObject *unused) {
   if (table_lock(s)) return NULL;
-  uint32_t n = chunk_count(s), unused_recs = 0, hidden = 0, taken = 0, listed = 0, linked = 0;
+  uint32_t n = chunk_count(s), unused_recs = 0, hidden = 0, blocks = 0, listed = 0, linked = 0;
   uint32_t v = atomic_load(&hdr(s)->rec_free);
   for (db_rec *r; v && listed < DB_MAX_CHUNKS * RECS_PER && (r = rec_at(s, v - 1)); v = atomic_load(&r->free_next)) listed++;
+  v = atomic_load(&hdr(s)->block_free);
+  for (db_block *x; v && linked < DB_MAX_CHUNKS * BLOCKS_PER && (x = block_at(s, v - 1)); v = atomic_load(&x->next)) linked++;
   for (uint32_t c = 0; c < n; c++) {
     uint32_t type = CT_TYPE(atomic_load(chunk_entry(s, c)));
     for (uint32_t k = 0; type == CH_REC && k < RECS_PER; k++) {
@@ -338,13 +345,10 @@ static PyObject *table_audit(Shm *s, PyObject *unused) {
       uint32_t b = atomic_load(&r->state) == REC_LIVE ? atomic_load(&r->resv.block) : 0;
       for (db_block *x; b && linked < DB_MAX_CHUNKS * BLOCKS_PER && (x = block_at(s, b - 1)); b = atomic_load(&x->next)) linked++;
     }
-    for (uint32_t k = 0; type == CH_BLOCK && k < BLOCKS_PER; k++) {
-      db_block *x = block_at(s, c * BLOCKS_PER + k);
-      if (x && atomic_load(&x->owner)) taken++;
-    }
+    if (type == CH_BLOCK) blocks += BLOCKS_PER;
   }
   table_unlock(s);
-  return Py_BuildValue("iii", (int)unused_recs - (int)listed, (int)hidden, (int)taken - (int)linked);
+  return Py_BuildValue("iii", (int)unused_recs - (int)listed, (int)hidden, (int)blocks - (int)linked);
 }
 
 static PyObject *py_chunk_claim(Shm *s, PyObject *arg) {

@@ -218,3 +218,50 @@ def test_more_processes_than_there_are_lives_is_enospc() -> None:
     with pytest.raises(DmaBufError, match="processes") as caught:
         domain.join()
     assert caught.value.errno == errno.ENOSPC
+
+
+def listing(domain: dmabuf.Domain, fences: int) -> dmabuf.DmaResv:
+    """A reservation object whose list continues in blocks."""
+    resv = dmabuf.DmaResv(domain=domain)
+    with resv.locked():
+        resv.reserve(fences)
+    return resv
+
+
+def chunks_of_blocks(shm: _native.Shm) -> int:
+    table = (shm.load64(_native.OFF_CHUNKTAB + 8 * i) for i in range(shm.load32(_native.OFF_NCHUNKS)))
+    return sum(entry & 0xFF == _native.CH_BLOCK for entry in table)
+
+
+def test_blocks_of_a_freed_list_are_used_again(domain: dmabuf.Domain) -> None:
+    shm = domain.shm
+    kept = listing(domain, 40)
+    before = 0
+    for round_ in range(20):
+        lists = [listing(domain, 300) for _ in range(20)]  # 20 blocks each
+        if not round_:
+            before = chunks_of_blocks(shm)
+        del lists
+        assert shm.table_audit() == (0, 0, 0)
+    assert chunks_of_blocks(shm) == before
+    assert kept.statistics().fences == 0
+
+
+@pytest.mark.parametrize("value", [0, 1, 5, 77_777, 0xFFFFFFFF], ids=str)
+def test_free_list_of_blocks_that_lies_is_made_again(domain: dmabuf.Domain, value: int) -> None:
+    shm = domain.shm
+    timeline = dmabuf.Timeline("t", domain=domain)
+    first = listing(domain, 200)
+    attach(first, fence := timeline.fence(), Usage.READ)
+    shm.store32(_native.OFF_LIFE_HIGH + 4, value)  # the word after it
+    second = listing(domain, 5000)
+    others = [dmabuf.Timeline("t", domain=domain).fence() for _ in range(60)]
+    with second.locked():
+        second.reserve(len(others))
+        for other in others:
+            second.add(other, Usage.READ)
+    fence.signal()
+    assert (first.test_signaled(Usage.READ), second.statistics().pending) == (True, len(others))
+    for other in others:
+        other.signal()
+    assert second.test_signaled(Usage.READ)
