@@ -3,6 +3,7 @@
 #   make demo [VIDEO=clip.mp4] [ARGS='--kill filter']
 #   make test [ARGS='tests/unit -k layers']     make test-long
 #   make soak [SECONDS=3600] [SEED=7]           ordinary use, everything at once, with kills
+#   make fuzz [COUNT=1000000] [SEED=7]           random messages, descriptors and files
 #   make test-kernel [KERNEL=uml|debian|full]   the tests that ask a real kernel, in a guest
 #   make test-model                             the models of the shared memory's protocol, with Spin
 #   make lint   make types   make format        make sanitize   make bench   make wheel   make clean
@@ -17,6 +18,7 @@ ARGS   ?=
 VIDEO  ?=
 KERNEL ?= uml
 SECONDS ?= 3600
+COUNT ?= 1000000
 SEED   ?=
 
 # Hundreds of tests start fresh interpreters: without cached bytecode each would compile all it imports again.
@@ -32,7 +34,7 @@ DEMO := $(VENV)/.stamp-demo
 DEV  := $(VENV)/.stamp-dev
 EXT  := $(VENV)/.stamp-ext
 
-.PHONY: demo test test-long mutants soak test-kernel test-model lint types format sanitize bench wheel dev clean
+.PHONY: demo test test-long mutants soak fuzz test-kernel test-model lint types format sanitize bench wheel dev clean
 .DEFAULT_GOAL := test
 
 demo: $(DEMO) $(EXT)
@@ -53,6 +55,10 @@ mutants: $(DEV) $(EXT)
 # A seed says what the processes do and when they are killed, not how they interleave.
 soak: $(DEV) $(EXT)
 	$(PY) -m tests.soak --seconds $(SECONDS) $(if $(SEED),--seed $(SEED)) $(ARGS)
+
+# Random messages, descriptors and files. ARGS='receive message' for some of the targets.
+fuzz: $(DEV) $(EXT)
+	$(PY) -m tests.fuzz --count $(COUNT) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 # The models of the shared memory's protocol, with Spin (apt-get install spin). ARGS='-k facts'
 test-model: $(DEV) $(EXT)

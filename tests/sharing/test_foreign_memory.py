@@ -14,7 +14,7 @@ import pytest
 
 import dmabuf
 from dmabuf import _native
-from dmabuf._native import Mapping
+from dmabuf._native import Mapping, OwnedFd
 from dmabuf.core.fence.travel import MOST_BYTES
 from dmabuf.domain.domain import Domain
 from dmabuf.sharing import items, memory, messages
@@ -201,7 +201,7 @@ def test_memory_that_is_shown_can_not_become_shorter() -> None:
     shown = memory.range_of(Mapping(fd, 8192), "mmap", "buffer")
     with raises_errno(errno.EPERM):
         os.truncate(fd, 0)
-    os.close(shown.fd)
+    shown.fd.close()
     os.close(fd)
 
 
@@ -222,8 +222,10 @@ class Answers:
     def __init__(self, fd: int) -> None:
         self.fd = fd
 
-    def call(self, *_: object, **__: object) -> tuple[dict[str, object], list[int]]:
-        return {"mapping": 1, "offset": 0, "length": 4096, "writable": True, "iomem": False, "table": 1, "cpu": [], "dma": []}, [self.fd]
+    def call(self, *_: object, **__: object) -> tuple[dict[str, object], list[OwnedFd]]:
+        return {"mapping": 1, "offset": 0, "length": 4096, "writable": True, "iomem": False, "table": 1, "cpu": [], "dma": []}, [
+            OwnedFd(self.fd)
+        ]
 
     call_locked = call
 

@@ -26,7 +26,7 @@ from dmabuf.domain.domain import Domain, known
 from dmabuf.domain.forks import fork_lock
 from dmabuf.domain.place import SHARE_DOMAIN
 from dmabuf.domain.weak_objects import WeakObjects
-from dmabuf.errors import ClosedError, fail
+from dmabuf.errors import ClosedError, DmaBufError, fail
 
 RECORD_ROOM = 256  # bytes at the beginning of a file with a record; the first half is for the module that made the file
 MOST_BYTES = 16 << 20  # of a record, so that a number that somebody wrote costs no more
@@ -174,7 +174,14 @@ class SharedFile:
 
     def write(self, offset: int, data: bytes) -> None:
         """Write all of ``data``. Errors: ENOSPC, ENOMEM no memory, and nothing was written."""
-        if self._description().pwrite(data, offset) != len(data):
+        try:
+            written = self._description().pwrite(data, offset)
+        except DmaBufError:
+            raise
+        except (OSError, OverflowError) as e:  # another program sealed it, or made it as large as a file can be
+            number = e.errno if isinstance(e, OSError) and e.errno else errno.EFBIG
+            raise fail(number, "write", "shared state", "free memory, or make a new one") from None
+        if written != len(data):
             raise fail(errno.ENOSPC, "write", "shared state", "free memory")
 
     def load(self) -> bytes:
@@ -197,6 +204,8 @@ class SharedFile:
         which, _, *copies = _RECORD.unpack(raw) if len(raw) == _RECORD.size else (1, 0, 0, 0, 0, 0, 0, 0)
         other = 1 - (which & 1)
         offset, room, _ = copies[3 * other : 3 * other + 3]
+        if room and not RECORD_ROOM <= offset <= offset + room <= self.size:
+            raise fail(errno.EUCLEAN, "write", "shared state", "make a new one", what="another program wrote to its descriptor")
         if len(data) > room:
             offset, room = max(self.size, RECORD_ROOM), max(2 * len(data), 1024)
             self.write(offset + room - 1, b"\0")

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Final
 
-from dmabuf._native import step
+from dmabuf._native import OwnedFd, step
 from dmabuf.domain.domain import TICK_NS, Domain
 from dmabuf.errors import DmaBufError, fail
 from dmabuf.sharing.lending import finish_shielded
@@ -93,7 +93,7 @@ class Client:
         obj: object = "a request",
         locked: bool = False,
         or_post: bool = False,
-    ) -> tuple[Body, list[int]]:
+    ) -> tuple[Body, list[OwnedFd]]:
         """Make a remote call and wait for the answer. Return its body and its descriptors, which the caller owns.
 
         ``locked``: the call has the caller's reservation lock. What a signal handler raises is raised when the server has undone the call.
@@ -200,7 +200,7 @@ class Client:
         with contextlib.suppress(OSError):
             self.domain.reap_dead()
 
-    def _wait(self, sock: socket.socket) -> tuple[Body, list[int]] | None:
+    def _wait(self, sock: socket.socket) -> tuple[Body, list[OwnedFd]] | None:
         """Wait for the next message. A fork of the other process may keep its end open, so its life is checked at each tick."""
         poller = select.poll()
         poller.register(sock, select.POLLIN)

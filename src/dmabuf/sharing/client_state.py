@@ -23,7 +23,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 
-from dmabuf._native import Mapping
+from dmabuf._native import Mapping, OwnedFd
 from dmabuf.core.attach.attachment import DmaBufAttachment, leave
 from dmabuf.core.base.usage import Direction
 from dmabuf.core.buffer.handle import handle_of
@@ -117,7 +117,7 @@ class ClientState:
         session.at_end.append(self.end)
 
     @contextlib.contextmanager
-    def using(self, body: Body, fds: list[int]) -> Iterator[ClientBuffer]:
+    def using(self, body: Body, fds: list[OwnedFd]) -> Iterator[ClientBuffer]:
         """Yield the entry of the buffer that a call is about. It exists in the block, and afterwards if there is something in it.
 
         Errors: ENODEV this process doesn't export such a buffer; EMFILE there is no room for its descriptor; EBADMSG; those of ``get()``.
@@ -140,7 +140,7 @@ class ClientState:
             if last:
                 entry.buf.close()
 
-    def _made(self, key: Key, body: Body, fds: list[int]) -> ClientBuffer:
+    def _made(self, key: Key, body: Body, fds: list[OwnedFd]) -> ClientBuffer:
         if body.get(LOST):
             raise no_room(text(body, "kind"), f"buffer ino {key[1]}", THERE)
         if not fds:

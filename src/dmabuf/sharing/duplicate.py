@@ -7,10 +7,9 @@ duplicate to the process that opens it by name.
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 
-from dmabuf._native import LIFE_GEN
+from dmabuf._native import LIFE_GEN, dup_same
 from dmabuf.core.buffer.backing import SERVERS
 from dmabuf.core.buffer.identity import identify
 from dmabuf.core.dma_buf import DmaBuf
@@ -27,7 +26,7 @@ from dmabuf.uapi.call import OwnedFd
 _NOT_HERE = (errno.ENODEV, errno.ENOENT, errno.EPERM)
 
 
-def _duplicate(session: Session, body: Body, fds: list[int]) -> Answer:
+def _duplicate(session: Session, body: Body, fds: list[OwnedFd]) -> Answer:
     """Return a duplicate of one of this process's descriptors of the buffer. Errors: ENOENT it has none any more."""
     key = (number(body, "dev"), number(body, "ino"))
     record = known(session.domain, *key)
@@ -40,15 +39,11 @@ def _duplicate(session: Session, body: Body, fds: list[int]) -> Answer:
             st = os.stat(f"/proc/self/fd/{name}")
             if (st.st_dev, st.st_ino) != key:
                 continue
-            duplicate = fcntl.fcntl(int(name), fcntl.F_DUPFD_CLOEXEC, 0)
+            return Answer(fds=list(map(OwnedFd, map(dup_same, (int(name),), key[:1], key[1:], (True,)))))
         except OSError as e:
             if e.errno in (errno.EMFILE, errno.ENFILE):
                 raise no_room("open", f"buffer ino {key[1]}", THERE, e.errno) from None
-            continue  # closed meanwhile
-        st = os.fstat(duplicate)
-        if (st.st_dev, st.st_ino) == key:
-            return Answer(fds=[duplicate])
-        os.close(duplicate)  # the number was used again between the two checks
+            continue  # closed meanwhile, and the number perhaps used again
     raise fail(errno.ENOENT, "open", f"buffer ino {key[1]}", "open it again", what=f"process {os.getpid()} has closed it")
 
 
@@ -64,8 +59,7 @@ def ask(domain: Domain, index: int, dev: int, ino: int, nonce: bytes) -> DmaBuf 
         raise
     finally:
         client.leave(ask)
-    owned = [OwnedFd(fd) for fd in came]
-    for fd in owned:
+    for fd in came:
         found = identify(fd.number, domain, "open")
         if found.kernel and found.nonce == nonce:
             return from_fd(fd, domain)

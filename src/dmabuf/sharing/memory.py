@@ -12,9 +12,10 @@ import errno
 import fcntl
 import os
 import stat
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from dmabuf._native import Mapping, buffer_address, probe_fd
+from dmabuf._native import Mapping, OwnedFd, buffer_address, dup_same, probe_fd
 from dmabuf.errors import DmaBufError, fail
 from dmabuf.sharing.messages import THERE, no_room
 
@@ -29,9 +30,9 @@ _hints: dict[tuple[int, int], int] = {}  # (st_dev, st_ino) -> the descriptor fo
 
 
 class Range(NamedTuple):
-    """Bytes of a file. ``fd``: owned by the owner of the range."""
+    """Bytes of a file."""
 
-    fd: int
+    fd: OwnedFd
     offset: int
     length: int
     writable: bool
@@ -43,12 +44,12 @@ def range_of(memory: ReadableBuffer, operation: str, obj: object) -> Range:
     if mapping is None or mapping.closed:
         raise _hidden(operation, obj, "it is not a mapping of a file")
     found = _descriptor(mapping.dev, mapping.ino, mapping.writable)
-    if found < 0:
+    if found is None:
         raise _hidden(operation, obj, "this process has closed every descriptor of it")
     with contextlib.suppress(OSError):  # not sealable, which the next line finds
-        fcntl.fcntl(found, _F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
-    if not keeps_size(found):
-        os.close(found)
+        fcntl.fcntl(found.number, _F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+    if not keeps_size(found.number):
+        found.close()
         raise _hidden(operation, obj, "its file can be truncated, which would end every process that maps it")
     return Range(found, mapping.offset + start, length, mapping.writable)
 
@@ -58,10 +59,25 @@ def shown(fd: int, offset: int, length: int, writable: bool) -> tuple[Mapping, m
 
     Errors: EOPNOTSUPP the memory could go away while it is mapped; those of ``Mapping``.
     """
-    check_size_kept(fd)
     lead = offset % PAGE
-    mapping = Mapping(fd, length + lead, offset=offset - lead, writable=writable)
+    mapping = mapped(fd, length + lead, offset - lead, writable)
     return mapping, memoryview(mapping)[lead:]
+
+
+def mapped(fd: int, length: int, offset: int, writable: bool, on_close: Callable[[], object] | None = None) -> Mapping:
+    """Map memory that an exporter's process sent.
+
+    Errors: EOPNOTSUPP as :func:`shown`; EINVAL, EACCES and the like it can't be mapped so.
+    """
+    if not keeps_size(fd):
+        what = "the exporter's memory is in a file that can be truncated"
+        raise fail(errno.EOPNOTSUPP, "mmap", f"fd {fd}", "export memory of dmabuf.allocate(), or of a memfd that can be sealed", what=what)
+    try:
+        return Mapping(fd, length, offset=offset, writable=writable, on_close=on_close)
+    except (OSError, OverflowError) as e:
+        number = e.errno if isinstance(e, OSError) and e.errno else errno.EINVAL
+        what = "the exporter's memory can't be mapped as its process says"
+        raise fail(number, "mmap", f"fd {fd}", "update dmabuf in the exporter's process", what=what) from None
 
 
 def keeps_size(fd: int) -> bool:
@@ -70,13 +86,6 @@ def keeps_size(fd: int) -> bool:
         return True
     seals = probe_fd(fd)[3]
     return seals >= 0 and bool(seals & fcntl.F_SEAL_SHRINK)
-
-
-def check_size_kept(fd: int) -> None:
-    """Errors: EOPNOTSUPP the memory that an exporter's process sent can be truncated: the next touch would be SIGBUS."""
-    if not keeps_size(fd):
-        what = "the exporter's memory is in a file that can be truncated"
-        raise fail(errno.EOPNOTSUPP, "mmap", f"fd {fd}", "export memory of dmabuf.allocate(), or of a memfd that can be sealed", what=what)
 
 
 def _hidden(operation: str, obj: object, why: str) -> DmaBufError:
@@ -107,10 +116,10 @@ def _mapping(memory: ReadableBuffer) -> tuple[Mapping | None, int, int]:
     return base, start, view.nbytes
 
 
-def _descriptor(dev: int, ino: int, writable: bool) -> int:
-    """Return a duplicate of a descriptor of that inode, open for writing if need be; -1 if there is none."""
+def _descriptor(dev: int, ino: int, writable: bool) -> OwnedFd | None:
+    """Return a duplicate of a descriptor of that inode, open for writing if need be; None if there is none."""
     hint = _hints.get((dev, ino))
-    if hint is not None and (found := _try(hint, dev, ino, writable)) >= 0:
+    if hint is not None and (found := _try(hint, dev, ino, writable)) is not None:
         return found
     try:
         names = os.listdir("/proc/self/fd")
@@ -121,24 +130,24 @@ def _descriptor(dev: int, ino: int, writable: bool) -> int:
             st = os.stat(f"/proc/self/fd/{name}")
         except OSError:
             continue  # it was closed meanwhile
-        if (st.st_dev, st.st_ino) == (dev, ino) and (found := _try(int(name), dev, ino, writable)) >= 0:
+        if (st.st_dev, st.st_ino) == (dev, ino) and (found := _try(int(name), dev, ino, writable)) is not None:
             if len(_hints) >= _MOST_HINTS:
                 _hints.clear()
             _hints[dev, ino] = int(name)
             return found
-    return -1
+    return None
 
 
-def _try(number: int, dev: int, ino: int, writable: bool) -> int:
+def _try(number: int, dev: int, ino: int, writable: bool) -> OwnedFd | None:
     """Duplicate a number if it is such a descriptor. The duplicate is checked, because another thread may reuse the number meanwhile."""
     try:
-        fd = fcntl.fcntl(number, fcntl.F_DUPFD_CLOEXEC, 0)
+        found = next(map(OwnedFd, map(dup_same, (number,), (dev,), (ino,), (True,))))
     except OSError as e:
         if e.errno in (errno.EMFILE, errno.ENFILE):
             raise no_room("show memory", f"inode {ino}", THERE, e.errno) from None
-        return -1
-    st, flags = os.fstat(fd), fcntl.fcntl(fd, fcntl.F_GETFL)
-    if (st.st_dev, st.st_ino) == (dev, ino) and not flags & _O_PATH and (not writable or flags & os.O_ACCMODE == os.O_RDWR):
-        return fd
-    os.close(fd)
-    return -1
+        return None
+    flags = fcntl.fcntl(found.number, fcntl.F_GETFL)
+    if not flags & _O_PATH and (not writable or flags & os.O_ACCMODE == os.O_RDWR):
+        return found
+    found.close()
+    return None

@@ -82,9 +82,9 @@ def no_room(operation: str, obj: object, where: str, number: int = errno.EMFILE)
     return fail(value, operation, obj, "raise RLIMIT_NOFILE there, or close descriptors", what=f"no descriptor is left in {where}")
 
 
-def send(sock: socket.socket, body: Body, fds: Iterable[int] = (), flags: int = 0) -> None:
+def send(sock: socket.socket, body: Body, fds: Iterable[int | OwnedFd] = (), flags: int = 0) -> None:
     """Send a message. Errors: EBADF somebody else closed the socket's descriptor; those of sendmsg(2)."""
-    data, given = _encode(body).encode(), list(fds)
+    data, given = _encode(body).encode(), [fd if isinstance(fd, int) else fd.fileno() for fd in fds]
     if len(data) <= INLINE:
         send_message(sock.fileno(), *_inode(sock), data, given, flags)
         return
@@ -92,7 +92,7 @@ def send(sock: socket.socket, body: Body, fds: Iterable[int] = (), flags: int = 
         send_message(sock.fileno(), *_inode(sock), _encode({"long": len(data)}).encode(), [extra.number, *given], flags)
 
 
-def receive(sock: socket.socket) -> tuple[Body, list[int]] | None:
+def receive(sock: socket.socket) -> tuple[Body, list[OwnedFd]] | None:
     """One message; None at the end.
 
     Errors: EBADMSG (the descriptors are closed); EMFILE its text is lost; EBADF somebody else closed the socket's descriptor; what
@@ -119,10 +119,10 @@ def receive(sock: socket.socket) -> tuple[Body, list[int]] | None:
     if not isinstance(body, dict):
         raise nonsense("it is not an object")
     body[LOST] = lost
-    return body, [fd.take() for fd in fds]
+    return body, fds
 
 
-def receive_last(sock: socket.socket) -> tuple[Body, list[int]] | None:
+def receive_last(sock: socket.socket) -> tuple[Body, list[OwnedFd]] | None:
     """Do as :func:`receive`, also if the other end is closed: what it sent before comes after the reset."""
     for _ in range(2):
         with contextlib.suppress(ConnectionResetError):
@@ -140,10 +140,10 @@ def _long(size: int, fds: list[OwnedFd]) -> bytes:
             raise nonsense(f"the memory of a long message {e}") from None
 
 
-def close_all(fds: list[int]) -> None:
+def close_all(fds: list[OwnedFd]) -> None:
     """Close descriptors and empty the list."""
     while fds:
-        os.close(fds.pop())
+        fds.pop().close()
 
 
 def encode_error(error: BaseException, kind: str) -> Body:

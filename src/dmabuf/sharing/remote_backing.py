@@ -21,6 +21,7 @@ import os
 from collections.abc import Iterable
 from typing import Final
 
+from dmabuf._native import OwnedFd
 from dmabuf.core.attach.attachment import DmaBufAttachment, resv_at
 from dmabuf.core.buffer import residency
 from dmabuf.core.buffer.backing import Backing
@@ -98,7 +99,7 @@ class RemoteBacking(Backing):
         operation: str = "",
         locked: bool = False,
         or_post: bool = False,
-    ) -> tuple[Body, list[int]]:
+    ) -> tuple[Body, list[OwnedFd]]:
         """Make a remote call about this buffer. ``locked``, ``or_post``: see :meth:`Client.call`."""
         named = {"dev": self.record.dev, "ino": self.record.ino, **(body or {})}
         fds: Iterable[int] = () if buf is None or buf.closed else (buf.fileno(),)
@@ -107,7 +108,7 @@ class RemoteBacking(Backing):
         finally:
             self.close_if_unused()
 
-    def call_locked(self, kind: str, buf: DmaBuf, body: Body | None = None, *, or_post: bool = False) -> tuple[Body, list[int]]:
+    def call_locked(self, kind: str, buf: DmaBuf, body: Body | None = None, *, or_post: bool = False) -> tuple[Body, list[OwnedFd]]:
         """Make a remote call under the reservation lock, which the caller holds, see the module."""
         with Lent(resv_of(self.record), self.peer) as loan:
             return self.call(kind, buf, {**(body or {}), "holder": loan}, locked=True, or_post=or_post)
@@ -167,7 +168,7 @@ def _attached(session: Session, body: Body) -> tuple[RemoteExporter, DmaBufAttac
     return None if attachment is None else (away.exporter, attachment)
 
 
-def _revoked(session: Session, body: Body, fds: list[int]) -> Answer:
+def _revoked(session: Session, body: Body, fds: list[OwnedFd]) -> Answer:
     """Handle a call of the exporter, which has moved the memory and holds no lock."""
     found = _attached(session, body)
     if found is not None:
@@ -175,7 +176,7 @@ def _revoked(session: Session, body: Body, fds: list[int]) -> Answer:
     return Answer()
 
 
-def _moved(session: Session, body: Body, fds: list[int]) -> Answer:
+def _moved(session: Session, body: Body, fds: list[OwnedFd]) -> Answer:
     """Notify the importer for the exporter, which is about to move the memory, holds the lock, and waits."""
     found, holder = _attached(session, body), number(body, "holder")
     if found is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Final, Protocol
 
-from dmabuf._native import Mapping
+from dmabuf._native import Mapping, OwnedFd
 from dmabuf.core.attach.attachment import DmaBufAttachment, tables_of
 from dmabuf.core.base.usage import Direction
 from dmabuf.core.buffer import residency
@@ -29,10 +29,10 @@ class Calls(Protocol):
     in_file: bool
     record: SharedBuffer
 
-    def call(self, kind: str, buf: DmaBuf | None = None, body: Body | None = None, *, operation: str = "") -> tuple[Body, list[int]]:
+    def call(self, kind: str, buf: DmaBuf | None = None, body: Body | None = None, *, operation: str = "") -> tuple[Body, list[OwnedFd]]:
         """Call without the reservation lock."""
 
-    def call_locked(self, kind: str, buf: DmaBuf, body: Body | None = None) -> tuple[Body, list[int]]:
+    def call_locked(self, kind: str, buf: DmaBuf, body: Body | None = None) -> tuple[Body, list[OwnedFd]]:
         """Call with the reservation lock, which the caller holds."""
 
     def give_back(self, kind: str, buf: DmaBuf, body: Body, *, locked: bool) -> None:
@@ -140,13 +140,12 @@ class RemoteExporter(Exporter):
         n = number(answer, "mapping")
         calls.count_mapping()
         try:
-            memory.check_size_kept(_first(fds))
-            return Mapping(
+            return memory.mapped(
                 _first(fds),
                 number(answer, "length", _MOST),
-                offset=number(answer, "offset", _MOST),
-                writable=flag(answer, "writable"),
-                on_close=lambda: calls.unmapped(n),
+                number(answer, "offset", _MOST),
+                flag(answer, "writable"),
+                lambda: calls.unmapped(n),
             )
         except BaseException:
             calls.unmapped(n)
@@ -176,19 +175,19 @@ class RemoteExporter(Exporter):
         """Do nothing: the exporter's process calls the real op."""
 
 
-def _first(fds: list[int]) -> int:
+def _first(fds: list[OwnedFd]) -> int:
     if not fds:
         raise nonsense("no memory came with it")
-    return fds[0]
+    return fds[0].number
 
 
-def _table(answer: Body, fds: list[int]) -> tuple[SgTable, Mapping | None]:
+def _table(answer: Body, fds: list[OwnedFd]) -> tuple[SgTable, Mapping | None]:
     """Return the table in an answer, and a mapping of its memory, None if the exporter filled in its DMA side or it has none."""
     cpu = [SgEntry(page, offset, length) for page, offset, length in _threes(answer, "cpu")]
     dma = [DmaEntry(address, length) for address, length, _ in _threes(answer, "dma")]
     if dma or not fds:
         return SgTable(cpu, dma, None), None
-    mapping, view = memory.shown(fds[0], number(answer, "offset", _MOST), number(answer, "length", _MOST), flag(answer, "writable"))
+    mapping, view = memory.shown(fds[0].number, number(answer, "offset", _MOST), number(answer, "length", _MOST), flag(answer, "writable"))
     return SgTable(cpu, (), view), mapping
 
 

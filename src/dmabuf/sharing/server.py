@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Final, TypeVar, cast
 
-from dmabuf._native import step
+from dmabuf._native import OwnedFd, step
 from dmabuf.domain import dispatcher
 from dmabuf.domain.domain import TICK_NS, Domain
 from dmabuf.domain.local import Local
@@ -67,12 +67,12 @@ class Answer:
     """
 
     body: Body = field(default_factory=dict)
-    fds: list[int] = field(default_factory=list)
+    fds: list[OwnedFd] = field(default_factory=list)
     undo: Callable[[Body], object] | None = None
 
 
 # A handler may take descriptors out of the list, and the rest is closed. What it raises is raised in the caller.
-Handler = Callable[["Session", Body, list[int]], Answer]
+Handler = Callable[["Session", Body, list[OwnedFd]], Answer]
 _handlers: dict[str, Handler] = {}
 
 
@@ -224,7 +224,7 @@ class Server:
         finally:
             found.finish()
 
-    def _request(self, conn: socket.socket) -> tuple[Body, list[int]] | None:
+    def _request(self, conn: socket.socket) -> tuple[Body, list[OwnedFd]] | None:
         """Wait for the next call. If its descriptors found no room, the caller gets an error, and the connection stays."""
         while True:
             try:
@@ -234,7 +234,7 @@ class Server:
                     raise
                 send(conn, encode_error(e, ""))
 
-    def _posted(self, session: Session, body: Body, fds: list[int]) -> None:
+    def _posted(self, session: Session, body: Body, fds: list[OwnedFd]) -> None:
         """Handle messages without an answer. Their errors are only reported."""
         try:
             if session.begin():
@@ -248,7 +248,7 @@ class Server:
         finally:
             close_all(fds)
 
-    def _answer(self, conn: socket.socket, session: Session, body: Body, fds: list[int]) -> Answer:
+    def _answer(self, conn: socket.socket, session: Session, body: Body, fds: list[OwnedFd]) -> Answer:
         kind = str(body.get("kind"))
         try:
             handler = _handlers.get(kind)

@@ -10,6 +10,7 @@ import contextlib
 import errno
 from collections.abc import Callable
 
+from dmabuf._native import OwnedFd
 from dmabuf.core.attach.attachment import DmaBufAttachment, enter, make
 from dmabuf.core.base.usage import Direction
 from dmabuf.core.buffer.backing import SERVERS
@@ -36,7 +37,7 @@ def direction_of(body: Body) -> Direction:
 # ---- the requests ----
 
 
-def _exporter(session: Session, body: Body, fds: list[int]) -> Answer:
+def _exporter(session: Session, body: Body, fds: list[OwnedFd]) -> Answer:
     """Return the exporter's ops, and whether it keeps tables."""
     key = (number(body, "dev"), number(body, "ino"))
     shared = known(session.domain, *key)
@@ -46,7 +47,7 @@ def _exporter(session: Session, body: Body, fds: list[int]) -> Answer:
     return Answer({"ops": sorted(live.ops), "cache": live.cache})
 
 
-def _begin(session: Session, body: Body, fds: list[int]) -> Answer:
+def _begin(session: Session, body: Body, fds: list[OwnedFd]) -> Answer:
     way, state = direction_of(body), session.state(ClientState)
     with state.using(body, fds) as entry:
         entry.live.begin(entry.buf, way)
@@ -54,7 +55,7 @@ def _begin(session: Session, body: Body, fds: list[int]) -> Answer:
     return Answer(undo=lambda _: _end(session, body, []))
 
 
-def _end(session: Session, body: Body, fds: list[int]) -> Answer:
+def _end(session: Session, body: Body, fds: list[OwnedFd]) -> Answer:
     way = direction_of(body)
     with session.state(ClientState).using(body, fds) as entry:
         if entry.brackets:  # nothing pairs ends with begins, except their number
@@ -64,7 +65,7 @@ def _end(session: Session, body: Body, fds: list[int]) -> Answer:
     return Answer()
 
 
-def _mmap(session: Session, body: Body, fds: list[int]) -> Answer:
+def _mmap(session: Session, body: Body, fds: list[OwnedFd]) -> Answer:
     state = session.state(ClientState)
     with state.using(body, fds) as entry:
         mapping = map_range(handle_of(entry.buf), "mmap", number(body, "offset"), number(body, "length"), False)
@@ -83,7 +84,7 @@ def _mmap(session: Session, body: Body, fds: list[int]) -> Answer:
 def under_lock(
     session: Session,
     body: Body,
-    fds: list[int],
+    fds: list[OwnedFd],
     act: Callable[[ClientBuffer], Answer],
     undo: Callable[[ClientBuffer, Answer], object] | None = None,
 ) -> Answer:
@@ -106,7 +107,7 @@ def under_lock(
     return answer
 
 
-def _attach(session: Session, body: Body, fds: list[int]) -> Answer:
+def _attach(session: Session, body: Body, fds: list[OwnedFd]) -> Answer:
     dev = Device(
         text(body, "device", 1 << 12),
         dma_mask=number(body, "dma_mask"),
@@ -122,7 +123,7 @@ def _attach(session: Session, body: Body, fds: list[int]) -> Answer:
     return Answer({"attachment": n, "peer2peer": attachment.peer2peer}, undo=lambda _: _detach(session, {**body, "attachment": n}, []))
 
 
-def _detach(session: Session, body: Body, fds: list[int]) -> Answer:
+def _detach(session: Session, body: Body, fds: list[OwnedFd]) -> Answer:
     with session.state(ClientState).using(body, fds) as entry:
         attachment = entry.attachment(body)
         n = number(body, "attachment")
@@ -132,7 +133,7 @@ def _detach(session: Session, body: Body, fds: list[int]) -> Answer:
     return Answer()
 
 
-def _pin(session: Session, body: Body, fds: list[int]) -> Answer:
+def _pin(session: Session, body: Body, fds: list[OwnedFd]) -> Answer:
     def act(entry: ClientBuffer) -> Answer:
         entry.live.exporter.pin(entry.attachment(body))
         entry.pins[number(body, "attachment")] += 1
@@ -141,7 +142,7 @@ def _pin(session: Session, body: Body, fds: list[int]) -> Answer:
     return under_lock(session, body, fds, act, lambda entry, _: _unpinned(entry, body))
 
 
-def _unpin(session: Session, body: Body, fds: list[int]) -> Answer:
+def _unpin(session: Session, body: Body, fds: list[OwnedFd]) -> Answer:
     return under_lock(session, body, fds, lambda entry: _unpinned(entry, body))
 
 
@@ -154,7 +155,7 @@ def _unpinned(entry: ClientBuffer, body: Body) -> Answer:
     return Answer()
 
 
-def _map(session: Session, body: Body, fds: list[int]) -> Answer:
+def _map(session: Session, body: Body, fds: list[OwnedFd]) -> Answer:
     way = direction_of(body)
 
     def act(entry: ClientBuffer) -> Answer:
@@ -192,7 +193,7 @@ def _shown(attachment: DmaBufAttachment, sgt: SgTable) -> Answer:
     return Answer({"cpu": cpu, "offset": shown.offset, "length": shown.length, "writable": shown.writable}, [shown.fd])
 
 
-def _unmap(session: Session, body: Body, fds: list[int]) -> Answer:
+def _unmap(session: Session, body: Body, fds: list[OwnedFd]) -> Answer:
     return under_lock(session, body, fds, lambda entry: _untabled(entry, body))
 
 
@@ -204,7 +205,7 @@ def _untabled(entry: ClientBuffer, body: Body) -> Answer:
     return Answer()
 
 
-def _vmap(session: Session, body: Body, fds: list[int]) -> Answer:
+def _vmap(session: Session, body: Body, fds: list[OwnedFd]) -> Answer:
     def act(entry: ClientBuffer) -> Answer:
         map_ = entry.live.vmap(entry.buf, tell=False)
         try:
@@ -221,7 +222,7 @@ def _vmap(session: Session, body: Body, fds: list[int]) -> Answer:
     return under_lock(session, body, fds, act, lambda entry, _: _vunmapped(entry))
 
 
-def _vunmap(session: Session, body: Body, fds: list[int]) -> Answer:
+def _vunmap(session: Session, body: Body, fds: list[OwnedFd]) -> Answer:
     return under_lock(session, body, fds, _vunmapped)
 
 
@@ -232,7 +233,7 @@ def _vunmapped(entry: ClientBuffer) -> Answer:
     return Answer()
 
 
-def _unmapped(session: Session, body: Body, fds: list[int]) -> Answer:
+def _unmapped(session: Session, body: Body, fds: list[OwnedFd]) -> Answer:
     with contextlib.suppress(OSError), session.state(ClientState).using(body, fds) as entry:
         mapping = entry.mappings.pop(number(body, "mapping"), None)
         if mapping is not None:
