@@ -6,9 +6,10 @@
 #include "domain/guard.h"
 #include "domain/held.h"
 #include "domain/lend.h"
+#include "domain/life.h"
 #include "domain/pools.h"
-#include "domain/reap.h"
 #include "domain/records.h"
+#include "domain/reset.h"
 #include "domain/resv.h"
 #include "domain/resv_lock.h"
 #include "domain/sleep.h"
@@ -48,9 +49,9 @@ static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT,
                                         NULL,
                                         NULL,
                                         NULL};
-static PyMethodDef *const shm_methods[] = {word_methods,      file_methods, table_methods,  record_methods, pool_methods, fence_methods,
-                                           resv_lock_methods, resv_methods, access_methods, lend_methods,   held_methods, reap_methods,
-                                           sync_methods,      NULL};
+static PyMethodDef *const shm_methods[] = {word_methods,  file_methods,      table_methods, record_methods, pool_methods,
+                                           fence_methods, resv_lock_methods, resv_methods,  access_methods, lend_methods,
+                                           held_methods,  life_methods,      sync_methods,  reset_methods,  NULL};
 
 static int add_constants(PyObject *module) {
   static const struct {
@@ -89,8 +90,14 @@ static int add_constants(PyObject *module) {
       LIFE(LIFE_JOINED, joined),
       LIFE(LIFE_COMM, comm),
       NAMED(LIFE_BYTES, sizeof(db_life)),
+      VALUE(LIFE_BYTE),
+      VALUE(LIFECYCLE_BYTE),
+      VALUE(PRESENCE_BYTE),
       VALUE(LIFE_CLEAN),
       VALUE(LIFE_ALIVE),
+      HEADER(OFF_FLOOR, floor),
+      VALUE(TL_NOBODY),
+      VALUE(CH_NONE),
       VALUE(CH_LIFE),
       VALUE(CH_FENCE),
       VALUE(CH_REC),

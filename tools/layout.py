@@ -64,7 +64,7 @@ def read(text: str) -> Header:
         raise ValueError("a field has two offsets")
     values: dict[str, int | str] = {}
     for name, value in _MACRO.findall(text):
-        if re.fullmatch(r"[\w\s+*()]+", value):
+        if re.fullmatch(r"[\w\s+*()<]+", value):
             plain = re.sub(r"\b(0x[0-9a-f]+|\d+)[ul]*\b", r"\1", value.strip())
             values[name] = eval(plain, {"__builtins__": {}}, dict(values))
         elif value.startswith('"'):

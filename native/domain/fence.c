@@ -30,7 +30,9 @@ int fence_past_error(Shm *s, uint64_t handle, uint32_t timeline, uint64_t seqno)
   }
   db_timeline *t = timeline ? timeline_at(s, timeline - 1) : NULL;
   uint64_t e = t ? atomic_load(&t->ring[seqno % RING_SLOTS]) : 0;
-  return (e & ~0xfffull) == RING_TAG(handle) ? END_ERROR(e) : 0;
+  if ((e & ~0xfffull) == RING_TAG(handle) && END_ERROR(e)) return END_ERROR(e);
+  /* Its chunk was given back since, or will be: nobody knows how it ended. */
+  return H_GEN(handle) <= atomic_load(&hdr(s)->floor[CH_FENCE]) ? -EOWNERDEAD : 0;
 }
 
 /* The slot is about to be used again: keep its error for a process that has not looked yet. */
@@ -67,7 +69,16 @@ static void wake_dispatchers(Shm *s, uint64_t mask, uint64_t handle) {
     if (me && i == LIFE_INDEX(me)) continue; /* the signaler runs the callbacks of this process itself, below */
     fence_wake_dispatcher(l, handle);
   }
+  if (s->ending) { /* the end of a life, with its byte locked: the callbacks run afterwards */
+    if (mask >> (LIFE_INDEX(s->ending->me) & 63) & 1) list_handle(&s->ending->local, handle);
+    return;
+  }
   if (!me || !(mask >> (LIFE_INDEX(me) & 63) & 1) || !s->on_local) return;
+  fence_run_local(s, handle);
+}
+
+void fence_run_local(Shm *s, uint64_t handle) {
+  if (!s->on_local) return;
   PyObject *call = Py_NewRef(s->on_local); /* another thread may replace it during the call */
   call_hook(call, handle);
   Py_DECREF(call);
@@ -157,6 +168,7 @@ static int slots_ready(Shm *s) { /* Have at least one free slot. A forked child 
     s->fifo_count = 0;
   }
   if (s->fifo_count) return 0;
+  if (shm_need_life(s, "fence")) return -1;
   int64_t c = chunk_claim(s, CH_FENCE, my_life(s));
   if (c < 0) return -1;
   for (uint32_t i = 0; i < FENCES_PER; i++)
@@ -178,7 +190,9 @@ uint64_t fence_make(Shm *s, uint32_t timeline, uint64_t context, uint64_t seqno,
       return 0;
     }
   } while (!(atomic_load(&f->word) & FW_SIGNALED)); /* a slot that is still pending is never used again */
-  uint64_t gen = (END_GEN(atomic_load(&f->end)) + 1) & GEN_MASK;
+  /* Above the floor as well: a reset that was killed leaves chunks of fences below it. */
+  uint64_t gen = END_GEN(atomic_load(&f->end)), floor = atomic_load(&hdr(s)->floor[CH_FENCE]);
+  gen = ((gen > floor ? gen : floor) + 1) & GEN_MASK;
   if (!gen) gen = 1;
   db_rec *r = rec ? rec_at(s, rec - 1) : NULL;
   keep_error(f);
@@ -224,10 +238,12 @@ static int spin(Shm *s, db_fence *f, uint32_t owner, int64_t until) {
       cpu_relax();
     }
   } while (now_ns() < start + SPIN_GIL_NS);
+  atomic_fetch_add(&s->spinners, 1);
   Py_BEGIN_ALLOW_THREADS
   do {
     for (int k = 0; k < 32 && !(atomic_load(&f->word) & FW_SIGNALED); k++) cpu_relax();
   } while (!(atomic_load(&f->word) & FW_SIGNALED) && now_ns() < end);
+  atomic_fetch_sub(&s->spinners, 1);
   Py_END_ALLOW_THREADS
   return 0;
 }
@@ -241,8 +257,9 @@ int fence_wait_for(Shm *s, uint64_t handle, int64_t until, int interruptible) {
   }
   if (spin(s, f, fence_owner(s, handle), until)) return 1;
   for (;;) {
+    if (!fence_pending(s, handle, &f)) return 1; /* the slot's address too: this process may have left and joined again meanwhile */
     uint32_t w = atomic_load(&f->word);
-    if (!fence_pending(s, handle, NULL)) return 1;
+    if (FW_GEN(w) != WORD_OF(H_GEN(handle)) || (w & FW_SIGNALED)) return 1;
     if (!(w & FW_WAITERS) && !atomic_compare_exchange_strong(&f->word, &w, w | FW_WAITERS)) continue;
     if (until >= 0 && now_ns() >= until) return 0;
     STEP_SLEEPING(fence_woken);

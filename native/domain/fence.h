@@ -58,5 +58,6 @@ void fence_note_cpu(Shm *s);
 int fence_wait_for(Shm *s, uint64_t handle, int64_t until, int interruptible);
 
 void fence_wake_dispatcher(db_life *l, uint64_t handle);          /* wake the dispatcher of that process to look at the fence */
+void fence_run_local(Shm *s, uint64_t handle);                    /* call the callbacks that this process has with the signaled fence */
 void fence_wake_sync_files(Shm *s, uint64_t handle, db_fence *f); /* advance the sync files that wait for the signaled fence: sync.c */
 #endif

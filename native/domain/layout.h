@@ -1,5 +1,4 @@
 /* layout.h - the layout of a domain's file, and nothing else: it needs no Python and has no code of its own.
- *
  * docs/layout.md is made from this file by `python -m tools.layout`, which says what it expects of it. A change of the layout changes
  * DB_VERSION, which is part of the file's name.
  */
@@ -15,8 +14,8 @@
  * chunks and the buckets of the hash of records. Chunks of 32 KiB follow. They are allocated one at a time and published by the header's
  * count, so the file never counts memory that it does not have.
  *
- * A chunk holds slots of one type forever, and a slot keeps its number. A stale handle can therefore meet only a slot of its own type, with
- * another generation.
+ * A chunk holds slots of one type, and a slot keeps its number. Chunks that are given back may get another type. No new use of a slot has a
+ * generation at or below the type's floor, so a stale handle can meet only another generation, or one that is over.
  *
  * All numbers are little-endian. The offsets of this table are from the start of the file.
  */
@@ -31,6 +30,9 @@
 #define OFF_CHUNKTAB    (OFF_LIVES + DB_LIVES * 64u)        /* offset of the chunk table, one word of 64 bits a chunk */
 #define OFF_BUCKETS     (OFF_CHUNKTAB + DB_MAX_CHUNKS * 8u) /* offset of the buckets, a word of 32 bits each: first record + 1, 0: empty */
 #define DB_HEADER_BYTES (OFF_BUCKETS + DB_BUCKETS * 4u)     /* offset of the first chunk, and size of an empty domain */
+#define LIFE_BYTE       (1ll << 40)                         /* the byte of the first life's lock */
+#define LIFECYCLE_BYTE  (1ll << 41)                         /* the byte of the lifecycle lock */
+#define PRESENCE_BYTE   (1ll << 42)                         /* the byte on which all that map the file have a read lock */
 
 /* ---- Rules ----
  *
@@ -65,23 +67,25 @@ typedef struct {
   char magic[8];         /* DB_MAGIC */
   uint32_t version;      /* DB_VERSION */
   uint32_t header_bytes; /* DB_HEADER_BYTES */
-  char id[32];           /* the domain's identity: 16 hexadecimal digits, then NULs; stays when the file is replaced */
+  char id[32];           /* the domain's identity: 16 hexadecimal digits, then NULs; stays as long as the file does */
   uint32_t chunk_bytes;  /* DB_CHUNK */
   uint32_t max_chunks;   /* DB_MAX_CHUNKS */
   uint32_t lives;        /* DB_LIVES */
   uint32_t buckets;      /* DB_BUCKETS */
-  a32 nchunks;           /* published chunks: never more than the file has memory for */
+  a32 nchunks;           /* published chunks: never more than the file has memory for; fewer only after a reset */
   a32 table_lock;        /* [waiters 1 | life id 31]: guards growth, records, blocks and the hash; also their futex */
   a64 next_context;      /* the next fence context */
   a64 next_stamp;        /* the next stamp of a db_ctx: smaller is older */
   a64 sweep_ns;          /* when dead processes were last looked for, CLOCK_MONOTONIC ns; the process that moves it does so */
-  a32 rec_chunks;        /* chunks of records, and the next ordinal of one */
-  a32 rec_free;          /* first free record + 1, 0: none */
-  a32 life_high;         /* process slots below this one have been used */
-  a32 block_free;        /* first free block + 1, 0: none */
+  a32 spare1;
+  a32 rec_free;   /* first free record + 1, 0: none */
+  a32 life_high;  /* process slots below this one have been used */
+  a32 block_free; /* first free block + 1, 0: none */
+  a64 floor[16];  /* by chunk type: no generation of a slot at or below this one is used again; CH_CTX: of chunks of lives too */
+  char boot[16];  /* the boot in which processes last lived here (/proc/sys/kernel/random/boot_id) */
 } db_header;
 
-DB_SIZE(db_header, 112);
+DB_SIZE(db_header, 256);
 DB_AT(db_header, magic, 0);
 DB_AT(db_header, version, 8);
 DB_AT(db_header, header_bytes, 12);
@@ -95,10 +99,12 @@ DB_AT(db_header, table_lock, 68);
 DB_AT(db_header, next_context, 72);
 DB_AT(db_header, next_stamp, 80);
 DB_AT(db_header, sweep_ns, 88);
-DB_AT(db_header, rec_chunks, 96);
+DB_AT(db_header, spare1, 96);
 DB_AT(db_header, rec_free, 100);
 DB_AT(db_header, life_high, 104);
 DB_AT(db_header, block_free, 108);
+DB_AT(db_header, floor, 112);
+DB_AT(db_header, boot, 240);
 
 /* ---- Process slots ----
  *
@@ -137,9 +143,11 @@ DB_AT(db_life, uid, 36);
 DB_AT(db_life, joined, 40);
 DB_AT(db_life, comm, 48);
 
+#define LIFE_BY_THREAD      (1ull << 63) /* a thread keeps the lock on the life's byte, not a mapping */
 #define LIFE_INDEX(id)      ((id) & (DB_LIVES - 1))
 #define LIFE_ID(index, gen) (((gen) & 0xfffffu) << 11 | (index))
 #define TL_WAITERS          0x80000000u /* in the table lock: a thread sleeps on it */
+#define TL_NOBODY           0x000007ffu /* in the table lock: a life id without a generation, which no life has; the next owner repairs */
 
 /* ---- Chunks ----
  *
@@ -148,7 +156,7 @@ DB_AT(db_life, comm, 48);
  * owner is 0, the next life that needs a chunk of the type takes them.
  */
 enum {
-  CH_NONE,     /* not published */
+  CH_NONE,     /* given back, or not published */
   CH_LIFE,     /* of one life: the bitmap of the records that it references (2,048 words of 64 bits), then 256 contexts */
   CH_FENCE,    /* 256 db_fence */
   CH_REC,      /* 64 db_rec */
@@ -451,10 +459,10 @@ typedef struct {
   uint8_t name_len[2]; /* length of each name + 1, 0: never set */
   uint8_t exp_len;     /* length of exp_name */
   uint8_t home_len;    /* length of home */
-  uint8_t pad[4];
-  char name[2][32];  /* the name, twice: a rename writes the one that does not count, then switches */
-  char exp_name[32]; /* the exporter's name */
-  char home[32];     /* what kind of memory it is, `buf.home` */
+  a32 foreign_gen;     /* and that record's generation */
+  char name[2][32];    /* the name, twice: a rename writes the one that does not count, then switches */
+  char exp_name[32];   /* the exporter's name */
+  char home[32];       /* what kind of memory it is, `buf.home` */
   a64 spare[2];
   db_resv resv; /* the reservation object */
   a64 spare3[12];
@@ -482,19 +490,11 @@ DB_AT(db_rec, free_next, 100);
 DB_AT(db_rec, name_len, 104);
 DB_AT(db_rec, exp_len, 106);
 DB_AT(db_rec, home_len, 107);
-DB_AT(db_rec, pad, 108);
+DB_AT(db_rec, foreign_gen, 108);
 DB_AT(db_rec, name, 112);
 DB_AT(db_rec, exp_name, 176);
 DB_AT(db_rec, home, 208);
 DB_AT(db_rec, spare, 240);
 DB_AT(db_rec, resv, 256);
 DB_AT(db_rec, spare3, 416);
-
-_Static_assert(sizeof(db_header) <= DB_PAGE, "the header is one page");
-_Static_assert(OFF_CHUNKTAB == OFF_LIVES + DB_LIVES * sizeof(db_life), "the chunk table follows the process slots");
-_Static_assert(DB_HEADER_BYTES % DB_PAGE == 0, "chunks begin at a page");
-_Static_assert(FENCES_PER * sizeof(db_fence) == DB_CHUNK && RECS_PER * sizeof(db_rec) == DB_CHUNK, "a chunk is full of fences, of records");
-_Static_assert(BLOCKS_PER * sizeof(db_block) == DB_CHUNK && TIMELINES_PER * sizeof(db_timeline) == DB_CHUNK, "of blocks, of timelines");
-_Static_assert(SYNC_PER * sizeof(db_sync) == DB_CHUNK && SYNC_PER * sizeof(db_leaf) == DB_CHUNK, "of sync files, of their fences");
-_Static_assert(CTX_PER * sizeof(db_ctx) == DB_CHUNK && REC_CHUNKS * sizeof(a64) == CTX_FIRST_IN_LIFE * sizeof(db_ctx), "of contexts");
 #endif

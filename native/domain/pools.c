@@ -5,12 +5,19 @@
 
 #define NAME_MAX_BYTES 63
 
+/* Does this process own the chunk? It may have left since the caller took the slot, and then it is another life's. 0, or raise. */
+static int need_owner(Shm *s, uint32_t chunk, const char *op) {
+  if (my_life(s) && CT_LIFE(atomic_load(chunk_entry(s, chunk))) == my_life(s)) return 0;
+  return shm_fail(s, EOWNERDEAD, op, "an object of an earlier life", "this process left the domain meanwhile", "make a new one");
+}
+
 uint64_t pool_ctx_open(Shm *s, uint32_t i, uint32_t tid, int real, uint64_t stamp) {
   db_ctx *c = ctx_at(s, i);
   if (!c) {
     shm_corrupt(s, "a context lies outside of it");
     return 0;
   }
+  if (need_owner(s, i / CTX_PER, "open a context")) return 0;
   uint32_t gen = atomic_load(&c->gen) + 1;
   if (!gen) gen = 1;
   atomic_store(&c->stamp, stamp);
@@ -83,6 +90,7 @@ int pool_timeline_open(Shm *s, uint32_t i, uint64_t context, const char *driver,
     PyErr_SetString(PyExc_ValueError, "timeline_open: a name must have at most 63 bytes");
     return -1;
   }
+  if (need_owner(s, i / TIMELINES_PER, "open a timeline")) return -1;
   uint32_t gen = atomic_load(&t->gen) + 1;
   db_origin *o = &t->origin[gen & 1];
   atomic_store(&t->open, 0);
@@ -116,7 +124,7 @@ static PyObject *timeline_close(Shm *s, PyObject *arg) {
   uint32_t i;
   if (arg_u32(arg, &i)) return NULL;
   db_timeline *t = timeline_at(s, i);
-  if (t) atomic_store(&t->open, 0);
+  if (t && my_life(s) && CT_LIFE(atomic_load(chunk_entry(s, i / TIMELINES_PER))) == my_life(s)) atomic_store(&t->open, 0);
   Py_RETURN_NONE;
 }
 

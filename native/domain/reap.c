@@ -1,35 +1,19 @@
-/* reap.c - end what a dead life left in the domain: fences, contexts with their locks, references to records, the table lock, chunks.
- *
- * The caller holds the write lock on the life's byte, which proves the death and keeps other reapers out. Each function can be called again
- * after a reaper died in the middle of it.
- */
+/* reap.c - the end of a life, its own or by a reaper. See reap.h. */
 #include "domain/reap.h"
 #include "domain/fence.h"
 #include "domain/lend.h"
 #include "domain/step.h"
+#include "domain/ticker.h"
 
-static PyObject *chunks_of(Shm *s, PyObject *arg) {
-  uint32_t life;
-  if (arg_u32(arg, &life)) return NULL;
-  PyObject *out = PyList_New(0);
-  for (uint32_t c = 0, n = chunk_count(s); out && c < n; c++) {
-    uint64_t e = atomic_load(chunk_entry(s, c));
-    if (CT_LIFE(e) == life && list_add(out, Py_BuildValue("II", c, CT_TYPE(e)))) Py_CLEAR(out);
+/* The next chunk that a life owns, from *at on. 1, with its type; 0: no more. */
+static int next_owned(Shm *s, uint32_t life, uint32_t *at, uint32_t *type) {
+  for (uint32_t n = chunk_count(s); *at < n; ++*at) {
+    uint64_t e = atomic_load(chunk_entry(s, *at));
+    if (CT_LIFE(e) != life) continue;
+    *type = CT_TYPE(e);
+    return 1;
   }
-  return out;
-}
-
-static PyObject *chunk_return(Shm *s, PyObject *args) {
-  unsigned c, life;
-  if (!PyArg_ParseTuple(args, "II", &c, &life)) return NULL;
-  if (c >= DB_MAX_CHUNKS) {
-    shm_corrupt(s, "a chunk lies outside of its table");
-    return NULL;
-  }
-  uint64_t e = atomic_load(chunk_entry(s, c));
-  if (CT_LIFE(e) == life) atomic_compare_exchange_strong(chunk_entry(s, c), &e, CT_MAKE(CT_TYPE(e), CT_ORD(e), 0));
-  STEP(reap_chunk); /* ownerless: the next life that needs one takes it */
-  Py_RETURN_NONE;
+  return 0;
 }
 
 /* The content is torn if the fence is a granted write() of the record's present use. */
@@ -45,43 +29,31 @@ static void mark_torn(Shm *s, db_fence *f, uint32_t life) {
   STEP(reap_torn); /* torn and pending: the next reaper marks it again. A reader that comes in after the fence finds the mark */
 }
 
-static PyObject *reap_fences(Shm *s, PyObject *args) {
-  unsigned c, n = 0;
-  int error;
-  if (!PyArg_ParseTuple(args, "Ii", &c, &error)) return NULL;
+static void end_fences(Shm *s, uint32_t chunk, uint32_t life) {
   for (uint32_t i = 0; i < FENCES_PER; i++) {
-    uint32_t slot = c * FENCES_PER + i;
+    uint32_t slot = chunk * FENCES_PER + i;
     db_fence *f = fence_at(s, slot);
-    if (!f) {
-      shm_corrupt(s, "a chunk lies outside of it");
-      return NULL;
-    }
+    if (!f) return;
     uint32_t word = atomic_load(&f->word);
     uint64_t handle = H_MAKE(slot, END_GEN(atomic_load(&f->end)));
     if (word & FW_SIGNALED) {
-      if (word & FW_SYNC) fence_wake_sync_files(s, handle, f); /* the owner died after signaling it and before waking them */
+      if (word & FW_SYNC) fence_wake_sync_files(s, handle, f); /* its owner, or a reaper, died after signaling it and before waking them */
       continue;
     }
-    mark_torn(s, f, fence_owner(s, handle));
-    fence_finish(s, handle, f, error, 0, fence_for_all(f));
+    mark_torn(s, f, life);
+    fence_finish(s, handle, f, -EOWNERDEAD, 0, fence_for_all(f));
     STEP(reap_fence); /* signaled: the next reaper goes on with the others */
-    n++;
   }
-  return PyLong_FromUnsignedLong(n);
 }
 
-static PyObject *reap_life_chunk(Shm *s, PyObject *args) {
-  unsigned c, type;
-  if (!PyArg_ParseTuple(args, "II", &c, &type)) return NULL;
-  char *p = type == CH_LIFE || type == CH_CTX ? chunk_at(s, c, type) : NULL;
-  if (!p) {
-    shm_corrupt(s, "a chunk lies outside of it");
-    return NULL;
-  }
+static void end_contexts(Shm *s, uint32_t chunk, uint32_t type) {
+  char *p = chunk_at(s, chunk, type);
+  if (!p) return;
   for (uint32_t i = type == CH_LIFE ? CTX_FIRST_IN_LIFE : 0; i < CTX_PER; i++) {
     db_ctx *x = (db_ctx *)p + i;
     if (!atomic_load(&x->life)) continue;
-    resv_return_dead(s, x, (uint64_t)atomic_load(&x->gen) << 32 | (c * CTX_PER + i)); /* before another process may take the lock */
+    /* Before another process may take the lock. */
+    resv_return_dead(s, x, (uint64_t)atomic_load(&x->gen) << 32 | (chunk * CTX_PER + i));
     atomic_fetch_add(&x->gen, 1); /* from here on every lock that it named can be taken */
     atomic_store(&x->waits_on, 0);
     atomic_store(&x->life, 0);
@@ -89,29 +61,67 @@ static PyObject *reap_life_chunk(Shm *s, PyObject *args) {
   }
   if (type == CH_LIFE)
     for (uint32_t i = 0; i < REC_CHUNKS; i++) atomic_store((a64 *)p + i, 0);
-  Py_RETURN_NONE;
 }
 
-static PyObject *reap_table_lock(Shm *s, PyObject *arg) {
-  uint32_t life;
-  if (arg_u32(arg, &life)) return NULL;
-  if (!my_life(s)) Py_RETURN_FALSE; /* its waiters take the lock themselves once the life is no longer current */
+static void close_timelines(Shm *s, uint32_t chunk) {
+  for (uint32_t i = 0; i < TIMELINES_PER; i++) {
+    db_timeline *t = timeline_at(s, chunk * TIMELINES_PER + i);
+    if (t) atomic_store(&t->open, 0);
+  }
+}
+
+/* Derived parts may be wrong: its next owner makes them again. */
+static void leave_table(Shm *s, uint32_t life) {
   a32 *w = &hdr(s)->table_lock;
   uint32_t v = atomic_load(w);
-  if ((v & ~TL_WAITERS) != life || !atomic_compare_exchange_strong(w, &v, my_life(s) | TL_WAITERS)) Py_RETURN_FALSE;
-  STEP(table_stolen); /* derived parts are wrong, and the lock names this process: the next one that takes it rebuilds them */
-  table_rebuild(s);
-  STEP(table_rebuilt); /* whole, and the lock names this process */
-  table_unlock(s);
-  Py_RETURN_TRUE;
+  while ((v & ~TL_WAITERS) == life)
+    if (atomic_compare_exchange_weak(w, &v, TL_NOBODY | (v & TL_WAITERS))) {
+      STEP(table_left); /* it names nobody: whoever looks takes it and repairs the table */
+      word_wake(w, INT32_MAX);
+      return;
+    }
 }
 
-PyMethodDef reap_methods[] = {
-    METHOD(chunks_of, METH_O, "($self, life, /)", "Return [(chunk, type)] of the chunks that a life owns."),
-    METHOD(chunk_return, METH_VARARGS, "($self, chunk, life, /)", "Let a chunk of the life have no owner."),
-    METHOD(reap_life_chunk, METH_VARARGS, "($self, chunk, type, /)",
-           "Close the contexts and drop the references in a chunk of a dead life."),
-    METHOD(reap_table_lock, METH_O, "($self, life, /)",
-           "Take the table lock from a dead life and repair the table. Return whether it held it."),
-    METHOD(reap_fences, METH_VARARGS, "($self, chunk, error, /)", "Signal the pending fences in a chunk of a dead life. Return how many."),
-    {0}};
+void life_end(Shm *s, uint32_t life, endings *then) {
+  uint32_t c, type;
+  s->ending = then;
+  if (life_current(s, life)) atomic_store(&life_slot(s, life)->served, 0);
+  for (c = 0; next_owned(s, life, &c, &type); c++)
+    if (type == CH_FENCE) end_fences(s, c, life);
+  STEP(reap_fences_done);
+  for (c = 0; next_owned(s, life, &c, &type); c++) {
+    if (type == CH_LIFE || type == CH_CTX) end_contexts(s, c, type);
+    if (type == CH_TIMELINE) close_timelines(s, c);
+  }
+  STEP(reap_contexts_done);
+  leave_table(s, life);
+  s->ending = NULL;
+}
+
+static int sync_files_wait(Shm *s, uint32_t chunk) {
+  for (uint32_t i = 0; i < FENCES_PER; i++) {
+    db_fence *f = fence_at(s, chunk * FENCES_PER + i);
+    if (f && (atomic_load(&f->word) & (FW_SIGNALED | FW_SYNC)) == (FW_SIGNALED | FW_SYNC)) return 1;
+  }
+  return 0;
+}
+
+int life_clean(Shm *s, uint32_t life) {
+  uint32_t c, type;
+  if (!life_current(s, life)) return -1;
+  for (c = 0; next_owned(s, life, &c, &type); c++)
+    if (type == CH_FENCE && sync_files_wait(s, c)) return 0;
+  for (c = 0; next_owned(s, life, &c, &type); c++) {
+    uint64_t e = atomic_load(chunk_entry(s, c));
+    if (CT_LIFE(e) == life) atomic_compare_exchange_strong(chunk_entry(s, c), &e, CT_MAKE(type, CT_ORD(e), 0));
+    STEP(reap_chunk); /* ownerless: the next life that needs one takes it */
+  }
+  STEP(reap_returned);
+  /* State and generation in one word: a reaper that was slow finds that the slot is not this life's any more. */
+  db_life *l = life_slot(s, life);
+  uint64_t now = atomic_load((a64 *)&l->state);
+  while ((uint32_t)now == LIFE_ALIVE && LIFE_ID(LIFE_INDEX(life), (uint32_t)(now >> 32)) == life)
+    if (atomic_compare_exchange_weak((a64 *)&l->state, &now, (now >> 32 << 32) | LIFE_CLEAN)) break;
+  STEP(reap_clean);
+  return 1;
+}

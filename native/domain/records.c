@@ -37,7 +37,6 @@ static db_rec *take_free(Shm *s, uint32_t *at, int64_t *failed) {
     for (uint32_t k = RECS_PER; k-- > 0;) {
       db_rec *x = rec_at(s, (uint32_t)c * RECS_PER + k);
       if (!x) break;
-      atomic_store(&x->gen, 1);
       rec_push(s, (uint32_t)c * RECS_PER + k, x);
     }
     r = first_free(s, at);
@@ -213,10 +212,10 @@ static PyObject *rec_info(Shm *s, PyObject *arg) {
   Py_ssize_t nexp = r->exp_len > NAME_MAX_BYTES ? NAME_MAX_BYTES : r->exp_len,
              nhome = r->home_len > NAME_MAX_BYTES ? NAME_MAX_BYTES : r->home_len;
   PyObject *out =
-      Py_BuildValue("{sI,sK,sK,sK,sy#,sK,sI,sI,sI,si,sI,sI,sK,sI,sN,sy#,sy#}", "gen", gen, "dev", r->dev, "ino", r->ino, "size", r->size,
+      Py_BuildValue("{sI,sK,sK,sK,sy#,sK,sI,sI,sI,si,sI,sI,sK,sI,sI,sN,sy#,sy#}", "gen", gen, "dev", r->dev, "ino", r->ino, "size", r->size,
                     "nonce", (const char *)r->nonce, (Py_ssize_t)16, "created", r->created, "life", r->life, "pid", r->pid, "kind", r->kind,
                     "torn", atomic_load(&r->torn), "torn_pid", r->torn_pid, "absent", r->absent, "absent_ns", r->absent_ns, "resv",
-                    r->foreign_resv, "name", n, "exp_name", r->exp_name, nexp, "home", r->home, nhome);
+                    r->foreign_resv, "resv_gen", r->foreign_gen, "name", n, "exp_name", r->exp_name, nexp, "home", r->home, nhome);
   bytes_read();
   if (!out || (rec_live(s, i, r) && atomic_load(&r->gen) == gen)) return out; /* the generation last, as in rec_find() */
   Py_DECREF(out);
@@ -263,14 +262,15 @@ static PyObject *rec_set_absent(Shm *s, PyObject *args) {
 }
 
 static PyObject *rec_set_resv(Shm *s, PyObject *args) {
-  unsigned i, resv;
-  if (!PyArg_ParseTuple(args, "II", &i, &resv)) return NULL;
+  unsigned i, resv, gen;
+  if (!PyArg_ParseTuple(args, "III", &i, &resv, &gen)) return NULL;
   db_rec *r = rec_at(s, i);
   if (!r) {
     shm_corrupt(s, "a record lies outside of it");
     return NULL;
   }
-  r->foreign_resv = resv;
+  atomic_store(&r->foreign_gen, gen); /* first: without the other number it counts for nothing */
+  atomic_store(&r->foreign_resv, resv);
   Py_RETURN_NONE;
 }
 
@@ -341,7 +341,8 @@ PyMethodDef record_methods[] = {
     METHOD(rec_name, METH_VARARGS, "($self, rec, name, /)", "Rename a buffer."),
     METHOD(rec_set_absent, METH_VARARGS, "($self, rec, passes, ns, /)",
            "Note how many passes found no reference lock on the buffer, and when the last one was (CLOCK_MONOTONIC ns)."),
-    METHOD(rec_set_resv, METH_VARARGS, "($self, rec, resv, /)", "Note the record + 1 of the reservation object that the exporter gave."),
+    METHOD(rec_set_resv, METH_VARARGS, "($self, rec, resv, gen, /)",
+           "Note the record + 1 of the reservation object that the exporter gave, and that record's generation."),
     METHOD(rec_torn, METH_O, "($self, rec, /)", "Return the errno of the write() that did not end well, 0: the content is whole."),
     METHOD(rec_holders, METH_O, "($self, rec, /)", "Return the slot indices of the living processes that reference a record."),
     METHOD(rec_list, METH_NOARGS, "($self, /)", "Return the numbers of all live records."),

@@ -112,7 +112,13 @@ int resv_take(Shm *s, db_resv *r, uint64_t me, int acquired, int interruptible, 
     if (!owner && atomic_load(&r->next) != next) continue;
     STEP(resv_waiting); /* the bit for waiters is set: a death leaves one wake-up too many */
     STEP_SLEEPING(resv_waiting);
+    uint32_t moves = s->moves;
     int k = shm_sleep(s, lock_futex(r), (uint32_t)(w | CTX_WAITERS), until, TICK_RESV, owner ? owner : next);
+    if (s->moves != moves || !ctx_open_at(s, me)) { /* another thread left the domain: the context is closed, and `r` may be gone */
+      if (k == SLEEP_RAISED) return RAISED;
+      shm_fail(s, EOWNERDEAD, "lock", "a reservation object", "this process left the domain meanwhile", "lock it again");
+      return RAISED;
+    }
     if (k == SLEEP_RAISED) {
       result = RAISED;
       break;

@@ -1,6 +1,7 @@
 /* shm.c - Shm: a domain's file, mapped whole. module.c lists the tables of its methods. */
 #include "domain/shm.h"
 #include "errors.h"
+#include <stdlib.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -26,7 +27,7 @@ int shm_need_life(Shm *s, const char *op) {
 
 int chunks_refresh(Shm *s, uint32_t wanted) {
   uint32_t n = atomic_load(&hdr(s)->nchunks);
-  if (n > DB_MAX_CHUNKS || wanted >= n) return -1;
+  if (s->copied || n > DB_MAX_CHUNKS || wanted >= n) return -1;
   if (!shm_has(s, DB_HEADER_BYTES + (uint64_t)s->known * DB_CHUNK, DB_HEADER_BYTES + (uint64_t)n * DB_CHUNK)) return -1;
   s->known = n;
   return 0;
@@ -50,6 +51,18 @@ bad:
   return NULL;
 }
 
+/* Without memory a handle is left out. The dispatcher finds it at its next tick, and FW_SYNC keeps the life's slot from being CLEAN. */
+void list_handle(handle_list *list, uint64_t handle) {
+  if (list->count == list->room) {
+    uint32_t room = list->room ? list->room * 2 : 64;
+    uint64_t *more = realloc(list->handles, room * sizeof *more);
+    if (!more) return;
+    list->handles = more;
+    list->room = room;
+  }
+  list->handles[list->count++] = handle;
+}
+
 /* ---- the type ---- */
 
 static PyObject *shm_new(PyTypeObject *type, PyObject *args, PyObject *kw) {
@@ -60,6 +73,7 @@ static PyObject *shm_new(PyTypeObject *type, PyObject *args, PyObject *kw) {
   Shm *s = (Shm *)type->tp_alloc(type, 0);
   if (!s) return NULL;
   s->fd = fd;
+  s->presence_fd = -1;
   s->length = DB_HEADER_BYTES + (size_t)DB_MAX_CHUNKS * DB_CHUNK;
   s->fail = Py_XNewRef(fail);
   struct stat st;
@@ -68,14 +82,12 @@ static PyObject *shm_new(PyTypeObject *type, PyObject *args, PyObject *kw) {
     shm_corrupt(s, "it is shorter than its header");
     goto out;
   }
-  void *p = mmap(NULL, s->length, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd, 0);
+  if (shm_show_presence(s) || shm_map_file(s)) goto os;
+  void *p = mmap(NULL, DB_PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (p == MAP_FAILED) goto os;
-  s->base = p;
-  madvise(p, s->length, MADV_DONTDUMP);
-  p = mmap(NULL, DB_PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (p == MAP_FAILED) goto os;
-  s->token = p;
+  s->own = p;
   if (madvise(p, DB_PAGE, MADV_WIPEONFORK)) goto os;
+  atomic_store(&s->own->here, 1);
   db_header *h = hdr(s);
   if (memcmp(h->magic, DB_MAGIC, 8) || h->version != DB_VERSION || h->header_bytes != DB_HEADER_BYTES || h->chunk_bytes != DB_CHUNK ||
       h->max_chunks != DB_MAX_CHUNKS || h->lives != DB_LIVES || h->buckets != DB_BUCKETS) {
@@ -114,8 +126,10 @@ static void shm_dealloc(Shm *s) {
   Py_CLEAR(s->fail);
   Py_CLEAR(s->path);
   if (s->base) munmap(s->base, s->length);
+  shm_end_presence(s);
+  if (s->own) hold_drop(&s->own->hold);
   if (s->owns_fd) fd_close(s->fd, &s->id);
-  if (s->token) munmap(s->token, DB_PAGE);
+  if (s->own) munmap(s->own, DB_PAGE);
   PyMem_Free(s->fifo);
   type->tp_free(s);
   Py_DECREF(type);
@@ -126,9 +140,13 @@ static PyObject *get_life(Shm *s, void *unused) { return PyLong_FromUnsignedLong
 static int set_life(Shm *s, PyObject *value, void *unused) {
   unsigned long id = value ? PyLong_AsUnsignedLong(value) : 0;
   if (PyErr_Occurred()) return -1;
-  atomic_store(s->token, id);
+  atomic_store(&s->own->life, id);
   return 0;
 }
+
+static PyObject *get_forked(Shm *s, void *unused) { return PyBool_FromLong(!atomic_load(&s->own->here)); }
+
+static PyObject *get_copied(Shm *s, void *unused) { return PyBool_FromLong(s->copied); }
 
 static PyObject *get_fd(Shm *s, void *unused) {
   int fd = shm_file(s);
@@ -157,6 +175,8 @@ static PyMemberDef members[] = {
     {0}};
 static PyGetSetDef getset[] = {
     {"fd", (getter)get_fd, NULL, "the domain's descriptor, opened again if somebody else closed it", NULL},
+    {"forked", (getter)get_forked, NULL, "whether the process was forked, and has not joined since", NULL},
+    {"copied", (getter)get_copied, NULL, "whether a private copy is mapped, because this process left as the last one", NULL},
     {"path", (getter)get_path, (setter)set_path, "where the domain's file can be opened again; None: nowhere", NULL},
     {"life", (getter)get_life, (setter)set_life, "this process's life id in the domain; 0: none, or forked since", NULL},
     {0}};

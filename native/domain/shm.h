@@ -5,9 +5,31 @@
 #ifndef DMABUF_SHM_H
 #define DMABUF_SHM_H
 #include "domain/layout.h"
+#include "fds/hold.h"
 #include "fds/same.h"
 #include "python.h"
 #include <time.h>
+
+/* In a page that fork wipes, so that a child begins without them. */
+typedef struct {
+  a64 life;       /* this process's life id, 0: none */
+  lock_hold hold; /* what keeps the lock on the life's byte */
+  a32 here;       /* 1: this process made the Shm, or has joined since the fork */
+} own_words;
+
+/* Fences that a process ended for a life, itself or a dead one. What follows their end is Python code, and waits until no lock is held. */
+typedef struct {
+  uint64_t *handles;
+  uint32_t count, room;
+} handle_list;
+
+typedef struct {
+  uint32_t me;       /* the life whose callbacks run in this process */
+  handle_list local; /* with callbacks of this process */
+  handle_list sync;  /* that sync files wait for */
+} endings;
+
+void list_handle(handle_list *list, uint64_t handle); /* append it */
 
 typedef struct {
   PyObject_HEAD
@@ -17,8 +39,14 @@ typedef struct {
   fd_id id;           /* of the file */
   PyObject *path;     /* bytes: where the file can be opened again; NULL: nowhere */
   char owns_fd;       /* close the fd with the mapping: after every finalizer, whatever order the garbage collector takes */
+  char copied;        /* what is mapped is a private copy: this process left, and nobody was there any more */
   uint32_t known;     /* chunks that this process has checked against the size of the file */
-  a64 *token;         /* in a page that fork wipes: this process's life id, 0 in a child */
+  uint32_t moves;     /* how often what is mapped was exchanged: an address of a chunk is good until the next time */
+  a32 spinners;       /* threads that look at the mapping without the GIL */
+  own_words *own;     /* of this process alone */
+  char *presence;     /* a page that forks inherit: it keeps a read lock on the presence byte */
+  int presence_fd;    /* or, where a mapping doesn't keep a lock, a descriptor; -1: none */
+  endings *ending;    /* while a life is ended: what follows is put there, and not done */
   PyObject *tick;     /* tick(kind, value): a wait has lasted TICK_NS; may raise */
   PyObject *on_local; /* on_local(handle): this process signaled a fence that has callbacks here */
   PyObject *on_sync;  /* on_sync(handle): call sync_wake(handle) until it returns True */
@@ -57,7 +85,7 @@ static inline uint32_t chunk_count(Shm *s) { /* published chunks; bounded */
 
 static inline a32 *bucket(Shm *s, uint32_t i) { return (a32 *)(s->base + OFF_BUCKETS) + (i & (DB_BUCKETS - 1)); }
 
-static inline uint32_t my_life(Shm *s) { return (uint32_t)atomic_load(s->token); }
+static inline uint32_t my_life(Shm *s) { return (uint32_t)atomic_load(&s->own->life); }
 
 static inline int life_current(Shm *s, uint32_t id) { /* Is this the id of its slot's present life? Its process may be dead. */
   db_life *l = life_slot(s, id);
@@ -74,7 +102,7 @@ static inline char *chunk_at(Shm *s, uint32_t i, uint32_t type) {
   return s->base + DB_HEADER_BYTES + (size_t)i * DB_CHUNK;
 }
 
-/* Can n be the count of published chunks? The count never shrinks, and the file has the memory for it. */
+/* Can n be the count of published chunks? The count never shrinks while a process maps the file, and the file has the memory for it. */
 int chunks_known(Shm *s, uint32_t n);
 /* The address of n bytes at an offset of the file; NULL with an exception set. */
 char *shm_bytes(Shm *s, unsigned long long offset, size_t n);
@@ -86,6 +114,13 @@ int shm_file(Shm *s);
 int shm_lost(Shm *s, const char *op);
 /* Does the file have all bytes of a range behind the published chunks? 1; 0. */
 int shm_has(Shm *s, uint64_t from, uint64_t end);
+/* Map the file, at the address that the Shm has already, or at a new one. 0; -1: errno. */
+int shm_map_file(Shm *s);
+/* Exchange what is mapped for a private copy at the same addresses: the process looks at how things stood. 0; -1: errno. */
+int shm_map_copy(Shm *s);
+/* Tell others that this process maps the file, or no longer. Before mapping it, and after. 0; -1: errno. */
+int shm_show_presence(Shm *s);
+void shm_end_presence(Shm *s);
 
 /* Raise the error for an errno, in words: "op: obj: what (ERRNO); remedy". what: NULL for the C library's text. -1. */
 int shm_fail(Shm *s, int err, const char *op, const char *obj, const char *what, const char *remedy);

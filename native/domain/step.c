@@ -3,15 +3,18 @@
  *   step_arm("kill", name, count)       SIGKILL this process when it passes the crash point for the count-th time
  *   step_arm("hold", name or "*", fd)   at each matching crash point write its name and a newline to fd, then wait for one byte from it;
  *                                       where the process is about to sleep in a wait, write "~name" and go on at once
+ *   step_arm("fork", name or "*", fd)   at each matching crash point make a child by a raw system call, which Python doesn't see; it ends
+ *                                       once it has read a byte from fd
  *   step_disarm()
  *
  * Several names are separated by commas. "~" among them stands for every wait.
  */
 #include "domain/step.h"
 #include <signal.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
-enum { DISARMED, KILL, HOLD };
+enum { DISARMED, KILL, HOLD, FORK };
 
 int step_armed;
 static char wanted[512];
@@ -43,8 +46,12 @@ static void pass(const char *name) {
     if (--countdown <= 0) raise(SIGKILL);
     return;
   }
-  report("", name);
   char byte;
+  if (step_armed == FORK) {
+    if (syscall(SYS_clone, SIGCHLD, 0, 0, 0, 0)) return;
+    _exit(read(hold_fd, &byte, 1) < 0);
+  }
+  report("", name);
   ssize_t n;
   do n = read(hold_fd, &byte, 1);
   while (n < 0 && errno == EINTR);
@@ -63,9 +70,9 @@ static PyObject *step_arm(PyObject *module, PyObject *args) {
   const char *action, *name;
   long number;
   if (!PyArg_ParseTuple(args, "ssl:step_arm", &action, &name, &number)) return NULL;
-  int kind = !strcmp(action, "kill") ? KILL : !strcmp(action, "hold") ? HOLD : DISARMED;
+  int kind = !strcmp(action, "kill") ? KILL : !strcmp(action, "hold") ? HOLD : !strcmp(action, "fork") ? FORK : DISARMED;
   if (kind == DISARMED || strlen(name) >= sizeof wanted) {
-    PyErr_SetString(PyExc_ValueError, "step_arm: the action must be 'kill' or 'hold', and the names at most 511 bytes");
+    PyErr_SetString(PyExc_ValueError, "step_arm: the action must be 'kill', 'hold' or 'fork', and the names at most 511 bytes");
     return NULL;
   }
   strcpy(wanted, name);
@@ -98,9 +105,9 @@ static PyMethodDef functions[] = {
     METHOD(step_arm, METH_VARARGS, "($module, action, name, number, /)",
            "Arm a crash point, for tests.\n\n"
            "Args:\n"
-           "    action: \"kill\", or \"hold\".\n"
+           "    action: \"kill\", \"hold\", or \"fork\".\n"
            "    name: The crash point, or several separated by commas; with \"hold\" also \"*\", for all, and \"~\", for every wait.\n"
-           "    number: At which passage to kill; or the descriptor by which to report and wait."),
+           "    number: At which passage to kill; or the descriptor by which to report and wait, and for which a child waits."),
     METHOD(step_disarm, METH_NOARGS, "($module, /)", "Disarm the crash point."),
     METHOD(step, METH_O, "($module, name, /)", "Pass a crash point of a change that Python makes; \"~name\": about to sleep there."),
     {0}};

@@ -15,7 +15,7 @@
   X(timeline_half) X(timeline_filled) X(timeline_switched) X(ctx_read) \
   X(chunk_allocated) X(chunk_typed) X(chunk_published) X(chunk_owned) \
   X(block_taken) X(block_linked) \
-  X(table_stolen) X(table_rebuilt) \
+  X(table_stolen) X(table_rebuilt) X(table_left) \
   X(fence_filled) X(fence_published) X(fence_dropped) X(fence_marking) X(fence_ending) X(fence_error) X(fence_stamped) \
   X(fence_signaled) X(fence_woken) X(fence_rung) \
   X(resv_locked) X(resv_next) X(resv_looked) X(resv_waiting) X(resv_stolen) X(resv_passed) X(resv_unlocked) \
@@ -23,7 +23,11 @@
   X(resv_read) X(resv_added) X(resv_copied) X(resv_cut) \
   X(access_fence) X(access_added) X(access_granted) X(access_torn) X(access_whole) X(access_ended) \
   X(sync_bound) X(sync_written) X(sync_registered) X(sync_marked) X(sync_moved) X(sync_done) X(sync_rung) X(sync_over) \
-  X(reap_torn) X(reap_fence) X(reap_heir) X(reap_ctx) X(reap_chunk)
+  X(life_locked) X(life_alive) X(life_chunk) \
+  X(reap_locked) X(reap_torn) X(reap_fence) X(reap_fences_done) X(reap_heir) X(reap_ctx) X(reap_contexts_done) X(reap_outside) \
+  X(reap_chunk) X(reap_returned) X(reap_clean) \
+  X(left_copied) X(left_absent) X(reset_begun) X(reset_judged) X(reset_rebuilt) X(reset_floors) X(reset_lists) X(reset_chunk) \
+  X(reset_counted) X(reset_unlocked) X(reset_cut) X(reset_punched)
 /* clang-format on */
 
 enum {

@@ -174,6 +174,10 @@ int sync_wake(Shm *s, uint64_t handle, db_fence *f) {
 }
 
 void fence_wake_sync_files(Shm *s, uint64_t handle, db_fence *f) {
+  if (s->ending) { /* the end of a life, with its byte locked: this follows when it is free */
+    list_handle(&s->ending->sync, handle);
+    return;
+  }
   if (sync_wake(s, handle, f) >= 0) { /* while the bit is set, the process that reaps the slot wakes them again */
     uint32_t w = atomic_load(&f->word);
     while (FW_GEN(w) == WORD_OF(H_GEN(handle)) && (w & FW_SYNC) && !atomic_compare_exchange_weak(&f->word, &w, w & ~FW_SYNC)) {}
@@ -182,6 +186,16 @@ void fence_wake_sync_files(Shm *s, uint64_t handle, db_fence *f) {
   PyObject *call = Py_XNewRef(s->on_sync); /* another thread may replace it during the call */
   if (call) call_hook(call, handle);
   Py_XDECREF(call);
+}
+
+void sync_note_results(Shm *s) {
+  for (uint32_t c = 0, n = chunk_count(s); c < n; c++) {
+    if (CT_TYPE(atomic_load(chunk_entry(s, c))) != CH_LEAF) continue;
+    for (uint32_t i = c * SYNC_PER; i < (c + 1) * SYNC_PER; i++) {
+      db_leaf *l = leaf_at(s, i);
+      if (l && atomic_load(&l->head)) leaf_ended(s, l);
+    }
+  }
 }
 
 /* ---- slots ---- */

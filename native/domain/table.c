@@ -11,6 +11,14 @@
 #include <fcntl.h>
 #include <stdlib.h>
 
+_Static_assert(sizeof(db_header) <= DB_PAGE, "the header is one page");
+_Static_assert(OFF_CHUNKTAB == OFF_LIVES + DB_LIVES * sizeof(db_life), "the chunk table follows the process slots");
+_Static_assert(DB_HEADER_BYTES % DB_PAGE == 0, "chunks begin at a page");
+_Static_assert(FENCES_PER * sizeof(db_fence) == DB_CHUNK && RECS_PER * sizeof(db_rec) == DB_CHUNK, "a chunk is full of fences, of records");
+_Static_assert(BLOCKS_PER * sizeof(db_block) == DB_CHUNK && TIMELINES_PER * sizeof(db_timeline) == DB_CHUNK, "of blocks, of timelines");
+_Static_assert(SYNC_PER * sizeof(db_sync) == DB_CHUNK && SYNC_PER * sizeof(db_leaf) == DB_CHUNK, "of sync files, of their fences");
+_Static_assert(CTX_PER * sizeof(db_ctx) == DB_CHUNK && REC_CHUNKS * sizeof(a64) == CTX_FIRST_IN_LIFE * sizeof(db_ctx), "of contexts");
+
 /* ---- addresses ---- */
 
 db_ctx *ctx_at(Shm *s, uint32_t i) {
@@ -38,16 +46,17 @@ int rec_referenced(Shm *s, uint32_t rec) {
 
 /* ---- the lock ---- */
 
-int table_lock(Shm *s) {
-  if (shm_need_life(s, "table lock")) return -1;
-  uint32_t me = my_life(s);
+/* For a life that is about to begin (joining), or the present one. */
+static int lock_for(Shm *s, uint32_t me, int joining) {
   a32 *w = &hdr(s)->table_lock;
   for (;;) {
+    if (!joining && my_life(s) != me)
+      return shm_fail(s, EOWNERDEAD, "table lock", "the domain", "this process left it meanwhile", "call again, which joins again");
     uint32_t v = 0;
     if (atomic_compare_exchange_strong(w, &v, me)) return 0;
     uint32_t owner = v & ~TL_WAITERS;
-    /* It can be taken when it is free but has sleepers, when its owner was reaped, and when it names this process. That last is a lie of
-     * the file: this process holds it only inside of a call, and calls don't nest. */
+    /* It can be taken when it is free but has sleepers, when its owner was reaped or it names nobody, and when it names this process. That
+     * last is a lie of the file: this process holds it only inside of a call, and calls don't nest. */
     if (!owner || owner == me || !life_current(s, owner)) {
       if (!atomic_compare_exchange_strong(w, &v, me | TL_WAITERS)) continue;
       if (owner) {
@@ -63,6 +72,8 @@ int table_lock(Shm *s) {
   }
 }
 
+int table_lock(Shm *s) { return shm_need_life(s, "table lock") ? -1 : lock_for(s, my_life(s), 0); }
+
 void table_unlock(Shm *s) {
   a32 *w = &hdr(s)->table_lock;
   if (atomic_exchange(w, 0) & TL_WAITERS) word_wake(w, INT32_MAX);
@@ -72,16 +83,52 @@ void table_unlock(Shm *s) {
 
 enum { GROW_FULL = -1, GROW_NO_ROOM = -2, GROW_NO_MEMORY = -3, GROW_CORRUPT = -4, GROW_LOST = -5 };
 
+/* The lowest ordinal that no chunk of records has; REC_CHUNKS: none is left. */
+static uint32_t free_ordinal(Shm *s, uint32_t count) {
+  uint64_t taken[REC_CHUNKS / 64] = {0};
+  for (uint32_t i = 0; i < count; i++) {
+    uint64_t e = atomic_load(chunk_entry(s, i));
+    if (CT_TYPE(e) == CH_REC && CT_ORD(e) < REC_CHUNKS) taken[CT_ORD(e) / 64] |= 1ull << CT_ORD(e) % 64;
+  }
+  uint32_t ord = 0;
+  while (ord < REC_CHUNKS && taken[ord / 64] >> ord % 64 & 1) ord++;
+  return ord;
+}
+
+/* An empty chunk of a type. Its generations go on from the floor: the first use of a slot is above it, and so is a record's present one. */
+static void fill_chunk(Shm *s, uint32_t type, char *c) {
+  uint64_t floor = atomic_load(&hdr(s)->floor[type == CH_LIFE ? CH_CTX : type]);
+  memset(c, 0, DB_CHUNK);
+  if (type == CH_FENCE)
+    for (uint32_t i = 0; i < FENCES_PER; i++) {
+      atomic_store(&((db_fence *)c)[i].end, END_OPEN(floor & GEN_MASK));
+      atomic_store(&((db_fence *)c)[i].word, WORD_OF(floor) | FW_SIGNALED);
+    }
+  else if (type == CH_TIMELINE)
+    for (uint32_t i = 0; i < TIMELINES_PER; i++) atomic_store(&((db_timeline *)c)[i].gen, (uint32_t)floor);
+  else if (type == CH_CTX || type == CH_LIFE)
+    for (uint32_t i = type == CH_LIFE ? CTX_FIRST_IN_LIFE : 0; i < CTX_PER; i++) atomic_store(&((db_ctx *)c)[i].gen, (uint32_t)floor);
+  else if (type == CH_REC)
+    for (uint32_t i = 0; i < RECS_PER; i++) atomic_store(&((db_rec *)c)[i].gen, (uint32_t)floor + 1 ? (uint32_t)floor + 1 : 1);
+  else if (type == CH_SYNC)
+    for (uint32_t i = 0; i < SYNC_PER; i++) atomic_store(&((db_sync *)c)[i].gen, (uint32_t)floor);
+  else if (type == CH_LEAF)
+    for (uint32_t i = 0; i < SYNC_PER; i++) atomic_store(&((db_leaf *)c)[i].gen, (uint32_t)floor);
+}
+
 int64_t chunk_grow(Shm *s, uint32_t type, uint32_t owner) {
   db_header *h = hdr(s);
-  uint32_t n = atomic_load(&h->nchunks);
-  if (!chunks_known(s, n)) return GROW_CORRUPT;
-  uint32_t ord = 0;
+  uint32_t count = atomic_load(&h->nchunks), n = s->claim_hint[CH_NONE], ord = 0;
+  if (!chunks_known(s, count)) return GROW_CORRUPT;
+  /* The first that was given back, or one more. None is given back while a process maps the file, so the search goes on where it ended. */
+  if (n > count) n = count;
+  while (n < count && CT_TYPE(atomic_load(chunk_entry(s, n))) != CH_NONE) n++;
+  s->claim_hint[CH_NONE] = n;
   if (type == CH_REC) {
-    ord = atomic_load(&h->rec_chunks);
+    ord = free_ordinal(s, count);
     if (ord >= REC_CHUNKS) n = DB_MAX_CHUNKS;
   }
-  if (n == DB_MAX_CHUNKS) return GROW_FULL;
+  if (n >= DB_MAX_CHUNKS) return GROW_FULL;
   off_t at = (off_t)DB_HEADER_BYTES + (off_t)n * DB_CHUNK;
   int r, tries = 0;
   do {
@@ -90,15 +137,11 @@ int64_t chunk_grow(Shm *s, uint32_t type, uint32_t owner) {
     r = fallocate(fd, 0, at, DB_CHUNK);
   } while (r && errno == EINTR && ++tries < 100);
   if (r) return errno == ENOSPC ? GROW_NO_ROOM : GROW_NO_MEMORY;
-  STEP(chunk_allocated); /* memory behind the published chunks, which the next growth uses */
-  char *c = s->base + DB_HEADER_BYTES + (size_t)n * DB_CHUNK;
-  memset(c, 0, DB_CHUNK);
-  if (type == CH_FENCE)
-    for (uint32_t i = 0; i < FENCES_PER; i++) atomic_store(&((db_fence *)c)[i].word, FW_SIGNALED);
+  STEP(chunk_allocated); /* memory behind the published chunks, or of one without a type: the next growth uses it */
+  fill_chunk(s, type, s->base + DB_HEADER_BYTES + (size_t)n * DB_CHUNK);
   atomic_store(chunk_entry(s, n), CT_MAKE(type, ord, owner));
-  STEP(chunk_typed);                                         /* not published: the next growth types it again */
-  if (type == CH_REC) atomic_store(&h->rec_chunks, ord + 1); /* a death before the next store wastes one ordinal */
-  atomic_store(&h->nchunks, n + 1);
+  STEP(chunk_typed); /* behind the published chunks: the next growth types it again. Else it is as if published */
+  if (n == count) atomic_store(&h->nchunks, n + 1);
   STEP(chunk_published); /* the reaper of the owner returns it; table_rebuild() finds the slots of one without an owner */
   return n;
 }
@@ -116,7 +159,7 @@ int grow_failed(Shm *s, int64_t reason) {
                   "free space there, which is memory in a tmpfs");
 }
 
-int64_t chunk_claim(Shm *s, uint32_t type, uint32_t owner) {
+static int64_t claim(Shm *s, uint32_t type, uint32_t owner, int joining) {
   /* First without the lock: an ownerless chunk changes hands by one compare-and-swap that names the new owner. */
   uint32_t n = atomic_load(&hdr(s)->nchunks);
   if (n > DB_MAX_CHUNKS) return shm_corrupt(s, "it counts more chunks than there can be");
@@ -129,11 +172,15 @@ int64_t chunk_claim(Shm *s, uint32_t type, uint32_t owner) {
     s->claim_hint[type] = i + 1;
     return chunk_at(s, i, type) ? (int64_t)i : shm_corrupt(s, "a chunk lies outside of it");
   }
-  if (table_lock(s)) return -1;
+  if (lock_for(s, owner, joining)) return -1;
   int64_t c = chunk_grow(s, type, owner);
   table_unlock(s);
   return c < 0 ? grow_failed(s, c) : c;
 }
+
+int64_t chunk_claim(Shm *s, uint32_t type, uint32_t owner) { return claim(s, type, owner, 0); }
+
+int64_t chunk_claim_first(Shm *s, uint32_t owner) { return claim(s, CH_LIFE, owner, 1); }
 
 /* ---- the hash and the free list: derived ---- */
 

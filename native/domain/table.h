@@ -27,9 +27,11 @@ int table_lock(Shm *s);
 void table_unlock(Shm *s);
 
 /* ---- chunks ---- */
-int64_t chunk_claim(Shm *s, uint32_t type, uint32_t owner); /* a chunk for this life, or -1 with an exception set */
-int64_t chunk_grow(Shm *s, uint32_t type, uint32_t owner);  /* with the table lock: a new chunk, or a reason for grow_failed() */
-int grow_failed(Shm *s, int64_t reason);                    /* raise it, once the lock is free: raising runs Python. -1 */
+/* A chunk for this life; -1: an exception is set. And the first one of a life that is about to begin. */
+int64_t chunk_claim(Shm *s, uint32_t type, uint32_t owner);
+int64_t chunk_claim_first(Shm *s, uint32_t owner);
+int64_t chunk_grow(Shm *s, uint32_t type, uint32_t owner); /* with the table lock: a new chunk, or a reason for grow_failed() */
+int grow_failed(Shm *s, int64_t reason);                   /* raise it, once the lock is free: raising runs Python. -1 */
 
 /* ---- with the table lock, except rec_by_inode ---- */
 void rec_link(Shm *s, uint32_t i, db_rec *r);   /* put it into the chain of its bucket */

@@ -86,3 +86,10 @@ int sleeper_enter(a32 *word) {
 }
 
 void sleeper_leave(int slot) { atomic_store(&sleepers[slot], NULL); }
+
+void sleepers_wake(char *at, size_t n, char *where) {
+  for (int i = 0; i < SLEEPERS; i++) {
+    char *word = (char *)atomic_load(&sleepers[i]);
+    if (word >= at && word < at + n) word_wake((a32 *)(where + (word - at)), INT32_MAX);
+  }
+}

@@ -19,4 +19,7 @@ int ticker_prepare(void);     /* before anything else here, once a process: 0, o
 uint32_t ticker_ticks(void);  /* ticks so far */
 int sleeper_enter(a32 *word); /* wake the word at every tick. A slot, or -1: no room or no thread. The caller holds the GIL */
 void sleeper_leave(int slot);
+
+/* Wake all that sleep on words in n bytes at `at`, which are mapped at `where` now. */
+void sleepers_wake(char *at, size_t n, char *where);
 #endif

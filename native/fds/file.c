@@ -1,5 +1,6 @@
-/* file.c - what Python's os module leaves out: room and holes, and inotify. */
+/* file.c - what Python's os module leaves out: room and holes, inotify, and which files have locks. */
 #include "fds/fds.h"
+#include "fds/locks.h"
 #include "fds/same.h"
 #include <fcntl.h>
 #include <sys/inotify.h>
@@ -42,6 +43,28 @@ static PyObject *rename_new(PyObject *module, PyObject *args) {
   Py_RETURN_NONE;
 }
 
+static PyObject *locks_seen(PyObject *module, PyObject *unused) {
+  lock_pass pass;
+  int r, error;
+  Py_BEGIN_ALLOW_THREADS
+  r = lock_pass_believed(&pass);
+  error = errno;
+  Py_END_ALLOW_THREADS
+  if (r && error == EAGAIN) Py_RETURN_NONE;
+  if (r) {
+    errno = error;
+    return PyErr_SetFromErrno(PyExc_OSError);
+  }
+  PyObject *out = PyList_New(0);
+  for (size_t i = 0; out && i < pass.count; i++) {
+    const lock_file *f = &pass.files[i];
+    if (i && f->dev == f[-1].dev && f->ino == f[-1].ino) continue;
+    if (list_add(out, Py_BuildValue("KK", (unsigned long long)f->dev, (unsigned long long)f->ino))) Py_CLEAR(out);
+  }
+  lock_pass_free(&pass);
+  return out;
+}
+
 static PyObject *watch_open(PyObject *module, PyObject *unused) { return owned_fd(inotify_init1(IN_CLOEXEC | IN_NONBLOCK), true); }
 
 static PyObject *watch_add(PyObject *module, PyObject *args) {
@@ -77,6 +100,9 @@ static PyMethodDef functions[] = {
     METHOD(punch, METH_VARARGS, "($module, fd, start, length, /)",
            "Free the memory or disk space of a range of a file. It reads as zeros then, in every mapping too, and the size stays."),
     METHOD(rename_new, METH_VARARGS, "($module, old, new, /)", "Rename a file or directory. FileExistsError: something has the new name."),
+    METHOD(locks_seen, METH_NOARGS, "($module, /)",
+           "Return (st_dev, st_ino) of every file that has an open file description lock, from a pass over /proc/locks that misses none.\n"
+           "Return None if no pass can be believed now."),
     METHOD(watch_open, METH_NOARGS, "($module, /)", "Return a new inotify descriptor, which doesn't block, as OwnedFd."),
     METHOD(watch_add, METH_VARARGS, "($module, watch, fd, dev, ino, /)",
            "Watch for the end of the inode, of which fd is a descriptor, with an inotify descriptor. Return the watch descriptor."),

@@ -12,11 +12,11 @@ import threading
 import pytest
 
 import dmabuf
+from dmabuf import _native
 from dmabuf.core.access import poll
 from dmabuf.core.buffer.handle import handle_of
 from dmabuf.domain import domain, lives, place
-from tests.support.forks import FORKS, Scene, in_child, python_fork
-from tests.support.native import patch_native
+from tests.support.forks import Scene, in_child, python_fork
 from tests.support.steps import reap
 from tests.support.waiting import Background, held_by_another_thread
 
@@ -92,20 +92,10 @@ def test_what_the_forking_thread_holds_it_releases_in_the_child_too(scene: Scene
     assert reap(pid) == 0
 
 
-def test_raw_fork_keeps_neither_reapers_lock_nor_lifecycle_lock(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_raw_fork_keeps_neither_reapers_lock_nor_lifecycle_lock() -> None:
     """A child that lives on has a share in every description that was open for a moment: the locks on them end all the same."""
     domain = dmabuf.Domain.private()
     ours, theirs = socket.socketpair()
-    children = []
-
-    def fork_here(name: str) -> None:
-        if name in ("reap_clean", "reap_locked"):
-            pid = FORKS[-1]()
-            if not pid:
-                ours.close()
-                theirs.recv(1)  # lives until the end
-                os._exit(0)
-            children.append(pid)
 
     def die_inside() -> None:
         domain.join()
@@ -113,15 +103,17 @@ def test_raw_fork_keeps_neither_reapers_lock_nor_lifecycle_lock(monkeypatch: pyt
 
     assert in_child(python_fork, die_inside) == -signal.SIGKILL
     (dead,) = lives.alive_slots(domain.shm)
-    patch_native(monkeypatch, "step", fork_here)
-    domain.join()  # reaps the dead one, at the door
-    monkeypatch.undo()
-    theirs.close()
-    assert len(children) == 2
-    assert not place.ofd_locked(domain.fileno(), place.LIFECYCLE_BYTE)
+    _native.step_arm("fork", "reap_locked,reap_clean", theirs.fileno())
+    try:
+        domain.join()  # reaps the dead one, with the lifecycle lock held
+    finally:
+        _native.step_disarm()
+    assert not domain.shm.locked(place.LIFECYCLE_BYTE)
     assert lives.index_of(domain.shm.life) == dead  # its slot could be used again at once
     domain.leave()
     assert not lives.is_alive(domain.shm, dead)
+    ours.send(b"..")  # a byte for each child
+    for _ in range(2):
+        assert os.waitstatus_to_exitcode(os.wait()[1]) == 0
     ours.close()
-    for pid in children:
-        assert reap(pid) == 0
+    theirs.close()

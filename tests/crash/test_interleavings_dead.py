@@ -61,7 +61,7 @@ class AfterDeath(Scenario):
         world, ghost = self.world, self.world.ghost
         shm, (index, torn, locked) = ghost.shm, world.index
         self.life = ghost.live()
-        context = shm.ctx_open(ghost.life.chunk * _native.CTX_PER + _native.CTX_FIRST_IN_LIFE, 1, False, 1)
+        context = shm.ctx_open(ghost.chunk * _native.CTX_PER + _native.CTX_FIRST_IN_LIFE, 1, False, 1)
         self.fence = shm.fence_alloc(0, 1 << 40, 1, 0, 0, 0)
         with world.bufs[0].resv.locked():
             world.bufs[0].resv.reserve(1)

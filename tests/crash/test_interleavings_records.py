@@ -247,8 +247,9 @@ class ClaimAgainstClaim(Scenario):
         for chunk, life in owned.items():
             assert self.world.shm.load64(_native.OFF_CHUNKTAB + 8 * chunk) >> 32 == life
         if self.reuse:
-            for chunk, life in owned.items():
-                self.world.shm.chunk_return(chunk, life)
+            for chunk in owned:
+                entry = self.world.shm.load64(_native.OFF_CHUNKTAB + 8 * chunk)
+                self.world.shm.store64(_native.OFF_CHUNKTAB + 8 * chunk, entry & 0xFFFFFFFF)
 
     reuse = False
 

@@ -108,8 +108,8 @@ def test_pid_of_is_none_of_the_next_life_of_the_slot(domain: Domain, monkeypatch
     monkeypatch.setattr(domain, "shm", Shm())
     assert domain.pid_of(life) == 0
     monkeypatch.undo()
-    assert lives.index_of(ghost.life.id) == index
-    assert domain.pid_of(ghost.life.id) == 4242
+    assert lives.index_of(ghost.shm.life) == index
+    assert domain.pid_of(ghost.shm.life) == 4242
     ghost.die()
     domain.reap_dead()
 

@@ -22,15 +22,16 @@ class Ghost:
     """A life without a process: it dies by letting go of its page, as a killed process does."""
 
     def __init__(self, domain: dmabuf.Domain) -> None:
+        self.domain = domain
         self.shm = _shm_of(os.dup(domain.fileno()))
 
     def live(self) -> int:
-        self.life = lives.Life(self.shm)
-        return self.life.id
+        self.chunk = lives.begin(self.shm)
+        return self.shm.life
 
     def die(self) -> None:
-        self.shm.life = 0
-        self.life.hold.drop()
+        """The life ends with the last reference to the mapping that it had."""
+        self.shm = _shm_of(os.dup(self.domain.fileno()))
 
 
 class World:

@@ -209,7 +209,7 @@ def test_life_by_thread_is_reaped_when_its_process_has_stopped(overlaid: dmabuf.
     monkeypatch.setattr(lives.time, "monotonic", lambda: now)
     ghost = Ghost(overlaid)
     life = ghost.live()
-    assert ghost.life.hold.by_thread
+    assert ghost.shm.load64(lives.slot_offset(lives.index_of(life)) + _native.LIFE_START) & proved.BY_THREAD
     ghost.die()  # the lock is free, and the process that the slot names runs: as in the last moment of a dying process
     index = lives.index_of(life)
     assert not lives.reap(overlaid.shm, index, lambda _: None)

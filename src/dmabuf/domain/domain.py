@@ -21,6 +21,7 @@ from typing import Any, Final
 from dmabuf._native import (
     CTX_FIRST_IN_LIFE,
     CTX_PER,
+    LIFE_BYTE,
     LIFE_PID,
     LIVES,
     OFF_SWEEP,
@@ -64,7 +65,6 @@ class Domain:
         self.path = path
         self.id = identity
         self.shm = shm
-        self._life: lives.Life | None = None
         self.lock = fork_lock()  # of this object's fields; a thread that holds it waits for nothing but the lifecycle lock
         self.tick_hooks: Hooks[[int, int]] = Hooks("tick")
         self.sweep_hooks: Hooks[[]] = Hooks("sweep")
@@ -147,7 +147,9 @@ class Domain:
                 if known.id == identity.decode() and known.path is None:
                     os.close(fd)
                     return known
-            return cls(None, _shm_of(fd), identity.decode())
+            with needing_descriptors("open domain", "the received fd"), place.lifecycle_lock(fd):
+                shm = _shm_of(fd)
+            return cls(None, shm, identity.decode())
 
     def __repr__(self) -> str:
         return f"<dmabuf.Domain {self.id} {self.path or 'private'}>"
@@ -194,38 +196,29 @@ class Domain:
         with self.lock:
             if self.shm.life:
                 return self.shm.life
-            if self._life is not None:
+            if self.shm.forked:
                 self._forget()
-            with self.directory() as directory:
-                lost = directory is None
-            if lost or self.path is None:  # by the file that this process has
-                with place.lifecycle_lock(self.shm.fd):
-                    return self._join_here()
-            with place.entered(self.path) as (fd, identity):
-                here, there = os.fstat(self.shm.fd), os.fstat(fd)
-                if (here.st_dev, here.st_ino) != (there.st_dev, there.st_ino):
-                    # The last process left since the fork, so there is a fresh file with the same id. The old one is no longer used.
-                    self.shm = _shm_of(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3))
-                    self.id = identity.decode()
-                    self._wire(self.shm)
+            # By the file that this process has, whatever its path names by now.
+            with needing_descriptors("join", "the domain"), place.lifecycle_lock(self.shm.fd):
                 return self._join_here()
 
     def _join_here(self) -> int:
-        """Reap the dead and claim a life. The lifecycle lock is held."""
+        """Reap the dead and begin a life. The lifecycle lock is held."""
+        shm = self.shm
+        place.check_header(shm.fd, self.path)
+        shm.look_again()
         self.reap_dead()
-        self._life = life = lives.Life(self.shm)
-        first = life.chunk * CTX_PER
+        first = lives.begin(shm) * CTX_PER
         self._free_ctx = [first + i for i in range(CTX_PER - 1, CTX_FIRST_IN_LIFE - 1, -1)]
         self._free_timelines = []
         if "multiprocessing.util" in sys.modules:  # its children end by os._exit, which knows no atexit
             from multiprocessing import util
 
             util.Finalize(None, _leave_if_there, args=(weakref.ref(self),), exitpriority=-1000)
-        return life.id
+        return shm.life
 
     def _forget(self) -> None:
         """In a forked child, forget what the parent owns."""
-        self._life = None
         self._free_ctx, self._free_timelines = [], []
         self.retries.reset()
         self.reset_hooks()
@@ -233,32 +226,33 @@ class Domain:
         self.local.clear()
 
     def leave(self) -> None:
-        """End this process's life in the domain. Its pending fences are signaled with -EOWNERDEAD. The last process empties the file."""
-        with self.lock:
-            life = self._life
-            if life is None or self.shm.life != life.id:
-                return  # a forked child that hasn't joined: what is here is the parent's, until a join forgets it
-            self._life = None
-            hooked = self.leave_hooks.call_once()
-            if self.path is None:
-                life.leave()
-                return
-            with place.lifecycle_lock(self.shm.fd):
-                if hooked:
-                    self.forget_socket(life.id)
-                life.leave()
-                if not self.shm.locked(place.LIFE_BYTE, LIVES):
-                    try:
-                        directory = place.open_directory(self.path, make=False)
-                    except OSError:
-                        return  # the directory was removed: there is nothing to empty
-                    try:
-                        if place.is_current(self.shm.fd, directory):
-                            place.replace_file(directory, self.id.encode())
-                    except OSError:
-                        pass  # there is no room for a fresh file: the next opener empties this one
-                    finally:
-                        os.close(directory)
+        """End this process's life in the domain. Its pending fences are signaled with -EOWNERDEAD. The last process empties the file.
+
+        Without a free descriptor the life ends too, but the file isn't emptied. What this process still has of the domain, such as fences
+        and records, it may look at as before, and the next operation that needs a life joins again.
+        """
+        shm = self.shm
+        if shm.life:  # a forked child that hasn't joined has the parent's hooks, until a join forgets them
+            self.leave_hooks.call_once()
+        ended: list[int] = []
+        with self.lock, contextlib.ExitStack() as locked:
+            try:
+                locked.enter_context(place.lifecycle_lock(shm.fd))
+            except OSError:  # no descriptor is free, or somebody closed the domain's: the next process that leaves empties the file
+                ended = shm.life_leave(self.forget_socket)
+            else:
+                ended = shm.life_leave(self.forget_socket)
+                self._look_away()
+        for handle in ended:  # callbacks of the program: no lock is held
+            if (on_local := shm.on_local) is not None:
+                on_local(handle)
+
+    def _look_away(self) -> None:
+        """If this was the last process, reap the dead, and give the file's memory back. The lifecycle lock is held."""
+        with contextlib.suppress(OSError):  # the next process that leaves does it
+            if not self.shm.locked(LIFE_BYTE, LIVES):
+                self.reap_dead()
+                self.shm.look_away()
 
     def forget_socket(self, life: int) -> None:
         """Remove the socket of a life that has ended, if it had one."""
@@ -272,7 +266,7 @@ class Domain:
 
     def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:  # bound: at the interpreter's end modules are empty
         # Nothing of this process uses the domain. A private domain's memory is freed with its last process.
-        if getattr(self, "_life", None) is not None and not ending():
+        if getattr(self, "shm", None) is not None and not ending() and self.shm.life:
             self.leave()
 
     # ---- ticks, sweeps and hooks ----

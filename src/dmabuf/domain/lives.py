@@ -6,49 +6,36 @@ however the process ends, and nothing else can take or lose it. Where a mapping 
 says ALIVE from just after the lock is taken until a reaper has finished.
 
 A reaper takes the write lock of the dead life's byte. That proves the death, keeps other reapers out, and is freed if the reaper dies. Then
-it ends everything that the dead process left, in idempotent steps, and stores CLEAN last. A new process claims only CLEAN slots.
+it ends everything that the dead process left, in idempotent steps, and stores CLEAN last. A new process claims only CLEAN slots. All of
+this is in ``native/domain/life.c``.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import threading
 import time
 from collections.abc import Callable
 
 from dmabuf._native import (
-    CH_CTX,
-    CH_FENCE,
-    CH_LIFE,
-    CH_TIMELINE,
     LIFE_ALIVE,
+    LIFE_BYTE,
     LIFE_BYTES,
-    LIFE_CHUNK,
-    LIFE_CLEAN,
-    LIFE_COMM,
-    LIFE_DOORBELL,
     LIFE_GEN,
-    LIFE_JOINED,
     LIFE_PID,
-    LIFE_SERVED,
     LIFE_START,
     LIFE_STATE,
-    LIFE_UID,
     LIVES,
     OFF_LIFE_HIGH,
     OFF_LIVES,
-    TIMELINES_PER,
-    OwnedFd,
     Shm,
-    step,
 )
 from dmabuf.domain import proved
-from dmabuf.domain.place import LIFE_BYTE, comm
-from dmabuf.errors import fail
+from dmabuf.domain.place import comm
+from dmabuf.errors import needing_descriptors
 
-# A fork while the description of a lock is open would give the child a share in the lock. Forks wait until it is closed.
+# A fork while a descriptor is open that a child must not have would give the child a copy. Forks wait until it is known.
 FORK_GUARD = threading.RLock()
 
 _LIFE_ID_GEN = 0xFFFFF
@@ -90,103 +77,33 @@ def is_alive(shm: Shm, index: int) -> bool:
     return shm.locked(LIFE_BYTE + index)
 
 
-class Life:
-    """This process's life in one domain file. It begins at once, and ends with `leave` or with the process."""
+def begin(shm: Shm) -> int:
+    """Begin a life of this process. Return its first chunk.
 
-    def __init__(self, shm: Shm) -> None:
-        self.shm = shm
-        with FORK_GUARD:
-            self.hold = self._claim()
-
-    def _claim(self) -> proved.Hold:
-        shm = self.shm
-        own = shm.reopen()
+    Raises:
+        NoSpaceError: The domain has as many processes as it can, or no room for the life's chunk (ENOSPC).
+        DmaBufError: No descriptor is free (EMFILE), or nothing keeps the life's lock (ENOTSUP).
+    """
+    with needing_descriptors("join", "the domain"):
         try:
-            for index in range(LIVES):
-                at = slot_offset(index)
-                if shm.load32(at + LIFE_STATE) != LIFE_CLEAN:
-                    continue
-                if not own.set_lock(fcntl.F_WRLCK, LIFE_BYTE + index):
-                    continue
-                if shm.load32(at + LIFE_STATE) != LIFE_CLEAN:
-                    own.set_lock(fcntl.F_UNLCK, LIFE_BYTE + index)
-                    continue
-                break
-            else:
-                raise fail(errno.ENOSPC, "join", "the domain", "use a second domain (DMABUF_DOMAIN)", what=f"it has {LIVES} processes")
-            step("life_locked")  # a locked byte of a CLEAN slot: the kernel frees it if this process dies
-            hold = proved.Hold(own, shm.fd, LIFE_BYTE + index)
-        finally:
-            own.close()
-        gen = (shm.load32(at + LIFE_GEN) + 1) & _LIFE_ID_GEN or 1
-        shm.store32(at + LIFE_GEN, gen)
-        shm.store32(at + LIFE_PID, os.getpid())
-        shm.store32(at + LIFE_UID, os.geteuid())
-        shm.store64(at + LIFE_START, start_time(os.getpid()) | (proved.BY_THREAD if hold.by_thread else 0))
-        shm.store64(at + LIFE_JOINED, time.time_ns())
-        name = comm().ljust(16, b"\0")
-        for i in (0, 8):
-            shm.store64(at + LIFE_COMM + i, int.from_bytes(name[i : i + 8], "little"))
-        for word in (LIFE_CHUNK, LIFE_DOORBELL, LIFE_SERVED):
-            shm.store32(at + word, 0)
-        shm.store32(at + LIFE_STATE, LIFE_ALIVE)
-        step("life_alive")  # ALIVE without a chunk: the reaper has nothing to end
-        while (high := shm.load32(OFF_LIFE_HIGH)) <= index:
-            shm.cas32(OFF_LIFE_HIGH, high, index + 1)
-        self.index, self.id = index, life_id(index, gen)
-        shm.life = self.id
-        try:
-            chunk = shm.chunk_claim(CH_LIFE)
-        except BaseException:
-            shm.life = 0
-            shm.store32(at + LIFE_STATE, LIFE_CLEAN)
-            hold.drop()
-            raise
-        step("life_chunk")  # the chunk names this life as its owner: the reaper returns it
-        shm.store32(at + LIFE_CHUNK, chunk + 1)
-        self.chunk = chunk
-        return hold
-
-    def leave(self) -> None:
-        """End this life. What it still owns ends as if the process had died. In a forked child this has no effect."""
-        if self.shm.life != self.id:
-            return
-        with FORK_GUARD:
-            _end(self.shm, self.index, self.id)
-            self.shm.life = 0
-            self.hold.drop()
+            return shm.life_begin(os.getpid(), os.geteuid(), start_time(os.getpid()), time.time_ns(), comm())
+        except OSError as e:
+            if e.errno != errno.ENOTSUP:
+                raise
+            raise proved.lock_is_lost(shm.fd) from None
 
 
-def reap(shm: Shm, index: int, ended: Callable[[int], None]) -> bool:
+def reap(shm: Shm, index: int, remove: Callable[[int], None]) -> bool:
     """End a dead life. Return False if it is alive or another process reaps it.
 
     Args:
         shm: The domain.
         index: The life's slot.
-        ended: Called with the life's id, to remove what it left outside of the file.
+        remove: Called with the life's id, to remove what it left outside of the file.
     """
-    with FORK_GUARD:
-        own = _spare(shm)
-        try:
-            if not own.set_lock(fcntl.F_WRLCK, LIFE_BYTE + index):  # compares the file too: a lock on another one is no proof
-                return False
-            step("reap_locked")
-            at = slot_offset(index)
-            if shm.load32(at + LIFE_STATE) != LIFE_ALIVE:
-                return False  # another reaper was faster
-            life = life_id(index, shm.load32(at + LIFE_GEN))
-            if _still_dies(shm, at, life):
-                return False
-            ended(life)  # before CLEAN is stored: if this reaper dies, the next one does it again
-            step("reap_outside")
-            _end(shm, index, life)
-            return True
-        finally:
-            own.set_lock(fcntl.F_UNLCK, LIFE_BYTE + index)  # closing would not be enough, as a raw fork may share the description
-            if own.number != shm.fd:
-                own.close()
-            else:
-                own.take()
+    at = slot_offset(index)
+    life = life_id(index, shm.load32(at + LIFE_GEN))
+    return not _still_dies(shm, at, life) and shm.life_reap(life, remove)
 
 
 _dying: dict[int, float] = {}
@@ -202,40 +119,5 @@ def _still_dies(shm: Shm, at: int, life: int) -> bool:
     now = time.monotonic()
     if now - _dying.setdefault(life, now) < proved.DYING_S:
         return True
-    del _dying[life]  # the process has executed another program
+    _dying.pop(life, None)  # the process has executed another program
     return False
-
-
-def _spare(shm: Shm) -> OwnedFd:
-    """Return a description for a reaper's lock: its own, or the domain's if no descriptor is left."""
-    try:
-        return shm.reopen()
-    except OSError as e:
-        if e.errno not in (errno.EMFILE, errno.ENFILE):
-            raise
-        return OwnedFd(shm.fd)
-
-
-def _end(shm: Shm, index: int, life: int) -> None:
-    """End everything of a life. If this process dies between two lines, the next reaper does all of it again."""
-    at = slot_offset(index)
-    shm.store32(at + LIFE_SERVED, 0)
-    chunks = shm.chunks_of(life)
-    for chunk, kind in chunks:
-        if kind == CH_FENCE:
-            shm.reap_fences(chunk, -errno.EOWNERDEAD)
-    step("reap_fences_done")
-    for chunk, kind in chunks:
-        if kind in (CH_LIFE, CH_CTX):
-            shm.reap_life_chunk(chunk, kind)
-        elif kind == CH_TIMELINE:
-            for i in range(TIMELINES_PER):
-                shm.timeline_close(chunk * TIMELINES_PER + i)
-    step("reap_contexts_done")
-    shm.reap_table_lock(life)
-    for chunk, _ in chunks:
-        shm.chunk_return(chunk, life)
-    step("reap_returned")
-    shm.store32(at + LIFE_CHUNK, 0)
-    shm.store32(at + LIFE_STATE, LIFE_CLEAN)
-    step("reap_clean")

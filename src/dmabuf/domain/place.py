@@ -5,10 +5,11 @@ file's name. The directory is ``$DMABUF_DOMAIN`` (ignored if the kernel set AT_S
 exists and belongs to the user, else ``/dev/shm/dmabuf-UID``. If processes live in the second of these, that one is meant. If the file
 system of the first can't keep a domain, the second is used.
 
-A process that opens, joins, leaves or replaces a domain's file holds the *lifecycle lock*, a write lock on one byte of the file, so these
-never overlap. The kernel frees the lock if the holder dies. A domain in which no life's byte is locked has no living process. The next
-process that opens it replaces the file by a fresh one with the same id. It does so by a rename, so a forked child that still maps the old
-file keeps it. A file that makes no sense is renamed to ``….corrupt``, and at most one such file is kept.
+A process that opens, joins or leaves a domain holds the *lifecycle lock*, a write lock on one byte of the file, so these never overlap. The
+kernel frees the lock if the holder dies. A domain in which no life's byte is locked has no living process. The next process that joins
+reaps what the dead left, in the same file. The last process that leaves gives the file's memory back, but keeps what is said of buffers
+that a message or another program still holds. A file that makes no sense is renamed to ``….corrupt`` if no process lives there, and at most
+one such file is kept. The new file has another identity.
 
 A process that serves other processes has a socket in the directory (sharing/server.py). It unlinks the socket when it leaves, and a reaper
 unlinks the socket of a dead process.
@@ -31,15 +32,14 @@ from dmabuf._native import (
     BUCKETS,
     CHUNK_BYTES,
     HEADER_BYTES,
+    LIFE_BYTE,
+    LIFECYCLE_BYTE,
     LIVES,
     MAGIC,
     MAX_CHUNKS,
     OFF_CONTEXT,
-    OFF_LIFE_HIGH,
     OFF_NCHUNKS,
     VERSION,
-    Shm,
-    punch,
     step,
 )
 from dmabuf.domain import proved
@@ -58,8 +58,6 @@ SHARE_DOMAIN = (
 FILE = f"domain-{VERSION}"
 SOCKET = "server-"  # and the life's id in 8 hexadecimal digits: the socket of a process that serves others
 _SOCKET_NAME = re.compile(SOCKET + "[0-9a-f]{8}")
-LIFE_BYTE = 1 << 40  # byte of the first life's lock, far behind any data
-LIFECYCLE_BYTE = 1 << 41
 
 
 def comm() -> bytes:
@@ -184,6 +182,26 @@ def read_header(fd: int) -> tuple[bytes, str]:
     return identity, ""
 
 
+def check_header(fd: int, path: Path | None) -> None:
+    """Check the file of a domain that this process has open, before it joins. The lifecycle lock is held.
+
+    Raises:
+        DmaBufError: The file makes no sense (EUCLEAN), or will be set aside because nobody lives there (ESTALE).
+    """
+    _, wrong = read_header(fd)
+    if wrong and inhabited(fd):
+        raise _corrupt(path, wrong)
+    if wrong:
+        remedy = "close what this process has of it, and start the process again"
+        what = f"its file makes no sense any more ({wrong}), so nothing is known of its buffers"
+        raise fail(errno.ESTALE, "join", path or "a private domain", remedy, what=what)
+
+
+def _corrupt(path: Path | None, wrong: str) -> OSError:
+    where = path / FILE if path else "a private domain"
+    return fail(errno.EUCLEAN, "open domain", where, "end the processes that use it, then open it again", what=wrong)
+
+
 def new_identity() -> bytes:
     """Return a random id for a new domain."""
     return secrets.token_hex(8).encode()
@@ -200,46 +218,13 @@ def socket_name(life: int) -> str:
 
 
 def replace_file(directory: int, identity: bytes) -> None:
-    """Replace the domain's file by an empty one with this identity. The lifecycle lock is held, and no process lives in the domain.
+    """Replace an empty file by an empty domain with this identity. The lifecycle lock is held.
 
-    What dead processes left in the directory is removed first, because a fresh file looks as if nothing were left to do.
+    What a domain that was set aside has left in the directory is removed first: no process can end its sync files any more.
     """
-    _wake_sync_files(directory)
-    for name in os.listdir(directory):
-        if _SOCKET_NAME.fullmatch(name):
-            remove_socket(directory, name)
-    try:
-        _replace_file(directory, identity)
-    except OSError as e:
-        if e.errno != errno.ENOSPC:
-            raise
-        # A domain that has filled its file system must not stay unusable for ever. Free the old file's memory.
-        _empty_file(directory)
-        _replace_file(directory, identity)
-
-
-def _wake_sync_files(directory: int) -> None:
-    """Make the descriptor of every sync file readable. No process lives in the domain, so every fence is signaled."""
-    fd = open_file(directory, FILE)
-    try:
-        if os.fstat(fd).st_size > HEADER_BYTES and not read_header(fd)[1]:
-            Shm(fd, fail).sync_wake_all(True)
-    finally:
-        os.close(fd)
-
-
-def _empty_file(directory: int) -> None:
-    """Free the memory of the chunks. The file isn't truncated, because a forked child may still read it."""
-    fd = os.open(FILE, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=directory)
-    try:
-        size = os.fstat(fd).st_size - HEADER_BYTES
-        if size > 0:
-            punch(fd, HEADER_BYTES, size)  # where pages are larger than 4 KiB, one may contain header and chunks
-    finally:
-        os.close(fd)
-
-
-def _replace_file(directory: int, identity: bytes) -> None:
+    for old in os.listdir(directory):
+        if _SOCKET_NAME.fullmatch(old):
+            remove_socket(directory, old)
     name = FILE + ".new"
     fd = make_file(directory, name)
     try:
@@ -256,7 +241,7 @@ def _replace_file(directory: int, identity: bytes) -> None:
 
 @contextmanager
 def entered(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Open the domain in a directory and hold its lifecycle lock. Yield (fd, identity). A file without a living process is replaced."""
+    """Open the domain in a directory and hold its lifecycle lock. Yield (fd, identity). A file that makes no sense is set aside."""
     directory = open_directory(path)
     try:
         while True:
@@ -268,13 +253,7 @@ def entered(path: Path) -> Iterator[tuple[int, bytes]]:
                     identity, wrong = read_header(fd)
                     if inhabited(fd):
                         if wrong:
-                            raise fail(
-                                errno.EUCLEAN,
-                                "open domain",
-                                path / FILE,
-                                "end the processes that use it, then open it again",
-                                what=wrong,
-                            )
+                            raise _corrupt(path, wrong)
                         yield fd, identity
                         return
                     if wrong and os.fstat(fd).st_size:
@@ -285,10 +264,9 @@ def entered(path: Path) -> Iterator[tuple[int, bytes]]:
                             stacklevel=2,
                         )
                         continue
-                    if wrong or os.fstat(fd).st_size > HEADER_BYTES or _used(fd):
-                        if wrong:
-                            _prove(directory, path)
-                        replace_file(directory, identity or new_identity())
+                    if wrong:  # empty: it was just made, by this process or by one that died
+                        _prove(directory, path)
+                        replace_file(directory, new_identity())
                         continue
                     yield fd, identity
                     return
@@ -296,12 +274,6 @@ def entered(path: Path) -> Iterator[tuple[int, bytes]]:
                 os.close(fd)
     finally:
         os.close(directory)
-
-
-def _used(fd: int) -> bool:
-    """Return True if a process has lived in this file. Even a process that added no chunk leaves the number of its slot."""
-    high: int = struct.unpack("<I", os.pread(fd, 4, OFF_LIFE_HIGH))[0]
-    return high != 0
 
 
 def _prove(directory: int, path: Path) -> None:

@@ -84,14 +84,19 @@ class Hold:
         except OSError as e:
             if e.errno != errno.ENOTSUP:
                 raise
-            what = f"its file system ({file_system(fd)}) loses the lock of a file that is mapped, and a thread can't keep it"
-            raise fail(errno.ENOTSUP, "join", "the domain", remedy(), what=what) from None
+            raise lock_is_lost(fd) from None
 
     def drop(self) -> None:
         """End the hold. The lock is free when this returns."""
         address, self._address = self._address, 0
         if address:
             hold_drop(address, self.by_thread)
+
+
+def lock_is_lost(fd: int) -> OSError:
+    """Return the error for a place where nothing keeps a life's lock. ``fd``: a descriptor of the domain's file."""
+    what = f"its file system ({file_system(fd)}) loses the lock of a file that is mapped, and a thread can't keep it"
+    return fail(errno.ENOTSUP, "join", "the domain", remedy(), what=what)
 
 
 class Process(NamedTuple):

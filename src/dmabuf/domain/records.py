@@ -5,9 +5,10 @@ record, and the record stays while any living process has its bit there. The las
 IN_DELETE_SELF). The inode's end proves that nobody has the buffer any more, in flight or mapped, and comes with the closing itself.
 
 If nobody watches, because the last process died, the reference lock decides: ``/proc/locks`` shows it for every holder of the descriptor.
-One pass over that file is not atomic, so the lock must be missing in three passes, a tick apart, before the record goes. If it went
-wrongly, the next receiver of the descriptor makes it again. A pass is expensive, because the kernel walks the list again for each page of
-text and blocks every locker meanwhile. So a pass is made only when somebody asks which buffers there are, or when the pool is full.
+The kernel prints that file in pieces, so a pass is believed only if its pieces overlap, and the lock must be missing in three such passes,
+a tick apart, before the record goes. A wrong judgment would cost the name and the torn mark. A pass is expensive, because the kernel walks
+the list again for each page of text and blocks every locker meanwhile. So a pass is made only when somebody asks which buffers there are,
+or when the pool is full.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Final, Self, TypeVar
 
-from dmabuf._native import OFF_ID, OwnedFd, Shm, watch_add, watch_open, watch_read
+from dmabuf._native import OFF_ID, OwnedFd, Shm, locks_seen, watch_add, watch_open, watch_read
 from dmabuf.domain.domain import TICK_NS, Domain
 from dmabuf.domain.forks import fork_lock
 from dmabuf.domain.local import Local
@@ -39,7 +40,7 @@ class Record:
 
     ``handles``: of this process, that are open. ``last``: of a kernel dma-buf, tells whether a descriptor is the last reference anywhere.
     ``resv_ref``: the object that stands for the reservation object in this process. ``resv``: if the exporter gave the buffer a reservation
-    object, the number of that one's record + 1.
+    object, the number of that one's record + 1; ``resv_gen``: that record's generation.
     """
 
     def __init__(self, domain: Domain, dev: int, ino: int, size: int, nonce: bytes, exp_name: bytes, home: bytes, kind: int) -> None:
@@ -52,7 +53,7 @@ class Record:
         self.handles = 0
         self.last: Callable[[int], bool] | None = None
         self.resv_ref: weakref.ref[object] | None = None
-        self.resv = 0
+        self.resv = self.resv_gen = 0
 
     def reference(self, name: bytes | None = None) -> None:
         """Find or make the record, and set this process's bit. ``name``: the buffer's, for a record that has to be made."""
@@ -62,7 +63,8 @@ class Record:
             self.index, self.gen = found[0], found[1]
             info = shm.rec_info(self.index)
             if info is not None:  # its maker knows more than a process that only has the descriptor
-                self.exp_name, self.home, self.resv = info["exp_name"], info["home"], info["resv"]
+                self.exp_name, self.home = info["exp_name"], info["home"]
+                self.resv, self.resv_gen = info["resv"], info["resv_gen"]
         else:
             self.index, self.gen, _ = self._create(shm, name)
         self.shm, self.life = shm, shm.life
@@ -289,7 +291,7 @@ def foreign_resv(record: Record) -> Record | None:
     table = _RESVS.of(record.domain)
     shm, index = record.domain.join(), record.resv - 1
     info = shm.rec_info(index)
-    if info is None or info["kind"] != KIND_RESV:
+    if info is None or info["kind"] != KIND_RESV or info["gen"] != record.resv_gen:
         raise _resv_gone(record)
     with _adding:
         found = table.get((index, info["gen"]))
@@ -307,15 +309,14 @@ def _resv_gone(record: Record) -> OSError:
     return fail(errno.ENODEV, "resv", f"buffer ino {record.ino}", "ask its exporter for a new buffer", what=what)
 
 
-def reference_locks() -> set[tuple[int, int]]:
-    """Return (st_dev, st_ino) of every file that has an OFD lock, from one pass over /proc/locks (proc(5))."""
-    found = set()
-    with needing_descriptors("look up", "reference locks in /proc"), open("/proc/locks", "rb") as f:
-        for line in f:
-            if b"OFDLCK" in line:
-                major, minor, ino = line.split()[-3].split(b":")
-                found.add((os.makedev(int(major, 16), int(minor, 16)), int(ino)))
-    return found
+def reference_locks() -> set[tuple[int, int]] | None:
+    """Return (st_dev, st_ino) of every file that has an OFD lock, from a pass over /proc/locks that misses none (proc(5)).
+
+    Return None if other programs lock and unlock so much that no pass can be believed.
+    """
+    with needing_descriptors("look up", "reference locks in /proc"):
+        found = locks_seen()
+    return None if found is None else set(found)
 
 
 def sweep(domain: Domain) -> int:
@@ -328,6 +329,8 @@ def sweep(domain: Domain) -> int:
     if not orphans or not shm.life:
         return 0
     locked, now, freed = reference_locks(), time.monotonic_ns(), 0
+    if locked is None:
+        return 0
     for index, gen, dev, ino, absent, since in orphans:
         if not ino:
             freed += shm.rec_free(index, gen)
@@ -350,5 +353,5 @@ def present(domain: Domain) -> list[int]:
     if gone:
         for _ in range(ABSENT_PASSES):  # a single pass may miss a lock that is there
             seen = reference_locks()
-            gone -= {index for index, _, dev, ino, *_ in orphans if ino and (dev, ino) in seen}
+            gone -= {index for index, _, dev, ino, *_ in orphans if ino and (seen is None or (dev, ino) in seen)}
     return [i for i in shm.rec_list() if i not in gone]

@@ -118,7 +118,7 @@ def _locks(proc: Path) -> Check:
                 os.close(other)
             st = os.fstat(fd)
             # One pass may miss a lock while others come and go.
-            if not any((st.st_dev, st.st_ino) in reference_locks() for _ in range(3)):
+            if not any((st.st_dev, st.st_ino) in (reference_locks() or ()) for _ in range(3)):
                 raise OSError(f"a lock is not seen in {proc}/locks")
         finally:
             os.close(fd)

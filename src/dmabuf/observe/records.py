@@ -142,12 +142,13 @@ def _unheld(infos: dict[int, dict[str, Any]], held: dict[tuple[int, int], list[H
         if not gone:
             break
         seen = records.reference_locks()
-        gone = {i for i in gone if (infos[i]["dev"], infos[i]["ino"]) not in seen}
+        gone = {i for i in gone if seen is not None and (infos[i]["dev"], infos[i]["ino"]) not in seen}
     return gone
 
 
 def _snapshot(shm: Shm, names: _Names, index: int, info: dict[str, Any], held: list[Holder]) -> BufferSnapshot:
-    resv = info["resv"] - 1 if info["resv"] else index
+    given = shm.rec_info(info["resv"] - 1) if info["resv"] else None  # None: it is gone, and the number may be another record's
+    resv = info["resv"] - 1 if given is not None and given["gen"] == info["resv_gen"] else index
     fences: list[FenceRecord] = []
     pending: list[FenceRecord] = []
     if entries := shm.resv_entries(resv, len(_USAGES) - 1, False):

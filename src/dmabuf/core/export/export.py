@@ -141,7 +141,8 @@ def make(
     shared = handle_of(buf).shared
     try:
         if resv is not None:
-            shm.rec_set_resv(shared.index, record_of(resv).ensure() + 1)
+            given = record_of(resv)
+            shm.rec_set_resv(shared.index, given.ensure() + 1, given.gen)
             shared.resv_ref = weakref.ref(resv)
         exported = Exported(exporter, ops, shared, cache, buf.resv, owner, private, prepare is not None)
         SERVERS.find("exported")(domain)
