@@ -1,6 +1,7 @@
 /* fence_methods.c - methods of Shm on handles of fences. */
 #include "domain/fence_methods.h"
 #include "domain/fence.h"
+#include "domain/resv_lock.h"
 #include "domain/step.h"
 
 static PyObject *fence_alloc(Shm *s, PyObject *args) {
@@ -44,6 +45,16 @@ static PyObject *fence_wait(Shm *s, PyObject *args) {
 static PyObject *py_fence_pending(Shm *s, PyObject *arg) {
   uint64_t h;
   return arg_u64(arg, &h) ? NULL : PyBool_FromLong(fence_pending(s, h, NULL));
+}
+
+static PyObject *fence_is_here(Shm *s, PyObject *arg) {
+  uint64_t h;
+  if (arg_u64(arg, &h)) return NULL;
+  db_fence *f;
+  int pending = fence_pending(s, h, &f);
+  uint64_t owner = pending ? atomic_load(&f->owner) : 0;
+  db_ctx *c = owner ? ctx_open_at(s, owner) : NULL;
+  return PyBool_FromLong(c && ctx_is_here(s, c));
 }
 
 static PyObject *fence_info(Shm *s, PyObject *arg) {
@@ -170,6 +181,8 @@ PyMethodDef fence_methods[] = {
            "Wait until the time, CLOCK_MONOTONIC ns, or -1 for no limit. Return 1: signaled, 0: out of time, -EINTR: interrupted."),
     {"fence_pending", (PyCFunction)py_fence_pending, METH_O,
      "fence_pending($self, handle, /)\n--\n\nReturn True if the fence is pending, False if it is signaled or past."},
+    METHOD(fence_is_here, METH_O, "($self, handle, /)",
+           "Return True if a pending fence is that of an access of the running thread, or of a task that runs in it."),
     METHOD(fence_info, METH_O, "($self, handle, /)", "Return what the fence's slot says, None for a past generation."),
     METHOD(fence_share, METH_O, "($self, handle, /)", "Note that others than the owner may know a fence. Return whether it is pending."),
     METHOD(fence_watch, METH_O, "($self, handle, /)",

@@ -12,6 +12,8 @@
 #include "domain/step.h"
 #include "domain/table.h"
 #include "domain/ticker.h"
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "the futex is the low half of the lock word: little-endian only"
@@ -27,6 +29,10 @@ db_resv *resv_of(Shm *s, uint32_t rec) {
 db_ctx *ctx_open_at(Shm *s, uint64_t word) {
   db_ctx *c = ctx_at(s, CTX_INDEX(word));
   return c && atomic_load(&c->gen) == CTX_GEN(word) && atomic_load(&c->life) ? c : NULL;
+}
+
+int ctx_is_here(Shm *s, db_ctx *c) {
+  return my_life(s) && atomic_load(&c->life) == my_life(s) && atomic_load(&c->tid) == (uint32_t)syscall(SYS_gettid);
 }
 
 static inline a32 *lock_futex(db_resv *r) { return (a32 *)&r->lock; }
@@ -104,6 +110,10 @@ int resv_take(Shm *s, db_resv *r, uint64_t me, int acquired, int interruptible, 
       if (w & CTX_WAITERS) wake_waiters(r);
       waited = 1;
       continue;
+    }
+    if (holder && ctx_is_here(s, holder)) {
+      result = -EBUSY;
+      break;
     }
     STEP(resv_looked); /* it will wait: nothing has changed yet */
     if (!(w & CTX_WAITERS) && !atomic_compare_exchange_strong(&r->lock, &w, w | CTX_WAITERS)) continue;
@@ -198,7 +208,7 @@ PyMethodDef resv_lock_methods[] = {
            "Args:\n"
            "    ctx: The word of the context that locks.\n"
            "    acquired: How many locks it holds already.\n"
-           "    trylock: Return -EBUSY instead of waiting.\n"
+           "    trylock: Return -EBUSY instead of waiting. Without it, -EBUSY says that another task of this thread holds the lock.\n"
            "    until: CLOCK_MONOTONIC ns, or -1 for no limit."),
     METHOD(resv_unlock, METH_VARARGS, "($self, rec, ctx, /)", "Unlock. Return False if the context does not hold the lock."),
     METHOD(resv_owner, METH_O, "($self, rec, /)", "Return the word of the living owner's context, 0: unlocked."),

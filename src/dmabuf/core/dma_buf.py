@@ -94,7 +94,8 @@ class DmaBuf(Face, Closing):
             ClosedError: The handle is closed (EBADF).
             DmaBufTimeout: A writer did not finish in time (ETIMEDOUT).
             OwnerDeadError, CanceledError: The last writer died or raised, so the content is torn (EOWNERDEAD, ECANCELED).
-            DeadlockError: This thread or task is already inside a block of the buffer, or accesses wait in a cycle (EDEADLK).
+            DeadlockError: This thread or task is already inside a block of the buffer; another task of this thread is, and the wait would
+                stop it; or accesses wait in a cycle (EDEADLK).
         """
         return Access(self, self._handle, False, timeout)
 
@@ -111,7 +112,8 @@ class DmaBuf(Face, Closing):
             ClosedError: The handle is closed (EBADF).
             NotPermittedError: The descriptor is read-only (EACCES).
             DmaBufTimeout: A reader or writer did not finish in time (ETIMEDOUT).
-            DeadlockError: This thread or task is already inside a block of the buffer, or accesses wait in a cycle (EDEADLK).
+            DeadlockError: This thread or task is already inside a block of the buffer; another task of this thread is, and the wait would
+                stop it; or accesses wait in a cycle (EDEADLK).
             BufferError: At the end of the block, an array or slice made from the view is still in use.
         """
         return Access(self, self._handle, True, timeout)

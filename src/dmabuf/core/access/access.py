@@ -9,7 +9,8 @@ A writer that raises or dies while GRANTED leaves the content *torn*. The record
 while WAITING has written nothing.
 
 An access belongs to the thread or task that entered it. In a forked child the end of the block has no effect. An access that would wait for
-another one of its own thread or task raises EDEADLK at once. In a cycle of accesses, the youngest raises EDEADLK at a tick.
+another one of its own thread or task raises EDEADLK at once. So does one without ``async`` that would stop the thread whose other task, or
+greenlet, it waits for. In a cycle of accesses, the youngest raises EDEADLK at a tick.
 """
 
 from __future__ import annotations
@@ -170,6 +171,10 @@ class Access:
             locked_here(self)
         if error == errno.ETIMEDOUT:
             raise self.timed_out()
+        if error == errno.EBUSY:
+            remedy = "don't await, or switch to another greenlet, while you hold the lock"
+            what = "another task of this thread holds its reservation lock, and can't go on meanwhile"
+            raise fail(errno.EDEADLK, self.operation, self.handle, remedy, what=what)
         if error == errno.EDEADLK:
             raise fail(
                 errno.EDEADLK,
@@ -349,11 +354,14 @@ def wait(parts: Sequence[Access], owner: Owner, pending: Sequence[int], until: i
     """Wait until nothing blocks the accesses."""
     shm = parts[0]._shm
     ask(owner.domain, pending)
+    for fence in pending:
+        if shm.fence_is_here(fence):
+            raise _stalled(parts)
     try:
         for fence in pending:
             if not shm.fence_pending(fence):
                 continue
-            publish(owner, fence)
+            publish(owner, fence, blocking=True)
             step("access_waiting")
             if not shm.fence_wait(fence, until, False):
                 raise parts[0].timed_out()
@@ -364,6 +372,14 @@ def wait(parts: Sequence[Access], owner: Owner, pending: Sequence[int], until: i
         kernel = part.handle.kernel()
         if kernel is not None and not kernel.wait_kernel(part.handle, part.write, until):
             raise part.timed_out("a kernel fence")
+
+
+def _stalled(parts: Sequence[Access]) -> OSError:
+    """Return the error of an access whose wait would keep another task of its thread from leaving its block."""
+    remedy = "wait with `async with`, let one task or greenlet of a thread use the buffer at a time, or delete arrays made from its view"
+    what = "another task or greenlet of this thread is inside a block of the buffer, and can't leave it while the thread waits"
+    named = parts[0].handle if len(parts) == 1 else "buffers"
+    return fail(errno.EDEADLK, parts[0].operation if len(parts) == 1 else "access", named, remedy, what=what)
 
 
 async def wait_async(parts: Sequence[Access], owner: Owner, pending: Sequence[int], until: int) -> None:

@@ -120,7 +120,8 @@ def access(*, read: Sequence[Buffer] = (), write: Sequence[Buffer] = (), timeout
         CrossDomainError: The buffers belong to several domains (EXDEV).
         ClosedError: A handle is closed (EBADF).
         DmaBufTimeout: A block of another process did not end in time (ETIMEDOUT).
-        DeadlockError: This thread or task is already inside a block of one of them (EDEADLK).
+        DeadlockError: This thread or task is already inside a block of one of them, or another task of this thread is, and the wait would
+            stop it (EDEADLK).
         OwnerDeadError, CanceledError: The last writer of a buffer to read died or raised (EOWNERDEAD, ECANCELED).
         TypeError: ``read`` or ``write`` is no list of buffers. For ranges see ``BufferRange.of``.
     """

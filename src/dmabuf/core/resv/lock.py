@@ -114,6 +114,9 @@ class ResvLock:
         shm, index = self._record.at()
         answer = shm.resv_hold(taken, self, index, owner, ctx, slow, interruptible, False, until)
         if answer < 0:
+            if answer == -errno.EBUSY:
+                remedy = "don't await, or switch to another greenlet, while you hold the lock"
+                raise fail(errno.EDEADLK, operation, self, remedy, what="another task of this thread holds it, which can't go on meanwhile")
             if answer == -errno.EDEADLK:
                 if ctx is None:
                     self._recursive(operation, 4)

@@ -16,6 +16,7 @@ from dmabuf.core.task import waiting
 from dmabuf.core.task.pause import Pause
 from dmabuf.domain.domain import Domain
 from dmabuf.domain.local import Local
+from dmabuf.domain.weak_objects import WeakObjects
 from dmabuf.errors import fail
 
 _CYCLE_LIMIT = 256
@@ -24,15 +25,18 @@ _CYCLE_LIMIT = 256
 class Owner(Context):
     """One thread or task in one domain; ``word`` names its context, and ``locks`` counts the reservation locks that it holds."""
 
-    __slots__ = ("__weakref__", "awaiting", "domain", "name", "open_context", "wait_stamp")
+    __slots__ = ("__weakref__", "awaiting", "blocked", "domain", "name", "open_context", "stalled", "tid", "wait_stamp", "waits_for")
 
     def __init__(self, domain: Domain, name: str) -> None:
         self.domain = domain
         self.name = name
-        self.wait_stamp = 0
-        self.awaiting: Pause | None = None  # where its task waits for an access
+        self.wait_stamp = self.waits_for = 0  # when its wait for an access began, and the fence
+        self.awaiting: Pause | None = None  # where its task waits for that
+        self.blocked = 0  # or the native id of the thread that waits, and in which no other task runs meanwhile
+        self.stalled: list[Owner] = []  # those tasks, once a tick has found the wait to last
+        self.tid = threading.get_native_id()
         self.open_context: weakref.ref[Context] | None = None  # the WwAcquireContext that it made last
-        domain.ctx_open(self, threading.get_native_id(), False)
+        domain.ctx_open(self, self.tid, False)
 
 
 class _Thread(threading.local):
@@ -42,10 +46,11 @@ class _Thread(threading.local):
 
 
 class _Owners:
-    """The owners of this process in one domain. ``waiting``: those that wait for an access."""
+    """The owners of this process in one domain. ``all``: every one; ``waiting``: those that wait for an access."""
 
     def __init__(self, domain: Domain) -> None:
         self.thread = _Thread()
+        self.all: WeakObjects[Owner] = WeakObjects()
         self.tasks: weakref.WeakKeyDictionary[object, Owner] = weakref.WeakKeyDictionary()
         self.waiting: dict[Owner, None] = {}
         me = weakref.ref(domain)
@@ -71,10 +76,12 @@ def current(domain: Domain) -> Owner:
         owner = owners.tasks.get(task)
         if owner is None or owner.life != life:
             owner = owners.tasks[task] = Owner(domain, waiting.name_of(task))
+            owners.all.add(owner)
         return owner
     mine = owners.thread.owner
     if mine is None or mine.life != life:
         mine = owners.thread.owner = Owner(domain, threading.current_thread().name)
+        owners.all.add(mine)
     return mine
 
 
@@ -88,22 +95,39 @@ def acting(owner: Owner, call: Callable[[], object]) -> None:
         thread.owner = before
 
 
-def publish(owner: Owner, handle: int) -> None:
-    """Publish the fence that the owner is about to wait for; 0 when it no longer waits."""
+def publish(owner: Owner, handle: int, *, blocking: bool = False) -> None:
+    """Publish the fence that the owner is about to wait for; 0 when it no longer waits. ``blocking``: the running thread waits."""
     shm = owner.domain.shm
     owners = _OWNERS.of(owner.domain)
     if handle:
         if not owner.wait_stamp:
             owner.wait_stamp = owner.domain.shm.add64(OFF_STAMP, 1)
+        owner.waits_for = handle
+        owner.blocked = threading.get_native_id() if blocking else 0
         owners.waiting[owner] = None
     else:
-        owner.wait_stamp = 0
+        owner.wait_stamp = owner.blocked = 0
         owners.waiting.pop(owner, None)
+        if owner.stalled:
+            for other in owner.stalled:
+                shm.ctx_waits(other.word, 0, 0)
+            owner.stalled = []
     shm.ctx_waits(owner.word, handle, owner.wait_stamp)
 
 
+def _stall(owners: _Owners, owner: Owner) -> None:
+    """Publish that the other tasks of the thread that ``owner`` keeps waiting can't go on either, for other processes and threads."""
+    if not owner.stalled:
+        owner.stalled = [other for other in owners.all if other.tid == owner.blocked and other not in owners.waiting]
+    for other in owner.stalled:
+        owner.domain.shm.ctx_waits(other.word, owner.waits_for, owner.wait_stamp)
+
+
 def youngest_in_cycle(owner: Owner) -> bool:
-    """Return True if the owner is in a cycle of waits for accesses, and began its wait last of all in it."""
+    """Return True if the owner is in a cycle of waits for accesses, and began its wait last of all in it.
+
+    The cycle may go through another task of the thread that the owner keeps waiting.
+    """
     shm = owner.domain.shm
     word, youngest = owner.word, owner.wait_stamp
     for _ in range(_CYCLE_LIMIT):
@@ -115,7 +139,7 @@ def youngest_in_cycle(owner: Owner) -> bool:
             return False
         word = fence["owner"]
         youngest = max(youngest, context[5])
-        if word == owner.word:
+        if word == owner.word or (owner.blocked and (found := shm.ctx_info(word)) is not None and found[:2] == (owner.life, owner.blocked)):
             return youngest == owner.wait_stamp
     return False
 
@@ -131,11 +155,16 @@ def _end_deadlocks(domain: Domain, kind: int) -> None:
     owners = _OWNERS.peek(domain)
     if owners is None:
         return
-    mine = owners.thread.owner
+    here = threading.get_native_id()
     for owner in list(owners.waiting):
-        if owner.life != domain.shm.life or not youngest_in_cycle(owner):
+        if owner.life != domain.shm.life:
+            continue
+        blocks = owner.blocked == here and kind == TICK_FENCE
+        if blocks:
+            _stall(owners, owner)
+        if not youngest_in_cycle(owner):
             continue
         if owner.awaiting is not None:
             owner.awaiting.end(deadlock("access", "a buffer"))
-        elif owner is mine and kind == TICK_FENCE:
+        elif blocks:
             raise deadlock("access", "a buffer")
