@@ -105,7 +105,7 @@ def test_poll_fd_in_two_threads_is_canceled_by_close(monkeypatch: pytest.MonkeyP
         resv.reserve(1)
         resv.add(fence, dmabuf.Usage.WRITE)
     before = set(os.listdir("/proc/self/fd"))
-    fds = meeting(monkeypatch, poll, "WeakObjects", lambda: buf.poll_fd(1))
+    fds = meeting(monkeypatch, poll, "_PollFds", lambda: buf.poll_fd(1))
     buf.close()
     for fd in fds:
         os.close(fd)
