@@ -23,7 +23,7 @@ FACE = "__init__.py"
 LINES = 550
 MOST_PRIVATE = 10
 # Documented names of the standard library that begin with an underscore, and the receivers that mean the object itself.
-_FOREIGN = ("_asdict", "_exit", "_fields", "_get_running_loop", "_getframe", "_replace")
+_FOREIGN = ("_asdict", "_current_frames", "_exit", "_fields", "_get_running_loop", "_getframe", "_replace")
 _SELF = ("self", "cls")
 
 # (file below src/dmabuf, private name): why the module uses it.

@@ -116,6 +116,13 @@ static PyObject *owned_reopen(OwnedFd *self, PyObject *args) {
   return fd < 0 ? fd_error("reopen", self->number) : owned_fd(fd, false);
 }
 
+static PyObject *owned_renew(OwnedFd *self, PyObject *args) {
+  long long byte;
+  if (!PyArg_ParseTuple(args, "L:renew", &byte)) return NULL;
+  if (fd_renew(self->number, &self->id, byte)) return fd_error("renew", self->number);
+  Py_RETURN_NONE;
+}
+
 static PyObject *owned_set_lock(OwnedFd *self, PyObject *args) {
   int kind, wait = 0, r;
   long long start, length = 1;
@@ -233,6 +240,8 @@ static PyMethodDef methods[] = {
     OWNED(close, METH_NOARGS, "($self, /)", "Close the descriptor, unless the number is another file's now. Closing twice has no effect."),
     OWNED(dup, METH_NOARGS, "($self, /)", "Return a duplicate, which exec doesn't inherit."),
     OWNED(reopen, METH_VARARGS, "($self, flags=O_RDWR, /)", "Return another open file description of the file, opened through /proc."),
+    OWNED(renew, METH_VARARGS, "($self, byte, /)",
+          "Give the descriptor a new open file description of the file, with a read lock on a byte. Duplicates keep the old one."),
     OWNED(set_lock, METH_VARARGS, "($self, kind, start, length=1, wait=False, /)",
           "Set an open-file-description lock (fcntl(2)). Return False if the lock of another description conflicts."),
     OWNED(get_lock, METH_VARARGS, "($self, start, length=1, kind=F_WRLCK, /)",

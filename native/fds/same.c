@@ -52,6 +52,19 @@ int fd_reopen(int fd, const fd_id *id, int flags) {
   return made(open(path, flags | O_CLOEXEC | O_NONBLOCK | O_NOCTTY), id);
 }
 
+int fd_renew(int fd, const fd_id *id, long long byte) {
+  struct flock lock = {.l_type = F_RDLCK, .l_whence = SEEK_SET, .l_start = byte, .l_len = 1};
+  int made = fd_reopen(fd, id, O_RDWR), result = -1;
+  if (made < 0) return -1;
+  int flags = fcntl(fd, F_GETFD);
+  if (!fcntl(made, F_OFD_SETLK, &lock) && flags >= 0 && fd_is(fd, id))
+    result = dup3(made, fd, flags & FD_CLOEXEC ? O_CLOEXEC : 0) < 0 ? -1 : 0;
+  int error = errno;
+  close(made);
+  errno = error;
+  return result;
+}
+
 int fd_set_lock(int fd, const fd_id *id, int kind, long long start, long long length, bool wait) {
   struct flock lock = {.l_type = (short)kind, .l_whence = SEEK_SET, .l_start = start, .l_len = length};
   if (!fd_is(fd, id)) return -1;

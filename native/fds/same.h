@@ -23,7 +23,8 @@ bool stat_is(const struct stat *st, const fd_id *id);
 /* Each of these compares. -1 with errno, ESTALE if the descriptor is another one, or none. */
 int fd_close(int fd, const fd_id *id); /* a descriptor of somebody else stays open */
 int fd_dup(int fd, const fd_id *id, int command, int lowest);
-int fd_reopen(int fd, const fd_id *id, int flags); /* through /proc: another open file description of the file */
+int fd_reopen(int fd, const fd_id *id, int flags);     /* through /proc: another open file description of the file */
+int fd_renew(int fd, const fd_id *id, long long byte); /* give the number a new description of the file, with a read lock on the byte */
 int fd_set_lock(int fd, const fd_id *id, int kind, long long start, long long length, bool wait); /* 1; 0: another one's lock conflicts */
 int fd_get_lock(int fd, const fd_id *id, int kind, long long start, long long length); /* 1: another description's lock is there */
 

@@ -241,6 +241,21 @@ class SharedFile:
         except ClosedError:
             return False  # somebody else closed it: a lock on another file would prove nothing
 
+    def is_alone(self) -> bool:
+        """Return True if nothing but this object has a descriptor that travels: no process, message, forked child or duplicate.
+
+        All of those share one description with this object, so its locks don't tell them apart. Therefore this object takes a new one. The
+        old one keeps its read lock as long as anything has it. The locks are in order at every instant, if a signal handler raises.
+        """
+        try:
+            set_lock(self._fd, fcntl.F_RDLCK, _REFERENCE_LOCK)  # perhaps such a handler left the write lock
+            self._fd.renew(_REFERENCE_LOCK)
+            alone = set_lock(self._fd, fcntl.F_WRLCK, _REFERENCE_LOCK)
+            set_lock(self._fd, fcntl.F_RDLCK, _REFERENCE_LOCK)
+        except OSError:
+            return False  # no descriptor is free to look with, or somebody else closed this one
+        return alone
+
     def close(self) -> None:
         """Close everything. Closing twice has no effect."""
         self._fd.close()

@@ -11,6 +11,7 @@ is made under its lock, in one step that a death leaves done or not done.
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import errno
 import math
@@ -32,6 +33,7 @@ from dmabuf.core.fence.wait_any import wait_any
 from dmabuf.core.sync.eventfd_notice import EventfdNotice, deferring
 from dmabuf.core.sync.semaphore_state import EMPTY, TIMELINE, Leaf, State, added, leaves_at, packed, unpacked, without_signaled
 from dmabuf.core.sync.shared_object import SharedObject
+from dmabuf.core.sync.submitters import LOOK_S, nobody_left
 from dmabuf.core.sync.sync_file import SyncFile
 from dmabuf.domain.domain import Domain
 from dmabuf.domain.local import Local
@@ -159,6 +161,13 @@ class TimelineSemaphore(SharedObject):
             self._file.write(_EVENT, _HANDLE.pack(handle))
             step("sem_event")
         return wrap(domain, handle)
+
+    def _is_submission(self, fence: DmaFence) -> bool:
+        """Return True if a fence that :meth:`_blocking` returned stands for a submission."""
+        return bool(fence.flags & FF_ANYBODY) and fence.handle == self._event()
+
+    def _nobody_left(self) -> bool:
+        return nobody_left(self._file, self.domain)
 
     def _blocking(self, point: int, operation: str, *, for_submit: bool, available: bool) -> DmaFence | None:
         """Return the fence to wait for next, None when there is none. Raises EINVAL if the point has no fence, EBADF if it was closed."""
@@ -355,6 +364,7 @@ class TimelineSemaphore(SharedObject):
             DmaBufTimeout: The time is over (ETIME).
             InvalidError: The point is out of range, or has no fence and neither ``for_submit`` nor ``available`` is set, or the timeout is
                 negative (EINVAL).
+            DeadlockError: The point has no fence, and nobody else is left who could submit one (EDEADLK).
             InterruptedWaitError: A signal arrived, and ``interruptible`` is set (EINTR).
         """
         self._check("wait")
@@ -446,6 +456,7 @@ def wait_semaphores(
             ``available`` is set; the timeout or the deadline is negative (EINVAL).
         NotFoundError: A semaphore is closed (ENOENT).
         CrossDomainError: They belong to several domains (EXDEV).
+        DeadlockError: A point has no fence, and nobody else is left who could submit one (EDEADLK).
         InterruptedWaitError: A signal arrived (EINTR).
     """
     found = [_held(semaphore, "wait") for semaphore in semaphores]
@@ -462,8 +473,9 @@ def wait_semaphores(
         raise fail(errno.EXDEV, "wait", named, "wait for those of each domain separately", what="they belong to several domains")
     for semaphore in found:
         semaphore.domain.join()
+    looked = False
     while True:
-        blocking: list[DmaFence] = []
+        blocking: list[tuple[TimelineSemaphore, DmaFence]] = []
         for index, (semaphore, point) in enumerate(zip(found, wanted, strict=True)):
             fence = semaphore._blocking(point, "wait", for_submit=for_submit, available=available)
             if fence is None:
@@ -472,14 +484,19 @@ def wait_semaphores(
                 continue
             if deadline is not None:
                 fence.set_deadline(deadline)
-            blocking.append(fence)
+            blocking.append((semaphore, fence))
         if not blocking:
             return 0, seconds_left(until)
         left = math.inf if until < 0 else max(0.0, (until - time.monotonic_ns()) / 1e9)
         if not left:
             raise fail(errno.ETIME, "wait", named, "wait longer, or see with query() which one is late", what="timed out")
         waits = blocking[:1] if all else blocking
-        wait_any(waits, None if until < 0 else left, interruptible=interruptible)
+        if builtins.all(semaphore._is_submission(fence) for semaphore, fence in waits):
+            if looked and builtins.all(semaphore._nobody_left() for semaphore, _ in waits):
+                what = "no point has a fence, and nobody else has the semaphore, so nobody can submit one"
+                raise fail(errno.EDEADLK, "wait", waits[0][0] if all else named, "submit the point before waiting for it", what=what)
+            looked, left = True, min(left, LOOK_S)
+        wait_any([fence for _, fence in waits], None if left == math.inf else left, interruptible=interruptible)
 
 
 def _held(semaphore: TimelineSemaphore, operation: str) -> TimelineSemaphore:
