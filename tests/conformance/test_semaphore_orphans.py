@@ -120,6 +120,31 @@ def test_wait_of_the_last_holder_is_edeadlk(child: Spawn, timeout: float | None)
     assert other.result() == errno.EDEADLK
 
 
+def waits_beside(parent: Parent) -> str:
+    (sem,) = dmabuf.recv(parent.sock)
+    real = semaphores.nobody_left
+
+    def look(file: SharedFile, domain: dmabuf.Domain) -> bool:
+        parent.send("looks")
+        parent.recv()
+        return real(file, domain)
+
+    semaphores.nobody_left = look  # type: ignore[attr-defined]
+    sem.wait(1, for_submit=True)
+    sem.close()
+    return "reached"
+
+
+def test_wait_ends_by_what_the_last_other_holder_submits_as_it_looks(child: Spawn) -> None:
+    other, sem = child(waits_beside), TimelineSemaphore()
+    dmabuf.send(other.sock, sem)
+    assert other.recv() == "looks"
+    sem.signal(1)
+    sem.close()
+    other.send("look")
+    assert other.result() == "reached"
+
+
 def holds(parent: Parent) -> None:
     (sem,) = dmabuf.recv(parent.sock)
     parent.send("holds")

@@ -473,7 +473,7 @@ def wait_semaphores(
         raise fail(errno.EXDEV, "wait", named, "wait for those of each domain separately", what="they belong to several domains")
     for semaphore in found:
         semaphore.domain.join()
-    looked = False
+    looked = orphaned = False
     while True:
         blocking: list[tuple[TimelineSemaphore, DmaFence]] = []
         for index, (semaphore, point) in enumerate(zip(found, wanted, strict=True)):
@@ -492,9 +492,12 @@ def wait_semaphores(
             raise fail(errno.ETIME, "wait", named, "wait longer, or see with query() which one is late", what="timed out")
         waits = blocking[:1] if all else blocking
         if builtins.all(semaphore._is_submission(fence) for semaphore, fence in waits):
-            if looked and builtins.all(semaphore._nobody_left() for semaphore, _ in waits):
+            if orphaned:
                 what = "no point has a fence, and nobody else has the semaphore, so nobody can submit one"
                 raise fail(errno.EDEADLK, "wait", waits[0][0] if all else named, "submit the point before waiting for it", what=what)
+            orphaned = looked and builtins.all(semaphore._nobody_left() for semaphore, _ in waits)
+            if orphaned:
+                continue  # nothing changes any more, so one more look tells whether the last of the others submitted before it left
             looked, left = True, min(left, LOOK_S)
         wait_any([fence for _, fence in waits], None if left == math.inf else left, interruptible=interruptible)
 
