@@ -16,6 +16,7 @@
 #include "domain/reap.h"
 #include "domain/step.h"
 #include "domain/ticker.h"
+#include "later.h"
 #include <stdlib.h>
 #include <unistd.h>
 
@@ -108,7 +109,7 @@ static void free_lists(endings *e) {
 /* What follows the end of fences, but not callbacks: remove(life), and sync files become readable. Nothing is locked. */
 static void finish_outside(Shm *s, uint32_t life, PyObject *remove, endings *e) {
   PyObject *x = PyObject_CallFunction(remove, "I", life);
-  if (!x) PyErr_WriteUnraisable(remove);
+  if (!x) report_later(remove);
   Py_XDECREF(x);
   STEP(reap_outside); /* ALIVE: the next reaper does it again */
   for (uint32_t i = 0; i < e->sync.count; i++) {

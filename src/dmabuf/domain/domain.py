@@ -31,6 +31,7 @@ from dmabuf._native import (
     Shm,
     TimelineSlot,
     probe_fd,
+    unraisable,
 )
 from dmabuf.domain import lives, place
 from dmabuf.domain.directory import remove_socket
@@ -232,8 +233,11 @@ class Domain:
         and records, it may look at as before, and the next operation that needs a life joins again.
         """
         shm = self.shm
-        if shm.life:  # a forked child that hasn't joined has the parent's hooks, until a join forgets them
-            self.leave_hooks.call_once()
+        while shm.life and self.leave_hooks:  # a forked child that hasn't joined has the parent's hooks, until a join forgets them
+            try:
+                self.leave_hooks.call_once()
+            except Exception as e:  # the hooks after it are called, too, and the life ends
+                unraisable(e, self)
         ended: list[int] = []
         with self.lock, contextlib.ExitStack() as locked:
             try:

@@ -64,6 +64,10 @@ class Hooks(Generic[P]):
         """The names of the hooks, oldest first."""
         return iter(tuple(self._hooks))
 
+    def __bool__(self) -> bool:
+        """Whether a hook is installed."""
+        return bool(self._hooks)
+
     def __contains__(self, name: str) -> bool:
         return name in self._hooks
 
