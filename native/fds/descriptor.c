@@ -9,6 +9,7 @@
 #include "fds/fds.h"
 #include "fds/same.h"
 #include <fcntl.h>
+#include <sys/socket.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -225,7 +226,63 @@ static PyObject *fd_of(PyObject *module, PyObject *args) {
   return owned_fd((int)syscall(SYS_pidfd_getfd, pidfd, theirs, 0), false);
 }
 
+/* Call a function that returns a new descriptor, and own that in the same step. */
+static PyObject *owned(PyObject *module, PyObject *const *a, Py_ssize_t n) {
+  if (n < 1) return PyErr_Format(PyExc_TypeError, "owned() takes a function and its arguments");
+  PyObject *made = PyObject_Vectorcall(a[0], a + 1, (size_t)n - 1, NULL);
+  if (!made) return NULL;
+  int number = (int)PyLong_AsLong(made);
+  Py_DECREF(made);
+  return PyErr_Occurred() ? NULL : owned_fd(number, false);
+}
+
+PyObject *owned_fds(const void *numbers, Py_ssize_t count) {
+  PyObject *list = PyList_New(0);
+  for (Py_ssize_t i = 0; i < count; i++) {
+    int fd;
+    memcpy(&fd, (const char *)numbers + (size_t)i * sizeof fd, sizeof fd);
+    if (!list)
+      close(fd); /* an error has come already: the rest must not stay open */
+    else if (list_add(list, owned_fd(fd, false)))
+      Py_CLEAR(list);
+  }
+  return list;
+}
+
+/* What socket.recvmsg() returns, with its descriptors owned: (data, descriptors, [(level, type, bytes)], flags). */
+static PyObject *owned_rights(PyObject *module, PyObject *received) {
+  PyObject *data, *control, *address, *fds = PyList_New(0), *rest = PyList_New(0), *result = NULL;
+  int flags;
+  if (fds && rest && PyArg_ParseTuple(received, "OO!iO", &data, &PyList_Type, &control, &flags, &address)) {
+    Py_ssize_t i, n = PyList_GET_SIZE(control);
+    for (i = 0; i < n; i++) {
+      PyObject *item = PyList_GET_ITEM(control, i);
+      int level, kind;
+      const char *bytes;
+      Py_ssize_t length;
+      if (!PyArg_ParseTuple(item, "iiy#", &level, &kind, &bytes, &length)) break;
+      if (level != SOL_SOCKET || kind != SCM_RIGHTS) {
+        if (PyList_Append(rest, item)) break;
+        continue;
+      }
+      PyObject *some = owned_fds(bytes, length / (Py_ssize_t)sizeof(int));
+      if (!some || PyList_SetSlice(fds, PY_SSIZE_T_MAX, PY_SSIZE_T_MAX, some)) {
+        Py_XDECREF(some);
+        break;
+      }
+      Py_DECREF(some);
+    }
+    if (i == n) result = Py_BuildValue("OOOi", data, fds, rest, flags);
+  }
+  Py_XDECREF(fds);
+  Py_XDECREF(rest);
+  return result;
+}
+
 static PyMethodDef functions[] = {
+    METHOD(owned, METH_FASTCALL, "($module, fn, /, *args)", "Return the new descriptor that fn(*args) returns, as OwnedFd, in one call."),
+    METHOD(owned_rights, METH_O, "($module, received, /)",
+           "Return (data, descriptors, control, flags) for what socket.recvmsg() returned, with each descriptor as OwnedFd."),
     METHOD(
         fd_of, METH_VARARGS, "($module, pidfd, number, /)",
         "Return a duplicate of another process's descriptor, as OwnedFd. The kernel asks the rights of ptrace(2) for it (pidfd_getfd(2))."),

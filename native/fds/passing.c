@@ -65,14 +65,23 @@ static PyObject *send_one(PyObject *module, PyObject *const *a, Py_ssize_t n) {
   }
 }
 
-static PyObject *raw(struct msghdr *h, const char *data, ssize_t n) { /* (data, [(level, type, bytes)], flags) */
-  PyObject *list = PyList_New(0);
-  for (struct cmsghdr *c = CMSG_FIRSTHDR(h); list && c; c = CMSG_NXTHDR(h, c)) {
+static PyObject *raw(struct msghdr *h, const char *data, ssize_t n) { /* (data, [OwnedFd], [(level, type, bytes)], flags) */
+  PyObject *list = PyList_New(0), *fds = PyList_New(0);
+  for (struct cmsghdr *c = CMSG_FIRSTHDR(h); c; c = CMSG_NXTHDR(h, c)) { /* to the end, whatever fails: no descriptor must stay open */
     size_t most = (size_t)((char *)h->msg_control + h->msg_controllen - (char *)CMSG_DATA(c)), length = c->cmsg_len - CMSG_LEN(0);
-    PyObject *item = Py_BuildValue("iiy#", c->cmsg_level, c->cmsg_type, (char *)CMSG_DATA(c), (Py_ssize_t)(length < most ? length : most));
-    if (list_add(list, item)) Py_CLEAR(list);
+    if (length > most) length = most;
+    if (c->cmsg_level == SOL_SOCKET && c->cmsg_type == SCM_RIGHTS) {
+      PyObject *some = owned_fds(CMSG_DATA(c), (Py_ssize_t)(length / sizeof(int)));
+      if (!some || !fds || PyList_SetSlice(fds, PY_SSIZE_T_MAX, PY_SSIZE_T_MAX, some)) Py_CLEAR(fds);
+      Py_XDECREF(some);
+    } else if (list && list_add(list, Py_BuildValue("iiy#", c->cmsg_level, c->cmsg_type, (char *)CMSG_DATA(c), (Py_ssize_t)length))) {
+      Py_CLEAR(list);
+    }
   }
-  return list ? Py_BuildValue("y#Ni", data, (Py_ssize_t)n, list, h->msg_flags) : NULL;
+  if (list && fds) return Py_BuildValue("y#NNi", data, (Py_ssize_t)n, fds, list, h->msg_flags);
+  Py_XDECREF(list);
+  Py_XDECREF(fds);
+  return NULL;
 }
 
 static int is_one_buffer(const message *x, ssize_t bytes, struct msghdr *h, const char *magic) {
@@ -120,8 +129,8 @@ static PyObject *recv_one(PyObject *module, PyObject *const *a, Py_ssize_t n) {
     struct stat st;
     memcpy(&fd, CMSG_DATA(CMSG_FIRSTHDR(&h)), sizeof fd);
     if (buffer_is_sealed(fd, &st) && st.st_dev == x->dev && st.st_ino == x->ino && buffer_reference(fd))
-      return Py_BuildValue("iy#KKy#LIy#", fd, x->domain, (Py_ssize_t)8, (unsigned long long)x->dev, (unsigned long long)x->ino, x->nonce,
-                           (Py_ssize_t)16, (long long)st.st_size, x->flags, x->name, (Py_ssize_t)32);
+      return Py_BuildValue("Ny#KKy#LIy#", owned_fd(fd, false), x->domain, (Py_ssize_t)8, (unsigned long long)x->dev,
+                           (unsigned long long)x->ino, x->nonce, (Py_ssize_t)16, (long long)st.st_size, x->flags, x->name, (Py_ssize_t)32);
   }
   return raw(&h, data.bytes, r);
 }
@@ -130,11 +139,12 @@ static PyMethodDef functions[] = {
     METHOD(
         send_one, METH_FASTCALL, "($module, sock, message, fd, /)",
         "Send a message with one descriptor. Return the bytes sent, or -errno: -ESTALE if it is not of the inode that the message names."),
-    METHOD(recv_one, METH_FASTCALL, "($module, sock, most, magic, /)",
-           "Receive a message of at most that many bytes.\n\n"
-           "Returns:\n"
-           "    (fd, domain id, dev, ino, nonce, size, flags, name) of one buffer, which has the reference lock then; the raw message as\n"
-           "    (data, [(level, type, bytes)], flags); or -errno."),
+    METHOD(
+        recv_one, METH_FASTCALL, "($module, sock, most, magic, /)",
+        "Receive a message of at most that many bytes.\n\n"
+        "Returns:\n"
+        "    (OwnedFd, domain id, dev, ino, nonce, size, flags, name) of one buffer, which has the reference lock then; the raw message\n"
+        "    as (data, [OwnedFd], [(level, type, bytes)], flags); or -errno."),
     {0}};
 
 int passing_register(PyObject *module) { return PyModule_AddFunctions(module, functions); }

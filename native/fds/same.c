@@ -119,6 +119,24 @@ static PyObject *close_same(PyObject *module, PyObject *const *a, Py_ssize_t n) 
   return PyBool_FromLong(!r);
 }
 
+/* Close the descriptor whose number is an attribute, which is -1 afterwards: in one call, so that a signal handler that raises can't come
+ * between the two. */
+static PyObject *close_attribute(PyObject *module, PyObject *const *a, Py_ssize_t n) {
+  if (n != 4) return PyErr_Format(PyExc_TypeError, "close_attribute(object, name, dev, ino)");
+  PyObject *number = PyObject_GetAttr(a[0], a[1]), *none = PyLong_FromLong(-1);
+  PyObject *args[] = {number, a[2], a[3]};
+  int fd, r = -1;
+  fd_id id;
+  int bad = !number || !none || arguments(args, 3, 3, &fd, &id) || PyObject_SetAttr(a[0], a[1], none);
+  Py_XDECREF(number);
+  Py_XDECREF(none);
+  if (bad) return NULL;
+  Py_BEGIN_ALLOW_THREADS
+  r = fd < 0 ? -1 : fd_close(fd, &id);
+  Py_END_ALLOW_THREADS
+  return PyBool_FromLong(!r);
+}
+
 static PyObject *dup_same(PyObject *module, PyObject *const *a, Py_ssize_t n) {
   int fd, cloexec;
   fd_id id;
@@ -128,6 +146,8 @@ static PyObject *dup_same(PyObject *module, PyObject *const *a, Py_ssize_t n) {
 }
 
 static PyMethodDef functions[] = {
+    METHOD(close_attribute, METH_FASTCALL, "($module, object, name, dev, ino, /)",
+           "Close the descriptor whose number is an attribute as close_same() does, and make the attribute -1."),
     METHOD(is_same, METH_FASTCALL, "($module, fd, dev, ino, /)", "Return True if the descriptor is one of the file with that inode."),
     METHOD(close_same, METH_FASTCALL, "($module, fd, dev, ino, /)",
            "Close the descriptor if it is one of the file with that inode. Return False if it isn't; it stays open then."),

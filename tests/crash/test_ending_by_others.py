@@ -51,9 +51,9 @@ class Owner:
     def _run(self, fd: int, flags: int) -> None:
         domain = dmabuf.Domain.default()
         shm = domain.join()
-        index, context = domain.timeline_open(b"test", b"old")
-        handle = shm.fence_alloc(index + 1, context, SEQNO, flags, 0, 0)
-        os.write(fd, f"{handle} {context} {index + 1}\n".encode())
+        slot = domain.timeline_open(b"test", b"old")
+        handle = shm.fence_alloc(slot.index + 1, slot.context, SEQNO, flags, 0, 0)
+        os.write(fd, f"{handle} {slot.context} {slot.index + 1}\n".encode())
         os.close(fd)
         signal.pause()
 
@@ -92,8 +92,8 @@ class Stranger:
     def __init__(self, slot: int, flags: int) -> None:
         domain = dmabuf.Domain.default()
         self.shm = domain.join()
-        index, self.context = domain.timeline_open(b"test", b"stranger")
-        self.timeline, self.index = index + 1, index
+        self.of = domain.timeline_open(b"test", b"stranger")
+        self.timeline, self.context = self.of.index + 1, self.of.context
         self.others: list[int] = []
         while True:  # ends: what the dead one had is free, and is taken before the file grows
             self.handle = self.shm.fence_alloc(self.timeline, self.context, SEQNO, flags, 0, 0)
@@ -122,7 +122,7 @@ class Stranger:
         for handle in again:
             self.shm.fence_signal(handle, 0, True)
         assert _native.Fence(self.shm, self.handle, False, self.context, SEQNO, self.timeline).status == 1
-        dmabuf.Domain.default().timeline_close(self.index, self.shm.life)
+        self.of.close()
 
 
 @pytest.mark.parametrize("flags", [0, ANYBODY], ids=["plain", "anybodys"])

@@ -23,7 +23,7 @@ class KernelTimeline:
         self.inc, self.close = self.device.increment, self.device.close
 
     def create_fence(self, value: int) -> SyncFile:
-        return SyncFile.from_owned_fd(self.device.fence(value).take())
+        return SyncFile.from_owned_fd(self.device.fence(value))
 
     def get_deadline(self, file: Any) -> int:
         return self.device.deadline(file if isinstance(file, int) else file.fileno())

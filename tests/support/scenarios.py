@@ -23,7 +23,7 @@ class Ghost:
 
     def __init__(self, domain: dmabuf.Domain) -> None:
         self.domain = domain
-        self.shm = _shm_of(os.dup(domain.fileno()))
+        self.shm = _shm_of(_native.owned(os.dup, domain.fileno()))
 
     def live(self) -> int:
         self.chunk = lives.begin(self.shm)
@@ -31,7 +31,7 @@ class Ghost:
 
     def die(self) -> None:
         """The life ends with the last reference to the mapping that it had."""
-        self.shm = _shm_of(os.dup(self.domain.fileno()))
+        self.shm = _shm_of(_native.owned(os.dup, self.domain.fileno()))
 
 
 class World:

@@ -337,7 +337,7 @@ def test_a_pending_fence_of_nobody_is_no_wait_for_ever(domain: dmabuf.Domain) ->
     entry = _native.OFF_CHUNKTAB + 8 * chunk
     owned = domain.shm.load64(entry)
     domain.shm.store64(entry, owned & 0xFFFFFFFF)
-    other = dmabuf.domain.domain._shm_of(os.dup(domain.fileno()))
+    other = dmabuf.domain.domain._shm_of(_native.owned(os.dup, domain.fileno()))
     with pytest.raises(DmaBufError) as caught:
         _native.Fence(other, fence.handle).wait()
     assert caught.value.errno == errno.EUCLEAN

@@ -148,7 +148,7 @@ class DmaBuf(Face, Closing):
 
         Kernel: get_dma_buf.
         """
-        return new_handle(self._handle.dup(), self._handle.shared)
+        return new_handle(self._handle.dup_owned(), self._handle.shared)
 
     def fileno(self) -> int:
         """Return the file descriptor, which the buffer keeps owning and closes itself.

@@ -7,9 +7,8 @@ order. A function that takes a descriptor over closes it when a step fails.
 from __future__ import annotations
 
 import fcntl
-import os
 
-from dmabuf._native import recognize_buffer, reference_buffer
+from dmabuf._native import owned, recognize_buffer, reference_buffer
 from dmabuf.core.buffer import shared
 from dmabuf.core.buffer.handle import close_fd
 from dmabuf.core.buffer.identity import described, identify, put_reference_lock
@@ -43,20 +42,20 @@ def get(fd: int, *, domain: Domain | None = None) -> DmaBuf:
     domain = domain or Domain.default()
     identify(fd, domain)
     with needing_descriptors("get", f"fd {fd}"):
-        own = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0)
+        own = owned(fcntl.fcntl, fd, fcntl.F_DUPFD_CLOEXEC, 0)
     return from_fd(own, domain)
 
 
-def received(fd: int, domain: Domain, dev: int, ino: int, nonce: bytes, name: bytes | None) -> DmaBuf:
+def received(fd: OwnedFd, domain: Domain, dev: int, ino: int, nonce: bytes, name: bytes | None) -> DmaBuf:
     """:func:`from_fd` of what a process of this user and domain says it is; the inode and the record must agree.
 
     Then the link in /proc, the most expensive check of a new descriptor, need not be read.
     """
     try:
-        size = reference_buffer(fd, dev, ino)
+        size = reference_buffer(fd.number, dev, ino)
         found = shared.confirmed(domain, dev, ino, size, nonce) if size >= 0 else None
     except BaseException:
-        os.close(fd)
+        fd.close()
         raise
     return from_fd(fd, domain, name=name) if found is None else new_handle(fd, found, name)
 

@@ -28,8 +28,10 @@ from dmabuf._native import (
     TICK_CHECK,
     TICK_POLL,
     Context,
+    OwnedFd,
     Shm,
     TimelineSlot,
+    owned,
     probe_fd,
     unraisable,
 )
@@ -114,7 +116,7 @@ class Domain:
                 if known.path == where:
                     return known
             with needing_descriptors("open domain", where), place.entered(where) as (fd, identity):
-                shm = _shm_of(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3))
+                shm = _shm_of(owned(fcntl.fcntl, fd, fcntl.F_DUPFD_CLOEXEC, 3))
                 domain = cls(where, shm, identity.decode())
                 domain._join_here()
             return domain
@@ -124,32 +126,33 @@ class Domain:
         """Return a new domain without a name. It ends with its last process."""
         identity = place.new_identity()
         with needing_descriptors("make domain", "a private domain"):
-            fd = os.memfd_create(f"dmabuf-domain:{identity.decode()}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            own = owned(os.memfd_create, f"dmabuf-domain:{identity.decode()}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
-            place.format_file(fd, identity)
-            fcntl.fcntl(fd, _F_ADD_SEALS, fcntl.F_SEAL_SHRINK)  # a file that gets shorter ends every process that maps it
+            place.format_file(own.number, identity)
+            fcntl.fcntl(own.number, _F_ADD_SEALS, fcntl.F_SEAL_SHRINK)  # a file that gets shorter ends every process that maps it
         except BaseException:
-            os.close(fd)
+            own.close()
             raise
-        return cls(None, _shm_of(fd), identity.decode())
+        return cls(None, _shm_of(own), identity.decode())
 
     @classmethod
-    def adopt(cls, fd: int) -> Domain:
+    def adopt(cls, own: OwnedFd) -> Domain:
         """Return the private domain behind a received descriptor, which is consumed."""
+        fd = own.number
         *_, seals, link, _ = probe_fd(fd)
         # Not even read before it is known to be a memfd, whose reads end, and which can't become shorter.
         sealed = link.startswith(b"/memfd:dmabuf-domain:") and seals >= 0 and seals & fcntl.F_SEAL_SHRINK
         identity, wrong = place.read_header(fd) if sealed else (b"", "not sealed")
         if wrong:
-            os.close(fd)
+            own.close()
             raise fail(errno.EINVAL, "open domain", "the received fd", "send a private Domain", what="not a private domain")
         with _lock:
             for known in _ALL:
                 if known.id == identity.decode() and known.path is None:
-                    os.close(fd)
+                    own.close()
                     return known
             with needing_descriptors("open domain", "the received fd"), place.lifecycle_lock(fd):
-                shm = _shm_of(fd)
+                shm = _shm_of(own)
             return cls(None, shm, identity.decode())
 
     def __repr__(self) -> str:
@@ -368,14 +371,15 @@ def known(identity: str) -> Domain | None:
         return next((domain for domain in _ALL if domain.id == identity), None)
 
 
-def _shm_of(fd: int) -> Shm:
+def _shm_of(own: OwnedFd) -> Shm:
     """Map the file behind a descriptor, which the Shm closes at its end."""
     try:
-        shm = Shm(fd, fail)
+        shm = Shm(own.number, fail)
     except BaseException:
-        os.close(fd)
+        own.close()
         raise
-    shm.owns_fd = True
+    shm.owns_fd = True  # no signal handler can raise between the two: one of them closes the descriptor, and once
+    own.take()
     return shm
 
 

@@ -25,6 +25,7 @@ from typing import Any, Final, Self, TypeVar
 from dmabuf._native import OFF_ID, OwnedFd, Shm, locks_seen, watch_add, watch_open, watch_read
 from dmabuf.domain.domain import TICK_NS, Domain
 from dmabuf.domain.forks import fork_lock
+from dmabuf.domain.guards import WeakValues, finalizer
 from dmabuf.domain.local import Local
 from dmabuf.errors import fail, needing_descriptors
 
@@ -38,9 +39,9 @@ R = TypeVar("R", bound="Record")
 class Record:
     """This process's reference to one record. There is one object for each record of a process.
 
-    ``handles``: of this process, that are open. ``last``: of a kernel dma-buf, tells whether a descriptor is the last reference anywhere.
-    ``resv_ref``: the object that stands for the reservation object in this process. ``resv``: if the exporter gave the buffer a reservation
-    object, the number of that one's record + 1; ``resv_gen``: that record's generation.
+    ``handles``: the id() of each handle of this process that is open. ``last``: of a kernel dma-buf, tells whether a descriptor is the last
+    reference anywhere. ``resv_ref``: the object that stands for the reservation object in this process. ``resv``: if the exporter gave the
+    buffer a reservation object, the number of that one's record + 1; ``resv_gen``: that record's generation.
     """
 
     def __init__(self, domain: Domain, dev: int, ino: int, size: int, nonce: bytes, exp_name: bytes, home: bytes, kind: int) -> None:
@@ -50,7 +51,8 @@ class Record:
         self.shm: Shm = domain.shm
         self.index = self.gen = 0  # gen 0: it was never referenced
         self.lock = fork_lock()  # a handle's __del__ may run in the middle of another handle's enter()
-        self.handles = 0
+        self.handles: set[int] = set()
+        self.unwatched = False  # whether the reference was dropped, and what follows that not done yet
         self.last: Callable[[int], bool] | None = None
         self.resv_ref: weakref.ref[object] | None = None
         self.resv = self.resv_gen = 0
@@ -67,7 +69,7 @@ class Record:
                 self.resv, self.resv_gen = info["resv"], info["resv_gen"]
         else:
             self.index, self.gen, _ = self._create(shm, name)
-        self.shm, self.life = shm, shm.life
+        self.shm, self.life, self.unwatched = shm, shm.life, False
 
     def _create(self, shm: Shm, name: bytes | None) -> tuple[int, int, bool]:
         arguments = (self.dev, self.ino, self.size, self.nonce, self.exp_name, self.home, name, self.kind, os.getpid(), time.time_ns())
@@ -116,40 +118,53 @@ class Record:
             raise fail(errno.EUCLEAN, "look up", "a buffer's record", "end the processes that use the domain", what=what)
         return found
 
-    def enter(self, name: bytes | None = None) -> None:
-        """Count one handle more and take the reference that it needs, in one step: another thread may be closing the last handle.
+    def enter(self, handle: object, name: bytes | None = None) -> None:
+        """Count a handle and take the reference that it needs, in one step: another thread may be closing the last handle.
 
         ``name``: for a record that has to be made again.
         """
         with self.lock:
-            self.handles += 1  # first: a handle that the garbage collector closes meanwhile must not be the last
+            self.handles.add(id(handle))  # first: a handle that the garbage collector closes meanwhile must not be the last
             if not self.life or self.life != self.shm.life:
                 try:
                     self._again(name)
                 except BaseException:
-                    self.handles -= 1
+                    self.handles.discard(id(handle))
                     raise
 
-    def leave(self, fd: int, closing: bool = True) -> InodeWatch | None:
-        """Count one handle less. The last of this process drops the reference.
+    def leave(self, handle: object, fd: int, closing: bool = True) -> InodeWatch | None:
+        """Count a handle no more. The last of this process drops the reference. What a signal handler interrupted can be called again.
 
         The caller then closes ``fd``, or gives it away if not ``closing``. Returns the watch that the caller must check after closing.
         """
         with self.lock:
-            self.handles -= 1
-            if self.handles > 0:
+            self.handles.discard(id(handle))
+            if self.handles:
                 return None
             return self._drop(fd, closing)
 
+    def forget(self, handle: object) -> None:
+        """Count a handle no more, and keep the reference for the reservation object alone."""
+        with self.lock:
+            self.handles.discard(id(handle))
+
     def _drop(self, fd: int, closing: bool) -> InodeWatch | None:
         shm = self.shm
-        if not self.life or shm.life != self.life:
+        if self.life and shm.life == self.life:
+            # Keep the object for a while without a reference: a buffer that circulates comes back, and is then found in one step.
+            _WARM.of(self.domain).append(self)
+            self.unwatched, self.life = True, 0
+            held = shm.rec_put(self.index)
+        elif self.unwatched and not self.life and shm.life:  # a signal handler raised when the reference had been dropped
+            held = bool(shm.rec_holders(self.index))
+        else:
             return None
-        # Keep the object for a while without a reference: a buffer that circulates comes back, and is then found in one step.
-        _WARM.of(self.domain).append(self)
-        self.life = 0
-        if shm.rec_put(self.index):
-            return None
+        found = None if held else self._after_last(shm, fd, closing)
+        self.unwatched = False
+        return found
+
+    def _after_last(self, shm: Shm, fd: int, closing: bool) -> InodeWatch | None:
+        """Do what follows when no process has the buffer open. Returns the watch of its inode, if it has one."""
         if self.last is not None:  # its inode can't be watched, but the kernel counts
             if closing and self.last(fd):
                 shm.rec_free(self.index, self.gen)
@@ -161,11 +176,14 @@ class Record:
         """Return a record that says which buffer it was, without a reference: for a closed handle."""
         return type(self)(self.domain, self.dev, self.ino, self.size, self.nonce, self.exp_name, self.home, self.kind)
 
+    @finalizer
     def __del__(self) -> None:
         # Only a reservation object that outlived its buffer's handles still has a reference here.
         shm = self.shm
-        if self.life and shm.life == self.life and not shm.rec_put(self.index) and self.kind == KIND_RESV:
-            shm.rec_free(self.index, self.gen)
+        if self.life and shm.life == self.life:
+            self.life = 0
+            if not shm.rec_put(self.index) and self.kind == KIND_RESV:
+                shm.rec_free(self.index, self.gen)
 
 
 class InodeWatch:
@@ -230,7 +248,14 @@ def _swept(domain: Domain) -> weakref.WeakValueDictionary[tuple[int, int], Recor
             sweep(here)
 
     domain.sweep_hooks.ensure("records", sweep_records)
-    return weakref.WeakValueDictionary()
+    return WeakValues()
+
+
+def free_gone(domain: Domain) -> None:
+    """Free the records of the inodes that have ended."""
+    watch = _WATCH.peek(domain)
+    if watch is not None:
+        watch.free_gone()
 
 
 def known(domain: Domain, dev: int, ino: int) -> Record | None:

@@ -21,7 +21,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from dmabuf._native import OwnedFd, step
+from dmabuf._native import OwnedFd, owned, step
 from dmabuf.domain.domain import Domain, known
 from dmabuf.domain.forks import fork_lock
 from dmabuf.domain.place import SHARE_DOMAIN
@@ -83,10 +83,6 @@ class SharedFile:
         """Return a duplicate of the descriptor that travels, which the caller owns. Errors: EBADF, EMFILE."""
         return self._fd.dup().take()
 
-    def disown(self) -> None:
-        """Leave the descriptor that travels to the caller, who owned it."""
-        self._fd.take()
-
     @classmethod
     def make(cls, kind: str, domain: Domain, content: bytes) -> SharedFile:
         """Return a new file with this content. Errors: EMFILE, ENOMEM."""
@@ -109,7 +105,7 @@ class SharedFile:
         Errors: EBADF; EINVAL not a file of that kind; EXDEV another domain; EMFILE.
         """
         try:
-            own = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0)
+            own = owned(fcntl.fcntl, fd, fcntl.F_DUPFD_CLOEXEC, 0)
         except (OSError, OverflowError, ValueError) as e:
             number = e.errno if isinstance(e, OSError) and e.errno else errno.EBADF
             remedy = "pass an open file descriptor" if number == errno.EBADF else "raise RLIMIT_NOFILE or close descriptors"
@@ -117,24 +113,20 @@ class SharedFile:
         try:
             return cls.from_owned_fd(own, kind, domain, operation)
         except BaseException:
-            os.close(own)
+            own.close()
             raise
 
     @classmethod
-    def from_owned_fd(cls, fd: int, kind: str, domain: Domain | None, operation: str) -> SharedFile:
-        """Do the same as :meth:`of_fd`, but take ownership of ``fd``, unless it raises."""
+    def from_owned_fd(cls, own: OwnedFd, kind: str, domain: Domain | None, operation: str) -> SharedFile:
+        """Do the same as :meth:`of_fd`, but keep ``own``, unless it raises."""
+        fd = own.number
         found, identity = kind_of(fd)
         if found != kind:
             raise fail(errno.EINVAL, operation, f"fd {fd}", f"pass the descriptor of a {kind}", what=f"not a {kind}")
         found_domain = domain if domain is not None and domain.id == identity else known(identity) or Domain.default()
         if found_domain.id != identity:
             raise fail(errno.EXDEV, operation, f"domain {identity}", SHARE_DOMAIN, what="this process is not in its domain")
-        own = OwnedFd(fd)
-        try:
-            return cls(own, found_domain)
-        except BaseException:
-            own.take()  # stays the caller's
-            raise
+        return cls(own, found_domain)
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -23,7 +23,7 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Final, NamedTuple
 
-from dmabuf._native import CH_LEAF, CH_SYNC, OwnedFd
+from dmabuf._native import CH_LEAF, CH_SYNC, OwnedFd, owned
 from dmabuf.domain.domain import Domain
 from dmabuf.domain.forks import fork_lock
 from dmabuf.domain.local import Local
@@ -157,16 +157,13 @@ def place_of(fd: int) -> tuple[str, Place] | None:
     """Return (id of the domain, place) of a sync file's descriptor, None of any other. Errors: EBADF it is not open."""
     if not os.fstat(fd).st_mode & 0o170000 == 0o140000:  # S_IFSOCK
         return None
-    own = os.dup(fd)
-    try:
-        sock = socket.socket(fileno=own)  # if this raises, the descriptor still has to be closed
-    except BaseException:
-        os.close(own)
-        raise
-    with sock:
-        if sock.family != socket.AF_UNIX or not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-            return None
-        address: str | bytes = sock.getsockname()
+    with owned(os.dup, fd) as own:
+        sock = socket.socket(fileno=own.number)
+        try:
+            listens = sock.family == socket.AF_UNIX and sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+            address: str | bytes = sock.getsockname() if listens else ""
+        finally:
+            sock.detach()
     if not isinstance(address, bytes) or not address.startswith(_PREFIX):
         return None
     parts = address[len(_PREFIX) :].split(b"-")

@@ -44,6 +44,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Final, NamedTuple
 
+from dmabuf._native import owned
 from dmabuf.errors import fail
 
 __all__ = ["Budget", "check", "claim", "left", "whole"]
@@ -306,14 +307,12 @@ def _group_room(group: _Group) -> Room | None:
 
 
 def _read(path: str) -> bytes:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
+    with owned(os.open, path, os.O_RDONLY | os.O_CLOEXEC) as file:
+        fd = file.number
         parts = [os.read(fd, 1 << 14)]
         while parts[-1]:
             parts.append(os.read(fd, 1 << 16))
         return b"".join(parts)
-    finally:
-        os.close(fd)
 
 
 def _number(path: str) -> int | None:

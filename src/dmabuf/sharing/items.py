@@ -214,14 +214,14 @@ def name_in(body: bytes) -> bytes:
     return body[:NAME_BYTES].partition(b"\0")[0]
 
 
-def objects_of(sock: socket.socket, items: list[tuple[Any, ...]], fds: list[int], made: list[Any]) -> list[Any]:
-    """Return the objects of some items, in their order. A descriptor that belongs to an object is then -1 in ``fds``."""
+def objects_of(sock: socket.socket, items: list[tuple[Any, ...]], fds: list[OwnedFd], made: list[Any]) -> list[Any]:
+    """Return the objects of some items, in their order. A descriptor that belongs to an object is then taken from ``fds``."""
     order = iter(range(len(fds)))
     places = [next(order) if item[0] in WITH_FD else -1 for item in items]
     own: dict[int, Domain] = {}
     for at, (kind, _, _, _, identity, _) in enumerate(items):  # domains first, before the objects in them
         if kind in (_PRIVATE_DOMAIN, _DIRECTORY):
-            fd, fds[places[at]] = fds[places[at]], -1
+            fd = fds[places[at]]
             domain = own[at] = Domain.adopt(fd) if kind == _PRIVATE_DOMAIN else _directory(fd)
             if domain.id != identity.hex():
                 raise foreign(sock, f"domain {domain.id} under the name of {identity.hex()}")
@@ -233,7 +233,7 @@ def objects_of(sock: socket.socket, items: list[tuple[Any, ...]], fds: list[int]
         if kind == _MORE:
             continue
         if kind == _BUFFER:
-            fd, fds[places[at]] = fds[places[at]], -1
+            fd = fds[places[at]]
             dev, ino, nonce, name = _BODY.unpack(body)
             made.append(received(fd, domain, dev, ino, nonce, name_in(name) if flags & HAS_NAME else None))
         elif kind == _RANGE:
@@ -247,16 +247,13 @@ def objects_of(sock: socket.socket, items: list[tuple[Any, ...]], fds: list[int]
             handle, context, seqno = _FENCE.unpack(body)
             made.append(wrap(domain, handle, (context, seqno, index)))
         elif kind == _CONTAINER:
-            fd, fds[places[at]] = fds[places[at]], -1
-            made.append(_container(sock, domain, fd))
+            made.append(_container(sock, domain, fds[places[at]]))
         elif kind == _SYNC_FILE:
             length = _SYNC.unpack(body)[0]
             facts = b"".join(item[5] for item in items[at + 1 : at + 1 + index])[:length]
             made.append(SyncFile.from_owned_fd(fds[places[at]], domain, SyncFileRecord.unpack(facts) if length else None))
-            fds[places[at]] = -1
         elif kind in (_SW_SYNC, _SEMAPHORE):
             made.append((SwSync if kind == _SW_SYNC else TimelineSemaphore).from_owned_fd(fds[places[at]], domain))
-            fds[places[at]] = -1
         elif kind == _TIMELINE_KIND:
             number, context = _TIMELINE.unpack(body)
             made.append(RemoteTimeline(domain, index, number, context))
@@ -265,9 +262,9 @@ def objects_of(sock: socket.socket, items: list[tuple[Any, ...]], fds: list[int]
     return made
 
 
-def _container(sock: socket.socket, domain: Domain, fd: int) -> DmaFence:
+def _container(sock: socket.socket, domain: Domain, fd: OwnedFd) -> DmaFence:
     """Return the container of fences whose structure is behind a descriptor, which is consumed."""
-    with OwnedFd(fd) as structure:
+    with fd as structure:
         try:
             return unpack(domain, content(structure, 1, MOST_BYTES))
         except ValueError as e:
@@ -292,20 +289,18 @@ def domain_of(identity: bytes, flags: int) -> Domain:
     return domain
 
 
-def _directory(fd: int) -> Domain:
+def _directory(fd: OwnedFd) -> Domain:
     """Return the domain in the directory behind a descriptor, which is consumed."""
-    try:
-        path = os.readlink(f"/proc/self/fd/{fd}")
-        here = os.fstat(fd)
+    with fd:
+        path = os.readlink(f"/proc/self/fd/{fd.number}")
+        here = os.fstat(fd.number)
         try:
             there = os.stat(path)
-            os.stat(place.FILE, dir_fd=fd, follow_symlinks=False)  # in a directory of something else nothing is made
+            os.stat(place.FILE, dir_fd=fd.number, follow_symlinks=False)  # in a directory of something else nothing is made
         except OSError:
             there = None
         if there is None or (here.st_dev, here.st_ino) != (there.st_dev, there.st_ino):
             remedy = "start the domain's processes again, or give both processes the same mounts"
             what = "the domain's directory isn't there for this process: removed, renamed, or in another mount namespace"
             raise fail(errno.ENOENT, "recv", path, remedy, what=what)
-    finally:
-        os.close(fd)
     return Domain.open(path)

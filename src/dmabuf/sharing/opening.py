@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any, NamedTuple
 
-from dmabuf._native import LIFE_PID, fd_of
+from dmabuf._native import LIFE_PID, fd_of, owned
 from dmabuf.core.buffer.identity import checked_name, identify, is_kernel_home, memfd_name
 from dmabuf.core.dma_buf import DmaBuf
 from dmabuf.core.get import from_fd
@@ -22,7 +22,6 @@ from dmabuf.domain import lives, records
 from dmabuf.domain.domain import Domain
 from dmabuf.errors import DmaBufError, fail, needing_descriptors
 from dmabuf.sharing import duplicate
-from dmabuf.uapi.call import OwnedFd
 
 SHOWN = 5  # names or inodes in a message
 
@@ -187,21 +186,21 @@ def _from_process(domain: Domain, wanted: _Found, pid: int, denied: list[int]) -
             if os.readlink(path).removesuffix(" (deleted)") != link:
                 continue
             # First only the name: the number may be another file's now, and to open a FIFO or a device has effects.
-            with OwnedFd(os.open(path, os.O_PATH | os.O_CLOEXEC)) as seen:
+            with owned(os.open, path, os.O_PATH | os.O_CLOEXEC) as seen:
                 if os.readlink(f"/proc/self/fd/{seen.number}").removesuffix(" (deleted)") != link:
                     continue
-                fd = os.open(f"/proc/self/fd/{seen.number}", os.O_RDWR | os.O_CLOEXEC)
+                fd = owned(os.open, f"/proc/self/fd/{seen.number}", os.O_RDWR | os.O_CLOEXEC)
         except OSError as e:
             if e.errno in (errno.EMFILE, errno.ENFILE):
                 raise
             continue  # closed meanwhile
         try:
-            same = identify(fd, domain, "open").nonce == wanted.nonce
+            same = identify(fd.number, domain, "open").nonce == wanted.nonce
         except DmaBufError:
             same = False  # the number was used again between the two looks
         if same:
             return from_fd(fd, domain)
-        os.close(fd)
+        fd.close()
     return None
 
 
@@ -209,7 +208,7 @@ def _duplicated(domain: Domain, wanted: _Found, pid: int, denied: list[int]) -> 
     """Return a kernel dma-buf through a duplicate of that process's descriptor, if it has one."""
     try:
         names = os.listdir(f"/proc/{pid}/fd")
-        with OwnedFd(os.pidfd_open(pid)) as process:
+        with owned(os.pidfd_open, pid) as process:
             for name in names:
                 try:
                     st = os.stat(f"/proc/{pid}/fd/{name}")

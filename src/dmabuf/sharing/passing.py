@@ -36,7 +36,7 @@ import weakref
 from collections.abc import Iterable
 from typing import Any, Final, NamedTuple
 
-from dmabuf._native import recv_one, send_one
+from dmabuf._native import OwnedFd, owned_rights, recv_one, send_one
 from dmabuf.core.access.range import BufferRange
 from dmabuf.core.buffer.handle import handle_behind
 from dmabuf.core.buffer.shared import SharedBuffer
@@ -175,7 +175,7 @@ def recv(sock: socket.socket) -> list[Any]:
         if type(got) is int:
             raise _translated(OSError(-got, ""), "recv", sock)
         assert isinstance(got, tuple)
-        if len(got) == 3:
+        if len(got) == 4:
             return _take(sock, peer, *got)
         fd, identity, dev, ino, nonce, size, item_flags, body = got
         domain = domains.get(identity)
@@ -184,14 +184,15 @@ def recv(sock: socket.socket) -> list[Any]:
             shared = None if domain is None else confirmed(SharedBuffer, domain, dev, ino, size, nonce)
             domain = domain or domain_of(identity, item_flags)
         except BaseException:
-            os.close(fd)
+            fd.close()
             raise
         return [from_fd(fd, domain, name=name) if shared is None else new_handle(fd, shared, name)]
     try:
-        data, control, flags, _ = sock.recvmsg(peer.first, _CONTROL, _CLOEXEC)
+        # From the system call to the owners of the descriptors, all of this is C.
+        data, fds, control, flags = next(map(owned_rights, map(sock.recvmsg, (peer.first,), (_CONTROL,), (_CLOEXEC,))))
     except OSError as e:
         raise _translated(e, "recv", sock) from None
-    return _take(sock, peer, data, control, flags)
+    return _take(sock, peer, data, fds, control, flags)
 
 
 # ---- the socket ----
@@ -291,15 +292,14 @@ def _receive_rest(sock: socket.socket, missing: int) -> bytes:
 # ---- from bytes ----
 
 
-def _take(sock: socket.socket, peer: _Peer, data: bytes, control: Iterable[tuple[int, int, bytes]], flags: int) -> list[Any]:
+def _take(
+    sock: socket.socket, peer: _Peer, data: bytes, fds: list[OwnedFd], control: Iterable[tuple[int, int, bytes]], flags: int
+) -> list[Any]:
     """Return the objects of a message whose beginning and control part were received. Other descriptors of it are closed."""
-    fds: list[int] = []
     made: list[Any] = []
     uid = -1
     for level, kind, raw in control:
-        if level == _SOL_SOCKET and kind == _SCM_RIGHTS:
-            fds.extend(struct.unpack(f"={len(raw) // 4}i", raw[: len(raw) // 4 * 4]))
-        elif level == _SOL_SOCKET and kind == _SCM_CREDENTIALS:
+        if level == _SOL_SOCKET and kind == _SCM_CREDENTIALS:
             uid = _UCRED.unpack(raw)[1]
     try:
         if not data and not fds and peer.first and not peer.asks and not flags & _CUT and sock.type != socket.SOCK_DGRAM:
@@ -310,8 +310,7 @@ def _take(sock: socket.socket, peer: _Peer, data: bytes, control: Iterable[tuple
         return objects_of(sock, items, fds, made)
     except BaseException:
         for fd in fds:
-            if fd >= 0:
-                os.close(fd)
+            fd.close()
         for one in made:
             if isinstance(one, BufferRange):
                 one.buf.close()
@@ -320,7 +319,7 @@ def _take(sock: socket.socket, peer: _Peer, data: bytes, control: Iterable[tuple
         raise
 
 
-def _items(sock: socket.socket, peer: _Peer, data: bytes, flags: int, fds: list[int]) -> list[tuple[Any, ...]]:
+def _items(sock: socket.socket, peer: _Peer, data: bytes, flags: int, fds: list[OwnedFd]) -> list[tuple[Any, ...]]:
     """Receive the rest of a message, check its numbers, and return its items."""
     if peer.stream and len(data) < ONE.size and MAGIC.startswith(data[: len(MAGIC)]):
         data += _receive_rest(sock, ONE.size - len(data))

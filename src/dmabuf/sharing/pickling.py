@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import copyreg
 import errno
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from dmabuf._native import owned
 from dmabuf.core.buffer.handle import handle_of
 from dmabuf.core.dma_buf import DmaBuf
 from dmabuf.core.fence.array import DmaFenceArray
@@ -85,12 +85,12 @@ def _reduce_timeline(timeline: Timeline | RemoteTimeline) -> tuple[Callable[...,
 
 
 def _make_buffer(there: Any, domain: Domain, name: bytes | None) -> DmaBuf:
-    return from_fd(there.detach(), domain, name=name)
+    return from_fd(owned(there.detach), domain, name=name)
 
 
 def _make_domain(identity: str, path: str | None, there: Any) -> Domain:
     if path is None:
-        return Domain.adopt(there.detach())
+        return Domain.adopt(owned(there.detach))
     domain = known(identity) or Domain.open(Path(path))
     if domain.id != identity:
         what = f"its directory has another domain now, {domain.id}"
@@ -104,21 +104,11 @@ def _make_fence(domain: Domain, handle: int, past: tuple[int, int, int]) -> DmaF
 
 
 def _make_sync_file(there: Any, domain: Domain, facts: bytes | None) -> SyncFile:
-    fd = there.detach()
-    try:
-        return SyncFile.from_owned_fd(fd, domain, None if facts is None else SyncFileRecord.unpack(facts))
-    except BaseException:
-        os.close(fd)
-        raise
+    return SyncFile.from_owned_fd(owned(there.detach), domain, None if facts is None else SyncFileRecord.unpack(facts))
 
 
 def _make_shared(kind: type[SwSync] | type[TimelineSemaphore], there: Any, domain: Domain) -> SwSync | TimelineSemaphore:
-    fd = there.detach()
-    try:
-        return kind.from_owned_fd(fd, domain)
-    except BaseException:
-        os.close(fd)
-        raise
+    return kind.from_owned_fd(owned(there.detach), domain)
 
 
 # ---- registration ----

@@ -131,10 +131,10 @@ class RemoteBacking(Backing):
 
     # ---- the end ----
 
-    def before_close(self) -> None:
+    def before_close(self, handle: object) -> None:
         """Nothing to note."""
 
-    def after_close(self, quiet: bool) -> None:
+    def after_close(self, handle: object, quiet: bool) -> None:
         self.close_if_unused()
 
     def close_if_unused(self) -> None:

@@ -44,9 +44,7 @@ def export_sync_file(handle: Handle, write: bool, flags: int | None) -> SyncFile
     found = list(dict.fromkeys(handle.resv.fences(Usage.rw(write))))
     kernel = handle.kernel()
     if kernel is not None:
-        with kernel.export_sync_file(handle, write) as fd:
-            theirs = SyncFile.from_owned_fd(fd.number, handle.domain)
-            fd.take()
+        theirs = SyncFile.from_owned_fd(kernel.export_sync_file(handle, write), handle.domain)
         if not found:
             return theirs
         with theirs:

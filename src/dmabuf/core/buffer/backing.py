@@ -126,11 +126,11 @@ class Backing(ABC):
     # ---- the handles of this process ----
 
     @abstractmethod
-    def before_close(self) -> None:
+    def before_close(self, handle: object) -> None:
         """Note that a handle of this process is about to be closed."""
 
     @abstractmethod
-    def after_close(self, quiet: bool) -> None:
+    def after_close(self, handle: object, quiet: bool) -> None:
         """React to a handle of this process being closed. ``quiet``: by the garbage collector. Raises what a release raises."""
 
     # ---- CPU access ----

@@ -65,10 +65,10 @@ class KernelBacking(Backing, KernelSide):
         except OSError as e:
             raise fail(e.errno or errno.EIO, operation, buf) from None
 
-    def before_close(self) -> None:
+    def before_close(self, handle: object) -> None:
         """Nothing to note: the kernel counts."""
 
-    def after_close(self, quiet: bool) -> None:
+    def after_close(self, handle: object, quiet: bool) -> None:
         """Nothing ends with a handle."""
 
     # ---- the bracket ----

@@ -56,10 +56,10 @@ class MemfdBacking(Backing):
     def check_reachable(self, operation: str) -> None:
         """Nothing: the exporter is in every process."""
 
-    def before_close(self) -> None:
+    def before_close(self, handle: object) -> None:
         """Nothing to note."""
 
-    def after_close(self, quiet: bool) -> None:
+    def after_close(self, handle: object, quiet: bool) -> None:
         """Nothing ends with a handle."""
 
 

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from operator import attrgetter
 from typing import Protocol, TypeVar
 
-from dmabuf._native import Mapping, close_same, dup_same, is_same, map_same
+from dmabuf._native import Mapping, close_attribute, dup_same, is_same, map_same, owned
 from dmabuf.core.buffer.backing import KernelSide
 from dmabuf.core.buffer.identity import checked_name
 from dmabuf.core.buffer.shared import MEMFD, SharedBuffer
@@ -27,7 +27,8 @@ from dmabuf.core.contract import Buffer
 from dmabuf.core.resv.lock import record_of
 from dmabuf.core.resv.resv import DmaResv, resv_of
 from dmabuf.domain.domain import Domain
-from dmabuf.domain.records import Record
+from dmabuf.domain.guards import finalizer, finished
+from dmabuf.domain.records import Record, free_gone
 from dmabuf.domain.weak_objects import WeakObjects
 from dmabuf.errors import ClosedError, ContractError, DmaBufError, contract_warning, fail
 from dmabuf.uapi.call import OwnedFd
@@ -49,7 +50,21 @@ class Handle(ABC):
     makes descriptors of ``poll_fd`` readable.
     """
 
-    __slots__ = ("__weakref__", "_life", "accesses", "domain", "fd", "known_resv", "polls", "resv_record", "shared", "size", "view")
+    __slots__ = (
+        "__weakref__",
+        "_life",
+        "accesses",
+        "domain",
+        "fd",
+        "known_resv",
+        "leaving",
+        "left",
+        "polls",
+        "resv_record",
+        "shared",
+        "size",
+        "view",
+    )
 
     domain: Domain
     fd: int
@@ -59,6 +74,8 @@ class Handle(ABC):
     known_resv: DmaResv | None
     resv_record: Record  # of known_resv, once that is there
     accesses: int
+    leaving: bool  # whether close() has begun
+    left: bool  # whether close() is done
     polls: WeakObjects[Cancelable] | None
     _life: int
 
@@ -113,9 +130,13 @@ class Handle(ABC):
 
     def dup(self, cloexec: bool = True) -> int:
         """Return a new descriptor of the buffer, which the caller owns."""
+        return self.dup_owned(cloexec).take()
+
+    def dup_owned(self, cloexec: bool = True) -> OwnedFd:
+        """Return a new descriptor of the buffer, which the object owns."""
         fd = self.check("dup")
         try:
-            return dup_same(fd, self.shared.dev, self.shared.ino, cloexec)
+            return owned(dup_same, fd, self.shared.dev, self.shared.ino, cloexec)
         except OSError as e:
             if e.errno == errno.EBADF:
                 raise self.lost("dup", fd) from None
@@ -123,58 +144,52 @@ class Handle(ABC):
 
     def duplicate(self) -> Handle:
         """Return another handle of the buffer, with a descriptor and a close of its own."""
-        return open_face(Face, type(self), self.dup(), self.shared)._handle
+        return open_face(Face, type(self), self.dup_owned(), self.shared)._handle
 
     def detach(self) -> int:
         """Close the handle but keep its descriptor, which the caller owns from now on."""
         fd = self.descriptor("detach")
         self._leave("detach")
-        self.fd = -1
-        backing = self.shared.backing
-        if backing is not None:
-            backing.before_close()
-        resv = self.shared.resv_ref
-        if resv is None or resv() is None:
-            self.shared.leave(fd, closing=False)
-        else:
-            self._pass_on()
-        if backing is not None:
-            backing.after_close(quiet=False)
+        self._close(given=True)
         return fd
 
+    @finished
     def close(self) -> None:
         """Close the handle; closing twice has no effect."""
-        fd = self.fd
-        if fd < 0:
+        if self.left:
             return
-        if self.accesses or self.polls:
+        if self.fd >= 0 and (self.accesses or self.polls):
             self._leave("close")
-        self.fd, self.view, self.known_resv = -1, None, None
-        self._close(fd)
+        self.view = self.known_resv = None
+        self._close()
 
-    def _close(self, fd: int, quiet: bool = False) -> None:
-        shared = self.shared
+    def _close(self, given: bool = False, quiet: bool = False) -> None:
+        """Do all that follows. What a signal handler interrupts is called again. ``given``: give the descriptor away."""
+        again, self.leaving = self.leaving, True
+        shared, watch = self.shared, None
         backing = shared.backing
         if backing is not None:
-            backing.before_close()
+            backing.before_close(self)
         # The last handle of this process drops the reference to the record, unless a reservation object is in use.
         resv = shared.resv_ref
-        if resv is None or resv() is None:
-            watch = shared.leave(fd)
+        kept = resv is not None and resv() is not None
+        if kept:
+            shared.forget(self)
         else:
-            watch = None
-            self._pass_on()
-        close_same(fd, shared.dev, shared.ino)  # if somebody else closed it, nothing is left to close
+            watch = shared.leave(self, self.fd, closing=not given)
+        if given:
+            self.fd, watch = -1, None
+        else:
+            close_attribute(self, "fd", shared.dev, shared.ino)  # if somebody else closed it, nothing is left to close
         if watch is not None:
             watch.free_gone()
+        elif again:
+            free_gone(self.domain)
         if backing is not None:
-            backing.after_close(quiet)
-
-    def _pass_on(self) -> None:
-        """Count one handle less, and let the reservation object alone keep the reference to the record."""
-        with self.shared.lock:
-            self.shared.handles -= 1
-        self.shared = self.shared.tombstone()
+            backing.after_close(self, quiet)
+        if kept:
+            self.shared = shared.tombstone()
+        self.left = True
 
     def _leave(self, operation: str) -> None:
         if self.accesses and self._life == self.shared.shm.life:
@@ -190,11 +205,11 @@ class Handle(ABC):
         # Not unmapped here: an array that outlived its read() block still shows it.
         self.view = self.known_resv = self.polls = None
 
+    @finalizer
     def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:  # bound: at the interpreter's end modules are empty
-        if getattr(self, "fd", -1) >= 0 and not ending():
-            fd, self.fd = self.fd, -1
+        if not getattr(self, "left", True) and not ending():
             self.view = self.known_resv = None
-            self._close(fd, quiet=True)
+            self._close(quiet=True)
 
     # ---- what stands behind it ----
 
@@ -327,20 +342,21 @@ def open_face(face: type[FaceT], kind: type[Handle], fd: int | OwnedFd, shared: 
 
     ``name``: the buffer's, if its record has to be made again. One function, since every buffer that is received comes this way.
     """
-    try:
-        shared.enter(name)
-    except BaseException:
-        close_fd(fd)
-        raise
     handle = object.__new__(kind)
-    handle.shared, handle.size, handle.domain, handle._life = shared, shared.size, shared.domain, shared.shm.life
+    handle.shared, handle.size, handle.domain = shared, shared.size, shared.domain
     handle.view = handle.known_resv = handle.polls = None
-    handle.accesses = 0
+    handle.accesses, handle.leaving = 0, False
     if isinstance(fd, int):
-        handle.fd = fd
+        handle.fd, handle.left = fd, False
     else:  # no signal handler can raise between the two: one of them closes the descriptor, and once
-        handle.fd = fd.number
+        handle.fd, handle.left = fd.number, False
         fd.take()
+    try:
+        shared.enter(handle, name)
+    except BaseException:
+        handle.close()  # and not when the traceback goes
+        raise
+    handle._life = shared.shm.life
     if shared.backing is None and shared.home != MEMFD:
         shared.find_backing(handle.fd)
     made = object.__new__(face)

@@ -58,7 +58,7 @@ class Exported(Backing):
         self.resv, self.owner, self.private = resv, owner, private
         self.life = record.shm.life
         self.released = self.lost = False
-        self.closing = 0  # handles of this process that are being closed: their close() releases, and the thread doesn't
+        self.closing: set[int] = set()  # the id() of each handle that is being closed: its close() releases, and the thread doesn't
         self._once = fork_lock()  # a handle's __del__ may run in the middle
         self._mappings: WeakObjects[Mapping] = WeakObjects()
 
@@ -75,16 +75,16 @@ class Exported(Backing):
     def keep(self, mapping: Mapping) -> None:
         self._mappings.add(mapping)
 
-    def before_close(self) -> None:
+    def before_close(self, handle: object) -> None:
         if self.life == self.record.shm.life:  # in a forked child a thread that isn't there may hold the lock
             with self._once:
-                self.closing += 1
+                self.closing.add(id(handle))
 
-    def after_close(self, quiet: bool) -> None:
+    def after_close(self, handle: object, quiet: bool) -> None:
         if self.life != self.record.shm.life:
             return
         with self._once:  # in one step: between two the thread would find that nobody is closing it
-            self.closing -= 1
+            self.closing.discard(id(handle))
             if self.record.handles:
                 return
             mine = not quiet and outside() and self._claimed()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 from typing import Any, ClassVar, Self
 
+from dmabuf._native import OwnedFd
 from dmabuf.core.base.closing import Closing
 from dmabuf.domain.domain import Domain
 from dmabuf.domain.shared_file import SharedFile
@@ -31,13 +32,11 @@ class SharedObject(Closing):
         self._file, self.domain, self.closed = file, file.domain, False
 
     @classmethod
-    def _of(cls, file: SharedFile, *, callers_fd: bool) -> Self:
+    def _of(cls, file: SharedFile) -> Self:
         self = cls.__new__(cls)
         try:
             self._set(file)
         except BaseException:
-            if callers_fd:
-                file.disown()
             file.close()
             raise
         return self
@@ -56,12 +55,12 @@ class SharedObject(Closing):
             CrossDomainError: It belongs to another domain (EXDEV).
             DmaBufError: Another program wrote to it (EUCLEAN), or no descriptor is free (EMFILE).
         """
-        return cls._of(SharedFile.of_fd(fd, cls.KIND, domain, "from_fd"), callers_fd=False)
+        return cls._of(SharedFile.of_fd(fd, cls.KIND, domain, "from_fd"))
 
     @classmethod
-    def from_owned_fd(cls, fd: int, domain: Domain | None = None) -> Self:
-        """Return the object behind a descriptor as :meth:`from_fd` does, and own the descriptor unless this raises."""
-        return cls._of(SharedFile.from_owned_fd(fd, cls.KIND, domain, "from_fd"), callers_fd=True)
+    def from_owned_fd(cls, fd: OwnedFd, domain: Domain | None = None) -> Self:
+        """Return the object behind a descriptor as :meth:`from_fd` does, which keeps the descriptor unless this raises."""
+        return cls._of(SharedFile.from_owned_fd(fd, cls.KIND, domain, "from_fd"))
 
     def _check(self, operation: str) -> None:
         if self.closed:

@@ -123,24 +123,25 @@ class SyncFile(Closing):
         try:
             return cls.from_owned_fd(own, domain, named=fd)
         except BaseException:
-            os.close(own)
+            own.close()
             raise
 
     @classmethod
     def from_owned_fd(
-        cls, fd: int, domain: Domain | None = None, record: SyncFileRecord | None = None, *, named: int | None = None
+        cls, own: OwnedFd, domain: Domain | None = None, record: SyncFileRecord | None = None, *, named: int | None = None
     ) -> Self:
-        """Return the sync file behind a descriptor, and own the descriptor unless this raises.
+        """Return the sync file behind a descriptor, which keeps the descriptor unless this raises.
 
         Args:
-            fd: The descriptor.
+            own: The descriptor.
             domain: As for :meth:`from_fd`.
             record: The record, if it came along.
-            named: The number that messages name; None for ``fd``.
+            named: The number that messages name; None for its own.
         """
+        fd = own.number
         said = f"fd {fd if named is None else named}"
         if kernel_fences.is_kernel_sync_file(fd):
-            return cls._of_kernel(fd, domain or Domain.default())
+            return cls._of_kernel(own, domain or Domain.default())
         found = sync_files.place_of(fd)
         if found is None:
             raise fail(errno.EINVAL, "from_fd", said, "pass the descriptor of a SyncFile", what="not a sync file")
@@ -159,26 +160,25 @@ class SyncFile(Closing):
         if record is None:  # every process had left the domain: all its fences are signaled, and their results are lost
             lost = private_stub(0, domain=domain, error=-errno.EOWNERDEAD)
             self._set(domain, lost, (lost,), f"sync-{identity}".encode()[:NAME_BYTES])
-            self._fd = OwnedFd(fd)
+            self._fd = own
             return self
         leaves = tuple(fence_of(domain, leaf) for leaf in record.leaves)
         fence = leaves[0] if len(leaves) == 1 else DmaFenceArray(leaves)
         self._set(domain, fence, leaves, record.name)
-        self._fd, self._place = OwnedFd(fd), place
+        self._fd, self._place = own, place
         try:
             self._watch_foreign()
         except BaseException:
-            self._fd.take()  # the descriptor is the caller's again
-            self._fd, self.closed = None, True
+            self._fd, self.closed = None, True  # the descriptor is the caller's again
             raise
         return self
 
     @classmethod
-    def _of_kernel(cls, fd: int, domain: Domain) -> Self:
-        info = uapi.file_info(fd)
+    def _of_kernel(cls, fd: OwnedFd, domain: Domain) -> Self:
+        info = uapi.file_info(fd.number)
         self = cls.__new__(cls)
         self._set(domain, None, (), info.name)
-        self._fd, self._kernel = OwnedFd(fd), True
+        self._fd, self._kernel = fd, True
         return self
 
     def __repr__(self) -> str:
@@ -216,7 +216,7 @@ class SyncFile(Closing):
         """
         self.share("dup")
         with self._lock:  # if another thread closed it now, the number could become somebody else's
-            return duplicate(self.fileno(), "dup")
+            return duplicate(self.fileno(), "dup").take()
 
     def share(self, operation: str) -> None:
         """Note that another process is about to wait: dropping a pending fence is an error from now on.
@@ -442,7 +442,7 @@ class SyncFile(Closing):
     def _merge(self, other: SyncFile, name: bytes) -> SyncFile:
         if self._kernel and other._kernel:
             made = uapi.merge(self.fileno(), other.fileno(), name, of=self)
-            return SyncFile._of_kernel(made.take(), self._domain)
+            return SyncFile._of_kernel(made, self._domain)
         return SyncFile(merge(self.fence, other.fence), name or None)
 
     def set_deadline(self, ns: int) -> None:
