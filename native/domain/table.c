@@ -323,8 +323,8 @@ void table_rebuild(Shm *s) {
 
 /* ---- blocks ---- */
 
-/* Take a block out of the free list, into which more are put if it is empty. NULL: *failed is a reason for grow_failed(), or 0 if the file is
- * corrupt. */
+/* Take a block out of the free list, into which more are put if it is empty. NULL: *failed is a reason for grow_failed(), or 0 if the
+ * file is corrupt. */
 static db_block *block_take(Shm *s, uint32_t *at, int64_t *failed) {
   *failed = 0;
   for (int k = 0; k < 2; k++) {
