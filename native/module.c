@@ -7,6 +7,7 @@
 #include "domain/held.h"
 #include "domain/lend.h"
 #include "domain/life.h"
+#include "domain/points.h"
 #include "domain/pools.h"
 #include "domain/records.h"
 #include "domain/reset.h"
@@ -139,7 +140,7 @@ PyMODINIT_FUNC PyInit__native(void) {
   if (add_constants(module) || shm_register(module, shm_methods) || fence_register(module) || step_register(module) ||
       mapping_register(module) || view_register(module) || passing_register(module) || messages_register(module) ||
       descriptor_register(module) || probe_register(module) || file_register(module) || hold_register(module) || same_register(module) ||
-      errors_register(module) || held_register(module) || pollable_register(module) || guard_register(module) ||
+      errors_register(module) || held_register(module) || pollable_register(module) || points_register(module) || guard_register(module) ||
       timeline_slot_register(module) || later_register(module)) {
     Py_DECREF(module);
     return NULL;

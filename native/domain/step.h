@@ -22,6 +22,7 @@
   X(resv_heir) X(resv_borrowed) X(resv_returned) \
   X(resv_read) X(resv_added) X(resv_copied) X(resv_cut) \
   X(access_fence) X(access_added) X(access_granted) X(access_torn) X(access_whole) X(access_ended) \
+  X(sem_pointed) X(sem_left) \
   X(sync_bound) X(sync_written) X(sync_registered) X(sync_marked) X(sync_moved) X(sync_done) X(sync_rung) X(sync_over) \
   X(life_locked) X(life_alive) X(life_chunk) \
   X(reap_locked) X(reap_torn) X(reap_fence) X(reap_fences_done) X(reap_heir) X(reap_ctx) X(reap_contexts_done) X(reap_outside) \

@@ -314,9 +314,9 @@ def test_from_fd_of_another_descriptor_is_einval(buf: DmaBuf) -> None:
         TimelineSemaphore.from_fd(sw.fileno())
 
 
-def test_spoilt_content_is_euclean(sem: TimelineSemaphore) -> None:
-    sem.signal(1)
-    os.pwrite(sem.fileno(), b"\xff" * 256, 256)
+def test_spoilt_content_is_euclean(sem: TimelineSemaphore, fences: list[DmaFence]) -> None:
+    sem.import_fence(fences[0], 1)
+    os.pwrite(sem.fileno(), b"\xff" * 1024, 4096)
     with raises_errno(errno.EUCLEAN):
         sem.query()
 

@@ -21,7 +21,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from dmabuf._native import OwnedFd, owned, step
+from dmabuf._native import OwnedFd, Points, owned, step
 from dmabuf.domain.domain import Domain, known
 from dmabuf.domain.forks import fork_lock
 from dmabuf.domain.place import SHARE_DOMAIN
@@ -32,6 +32,7 @@ RECORD_ROOM = 256  # bytes at the beginning of a file with a record; the first h
 MOST_BYTES = 16 << 20  # of a record, so that a number that somebody wrote costs no more
 _RECORD = struct.Struct("=IIQQQQQQ")  # which of two copies counts; of each: offset, room, length
 _RECORD_AT = 128
+_F_ADD_SEALS, _F_SEAL_SEAL, _F_SEAL_SHRINK = 1033, 1, 2  # linux/fcntl.h
 _LOCK, _REFERENCE_LOCK = 0, 1  # bytes of the file that the locks are on
 set_lock = OwnedFd.set_lock  # a name of its own, so that tests can replace it
 _NAME = re.compile(r"/memfd:dmabuf-([a-z_]+):([0-9a-f]{16}):[0-9a-f]{16}(?: \(deleted\))?\Z")
@@ -79,20 +80,29 @@ class SharedFile:
         """The descriptor that travels, compared just now; -1 once closed."""
         return self._fd.fileno()
 
+    def points(self) -> Points:
+        """Return the first page of the file, mapped. Errors: ValueError it isn't sealed; EMFILE."""
+        # A mapping keeps its description, with the locks that are on it, as long as it lives, also in a forked child. This one gets none.
+        with self._fd.reopen() as file:
+            return Points(file)
+
     def dup(self) -> int:
         """Return a duplicate of the descriptor that travels, which the caller owns. Errors: EBADF, EMFILE."""
         return self._fd.dup().take()
 
     @classmethod
-    def make(cls, kind: str, domain: Domain, content: bytes) -> SharedFile:
-        """Return a new file with this content. Errors: EMFILE, ENOMEM."""
+    def make(cls, kind: str, domain: Domain, content: bytes, *, sealed: bool = False) -> SharedFile:
+        """Return a new file with this content; ``sealed``: it never gets shorter, so it can be mapped. Errors: EMFILE, ENOMEM."""
         try:
             name = f"dmabuf-{kind}:{domain.id}:{secrets.token_hex(8)}"
-            fd = next(map(OwnedFd, map(os.memfd_create, (name,), (os.MFD_CLOEXEC,))))
+            flags = os.MFD_CLOEXEC | (os.MFD_ALLOW_SEALING if sealed else 0)
+            fd = next(map(OwnedFd, map(os.memfd_create, (name,), (flags,))))
         except OSError as e:
             raise fail(e.errno or errno.EIO, kind, "memfd", "raise RLIMIT_NOFILE or close descriptors") from None
         try:
             fd.pwrite(content, 0)
+            if sealed:
+                fcntl.fcntl(fd.fileno(), _F_ADD_SEALS, _F_SEAL_SEAL | _F_SEAL_SHRINK)
             return cls(fd, domain)
         except BaseException:
             fd.close()

@@ -7,6 +7,11 @@ should rise. A point that doesn't is taken as the highest so far, and ``query`` 
 It is a descriptor, shared like a :class:`~dmabuf.SwSync`: every holder may do everything, and sees what the others do. Its fences belong to
 the processes that made them: a fence whose owner dies is signaled with ``-EOWNERDEAD``, and counts like every other. A change of the state
 is made under its lock, in one step that a death leaves done or not done.
+
+While nothing in it is pending, the state is one number, which stands in a word of the file that every holder maps (``Points``). Then
+``signal`` with a higher point is one compare-and-swap, and ``wait`` is one sleep, without the lock. Everything else first *folds* the
+number into the record under the lock: it stores the record and then empties the word, so that at every instant one of the two counts. A
+waiter that needs a fence to wait for (in a task, or for several semaphores) folds too, so that the next signal finds it.
 """
 
 from __future__ import annotations
@@ -42,7 +47,8 @@ from dmabuf.errors import fail, needing_descriptors
 
 KIND: Final = "semaphore"
 MAX_POINT: Final = 0xFFFFFFFFFFFFFFFF
-_MAGIC: Final = b"dmabufT\1"
+_MAGIC: Final = b"dmabufT\2"
+_PAGE: Final = 4096
 _EVENT: Final = 8  # offset of the handle of the fence that is signaled at the next change
 _HANDLE: Final = struct.Struct("=Q")
 # Handles of the fences of this process that stand for a submission to a semaphore.
@@ -71,16 +77,22 @@ class TimelineSemaphore(SharedObject):
         NoSpaceError: The domain is full (ENOSPC).
     """
 
-    __slots__ = ("_notices",)
+    __slots__ = ("_notices", "_points")
 
     KIND, NOUN = KIND, "semaphore"
 
     def __init__(self, *, signaled: bool = False, domain: Domain | None = None) -> None:
-        self._set(SharedFile.make(KIND, domain or Domain.default(), _MAGIC.ljust(_EVENT, b"\0")))
+        self._set(SharedFile.make(KIND, domain or Domain.default(), _MAGIC.ljust(_PAGE, b"\0"), sealed=True))
         if signaled:
             self.signal()
 
     def _set(self, file: SharedFile) -> None:
+        if file.read(0, len(_MAGIC)) != _MAGIC:
+            raise _nonsense()
+        try:
+            self._points = file.points()
+        except ValueError:
+            raise _nonsense() from None
         super()._set(file)
         self._notices: set[EventfdNotice] = set()
 
@@ -116,13 +128,23 @@ class TimelineSemaphore(SharedObject):
 
     def _load(self) -> State:
         """Return the state without what is signaled."""
+        point = self._points.value()
+        if point >= 0:
+            return State(TIMELINE, point, point, [])
         data = self._file.load()
         if not data:
             return State(EMPTY, 0, 0, [])
         try:
             return without_signaled(self.domain.shm.fence_pending, *unpacked(data))
         except (struct.error, IndexError):
-            raise fail(errno.EUCLEAN, "look up", "a semaphore", "make a new one", what="another program wrote to its descriptor") from None
+            raise _nonsense() from None
+
+    def _fold(self) -> None:
+        """Let the record hold the state. From here on only a holder of the lock changes it."""
+        while (point := self._points.value()) >= 0:
+            self._file.store(packed(State(TIMELINE, point, point, [])))
+            step("sem_folded")  # the word counts
+            self._points.leave(point)  # in vain if it rose meanwhile
 
     def _change(self, operation: str, change: Callable[[State], State]) -> None:
         self._check(operation)
@@ -131,7 +153,8 @@ class TimelineSemaphore(SharedObject):
 
     def _change_locked(self, shm: Shm, change: Callable[[State], State]) -> None:
         with self._file.locked():
-            state = change(self._load())
+            self._fold()
+            state = without_signaled(shm.fence_pending, *change(self._load()))
             data = packed(state)
             # Wake the waiters before storing. They block on the lock; if this process dies here, they look again and go back to sleep.
             event = self._event()
@@ -140,6 +163,8 @@ class TimelineSemaphore(SharedObject):
                 self._file.write(_EVENT, _HANDLE.pack(0))
                 step("sem_woken")
             self._file.store(data)
+            if state.kind == TIMELINE and not state.nodes:
+                self._points.enter(state.head)  # in vain for points of more than 63 bits
 
     def _event(self) -> int:
         raw = self._file.read(_EVENT, 8)
@@ -175,7 +200,10 @@ class TimelineSemaphore(SharedObject):
         with self._file.locked():
             leaves = leaves_at(self._load(), point)
             if leaves is None and (for_submit or available):
-                return self._submission()
+                self._fold()
+                leaves = leaves_at(self._load(), point)
+                if leaves is None:
+                    return self._submission()
             if available or (leaves is not None and not leaves):
                 return None
         if leaves is None:
@@ -197,6 +225,8 @@ class TimelineSemaphore(SharedObject):
             ClosedError: The semaphore is closed (EBADF).
             InvalidError: The point is out of range (EINVAL).
         """
+        if not self.closed and self._points.signal(point):
+            return
         _checked(point, "signal")
         self._change("signal", lambda state: added(state, point, []))
 
@@ -323,6 +353,9 @@ class TimelineSemaphore(SharedObject):
             ClosedError: The semaphore is closed (EBADF).
         """
         self._check("query")
+        point = self._points.value()
+        if point >= 0:
+            return point
         self.domain.join()
         with self._file.locked():
             state = self._load()
@@ -368,6 +401,17 @@ class TimelineSemaphore(SharedObject):
             InterruptedWaitError: A signal arrived, and ``interruptible`` is set (EINTR).
         """
         self._check("wait")
+        until = -1 if timeout is None else monotonic_deadline(timeout, "wait", self)
+        shm, wait = self.domain.join(), self._points.wait
+        while True:
+            left = wait(shm, point, until, for_submit or available, interruptible)
+            if left:  # until then, the fence doesn't have to be asked for
+                return left
+            if left is not None or self._points.value() < 0:
+                break
+            self._check("wait")
+        if timeout is not None:
+            timeout = max(0.0, (until - time.monotonic_ns()) / 1e9)
         return wait_semaphores([self], [point], timeout, for_submit=for_submit, available=available, interruptible=interruptible)[1]
 
     async def reached(self, point: int = 0, *, for_submit: bool = True, available: bool = False) -> None:
@@ -500,6 +544,10 @@ def wait_semaphores(
                 continue  # nothing changes any more, so one more look tells whether the last of the others submitted before it left
             looked, left = True, min(left, LOOK_S)
         wait_any([fence for _, fence in waits], None if left == math.inf else left, interruptible=interruptible)
+
+
+def _nonsense() -> OSError:
+    return fail(errno.EUCLEAN, "look up", "a semaphore", "make a new one", what="another program wrote to its descriptor")
 
 
 def _held(semaphore: TimelineSemaphore, operation: str) -> TimelineSemaphore:
