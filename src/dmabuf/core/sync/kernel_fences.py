@@ -20,6 +20,7 @@ from dmabuf.core.fence.fence import DmaFence, flagged, register
 from dmabuf.core.fence.timeline import Timeline, slot_of
 from dmabuf.domain.dispatcher import DISPATCHER, report
 from dmabuf.domain.domain import Domain
+from dmabuf.domain.guards import finalizer
 from dmabuf.uapi import sync_file as uapi
 
 _LINK = "anon_inode:sync_file"
@@ -56,11 +57,10 @@ def fence_of(fd: int, domain: Domain) -> DmaFence:
     handle, ref, life = fence.handle, weakref.ref(fence), shm.life
 
     def signaled(own: int) -> None:
-        error = min(uapi.file_info(own).status, 0)
+        error, there = min(uapi.file_info(own).status, 0), _dropped.pop(own, None) or ref()
         if timeline.domain.shm.life != life:
             return
-        there = ref()
-        shm.fence_signal(handle, error, there is None)  # nobody else frees the slot of one that was dropped while others wait for it
+        shm.fence_signal(handle, error, there is None)
 
     fence.own = watch(fd, signaled)
     return fence
@@ -73,12 +73,24 @@ class KernelFence(DmaFence):
 
     own: int
 
+    @finalizer
     def __del__(self) -> None:
-        if not self.owned or flagged(self):
+        own = getattr(self, "own", -1)  # -1: it was never complete, and nobody knows it
+        if own < 0 or not self.owned or flagged(self):
             return
         local = DISPATCHER.peek(self.domain)
         if (local is None or not local.watches(self.handle)) and self.shm.fence_drop(self.handle, 0):
-            _poller.remove(getattr(self, "own", -1))  # nobody waits for it
+            _poller.remove(own)  # nobody waits for it
+        elif not flagged(self):
+            again = KernelFence(self.shm, self.handle, True)
+            self.disown()
+            register(again, self.domain, self._timeline)
+            again.own = own
+            _dropped[own] = again  # others wait for it
+
+
+# Fences whose objects were dropped while others wait for them, by the descriptor that is polled.
+_dropped: dict[int, KernelFence] = {}
 
 
 class _Poller:
