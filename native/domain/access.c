@@ -117,8 +117,9 @@ static PyObject *access_begin(Shm *s, PyObject *const *a, Py_ssize_t n) {
   blocking.count = 0;
   blocking.room = FEW;
   int error;
+  uint32_t moves = s->moves;
   uint64_t h = access_add(s, r, target, rec, me, write, timeline, &blocking, &error);
-  if (!locked) resv_release(r, me);
+  if (!locked && s->moves == moves) resv_release(r, me); /* else another thread left the domain, and `r` may be gone */
   PyObject *handle = h ? PyLong_FromUnsignedLongLong(h) : NULL, *pending = NULL;
   /* Without blocking fences: of one of several accesses, which are let in together. */
   if (handle && (blocking.count || locked) && !(pending = handles_list(&blocking))) Py_CLEAR(handle);

@@ -256,6 +256,7 @@ int fence_wait_for(Shm *s, uint64_t handle, int64_t until, int interruptible) {
     return k < 0 ? RAISED : k && !fence_pending(s, handle, NULL);
   }
   if (spin(s, f, fence_owner(s, handle), until)) return 1;
+  int64_t since = 0;
   for (;;) {
     if (!fence_pending(s, handle, &f)) return 1; /* the slot's address too: this process may have left and joined again meanwhile */
     uint32_t w = atomic_load(&f->word);
@@ -269,6 +270,7 @@ int fence_wait_for(Shm *s, uint64_t handle, int64_t until, int interruptible) {
       shm_corrupt(s, "a pending fence has no owner"); /* a reaper signals a life's fences before it returns their chunk */
       return RAISED;
     }
+    if (r == SLEEP_TICK && shm_lasts(s, &since, TICK_FENCE, handle)) return RAISED;
     if (r == SLEEP_SIGNAL && interruptible && fence_pending(s, handle, NULL)) return -EINTR;
   }
 }

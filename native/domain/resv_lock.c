@@ -52,6 +52,7 @@ int resv_take(Shm *s, db_resv *r, uint64_t me, int acquired, int interruptible, 
     STEP(resv_locked); /* locked: a death frees it, by the context's generation */
     return 0;
   }
+  int64_t since = 0;
   int real = (int)atomic_load(&mine->real), result = 0, waited = 0, ticked = 0;
   for (;;) {
     w = atomic_load(&r->lock);
@@ -130,6 +131,10 @@ int resv_take(Shm *s, db_resv *r, uint64_t me, int acquired, int interruptible, 
       return RAISED;
     }
     if (k == SLEEP_RAISED) {
+      result = RAISED;
+      break;
+    }
+    if (k == SLEEP_TICK && shm_lasts(s, &since, TICK_RESV, owner ? owner : next)) {
       result = RAISED;
       break;
     }

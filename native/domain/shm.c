@@ -73,6 +73,7 @@ static PyObject *shm_new(PyTypeObject *type, PyObject *args, PyObject *kw) {
   Shm *s = (Shm *)type->tp_alloc(type, 0);
   if (!s) return NULL;
   s->fd = fd;
+  s->slow_ns = SLOW_NS;
   s->presence_fd = -1;
   s->length = DB_HEADER_BYTES + (size_t)DB_MAX_CHUNKS * DB_CHUNK;
   s->fail = Py_XNewRef(fail);
@@ -105,6 +106,7 @@ out:
 static int shm_traverse(Shm *s, visitproc visit, void *arg) {
   Py_VISIT(Py_TYPE(s));
   Py_VISIT(s->tick);
+  Py_VISIT(s->slow);
   Py_VISIT(s->on_local);
   Py_VISIT(s->on_sync);
   Py_VISIT(s->fail);
@@ -113,6 +115,7 @@ static int shm_traverse(Shm *s, visitproc visit, void *arg) {
 
 static int shm_clear(Shm *s) {
   Py_CLEAR(s->tick);
+  Py_CLEAR(s->slow);
   Py_CLEAR(s->on_local);
   Py_CLEAR(s->on_sync);
   return 0; /* not fail: a finalizer that runs after this may still have something to say */
@@ -166,6 +169,8 @@ static int set_path(Shm *s, PyObject *value, void *unused) {
 
 static PyMemberDef members[] = {
     {"tick", T_OBJECT, offsetof(Shm, tick), 0, "tick(kind, value), called at each tick of a wait"},
+    {"slow", T_OBJECT, offsetof(Shm, slow), 0, "slow(kind, value), called once in a wait that lasts longer than slow_ns"},
+    {"slow_ns", T_LONGLONG, offsetof(Shm, slow_ns), 0, "ns after which slow() is called"},
     {"on_local", T_OBJECT, offsetof(Shm, on_local), 0,
      "on_local(handle), called when this process signals a fence that has callbacks here"},
     {"on_sync", T_OBJECT, offsetof(Shm, on_sync), 0, "on_sync(handle), called to call sync_wake(handle) until it returns True"},

@@ -35,19 +35,21 @@ typedef struct {
   PyObject_HEAD
   char *base;
   size_t length;
-  int fd;             /* asked for with shm_file() (file.h), since somebody else may have closed it */
-  fd_id id;           /* of the file */
-  PyObject *path;     /* bytes: where the file can be opened again; NULL: nowhere */
-  char owns_fd;       /* close the fd with the mapping: after every finalizer, whatever order the garbage collector takes */
-  char copied;        /* what is mapped is a private copy: this process left, and nobody was there any more */
-  uint32_t known;     /* chunks that this process has checked against the size of the file */
-  uint32_t moves;     /* how often what is mapped was exchanged: an address of a chunk is good until the next time */
-  a32 spinners;       /* threads that look at the mapping without the GIL */
-  own_words *own;     /* of this process alone */
-  char *presence;     /* a page that forks inherit: it keeps a read lock on the presence byte */
-  int presence_fd;    /* or, where a mapping doesn't keep a lock, a descriptor; -1: none */
-  endings *ending;    /* while a life is ended: what follows is put there, and not done */
-  PyObject *tick;     /* tick(kind, value): a wait has lasted TICK_NS; may raise */
+  int fd;          /* asked for with shm_file() (file.h), since somebody else may have closed it */
+  fd_id id;        /* of the file */
+  PyObject *path;  /* bytes: where the file can be opened again; NULL: nowhere */
+  char owns_fd;    /* close the fd with the mapping: after every finalizer, whatever order the garbage collector takes */
+  char copied;     /* what is mapped is a private copy: this process left, and nobody was there any more */
+  uint32_t known;  /* chunks that this process has checked against the size of the file */
+  uint32_t moves;  /* how often what is mapped was exchanged: an address of a chunk is good until the next time */
+  a32 spinners;    /* threads that look at the mapping without the GIL */
+  own_words *own;  /* of this process alone */
+  char *presence;  /* a page that forks inherit: it keeps a read lock on the presence byte */
+  int presence_fd; /* or, where a mapping doesn't keep a lock, a descriptor; -1: none */
+  endings *ending; /* while a life is ended: what follows is put there, and not done */
+  PyObject *tick;  /* tick(kind, value): a wait has lasted TICK_NS; may raise */
+  PyObject *slow;  /* slow(kind, value): a wait has lasted slow_ns */
+  int64_t slow_ns;
   PyObject *on_local; /* on_local(handle): this process signaled a fence that has callbacks here */
   PyObject *on_sync;  /* on_sync(handle): call sync_wake(handle) until it returns True */
   PyObject *fail;     /* errors.fail */
@@ -56,6 +58,8 @@ typedef struct {
   uint32_t fifo_cap, fifo_head, fifo_count, fifo_life;
   uint32_t claim_hint[CH_TYPES]; /* by chunk type: where to begin to look for an ownerless chunk */
 } Shm;
+
+#define SLOW_NS 10000000000ll /* a wait that lasts as long is logged, unless the domain's slow_ns is set to something else */
 
 extern PyTypeObject *Shm_Type;
 

@@ -54,6 +54,18 @@ int shm_sleep(Shm *s, a32 *word, uint32_t expected, int64_t until, int kind, uin
   return shm_tick(s, kind, value) ? SLEEP_RAISED : SLEEP_TICK;
 }
 
+int shm_lasts(Shm *s, int64_t *since, int kind, uint64_t value) {
+  int64_t now = now_ns();
+  if (!*since) *since = now;
+  if (*since < 0 || now - *since < s->slow_ns || !s->slow) return 0;
+  *since = -1; /* once a wait */
+  PyObject *slow = Py_NewRef(s->slow);
+  PyObject *x = PyObject_CallFunction(slow, "iK", kind, (unsigned long long)value);
+  Py_XDECREF(x);
+  Py_DECREF(slow);
+  return x ? 0 : -1;
+}
+
 int shm_tick(Shm *s, int kind, uint64_t value) {
   if (!s->tick) return 0;
   PyObject *tick = Py_NewRef(s->tick); /* another thread may replace it during the call */

@@ -17,6 +17,9 @@ enum {
  * (CLOCK_MONOTONIC ns, -1: no limit). The caller looks at everything again after each sleep. */
 int shm_sleep(Shm *s, a32 *word, uint32_t expected, int64_t until, int kind, uint64_t value);
 
+/* To be called at each tick of a wait whose `since` was 0 at its beginning: calls slow(kind, value) once the wait has lasted slow_ns. */
+int shm_lasts(Shm *s, int64_t *since, int kind, uint64_t value);
+
 /* Call tick(kind, value). */
 int shm_tick(Shm *s, int kind, uint64_t value);
 

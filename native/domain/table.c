@@ -49,6 +49,7 @@ int rec_referenced(Shm *s, uint32_t rec) {
 /* For a life that is about to begin (joining), or the present one. */
 static int lock_for(Shm *s, uint32_t me, int joining) {
   a32 *w = &hdr(s)->table_lock;
+  int64_t since = 0;
   for (;;) {
     if (!joining && my_life(s) != me)
       return shm_fail(s, EOWNERDEAD, "table lock", "the domain", "this process left it meanwhile", "call again, which joins again");
@@ -68,7 +69,8 @@ static int lock_for(Shm *s, uint32_t me, int joining) {
     }
     if (!(v & TL_WAITERS) && !atomic_compare_exchange_strong(w, &v, v | TL_WAITERS)) continue;
     STEP_SLEEPING(rec_locked);
-    if (shm_sleep(s, w, v | TL_WAITERS, -1, TICK_TABLE, owner) == SLEEP_RAISED) return -1;
+    int k = shm_sleep(s, w, v | TL_WAITERS, -1, TICK_TABLE, owner);
+    if (k == SLEEP_RAISED || (k == SLEEP_TICK && shm_lasts(s, &since, TICK_TABLE, owner))) return -1;
   }
 }
 

@@ -109,6 +109,8 @@ def probe_fd(fd: int, /) -> tuple[int, int, int, int, bytes, int]: ...
 
 class Shm:
     tick: Callable[[int, int], None] | None
+    slow: Callable[[int, int], object] | None
+    slow_ns: int
     on_local: Callable[[int], None] | None
     on_sync: Callable[[int], object] | None
     fail: Callable[..., OSError] | None

@@ -35,7 +35,7 @@ from dmabuf._native import (
     probe_fd,
     unraisable,
 )
-from dmabuf.domain import lives, place
+from dmabuf.domain import lives, place, slow_waits
 from dmabuf.domain.directory import remove_socket
 from dmabuf.domain.forks import fork_lock
 from dmabuf.domain.hooks import Hooks
@@ -179,7 +179,12 @@ class Domain:
             if domain is not None:
                 domain.retries.later(lambda: domain.shm.sync_wake(handle))
 
-        shm.tick, shm.on_sync = tick, on_sync
+        def slow(kind: int, value: int) -> None:
+            domain = me()
+            if domain is not None:
+                slow_waits.tell(domain, kind, value)
+
+        shm.tick, shm.slow, shm.on_sync = tick, slow, on_sync
         shm.path = None if self.path is None else os.fsencode(self.path / place.FILE)
 
     @property

@@ -18,6 +18,7 @@ from collections.abc import Iterable
 from typing import Final
 
 from dmabuf._native import OwnedFd, step
+from dmabuf.domain import slow_waits
 from dmabuf.domain.domain import TICK_NS, Domain
 from dmabuf.errors import DmaBufError, fail
 from dmabuf.sharing.lending import finish_shielded
@@ -202,13 +203,14 @@ class Client:
 
     def _wait(self, sock: socket.socket) -> tuple[Body, list[OwnedFd]] | None:
         """Wait for the next message. A fork of the other process may keep its end open, so its life is checked at each tick."""
-        poller = select.poll()
+        poller, wait = select.poll(), slow_waits.Wait()
         poller.register(sock, select.POLLIN)
         while not poller.poll(TICK_NS // 1_000_000):
             self.domain.sweep_if_due()
             check_socket(sock)
             if not self.alive:
                 return None
+            wait.look(self.domain, lambda: f"an answer from {slow_waits.process(self.domain, self.peer)}")
         return receive_last(sock)
 
     def _connect(self, hello: Body) -> tuple[socket.socket, Body]:

@@ -9,6 +9,7 @@ from dmabuf._native import OFF_CONTEXT, Fence
 from dmabuf.core.base.clock import monotonic_deadline, seconds_left
 from dmabuf.core.fence.container import Container
 from dmabuf.core.fence.fence import DmaFence, flagged, unbound_timeline
+from dmabuf.domain import slow_waits
 from dmabuf.domain.domain import Domain
 from dmabuf.domain.guards import finished
 from dmabuf.errors import contract_warning, fail
@@ -53,6 +54,7 @@ def wait_any(fences: Iterable[DmaFence], timeout: float | None = None, *, interr
     # It goes, and its slot is free, with the last of the callbacks.
     first = Fence.made(shm, unbound_timeline(domain, "wait_any"), shm.add64(OFF_CONTEXT, 1), 1, 0)
     watched: list[tuple[DmaFence, int]] = []
+    slow_waits.STANDS_FOR[domain.id, first.handle] = [fence.handle for fence in found if fence.domain is domain]
     try:
         for index, fence in enumerate(found):
             token = fence.listen(lambda _: shm.fence_signal(first.handle, 0, False))
@@ -61,6 +63,7 @@ def wait_any(fences: Iterable[DmaFence], timeout: float | None = None, *, interr
             watched.append((fence, token))
         answer = shm.fence_wait(first.handle, until, interruptible)
     finally:
+        slow_waits.STANDS_FOR.pop((domain.id, first.handle), None)
         _unwatch(watched)
     index = next((i for i, fence in enumerate(found) if _signaled(fence)), None)
     if index is not None and answer:

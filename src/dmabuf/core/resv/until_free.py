@@ -11,11 +11,14 @@ import errno
 import os
 import threading
 import time
+from functools import partial
 
+from dmabuf._native import TICK_RESV
 from dmabuf.core.resv.lock import ResvLock, record_of
 from dmabuf.core.task.owner import current
 from dmabuf.core.task.pause import Pause
 from dmabuf.core.task.waiting import pause
+from dmabuf.domain import slow_waits
 from dmabuf.domain.domain import TICK_NS
 from dmabuf.domain.forks import fork_lock
 
@@ -50,7 +53,7 @@ def _wait(resv: ResvLock, stops: dict[Pause, None]) -> None:
     """Take the lock and release it, in slices of a tick until no task waits for it."""
     error: BaseException | None = None
     ended: list[Pause] = []
-    over = False
+    over, wait = False, slow_waits.Wait()
     while not over:
         try:
             owner = current(resv.domain)
@@ -58,6 +61,8 @@ def _wait(resv: ResvLock, stops: dict[Pause, None]) -> None:
             answer = shm.resv_lock(index, owner.word, 0, False, False, time.monotonic_ns() + TICK_NS)
             if answer >= 0:
                 shm.resv_unlock(index, owner.word)
+            else:
+                wait.look(resv.domain, partial(_holder, resv))
         except BaseException as e:
             error, answer = e, 0
         with _guard:
@@ -69,6 +74,11 @@ def _wait(resv: ResvLock, stops: dict[Pause, None]) -> None:
     for stop in ended:
         stop.end(error)
     del error
+
+
+def _holder(resv: ResvLock) -> str:
+    shm, index = record_of(resv).at()
+    return slow_waits.named(resv.domain, TICK_RESV, shm.resv_owner(index))
 
 
 os.register_at_fork(after_in_child=_waiting.clear)  # a fork takes no thread along

@@ -38,7 +38,7 @@ from dmabuf.core.fence.wait_any import wait_any
 from dmabuf.core.sync.eventfd_notice import EventfdNotice, deferring
 from dmabuf.core.sync.semaphore_state import EMPTY, TIMELINE, Leaf, State, added, leaves_at, packed, unpacked, without_signaled
 from dmabuf.core.sync.shared_object import SharedObject
-from dmabuf.core.sync.submitters import LOOK_S, nobody_left
+from dmabuf.core.sync.submitters import Looks, nobody_left
 from dmabuf.core.sync.sync_file import SyncFile
 from dmabuf.domain.domain import Domain
 from dmabuf.domain.local import Local
@@ -402,7 +402,7 @@ class TimelineSemaphore(SharedObject):
         """
         self._check("wait")
         until = -1 if timeout is None else monotonic_deadline(timeout, "wait", self)
-        shm, wait = self.domain.join(), self._points.wait
+        shm, wait, looks = self.domain.join(), self._points.wait, None
         while True:
             left = wait(shm, point, until, for_submit or available, interruptible)
             if left:  # until then, the fence doesn't have to be asked for
@@ -410,6 +410,8 @@ class TimelineSemaphore(SharedObject):
             if left is not None or self._points.value() < 0:
                 break
             self._check("wait")
+            looks = looks or Looks(self.domain)
+            looks.look([self._nobody_left], self)
         if timeout is not None:
             timeout = max(0.0, (until - time.monotonic_ns()) / 1e9)
         return wait_semaphores([self], [point], timeout, for_submit=for_submit, available=available, interruptible=interruptible)[1]
@@ -517,7 +519,7 @@ def wait_semaphores(
         raise fail(errno.EXDEV, "wait", named, "wait for those of each domain separately", what="they belong to several domains")
     for semaphore in found:
         semaphore.domain.join()
-    looked = orphaned = False
+    looks = Looks(found[0].domain) if found else None
     while True:
         blocking: list[tuple[TimelineSemaphore, DmaFence]] = []
         for index, (semaphore, point) in enumerate(zip(found, wanted, strict=True)):
@@ -535,14 +537,8 @@ def wait_semaphores(
         if not left:
             raise fail(errno.ETIME, "wait", named, "wait longer, or see with query() which one is late", what="timed out")
         waits = blocking[:1] if all else blocking
-        if builtins.all(semaphore._is_submission(fence) for semaphore, fence in waits):
-            if orphaned:
-                what = "no point has a fence, and nobody else has the semaphore, so nobody can submit one"
-                raise fail(errno.EDEADLK, "wait", waits[0][0] if all else named, "submit the point before waiting for it", what=what)
-            orphaned = looked and builtins.all(semaphore._nobody_left() for semaphore, _ in waits)
-            if orphaned:
-                continue  # nothing changes any more, so one more look tells whether the last of the others submitted before it left
-            looked, left = True, min(left, LOOK_S)
+        if looks is not None and builtins.all(semaphore._is_submission(fence) for semaphore, fence in waits):
+            left = min(left, looks.look([semaphore._nobody_left for semaphore, _ in waits], waits[0][0] if all else named))
         wait_any([fence for _, fence in waits], None if left == math.inf else left, interruptible=interruptible)
 
 

@@ -7,20 +7,55 @@ is registered, and no signal handler is installed that the program may have for 
 
 from __future__ import annotations
 
+import errno
 import signal
 import sys
 import threading
+import time
+from collections.abc import Callable, Sequence
 
+from dmabuf.domain import slow_waits
 from dmabuf.domain.dispatcher import DISPATCHER
-from dmabuf.domain.domain import Domain
+from dmabuf.domain.domain import TICK_NS, Domain
 from dmabuf.domain.shared_file import SharedFile
+from dmabuf.errors import fail
 
-LOOK_S = 0.08  # seconds between two looks: two ticks, as for a death
+_LOOK_NS = 2 * TICK_NS  # from one look to the next, as for a death
 
 # Threads of this package that run no code of the program, as long as no callback is registered.
 _SERVING = frozenset({"dmabuf-dispatcher", "dmabuf-retry"})
 # A handler of these is there to end or reload the program. Any other may be what submits: a timer's, a child's, another process's.
 _ENDING = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGTSTP, signal.SIGCONT, signal.SIGWINCH})
+
+
+class Looks:
+    """The looks of one wait for a submission in a domain, which is logged when it has lasted long."""
+
+    __slots__ = ("_domain", "_last", "_lasts", "_orphaned")
+
+    def __init__(self, domain: Domain) -> None:
+        self._domain, self._last, self._orphaned = domain, time.monotonic_ns(), False
+        self._lasts = slow_waits.Wait()
+
+    def look(self, nobody: Sequence[Callable[[], bool]], what: object) -> float:
+        """Return after how many seconds the caller is to call again, having looked at its semaphores in between.
+
+        Args:
+            nobody: Say of each semaphore whether nobody is left. Any of them could end the wait.
+            what: Names them.
+
+        Raises:
+            DeadlockError: Nobody is left who could submit a point (EDEADLK).
+        """
+        if self._orphaned:  # and the caller has looked since: the last of the others didn't submit before it left
+            text = "no point has a fence, and nobody else has the semaphore, so nobody can submit one"
+            raise fail(errno.EDEADLK, "wait", what, "submit the point before waiting for it", what=text)
+        now = time.monotonic_ns()
+        self._lasts.look(self._domain, lambda: f"somebody to submit a point to {what}")
+        if now - self._last < _LOOK_NS:
+            return (self._last + _LOOK_NS - now) / 1e9
+        self._last, self._orphaned = now, all(call() for call in nobody)
+        return 0.0 if self._orphaned else _LOOK_NS / 1e9
 
 
 def nobody_left(file: SharedFile, domain: Domain) -> bool:

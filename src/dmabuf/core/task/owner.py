@@ -10,10 +10,12 @@ import errno
 import threading
 import weakref
 from collections.abc import Callable
+from functools import partial
 
 from dmabuf._native import OFF_STAMP, TICK_FENCE, Context
 from dmabuf.core.task import waiting
 from dmabuf.core.task.pause import Pause
+from dmabuf.domain import slow_waits
 from dmabuf.domain.domain import Domain
 from dmabuf.domain.local import Local
 from dmabuf.domain.weak_objects import WeakObjects
@@ -25,7 +27,19 @@ _CYCLE_LIMIT = 256
 class Owner(Context):
     """One thread or task in one domain; ``word`` names its context, and ``locks`` counts the reservation locks that it holds."""
 
-    __slots__ = ("__weakref__", "awaiting", "blocked", "domain", "name", "open_context", "stalled", "tid", "wait_stamp", "waits_for")
+    __slots__ = (
+        "__weakref__",
+        "awaiting",
+        "blocked",
+        "domain",
+        "lasts",
+        "name",
+        "open_context",
+        "stalled",
+        "tid",
+        "wait_stamp",
+        "waits_for",
+    )
 
     def __init__(self, domain: Domain, name: str) -> None:
         self.domain = domain
@@ -35,6 +49,7 @@ class Owner(Context):
         self.blocked = 0  # or the native id of the thread that waits, and in which no other task runs meanwhile
         self.stalled: list[Owner] = []  # those tasks, once a tick has found the wait to last
         self.tid = threading.get_native_id()
+        self.lasts: slow_waits.Wait | None = None  # the wait of its task, once a tick came
         self.open_context: weakref.ref[Context] | None = None  # the WwAcquireContext that it made last
         domain.ctx_open(self, self.tid, False)
 
@@ -107,6 +122,7 @@ def publish(owner: Owner, handle: int, *, blocking: bool = False) -> None:
         owners.waiting[owner] = None
     else:
         owner.wait_stamp = owner.blocked = 0
+        owner.lasts = None
         owners.waiting.pop(owner, None)
         if owner.stalled:
             for other in owner.stalled:
@@ -162,6 +178,9 @@ def _end_deadlocks(domain: Domain, kind: int) -> None:
         blocks = owner.blocked == here and kind == TICK_FENCE
         if blocks:
             _stall(owners, owner)
+        if owner.awaiting is not None:  # a thread that waits is told of in C
+            owner.lasts = owner.lasts or slow_waits.Wait()
+            owner.lasts.look(domain, partial(slow_waits.named, domain, TICK_FENCE, owner.waits_for))
         if not youngest_in_cycle(owner):
             continue
         if owner.awaiting is not None:
