@@ -36,7 +36,19 @@ from dmabuf.core.fence.stub import private_stub
 from dmabuf.core.fence.unwrap import leaves_of
 from dmabuf.core.fence.wait_any import wait_any
 from dmabuf.core.sync.eventfd_notice import EventfdNotice, deferring
-from dmabuf.core.sync.semaphore_state import EMPTY, TIMELINE, Leaf, State, added, leaves_at, packed, unpacked, without_signaled
+from dmabuf.core.sync.semaphore_state import (
+    EMPTY,
+    TIMELINE,
+    Leaf,
+    State,
+    added,
+    checked_point,
+    leaves_at,
+    nonsense,
+    packed,
+    unpacked,
+    without_signaled,
+)
 from dmabuf.core.sync.shared_object import SharedObject
 from dmabuf.core.sync.submitters import Looks, nobody_left
 from dmabuf.core.sync.sync_file import SyncFile
@@ -46,7 +58,6 @@ from dmabuf.domain.shared_file import SharedFile
 from dmabuf.errors import fail, needing_descriptors
 
 KIND: Final = "semaphore"
-MAX_POINT: Final = 0xFFFFFFFFFFFFFFFF
 _MAGIC: Final = b"dmabufT\2"
 _PAGE: Final = 4096
 _EVENT: Final = 8  # offset of the handle of the fence that is signaled at the next change
@@ -88,11 +99,11 @@ class TimelineSemaphore(SharedObject):
 
     def _set(self, file: SharedFile) -> None:
         if file.read(0, len(_MAGIC)) != _MAGIC:
-            raise _nonsense()
+            raise nonsense()
         try:
             self._points = file.points()
         except ValueError:
-            raise _nonsense() from None
+            raise nonsense() from None
         super()._set(file)
         self._notices: set[EventfdNotice] = set()
 
@@ -137,7 +148,7 @@ class TimelineSemaphore(SharedObject):
         try:
             return without_signaled(self.domain.shm.fence_pending, *unpacked(data))
         except (struct.error, IndexError):
-            raise _nonsense() from None
+            raise nonsense() from None
 
     def _fold(self) -> None:
         """Let the record hold the state. From here on only a holder of the lock changes it."""
@@ -227,7 +238,7 @@ class TimelineSemaphore(SharedObject):
         """
         if not self.closed and self._points.signal(point):
             return
-        _checked(point, "signal")
+        checked_point(point, "signal")
         self._change("signal", lambda state: added(state, point, []))
 
     def import_fence(self, fence: DmaFence, point: int = 0) -> None:
@@ -240,7 +251,7 @@ class TimelineSemaphore(SharedObject):
             InvalidError: The point is out of range (EINVAL).
             CrossDomainError: The fence belongs to another domain (EXDEV).
         """
-        _checked(point, "import_fence")
+        checked_point(point, "import_fence")
         if not isinstance(fence, DmaFence):
             raise TypeError(f"import_fence: a DmaFence is expected, not {type(fence).__name__}")
         if fence.domain is not self.domain:
@@ -265,7 +276,7 @@ class TimelineSemaphore(SharedObject):
             CrossDomainError: The sync file belongs to another domain (EXDEV).
         """
         self._check("import_sync_file")
-        _checked(point, "import_sync_file")
+        checked_point(point, "import_sync_file")
         if isinstance(sync_file, SyncFile) and not sync_file.closed:
             self.import_fence(sync_file.fence, point)
             return
@@ -305,7 +316,7 @@ class TimelineSemaphore(SharedObject):
             CrossDomainError: The source belongs to another domain (EXDEV).
         """
         self._check("transfer")
-        _checked(point, "transfer")
+        checked_point(point, "transfer")
         self.import_fence(_held(source, "transfer")._fence_at(source_point, "transfer", for_submit), point)
 
     # ---- taking something out ----
@@ -321,7 +332,7 @@ class TimelineSemaphore(SharedObject):
 
     def _fence_at(self, point: int, operation: str, for_submit: bool) -> DmaFence:
         self._check(operation)
-        _checked(point, operation)
+        checked_point(point, operation)
         self.domain.join()
         if for_submit:
             wait_semaphores([self], [point], available=True)
@@ -424,7 +435,7 @@ class TimelineSemaphore(SharedObject):
             InvalidError: As :meth:`wait` (EINVAL).
         """
         self._check("reached")
-        _checked(point, "reached")
+        checked_point(point, "reached")
         self.domain.join()
         while (fence := self._blocking(point, "reached", for_submit=for_submit, available=available)) is not None:
             await fence
@@ -448,7 +459,7 @@ class TimelineSemaphore(SharedObject):
             DmaBufError: No descriptor is free (EMFILE).
         """
         self._check("eventfd")
-        _checked(point, "eventfd")
+        checked_point(point, "eventfd")
         self.domain.join()
         try:
             kind = os.readlink(f"/proc/self/fd/{fd}")
@@ -512,7 +523,7 @@ def wait_semaphores(
     if len(wanted) != len(found):
         raise fail(errno.EINVAL, "wait", named, "pass one point for each", what=f"there are {len(wanted)} points")
     for point in wanted:
-        _checked(point, "wait")
+        checked_point(point, "wait")
     if deadline is not None and deadline < 0:
         raise fail(errno.EINVAL, "wait", f"deadline {deadline}", "pass CLOCK_MONOTONIC ns", what="it is negative")
     if len({semaphore.domain.id for semaphore in found}) > 1:
@@ -542,18 +553,9 @@ def wait_semaphores(
         wait_any([fence for _, fence in waits], None if left == math.inf else left, interruptible=interruptible)
 
 
-def _nonsense() -> OSError:
-    return fail(errno.EUCLEAN, "look up", "a semaphore", "make a new one", what="another program wrote to its descriptor")
-
-
 def _held(semaphore: TimelineSemaphore, operation: str) -> TimelineSemaphore:
     if not isinstance(semaphore, TimelineSemaphore):
         raise TypeError(f"{operation}: a TimelineSemaphore is expected, not {type(semaphore).__name__}")
     if semaphore.closed:
         raise fail(errno.ENOENT, operation, semaphore, "make or receive it again", what="the semaphore is closed")
     return semaphore
-
-
-def _checked(point: int, operation: str) -> None:
-    if not 0 <= point <= MAX_POINT:
-        raise fail(errno.EINVAL, operation, f"point {point}", f"pass 0 to {MAX_POINT}", what="the point is out of range")

@@ -5,14 +5,18 @@ This module doesn't touch shared memory. The semaphore loads the bytes under its
 
 from __future__ import annotations
 
+import errno
 import struct
 from collections.abc import Callable
 from typing import Final, NamedTuple
+
+from dmabuf.errors import fail
 
 _HEAD: Final = struct.Struct("=IIQQ")  # kind of content, nodes, reached, submitted
 _NODE: Final = struct.Struct("=QI")  # point, leaves
 _LEAF: Final = struct.Struct("=QQQI")  # handle, context, seqno, timeline_index
 EMPTY, BINARY, TIMELINE = range(3)
+MAX_POINT: Final = 0xFFFFFFFFFFFFFFFF
 
 
 class Leaf(NamedTuple):
@@ -102,3 +106,14 @@ def unpacked(data: bytes) -> tuple[int, int, int, list[Node]]:
         nodes.append(Node(point, [Leaf(*found) for found in _LEAF.iter_unpack(data[at : at + leaves * _LEAF.size])]))
         at += leaves * _LEAF.size
     return kind, reached, head, nodes
+
+
+def checked_point(point: int, operation: str) -> None:
+    """Raise InvalidError if a point is out of range (EINVAL)."""
+    if not 0 <= point <= MAX_POINT:
+        raise fail(errno.EINVAL, operation, f"point {point}", f"pass 0 to {MAX_POINT}", what="the point is out of range")
+
+
+def nonsense() -> OSError:
+    """Return the error of a file that holds no state."""
+    return fail(errno.EUCLEAN, "look up", "a semaphore", "make a new one", what="another program wrote to its descriptor")
