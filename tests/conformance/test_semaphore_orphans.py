@@ -272,3 +272,27 @@ def test_file_is_alone_only_without_any_other_descriptor() -> None:
     assert os.readlink(f"/proc/self/fd/{number}") == "/dev/null"
     sem.close()
     os.close(number)
+
+
+def waits_at_the_word(parent: Parent) -> int:
+    """The holder that could go on is killed, and the one that waits has the number in the mapped word."""
+    (sem,) = dmabuf.recv(parent.sock)
+    sem.signal(1)
+    sem.signal(2)
+    assert sem._points.value() == 2
+    parent.send("waits")
+    try:
+        sem.wait(3, for_submit=True)
+    except OSError as e:
+        return e.errno or 0
+    return 0
+
+
+def test_wait_at_the_word_for_what_nobody_can_submit_is_edeadlk(child: Spawn) -> None:
+    waiter = child(waits_at_the_word)
+    sem = TimelineSemaphore()
+    dmabuf.send(waiter.sock, sem)
+    assert waiter.recv() == "waits"
+    until_asleep(waiter.pid)
+    sem.close()
+    assert waiter.result() == errno.EDEADLK
