@@ -1,6 +1,6 @@
 """The C extension in native/: mappings, atomics, the futex, and the fences and locks of a domain."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from os import PathLike
 from types import TracebackType
 from typing import Any, Final, Self, SupportsIndex, final, overload
@@ -402,7 +402,8 @@ class Context:
 class TimelineSlot:
     """A timeline of this life. It is closed with the last reference to the object."""
 
-    def __new__(cls, shm: Shm, pool: list[int], context: int, driver: bytes, name: bytes, /) -> Self: ...
+    def __new__(cls, shm: Shm, pool: list[int], closed: list[int], context: int, driver: bytes, name: bytes, /) -> Self: ...
+    def __iter__(self) -> Iterator[int]: ...
     @property
     def index(self) -> int: ...
     @property

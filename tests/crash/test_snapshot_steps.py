@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 
@@ -93,14 +94,19 @@ def test_name_of_a_dead_process_is_not_on_a_later_buffer() -> None:
 )
 def test_timeline_has_names_of_one_use_when_its_opener(step: str, names: tuple[int, bytes, bytes], dies: bool) -> None:
     shm = Domain.default().join()
-    index = shm.chunk_claim(_native.CH_TIMELINE) * _native.TIMELINES_PER
-    shm.timeline_open(index, 7, b"old driver", b"old name")
+    told, tell = os.pipe()
 
     def opens() -> None:
-        Domain.default().join().timeline_open(index, 8, b"new driver", b"new name")
+        own = Domain.default().join()
+        at = own.chunk_claim(_native.CH_TIMELINE) * _native.TIMELINES_PER
+        own.timeline_open(at, 7, b"old driver", b"old name")
+        own.timeline_close(at)
+        os.write(tell, at.to_bytes(4, "little"))
+        own.timeline_open(at, 8, b"new driver", b"new name")
 
     with Held(opens, only=step) as other:
-        assert other.run_to(step)
+        assert other.run_to(step, 2)
+        index = int.from_bytes(os.read(told, 4), "little")
         if dies:
             other.kill()
         found = shm.timeline_info(index)
@@ -110,7 +116,12 @@ def test_timeline_has_names_of_one_use_when_its_opener(step: str, names: tuple[i
         if not dies:
             other.go_on()
             other.release()
-    assert shm.timeline_open(index, 9, b"d", b"n") == found[0] + (1 if dies or step == "timeline_switched" else 2)
-    assert shm.timeline_info(index) is not None
-    assert shm.timeline_info(index)[2:] == (9, shm.life, b"d", b"n")  # type: ignore[index]
+    os.close(told)
+    os.close(tell)
+    Domain.default().reap_dead()
+    while shm.chunk_claim(_native.CH_TIMELINE) != index // _native.TIMELINES_PER:
+        pass
+    before = found[0] + (0 if dies or step == "timeline_switched" else 1)
+    assert shm.timeline_open(index, 9, b"d", b"n") == before + 1
+    assert shm.timeline_info(index) == (before + 1, 1, 9, shm.life, b"d", b"n")
     shm.timeline_close(index)

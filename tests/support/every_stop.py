@@ -113,7 +113,7 @@ def holdings(domain: Domain) -> dict[str, Any]:
         "mappings": Counter(shared_mappings()),
         "threads": Counter(thread.name for thread in threading.enumerate()),
         "contexts": Counter({"free": -len(domain._free_ctx)}),
-        "timelines": Counter({"free": -len(domain._free_timelines)}),
+        "timelines": Counter({"free": -len(domain._free_timelines) - len(domain._closed_timelines)}),
         "records": Counter({f"record {i}": 1 for i in shm.rec_list() if shm.life in shm.rec_holders(i)}),
         "fences": Counter({f"fence {at}": 1 for at in _pending(shm)}),
     }

@@ -380,3 +380,15 @@ def test_mapping_a_file_that_is_too_short_is_euclean() -> None:
         assert caught.value.errno == errno.EUCLEAN
     finally:
         os.close(fd)
+
+
+def test_slots_of_closed_timelines_are_used_in_the_order_of_closing(domain: dmabuf.Domain) -> None:
+    """A process that looks late still finds the errors of past fences in them."""
+    made = [domain.timeline_open(b"d", b"%d" % i) for i in range(3 * _native.TIMELINES_PER)]
+    order = made[::3] + made[1::3]
+    for slot in order:
+        slot.close()
+        slot.close()
+    again = [domain.timeline_open(b"d", b"n") for _ in order]
+    assert [slot.index for slot in again] == [slot.index for slot in order]
+    assert [tuple(slot) for slot in again] == [(slot.index, slot.context) for slot in again]

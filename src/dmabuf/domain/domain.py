@@ -75,6 +75,7 @@ class Domain:
         self.leave_hooks: Hooks[[]] = Hooks("leave")
         self._free_ctx: list[int] = []
         self._free_timelines: list[int] = []
+        self._closed_timelines: list[int] = []
         me = weakref.ref(self)
         self.retries = Retries(lambda: domain.shm.life if (domain := me()) is not None else 0, TICK_NS / 1e9)
         # What the layers above keep for this domain in this process (domain/local.py). A forked child starts with nothing.
@@ -219,7 +220,7 @@ class Domain:
         self.reap_dead()
         first = lives.begin(shm) * CTX_PER
         self._free_ctx = [first + i for i in range(CTX_PER - 1, CTX_FIRST_IN_LIFE - 1, -1)]
-        self._free_timelines = []
+        self._free_timelines, self._closed_timelines = [], []
         if "multiprocessing.util" in sys.modules:  # its children end by os._exit, which knows no atexit
             from multiprocessing import util
 
@@ -228,7 +229,7 @@ class Domain:
 
     def _forget(self) -> None:
         """In a forked child, forget what the parent owns."""
-        self._free_ctx, self._free_timelines = [], []
+        self._free_ctx, self._free_timelines, self._closed_timelines = [], [], []
         self.retries.reset()
         self.reset_hooks()
         self.leave_hooks.clear()  # of the parent's life
@@ -367,7 +368,7 @@ class Domain:
             name: Its name.
             context: The context number that it shares with other timelines, 0 for a number of its own.
         """
-        return TimelineSlot(self.join(), self._free_timelines, context, driver, name)
+        return TimelineSlot(self.join(), self._free_timelines, self._closed_timelines, context, driver, name)
 
 
 def known(identity: str) -> Domain | None:
