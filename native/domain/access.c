@@ -74,9 +74,9 @@ static uint64_t access_add(Shm *s, db_resv *r, uint32_t target, uint32_t rec, ui
   uint64_t context = atomic_fetch_add(&hdr(s)->next_context, 1);
   uint64_t h = fence_make(s, timeline, context, 1, FF_ACCESS | (write ? FF_WRITE : 0), me, rec + 1);
   if (!h) return 0;
-  STEP(access_fence); /* pending, and in no list: the reaper signals it */
+  STEP_OF(access_fence, rec_at(s, rec), h); /* pending, and in no list: the reaper signals it */
   entries_add(s, r, target, h, write ? 1 : 2, 1);
-  STEP(access_added); /* WAITING: the content is whole */
+  STEP_OF(access_added, rec_at(s, rec), h); /* WAITING: the content is whole */
   return h;
 }
 
@@ -87,8 +87,9 @@ static int access_let_in(Shm *s, uint64_t handle, uint32_t rec, int write) {
   if (torn) return torn > 0 && torn < 4096 ? torn : EUCLEAN;
   db_fence *f;
   fence_pending(s, handle, &f);
+  if (f && write) STEP_NOTE(access_writing, x, handle);
   if (f) atomic_fetch_or(&f->flags, FF_GRANTED);
-  STEP(access_granted); /* GRANTED: from here on a writer's death leaves the content torn */
+  STEP_OF(access_granted, x, handle); /* GRANTED: from here on a writer's death leaves the content torn */
   return 0;
 }
 
@@ -159,13 +160,13 @@ static PyObject *access_end(Shm *s, PyObject *const *a, Py_ssize_t n) {
   if (x && error) {
     x->torn_pid = pid;
     atomic_store(&x->torn, -error);
-    STEP(access_torn); /* torn and pending: the reaper marks it torn again */
+    STEP_OF(access_torn, x, h); /* torn and pending: the reaper marks it torn again */
   } else if (x && atomic_load(&x->torn)) {
     atomic_store(&x->torn, 0);
-    STEP(access_whole); /* whole and GRANTED: the reaper marks it torn, which is only cautious */
+    STEP_OF(access_whole, x, h); /* whole and GRANTED: the reaper marks it torn, which is only cautious */
   }
   fence_end(s, h, error);
-  STEP(access_ended); /* signaled, and its slot is free */
+  STEP_OF(access_ended, NULL, h); /* signaled, and its slot is free */
   Py_RETURN_NONE;
 }
 

@@ -88,7 +88,7 @@ void fence_run_local(Shm *s, uint64_t handle) {
 
 int fence_finish(Shm *s, uint64_t handle, db_fence *f, int error, uint64_t stamp, int shared) {
   if (atomic_load(&f->word) & FW_SIGNALED) return 1;
-  if (shared) STEP(fence_ending);                              /* pending: nothing has been done */
+  if (shared) STEP_OF(fence_ending, f, handle);                /* pending: nothing has been done */
   int e = error ? error : atomic_load(&f->error), decided = 1; /* of another generation: then the next step is in vain */
   uint64_t open = END_OPEN(H_GEN(handle)), none = STAMP_NONE(H_GEN(handle));
   uint64_t end = open | END_DECIDED | (e < 0 && e >= -4095 ? (uint32_t)-e : 0);
@@ -104,24 +104,24 @@ int fence_finish(Shm *s, uint64_t handle, db_fence *f, int error, uint64_t stamp
     uint64_t seqno = atomic_load(&f->seqno);
     /* The tag says whose error it is, so it may come to lie in a slot of the ring that another fence has used. */
     if (t && atomic_load(&f->end) == end) atomic_store(&t->ring[seqno % RING_SLOTS], RING_TAG(handle) | (end & 0xfff));
-    STEP(fence_error); /* pending, with an error that shows once it is signaled */
+    STEP_OF(fence_error, f, handle); /* pending, with an error that shows once it is signaled */
   }
   if (!stamp) stamp = (uint64_t)now_ns();
   if (!shared)
     atomic_store_explicit(&f->timestamp, stamp, memory_order_release);
   else
     atomic_compare_exchange_strong(&f->timestamp, &none, stamp);
-  STEP(fence_stamped); /* pending, with an end and a time that show once it is signaled */
+  STEP_OF(fence_stamped, f, handle); /* pending, with an end and a time that show once it is signaled */
   uint32_t w = atomic_load(&f->word);
   do {
     if ((w & FW_SIGNALED) || FW_GEN(w) != WORD_OF(H_GEN(handle))) return !decided; /* another process made it known, and wakes the others */
   } while (!atomic_compare_exchange_weak(&f->word, &w, w | FW_SIGNALED));
-  STEP(fence_signaled); /* signaled: sleepers look again at their next tick */
+  STEP_OF(fence_signaled, f, handle); /* signaled: sleepers look again at their next tick */
   if (w & FW_WAITERS) word_wake(&f->word, INT32_MAX);
-  STEP(fence_woken); /* signaled: dispatchers look again at their next tick, and the reaper wakes the sync files */
+  STEP_OF(fence_woken, f, handle); /* signaled: dispatchers look again at their next tick, and the reaper wakes the sync files */
   uint64_t mask = atomic_load(&f->wake_mask);
   if (mask) wake_dispatchers(s, mask, handle);
-  STEP(fence_rung); /* signaled: the reaper wakes the sync files */
+  STEP_OF(fence_rung, f, handle); /* signaled: the reaper wakes the sync files */
   if (w & FW_SYNC) fence_wake_sync_files(s, handle, f);
   return !decided;
 }
@@ -209,9 +209,9 @@ uint64_t fence_make(Shm *s, uint32_t timeline, uint64_t context, uint64_t seqno,
   atomic_store(&f->rec_gen, r ? atomic_load(&r->gen) : 0);
   atomic_store(&f->flags, flags);
   atomic_store(&f->created, (uint64_t)now_ns());
-  STEP(fence_filled); /* the word says signaled: the slot is free, and returns with its chunk */
+  STEP_OF(fence_filled, f, H_MAKE(slot, gen)); /* the word says signaled: the slot is free, and returns with its chunk */
   atomic_store(&f->word, WORD_OF(gen));
-  STEP(fence_published); /* pending, and known to nobody: the reaper signals it */
+  STEP_OF(fence_published, f, H_MAKE(slot, gen)); /* pending, and known to nobody: the reaper signals it */
   return H_MAKE(slot, gen);
 }
 

@@ -151,7 +151,7 @@ static PyObject *fence_drop(Shm *s, PyObject *args) {
   do { /* in the same word: a process that shares the fence sees this bit, or this one sees that it is shared */
     if (w & (FW_SIGNALED | FW_SHARED | FW_WAITERS | FW_SYNC)) Py_RETURN_FALSE;
   } while (!atomic_compare_exchange_weak(&f->word, &w, w | FW_DROPPED));
-  STEP(fence_dropped); /* pending, and nobody can share it any more: the reaper signals it */
+  STEP_OF(fence_dropped, f, h); /* pending, and nobody can share it any more: the reaper signals it */
   return PyBool_FromLong(fence_end_own(s, h, error, 0, 0));
 }
 

@@ -58,7 +58,7 @@ static PyObject *life_begin(Shm *s, PyObject *args) {
     shm_fail(s, ENOSPC, "join", "the domain", "it has as many processes as it can", "use a second domain (DMABUF_DOMAIN)");
     return NULL;
   }
-  STEP(life_locked); /* a locked byte of a CLEAN slot: the kernel frees it if this process dies */
+  STEP_OF(life_locked, life_at(s, (uint32_t)index), 0); /* a locked byte of a CLEAN slot: the kernel frees it if this process dies */
   lock_hold hold;
   int fd = shm_file(s);
   if (fd < 0) {
@@ -84,14 +84,14 @@ static PyObject *life_begin(Shm *s, PyObject *args) {
   uint32_t high = atomic_load(&hdr(s)->life_high);
   while (high <= index && !atomic_compare_exchange_weak(&hdr(s)->life_high, &high, (uint32_t)index + 1)) {}
   atomic_store(&l->state, LIFE_ALIVE);
-  STEP(life_alive); /* ALIVE without a chunk: the reaper has nothing to end */
+  STEP_OF(life_alive, l, id); /* ALIVE without a chunk: the reaper has nothing to end */
   int64_t chunk = chunk_claim_first(s, id);
   if (chunk < 0) { /* leave nothing: the slot is CLEAN, and then its byte is free */
     atomic_store(&l->state, LIFE_CLEAN);
     hold_drop(&hold);
     return NULL;
   }
-  STEP(life_chunk); /* the chunk names this life as its owner: the reaper returns it */
+  STEP_OF(life_chunk, l, id); /* the chunk names this life as its owner: the reaper returns it */
   atomic_store(&l->chunk, (uint32_t)chunk + 1);
   atomic_store(&s->own->here, 1);
   s->own->hold = hold;
@@ -111,7 +111,7 @@ static void finish_outside(Shm *s, uint32_t life, PyObject *remove, endings *e) 
   PyObject *x = PyObject_CallFunction(remove, "I", life);
   if (!x) report_later(remove);
   Py_XDECREF(x);
-  STEP(reap_outside); /* ALIVE: the next reaper does it again */
+  STEP_OF(reap_outside, life_slot(s, life), life); /* ALIVE: the next reaper does it again */
   for (uint32_t i = 0; i < e->sync.count; i++) {
     db_fence *f = fence_at(s, H_SLOT(e->sync.handles[i]));
     if (f) fence_wake_sync_files(s, e->sync.handles[i], f);
@@ -127,6 +127,7 @@ static PyObject *life_leave(Shm *s, PyObject *remove) {
   db_life *l = life_slot(s, life);
   /* First: from here on no thread of this process begins anything in this life. A thread that is in the middle of something is inside a
    * wait, and looks at this when it wakes. */
+  STEP_NOTE(life_leaving, l, life);
   atomic_store(&s->own->life, 0);
   s->own->hold.address = NULL;
   life_end(s, life, &e);
@@ -155,6 +156,7 @@ static int lock_dead(Shm *s, uint32_t index) {
 }
 
 static void unlock_dead(Shm *s, uint32_t index, int fd) {
+  STEP_NOTE(reap_unlocking, life_at(s, index), 0);
   byte_lock(s, fd, F_UNLCK, LIFE_BYTE + index); /* closing would not be enough, as a raw fork may share the description */
   if (fd != s->fd) close(fd);
 }
@@ -167,7 +169,7 @@ static PyObject *life_reap(Shm *s, PyObject *args) {
   int fd = lock_dead(s, index);
   if (fd < 0 && errno) return shm_lost(s, "reap"), NULL;
   if (fd < 0) Py_RETURN_FALSE;
-  STEP(reap_locked);
+  STEP_OF(reap_locked, life_at(s, index), life);
   /* Only now: while the byte was free, another process may have reaped it, and a new one have taken the slot. */
   int current = life_current(s, life);
   endings e = {.me = my_life(s)};
@@ -178,6 +180,7 @@ static PyObject *life_reap(Shm *s, PyObject *args) {
   int done = 0;
   fd = lock_dead(s, index);
   if (fd >= 0) {
+    STEP_NOTE(reap_again, life_at(s, index), life);
     done = life_clean(s, life) == 1;
     unlock_dead(s, index, fd);
   }

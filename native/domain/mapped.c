@@ -1,5 +1,6 @@
 /* mapped.c - what a Shm has mapped: the domain's file, or a private copy of it at the same addresses; and how others see that. */
 #include "domain/bytes.h"
+#include "domain/step.h"
 #include "domain/ticker.h"
 #include <sched.h>
 #include <sys/mman.h>
@@ -20,6 +21,8 @@ int shm_map_file(Shm *s) {
   if (p == MAP_FAILED) return -1;
   s->base = p;
   s->copied = 0;
+  step_mapped(p, 0, 0);
+  step_mapped(p, s->length, (uint32_t)s->id.ino);
   moved(s);
   madvise(p, s->length, MADV_DONTDUMP);
   return 0;
@@ -53,6 +56,7 @@ int shm_map_copy(Shm *s) {
   /* Nobody looks behind the chunks, so this may fail. */
   mmap(s->base + used, s->length - used, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
   s->copied = 1;
+  step_mapped(s->base, 0, 0); /* what happens to it happens to nobody */
   moved(s);
   s->known = n;
   sleepers_wake(s->base, used, file);

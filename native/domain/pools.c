@@ -33,6 +33,7 @@ uint64_t pool_ctx_open(Shm *s, uint32_t i, uint32_t tid, int real, uint64_t stam
 void pool_ctx_close(Shm *s, uint64_t w) {
   db_ctx *c = ctx_at(s, CTX_INDEX(w));
   if (!c || !my_life(s) || atomic_load(&c->gen) != CTX_GEN(w)) return;
+  STEP_NOTE(ctx_closing, c, w);
   atomic_fetch_add(&c->gen, 1); /* from here on every lock that it named can be taken */
   atomic_store(&c->waits_on, 0);
   atomic_store(&c->life, 0);

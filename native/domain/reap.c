@@ -26,7 +26,7 @@ static void mark_torn(Shm *s, db_fence *f, uint32_t life) {
     r->torn_pid = atomic_load(&life_slot(s, life)->pid);
     atomic_store(&r->torn, EOWNERDEAD);
   }
-  STEP(reap_torn); /* torn and pending: the next reaper marks it again. A reader that comes in after the fence finds the mark */
+  STEP_OF(reap_torn, f, life); /* torn and pending: the next reaper marks it again. A reader that comes in after the fence finds the mark */
 }
 
 static void end_fences(Shm *s, uint32_t chunk, uint32_t life) {
@@ -40,6 +40,7 @@ static void end_fences(Shm *s, uint32_t chunk, uint32_t life) {
       if (word & FW_SYNC) fence_wake_sync_files(s, handle, f); /* its owner, or a reaper, died after signaling it and before waking them */
       continue;
     }
+    STEP_NOTE(reap_pending, f, handle);
     mark_torn(s, f, life);
     fence_finish(s, handle, f, -EOWNERDEAD, 0, fence_for_all(f));
     STEP(reap_fence); /* signaled: the next reaper goes on with the others */
@@ -54,10 +55,11 @@ static void end_contexts(Shm *s, uint32_t chunk, uint32_t type) {
     if (!atomic_load(&x->life)) continue;
     /* Before another process may take the lock. */
     resv_return_dead(s, x, (uint64_t)atomic_load(&x->gen) << 32 | (chunk * CTX_PER + i));
+    STEP_NOTE(ctx_closing, x, (uint64_t)atomic_load(&x->gen) << 32 | (chunk * CTX_PER + i));
     atomic_fetch_add(&x->gen, 1); /* from here on every lock that it named can be taken */
     atomic_store(&x->waits_on, 0);
     atomic_store(&x->life, 0);
-    STEP(reap_ctx); /* closed: the next reaper goes on with the others */
+    STEP_OF(reap_ctx, x, chunk * CTX_PER + i); /* closed: the next reaper goes on with the others */
   }
   if (type == CH_LIFE)
     for (uint32_t i = 0; i < REC_CHUNKS; i++) atomic_store((a64 *)p + i, 0);
@@ -76,7 +78,7 @@ static void leave_table(Shm *s, uint32_t life) {
   uint32_t v = atomic_load(w);
   while ((v & ~TL_WAITERS) == life)
     if (atomic_compare_exchange_weak(w, &v, TL_NOBODY | (v & TL_WAITERS))) {
-      STEP(table_left); /* it names nobody: whoever looks takes it and repairs the table */
+      STEP_OF(table_left, w, life); /* it names nobody: whoever looks takes it and repairs the table */
       word_wake(w, INT32_MAX);
       return;
     }
@@ -88,12 +90,12 @@ void life_end(Shm *s, uint32_t life, endings *then) {
   if (life_current(s, life)) atomic_store(&life_slot(s, life)->served, 0);
   for (c = 0; next_owned(s, life, &c, &type); c++)
     if (type == CH_FENCE) end_fences(s, c, life);
-  STEP(reap_fences_done);
+  STEP_OF(reap_fences_done, life_slot(s, life), life);
   for (c = 0; next_owned(s, life, &c, &type); c++) {
     if (type == CH_LIFE || type == CH_CTX) end_contexts(s, c, type);
     if (type == CH_TIMELINE) close_timelines(s, c);
   }
-  STEP(reap_contexts_done);
+  STEP_OF(reap_contexts_done, life_slot(s, life), life);
   leave_table(s, life);
   s->ending = NULL;
 }
@@ -113,15 +115,16 @@ int life_clean(Shm *s, uint32_t life) {
     if (type == CH_FENCE && sync_files_wait(s, c)) return 0;
   for (c = 0; next_owned(s, life, &c, &type); c++) {
     uint64_t e = atomic_load(chunk_entry(s, c));
+    STEP_NOTE(chunk_returning, chunk_entry(s, c), life);
     if (CT_LIFE(e) == life) atomic_compare_exchange_strong(chunk_entry(s, c), &e, CT_MAKE(type, CT_ORD(e), 0));
-    STEP(reap_chunk); /* ownerless: the next life that needs one takes it */
+    STEP_OF(reap_chunk, chunk_entry(s, c), life); /* ownerless: the next life that needs one takes it */
   }
-  STEP(reap_returned);
+  STEP_OF(reap_returned, life_slot(s, life), life);
   /* State and generation in one word: a reaper that was slow finds that the slot is not this life's any more. */
   db_life *l = life_slot(s, life);
   uint64_t now = atomic_load((a64 *)&l->state);
   while ((uint32_t)now == LIFE_ALIVE && LIFE_ID(LIFE_INDEX(life), (uint32_t)(now >> 32)) == life)
     if (atomic_compare_exchange_weak((a64 *)&l->state, &now, (now >> 32 << 32) | LIFE_CLEAN)) break;
-  STEP(reap_clean);
+  STEP_OF(reap_clean, life_slot(s, life), life);
   return 1;
 }

@@ -103,7 +103,7 @@ static PyObject *rec_create(Shm *s, PyObject *args) {
   atomic_store(&r->absent, 0);
   atomic_store(&r->absent_ns, 0);
   atomic_store(&r->foreign_resv, 0);
-  STEP(rec_filled); /* FREE and in no list: table_rebuild() puts it into the free list */
+  STEP_OF(rec_filled, r, atomic_load(&r->gen)); /* FREE and in no list: table_rebuild() puts it into the free list */
   a64 *w = ref_word(s, LIFE_INDEX(me), i);
   if (!w) {
     table_unlock(s);
@@ -111,11 +111,12 @@ static PyObject *rec_create(Shm *s, PyObject *args) {
     return NULL;
   }
   atomic_fetch_or(w, ref_bit(i));
-  STEP(rec_held); /* FREE, with this life's reference: the reaper clears that */
+  STEP_OF(rec_held, r, atomic_load(&r->gen)); /* FREE, with this life's reference: the reaper clears that */
   atomic_store(&r->state, REC_LIVE);
-  STEP(rec_live); /* LIVE and not found by its inode: table_rebuild() links it, and the sweep of records frees it */
+  STEP_OF(rec_live, r,
+          atomic_load(&r->gen)); /* LIVE and not found by its inode: table_rebuild() links it, and the sweep of records frees it */
   if (ino) rec_link(s, i, r);
-  STEP(rec_linked); /* complete: the sweep of records frees it */
+  STEP_OF(rec_linked, r, atomic_load(&r->gen)); /* complete: the sweep of records frees it */
   table_unlock(s);
   return Py_BuildValue("IIO", i, atomic_load(&r->gen), Py_True);
 }
@@ -166,14 +167,14 @@ static PyObject *rec_free(Shm *s, PyObject *args) {
   int done = 0;
   if (r && atomic_load(&r->gen) == gen && atomic_load(&r->state) == REC_LIVE) {
     atomic_store(&r->state, REC_DYING);
-    STEP(rec_dying); /* DYING and in its chain: table_rebuild() frees it unless it is referenced */
+    STEP_OF(rec_dying, r, atomic_load(&r->gen)); /* DYING and in its chain: table_rebuild() frees it unless it is referenced */
     if (rec_referenced(s, i))
       atomic_store(&r->state, REC_LIVE);
     else {
       if (r->ino) rec_unlink(s, i, r);
-      STEP(rec_unlinked); /* DYING and in no chain: table_rebuild() does the rest */
+      STEP_OF(rec_unlinked, r, atomic_load(&r->gen)); /* DYING and in no chain: table_rebuild() does the rest */
       rec_clear(s, i, r);
-      STEP(rec_freed); /* FREE and in no list: table_rebuild() puts it into the free list */
+      STEP_OF(rec_freed, r, atomic_load(&r->gen)); /* FREE and in no list: table_rebuild() puts it into the free list */
       rec_push(s, i, r);
       done = 1;
     }
@@ -239,9 +240,9 @@ static PyObject *rec_name(Shm *s, PyObject *args) {
     memset(r->name[version & 1], 0, 32);
     memcpy(r->name[version & 1], name, (size_t)n);
     r->name_len[version & 1] = (uint8_t)(n + 1);
-    STEP(name_written); /* the old name counts */
+    STEP_OF(name_written, r, atomic_load(&r->gen)); /* the old name counts */
     atomic_store(&r->name_version, version);
-    STEP(name_switched); /* the new name counts */
+    STEP_OF(name_switched, r, atomic_load(&r->gen)); /* the new name counts */
   }
   table_unlock(s);
   Py_RETURN_NONE;

@@ -50,7 +50,7 @@ static void judge(Shm *s) {
     int held = r->ino && !known;
     for (int k = 0; k < PASSES && r->ino && !held; k++) held = lock_pass_has(&pass[k], r->dev, r->ino);
     if (!held) atomic_store(&r->state, REC_DYING);
-    STEP(reset_judged); /* DYING: the next owner of the table lock frees it */
+    STEP_OF(reset_judged, r, 0); /* DYING: the next owner of the table lock frees it */
   }
   for (int k = 0; k < PASSES; k++) lock_pass_free(&pass[k]);
 }
@@ -98,15 +98,15 @@ static void punch(int fd, off_t at, off_t n) { fallocate(fd, FALLOC_FL_PUNCH_HOL
 static void reset(Shm *s, int fd) {
   db_header *h = hdr(s);
   atomic_store(&h->table_lock, TL_NOBODY);
-  STEP(reset_begun); /* the next owner of the table lock makes the derived parts again, whatever follows */
+  STEP_OF(reset_begun, h, 0); /* the next owner of the table lock makes the derived parts again, whatever follows */
   judge(s);
   table_rebuild(s);
-  STEP(reset_rebuilt);
+  STEP_OF(reset_rebuilt, h, 0);
   sync_note_results(s);
   raise_floors(s);
-  STEP(reset_floors); /* no slot has a generation above its floor: higher ones only */
+  STEP_OF(reset_floors, h, 0); /* no slot has a generation above its floor: higher ones only */
   empty_lists(s);
-  STEP(reset_lists);
+  STEP_OF(reset_lists, h, 0);
   uint32_t n = chunk_count(s), last = 0;
   for (uint32_t c = n; c-- > 0;) {
     if (chunk_stays(s, c)) {
@@ -114,24 +114,24 @@ static void reset(Shm *s, int fd) {
       continue;
     }
     atomic_store(chunk_entry(s, c), 0);
-    STEP(reset_chunk); /* without a type, with its memory: the next growth takes it */
+    STEP_OF(reset_chunk, chunk_entry(s, c), 0); /* without a type, with its memory: the next growth takes it */
   }
   atomic_store(&h->nchunks, last);
-  STEP(reset_counted); /* the file is longer than it counts: the next growth uses what is there */
+  STEP_OF(reset_counted, h, 0); /* the file is longer than it counts: the next growth uses what is there */
   s->known = 0;
   table_rebuild(s);
   atomic_store(&h->table_lock, 0);
-  STEP(reset_unlocked);
+  STEP_OF(reset_unlocked, h, 0);
   off_t end = DB_HEADER_BYTES + (off_t)last * DB_CHUNK;
   struct stat st;
   if (fstat(fd, &st) || !stat_is(&st, &s->id)) return;
   /* A private domain's file can't become shorter. Where presence is a descriptor, a process that closed it may still map the file. */
   if ((s->presence_fd >= 0 || ftruncate(fd, end)) && st.st_size > end) punch(fd, end, st.st_size - end);
-  STEP(reset_cut);
+  STEP_OF(reset_cut, h, 0);
   for (uint32_t c = 0; c < last; c++) {
     if (CT_TYPE(atomic_load(chunk_entry(s, c))) != CH_NONE) continue;
     punch(fd, DB_HEADER_BYTES + (off_t)c * DB_CHUNK, DB_CHUNK);
-    STEP(reset_punched);
+    STEP_OF(reset_punched, chunk_entry(s, c), 0);
   }
 }
 
@@ -141,7 +141,9 @@ static void reset_file(Shm *s, int fd, int by_fd) {
   Shm view = {.length = s->length, .fd = fd, .id = s->id, .own = &nothing, .presence_fd = by_fd ? fd : -1};
   view.base = mmap(NULL, s->length, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd, 0);
   if (view.base == MAP_FAILED) return;
+  step_mapped(view.base, s->length, (uint32_t)s->id.ino);
   if (chunks_known(&view, atomic_load(&hdr(&view)->nchunks))) reset(&view, fd);
+  step_mapped(view.base, 0, 0);
   munmap(view.base, s->length);
 }
 
@@ -169,9 +171,9 @@ static PyObject *look_away(Shm *s, PyObject *unused) {
   if (fd < 0) Py_RETURN_FALSE; /* without a free descriptor nobody can ask: the next process that leaves gives the memory back */
   if (lived_in(s, fd) || shm_map_copy(s)) goto out;
   /* A child that a raw fork makes before this has the page, and after it the copy. The other way round it could have neither. */
-  STEP(left_copied); /* the kernel ends the presence */
+  STEP_OF(left_copied, NULL, s->id.ino); /* the kernel ends the presence */
   shm_end_presence(s);
-  STEP(left_absent);
+  STEP_OF(left_absent, NULL, s->id.ino);
   Py_BEGIN_ALLOW_THREADS
   done = !anybody_present(s, fd);
   if (done) reset_file(s, fd, by_fd);

@@ -197,7 +197,7 @@ int entries_add(Shm *s, db_resv *r, uint32_t rec, uint64_t handle, uint32_t usag
     if (!e || !fence_pending(s, E_HANDLE(e), &o) ||
         (f && o && atomic_load(&o->context) == context && E_USAGE(e) >= usage && (E_HANDLE(e) == handle || is_later(f, seqno, o)))) {
       entry_store(r, p, handle, f, usage);
-      STEP(resv_added); /* added: each entry is complete at every instant */
+      STEP_OF(resv_added, r, handle); /* added: each entry is complete at every instant */
       return !e;
     }
   }
@@ -278,15 +278,15 @@ static PyObject *resv_copy(Shm *s, PyObject *args) {
     }
   for (uint32_t i = 0; i < n; i++) {
     entry_put(r, at[used + i], new[i]);
-    STEP(resv_copied); /* the old ones, and some of the new */
+    STEP_OF(resv_copied, r, new[i]); /* the old ones, and some of the new */
   }
   for (uint32_t i = 0; i < n; i++) {
     entry_put(r, at[i], new[i]);
-    STEP(resv_copied); /* all of the new ones, some of them twice, and some of the old */
+    STEP_OF(resv_copied, r, new[i]); /* all of the new ones, some of them twice, and some of the old */
   }
   for (uint32_t i = used + n; i > n; i--) {
     entry_put(r, at[i - 1], 0);
-    STEP(resv_cut); /* all of the new ones, and behind them some that are signaled, old, or there twice */
+    STEP_OF(resv_cut, r, 0); /* all of the new ones, and behind them some that are signaled, old, or there twice */
   }
 out:
   PyMem_Free(at);

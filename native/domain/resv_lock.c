@@ -49,7 +49,7 @@ int resv_take(Shm *s, db_resv *r, uint64_t me, int acquired, int interruptible, 
   }
   uint64_t w = 0;
   if (!atomic_load(&r->next) && atomic_compare_exchange_strong(&r->lock, &w, me)) {
-    STEP(resv_locked); /* locked: a death frees it, by the context's generation */
+    STEP_OF(resv_locked, r, me); /* locked: a death frees it, by the context's generation */
     return 0;
   }
   int64_t since = 0;
@@ -66,10 +66,12 @@ int resv_take(Shm *s, db_resv *r, uint64_t me, int acquired, int interruptible, 
       int overtakes = ticked || (first && until >= 0 && now_ns() >= until);
       if (!first || try || overtakes || older(mine, first)) {
         if (!atomic_compare_exchange_strong(&r->lock, &w, me | (w & CTX_WAITERS))) continue;
-        if (owner)
-          STEP(resv_stolen); /* locked, as above: the dead owner left a whole list of fences */
-        else
-          STEP(resv_locked);
+        if (owner) {
+          STEP_NOTE(resv_dead_owner, r, owner);
+          STEP_OF(resv_stolen, r, me); /* locked, as above: the dead owner left a whole list of fences */
+        } else {
+          STEP_OF(resv_locked, r, me);
+        }
         /* A name that is stale, or whose process let a free lock lie for a tick, would keep every later locker from the short way. */
         if (next && (!first || overtakes)) atomic_compare_exchange_strong(&r->next, &next, 0);
         if (w & CTX_WAITERS) wake_waiters(r); /* they look again: some must die, and one becomes the next */
@@ -158,6 +160,7 @@ int resv_take(Shm *s, db_resv *r, uint64_t me, int acquired, int interruptible, 
 int resv_release(db_resv *r, uint64_t me) {
   uint64_t w = atomic_load(&r->lock);
   if ((w & ~CTX_WAITERS) != me) return 0;
+  STEP_NOTE(resv_unlocking, r, me);
   w = atomic_exchange(&r->lock, 0);
   STEP(resv_unlocked); /* free: a waiter finds out at its next tick */
   if ((w & CTX_WAITERS) || atomic_load(&r->next)) wake_waiters(r);
@@ -168,6 +171,8 @@ int resv_release(db_resv *r, uint64_t me) {
 int resv_transfer(Shm *s, db_resv *r, uint64_t from, uint64_t to) {
   if (!from || !ctx_open_at(s, to)) return 0;
   uint64_t w = atomic_load(&r->lock);
+  STEP_NOTE(resv_passing, r, from & ~CTX_WAITERS);
+  STEP_NOTE(resv_passing_to, r, to);
   do {
     if ((w & ~CTX_WAITERS) != (from & ~CTX_WAITERS)) return 0;
   } while (!atomic_compare_exchange_strong(&r->lock, &w, to | (w & CTX_WAITERS)));

@@ -1,5 +1,6 @@
 /* shm.c - Shm: a domain's file, mapped whole. module.c lists the tables of its methods. */
 #include "domain/shm.h"
+#include "domain/step.h"
 #include "errors.h"
 #include <stdlib.h>
 #include <sys/mman.h>
@@ -128,7 +129,10 @@ static void shm_dealloc(Shm *s) {
   shm_clear(s);
   Py_CLEAR(s->fail);
   Py_CLEAR(s->path);
-  if (s->base) munmap(s->base, s->length);
+  if (s->base) {
+    step_mapped(s->base, 0, 0);
+    munmap(s->base, s->length);
+  }
   shm_end_presence(s);
   if (s->own) hold_drop(&s->own->hold);
   if (s->owns_fd) fd_close(s->fd, &s->id);

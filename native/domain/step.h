@@ -1,4 +1,4 @@
-/* step.h - crash points: named points between the stores of a change, at which a test kills or holds the process.
+/* step.h - crash points: named points between the stores of a change, at which a test kills or holds the process, or which it logs.
  *
  * A crash point stands behind each store of a change that takes several, with a comment that names the state which a death leaves there.
  * Unless a test has armed it, it costs one branch that is not taken.
@@ -6,6 +6,7 @@
 #ifndef DMABUF_STEP_H
 #define DMABUF_STEP_H
 #include "python.h"
+#include <stdint.h>
 
 /* By part. */
 /* clang-format off */
@@ -39,18 +40,29 @@ enum {
       STEP_COUNT
 };
 
-extern int step_armed;      /* 0: no crash point is armed */
-void step_hit(int id);      /* the process passes this crash point */
+extern int step_armed; /* 0: no crash point is armed, and none is logged */
+/* The process passes this crash point. For the log: what the change is of, by an address in the mapped file or NULL, and a number. */
+void step_hit(int id, const void *object, uint64_t number);
+void step_note(const char *name, const void *object, uint64_t number); /* only for the log: something is about to be done, or is done */
 void step_sleeping(int id); /* the process is about to sleep in a wait, where a crash point of that name stands */
 
-#define STEP(name)                                              \
-  do {                                                          \
-    if (__builtin_expect(step_armed, 0)) step_hit(STEP_##name); \
+#define STEP_OF(name, object, number)                                           \
+  do {                                                                          \
+    if (__builtin_expect(step_armed, 0)) step_hit(STEP_##name, object, number); \
+  } while (0)
+#define STEP(name) STEP_OF(name, NULL, 0)
+/* A log is written after a store or before it, and another process may come in between. So what gives something away is noted before, and
+ * what takes it after: then of two owners that the log shows at once, both really were. */
+#define STEP_NOTE(name, object, number)                                    \
+  do {                                                                     \
+    if (__builtin_expect(step_armed, 0)) step_note(#name, object, number); \
   } while (0)
 #define STEP_SLEEPING(name)                                          \
   do {                                                               \
     if (__builtin_expect(step_armed, 0)) step_sleeping(STEP_##name); \
   } while (0)
 
+/* The log names objects in this mapping by their offset in the domain's file, and by its inode number; length 0: no longer. */
+void step_mapped(const void *base, size_t length, uint32_t domain);
 int step_register(PyObject *module);
 #endif

@@ -54,16 +54,22 @@ static int lock_for(Shm *s, uint32_t me, int joining) {
     if (!joining && my_life(s) != me)
       return shm_fail(s, EOWNERDEAD, "table lock", "the domain", "this process left it meanwhile", "call again, which joins again");
     uint32_t v = 0;
-    if (atomic_compare_exchange_strong(w, &v, me)) return 0;
+    if (atomic_compare_exchange_strong(w, &v, me)) {
+      STEP_NOTE(table_locked, w, me);
+      return 0;
+    }
     uint32_t owner = v & ~TL_WAITERS;
     /* It can be taken when it is free but has sleepers, when its owner was reaped or it names nobody, and when it names this process. That
      * last is a lie of the file: this process holds it only inside of a call, and calls don't nest. */
     if (!owner || owner == me || !life_current(s, owner)) {
       if (!atomic_compare_exchange_strong(w, &v, me | TL_WAITERS)) continue;
       if (owner) {
-        STEP(table_stolen); /* derived parts are wrong, and the lock names this process: the next one that takes it rebuilds them */
+        STEP_OF(table_stolen, w,
+                owner); /* derived parts are wrong, and the lock names this process: the next one that takes it rebuilds them */
         table_rebuild(s);
-        STEP(table_rebuilt);
+        STEP_OF(table_rebuilt, w, owner);
+      } else {
+        STEP_NOTE(table_locked, w, me);
       }
       return 0;
     }
@@ -78,6 +84,7 @@ int table_lock(Shm *s) { return shm_need_life(s, "table lock") ? -1 : lock_for(s
 
 void table_unlock(Shm *s) {
   a32 *w = &hdr(s)->table_lock;
+  STEP_NOTE(table_unlocking, w, my_life(s));
   if (atomic_exchange(w, 0) & TL_WAITERS) word_wake(w, INT32_MAX);
 }
 
@@ -139,12 +146,15 @@ int64_t chunk_grow(Shm *s, uint32_t type, uint32_t owner) {
     r = fallocate(fd, 0, at, DB_CHUNK);
   } while (r && errno == EINTR && ++tries < 100);
   if (r) return errno == ENOSPC ? GROW_NO_ROOM : GROW_NO_MEMORY;
-  STEP(chunk_allocated); /* memory behind the published chunks, or of one without a type: the next growth uses it */
+  STEP_OF(chunk_allocated, chunk_entry(s, n),
+          type); /* memory behind the published chunks, or of one without a type: the next growth uses it */
   fill_chunk(s, type, s->base + DB_HEADER_BYTES + (size_t)n * DB_CHUNK);
   atomic_store(chunk_entry(s, n), CT_MAKE(type, ord, owner));
-  STEP(chunk_typed); /* behind the published chunks: the next growth types it again. Else it is as if published */
+  STEP_OF(chunk_typed, chunk_entry(s, n),
+          type); /* behind the published chunks: the next growth types it again. Else it is as if published */
   if (n == count) atomic_store(&h->nchunks, n + 1);
-  STEP(chunk_published); /* the reaper of the owner returns it; table_rebuild() finds the slots of one without an owner */
+  STEP_OF(chunk_published, chunk_entry(s, n),
+          type); /* the reaper of the owner returns it; table_rebuild() finds the slots of one without an owner */
   return n;
 }
 
@@ -170,7 +180,7 @@ static int64_t claim(Shm *s, uint32_t type, uint32_t owner, int joining) {
     uint64_t e = atomic_load(chunk_entry(s, i));
     if (CT_TYPE(e) != type || CT_LIFE(e)) continue;
     if (!atomic_compare_exchange_strong(chunk_entry(s, i), &e, CT_MAKE(type, CT_ORD(e), owner))) continue;
-    STEP(chunk_owned); /* the owner's reaper returns it */
+    STEP_OF(chunk_owned, chunk_entry(s, i), owner); /* the owner's reaper returns it */
     s->claim_hint[type] = i + 1;
     return chunk_at(s, i, type) ? (int64_t)i : shm_corrupt(s, "a chunk lies outside of it");
   }
@@ -258,7 +268,7 @@ void rec_clear(Shm *s, uint32_t i, db_rec *r) {
   uint32_t gen = atomic_load(&r->gen);
   bytes_follow(); /* a reader looks at the state and the generation after it has read the bytes */
   memset((char *)r + offsetof(db_rec, dev), 0, sizeof *r - offsetof(db_rec, dev));
-  STEP(rec_cleared); /* DYING, in no chain, and empty: table_rebuild() clears it again */
+  STEP_OF(rec_cleared, r, gen); /* DYING, in no chain, and empty: table_rebuild() clears it again */
   atomic_store(&r->gen, gen + 1 ? gen + 1 : 1);
   atomic_store(&r->state, REC_FREE);
 }
@@ -363,9 +373,9 @@ int blocks_add(Shm *s, uint32_t rec, a32 *link, uint32_t count) {
     }
     atomic_store(&b->next, 0);
     atomic_store(&b->owner, rec + 1);
-    STEP(block_taken); /* taken and in no list: table_rebuild() frees it */
+    STEP_OF(block_taken, b, rec); /* taken and in no list: table_rebuild() frees it */
     atomic_store(link, i + 1);
-    STEP(block_linked); /* part of the list, with nothing in it */
+    STEP_OF(block_linked, b, rec); /* part of the list, with nothing in it */
     link = &b->next;
   }
   table_unlock(s);

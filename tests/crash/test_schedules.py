@@ -236,7 +236,7 @@ class DispatcherSleeps(Program):
 
         def one() -> None:
             # What add_callback() does if the fence ends just after it has looked.
-            assert dispatcher(Domain.default()).watch(self.ended.handle, lambda _: None, foreign=True) is None
+            dispatcher(Domain.default()).watch(self.ended.handle, lambda _: None, foreign=True)
 
         def two() -> None:
             self.lives.add_callback(lambda _: self.came.set())
