@@ -250,6 +250,7 @@ class ClaimAgainstClaim(Scenario):
             for chunk in owned:
                 entry = self.world.shm.load64(_native.OFF_CHUNKTAB + 8 * chunk)
                 self.world.shm.store64(_native.OFF_CHUNKTAB + 8 * chunk, entry & 0xFFFFFFFF)
+                _native.step("test_returned_chunk", _native.OFF_CHUNKTAB + 8 * chunk)
 
     reuse = False
 

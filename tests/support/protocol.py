@@ -29,6 +29,10 @@ _RECORD: Final = {
     "cleared": ("rec_freed", "rec_filled"),
 }
 _STABLE: Final = ("free", "live")
+# A life's end, and a reset: each step comes after those before it, and none but those in brackets may be left out.
+_ENDING: Final = ("reap_fences_done", "reap_contexts_done", "reap_returned", "reap_clean")
+_RESET: Final = ("reset_begun", "reset_rebuilt", "reset_floors", "reset_lists", "reset_counted", "reset_unlocked", "reset_cut")
+_WITHIN_RESET: Final = {"reset_judged": "reset_begun", "reset_chunk": "reset_lists", "reset_punched": "reset_cut"}
 
 
 class RefusedError(AssertionError):
@@ -73,6 +77,18 @@ class Machines:
         self.record_gen: dict[Key, int] = {}
         self.naming: set[Key] = set()
         self.growing: dict[int, tuple[int, str]] = {}  # thread -> the chunk that it makes, and how far it is
+        # Lives, by their slots.
+        self.alive: dict[Key, int] = {}  # -> the life
+        self.last_use: dict[Key, int] = {}  # of a life: where it last takes something as its own
+        for at, entry in enumerate(entries):
+            if entry.name in ("table_locked", "chunk_owned", "life_chunk", "life_leaving"):
+                self.last_use[entry.domain, entry.number] = at
+        self.left: set[Key] = set()  # lives that ended themselves, or began to
+        self.reaper: dict[Key, Entry] = {}  # -> who holds the byte of a dead life
+        self.ending: dict[tuple[int, Key], int] = {}  # how far a thread is with ending a life
+        self.owner: dict[Key, int] = {}  # chunk -> the life
+        self.resetting: dict[int, tuple[int, int]] = {}  # domain -> the thread, and how far it is
+        self.looks_away: dict[int, str] = {}  # thread -> its last step on the way to a reset
 
     def run(self) -> None:
         """Take the whole log.
@@ -93,6 +109,10 @@ class Machines:
                 step(entry)
             elif name in _FENCE_ORDER:
                 self.fence(entry)
+            elif name in _RESET or name in _WITHIN_RESET:
+                self.reset(entry)
+            elif name in _ENDING:
+                self.end_life(entry)
 
     def refuse(self, entry: Entry, rule: str) -> None:
         before = [str(other) for other in self.entries[: self.at] if other.thread == entry.thread or other.object == entry.object][-25:]
@@ -346,6 +366,111 @@ class Machines:
         if self.growing.get(e.thread) != (e.object, before):
             self.refuse(e, "a chunk has memory, then a type, and then it is published")
         self.growing[e.thread] = e.object, e.name
+
+    def on_chunk_owned(self, e: Entry) -> None:
+        key = e.domain, e.object
+        owner = self.owner.get(key)
+        if owner is not None:
+            self.refuse(e, f"a chunk has one owner, and the life {owner:#x} has it")
+        self.owner[key] = e.number
+
+    def on_chunk_returning(self, e: Entry) -> None:
+        self.owner.pop((e.domain, e.object), None)
+
+    def on_test_returned_chunk(self, e: Entry) -> None:
+        """A test has written into the chunk table."""
+        for key in [key for key in self.owner if key[1] == e.number]:
+            self.owner.pop(key)
+
+    # ---- lives ----
+
+    def on_life_locked(self, e: Entry) -> None:
+        reaper = self.reaper.get((e.domain, e.object))
+        if reaper is not None and self.lives_on(reaper.process):
+            self.refuse(e, "a life's byte has one owner, and a reaper has it")
+
+    def on_life_alive(self, e: Entry) -> None:
+        slot = e.domain, e.object
+        before = self.alive.get(slot)
+        if before is not None and self.goes_on((e.domain, before)):
+            self.refuse(e, f"a slot is claimed when it is clean, and the life {before:#x} goes on")
+        if before == e.number:
+            self.refuse(e, "a life never comes again")
+        self.alive[slot] = e.number
+
+    def goes_on(self, life: Key) -> bool:
+        """Does the life take something as its own after this?"""
+        return self.last_use.get(life, -1) > self.at and life not in self.left
+
+    def on_life_leaving(self, e: Entry) -> None:
+        self.left.add((e.domain, e.number))
+
+    def on_reap_locked(self, e: Entry) -> None:
+        slot = e.domain, e.object
+        reaper = self.reaper.get(slot)
+        if reaper is not None and self.lives_on(reaper.process):
+            self.refuse(e, f"a life has one reaper, and it is {reaper}")
+        if self.goes_on((e.domain, e.number)):
+            self.refuse(e, f"a life is reaped when its process is dead, and {e.number:#x} goes on")
+        self.reaper[slot] = e
+        self.ending.pop((e.thread, (e.domain, e.number)), None)
+
+    on_reap_again = on_reap_locked
+
+    def on_reap_unlocking(self, e: Entry) -> None:
+        self.reaper.pop((e.domain, e.object), None)
+
+    def end_life(self, e: Entry) -> None:
+        if not e.domain:
+            return
+        key, now = (e.domain, e.number), _ENDING.index(e.name)
+        before = self.ending.get((e.thread, key), -1 if now < 2 else 1)  # the second part is with the byte locked anew
+        if now != before + 1:
+            self.refuse(e, f"a life ends in this order: {', '.join(_ENDING)}")
+        self.ending[e.thread, key] = now
+        if now == 3:
+            self.ending.pop((e.thread, key))
+            self.alive.pop((e.domain, e.object), None)
+
+    # ---- giving the memory back ----
+
+    def on_left_copied(self, e: Entry) -> None:
+        self.looks_away[e.thread] = e.name
+
+    def on_left_absent(self, e: Entry) -> None:
+        if self.looks_away.get(e.thread) != "left_copied":
+            self.refuse(e, "a process has its private copy before its presence ends")
+        self.looks_away[e.thread] = e.name
+
+    def reset(self, e: Entry) -> None:
+        thread, at = self.resetting.get(e.domain, (0, -1))
+        if e.name == "reset_begun":
+            if self.looks_away.pop(e.thread, None) != "left_absent":
+                self.refuse(e, "who resets isn't present itself")
+            lives = [life for (domain, _), life in self.alive.items() if domain == e.domain]
+            if lives:
+                self.refuse(e, f"a reset comes when all lives are clean, and the life {lives[0]:#x} isn't")
+            thread, at = e.thread, -1
+            self.table[e.domain] = e.thread
+            self.broken.add(e.domain)
+        if e.thread != thread:
+            self.refuse(e, "a reset has one process")
+        within = _WITHIN_RESET.get(e.name)
+        if within is not None:
+            if at != _RESET.index(within):
+                self.refuse(e, f"this comes just after {within}")
+            return
+        if _RESET.index(e.name) != at + 1:
+            self.refuse(e, f"a reset has this order: {', '.join(_RESET)}")
+        self.resetting[e.domain] = e.thread, at + 1
+        if e.name == "reset_rebuilt":
+            self.on_table_rebuilt(e)
+        elif e.name == "reset_unlocked":
+            self.table.pop(e.domain, None)
+            self.changing.pop(e.domain, None)
+            for locks in (self.holders, self.records):
+                for key in [key for key in locks if key[0] == e.domain]:
+                    locks.pop(key)
 
 
 def check(entries: Sequence[Entry]) -> None:
