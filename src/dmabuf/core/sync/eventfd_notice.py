@@ -11,7 +11,9 @@ from collections.abc import Callable
 from dmabuf.core.fence.fence import DmaFence, flagged
 from dmabuf.domain.dispatcher import report
 from dmabuf.domain.domain import Domain
+from dmabuf.errors import fail, needing_descriptors
 
+_EVENTFD = "anon_inode:[eventfd]"
 _here = threading.local()  # deferred: the notices to advance when this thread has released the semaphore's lock
 
 
@@ -88,6 +90,18 @@ def _has_room(fd: int) -> bool:
     asked = select.poll()
     asked.register(fd, select.POLLOUT)
     return bool(asked.poll(0))
+
+
+def duplicate(fd: int) -> int:
+    """Return a duplicate of an eventfd, for a notice to own. Errors: EBADF, EINVAL it is something else, EMFILE."""
+    try:
+        kind = os.readlink(f"/proc/self/fd/{fd}")
+    except OSError:
+        raise fail(errno.EBADF, "eventfd", f"fd {fd}", "pass an open eventfd") from None
+    if kind != _EVENTFD:
+        raise fail(errno.EINVAL, "eventfd", f"fd {fd}", "pass what os.eventfd() returned", what="not an eventfd")
+    with needing_descriptors("eventfd", f"fd {fd}"):
+        return os.dup(fd)
 
 
 def deferring(change: Callable[[], object]) -> None:

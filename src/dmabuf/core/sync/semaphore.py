@@ -20,7 +20,6 @@ import builtins
 import contextlib
 import errno
 import math
-import os
 import struct
 import sys
 import time
@@ -35,7 +34,7 @@ from dmabuf.core.fence.fence import DmaFence, unbound_timeline, wrap
 from dmabuf.core.fence.stub import private_stub
 from dmabuf.core.fence.unwrap import leaves_of
 from dmabuf.core.fence.wait_any import wait_any
-from dmabuf.core.sync.eventfd_notice import EventfdNotice, deferring
+from dmabuf.core.sync.eventfd_notice import EventfdNotice, deferring, duplicate
 from dmabuf.core.sync.semaphore_state import (
     EMPTY,
     TIMELINE,
@@ -55,7 +54,7 @@ from dmabuf.core.sync.sync_file import SyncFile
 from dmabuf.domain.domain import Domain
 from dmabuf.domain.local import Local
 from dmabuf.domain.shared_file import SharedFile
-from dmabuf.errors import fail, needing_descriptors
+from dmabuf.errors import fail
 
 KIND: Final = "semaphore"
 _MAGIC: Final = b"dmabufT\2"
@@ -64,7 +63,6 @@ _EVENT: Final = 8  # offset of the handle of the fence that is signaled at the n
 _HANDLE: Final = struct.Struct("=Q")
 # Handles of the fences of this process that stand for a submission to a semaphore.
 EVENTS: Local[set[int]] = Local(lambda _: set())
-_EVENTFD: Final = "anon_inode:[eventfd]"
 
 
 @dataclass(frozen=True)
@@ -461,16 +459,8 @@ class TimelineSemaphore(SharedObject):
         self._check("eventfd")
         checked_point(point, "eventfd")
         self.domain.join()
-        try:
-            kind = os.readlink(f"/proc/self/fd/{fd}")
-        except OSError:
-            raise fail(errno.EBADF, "eventfd", f"fd {fd}", "pass an open eventfd") from None
-        if kind != _EVENTFD:
-            raise fail(errno.EINVAL, "eventfd", f"fd {fd}", "pass what os.eventfd() returned", what="not an eventfd")
-        with needing_descriptors("eventfd", f"fd {fd}"):
-            own = os.dup(fd)
         notice = EventfdNotice(
-            own,
+            duplicate(fd),
             self.domain,
             lambda: self._blocking(point, "eventfd", for_submit=True, available=available),
             self._notices.discard,
