@@ -419,8 +419,7 @@ class TimelineSemaphore(SharedObject):
             if left is not None or self._points.value() < 0 or self._nobody_left():
                 break  # look into the record; for what nobody can submit, again and with the lock
             self._check("wait")
-            looks = looks or Looks(self.domain)
-            looks.look([self._nobody_left], self)
+            (looks := looks or Looks(self.domain)).look([self._nobody_left], self)
         if timeout is not None:
             timeout = max(0.0, (until - time.monotonic_ns()) / 1e9)
         return wait_semaphores([self], [point], timeout, for_submit=for_submit, available=available, interruptible=interruptible)[1]
