@@ -79,6 +79,7 @@ static int add_constants(PyObject *module) {
       HEADER(OFF_SWEEP, sweep_ns),
       HEADER(OFF_LIFE_HIGH, life_high),
       HEADER(OFF_ID, id),
+      HEADER(OFF_DEV, dev),
       HEADER(OFF_GEOMETRY, chunk_bytes),
       LIFE(LIFE_STATE, state),
       LIFE(LIFE_GEN, gen),

@@ -83,9 +83,11 @@ typedef struct {
   a32 block_free; /* first free block + 1, 0: none */
   a64 floor[16];  /* by chunk type: no generation of a slot at or below this one is used again; CH_CTX: of chunks of lives too */
   char boot[16];  /* the boot in which processes last lived here (/proc/sys/kernel/random/boot_id) */
+  a64 dev;        /* st_dev and */
+  a64 ino;        /* st_ino of this file, which tell it from a copy of it, and from what another mount shows of it */
 } db_header;
 
-DB_SIZE(db_header, 256);
+DB_SIZE(db_header, 272);
 DB_AT(db_header, magic, 0);
 DB_AT(db_header, version, 8);
 DB_AT(db_header, header_bytes, 12);
@@ -105,6 +107,8 @@ DB_AT(db_header, life_high, 104);
 DB_AT(db_header, block_free, 108);
 DB_AT(db_header, floor, 112);
 DB_AT(db_header, boot, 240);
+DB_AT(db_header, dev, 256);
+DB_AT(db_header, ino, 264);
 
 /* ---- Process slots ----
  *

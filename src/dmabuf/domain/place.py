@@ -32,12 +32,19 @@ from dmabuf._native import (
     BUCKETS,
     CHUNK_BYTES,
     HEADER_BYTES,
+    LIFE_ALIVE,
     LIFE_BYTE,
+    LIFE_BYTES,
+    LIFE_PID,
+    LIFE_START,
+    LIFE_STATE,
     LIFECYCLE_BYTE,
     LIVES,
     MAGIC,
     MAX_CHUNKS,
     OFF_CONTEXT,
+    OFF_DEV,
+    OFF_LIVES,
     OFF_NCHUNKS,
     VERSION,
     step,
@@ -151,6 +158,8 @@ def format_file(fd: int, identity: bytes) -> None:
         ) from None
     os.pwrite(fd, struct.pack("<II32s4I", VERSION, HEADER_BYTES, identity, *geometry()), 8)
     os.pwrite(fd, struct.pack("<QQ", 1, 1), OFF_CONTEXT)
+    st = os.fstat(fd)
+    os.pwrite(fd, struct.pack("<QQ", st.st_dev, st.st_ino), OFF_DEV)
     step("domain_filled")
     os.pwrite(fd, MAGIC.encode(), 0)
 
@@ -200,6 +209,26 @@ def check_header(fd: int, path: Path | None) -> None:
 def _corrupt(path: Path | None, wrong: str) -> OSError:
     where = path / FILE if path else "a private domain"
     return fail(errno.EUCLEAN, "open domain", where, "end the processes that use it, then open it again", what=wrong)
+def _is_itself(fd: int) -> bool:
+    """Return True if the file is the one that its header names, and not a copy of it, or what another mount shows of it."""
+    st = os.fstat(fd)
+    return struct.unpack("<QQ", os.pread(fd, 16, OFF_DEV)) == (st.st_dev, st.st_ino)
+
+
+def _used_elsewhere(fd: int) -> bool:
+    """Return True if a living process uses the file through another mount. Nothing here shows its lock, but its slot is here.
+
+    An overlay shows the same bytes as the layer below it, under the same inode number of another device. A copy has another inode number.
+    """
+    if struct.unpack("<Q", os.pread(fd, 8, OFF_DEV + 8))[0] != os.fstat(fd).st_ino:
+        return False
+    slots = os.pread(fd, LIVES * LIFE_BYTES, OFF_LIVES)
+    for at in range(0, len(slots), LIFE_BYTES):
+        state, pid = (int.from_bytes(slots[at + word : at + word + 4], "little") for word in (LIFE_STATE, LIFE_PID))
+        start = int.from_bytes(slots[at + LIFE_START : at + LIFE_START + 8], "little")
+        if state == LIFE_ALIVE and proved.still_runs(pid, start):
+            return True
+    return False
 
 
 def new_identity() -> bytes:
@@ -251,6 +280,11 @@ def entered(path: Path) -> Iterator[tuple[int, bytes]]:
                     if not is_current(fd, directory):
                         continue  # it was replaced while this process waited for the lock
                     identity, wrong = read_header(fd)
+                    if not wrong and not _is_itself(fd):
+                        _refuse_if_used(fd, path)
+                        _prove(directory, path)
+                        replace_file(directory, new_identity())  # a copy, which says nothing about any buffer
+                        continue
                     if inhabited(fd):
                         if wrong:
                             raise _corrupt(path, wrong)
@@ -274,6 +308,13 @@ def entered(path: Path) -> Iterator[tuple[int, bytes]]:
                 os.close(fd)
     finally:
         os.close(directory)
+
+
+def _refuse_if_used(fd: int, path: Path) -> None:
+    if inhabited(fd) or _used_elsewhere(fd):
+        remedy = "reach it by the same mount in all processes, or name another directory in DMABUF_DOMAIN"
+        what = "processes use it through another mount, whose locks this one doesn't show"
+        raise fail(errno.ENOTSUP, "open domain", path / FILE, remedy, what=what)
 
 
 def _prove(directory: int, path: Path) -> None:
