@@ -115,6 +115,27 @@ MUTANTS = (
         ),
         ("tests/unit/test_domain_end.py",),
     ),
+    Mutant(
+        "lock-unproved",
+        "a life's lock is believed to be held as long as its page is mapped, on overlayfs too",
+        "native/fds/hold.c",
+        (Change("if (!r && is_locked(fd, byte)) return 0;", "if (!r) return 0;"),),
+        ("tests/unit/test_proved.py",),
+    ),
+    Mutant(
+        "stranger-at-the-path",
+        "what stands at the path of a domain's directory is taken for the domain's own",
+        "src/dmabuf/domain/place.py",
+        (Change("yield directory if directory >= 0 and _has_file(directory, file) else None", "yield directory if directory >= 0 else None"),),
+        ("tests/crash/test_vanished_directory.py",),
+    ),
+    Mutant(
+        "file-unseen",
+        "whatever stands at the name of a domain's file is opened and used",
+        "src/dmabuf/domain/directory.py",
+        (Change("    return stat.S_ISREG(st.st_mode) and st.st_uid == os.geteuid() and st.st_nlink <= 1\n", "    return True\n"),),
+        ("tests/unit/test_domain_directory.py",),
+    ),
 )
 
 
