@@ -126,7 +126,11 @@ MUTANTS = (
         "stranger-at-the-path",
         "what stands at the path of a domain's directory is taken for the domain's own",
         "src/dmabuf/domain/place.py",
-        (Change("yield directory if directory >= 0 and _has_file(directory, file) else None", "yield directory if directory >= 0 else None"),),
+        (
+            Change(
+                "yield directory if directory >= 0 and _has_file(directory, file) else None", "yield directory if directory >= 0 else None"
+            ),
+        ),
         ("tests/crash/test_vanished_directory.py",),
     ),
     Mutant(

@@ -52,11 +52,9 @@ typedef _Atomic int32_t ai32;
 /* An atomic that takes a lock of the C library's would be atomic within one process only. */
 _Static_assert(ATOMIC_INT_LOCK_FREE == 2 && ATOMIC_LLONG_LOCK_FREE == 2, "atomics that processes share");
 
-/* No store after the call is seen before a store in front of it. */
-static inline void bytes_follow(void) { atomic_thread_fence(memory_order_release); }
+static inline void bytes_follow(void) { atomic_thread_fence(memory_order_release); } /* no store after it is seen before one in front */
 
-/* No load after the call is done before a load in front of it. */
-static inline void bytes_read(void) { atomic_thread_fence(memory_order_acquire); }
+static inline void bytes_read(void) { atomic_thread_fence(memory_order_acquire); } /* no load after it is done before one in front */
 
 /* The compiler holds this file to the documented offset of each field, whatever the machine. */
 #define DB_AT(type, field, offset) _Static_assert(offsetof(type, field) == (offset), #type "." #field " is not at byte " #offset)
@@ -201,8 +199,7 @@ typedef struct {
   a32 real;       /* 1: a WwAcquireContext; 0: made for a lock or an access without one */
   a64 return_to;  /* of a lock on loan: word of the context that gets it back, whatever becomes of this one; 0: none */
   a32 return_rec; /* the record of that lock */
-  a32 spare32;
-  a64 spare;
+  a32 spare[3];
 } db_ctx;
 
 DB_SIZE(db_ctx, 64);
@@ -215,8 +212,7 @@ DB_AT(db_ctx, tid, 32);
 DB_AT(db_ctx, real, 36);
 DB_AT(db_ctx, return_to, 40);
 DB_AT(db_ctx, return_rec, 48);
-DB_AT(db_ctx, spare32, 52);
-DB_AT(db_ctx, spare, 56);
+DB_AT(db_ctx, spare, 52);
 
 #define CTX_WAITERS  0x80000000ull /* in a lock: a thread sleeps on it */
 #define CTX_INDEX(w) ((uint32_t)((w) & 0x7fffffffu))

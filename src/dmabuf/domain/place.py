@@ -209,6 +209,8 @@ def check_header(fd: int, path: Path | None) -> None:
 def _corrupt(path: Path | None, wrong: str) -> OSError:
     where = path / FILE if path else "a private domain"
     return fail(errno.EUCLEAN, "open domain", where, "end the processes that use it, then open it again", what=wrong)
+
+
 def _is_itself(fd: int) -> bool:
     """Return True if the file is the one that its header names, and not a copy of it, or what another mount shows of it."""
     st = os.fstat(fd)
