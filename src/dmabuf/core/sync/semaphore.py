@@ -416,8 +416,8 @@ class TimelineSemaphore(SharedObject):
             left = wait(shm, point, until, for_submit or available, interruptible)
             if left:  # until then, the fence doesn't have to be asked for
                 return left
-            if left is not None or self._points.value() < 0 or self._nobody_left():
-                break  # look into the record; for what nobody can submit, again and with the lock
+            if left is not None or self._points.value() < 0:
+                break  # the record says more
             self._check("wait")
             (looks := looks or Looks(self.domain)).look([self._nobody_left], self)
         if timeout is not None:
