@@ -213,6 +213,22 @@ static PyObject *owned_punch(OwnedFd *self, PyObject *args) {
   return allocated(self, args, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, "punch");
 }
 
+static PyObject *owned_add_one(OwnedFd *self, PyObject *unused) {
+  uint64_t one = 1;
+  ssize_t r;
+  int error;
+  do {
+    Py_BEGIN_ALLOW_THREADS
+    r = fd_is(self->number, &self->id) ? write(self->number, &one, sizeof one) : -1;
+    error = errno;
+    Py_END_ALLOW_THREADS
+  } while (r < 0 && error == EINTR && !PyErr_CheckSignals());
+  if (PyErr_Occurred()) return NULL;
+  errno = error;
+  if (r >= 0 || error == EAGAIN) Py_RETURN_NONE; /* at its most it is readable anyway */
+  return fd_error("write", self->number);
+}
+
 static PyObject *owned_mark(OwnedFd *self, PyObject *unused) {
   if (fd_is(self->number, &self->id) && !fd_mark(self->number, &self->id)) Py_RETURN_NONE;
   return fd_error("mark", self->number);
@@ -309,8 +325,10 @@ static PyMethodDef methods[] = {
     OWNED(reserve, METH_VARARGS, "($self, start, length, /)", "Reserve the space of a range (posix_fallocate(3))."),
     OWNED(punch, METH_VARARGS, "($self, start, length, /)",
           "Free the memory or disk space of a range. It reads as zeros then, in every mapping too, and the size stays."),
+    OWNED(add_one, METH_NOARGS, "($self, /)", "Add 1 to an eventfd."),
     OWNED(mark, METH_NOARGS, "($self, /)",
-          "Tell this eventfd, or inotify descriptor, from all others, whose inode is the same. It was made by this library."),
+          "Tell this eventfd, or other anonymous inode, from all others, whose inode is the same. A descriptor with an inode of its own\n"
+          "needs no mark."),
     {"__enter__", owned_enter, METH_NOARGS, NULL},
     {"__exit__", (PyCFunction)owned_exit, METH_VARARGS, NULL},
     {0}};

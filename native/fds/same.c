@@ -20,7 +20,10 @@ int fd_identify(int fd, fd_id *id) {
 }
 
 int fd_mark(int fd, fd_id *id) {
-  if (fd_identify(fd, id) || fcntl(fd, F_SETSIG, MARK)) return -1;
+  struct stat st;
+  if (fstat(fd, &st) || fd_identify(fd, id)) return -1;
+  if (st.st_mode & S_IFMT) return 0; /* its inode is its own */
+  if (fcntl(fd, F_SETSIG, MARK)) return -1;
   id->marked = true;
   return 0;
 }

@@ -16,7 +16,7 @@ typedef struct {
 } fd_id;
 
 int fd_identify(int fd, fd_id *id); /* 0, or -1 with errno */
-int fd_mark(int fd, fd_id *id);     /* Mark a description that this library made, and identify it. 0, or -1 with errno. */
+int fd_mark(int fd, fd_id *id);     /* Mark the description if its inode is not its own, and identify it. 0, or -1 with errno. */
 bool fd_is(int fd, const fd_id *id);
 bool stat_is(const struct stat *st, const fd_id *id);
 

@@ -260,12 +260,8 @@ def domain_file(world: World) -> Target:
         os.ftruncate(fd, max(size if rng.random() < 0.9 else 0, len(changed)))
         with contextlib.suppress(DmaBufError):
             place.read_header(fd)
-            made = Domain.adopt(fd)
-            fd = -1
-            del made
-        if fd >= 0:
-            with contextlib.suppress(OSError):
-                os.close(fd)
+            Domain.adopt(OwnedFd(os.dup(fd)))
+        os.close(fd)
 
     return one
 

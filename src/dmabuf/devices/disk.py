@@ -26,7 +26,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Unpack
 
-from dmabuf._native import buffer_address
+from dmabuf._native import OwnedFd, buffer_address
 from dmabuf.core.access.range import BufferRange
 from dmabuf.core.base.usage import Direction
 from dmabuf.core.dma_buf import DmaBuf
@@ -241,25 +241,32 @@ class _File:
         self.truncate, self.sync = truncate, sync
         self.writes = flags & os.O_ACCMODE == os.O_WRONLY
         self.note: str | None = None
-        self._fd = -1
+        self._fd: OwnedFd | None = None
         self._end = 0  # the size of a file that is read
         self._direct = self._is_direct = False  # O_DIRECT may be tried; it is on now
 
     def open(self, direct: bool) -> None:
         # Not blocking, because the open of a FIFO without another end would delay every job after this one.
-        self._fd = os.open(self.path, self.flags | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK, 0o666)
-        mode = os.fstat(self._fd).st_mode
+        flags = self.flags | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
+        self._fd = next(map(OwnedFd, map(os.open, (self.path,), (flags,), (0o666,))))
+        fd = self._fd.number
+        mode = os.fstat(fd).st_mode
         if stat.S_ISDIR(mode):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode):
             raise OSError(errno.ESPIPE, os.strerror(errno.ESPIPE))
-        fcntl.fcntl(self._fd, fcntl.F_SETFL, 0)
+        fcntl.fcntl(fd, fcntl.F_SETFL, 0)
         self._direct = direct
         if not direct:
             self.note = "O_DIRECT is switched off"
         elif not self.writes:
             with contextlib.suppress(OSError):  # a device without a size has no blocks
-                self._end = os.lseek(self._fd, 0, os.SEEK_END)
+                self._end = os.lseek(fd, 0, os.SEEK_END)
+
+    def number(self) -> int:
+        """Return the descriptor, compared just now: somebody else may have closed it, and the number may be another file's."""
+        assert self._fd is not None
+        return self._fd.fileno()
 
     def piece(self, position: int, length: int) -> int:
         """Return how many bytes to move next, so that blocks are whole blocks of the file."""
@@ -280,7 +287,7 @@ class _File:
             self.note, wanted = "memory and file are not aligned alike (to 4 KiB)", False
         if wanted != self._is_direct:
             try:
-                fcntl.fcntl(self._fd, fcntl.F_SETFL, os.O_DIRECT if wanted else 0)
+                fcntl.fcntl(self.number(), fcntl.F_SETFL, os.O_DIRECT if wanted else 0)
                 self._is_direct = wanted
             except OSError as e:
                 if not wanted:
@@ -296,8 +303,8 @@ class _File:
         """Move one piece. Return the bytes moved, 0 at the end of the file, -1 if O_DIRECT was refused."""
         try:
             if not self.writes:
-                return os.preadv(self._fd, views[:PIECES], position)
-            gone = os.pwritev(self._fd, views[:PIECES], position)
+                return os.preadv(self.number(), views[:PIECES], position)
+            gone = os.pwritev(self.number(), views[:PIECES], position)
         except OSError as e:
             if e.errno != errno.EINVAL or not self._is_direct:
                 raise
@@ -310,14 +317,13 @@ class _File:
     def finish(self, end: int) -> None:
         """Truncate and sync the file as asked, after everything was moved."""
         if self.truncate:
-            os.ftruncate(self._fd, end)
+            os.ftruncate(self.number(), end)
         if self.sync:
-            os.fdatasync(self._fd)
+            os.fdatasync(self.number())
 
     def close(self) -> None:
-        if self._fd >= 0:
-            fd, self._fd = self._fd, -1
-            os.close(fd)
+        if self._fd is not None:
+            self._fd.close()
 
     def error(self, error: OSError, moved: int) -> DmaBufError:
         number = error.errno or errno.EIO

@@ -132,7 +132,7 @@ class Camera(Closing):
         """
         if self._fd.number < 0:
             raise fail(errno.EBADF, "fileno", f"camera {self.path}", "open it again", what="the camera is closed")
-        return self._fd.number
+        return self._fd.fileno()
 
     def _check(self, operation: str) -> int:
         return self.fileno()

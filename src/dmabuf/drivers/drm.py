@@ -84,7 +84,7 @@ class DrmNode(Closing):
         """
         if self._fd.number < 0:
             raise fail(errno.EBADF, "fileno", self, "open it again", what="the node is closed")
-        return self._fd.number
+        return self._fd.fileno()
 
     def _check(self, operation: str) -> int:
         return self.fileno()
@@ -149,7 +149,7 @@ class DrmNode(Closing):
                     if not self._users[handle]:
                         del self._users[handle]
                         if self._fd.number >= 0:
-                            uapi.gem_close(self._fd.number, handle)
+                            uapi.gem_close(self._fd.fileno(), handle)
             finally:
                 self._busy = False
 

@@ -24,7 +24,7 @@ class SwSyncTimeline:
 
     def fileno(self) -> int:
         """Return the descriptor, which the timeline keeps."""
-        return self._fd.number
+        return self._fd.fileno()
 
     def fence(self, value: int) -> OwnedFd:
         """Return a sync_file of the kernel that is signaled when the timeline reaches the value.
@@ -33,7 +33,7 @@ class SwSyncTimeline:
             ClosedError: The object is closed (EBADF).
             DmaBufError: No descriptor is left (EMFILE).
         """
-        return uapi.create_fence(self._fd.number, value, of=self)
+        return uapi.create_fence(self._fd.fileno(), value, of=self)
 
     def increment(self, by: int = 1) -> None:
         """Increment the timeline.
@@ -41,7 +41,7 @@ class SwSyncTimeline:
         Raises:
             ClosedError: The object is closed (EBADF).
         """
-        uapi.increment(self._fd.number, by, of=self)
+        uapi.increment(self._fd.fileno(), by, of=self)
 
     def deadline(self, sync_file: int) -> int:
         """Return the earliest deadline of its fences in ns.
@@ -50,7 +50,7 @@ class SwSyncTimeline:
             NotFoundError: No deadline was set (ENOENT).
             InvalidError: The descriptor is not one of its fences (EINVAL).
         """
-        return uapi.get_deadline(self._fd.number, sync_file, of=self)
+        return uapi.get_deadline(self._fd.fileno(), sync_file, of=self)
 
     def close(self) -> None:
         """Close the timeline. Closing twice has no effect."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import select
 import threading
 from collections.abc import Callable
 
+from dmabuf._native import OwnedFd
 from dmabuf.core.fence.fence import DmaFence, flagged
 from dmabuf.domain.dispatcher import report
 from dmabuf.domain.domain import Domain
@@ -21,7 +23,7 @@ class EventfdNotice:
     """One request: waits for one fence after another, and then writes to the eventfd.
 
     Args:
-        fd: A descriptor of the eventfd, which the notice owns.
+        fd: A descriptor of the eventfd, which the notice owns, with a mark (``OwnedFd.mark``).
         domain: The semaphore's domain.
         blocking: Returns the fence to wait for next, None when the point is reached.
         over: Called when the notice is done or canceled.
@@ -29,7 +31,7 @@ class EventfdNotice:
     """
 
     def __init__(
-        self, fd: int, domain: Domain, blocking: Callable[[], DmaFence | None], over: Callable[[EventfdNotice], object], where: object
+        self, fd: OwnedFd, domain: Domain, blocking: Callable[[], DmaFence | None], over: Callable[[EventfdNotice], object], where: object
     ) -> None:
         self.fd, self.domain, self.blocking, self.over, self.where = fd, domain, blocking, over, where
         self.lock = threading.RLock()  # a signal handler may run in the middle
@@ -42,25 +44,25 @@ class EventfdNotice:
             deferred.append(self)
             return
         try:
-            while self.fd >= 0:
+            while self.fd.number >= 0:
                 fence = self.blocking()
                 if fence is None:
                     with self.lock:  # if another thread canceled it now, the number could become somebody else's
-                        if self.fd >= 0 and _has_room(self.fd):
-                            os.eventfd_write(self.fd, 1)
+                        if self.fd.number >= 0 and _has_room(self.fd.fileno()):
+                            self.fd.add_one()
                     self.end()
                     return
                 token = fence.listen(self.advance)
                 if token is not None:
                     self.waits = (fence, token)
-                    if self.fd < 0:  # canceled before that could find the callback
+                    if self.fd.number < 0:  # canceled before that could find the callback
                         fence.remove_callback(token)
                     return
         except OSError as e:
             if e.errno == errno.EDEADLK:  # a signal handler or a finalizer signaled the fence in the middle of a call
                 self.domain.retries.later(self._again)
                 return
-            canceled = self.fd < 0
+            canceled = self.fd.number < 0
             self.end()
             if not canceled:
                 report(e, self.where)
@@ -72,9 +74,7 @@ class EventfdNotice:
     def end(self) -> None:
         """Close the descriptor."""
         with self.lock:
-            fd, self.fd = self.fd, -1
-        if fd >= 0:
-            os.close(fd)
+            self.fd.close()
         self.over(self)
 
     def cancel(self) -> None:
@@ -92,7 +92,7 @@ def _has_room(fd: int) -> bool:
     return bool(asked.poll(0))
 
 
-def duplicate(fd: int) -> int:
+def duplicate(fd: int) -> OwnedFd:
     """Return a duplicate of an eventfd, for a notice to own. Errors: EBADF, EINVAL it is something else, EMFILE."""
     try:
         kind = os.readlink(f"/proc/self/fd/{fd}")
@@ -101,7 +101,9 @@ def duplicate(fd: int) -> int:
     if kind != _EVENTFD:
         raise fail(errno.EINVAL, "eventfd", f"fd {fd}", "pass what os.eventfd() returned", what="not an eventfd")
     with needing_descriptors("eventfd", f"fd {fd}"):
-        return os.dup(fd)
+        own = next(map(OwnedFd, map(fcntl.fcntl, (fd,), (fcntl.F_DUPFD_CLOEXEC,), (3,))))
+    own.mark()  # all eventfds have one inode
+    return own
 
 
 def deferring(change: Callable[[], object]) -> None:

@@ -15,12 +15,13 @@ import threading
 import weakref
 from collections.abc import Callable
 
-from dmabuf._native import FF_SEQNO64
+from dmabuf._native import FF_SEQNO64, OwnedFd
 from dmabuf.core.fence.fence import DmaFence, flagged, register
 from dmabuf.core.fence.timeline import Timeline, slot_of
 from dmabuf.domain.dispatcher import DISPATCHER, report
 from dmabuf.domain.domain import Domain
 from dmabuf.domain.guards import finalizer
+from dmabuf.errors import ClosedError
 from dmabuf.uapi import sync_file as uapi
 
 _LINK = "anon_inode:sync_file"
@@ -98,16 +99,23 @@ class _Poller:
 
     def __init__(self) -> None:
         self.lock = threading.RLock()  # a signal handler or a finalizer may run in the middle
-        self.calls: dict[int, Callable[[int], None]] = {}
-        self.wake = -1
+        self.calls: dict[int, tuple[OwnedFd, Callable[[int], None]]] = {}
+        self._wake: OwnedFd | None = None
         self.epoll: select.epoll | None = None
+
+    @property
+    def wake(self) -> int:
+        """The eventfd that wakes the thread, -1 if it doesn't run."""
+        return -1 if self._wake is None else self._wake.number
 
     def add(self, fd: int, call: Callable[[int], None]) -> int:
         """Call ``call(own)`` once, when the descriptor is readable. Returns ``own``, the duplicate that is polled."""
-        own = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
+        duplicate = next(map(OwnedFd, map(fcntl.fcntl, (fd,), (fcntl.F_DUPFD_CLOEXEC,), (3,))))
+        duplicate.mark()  # all kernel sync_files have one inode
+        own = duplicate.number
         with self.lock:
             try:
-                self.calls[own] = call
+                self.calls[own] = duplicate, call
                 if self.epoll is None:
                     self._start()
                 assert self.epoll is not None
@@ -120,23 +128,26 @@ class _Poller:
     def remove(self, own: int) -> None:
         """Take back what :meth:`add` returned. Too late, this has no effect."""
         with self.lock:
-            if self.calls.pop(own, None) is None:
+            found = self.calls.pop(own, None)
+            if found is None:
                 return
-            self._close(own)
-            if not self.calls and self.wake >= 0:
-                os.eventfd_write(self.wake, 1)  # the thread ends
+            self._close(found[0])
+            if not self.calls and self._wake is not None:
+                with contextlib.suppress(ClosedError):  # somebody else closed it: the thread stays
+                    self._wake.add_one()  # the thread ends
 
-    def _close(self, own: int) -> None:
+    def _close(self, own: OwnedFd) -> None:
         if self.epoll is not None:
             with contextlib.suppress(OSError):  # it wasn't registered yet
-                self.epoll.unregister(own)  # closing alone wouldn't do that while a duplicate is open
-        os.close(own)
+                self.epoll.unregister(own.fileno())  # closing alone wouldn't do that while a duplicate is open
+        own.close()
 
     def _start(self) -> None:
-        self.wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._wake = next(map(OwnedFd, map(os.eventfd, (0,), (os.EFD_CLOEXEC | os.EFD_NONBLOCK,))))
         try:
+            self._wake.mark()
             self.epoll = select.epoll()
-            self.epoll.register(self.wake, select.EPOLLIN)
+            self.epoll.register(self._wake.number, select.EPOLLIN)
             threading.Thread(target=self.run, args=(self.epoll,), name="dmabuf-kernel-sync", daemon=True).start()
         except BaseException:  # no descriptor is free, or no thread can be started; the next descriptor tries again
             self._stop()
@@ -147,9 +158,9 @@ class _Poller:
         epoll, self.epoll = self.epoll, None
         if epoll is not None:
             epoll.close()
-        wake, self.wake = self.wake, -1
-        if wake >= 0:
-            os.close(wake)
+        wake, self._wake = self._wake, None
+        if wake is not None:
+            wake.close()
 
     def run(self, epoll: select.epoll) -> None:
         while True:
@@ -157,20 +168,20 @@ class _Poller:
             with self.lock:
                 # Look again: one may have been removed, and its number given to another, since epoll told of it.
                 ready = [(fd, self.calls.pop(fd)) for fd in found if fd in self.calls and _is_readable(fd)]
-            for fd, call in ready:
+            for _, (own, call) in ready:
                 try:
-                    call(fd)
+                    call(own.fileno())
                 except BaseException as e:
                     report(e, call)
                 finally:
                     with self.lock:
-                        self._close(fd)
+                        self._close(own)
             with self.lock:
                 if not self.calls:
                     self._stop()
                     return
-                if self.wake in found:
-                    os.eventfd_read(self.wake)
+                if self.wake in found and self._wake is not None:
+                    os.eventfd_read(self._wake.fileno())
 
 
 def _is_readable(fd: int) -> bool:
@@ -186,9 +197,6 @@ def _after_fork() -> None:
     """Forget everything: a fork takes no thread along, and the fences are the parent's."""
     if _poller.epoll is not None:
         _poller.epoll.close()  # first: what is unregistered in it would be unregistered for the parent too
-    for fd in (*_poller.calls, _poller.wake):
-        if fd >= 0:
-            os.close(fd)
     _poller.__init__()  # type: ignore[misc]  # the lock too, which another thread may have held
 
 
