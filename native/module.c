@@ -1,5 +1,6 @@
 /* module.c - dmabuf._native: the only place with raw memory. It puts the parts together, and is the only file that knows all of them. */
 #include "domain/access.h"
+#include "domain/ending.h"
 #include "domain/fence_methods.h"
 #include "domain/fence_type.h"
 #include "domain/file.h"
@@ -50,9 +51,9 @@ static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT,
                                         NULL,
                                         NULL,
                                         NULL};
-static PyMethodDef *const shm_methods[] = {word_methods,  file_methods,      table_methods, record_methods, pool_methods,
-                                           fence_methods, resv_lock_methods, resv_methods,  access_methods, lend_methods,
-                                           held_methods,  life_methods,      sync_methods,  reset_methods,  NULL};
+static PyMethodDef *const shm_methods[] = {
+    word_methods,   file_methods, table_methods, record_methods, pool_methods, fence_methods, resv_lock_methods, resv_methods,
+    access_methods, lend_methods, held_methods,  life_methods,   sync_methods, reset_methods, ending_methods,    NULL};
 
 static int add_constants(PyObject *module) {
   static const struct {
@@ -140,9 +141,9 @@ PyMODINIT_FUNC PyInit__native(void) {
   if (!module) return NULL;
   if (add_constants(module) || shm_register(module, shm_methods) || fence_register(module) || step_register(module) ||
       mapping_register(module) || view_register(module) || passing_register(module) || messages_register(module) ||
-      descriptor_register(module) || probe_register(module) || file_register(module) || hold_register(module) || same_register(module) ||
-      errors_register(module) || held_register(module) || pollable_register(module) || points_register(module) || guard_register(module) ||
-      timeline_slot_register(module) || later_register(module)) {
+      descriptor_register(module) || probe_register(module) || file_register(module) || ending_register(module) || hold_register(module) ||
+      same_register(module) || errors_register(module) || held_register(module) || pollable_register(module) || points_register(module) ||
+      guard_register(module) || timeline_slot_register(module) || later_register(module)) {
     Py_DECREF(module);
     return NULL;
   }

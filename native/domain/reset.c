@@ -164,6 +164,16 @@ static int anybody_present(Shm *s, int fd) {
   }
 }
 
+void reset_at_end(int fd, const fd_id *id, int by_fd) {
+  own_words nothing = {0};
+  Shm view = {
+      .length = DB_HEADER_BYTES + (size_t)DB_MAX_CHUNKS * DB_CHUNK, .fd = fd, .id = *id, .own = &nothing, .presence_fd = by_fd ? fd : -1};
+  view.base = mmap(NULL, view.length, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd, 0);
+  if (view.base == MAP_FAILED) return;
+  if (!lived_in(&view, fd) && !anybody_present(&view, fd) && chunks_known(&view, atomic_load(&hdr(&view)->nchunks))) reset(&view, fd);
+  munmap(view.base, view.length);
+}
+
 static PyObject *look_away(Shm *s, PyObject *unused) {
   if (s->copied) Py_RETURN_TRUE;
   if (my_life(s)) Py_RETURN_FALSE;

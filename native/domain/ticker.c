@@ -7,6 +7,7 @@
 #include <pthread.h>
 #include <signal.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 
 #define SLEEPERS   256
 #define IDLE_TICKS 25
@@ -21,6 +22,7 @@ static a32 ticks, parked;
 
 static void *ticker(void *unused) {
   (void)unused;
+  prctl(PR_SET_NAME, "dmabuf-tick");
   for (int idle = 0;;) {
     struct timespec t = {0, TICK_NS};
     nanosleep(&t, NULL);

@@ -31,13 +31,37 @@ def test_the_last_one_out_leaves_one_empty_file(where: Path) -> None:
     assert (where / FILE).stat().st_blocks * 512 <= MIB
 
 
-def test_an_interpreter_that_just_ends_leaves_one_empty_file(where: Path) -> None:
-    script = "import dmabuf; buf = dmabuf.allocate(4096); t = dmabuf.Timeline(); f = [t.fence() for _ in range(3000)]; v = buf.mmap()"
+ENDS = {
+    "closed": "buf.close()",
+    "open": "",
+    "mapped": "v = buf.mmap()",
+    "read": "view = buf.read().__enter__()",
+    "many": "bufs = [dmabuf.allocate(4096) for _ in range(300)]",
+    "a finalizer that still reads": (
+        "class F:\n  def __del__(self): assert bytes(self.v[:1]) == b'x'\nf = F(); f.v = buf.mmap(); f.v[0] = 120"
+    ),
+    "an earlier exit handler that still writes": "",
+    "a fork": "import os\npid = os.fork()\nif pid: os.waitpid(pid, 0)",
+}
+
+
+@pytest.mark.parametrize("how", ENDS)
+def test_interpreter_that_just_ends_leaves_one_empty_file(where: Path, how: str) -> None:
+    early = "import atexit\natexit.register(lambda: buf.write().__enter__())" if how.startswith("an earlier") else ""
+    script = f"""{early}
+import dmabuf
+buf = dmabuf.allocate(4096)
+t = dmabuf.Timeline()
+f = [t.fence() for _ in range(3000)]
+{ENDS[how]}
+"""
     env = {**os.environ, "DMABUF_DOMAIN": str(where), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     done = subprocess.run([sys.executable, "-W", "error", "-c", script], check=True, env=env, capture_output=True, text=True)
     assert done.stderr == ""
     assert left(where) == [FILE]
-    assert (where / FILE).stat().st_size <= MIB
+    if how.startswith("an earlier"):  # it joined again after it had left, and its life ended with it
+        in_process(lambda: come_and_go(where))
+    assert (where / FILE).stat().st_size == _native.HEADER_BYTES
 
 
 def test_a_killed_last_process_is_cleaned_up_after_by_the_next_opener(where: Path) -> None:

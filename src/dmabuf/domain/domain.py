@@ -401,6 +401,7 @@ def _leave_all() -> None:
             domain.leave()
         except OSError:
             pass  # the process ends, and the next process that opens the domain reaps this life
+        domain.shm.at_exit()
 
 
 def _after_fork() -> None:

@@ -13,6 +13,7 @@ or when the pool is full.
 
 from __future__ import annotations
 
+import atexit
 import errno
 import os
 import struct
@@ -22,11 +23,12 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Final, Self, TypeVar
 
-from dmabuf._native import OFF_ID, OwnedFd, Shm, locks_seen, watch_add, watch_open, watch_read
+from dmabuf._native import OFF_ID, OwnedFd, Shm, close_at_exit, locks_seen, watch_add, watch_open, watch_read
 from dmabuf.domain.domain import TICK_NS, Domain
 from dmabuf.domain.forks import fork_lock
 from dmabuf.domain.guards import WeakValues, finalizer
 from dmabuf.domain.local import Local
+from dmabuf.domain.weak_objects import WeakObjects
 from dmabuf.errors import fail, needing_descriptors
 
 KIND_BUFFER: Final = 0
@@ -248,6 +250,7 @@ def _swept(domain: Domain) -> weakref.WeakValueDictionary[tuple[int, int], Recor
             sweep(here)
 
     domain.sweep_hooks.ensure("records", sweep_records)
+    _DOMAINS.add(domain)
     return WeakValues()
 
 
@@ -256,6 +259,20 @@ def free_gone(domain: Domain) -> None:
     watch = _WATCH.peek(domain)
     if watch is not None:
         watch.free_gone()
+
+
+_DOMAINS: Final[WeakObjects[Domain]] = WeakObjects()
+
+
+def _close_at_exit() -> None:
+    """Have the buffers that the program hasn't closed be closed when the interpreter is gone, so that the last process sees it."""
+    for domain in _DOMAINS:
+        table = _RECORDS.peek(domain)
+        if table is not None:
+            close_at_exit([key for key, record in list(table.items()) if record.handles])
+
+
+atexit.register(_close_at_exit)
 
 
 def known(domain: Domain, dev: int, ino: int) -> Record | None:
