@@ -303,6 +303,15 @@ def test_child_forked_during_a_release_uses_other_buffers_of_its_parent(child: S
     assert child(forks_in_a_release).recv() == (0, [("begin", FROM), ("end", FROM)])
 
 
+def test_release_is_called_though_the_exporter_left_the_domain() -> None:
+    domain = Domain.private()
+    exporter = Static()
+    buf = dmabuf.export(exporter, SIZE, domain=domain)
+    domain.leave()
+    buf.close()
+    assert exporter.calls == ["release"]
+
+
 def forks_after_leaving(parent: Parent) -> int:
     exporter = Static()
     for _ in range(2):

@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,6 +22,7 @@ import dmabuf
 from dmabuf import _native
 from dmabuf.core.buffer.handle import handle_of
 from dmabuf.core.get import from_fd
+from dmabuf.domain import domain as domain_module
 from dmabuf.domain import place
 from tests.support.forks import FORKS
 from tests.support.places import FILE, in_process, left, visit
@@ -332,3 +334,39 @@ def test_presence_is_seen_only_through_another_description(where: Path) -> None:
         domain.leave()
 
     in_process(look)
+
+
+def received_of_a_corrupt_domain(there: socket.socket) -> tuple[int, str]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dmabuf.Domain.default()
+    try:
+        dmabuf.recv(there)
+    except OSError as e:
+        return e.errno or 0, str(e)
+    return 0, ""
+
+
+def test_buffer_in_flight_of_a_corrupt_domain_is_estale(where: Path, pair: tuple[socket.socket, socket.socket]) -> None:
+    assert reap(fork(lambda: send_and_die(where, pair[0]))) == -signal.SIGKILL
+    with open(where / FILE, "r+b") as f:
+        f.seek(_native.OFF_NCHUNKS)
+        f.write(b"\xff" * 4)
+
+    def look() -> None:
+        os.environ["DMABUF_DOMAIN"] = str(where)
+        number, text = received_of_a_corrupt_domain(pair[1])
+        assert number == errno.ESTALE
+        assert "set aside" in text
+
+    assert reap(fork_fresh(look)) == 0
+
+
+def fork_fresh(action: Callable[[], None]) -> int:
+    """A child in which no default domain was opened."""
+
+    def fresh() -> None:
+        domain_module._default = None
+        action()
+
+    return fork(fresh)

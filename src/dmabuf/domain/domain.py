@@ -68,6 +68,7 @@ class Domain:
         self.path = path
         self.id = identity
         self.shm = shm
+        self.leaving = False  # hooks of the present life are being called, after which it ends
         self.lock = fork_lock()  # of this object's fields; a thread that holds it waits for nothing but the lifecycle lock
         self.tick_hooks: Hooks[[int, int]] = Hooks("tick")
         self.sweep_hooks: Hooks[[]] = Hooks("sweep")
@@ -242,20 +243,24 @@ class Domain:
         and records, it may look at as before, and the next operation that needs a life joins again.
         """
         shm = self.shm
-        while shm.life and self.leave_hooks:  # a forked child that hasn't joined has the parent's hooks, until a join forgets them
-            try:
-                self.leave_hooks.call_once()
-            except Exception as e:  # the hooks after it are called, too, and the life ends
-                unraisable(e, self)
         ended: list[int] = []
-        with self.lock, contextlib.ExitStack() as locked:
-            try:
-                locked.enter_context(place.lifecycle_lock(shm.fd))
-            except OSError:  # no descriptor is free, or somebody closed the domain's: the next process that leaves empties the file
-                ended = shm.life_leave(self.forget_socket)
-            else:
-                ended = shm.life_leave(self.forget_socket)
-                self._look_away()
+        try:
+            self.leaving = bool(shm.life)
+            while shm.life and self.leave_hooks:  # a forked child that hasn't joined has the parent's hooks, until a join forgets them
+                try:
+                    self.leave_hooks.call_once()
+                except Exception as e:  # the hooks after it are called, too, and the life ends
+                    unraisable(e, self)
+            with self.lock, contextlib.ExitStack() as locked:
+                try:
+                    locked.enter_context(place.lifecycle_lock(shm.fd))
+                except OSError:  # no descriptor is free, or somebody closed the domain's: the next process that leaves empties the file
+                    ended = shm.life_leave(self.forget_socket)
+                else:
+                    ended = shm.life_leave(self.forget_socket)
+                    self._look_away()
+        finally:
+            self.leaving = False
         for handle in ended:  # callbacks of the program: no lock is held
             if (on_local := shm.on_local) is not None:
                 on_local(handle)

@@ -372,6 +372,22 @@ def _has_file(directory: int, file: tuple[int, int]) -> bool:
     return (there.st_dev, there.st_ino) == file
 
 
+def check_set_aside(path: Path | None, identity: str, operation: str, obj: object) -> None:
+    """Fail if the domain of an object is one whose file was set aside, as far as that file still says who it was.
+
+    Raises:
+        DmaBufError: Nothing is known any more of what belongs to it (ESTALE).
+    """
+    try:
+        with open(path / f"{FILE}.corrupt", "rb") if path else open(os.devnull, "rb") as f:
+            found = f.read(48)[16:32]
+    except OSError:
+        return
+    if found == identity.encode():
+        what = "its domain's file made no sense and was set aside, so nothing is known of it any more"
+        raise fail(errno.ESTALE, operation, obj, "make a new one", what=what)
+
+
 def is_current(fd: int, directory: int) -> bool:
     """Return True if the directory still has the file behind ``fd``."""
     here = os.fstat(fd)

@@ -69,7 +69,10 @@ class ClientBuffer:
         """Give everything back, in the client's order, because the client is gone."""
         exporter = self.live.exporter
         if self.tables or self.pins or self.vmaps or self.attachments:
-            with self.buf.resv.locked():
+            # A process that leaves, or has left, can't hold a lock, and nobody can wait for one of its. It must not join again for it.
+            domain = self.buf.domain
+            left = domain.leaving or domain.shm.life != self.live.life
+            with contextlib.nullcontext() if left else self.buf.resv.locked():
                 for attachment, sgt, way in self.tables.values():
                     _quietly(partial(exporter.unmap, attachment, sgt, way))
                 for n, count in self.pins.items():

@@ -277,6 +277,7 @@ def domain_of(identity: bytes, flags: int) -> Domain:
     if domain is None:
         domain = Domain.default()
         if domain.id != identity.hex():
+            place.check_set_aside(domain.path, identity.hex(), "recv", f"domain {identity.hex()}")
             private = flags & _IS_PRIVATE
             raise fail(
                 errno.EXDEV, "recv", f"domain {identity.hex()}",

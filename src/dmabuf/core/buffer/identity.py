@@ -112,6 +112,7 @@ def identify(fd: int, domain: Domain, operation: str = "get") -> Identity:
             what=f"not a dma-buf but {os.fsdecode(link) or 'something unknown'}",
         )
     if match[1].decode() != domain.id:
+        place.check_set_aside(domain.path, match[1].decode(), operation, f"fd {fd}")
         raise fail(
             errno.EXDEV,
             operation,

@@ -57,13 +57,14 @@ class Exported(Backing):
         self.in_file = in_file
         self.resv, self.owner, self.private = resv, owner, private
         self.life = record.shm.life
+        self.pid = os.getpid()  # it stays this process's exporter when the process leaves the domain
         self.released = self.lost = False
         self.closing: set[int] = set()  # the id() of each handle that is being closed: its close() releases, and the thread doesn't
         self._once = fork_lock()  # a handle's __del__ may run in the middle
         self._mappings: WeakObjects[Mapping] = WeakObjects()
 
     def check_reachable(self, operation: str) -> None:
-        if self.life != self.record.shm.life:  # an attachment from before a fork, or a fork that Python didn't see
+        if self.pid != os.getpid():  # an attachment from before a fork, or a fork that Python didn't see
             raise fail(
                 errno.ENODEV,
                 operation,
@@ -76,12 +77,12 @@ class Exported(Backing):
         self._mappings.add(mapping)
 
     def before_close(self, handle: object) -> None:
-        if self.life == self.record.shm.life:  # in a forked child a thread that isn't there may hold the lock
+        if self.pid == os.getpid():  # in a forked child a thread that isn't there may hold the lock
             with self._once:
                 self.closing.add(id(handle))
 
     def after_close(self, handle: object, quiet: bool) -> None:
-        if self.life != self.record.shm.life:
+        if self.pid != os.getpid():
             return
         with self._once:  # in one step: between two the thread would find that nobody is closing it
             self.closing.discard(id(handle))
@@ -96,7 +97,7 @@ class Exported(Backing):
     def try_release(self) -> bool:
         """Release the buffer if nobody holds it. Returns True if it is released."""
         with self._once:
-            if self.released or self.life != self.record.shm.life:
+            if self.released or self.pid != os.getpid():
                 return True
             if not self._claimed():
                 return False
