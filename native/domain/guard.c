@@ -7,6 +7,7 @@
  *     finished(fn)  calls fn again until it ends, and then raises what a signal handler raised meanwhile.
  *     finalizer(fn) is finished(fn) for a __del__, whose exceptions nobody would see: the main thread raises it a moment later.
  *     HeldBlock     is the context manager of a block that holds locks: entering is guarded, and leaving is one call.
+ *     Bracket       is the base class of other context managers: leaving is finished, also after an entering that failed.
  */
 #include "domain/guard.h"
 #include "domain/held.h"
@@ -24,7 +25,7 @@ typedef struct {
   vectorcallfunc call;
 } Guard;
 
-static PyTypeObject *guard_types[3], *block_type;
+static PyTypeObject *guard_types[3], *block_type, *bracket_type;
 static PyObject *own_errors; /* what fn raises by itself: a tuple of exception types */
 
 /* ---- guarded ---- */
@@ -236,6 +237,54 @@ static PyType_Spec block_spec = {
     .slots = block_slots,
 };
 
+/* ---- Bracket ---- */
+
+static PyObject *bracket_call(PyObject *self, const char *name, bool shielded) {
+  PyObject *method = PyObject_GetAttrString(self, name);
+  PyObject *result = !method ? NULL : shielded ? finish(method, NULL, 0, NULL, false) : PyObject_CallNoArgs(method);
+  Py_XDECREF(method);
+  return result;
+}
+
+static PyObject *bracket_enter(PyObject *self, PyObject *unused) {
+  PyObject *kind, *value, *trace, *result = bracket_call(self, "enter", false);
+  if (result) return result;
+  PyErr_Fetch(&kind, &value, &trace);
+  PyObject *left = bracket_call(self, "leave", true);
+  if (!left) PyErr_Clear(); /* the first exception counts */
+  Py_XDECREF(left);
+  PyErr_Restore(kind, value, trace);
+  return NULL;
+}
+
+static PyObject *bracket_exit(PyObject *self, PyObject *args) {
+  PyObject *left = bracket_call(self, "leave", true);
+  Py_XDECREF(left);
+  if (!left) return NULL;
+  Py_RETURN_NONE;
+}
+
+static void bracket_dealloc(PyObject *self) {
+  PyTypeObject *type = Py_TYPE(self);
+  type->tp_free(self);
+  Py_DECREF(type);
+}
+
+static PyMethodDef bracket_methods[] = {
+    {"__enter__", bracket_enter, METH_NOARGS, NULL}, {"__exit__", bracket_exit, METH_VARARGS, NULL}, {0}};
+static PyType_Slot bracket_slots[] = {
+    {Py_tp_doc, "The block between enter() and leave(), which subclasses have. leave() undoes what enter() did, wholly or in part, and is "
+                "called again until it ends."},
+    {Py_tp_dealloc, bracket_dealloc},
+    {Py_tp_methods, bracket_methods},
+    {0, NULL}};
+static PyType_Spec bracket_spec = {
+    .name = "dmabuf._native.Bracket",
+    .basicsize = sizeof(PyObject),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE,
+    .slots = bracket_slots,
+};
+
 static PyObject *set_own_errors(PyObject *module, PyObject *types) {
   if (!PyTuple_Check(types)) return PyErr_Format(PyExc_TypeError, "set_own_errors() takes a tuple of exception types");
   Py_XSETREF(own_errors, Py_NewRef(types));
@@ -260,5 +309,7 @@ int guard_register(PyObject *module) {
     if (PyModule_AddType(module, guard_types[i])) return -1;
   }
   if (!block_type && !(block_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &block_spec, NULL))) return -1;
-  return PyModule_AddType(module, block_type) || PyModule_AddFunctions(module, functions) ? -1 : 0;
+  if (!bracket_type && !(bracket_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &bracket_spec, NULL))) return -1;
+  return PyModule_AddType(module, block_type) || PyModule_AddType(module, bracket_type) || PyModule_AddFunctions(module, functions) ? -1
+                                                                                                                                    : 0;
 }

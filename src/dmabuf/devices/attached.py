@@ -31,6 +31,7 @@ from dmabuf.core.memory.device import Device
 from dmabuf.core.memory.scatterlist import DmaEntry, SgTable
 from dmabuf.core.sync.kernel_fences import fence_of
 from dmabuf.devices.janitor import Janitor
+from dmabuf.domain.guards import finished
 from dmabuf.errors import fail
 
 
@@ -296,6 +297,7 @@ class Attached:
     def __enter__(self) -> Attached:
         return self
 
+    @finished
     def __exit__(self, *_: object) -> None:
         self.detach()
 

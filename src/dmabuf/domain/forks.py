@@ -25,6 +25,11 @@ def fork_lock() -> Any:
     return made
 
 
+def is_mine(lock: Any) -> bool:
+    """Return True if the running thread holds a re-entrant lock."""
+    return bool(lock._is_owned())
+
+
 def _after_fork() -> None:
     for lock in list(_locks):
         if not lock._is_owned():

@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from typing import Any, Concatenate, ParamSpec, TypeVar, cast
-from weakref import WeakValueDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from dmabuf._native import finalizer as _finalizer
 from dmabuf._native import finished as _finished
@@ -31,6 +31,14 @@ Taken = list[Any]
 
 class WeakValues(WeakValueDictionary[K, V]):
     """A WeakValueDictionary whose values may go at any moment, without the loss of what a signal handler raises just then."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._remove = _finalizer(self._remove)  # type: ignore[has-type]
+
+
+class WeakKeys(WeakKeyDictionary[K, V]):
+    """A WeakKeyDictionary, likewise."""
 
     def __init__(self) -> None:
         super().__init__()

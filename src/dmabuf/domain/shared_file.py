@@ -18,12 +18,13 @@ import secrets
 import struct
 import threading
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
-from dmabuf._native import OwnedFd, Points, owned, step
+from dmabuf._native import Bracket, OwnedFd, Points, owned, step
 from dmabuf.domain.domain import Domain, known
-from dmabuf.domain.forks import fork_lock
+from dmabuf.domain.forks import fork_lock, is_mine
+from dmabuf.domain.guards import WeakValues
 from dmabuf.domain.place import SHARE_DOMAIN
 from dmabuf.domain.weak_objects import WeakObjects
 from dmabuf.errors import ClosedError, DmaBufError, fail
@@ -42,15 +43,48 @@ _ALL: WeakObjects[SharedFile] = WeakObjects()
 class _ProcessLock:
     """A lock between the handles of one file in this process. Their descriptions would wait for each other for ever."""
 
-    __slots__ = ("__weakref__", "held", "mutex")
+    __slots__ = ("__weakref__", "mutex")
 
     def __init__(self) -> None:
-        self.mutex = threading.RLock()
-        self.held = False
+        self.mutex = threading.RLock()  # re-entrant only to know its owner
 
 
 _adding = fork_lock()  # setdefault() of a WeakValueDictionary looks and adds in two steps
-_process_locks: weakref.WeakValueDictionary[tuple[int, int], _ProcessLock] = weakref.WeakValueDictionary()  # by (st_dev, st_ino)
+_process_locks: weakref.WeakValueDictionary[tuple[int, int], _ProcessLock] = WeakValues()  # by (st_dev, st_ino)
+
+
+class _Locked(Bracket):
+    """A block that holds the lock of a file."""
+
+    __slots__ = ("_file", "_own", "_process_lock", "_then")
+
+    def __init__(self, file: SharedFile, then: Callable[[], object] | None) -> None:
+        self._file, self._process_lock, self._then = file, file._process_lock, then
+        self._own: OwnedFd | None = None
+
+    def enter(self) -> None:
+        """Take the lock."""
+        mutex = self._process_lock.mutex
+        if is_mine(mutex):
+            remedy = "don't call it from a signal handler, a fence's callback, or a garbage collector's callback"
+            raise fail(errno.EDEADLK, "lock", "shared state", remedy, what="this thread is in the middle of another call")
+        own = self._file._description()
+        self._own = own  # from here on leave() undoes what is done
+        mutex.acquire()
+        if not set_lock(own, fcntl.F_WRLCK, _LOCK):
+            step("~cell")
+            set_lock(own, fcntl.F_WRLCK, _LOCK, 1, True)
+        if self._then is not None:
+            self._then()
+
+    def leave(self) -> None:
+        """Release it. A signal handler may have raised before it was taken: releasing a free lock has no effect."""
+        own, mutex = self._own, self._process_lock.mutex
+        if own is None or not is_mine(mutex):
+            return
+        if own is self._file._own:  # not in a forked child
+            own.set_lock(fcntl.F_UNLCK, _LOCK)
+        mutex.release()
 
 
 class SharedFile:
@@ -138,28 +172,12 @@ class SharedFile:
             raise fail(errno.EXDEV, operation, f"domain {identity}", SHARE_DOMAIN, what="this process is not in its domain")
         return cls(own, found_domain)
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the lock. Errors: EDEADLK this thread holds it already, because a signal handler came in the middle of a call."""
-        process_lock = self._process_lock
-        with process_lock.mutex:
-            if process_lock.held:
-                remedy = "don't call it from a signal handler, a fence's callback, or a garbage collector's callback"
-                raise fail(errno.EDEADLK, "lock", "shared state", remedy, what="this thread is in the middle of another call")
-            own = self._description()
-            try:
-                process_lock.held = True
-                if not set_lock(own, fcntl.F_WRLCK, _LOCK):
-                    step("~cell")
-                    set_lock(own, fcntl.F_WRLCK, _LOCK, 1, True)
-                yield
-            finally:
-                # A signal handler may have raised before we knew that we have the lock. Unlocking a free lock has no effect.
-                try:
-                    if own is self._own:
-                        own.set_lock(fcntl.F_UNLCK, _LOCK)
-                finally:
-                    process_lock.held = False
+    def locked(self, then: Callable[[], object] | None = None) -> AbstractContextManager[None]:
+        """Hold the lock. Errors: EDEADLK this thread holds it already, because a signal handler came in the middle of a call.
+
+        ``then``: called first in the block.
+        """
+        return _Locked(self, then)
 
     def _description(self) -> OwnedFd:
         """Return this process's own description. A forked child makes one at first use."""
@@ -233,6 +251,11 @@ class SharedFile:
             finally:
                 self._fd.close()
         return self.is_last()
+
+    @property
+    def opened(self) -> bool:
+        """Whether :meth:`close` has anything to close."""
+        return self._fd.number >= 0 or (self._own is not None and self._own.number >= 0)
 
     def is_last(self) -> bool:
         """Return True if no process has a descriptor that travels. Then none ever will."""

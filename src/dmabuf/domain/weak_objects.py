@@ -9,6 +9,8 @@ import weakref
 from collections.abc import Iterator
 from typing import Generic, TypeVar
 
+from dmabuf.domain.guards import finalizer
+
 T = TypeVar("T")
 
 
@@ -27,7 +29,7 @@ class WeakObjects(Generic[T]):
         def forget(ref: weakref.ref[T]) -> None:
             refs.pop(id(ref), None)
 
-        ref = weakref.ref(found, forget)
+        ref = weakref.ref(found, finalizer(forget))
         refs[id(ref)] = ref
 
     def discard(self, found: T) -> None:

@@ -29,6 +29,7 @@ from dmabuf.core.buffer.backing_kernel import poll_until
 from dmabuf.core.dma_buf import DmaBuf
 from dmabuf.core.get import from_fd
 from dmabuf.domain.domain import Domain
+from dmabuf.domain.guards import finished
 from dmabuf.errors import fail
 from dmabuf.uapi import call
 from dmabuf.uapi import v4l2 as uapi
@@ -94,6 +95,7 @@ class Frame:
     def __enter__(self) -> Self:
         return self
 
+    @finished
     def __exit__(self, *_: object) -> None:
         self.done()
 

@@ -20,6 +20,7 @@ from dmabuf.core.buffer.handle import handle_of
 from dmabuf.core.dma_buf import DmaBuf
 from dmabuf.core.get import from_fd
 from dmabuf.domain.domain import Domain
+from dmabuf.domain.guards import finalizer
 from dmabuf.errors import fail
 from dmabuf.uapi import call
 from dmabuf.uapi import drm as uapi
@@ -200,6 +201,7 @@ class GemObject(Closing):
             if os.getpid() == self._pid:
                 self.node._close(self.handle)
 
+    @finalizer
     def __del__(self) -> None:
         if getattr(self, "_open", False):
             self.close()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Self
 
+from dmabuf.domain.guards import finished
 from dmabuf.uapi import sw_sync as uapi
 from dmabuf.uapi.call import OwnedFd
 
@@ -59,5 +60,6 @@ class SwSyncTimeline:
     def __enter__(self) -> Self:
         return self
 
+    @finished
     def __exit__(self, *_: object) -> None:
         self.close()

@@ -11,6 +11,7 @@ import os
 
 from dmabuf.core.base.clock import monotonic_deadline, seconds_left
 from dmabuf.core.base.closing import Closing
+from dmabuf.domain.guards import finalizer
 from dmabuf.drivers.drm import DrmNode
 from dmabuf.errors import fail
 from dmabuf.uapi import syncobj as uapi
@@ -160,6 +161,7 @@ class Syncobj(Closing):
         if handle and not self.node.closed and os.getpid() == self._pid:
             uapi.destroy(self.node.fileno(), handle)
 
+    @finalizer
     def __del__(self) -> None:
         if getattr(self, "handle", 0):
             self.close()

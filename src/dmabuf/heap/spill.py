@@ -33,6 +33,7 @@ from dmabuf.core.contract import checked_ops
 from dmabuf.core.dma_buf import DmaBuf
 from dmabuf.core.export.export import make
 from dmabuf.domain.domain import Domain
+from dmabuf.domain.guards import finished
 from dmabuf.domain.weak_objects import WeakObjects
 from dmabuf.errors import fail
 from dmabuf.heap import budget
@@ -180,6 +181,7 @@ class SpillHeap:
     def __enter__(self) -> SpillHeap:
         return self
 
+    @finished
     def __exit__(self, *_: object) -> None:
         self.close()
 

@@ -44,6 +44,7 @@ from dmabuf.core.fence.timeline import Timeline
 from dmabuf.core.resv.resv import pending
 from dmabuf.core.task.owner import current
 from dmabuf.domain.domain import TICK_NS, Domain
+from dmabuf.domain.guards import WeakKeys
 from dmabuf.errors import DmaBufError, fail
 from dmabuf.heap import budget
 from dmabuf.heap.shielded import run_shielded
@@ -64,7 +65,7 @@ class ResidentSet:
         self.order: OrderedDict[SpillBuffer, None] = OrderedDict()  # that have bytes of the budget, used longest ago first
         self.buffers: set[SpillBuffer] = set()
         self.resident = self.moves_out = self.moves_in = self.written = self.read = 0
-        self._timelines: weakref.WeakKeyDictionary[Domain, tuple[int, Timeline]] = weakref.WeakKeyDictionary()
+        self._timelines: weakref.WeakKeyDictionary[Domain, tuple[int, Timeline]] = WeakKeys()
         self.closed = False
 
     def add(self, b: SpillBuffer) -> None:
@@ -377,7 +378,7 @@ class ResidentSet:
         """In a forked child, make new locks, which other threads of the parent may have held, and close the parent's file."""
         self.lock = threading.RLock()
         self.changed = threading.Condition(self.lock)
-        self._timelines = weakref.WeakKeyDictionary()
+        self._timelines = WeakKeys()
         self.file.close()
 
 

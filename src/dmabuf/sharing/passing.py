@@ -48,6 +48,7 @@ from dmabuf.core.sync.semaphore import TimelineSemaphore
 from dmabuf.core.sync.sw_sync import SwSync
 from dmabuf.core.sync.sync_file import SyncFile
 from dmabuf.domain.domain import Domain
+from dmabuf.domain.guards import finalizer
 from dmabuf.domain.records import confirmed
 from dmabuf.errors import DmaBufError, fail
 from dmabuf.sharing.items import (
@@ -220,7 +221,7 @@ def _look_at(sock: socket.socket, operation: str) -> _Peer:
         _same_user(uid, operation, sock)
     peer = _Peer(ONE.size if stream else _LONGEST, stream, asks)
     at = id(sock)
-    _peers[at] = (peer, weakref.ref(sock, lambda _: _peers.pop(at, None)))
+    _peers[at] = (peer, weakref.ref(sock, finalizer(lambda _: _peers.pop(at, None))))
     return peer
 
 

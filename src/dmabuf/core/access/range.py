@@ -18,6 +18,7 @@ from dmabuf._native import Mapping
 from dmabuf.core.access.access import Access
 from dmabuf.core.buffer.handle import PAGE
 from dmabuf.core.contract import AnyBuffer
+from dmabuf.domain.guards import finished
 from dmabuf.errors import fail
 
 
@@ -158,5 +159,6 @@ class RangeMapping:
     def __enter__(self) -> Self:
         return self
 
+    @finished
     def __exit__(self, *_: object) -> None:
         self.close()

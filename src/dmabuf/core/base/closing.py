@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Self
 
+from dmabuf.domain.guards import finished
+
 
 class Closing:
     """The ``with`` block of an object, which says how it is closed and whether it is."""
@@ -22,5 +24,6 @@ class Closing:
         self._check("enter")
         return self
 
+    @finished
     def __exit__(self, *_: object) -> None:
         self.close()

@@ -52,6 +52,7 @@ from dmabuf.core.sync.shared_object import SharedObject
 from dmabuf.core.sync.submitters import Looks, nobody_left
 from dmabuf.core.sync.sync_file import SyncFile
 from dmabuf.domain.domain import Domain
+from dmabuf.domain.guards import finalizer, finished
 from dmabuf.domain.local import Local
 from dmabuf.domain.shared_file import SharedFile
 from dmabuf.errors import fail
@@ -102,15 +103,16 @@ class TimelineSemaphore(SharedObject):
             self._points = file.points()
         except ValueError:
             raise nonsense() from None
-        super()._set(file)
         self._notices: set[EventfdNotice] = set()
+        super()._set(file)
 
     def __repr__(self) -> str:
         return f"<dmabuf.TimelineSemaphore {'closed' if self.closed else f'at {self.query()} of {self.query(submitted=True)}'}>"
 
+    @finished
     def close(self) -> None:
         """Close the descriptor, and cancel what ``eventfd`` asked for. Closing twice has no effect. The fences in it stay as they are."""
-        if self.closed:
+        if self.closed and not self._file.opened:
             return
         self.closed = True
         for notice in list(self._notices):
@@ -125,11 +127,11 @@ class TimelineSemaphore(SharedObject):
                 shm.fence_end_any(self._event(), 0)
         except OSError:  # no descriptor is free to look with; it is signaled when its maker dies
             pass
-        finally:
-            self._file.close()
+        self._file.close()
 
+    @finalizer
     def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
-        if not getattr(self, "closed", True) and not ending():
+        if hasattr(self, "closed") and self._file.opened and not ending():
             self.closed = True
             self._close_file()
 

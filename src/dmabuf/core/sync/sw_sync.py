@@ -21,8 +21,8 @@ import struct
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Final
 
@@ -35,7 +35,7 @@ from dmabuf.core.sync.sync_file import SyncFile
 from dmabuf.domain import place
 from dmabuf.domain.dispatcher import dispatcher
 from dmabuf.domain.domain import Domain
-from dmabuf.domain.guards import finalizer
+from dmabuf.domain.guards import finalizer, finished
 from dmabuf.domain.shared_file import SharedFile
 from dmabuf.domain.weak_objects import WeakObjects
 from dmabuf.errors import fail
@@ -98,7 +98,7 @@ class SwSync(SharedObject):
         DmaBufError: No descriptor is free (EMFILE).
     """
 
-    __slots__ = ("_keep", "_next_look", "_own", "_pending", "_timeline", "context", "name")
+    __slots__ = ("_guarded", "_keep", "_next_look", "_own", "_pending", "_timeline", "context", "name")
 
     KIND, NOUN = KIND, "timeline"
 
@@ -117,23 +117,25 @@ class SwSync(SharedObject):
             raise fail(errno.EUCLEAN, "from_fd", "a SwSync", "make a new one", what="another program wrote to its descriptor")
         _, _, _, self.context, _, name = _HEAD.unpack(head)
         self.name = os.fsdecode(name.rstrip(b"\0"))
-        super()._set(file)
         self._timeline: Timeline | None = None
+        self._guarded = False  # whether something else closes the file, later
         self._keep: dict[int, SwFence] = {}
         self._next_look = _KEPT
         self._own: deque[int] | None = None
         self._pending = PendingFences(file)
+        super()._set(file)
         _OPEN.add(self)
 
     def __repr__(self) -> str:
         return f"<dmabuf.SwSync {self.name!r} {'closed' if self.closed else f'at {self.value}'}>"
 
+    @finished
     def close(self) -> None:
         """Close the descriptor. The last holder signals the pending fences with ``-ENOENT``. Closing twice has no effect."""
         self._close(guarded=True)
 
     def _close(self, *, guarded: bool) -> None:
-        if self.closed:
+        if self.closed and (self._guarded or not self._file.opened):
             return
         self.closed = True
         if self._file.close_fd():
@@ -142,9 +144,11 @@ class SwSync(SharedObject):
             except OSError as e:
                 if e.errno != errno.EDEADLK:
                     raise
+                self._guarded = True
                 self.domain.retries.later(self._signal_later)  # a signal handler called it in the middle of a call
                 return
         elif guarded and self._own_pending():
+            self._guarded = True
             _Guard(self, self._file).watch()
             return
         self._file.close()
@@ -176,21 +180,22 @@ class SwSync(SharedObject):
             self._file.close()
         return True
 
+    @finalizer
     def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
         if not getattr(self, "closed", True) and not ending():
             self.close()
 
     # ---- what is shared, under the lock ----
 
-    @contextmanager
-    def _locked(self, operation: str) -> Iterator[None]:
+    def _locked(self, operation: str) -> AbstractContextManager[None]:
         self._check(operation)
         self.domain.join()
-        with self._file.locked():
-            # Did a process that signaled fences die before it woke everything that waits for them?
-            if self._file.read(_ENDING, 4) == U32.pack(1) and self.domain.wake_sync_files():
-                self._file.write(_ENDING, U32.pack(0))
-            yield
+        return self._file.locked(self._wake_what_was_missed)
+
+    def _wake_what_was_missed(self) -> None:
+        """Wake what a process that signaled fences did not, because it died. The lock is held."""
+        if self._file.read(_ENDING, 4) == U32.pack(1) and self.domain.wake_sync_files():
+            self._file.write(_ENDING, U32.pack(0))
 
     # ---- using it ----
 

@@ -50,6 +50,7 @@ from dmabuf.core.sync.sync_file_info import (
 from dmabuf.domain import sync_files
 from dmabuf.domain.domain import Domain, known
 from dmabuf.domain.forks import fork_lock
+from dmabuf.domain.guards import finalizer, finished
 from dmabuf.domain.place import SHARE_DOMAIN
 from dmabuf.domain.sync_files import Place, SyncFileRecord
 from dmabuf.errors import fail
@@ -292,28 +293,29 @@ class SyncFile(Closing):
             raise fail(errno.EINVAL, "kernel_fileno", self, remedy, what="not a kernel sync_file")
         return self.fileno()
 
+    @finished
     def close(self) -> None:
         """Close the descriptor, if it was made, and drop the fence. Closing twice has no effect."""
+        self.closed = True
         with self._lock:
-            if self.closed:
-                return
-            self.closed = True
-            watch, self._watch = self._watch, None
-            fd, self._fd = self._fd, None
             alive = self._domain.shm.life == self._life
-        if watch is not None and alive:
-            watch[0].remove_callback(watch[1])
-        self._fence, self._leaves = None, ()
-        self._foreign.clear()
-        if fd is None:
-            return
-        fd.close()
-        if alive and self._place is not None and self._place.leaves:
-            sync_files.slots_of(self._domain).closed(self._place)
+            watch, fd, place = self._watch, self._fd, self._place
+            if watch is not None and alive:
+                watch[0].remove_callback(watch[1])
+            self._watch = None
+            self._fence, self._leaves = None, ()
+            self._foreign.clear()
+            if fd is None:
+                return
+            fd.close()
+            if alive and place is not None and place.leaves:
+                sync_files.slots_of(self._domain).closed(place)
+            self._fd = None  # last: what a signal handler interrupts is done again
 
+    @finalizer
     def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
         # The callback stays in the dispatcher, whose lock this thread may hold. It has no effect any more.
-        if not getattr(self, "closed", True) and not ending():
+        if hasattr(self, "closed") and not ending():
             self._watch = None
             self.close()
 

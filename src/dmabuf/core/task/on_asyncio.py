@@ -13,6 +13,7 @@ from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any
 
 from dmabuf.core.task.pause import Framework, Pause
+from dmabuf.domain.guards import WeakKeys
 
 if TYPE_CHECKING:
     import asyncio
@@ -49,7 +50,7 @@ class Waker:
             _resolve(*self._due.popleft())
 
 
-_wakers: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Waker] = weakref.WeakKeyDictionary()
+_wakers: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Waker] = WeakKeys()
 
 
 def _resolve(future: asyncio.Future[None], error: BaseException | None = None) -> None:

@@ -17,6 +17,7 @@ from dmabuf.core.task import waiting
 from dmabuf.core.task.pause import Pause
 from dmabuf.domain import slow_waits
 from dmabuf.domain.domain import Domain
+from dmabuf.domain.guards import WeakKeys
 from dmabuf.domain.local import Local
 from dmabuf.domain.weak_objects import WeakObjects
 from dmabuf.errors import fail
@@ -66,7 +67,7 @@ class _Owners:
     def __init__(self, domain: Domain) -> None:
         self.thread = _Thread()
         self.all: WeakObjects[Owner] = WeakObjects()
-        self.tasks: weakref.WeakKeyDictionary[object, Owner] = weakref.WeakKeyDictionary()
+        self.tasks: weakref.WeakKeyDictionary[object, Owner] = WeakKeys()
         self.waiting: dict[Owner, None] = {}
         me = weakref.ref(domain)
 
