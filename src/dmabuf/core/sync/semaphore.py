@@ -121,12 +121,9 @@ class TimelineSemaphore(SharedObject):
 
     def _close_file(self) -> None:
         """Close the file. The last holder signals the fence that stands for a submission, so that its maker gets the slot back."""
-        shm = self.domain.shm
-        try:
-            if self._file.close_fd() and shm.life:
-                shm.fence_end_any(self._event(), 0)
-        except OSError:  # no descriptor is free to look with; it is signaled when its maker dies
-            pass
+        with contextlib.suppress(OSError):  # no descriptor is free to look with; it is signaled when its maker dies
+            if self._file.close_fd() and self.domain.shm.life:
+                self.domain.shm.fence_end_any(self._event(), 0)
         self._file.close()
 
     @finalizer
