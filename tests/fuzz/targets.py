@@ -281,6 +281,33 @@ def descriptor(world: World) -> Target:
     return one
 
 
+def sync_name(world: World) -> Target:
+    """The name of a sync file's socket, which leads to a slot in the domain."""
+    sample = b"\0dmabuf/sync-%s-%016x" % (world.domain.id.encode(), 0)
+    real = world.sync_file.fileno()
+    with socket.socket(fileno=os.dup(real)) as found:
+        name = found.getsockname()
+    samples = [sample, name if isinstance(name, bytes) else sample]
+
+    def one(rng: random.Random) -> None:
+        name = rng.choice(samples)
+        if rng.random() < 0.7:
+            name = name[:-16] + b"%08x%08x" % (mutate.number(rng) & 0xFFFFFFFF, mutate.number(rng) & 0xFFFFFFFF)
+        if rng.random() < 0.5:
+            name = b"\0" + mutate.changed(rng, name[1:])[:106]
+        with socket.socket(socket.AF_UNIX, rng.choice((socket.SOCK_STREAM, socket.SOCK_STREAM, socket.SOCK_SEQPACKET))) as made:
+            with contextlib.suppress(OSError):  # the name is in use
+                made.bind(name)
+                if rng.random() < 0.9:
+                    made.listen(1)
+            with contextlib.suppress(DmaBufError), SyncFile.from_fd(made.fileno(), domain=world.domain) as sync_file:
+                _ = sync_file.status, sync_file.info(), sync_file.name
+                with contextlib.suppress(DmaBufError):
+                    sync_file.wait(0)
+
+    return one
+
+
 def message(world: World) -> Target:
     """The bytes of a message between clients and servers."""
     samples = [
@@ -430,6 +457,7 @@ TARGETS: dict[str, Callable[[World], Target]] = {
     "sw_sync": sw_sync,
     "domain_file": domain_file,
     "descriptor": descriptor,
+    "sync_name": sync_name,
     "message": message,
     "requests": requests,
     "posts": posts,

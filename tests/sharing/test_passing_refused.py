@@ -10,6 +10,7 @@ import struct
 import pytest
 
 import dmabuf
+from dmabuf.sharing import passing
 from tests.sharing.conftest import SIZE, Pair
 from tests.support.children import Parent, Spawn
 from tests.support.errnos import raises_errno
@@ -253,3 +254,37 @@ def test_any_byte_of_a_message_changed_gives_a_clear_error_or_the_buffer(seqpack
                 continue
             assert got == [buf]
             got[0].close()
+
+
+# ---- a peer that doesn't go on ----
+
+
+@pytest.mark.parametrize("timeout", [0.05, 0.0], ids=["timeout", "non-blocking"])
+def test_recv_of_half_a_message_times_out(timeout: float, buf: dmabuf.DmaBuf, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(passing, "_REST_S", 0.05)
+    a, b = socket.socketpair()
+    with a, b:
+        dmabuf.send(a, buf, buf)
+        data, control, _, _ = b.recvmsg(4096, 64)
+        for _, _, raw in control:
+            for fd in struct.unpack("=2i", raw):
+                os.close(fd)
+        a.send(data[:100])  # of 176
+        b.settimeout(timeout)
+        with raises_errno(errno.ETIMEDOUT, dmabuf.DmaBufError):
+            dmabuf.recv(b)
+
+
+def test_recv_of_single_bytes_times_out_as_a_whole(stream: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each byte comes within the timeout."""
+    clock = iter(range(1000))
+    monkeypatch.setattr(passing.time, "monotonic", lambda: float(next(clock)))
+    stream[1].settimeout(5)
+
+    def byte_by_byte(sock: socket.socket, event: int, end: float | None) -> bool:
+        stream[0].send(b"x")
+        return end is None or passing.time.monotonic() < end
+
+    monkeypatch.setattr(passing, "_ready", byte_by_byte)
+    with raises_errno(errno.ETIMEDOUT, dmabuf.DmaBufError):
+        passing._receive_rest(stream[1], 4096)

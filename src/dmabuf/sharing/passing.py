@@ -26,12 +26,14 @@ and never part of the next one.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import resource
 import select
 import socket
 import struct
+import time
 import weakref
 from collections.abc import Iterable
 from typing import Any, Final, NamedTuple
@@ -77,6 +79,7 @@ _LONGEST: Final = HEADER.size + MAX_OBJECTS * ITEM.size
 _CONTROL: Final = socket.CMSG_SPACE(MAX_OBJECTS * _FD.size) + socket.CMSG_SPACE(_UCRED.size)
 _SOL_SOCKET, _SCM_RIGHTS, _SCM_CREDENTIALS = int(socket.SOL_SOCKET), int(socket.SCM_RIGHTS), int(socket.SCM_CREDENTIALS)
 _NOSIGNAL, _CLOEXEC, _CUT = int(socket.MSG_NOSIGNAL), int(socket.MSG_CMSG_CLOEXEC), int(socket.MSG_CTRUNC | socket.MSG_TRUNC)
+_REST_S: Final = 10.0  # seconds for the rest of a message on a non-blocking socket
 _CTRUNC: Final = int(socket.MSG_CTRUNC)
 
 
@@ -254,39 +257,46 @@ def _translated(error: OSError, operation: str, sock: socket.socket) -> OSError:
     return fail(number, operation, socket_name(sock), remedy, what=what)
 
 
-def _ready(sock: socket.socket, event: int) -> None:
+def _end_of(sock: socket.socket) -> float | None:
+    """Return when the rest of a message must be there, None if the caller waits for ever.
+
+    The socket's timeout counts for all of the rest, or a peer could send a byte at a time. On a non-blocking socket the other end is waited
+    for: it is about to go on, unless it was stopped, or is no ``send``.
+    """
+    timeout = sock.gettimeout()
+    return None if timeout is None else time.monotonic() + (timeout or _REST_S)
+
+
+def _ready(sock: socket.socket, event: int, end: float | None) -> bool:
+    """Wait until the socket is ready. Return False if the time is over."""
+    if end is None:
+        return True  # the call itself waits
     waiting = select.poll()
     waiting.register(sock, event)
-    waiting.poll()
+    return bool(waiting.poll(max(0.0, end - time.monotonic()) * 1000))
 
 
 def _send_rest(sock: socket.socket, rest: bytes) -> None:
     """Send the rest of a message whose beginning was sent, on a stream with a small buffer, non-blocking or not."""
+    end = _end_of(sock)
     while rest:
-        try:
+        if not _ready(sock, select.POLLOUT, end):
+            raise fail(errno.ETIMEDOUT, "send", socket_name(sock), "close the socket", what="timed out with half a message sent")
+        with contextlib.suppress(BlockingIOError, TimeoutError):
             rest = rest[sock.send(rest, _NOSIGNAL) :]
-        except BlockingIOError:
-            _ready(sock, select.POLLOUT)
-        except TimeoutError:
-            raise fail(errno.ETIMEDOUT, "send", socket_name(sock), "close the socket", what="timed out with half a message sent") from None
 
 
 def _receive_rest(sock: socket.socket, missing: int) -> bytes:
     """Receive the rest of a message whose beginning was received, non-blocking or not."""
-    rest = b""
+    rest, end = b"", _end_of(sock)
     while len(rest) < missing:
-        try:
+        if not _ready(sock, select.POLLIN, end):
+            raise fail(errno.ETIMEDOUT, "recv", socket_name(sock), "close the socket", what="timed out in the middle of a message")
+        with contextlib.suppress(BlockingIOError, TimeoutError):
             more = sock.recv(missing - len(rest))
-        except BlockingIOError:
-            _ready(sock, select.POLLIN)
-            continue
-        except TimeoutError:
-            raise fail(
-                errno.ETIMEDOUT, "recv", socket_name(sock), "close the socket", what="timed out in the middle of a message"
-            ) from None
-        if not more:
-            raise fail(errno.ECONNRESET, "recv", socket_name(sock), what="the other end was closed in the middle of a message")
-        rest += more
+            if not more:
+                raise fail(errno.ECONNRESET, "recv", socket_name(sock), what="the other end was closed in the middle of a message")
+            rest += more
     return rest
 
 
