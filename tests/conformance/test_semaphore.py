@@ -3,6 +3,7 @@
 import errno
 import math
 import os
+import random
 import select
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 
 import dmabuf
 from dmabuf import DmaBuf, DmaFence, DmaFenceArray, SwSync, SyncFile, Timeline, TimelineSemaphore, wait_semaphores
+from dmabuf.domain.shared_file import SharedFile
 from tests.support.errnos import raises_errno
 from tests.support.semaphores import points, reached
 from tests.support.waiting import Background
@@ -317,8 +319,8 @@ def test_from_fd_of_another_descriptor_is_einval(buf: DmaBuf) -> None:
 def test_spoilt_content_is_euclean(sem: TimelineSemaphore, fences: list[DmaFence]) -> None:
     sem.import_fence(fences[0], 1)
     os.pwrite(sem.fileno(), b"\xff" * 1024, 4096)
-    with raises_errno(errno.EUCLEAN):
-        sem.query()
+    with TimelineSemaphore.from_fd(sem.fileno()) as other, raises_errno(errno.EUCLEAN):
+        other.query()
 
 
 def test_it_is_not_pickled_to_bytes(sem: TimelineSemaphore) -> None:
@@ -326,3 +328,78 @@ def test_it_is_not_pickled_to_bytes(sem: TimelineSemaphore) -> None:
 
     with pytest.raises(TypeError, match="multiprocessing"):
         pickle.dumps(sem)
+
+
+# ---- how much work it is, and what a process remembers of it ----
+
+
+def seen(sem: TimelineSemaphore) -> list[object]:
+    waits = []
+    for point in (0, 1, 5, 20, 1000):
+        try:
+            waits.append(sem.wait(point, 0) > 0)
+        except OSError as e:
+            waits.append(errno.errorcode[e.errno or 0])
+    return [sem.query(), sem.query(submitted=True), sem.statistics(), waits]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_one_who_remembers_sees_what_one_sees_who_reads_anew(seed: int, tl: Timeline) -> None:
+    """Two holders change it in turn, and after each change a third one reads all of it for the first time."""
+    chance = random.Random(seed)
+    with TimelineSemaphore() as one, TimelineSemaphore.from_fd(one.fileno()) as two:
+        pending: list[DmaFence] = []
+        point = 0
+        for _ in range(300):
+            sem = chance.choice((one, two))
+            action = chance.choices(["rising", "signal", "end", "end", "falling", "binary", "reset"], [8, 3, 4, 4, 1, 0.3, 0.3])[0]
+            if action in ("rising", "falling", "binary"):
+                fences = [tl.fence() for _ in range(chance.randrange(1, 4))]
+                pending += fences
+                point += chance.randrange(1, 4)
+                at = {"rising": point, "falling": max(1, point - 3), "binary": 0}[action]
+                sem.import_fence(fences[0] if len(fences) == 1 else dmabuf.DmaFenceArray(fences), at)
+            elif action == "signal":
+                point += 1
+                sem.signal(point)
+            elif action == "reset":
+                sem.reset()
+            elif pending:
+                pending.pop(chance.choice((0, 0, 0, chance.randrange(len(pending))))).signal()
+            with TimelineSemaphore.from_fd(one.fileno()) as fresh:
+                assert seen(one) == seen(fresh) == seen(two)
+        for fence in pending:
+            fence.signal()
+
+
+def bytes_for(points: int, monkeypatch: pytest.MonkeyPatch) -> int:
+    """How much is read and written while so many points become pending, and are then signaled."""
+    moved = 0
+    read, write = SharedFile.read, SharedFile.write
+
+    def counted_read(file: SharedFile, offset: int, n: int) -> bytes:
+        nonlocal moved
+        data = read(file, offset, n)
+        moved += len(data)
+        return data
+
+    def counted_write(file: SharedFile, offset: int, data: bytes) -> None:
+        nonlocal moved
+        moved += len(data)
+        write(file, offset, data)
+
+    fences = [Timeline(f"t{i}").fence() for i in range(points)]
+    with monkeypatch.context() as patch, TimelineSemaphore() as sem:
+        patch.setattr(SharedFile, "read", counted_read)
+        patch.setattr(SharedFile, "write", counted_write)
+        for i, fence in enumerate(fences):
+            sem.import_fence(fence, i + 1)
+        for i, fence in enumerate(fences):
+            fence.signal()
+            assert sem.query() == i + 1
+    return moved
+
+
+def test_work_is_in_proportion_to_the_points(monkeypatch: pytest.MonkeyPatch) -> None:
+    few, many = bytes_for(250, monkeypatch), bytes_for(1000, monkeypatch)
+    assert many < 4.6 * few

@@ -16,6 +16,7 @@ import os
 import re
 import secrets
 import struct
+import sys
 import threading
 import weakref
 from collections.abc import Callable
@@ -204,14 +205,24 @@ class SharedFile:
         if written != len(data):
             raise fail(errno.ENOSPC, "write", "shared state", "free memory")
 
-    def load(self) -> bytes:
-        """Return the record that was stored last, b"" before the first."""
+    def _copies(self) -> tuple[int, int, list[int]]:
+        """Return which copy of the record counts, the version, and (offset, room, length) of each copy, one after the other."""
         raw = self.read(_RECORD_AT, _RECORD.size)
-        if len(raw) < _RECORD.size:
-            return b""
-        which, _, *copies = _RECORD.unpack(raw)
-        offset, room, length = copies[3 * (which & 1) : 3 * (which & 1) + 3]
-        return self.read(offset, min(length, room, MOST_BYTES)) if length else b""
+        which, version, *copies = _RECORD.unpack(raw) if len(raw) == _RECORD.size else (1, 0, 0, 0, 0, 0, 0, 0)
+        return which & 1, version, copies
+
+    def version(self) -> tuple[int, int]:
+        """Return a number that is another one after each :meth:`store`, and the record's length."""
+        which, version, copies = self._copies()
+        _, room, length = copies[3 * which : 3 * which + 3]
+        return version, min(length, room, MOST_BYTES)
+
+    def load(self, start: int = 0) -> bytes:
+        """Return the record that was stored last, and what was appended to it, from a byte on; b"" before the first."""
+        which, _, copies = self._copies()
+        offset, room, length = copies[3 * which : 3 * which + 3]
+        length = min(length, room, MOST_BYTES) - start
+        return self.read(offset + start, length) if length > 0 else b""
 
     def store(self, data: bytes) -> None:
         """Replace the record: write the copy that doesn't count, then make it count. A death leaves the old record or the new one.
@@ -220,21 +231,36 @@ class SharedFile:
         """
         if len(data) > MOST_BYTES:
             raise fail(errno.ENOSPC, "write", "shared state", "wait for some of it first", what=f"it has {len(data)} bytes")
-        raw = self.read(_RECORD_AT, _RECORD.size)
-        which, _, *copies = _RECORD.unpack(raw) if len(raw) == _RECORD.size else (1, 0, 0, 0, 0, 0, 0, 0)
-        other = 1 - (which & 1)
+        which, version, copies = self._copies()
+        other = 1 - which
         offset, room, _ = copies[3 * other : 3 * other + 3]
-        if room and not RECORD_ROOM <= offset <= offset + room <= self.size:
-            raise fail(errno.EUCLEAN, "write", "shared state", "make a new one", what="another program wrote to its descriptor")
+        self._check_room(offset, room)
         if len(data) > room:
             offset, room = max(self.size, RECORD_ROOM), max(2 * len(data), 1024)
             self.write(offset + room - 1, b"\0")
         self.write(offset, data)
         copies[3 * other : 3 * other + 3] = offset, room, len(data)
-        self.write(_RECORD_AT, _RECORD.pack(which, 0, *copies))
+        self.write(_RECORD_AT, _RECORD.pack(which, version, *copies))
         step("cell_written")  # the copy that counts is unchanged
-        self.write(_RECORD_AT, _RECORD.pack(other, 0, *copies)[:4])
+        self.write(_RECORD_AT, _RECORD.pack(other, version + 1 & 0xFFFFFFFF, *copies)[:8])
         step("cell_switched")
+
+    def append(self, data: bytes) -> bool:
+        """Append to the record. A death leaves it as it was, or longer. Return False if there is no room: store all of it anew."""
+        which, _, copies = self._copies()
+        offset, room, length = copies[3 * which : 3 * which + 3]
+        self._check_room(offset, room)
+        if not length or length + len(data) > min(room, MOST_BYTES):
+            return False
+        self.write(offset + length, data)
+        step("cell_appended")  # behind the end
+        self.write(_RECORD_AT + 8 + 8 * (3 * which + 2), (length + len(data)).to_bytes(8, sys.byteorder))
+        step("cell_longer")
+        return True
+
+    def _check_room(self, offset: int, room: int) -> None:
+        if room and not RECORD_ROOM <= offset <= offset + room <= self.size:
+            raise fail(errno.EUCLEAN, "write", "shared state", "make a new one", what="another program wrote to its descriptor")
 
     @property
     def size(self) -> int:

@@ -8,10 +8,8 @@ It is a descriptor, shared like a :class:`~dmabuf.SwSync`: every holder may do e
 the processes that made them: a fence whose owner dies is signaled with ``-EOWNERDEAD``, and counts like every other. A change of the state
 is made under its lock, in one step that a death leaves done or not done.
 
-While nothing in it is pending, the state is one number, which stands in a word of the file that every holder maps (``Points``). Then
-``signal`` with a higher point is one compare-and-swap, and ``wait`` is one sleep, without the lock. Everything else first *folds* the
-number into the record under the lock: it stores the record and then empties the word, so that at every instant one of the two counts. A
-waiter that needs a fence to wait for (in a task, or for several semaphores) folds too, so that the next signal finds it.
+While nothing in it is pending, ``signal`` with a higher point and ``wait`` don't take the lock (``core/sync/semaphore_file.py``). A waiter
+that needs a fence to wait for (in a task, or for several semaphores) makes the next signal take it.
 """
 
 from __future__ import annotations
@@ -20,14 +18,13 @@ import builtins
 import contextlib
 import errno
 import math
-import struct
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from dmabuf._native import FF_ANYBODY, OFF_CONTEXT, Shm, step
+from dmabuf._native import FF_ANYBODY, OFF_CONTEXT
 from dmabuf.core.base.clock import monotonic_deadline, seconds_left
 from dmabuf.core.fence.array import DmaFenceArray
 from dmabuf.core.fence.fence import DmaFence, unbound_timeline, wrap
@@ -35,19 +32,8 @@ from dmabuf.core.fence.stub import private_stub
 from dmabuf.core.fence.unwrap import leaves_of
 from dmabuf.core.fence.wait_any import wait_any
 from dmabuf.core.sync.eventfd_notice import EventfdNotice, deferring, duplicate
-from dmabuf.core.sync.semaphore_state import (
-    EMPTY,
-    TIMELINE,
-    Leaf,
-    State,
-    added,
-    checked_point,
-    leaves_at,
-    nonsense,
-    packed,
-    unpacked,
-    without_signaled,
-)
+from dmabuf.core.sync.semaphore_file import CONTENT, SemaphoreFile
+from dmabuf.core.sync.semaphore_state import TIMELINE, Leaf, checked_point, leaves_at
 from dmabuf.core.sync.shared_object import SharedObject
 from dmabuf.core.sync.submitters import Looks, nobody_left
 from dmabuf.core.sync.sync_file import SyncFile
@@ -58,10 +44,6 @@ from dmabuf.domain.shared_file import SharedFile
 from dmabuf.errors import fail
 
 KIND: Final = "semaphore"
-_MAGIC: Final = b"dmabufT\2"
-_PAGE: Final = 4096
-_EVENT: Final = 8  # offset of the handle of the fence that is signaled at the next change
-_HANDLE: Final = struct.Struct("=Q")
 # Handles of the fences of this process that stand for a submission to a semaphore.
 EVENTS: Local[set[int]] = Local(lambda _: set())
 
@@ -87,22 +69,18 @@ class TimelineSemaphore(SharedObject):
         NoSpaceError: The domain is full (ENOSPC).
     """
 
-    __slots__ = ("_notices", "_points")
+    __slots__ = ("_notices", "_points", "_state")
 
     KIND, NOUN = KIND, "semaphore"
 
     def __init__(self, *, signaled: bool = False, domain: Domain | None = None) -> None:
-        self._set(SharedFile.make(KIND, domain or Domain.default(), _MAGIC.ljust(_PAGE, b"\0"), sealed=True))
+        self._set(SharedFile.make(KIND, domain or Domain.default(), CONTENT, sealed=True))
         if signaled:
             self.signal()
 
     def _set(self, file: SharedFile) -> None:
-        if file.read(0, len(_MAGIC)) != _MAGIC:
-            raise nonsense()
-        try:
-            self._points = file.points()
-        except ValueError:
-            raise nonsense() from None
+        self._state = SemaphoreFile(file)
+        self._points = self._state.points
         self._notices: set[EventfdNotice] = set()
         super()._set(file)
 
@@ -132,51 +110,10 @@ class TimelineSemaphore(SharedObject):
             self.closed = True
             self._close_file()
 
-    # ---- the state, under the lock ----
-
-    def _load(self) -> State:
-        """Return the state without what is signaled."""
-        point = self._points.value()
-        if point >= 0:
-            return State(TIMELINE, point, point, [])
-        data = self._file.load()
-        if not data:
-            return State(EMPTY, 0, 0, [])
-        try:
-            return without_signaled(self.domain.shm.fence_pending, *unpacked(data))
-        except (struct.error, IndexError):
-            raise nonsense() from None
-
-    def _fold(self) -> None:
-        """Let the record hold the state. From here on only a holder of the lock changes it."""
-        while (point := self._points.value()) >= 0:
-            self._file.store(packed(State(TIMELINE, point, point, [])))
-            step("sem_folded")  # the word counts
-            self._points.leave(point)  # in vain if it rose meanwhile
-
-    def _change(self, operation: str, change: Callable[[State], State]) -> None:
-        self._check(operation)
-        shm = self.domain.join()
-        deferring(lambda: self._change_locked(shm, change))
-
-    def _change_locked(self, shm: Shm, change: Callable[[State], State]) -> None:
-        with self._file.locked():
-            self._fold()
-            state = without_signaled(shm.fence_pending, *change(self._load()))
-            data = packed(state)
-            # Wake the waiters before storing. They block on the lock; if this process dies here, they look again and go back to sleep.
-            event = self._event()
-            if event:
-                shm.fence_end_any(event, 0)  # a death before the next line leaves that to the next change
-                self._file.write(_EVENT, _HANDLE.pack(0))
-                step("sem_woken")
-            self._file.store(data)
-            if state.kind == TIMELINE and not state.nodes:
-                self._points.enter(state.head)  # in vain for points of more than 63 bits
+    # ---- waiting for a submission ----
 
     def _event(self) -> int:
-        raw = self._file.read(_EVENT, 8)
-        return int(_HANDLE.unpack(raw)[0]) if len(raw) == 8 else 0
+        return self._state.event()
 
     def _submission(self) -> DmaFence:
         """Return a fence that any holder signals at the next change. The first waiter makes it."""
@@ -191,8 +128,7 @@ class TimelineSemaphore(SharedObject):
         if not handle or not shm.fence_pending(handle):
             handle = shm.fence_alloc(unbound_timeline(domain, KIND), shm.add64(OFF_CONTEXT, 1), 1, FF_ANYBODY, 0, 0)
             mine.add(handle)
-            self._file.write(_EVENT, _HANDLE.pack(handle))
-            step("sem_event")
+            self._state.set_event(handle)
         return wrap(domain, handle)
 
     def _is_submission(self, fence: DmaFence) -> bool:
@@ -206,17 +142,18 @@ class TimelineSemaphore(SharedObject):
         """Return the fence to wait for next, None when there is none. Raises EINVAL if the point has no fence, EBADF if it was closed."""
         self._check(operation)
         with self._file.locked():
-            leaves = leaves_at(self._load(), point)
-            if leaves is None and (for_submit or available):
-                self._fold()
-                leaves = leaves_at(self._load(), point)
-                if leaves is None:
-                    return self._submission()
-            if available or (leaves is not None and not leaves):
-                return None
-        if leaves is None:
-            raise self._missing(operation, point)
-        return self._wrap(leaves[0])
+            for folded in (False, True):
+                try:
+                    leaf = self._state.look().first(point)
+                except LookupError:
+                    if not (for_submit or available):
+                        break
+                    if folded:
+                        return self._submission()
+                    self._state.fold()  # so that the next signal finds the fence of the submission
+                else:
+                    return None if available or leaf is None else self._wrap(leaf)
+        raise self._missing(operation, point)
 
     def _missing(self, operation: str, point: int) -> OSError:
         return fail(errno.EINVAL, operation, self, "submit it first, or wait with for_submit=True", what=f"point {point} has no fence yet")
@@ -225,6 +162,11 @@ class TimelineSemaphore(SharedObject):
         return wrap(self.domain, leaf.handle, (leaf.context, leaf.seqno, leaf.timeline))
 
     # ---- putting something there ----
+
+    def _put(self, operation: str, point: int, leaves: list[Leaf]) -> None:
+        self._check(operation)
+        shm = self.domain.join()
+        deferring(lambda: self._state.put(shm, point, leaves))
 
     def signal(self, point: int = 0) -> None:
         """Put a signaled fence at a point of the timeline, or at 0 for binary use (SYNCOBJ_SIGNAL, TIMELINE_SIGNAL).
@@ -236,7 +178,7 @@ class TimelineSemaphore(SharedObject):
         if not self.closed and self._points.signal(point):
             return
         checked_point(point, "signal")
-        self._change("signal", lambda state: added(state, point, []))
+        self._put("signal", point, [])
 
     def import_fence(self, fence: DmaFence, point: int = 0) -> None:
         """Put a fence at a point. Point 0 replaces everything.
@@ -258,7 +200,7 @@ class TimelineSemaphore(SharedObject):
             leaf.publish()
             leaf.shm.fence_share(leaf.handle)
             leaves.append(Leaf(leaf.handle, leaf.context, leaf.seqno, leaf.timeline_index))
-        self._change("import_fence", lambda state: added(state, point, leaves))
+        self._put("import_fence", point, leaves)
 
     def import_sync_file(self, sync_file: SyncFile | int, point: int = 0) -> None:
         """Put the fences of a sync file at a point.
@@ -295,7 +237,9 @@ class TimelineSemaphore(SharedObject):
         Raises:
             ClosedError: The semaphore is closed (EBADF).
         """
-        self._change("reset", lambda _: State(EMPTY, 0, 0, []))
+        self._check("reset")
+        shm = self.domain.join()
+        deferring(lambda: self._state.reset(shm))
 
     def transfer(self, source: TimelineSemaphore, source_point: int = 0, point: int = 0, *, for_submit: bool = False) -> None:
         """Put at a point what is at a point of another semaphore (SYNCOBJ_TRANSFER).
@@ -334,7 +278,7 @@ class TimelineSemaphore(SharedObject):
         if for_submit:
             wait_semaphores([self], [point], available=True)
         with self._file.locked():
-            leaves = leaves_at(self._load(), point)
+            leaves = leaves_at(self._state.whole(), point)
         if leaves is None:
             raise self._missing(operation, point)
         fences = list(dict.fromkeys(map(self._wrap, leaves)))
@@ -366,12 +310,12 @@ class TimelineSemaphore(SharedObject):
             return point
         self.domain.join()
         with self._file.locked():
-            state = self._load()
-        if state.kind != TIMELINE:
-            return 0
-        if submitted:
-            return state.head
-        return 0 if any(node.point == 0 for node in state.nodes) else state.reached
+            seen = self._state.look()
+            if seen.kind != TIMELINE:
+                return 0
+            if submitted:
+                return seen.head
+            return 0 if seen.nodes and seen.nodes[0].point == 0 else seen.reached
 
     def statistics(self) -> SemaphoreStatistics:
         """Return a snapshot for programs.
@@ -381,7 +325,7 @@ class TimelineSemaphore(SharedObject):
         """
         self._check("statistics")
         with self._file.locked():
-            pending = sum(len(node.leaves) for node in self._load().nodes)
+            pending = sum(len(node.leaves) for node in self._state.whole().nodes)
         return SemaphoreStatistics(self.query(), self.query(submitted=True), pending)
 
     # ---- waiting ----
