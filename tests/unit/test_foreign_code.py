@@ -4,17 +4,25 @@ import errno
 import gc
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import pytest
 
 import dmabuf
 from dmabuf._native import Mapping, open_view
+from dmabuf.core.access import poll
 from dmabuf.core.buffer.handle import handle_of
+from dmabuf.core.export.module import Module
+from dmabuf.core.memory.device import DeviceStatistics
 from dmabuf.core.task.owner import current
+from dmabuf.heap import budget
+from tests.support.errnos import raises_errno
 from tests.support.mappings import SIZE
+from tests.support.waiting import Background
 
 IN_ALLOCATIONS = pytest.mark.skipif(sys.version_info >= (3, 12), reason="from CPython 3.12 on no allocation collects garbage")
 
@@ -156,3 +164,84 @@ def test_hook_that_is_replaced_during_its_call_lives_until_its_end() -> None:
     with pytest.raises(ValueError, match=str(fence.handle)):
         signal()
     assert fence.is_signaled()
+
+
+class Named(dmabuf.Device):
+    """A device whose ``repr`` uses the device, and waits for another thread that does."""
+
+    def __repr__(self) -> str:
+        found: list[DeviceStatistics] = []
+        thread = threading.Thread(target=lambda: found.append(self.statistics()))
+        thread.start()
+        thread.join()
+        return f"<Named {found[0].faults} faults>"
+
+
+@pytest.mark.parametrize("call", ["read", "write", "views"])
+def test_repr_of_a_device_runs_without_its_lock(call: str) -> None:
+    """An address that isn't mapped is told with the device's name."""
+    device = Named("npu0")
+    calls: dict[str, Callable[[], object]] = {
+        "read": lambda: device.read(4096, 16),
+        "write": lambda: device.write(4096, b"x"),
+        "views": lambda: device.views(4096, 16, dmabuf.Direction.TO_DEVICE).__enter__(),
+    }
+    with raises_errno(errno.EFAULT) as caught:
+        calls[call]()
+    assert "<Named 1 faults>" in str(caught.value)
+
+
+def test_repr_of_a_module_runs_without_its_lock() -> None:
+    class Loud(Module):
+        def __repr__(self) -> str:
+            with Background(lambda: (self.try_get(), self.put())):
+                pass
+            return "<Loud>"
+
+    module = Loud("vram")
+    assert module.try_get()
+    with raises_errno(errno.EBUSY) as caught:
+        module.unload()
+    assert "<Loud>" in str(caught.value)
+    assert module.alive
+    module.put()
+    module.unload()
+    assert not module.alive
+
+
+def test_device_may_be_used_by_a_finalizer_amid_an_access() -> None:
+    """The lock of a device is the thread's own then, which it would wait for."""
+    device, seen = dmabuf.Device("npu0"), list[int]()
+    with device._lock:
+        seen.append(device.statistics().faults)
+    assert seen == [0]
+
+
+def test_allocation_in_a_handler_amid_one_that_needs_the_rest_is_enomem() -> None:
+    """It would wait until the allocation that it interrupts has ended."""
+    room = budget.Budget()
+    left = room.left()
+    with room.claim(left // 4 * 3), raises_errno(errno.ENOMEM), room.claim(left // 2):
+        pass
+    with room.claim(left // 2):
+        pass
+
+
+def test_poll_slot_is_made_without_a_lock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Making it may wait for the table of the domain, and callbacks in other threads come to the same lock."""
+    fence = dmabuf.Timeline("work").fence()
+    with dmabuf.allocate(4096) as buf:
+        with buf.resv.locked() as resv:
+            resv.reserve(1)
+            resv.add(fence, dmabuf.Usage.WRITE)
+        real, free = poll._Slot, list[bool]()
+
+        def slot(*args: Any) -> Any:
+            with Background(lambda: free.append(poll._lock.acquire(timeout=10) and poll._lock.release() is None)):
+                pass
+            return real(*args)
+
+        monkeypatch.setattr(poll, "_Slot", slot)
+        assert buf.poll(1, 0) == 0
+        fence.signal()
+        assert free == [True]

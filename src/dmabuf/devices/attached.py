@@ -134,7 +134,7 @@ class Attached:
             remedy = "pass TO_DEVICE, FROM_DEVICE or BIDIRECTIONAL"
             raise fail(errno.EINVAL, "attach", buf, remedy, what="Direction.NONE is not a direction of a mapping")
         self.device, self.janitor, self._forget = device, janitor, forget
-        self._counts = threading.Lock()
+        self._counts = threading.RLock()  # re-entrant, because a finalizer or a signal handler may come in the middle
         self._table: _Table | None = None
         self._stale = False
         self._old: list[_Table] = []  # of the memory before a move; under the reservation lock

@@ -23,7 +23,7 @@ class Janitor:
         self._serving = False  # a thread takes tasks, or no thread may start any more
         self._thread: threading.Thread | None = None
         self._done = threading.Event()  # the thread has run its last task
-        self._starting = threading.Lock()
+        self._starting = threading.RLock()  # re-entrant, because a finalizer or a signal handler may come in the middle
 
     def later(self, task: Callable[[], object]) -> None:
         """Have the thread call ``task``. Without a thread, because none can be started or after the end, it stays undone."""

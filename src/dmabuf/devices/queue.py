@@ -301,7 +301,9 @@ class Queue:
         self._timeline = self._new_timeline()
         self._life = owner.domain.shm.life
         self._jobs: deque[Job] = deque()
-        self._order = threading.Lock()  # fences get their numbers in the order in which jobs are queued
+        # Fences get their numbers in the order in which jobs are queued. Re-entrant, so that a signal handler that submits in the middle is
+        # refused, and doesn't wait for its own thread.
+        self._order, self._placing = threading.RLock(), False
         self._event = AutoResetEvent()  # may be set by the garbage collector
         self._thread: threading.Thread | None = None
         self._served = threading.Event()  # the thread has ended its last job
@@ -335,6 +337,9 @@ class Queue:
         Errors: as :meth:`check`; ENOSPC no fence left; RuntimeError no thread can be started.
         """
         with self._order:
+            if self._placing:
+                remedy = "don't submit to it in a signal handler or a finalizer"
+                raise fail(errno.EDEADLK, job.operation, self, remedy, what="this thread is in the middle of submitting to the queue")
             job.epoch = self.owner.epoch  # before the check of the power, so that a loss in between ends the job
             self.check(job.operation)
             if self._thread is None:
@@ -343,12 +348,14 @@ class Queue:
                 self._thread = thread
             job.fence = (self._timeline if self.ordered else self._new_timeline()).fence()
             try:
+                self._placing = True
                 self._jobs.append(job)
                 yield job.fence
             except BaseException:
                 job.canceled = True
                 raise
             finally:
+                self._placing = False
                 job.placed = True
                 self.wake()
 

@@ -116,11 +116,12 @@ class Budget:
 
     def reset(self) -> None:
         """Forget grants and claims. In a forked child they are the parent's."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # re-entrant, because a finalizer or a signal handler may come in the middle
         self._ended = threading.Condition(self._lock)
         self._granted = 0
         self._granted_until = 0
         self._claimed = 0
+        self._claims: dict[int, int] = {}  # by thread
         self._membership = None
 
     def check(self, size: int) -> None:
@@ -149,6 +150,9 @@ class Budget:
                 with self._ended:
                     # A forked child that leaves its parent's block has not claimed anything.
                     self._claimed = max(0, self._claimed - claimed)
+                    left = self._claims.pop(threading.get_ident(), 0) - claimed
+                    if left > 0:
+                        self._claims[threading.get_ident()] = left
                     self._ended.notify_all()
 
     def _decide(self, size: int, claim: bool = False) -> int:
@@ -178,7 +182,10 @@ class Budget:
                     if not claim or size <= SMALL:
                         return 0
                     self._claimed += need
+                    self._claims[threading.get_ident()] = self._claims.get(threading.get_ident(), 0) + need
                     return need
+                if self._claimed == self._claims.get(threading.get_ident(), 0):
+                    break  # a signal handler allocates in the middle of an allocation, which it would wait for
                 self._ended.wait()
         what = f"{room.limit}, which leaves {max(0, room.left)}; needed with bookkeeping: {need}"
         raise fail(errno.ENOMEM, "allocate", f"{size} bytes", room.remedy, what=what)

@@ -24,7 +24,6 @@ from __future__ import annotations
 import errno
 import os
 import re
-import threading
 from dataclasses import dataclass
 from typing import Final
 
@@ -33,6 +32,7 @@ from dmabuf.core.contract import checked_ops
 from dmabuf.core.dma_buf import DmaBuf
 from dmabuf.core.export.export import make
 from dmabuf.domain.domain import Domain
+from dmabuf.domain.forks import fork_lock
 from dmabuf.domain.guards import finished
 from dmabuf.domain.weak_objects import WeakObjects
 from dmabuf.errors import fail
@@ -191,7 +191,7 @@ class SpillHeap:
 
 _HEAPS: WeakObjects[SpillHeap] = WeakObjects()
 _default: SpillHeap | None = None
-_making = threading.Lock()
+_making = fork_lock()
 _SIZE: Final = re.compile(r"\s*(\d+)\s*([KMGT]?)(?:i?B)?\s*\Z", re.IGNORECASE)
 
 
@@ -233,8 +233,8 @@ def unavailable() -> str | None:
 
 
 def _after_fork() -> None:
-    global _default, _making
-    _default, _making = None, threading.Lock()
+    global _default
+    _default = None
     for heap in list(_HEAPS):
         heap._forked()
 

@@ -125,9 +125,9 @@ class SpillBuffer(Exporter):
 
     def unmap(self, attachment: DmaBufAttachment, sgt: SgTable, direction: Direction) -> None:
         with self.residents.lock:
-            if id(sgt) in self.tables:  # otherwise a move has revoked it
-                attachment.dev.unmap_sgtable(sgt, direction)
-                del self.tables[id(sgt)]
+            mapped = self.tables.pop(id(sgt), None)  # None: a move has revoked it
+        if mapped is not None:
+            attachment.dev.unmap_sgtable(sgt, direction)  # it waits for the device's accesses, so the lock is free
 
     def vmap(self, buf: DmaBuf) -> IosysMap:
         self.residents.enter(self, write=True, locked=True)

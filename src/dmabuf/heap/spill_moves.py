@@ -320,12 +320,13 @@ class ResidentSet:
     def _revoke(self, b: SpillBuffer) -> None:
         """Unmap tables that importers kept after the notification, so that their devices don't take zeros for content."""
         told: set[DmaBufAttachment] = set()
-        with self.lock:
-            while b.tables:
-                sgt, att, direction = next(iter(b.tables.values()))
-                att.dev.unmap_sgtable(sgt, direction)
-                del b.tables[id(sgt)]
-                told.add(att)
+        while b.tables:
+            with self.lock:
+                if not b.tables:
+                    break  # an importer has unmapped the last one itself
+                _, (sgt, att, direction) = b.tables.popitem()
+            att.dev.unmap_sgtable(sgt, direction)  # it waits for the device's accesses, so the lock is free
+            told.add(att)
         for att in told:  # the device may be in another process
             if isinstance(att.importer, RevocableImporter):
                 att.importer.revoke(att)

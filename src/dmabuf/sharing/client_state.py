@@ -116,7 +116,7 @@ class ClientState:
         self.domain = session.domain
         self.numbers = itertools.count(1)
         self._buffers: dict[Key, ClientBuffer] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # re-entrant, because a finalizer or a signal handler may come in the middle
         session.at_end.append(self.end)
 
     @contextlib.contextmanager

@@ -94,7 +94,7 @@ class Session:
         self.token = secrets.token_hex(16)
         self._states: dict[object, object] = {}
         self.at_end: list[Callable[[], object]] = []
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # re-entrant, because a finalizer or a signal handler may come in the middle
         self._running, self._over = 0, False
 
     def state(self, kind: Callable[[Session], T]) -> T:

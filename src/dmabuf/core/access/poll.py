@@ -75,10 +75,12 @@ def _arm(handle: Handle, event: int, usage: Usage) -> None:
     fence = shm.resv_busy(index, usage)
     if not fence:
         return
+    slot = _Slot(handle, event, fence)  # before the lock: it may wait for the domain's table
     with _lock:
-        if event in handle.shared.armed:
-            return
-        slot = handle.shared.armed[event] = _Slot(handle, event, fence)
+        first = handle.shared.armed.setdefault(event, slot) is slot
+    if not first:
+        slot.ended()
+        return
     if wrap(handle.domain, fence).listen(slot.ended) is None:
         slot.ended()
 

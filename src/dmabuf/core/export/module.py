@@ -16,7 +16,7 @@ class Module:
 
     def __init__(self, name: str) -> None:
         self.name, self.references, self.alive = name, 0, True
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # re-entrant, because a finalizer or a signal handler may come in the middle
 
     def __repr__(self) -> str:
         return f"<dmabuf Module {self.name}>"
@@ -37,6 +37,7 @@ class Module:
             BusyError: A buffer of its exporters lives (EBUSY).
         """
         with self._lock:
-            if self.references:
-                raise fail(errno.EBUSY, "unload", self, "close its buffers and mappings", what=f"{self.references} buffers live")
-            self.alive = False
+            left = self.references
+            self.alive = self.alive and left > 0
+        if left:
+            raise fail(errno.EBUSY, "unload", self, "close its buffers and mappings", what=f"{left} buffers live")

@@ -54,6 +54,14 @@ _WAYS = {Direction.TO_DEVICE: _READS, Direction.FROM_DEVICE: _WRITES, Direction.
 _ALL: WeakObjects[Device] = WeakObjects()
 
 
+class _Fault(Exception):
+    """An address that isn't mapped."""
+
+    def __init__(self, address: int) -> None:
+        super().__init__(address)
+        self.address = address
+
+
 @dataclass(frozen=True)
 class DeviceStatistics:
     """A snapshot of a device. ``mapped``: bytes that it reaches now; ``windows``: their pieces; ``faults``: refused accesses so far."""
@@ -85,7 +93,7 @@ class Device:
             raise fail(errno.EINVAL, "device", name, "pass 2**n - 1, with n at most 64", what=f"not a DMA mask: {dma_mask:#x}")
         self.name, self.dma_mask, self.iommu = name, dma_mask, iommu
         self.max_segment = checked_segment(max_segment, "device", 3)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # re-entrant, because a finalizer or a signal handler may come in the middle
         self._calm = threading.Condition(self._lock)
         self._users: dict[int, list[int]] = {}  # by the serial of a range: the threads inside views() of it
         self._ranges: list[IovaRange] = []
@@ -228,8 +236,8 @@ class Device:
         """
         if length < 0:
             raise fail(errno.EINVAL, "read", self, "pass 0 or more bytes", what=f"the length {length} is negative")
-        with self._lock:
-            return b"".join(piece for _, piece in self._pieces("read", address, length, _READS))
+        with self._reaching("read"):
+            return b"".join(piece for _, piece in self._pieces(address, length, _READS))
 
     def write(self, address: int, data: ReadableBuffer) -> None:
         """Store bytes at a DMA address.
@@ -238,9 +246,9 @@ class Device:
             DmaBufError: Some of it is not mapped now for writing by the device (EFAULT). Nothing is stored.
         """
         source = memoryview(data).cast("B")
-        with self._lock:
+        with self._reaching("write"):
             at = 0
-            for _, piece in self._pieces("write", address, len(source), _WRITES):
+            for _, piece in self._pieces(address, len(source), _WRITES):
                 piece[:] = source[at : at + len(piece)]
                 at += len(piece)
 
@@ -263,8 +271,8 @@ class Device:
         if way is Direction.NONE:
             raise fail(errno.EINVAL, "views", self, "pass TO_DEVICE, FROM_DEVICE or BIDIRECTIONAL", what="the direction is NONE")
         me = threading.get_ident()
-        with self._lock:
-            found = self._pieces("views", address, length, _WAYS[way])
+        with self._reaching("views"):
+            found = self._pieces(address, length, _WAYS[way])
             for iova, _ in found:
                 self._users.setdefault(iova.serial, []).append(me)
         pieces = [piece.toreadonly() if way is Direction.TO_DEVICE else piece for _, piece in found]
@@ -284,19 +292,28 @@ class Device:
                             self._users.pop(iova.serial, None)
                     self._calm.notify_all()
 
-    def _pieces(self, operation: str, address: int, length: int, ways: tuple[Direction, ...]) -> list[tuple[IovaRange, memoryview]]:
+    @contextmanager
+    def _reaching(self, operation: str) -> Iterator[None]:
+        """Hold the lock. An address that isn't mapped is EFAULT, raised when the lock is free, since it has the device's ``repr`` in it."""
+        try:
+            with self._lock:
+                yield
+        except _Fault as e:
+            raise fail(
+                errno.EFAULT,
+                operation,
+                self,
+                "map the buffer for this direction, and use its addresses only before unmap",
+                what=f"DMA fault: {e.address:#x} is not mapped",
+            ) from None
+
+    def _pieces(self, address: int, length: int, ways: tuple[Direction, ...]) -> list[tuple[IovaRange, memoryview]]:
         found = []
         while length > 0:
             iova = self._find(address, ways)
             if iova is None:
                 self._faults += 1
-                raise fail(
-                    errno.EFAULT,
-                    operation,
-                    self,
-                    "map the buffer for this direction, and use its addresses only before unmap",
-                    what=f"DMA fault: {address:#x} is not mapped",
-                )
+                raise _Fault(address)
             n = min(length, iova.end - address)
             found.append((iova, iova.view[address - iova.start : address - iova.start + n]))
             address, length = address + n, length - n
@@ -319,7 +336,7 @@ class Device:
 def _forked() -> None:
     """Free the locks: the threads that held one, or were inside an access, are not in the child."""
     for device in list(_ALL):
-        device._lock = threading.Lock()
+        device._lock = threading.RLock()
         device._calm = threading.Condition(device._lock)
         device._users = {}
 
