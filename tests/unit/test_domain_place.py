@@ -20,6 +20,7 @@ from dmabuf.domain import domain as domain_module
 from dmabuf.domain import place, proved
 from dmabuf.errors import fail
 from tests.support.places import FILE, MIB, in_process, inhabitant, left, make, refused, visit
+from tests.support.waiting import Background
 
 # ---- where ----
 
@@ -291,6 +292,27 @@ def test_a_file_that_makes_no_sense_is_set_aside(where: Path, what: str) -> None
     in_process(lambda: opened_with_a_warning(where))
     assert left(where) == [FILE, FILE + ".corrupt"]
     assert (where / f"{FILE}.corrupt").read_bytes() == SPOILT[what]
+
+
+def opened_by_the_hook_too(where: Path) -> None:
+    seen: list[dmabuf.Domain] = []
+
+    def hook(*_: object, **__: object) -> None:
+        with Background(lambda: seen.append(dmabuf.Domain.open(where))):
+            pass
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = hook
+        domain = dmabuf.Domain.open(where)
+    assert seen == [domain]
+    domain.leave()
+
+
+def test_warning_of_a_corrupt_file_runs_its_hook_under_no_lock(where: Path) -> None:
+    make(where, SPOILT["text"])
+    in_process(lambda: opened_by_the_hook_too(where))
+    assert left(where) == [FILE, FILE + ".corrupt"]
 
 
 def test_an_empty_file_is_no_corrupt_one(where: Path) -> None:

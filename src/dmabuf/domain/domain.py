@@ -13,6 +13,7 @@ import fcntl
 import os
 import sys
 import time
+import warnings
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -92,32 +93,40 @@ class Domain:
         global _default
         if _default is not None:
             return _default
+        told: list[str] = []
         with _lock:
             if _default is None:
-                _default = cls._open_default()
+                _default = cls._open_default(told)
+        _warn(told)
         return _default
 
     @classmethod
-    def _open_default(cls) -> Domain:
+    def _open_default(cls, told: list[str]) -> Domain:
         chosen = place.default_path()
         try:
-            return cls.open(chosen)
+            return cls._open(chosen, told)
         except OSError as e:
             # What never works there is the same for every process, so all of them go on to the same place.
             others = [path for path in place.default_places() if path != chosen]
             if e.errno not in (errno.ENOTSUP, errno.EROFS) or not others:
                 raise
-            return cls.open(others[-1])
+            return cls._open(others[-1], told)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Domain:
         """Return the domain in a directory, which is made if it doesn't exist. While the domain is in use, the object is the same."""
-        where = Path(path).absolute()
+        told: list[str] = []
+        found = cls._open(Path(path).absolute(), told)
+        _warn(told)
+        return found
+
+    @classmethod
+    def _open(cls, where: Path, told: list[str]) -> Domain:
         with _lock:
             for known in _ALL:
                 if known.path == where:
                     return known
-            with needing_descriptors("open domain", where), place.entered(where) as (fd, identity):
+            with needing_descriptors("open domain", where), place.entered(where, told.append) as (fd, identity):
                 shm = _shm_of(owned(fcntl.fcntl, fd, fcntl.F_DUPFD_CLOEXEC, 3))
                 domain = cls(where, shm, identity.decode())
                 domain._join_here()
@@ -380,6 +389,12 @@ def known(identity: str) -> Domain | None:
     """Return the domain with this id, None if this process doesn't have it open."""
     with _lock:
         return next((domain for domain in _ALL if domain.id == identity), None)
+
+
+def _warn(told: list[str]) -> None:
+    """Warn of files that were set aside. No lock is held, because a filter or hook of the program may run."""
+    for text in told:
+        warnings.warn(text, RuntimeWarning, stacklevel=3)
 
 
 def _shm_of(own: OwnedFd) -> Shm:

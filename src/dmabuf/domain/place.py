@@ -23,8 +23,7 @@ import os
 import re
 import secrets
 import struct
-import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -271,8 +270,12 @@ def replace_file(directory: int, identity: bytes) -> None:
 
 
 @contextmanager
-def entered(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Open the domain in a directory and hold its lifecycle lock. Yield (fd, identity). A file that makes no sense is set aside."""
+def entered(path: Path, told: Callable[[str], object]) -> Iterator[tuple[int, bytes]]:
+    """Open the domain in a directory and hold its lifecycle lock. Yield (fd, identity).
+
+    A file that makes no sense is set aside, and ``told`` gets the text of a warning. The caller warns when no lock is held, because code of
+    the program runs then.
+    """
     directory = open_directory(path)
     try:
         while True:
@@ -294,11 +297,7 @@ def entered(path: Path) -> Iterator[tuple[int, bytes]]:
                         return
                     if wrong and os.fstat(fd).st_size:
                         _set_aside(directory, path)
-                        warnings.warn(
-                            f"dmabuf: the domain {path / FILE} was corrupt ({wrong}); renamed to {FILE}.corrupt",
-                            RuntimeWarning,
-                            stacklevel=2,
-                        )
+                        told(f"dmabuf: the domain {path / FILE} was corrupt ({wrong}); renamed to {FILE}.corrupt")
                         continue
                     if wrong:  # empty: it was just made, by this process or by one that died
                         _prove(directory, path)
