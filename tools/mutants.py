@@ -60,7 +60,7 @@ MUTANTS = (
         "torn-mark",
         "the reaper leaves the content that a dead writer wrote in part as if it were whole",
         "native/domain/reap.c",
-        (Change("    atomic_store(&r->torn, EOWNERDEAD);\n", ""),),
+        (Change("    atomic_store(&r->torn, TORN_MAKE(atomic_load(&life_slot(s, life)->pid), EOWNERDEAD));\n", "    (void)life;\n"),),
         ("tests/conformance/test_access_processes.py",),
     ),
     Mutant(

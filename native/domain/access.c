@@ -83,7 +83,7 @@ static uint64_t access_add(Shm *s, db_resv *r, uint32_t target, uint32_t rec, ui
 /* WAITING -> GRANTED. 0; or the errno of a torn write(), which keeps a reader out. */
 static int access_let_in(Shm *s, uint64_t handle, uint32_t rec, int write) {
   db_rec *x = rec_at(s, rec);
-  int torn = x && !write ? atomic_load(&x->torn) : 0;
+  int torn = x && !write ? (int)(uint32_t)atomic_load(&x->torn) : 0;
   if (torn) return torn > 0 && torn < 4096 ? torn : EUCLEAN;
   db_fence *f;
   fence_pending(s, handle, &f);
@@ -158,8 +158,7 @@ static PyObject *access_end(Shm *s, PyObject *const *a, Py_ssize_t n) {
   if (PyErr_Occurred()) return NULL;
   db_rec *x = write ? rec_at(s, rec) : NULL;
   if (x && error) {
-    x->torn_pid = pid;
-    atomic_store(&x->torn, -error);
+    atomic_store(&x->torn, TORN_MAKE(pid, -error));
     STEP_OF(access_torn, x, h); /* torn and pending: the reaper marks it torn again */
   } else if (x && atomic_load(&x->torn)) {
     atomic_store(&x->torn, 0);

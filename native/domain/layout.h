@@ -449,8 +449,7 @@ typedef struct {
   a32 pid;             /* its process */
   a32 hnext;           /* next record of the bucket + 1, 0: the last */
   a32 kind;            /* 0: a buffer, 1: a reservation object of its own */
-  ai32 torn;           /* errno of the last write() that did not end well, 0: the content is whole */
-  a32 torn_pid;        /* its process */
+  a64 torn;            /* [process 32 | errno 32] of the last write() that did not end well, 0: the content is whole */
   a32 absent;          /* passes over /proc/locks that found no reference lock on the buffer */
   a32 foreign_resv;    /* record + 1 of the reservation object that the exporter gave, 0: its own */
   a64 absent_ns;       /* when the last of these passes was, CLOCK_MONOTONIC ns */
@@ -481,7 +480,6 @@ DB_AT(db_rec, pid, 60);
 DB_AT(db_rec, hnext, 64);
 DB_AT(db_rec, kind, 68);
 DB_AT(db_rec, torn, 72);
-DB_AT(db_rec, torn_pid, 76);
 DB_AT(db_rec, absent, 80);
 DB_AT(db_rec, foreign_resv, 84);
 DB_AT(db_rec, absent_ns, 88);
@@ -497,4 +495,6 @@ DB_AT(db_rec, home, 208);
 DB_AT(db_rec, spare, 240);
 DB_AT(db_rec, resv, 256);
 DB_AT(db_rec, spare3, 416);
+
+#define TORN_MAKE(pid, error) ((uint64_t)(pid) << 32 | (uint32_t)(error))
 #endif

@@ -22,10 +22,8 @@ static void mark_torn(Shm *s, db_fence *f, uint32_t life) {
   if ((atomic_load(&f->flags) & granted_write) != granted_write) return;
   uint32_t rec = atomic_load(&f->rec);
   db_rec *r = rec ? rec_at(s, rec - 1) : NULL;
-  if (r && atomic_load(&r->gen) == atomic_load(&f->rec_gen)) {
-    r->torn_pid = atomic_load(&life_slot(s, life)->pid);
-    atomic_store(&r->torn, EOWNERDEAD);
-  }
+  if (r && atomic_load(&r->gen) == atomic_load(&f->rec_gen))
+    atomic_store(&r->torn, TORN_MAKE(atomic_load(&life_slot(s, life)->pid), EOWNERDEAD));
   STEP_OF(reap_torn, f, life); /* torn and pending: the next reaper marks it again. A reader that comes in after the fence finds the mark */
 }
 

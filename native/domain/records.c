@@ -99,7 +99,6 @@ static PyObject *rec_create(Shm *s, PyObject *args) {
   r->name_len[1] = 0;
   atomic_store(&r->name_version, 0);
   atomic_store(&r->torn, 0);
-  atomic_store(&r->torn_pid, 0);
   atomic_store(&r->absent, 0);
   atomic_store(&r->absent_ns, 0);
   atomic_store(&r->foreign_resv, 0);
@@ -212,11 +211,15 @@ static PyObject *rec_info(Shm *s, PyObject *arg) {
   if (!n) return NULL;
   Py_ssize_t nexp = r->exp_len > NAME_MAX_BYTES ? NAME_MAX_BYTES : r->exp_len,
              nhome = r->home_len > NAME_MAX_BYTES ? NAME_MAX_BYTES : r->home_len;
-  PyObject *out =
-      Py_BuildValue("{sI,sK,sK,sK,sy#,sK,sI,sI,sI,si,sI,sI,sK,sI,sI,sN,sy#,sy#}", "gen", gen, "dev", r->dev, "ino", r->ino, "size", r->size,
-                    "nonce", (const char *)r->nonce, (Py_ssize_t)16, "created", r->created, "life", r->life, "pid", r->pid, "kind", r->kind,
-                    "torn", atomic_load(&r->torn), "torn_pid", r->torn_pid, "absent", r->absent, "absent_ns", r->absent_ns, "resv",
-                    r->foreign_resv, "resv_gen", r->foreign_gen, "name", n, "exp_name", r->exp_name, nexp, "home", r->home, nhome);
+  uint64_t torn = atomic_load(&r->torn);
+  uint32_t resv = atomic_load(&r->foreign_resv), resv_gen = atomic_load(&r->foreign_gen); /* in this order: rec_set_resv() */
+  uint32_t absent = atomic_load(&r->absent);
+  uint64_t absent_ns = atomic_load(&r->absent_ns);
+  PyObject *out = Py_BuildValue("{sI,sK,sK,sK,sy#,sK,sI,sI,sI,si,sI,sI,sK,sI,sI,sN,sy#,sy#}", "gen", gen, "dev", r->dev, "ino", r->ino,
+                                "size", r->size, "nonce", (const char *)r->nonce, (Py_ssize_t)16, "created", r->created, "life", r->life,
+                                "pid", r->pid, "kind", r->kind, "torn", (int)(uint32_t)torn, "torn_pid", (uint32_t)(torn >> 32), "absent",
+                                absent, "absent_ns", (unsigned long long)absent_ns, "resv", resv, "resv_gen", resv_gen, "name", n,
+                                "exp_name", r->exp_name, nexp, "home", r->home, nhome);
   bytes_read();
   if (!out || (rec_live(s, i, r) && atomic_load(&r->gen) == gen)) return out; /* the generation last, as in rec_find() */
   Py_DECREF(out);
@@ -249,17 +252,19 @@ static PyObject *rec_name(Shm *s, PyObject *args) {
 }
 
 static PyObject *rec_set_absent(Shm *s, PyObject *args) {
-  unsigned i, passes;
+  unsigned i, gen, passes;
   unsigned long long ns;
-  if (!PyArg_ParseTuple(args, "IIK", &i, &passes, &ns)) return NULL;
+  if (!PyArg_ParseTuple(args, "IIIK", &i, &gen, &passes, &ns)) return NULL;
+  if (table_lock(s)) return NULL; /* so that the record is not given to another buffer, which would be judged gone too early */
   db_rec *r = rec_at(s, i);
-  if (!r) {
-    shm_corrupt(s, "a record lies outside of it");
-    return NULL;
+  if (r && atomic_load(&r->state) == REC_LIVE && atomic_load(&r->gen) == gen) {
+    atomic_store(&r->absent_ns, ns); /* first: a death before the next store makes the record stay longer, not shorter */
+    atomic_store(&r->absent, passes);
   }
-  r->absent_ns = ns; /* first: a death before the next store makes the record stay longer, not shorter */
-  r->absent = passes;
-  Py_RETURN_NONE;
+  table_unlock(s);
+  if (r) Py_RETURN_NONE;
+  shm_corrupt(s, "a record lies outside of it");
+  return NULL;
 }
 
 static PyObject *rec_set_resv(Shm *s, PyObject *args) {
@@ -279,7 +284,7 @@ static PyObject *rec_torn(Shm *s, PyObject *arg) {
   uint32_t i;
   if (arg_u32(arg, &i)) return NULL;
   db_rec *r = rec_at(s, i);
-  return PyLong_FromLong(r ? atomic_load(&r->torn) : 0);
+  return PyLong_FromLong(r ? (int)(uint32_t)atomic_load(&r->torn) : 0);
 }
 
 static PyObject *rec_holders(Shm *s, PyObject *arg) {
@@ -340,7 +345,7 @@ PyMethodDef record_methods[] = {
     METHOD(rec_info, METH_O, "($self, rec, /)",
            "Return what a record says, all of it of one buffer; None if it is free or another one by now."),
     METHOD(rec_name, METH_VARARGS, "($self, rec, name, /)", "Rename a buffer."),
-    METHOD(rec_set_absent, METH_VARARGS, "($self, rec, passes, ns, /)",
+    METHOD(rec_set_absent, METH_VARARGS, "($self, rec, gen, passes, ns, /)",
            "Note how many passes found no reference lock on the buffer, and when the last one was (CLOCK_MONOTONIC ns)."),
     METHOD(rec_set_resv, METH_VARARGS, "($self, rec, resv, gen, /)",
            "Note the record + 1 of the reservation object that the exporter gave, and that record's generation."),

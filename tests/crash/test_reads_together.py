@@ -114,6 +114,22 @@ def test_pid_of_is_none_of_the_next_life_of_the_slot(domain: Domain, monkeypatch
     domain.reap_dead()
 
 
+def test_missing_lock_is_not_noted_of_the_next_buffer_with_the_record(domain: Domain) -> None:
+    shm = domain.shm
+    index, gen, _ = shm.rec_create(1, 4711, 4096, b"n" * 16, b"memfd", b"memfd", None, 0, 1, 1)
+    shm.rec_set_absent(index, gen, 1, 42)
+    assert [found[4:] for found in shm.rec_orphans() if found[0] == index] == []  # this process references it
+    shm.rec_put(index)
+    assert [found for found in shm.rec_orphans() if found[0] == index] == [(index, gen, 1, 4711, 1, 42)]
+    assert shm.rec_free(index, gen)
+    again = shm.rec_create(1, 4712, 4096, b"m" * 16, b"memfd", b"memfd", None, 0, 1, 1)
+    assert again[0] == index
+    shm.rec_set_absent(index, gen, 2, 43)
+    shm.rec_put(index)
+    assert [found for found in shm.rec_orphans() if found[0] == index] == [(index, again[1], 1, 4712, 0, 0)]
+    assert shm.rec_free(index, again[1])
+
+
 def test_holders_are_of_one_process_each(monkeypatch: pytest.MonkeyPatch) -> None:
     """What follows the opening of /proc/PID fails once the process is gone, and never shows another."""
     with dmabuf.allocate(4096) as buf:

@@ -85,7 +85,7 @@ INDEX_CALLS: dict[str, Callable[[_native.Shm, int], object]] = {
     "rec_free": lambda s, i: s.rec_free(i, 1),
     "rec_info": lambda s, i: s.rec_info(i),
     "rec_name": lambda s, i: s.rec_name(i, b"name"),
-    "rec_set_absent": lambda s, i: s.rec_set_absent(i, 1, 1),
+    "rec_set_absent": lambda s, i: s.rec_set_absent(i, 1, 1, 1),
     "rec_set_resv": lambda s, i: s.rec_set_resv(i, 1, 1),
     "rec_torn": lambda s, i: s.rec_torn(i),
     "rec_holders": lambda s, i: s.rec_holders(i),

@@ -378,12 +378,12 @@ def sweep(domain: Domain) -> int:
             freed += shm.rec_free(index, gen)
         elif (dev, ino) in locked:
             if absent:
-                shm.rec_set_absent(index, 0, since)
+                shm.rec_set_absent(index, gen, 0, since)
         elif not 0 <= now - since < TICK_NS:
             if absent + 1 >= ABSENT_PASSES:
                 freed += shm.rec_free(index, gen)
             else:
-                shm.rec_set_absent(index, absent + 1, now)
+                shm.rec_set_absent(index, gen, absent + 1, now)
     return freed
 
 

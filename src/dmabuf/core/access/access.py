@@ -186,14 +186,15 @@ class Access:
         raise fail(error, self.operation, self.handle, "wait for fences, or drop some")
 
     def _torn(self, torn: int) -> NoReturn:
-        pid = self.handle.shared.info()["torn_pid"]
+        seen = self.handle.shared.info()
+        who = f"process {seen['torn_pid']}" if seen["torn"] == torn else "a process"  # else another write() has ended since
         how = "died" if torn == errno.EOWNERDEAD else "raised an exception"
         raise fail(
             torn,
             self.operation,
             self.handle,
             "write() it again: the next complete write makes it whole",
-            what=f"its content is torn: process {pid} {how} while writing",
+            what=f"its content is torn: {who} {how} while writing",
         )
 
     def grant(self) -> None:
