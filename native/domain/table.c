@@ -46,10 +46,22 @@ int rec_referenced(Shm *s, uint32_t rec) {
 
 /* ---- the lock ---- */
 
+/* A process that is stopped inside of the lock would keep all others: at a tick, raise ETIMEDOUT once a wait has lasted three times
+ * as long as one that is logged. -1: raised. */
+static int too_long(Shm *s, int64_t *begun, uint32_t owner) {
+  int64_t now = now_ns(), limit = 3 * s->slow_ns;
+  if (!*begun) *begun = now;
+  if (now - *begun < limit) return 0;
+  char what[96];
+  unsigned pid = atomic_load(&life_slot(s, owner)->pid);
+  snprintf(what, sizeof what, "process %u has held its table's lock for %.3g s", pid, (double)limit / 1e9);
+  return shm_fail(s, ETIMEDOUT, "table lock", "the domain", what, "continue that process (kill -CONT), or end it");
+}
+
 /* For a life that is about to begin (joining), or the present one. */
 static int lock_for(Shm *s, uint32_t me, int joining) {
   a32 *w = &hdr(s)->table_lock;
-  int64_t since = 0;
+  int64_t since = 0, begun = 0;
   for (;;) {
     if (!joining && my_life(s) != me)
       return shm_fail(s, EOWNERDEAD, "table lock", "the domain", "this process left it meanwhile", "call again, which joins again");
@@ -76,7 +88,7 @@ static int lock_for(Shm *s, uint32_t me, int joining) {
     if (!(v & TL_WAITERS) && !atomic_compare_exchange_strong(w, &v, v | TL_WAITERS)) continue;
     STEP_SLEEPING(rec_locked);
     int k = shm_sleep(s, w, v | TL_WAITERS, -1, TICK_TABLE, owner);
-    if (k == SLEEP_RAISED || (k == SLEEP_TICK && shm_lasts(s, &since, TICK_TABLE, owner))) return -1;
+    if (k == SLEEP_RAISED || (k == SLEEP_TICK && (shm_lasts(s, &since, TICK_TABLE, owner) || too_long(s, &begun, owner)))) return -1;
   }
 }
 

@@ -10,6 +10,7 @@ import fcntl
 import os
 import struct
 
+from dmabuf._native import OwnedFd, owned
 from dmabuf.errors import fail
 
 OFD_GETLK, OFD_SETLK, OFD_SETLKW = 36, 37, 38  # fcntl(2); Python 3.11 has no names for them
@@ -35,7 +36,26 @@ def ofd_locked(fd: int, start: int, length: int = 1, *, kind: int = fcntl.F_WRLC
 
 def reopen(fd: int) -> int:
     """Open the file behind a descriptor again, and return the new description's descriptor."""
+    return reopen_owned(fd).take()
+
+
+def reopen_owned(fd: int) -> OwnedFd:
+    """Do the same as :func:`reopen`; the object owns the descriptor."""
     try:
-        return os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
+        return owned(os.open, f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
         raise fail(errno.ENOSYS, "open domain", "/proc", "mount it", what="there is no /proc") from None
+
+
+def lock_holder(fd: int, byte: int) -> int:
+    """Return the pid of a process that has a lock on a byte of this file, 0 if /proc doesn't show it (proc_pid_fdinfo(5))."""
+    wanted = b":%d %d %d\n" % (os.fstat(fd).st_ino, byte, byte)
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            for name in os.listdir(f"/proc/{pid}/fdinfo"):
+                with open(f"/proc/{pid}/fdinfo/{name}", "rb") as f:
+                    if any(line.startswith(b"lock:") and line.endswith(wanted) and b"->" not in line for line in f):
+                        return int(pid)
+        except OSError:
+            continue  # it has ended, or is another user's
+    return 0

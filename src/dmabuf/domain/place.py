@@ -22,7 +22,9 @@ import fcntl
 import os
 import re
 import secrets
+import select
 import struct
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,12 +48,15 @@ from dmabuf._native import (
     OFF_LIVES,
     OFF_NCHUNKS,
     VERSION,
+    Bracket,
+    OwnedFd,
     step,
 )
 from dmabuf.domain import proved
 from dmabuf.domain.directory import make_file, open_file, remove_socket
 from dmabuf.domain.directory import open_directory as open_directory
 from dmabuf.domain.ofd import OFD_SETLK as OFD_SETLK
+from dmabuf.domain.ofd import lock_holder, reopen_owned
 from dmabuf.domain.ofd import ofd_lock as ofd_lock
 from dmabuf.domain.ofd import ofd_locked as ofd_locked
 from dmabuf.domain.ofd import reopen as reopen
@@ -61,6 +66,7 @@ SHARE_DOMAIN = (
     "start both processes with the same DMABUF_DOMAIN, and again if its directory was removed meanwhile, or send the domain along: "
     "dmabuf.send(sock, domain, …)"
 )  # what to do about an object of another domain
+LIFECYCLE_S = 30.0  # seconds that a process waits for the lifecycle lock, which others hold for milliseconds
 FILE = f"domain-{VERSION}"
 SOCKET = "server-"  # and the life's id in 8 hexadecimal digits: the socket of a process that serves others
 _SOCKET_NAME = re.compile(SOCKET + "[0-9a-f]{8}")
@@ -72,22 +78,45 @@ def comm() -> bytes:
         return f.read().strip()[:15]
 
 
-@contextmanager
-def lifecycle_lock(fd: int) -> Iterator[int]:
-    """Hold the lifecycle lock of the domain file behind ``fd``. Yield the description that holds it."""
-    # The lock has a description of its own, because forked children share the domain's description.
-    own = reopen(fd)
-    try:
-        if not ofd_lock(own, fcntl.F_WRLCK, LIFECYCLE_BYTE):
+class lifecycle_lock(Bracket):
+    """Hold the lifecycle lock of the domain file behind ``fd`` for a block, which gets the description that holds it.
+
+    Raises:
+        DmaBufTimeout: Another process has held it for :data:`LIFECYCLE_S`, because it is stopped (ETIMEDOUT).
+    """
+
+    __slots__ = ("_fd", "_own")
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._own: OwnedFd | None = None
+
+    def enter(self) -> int:
+        """Take the lock, with a description of its own, because forked children share the domain's."""
+        self._own = own = reopen_owned(self._fd)
+        if not ofd_lock(own.number, fcntl.F_WRLCK, LIFECYCLE_BYTE):
             step("~door")
-            ofd_lock(own, fcntl.F_WRLCK, LIFECYCLE_BYTE, wait=True)
-        yield own
-    finally:
-        try:
+            self._wait(own.number)
+        return own.number
+
+    def _wait(self, own: int) -> None:
+        # By looking again and again, since the kernel's wait for a lock has no timeout.
+        end, pause = time.monotonic() + LIFECYCLE_S, 0.0005
+        while not ofd_lock(own, fcntl.F_WRLCK, LIFECYCLE_BYTE):
+            if time.monotonic() > end:
+                who = lock_holder(own, LIFECYCLE_BYTE)
+                what = f"{f'process {who}' if who else 'another process'} has held its lifecycle lock for {LIFECYCLE_S:g} s"
+                raise fail(errno.ETIMEDOUT, "lifecycle lock", "the domain", "continue that process (kill -CONT), or end it", what=what)
+            select.select([], [], [], pause)
+            pause = min(2 * pause, 0.016)
+
+    def leave(self) -> None:
+        """Release it."""
+        own = self._own
+        if own is not None and own.number >= 0:
             # A child that was forked meanwhile shares the description, so closing it here would not free the lock.
-            ofd_lock(own, fcntl.F_UNLCK, LIFECYCLE_BYTE)
-        finally:
-            os.close(own)
+            ofd_lock(own.number, fcntl.F_UNLCK, LIFECYCLE_BYTE)
+            own.close()
 
 
 def _secure() -> bool:

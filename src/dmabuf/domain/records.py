@@ -181,8 +181,8 @@ class Record:
     @finalizer
     def __del__(self) -> None:
         # Only a reservation object that outlived its buffer's handles still has a reference here.
-        shm = self.shm
-        if self.life and shm.life == self.life:
+        shm = getattr(self, "shm", None)  # None: a signal handler raised before there was one
+        if shm is not None and self.life and shm.life == self.life:
             self.life = 0
             if not shm.rec_put(self.index) and self.kind == KIND_RESV:
                 shm.rec_free(self.index, self.gen)

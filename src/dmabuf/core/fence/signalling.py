@@ -3,35 +3,37 @@
 from __future__ import annotations
 
 import contextvars
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 
-from dmabuf.domain.forks import fork_lock
+from dmabuf._native import Bracket
 from dmabuf.errors import contract_warning
 
-sections = 0  # open in the process: while there is none, no caller has to ask for its own
-_counting = fork_lock()
+sections: set[int] = set()  # the open ones of the process: while there is none, no caller has to ask for its own
 _sections: contextvars.ContextVar[int] = contextvars.ContextVar("dmabuf signalling", default=0)
 
 
-@contextmanager
-def signalling() -> Iterator[None]:
+def signalling() -> AbstractContextManager[None]:
     """Mark the code of a block as one that a fence's signal depends on: it must take no reservation lock.
 
     A section belongs to the thread or asyncio task, and may be nested. Taking a lock in it is a ``ContractWarning``, and the lock is taken.
 
     Kernel: dma_fence_begin_signalling, dma_fence_end_signalling.
     """
-    global sections
-    token = _sections.set(_sections.get() + 1)
-    with _counting:
-        sections += 1
-    try:
-        yield
-    finally:
-        with _counting:
-            sections -= 1
-        _sections.reset(token)
+    return _Section()
+
+
+class _Section(Bracket):
+    __slots__ = ("_before",)
+
+    def enter(self) -> None:
+        self._before = _sections.get()
+        sections.add(id(self))
+        _sections.set(self._before + 1)
+
+    def leave(self) -> None:
+        sections.discard(id(self))
+        if _sections.get() > self._before:  # not in another thread or task, which a generator may end in
+            _sections.set(self._before)
 
 
 def in_signalling() -> bool:
