@@ -20,6 +20,8 @@ pytestmark = pytest.mark.crash
 def test_allocate_is_etimedout_while_a_stopped_process_has_the_table_lock(monkeypatch: pytest.MonkeyPatch) -> None:
     with dmabuf.allocate(4096) as buf:
         shm = buf.domain.shm
+        with buf.write():  # the first access of a process takes slots for fences
+            pass
         monkeypatch.setattr(shm, "slow_ns", 50_000_000)
         with Held(lambda: dmabuf.allocate(4096).close()) as other:
             assert other.run_to("rec_locked")
