@@ -150,7 +150,7 @@ static int lock_dead(Shm *s, uint32_t index) {
   if (fd < 0) return -1;
   int got = byte_lock(s, fd, F_WRLCK, LIFE_BYTE + index), error = errno;
   if (got == 1) return fd;
-  if (fd != s->fd) close(fd);
+  if (fd != s->fd) fd_close(fd, &s->id);
   errno = got ? error : 0;
   return -1;
 }
@@ -158,7 +158,7 @@ static int lock_dead(Shm *s, uint32_t index) {
 static void unlock_dead(Shm *s, uint32_t index, int fd) {
   STEP_NOTE(reap_unlocking, life_at(s, index), 0);
   byte_lock(s, fd, F_UNLCK, LIFE_BYTE + index); /* closing would not be enough, as a raw fork may share the description */
-  if (fd != s->fd) close(fd);
+  if (fd != s->fd) fd_close(fd, &s->id);
 }
 
 static PyObject *life_reap(Shm *s, PyObject *args) {

@@ -16,8 +16,10 @@ static void moved(Shm *s) {
 }
 
 int shm_map_file(Shm *s) {
+  int fd = shm_file(s);
+  if (fd < 0) return -1;
   while (atomic_load(&s->spinners)) sched_yield();
-  char *p = mmap(s->base, s->length, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE | (s->base ? MAP_FIXED : 0), s->fd, 0);
+  char *p = mmap(s->base, s->length, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE | (s->base ? MAP_FIXED : 0), fd, 0);
   if (p == MAP_FAILED) return -1;
   s->base = p;
   s->copied = 0;
@@ -35,7 +37,9 @@ int shm_map_copy(Shm *s) {
     return -1;
   }
   size_t used = DB_HEADER_BYTES + (size_t)n * DB_CHUNK;
-  char *file = mmap(NULL, used, PROT_READ | PROT_WRITE, MAP_SHARED, s->fd, 0); /* to wake the sleepers on its words */
+  int fd = shm_file(s);
+  if (fd < 0) return -1;
+  char *file = mmap(NULL, used, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0); /* to wake the sleepers on its words */
   if (file == MAP_FAILED) return -1;
   char *copy = mmap(NULL, used, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (copy != MAP_FAILED) {
