@@ -99,6 +99,7 @@ static int add_constants(PyObject *module) {
       VALUE(LIFE_CLEAN),
       VALUE(LIFE_ALIVE),
       HEADER(OFF_FLOOR, floor),
+      HEADER(OFF_BOOT, boot),
       VALUE(TL_NOBODY),
       VALUE(CH_NONE),
       VALUE(CH_LIFE),

@@ -195,6 +195,25 @@ out:
   return PyBool_FromLong(done);
 }
 
+/* No memory outlives a boot, and no process. Whatever the file says of buffers is of others that have the same inode number by now. */
+static PyObject *begin_boot(Shm *s, PyObject *arg) {
+  char boot[sizeof hdr(s)->boot];
+  if (!PyBytes_Check(arg) || PyBytes_GET_SIZE(arg) != sizeof boot) {
+    PyErr_SetString(PyExc_ValueError, "begin_boot: the id of a boot must have 16 bytes");
+    return NULL;
+  }
+  memcpy(boot, PyBytes_AS_STRING(arg), sizeof boot);
+  if (!memcmp(hdr(s)->boot, boot, sizeof boot)) Py_RETURN_FALSE;
+  atomic_store(&hdr(s)->table_lock, TL_NOBODY); /* the next owner frees what is DYING; before the rest, since that may end here */
+  for (uint32_t i = 0, n = chunk_count(s) * RECS_PER; i < n; i++) {
+    db_rec *r = rec_at(s, i);
+    if (rec_stays(r)) atomic_store(&r->state, REC_DYING);
+  }
+  STEP(boot_begun); /* the next process that joins does it again */
+  memcpy(hdr(s)->boot, boot, sizeof boot);
+  Py_RETURN_TRUE;
+}
+
 static PyObject *look_again(Shm *s, PyObject *unused) {
   if (!s->copied) Py_RETURN_NONE;
   if (shm_show_presence(s) || shm_map_file(s)) return shm_lost(s, "join"), NULL;
@@ -205,5 +224,7 @@ PyMethodDef reset_methods[] = {
     METHOD(look_away, METH_NOARGS, "($self, /)",
            "If nobody lives in the domain and nobody else maps its file, look at a private copy from now on, and give the file's memory\n"
            "back. The lifecycle lock is held. Return whether it was given back."),
+    METHOD(begin_boot, METH_O, "($self, boot, /)",
+           "Forget all buffers if the file is of another boot of the machine. The lifecycle lock is held. Return whether it was."),
     METHOD(look_again, METH_NOARGS, "($self, /)", "Map the file again if a private copy is mapped. The lifecycle lock is held."),
     {0}};

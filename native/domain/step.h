@@ -28,8 +28,9 @@
   X(life_locked) X(life_alive) X(life_chunk) \
   X(reap_locked) X(reap_torn) X(reap_fence) X(reap_fences_done) X(reap_heir) X(reap_ctx) X(reap_contexts_done) X(reap_outside) \
   X(reap_chunk) X(reap_returned) X(reap_clean) \
-  X(left_copied) X(left_absent) X(reset_begun) X(reset_judged) X(reset_rebuilt) X(reset_floors) X(reset_lists) X(reset_chunk) \
-  X(reset_counted) X(reset_unlocked) X(reset_cut) X(reset_punched)
+  X(boot_begun) X(left_copied) X(left_absent) \
+  X(reset_begun) X(reset_judged) X(reset_rebuilt) X(reset_floors) X(reset_lists) X(reset_chunk) X(reset_counted) \
+  X(reset_unlocked) X(reset_cut) X(reset_punched)
 /* clang-format on */
 
 enum {

@@ -249,6 +249,30 @@ def test_fence_of_before_a_reset_is_eownerdead_to_a_newcomer(where: Path, pair: 
     in_process(look)
 
 
+def test_buffers_of_another_boot_are_forgotten_and_numbers_go_on(where: Path, pair: tuple[socket.socket, socket.socket]) -> None:
+    assert reap(fork(lambda: send_and_die(where, pair[0]))) == -signal.SIGKILL  # the message still holds it
+    in_process(lambda: come_and_go(where))
+    with open(where / FILE, "r+b") as f:
+        f.seek(_native.OFF_BOOT)
+        assert f.read(16) == place.boot_id() != bytes(16)
+        f.seek(_native.OFF_BOOT)
+        f.write(b"an earlier boot!")
+        f.seek(_native.OFF_FLOOR + 8 * _native.CH_FENCE)
+        floor = int.from_bytes(f.read(8), "little")
+    assert floor > 0
+    steps = trace(lambda: come_and_go(where))
+    assert "boot_begun" in steps
+
+    def look() -> None:
+        domain = dmabuf.Domain.open(where)
+        assert domain.shm.load64(_native.OFF_FLOOR + 8 * _native.CH_FENCE) >= floor
+        assert domain.shm.rec_list() == []
+        assert domain.shm.table_audit() == (0, 0, 0)
+        domain.leave()
+
+    in_process(look)
+
+
 # ---- a reset that is killed ----
 
 

@@ -1,4 +1,4 @@
-/* The facts of a domain outlive its processes: a design for src/dmabuf/domain/{place,lives,domain}.py, to be rewritten as life.c.
+/* The facts of a domain outlive its processes: life.c, reset.c and ending.c of the domain.
  *
  * A (1) has joined. It is in a write() block of a buffer, with its fence in chunk 0 and the buffer's record in chunk 1. A message in flight
  * holds the buffer, and other processes know the fence. F (2) is a child that A forks at any moment, unseen by the library. J (3) and
@@ -301,7 +301,7 @@ inline own_record() { /* rec_create() of a buffer that goes with this process */
 inline join() {
   atomic { lifecycle == 0 -> lifecycle = me };
   assert(nchunks <= size);                                      /* read_header() */
-#if BUG == 14 /* the code so far: a file in which nobody lives is replaced by an empty one */
+#if BUG == 14 /* the code as it was: a file in which nobody lives is replaced by an empty one */
   d_step { if :: !LOCKED -> c = 0; do :: c < NC -> wipe(c); ctype[c] = NONE; owner[c] = 0; c++ :: else -> break od; c = 0;
                  nchunks = 0; hash = 0; table = 0; alive[A] = 0; alive[J] = 0; alive[K] = 0; alive[F] = 0 :: else fi };
 #endif

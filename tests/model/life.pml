@@ -1,4 +1,4 @@
-/* How a process joins a domain, how others notice its death, and how one of them reaps it: lives.py and reap.c of the domain.
+/* How a process joins a domain, how others notice its death, and how one of them reaps it: life.c and reap.c of the domain.
  *
  * A process slot has a state, a generation, and a byte of the file on which the process holds a lock. The kernel frees that lock with the
  * process. A dead process leaves a chunk that names its life, a pending fence in it, and perhaps the table lock. The generation wraps after
@@ -35,7 +35,7 @@
 #define ID(s)     (1 + (s) + S * gen[s])
 #define SLOT(id)  (((id) - 1) % S)
 #define CURRENT(id) ((id) != NOBODY && state[SLOT(id)] == ALIVE && ID(SLOT(id)) == (id)) /* life_current() */
-#define LOCKED(s)   (byte_of[s] != 0)                                                   /* lives.is_alive() */
+#define LOCKED(s)   (byte_of[s] != 0)                                                   /* Shm.locked() */
 #define ORPHANED(s) (state[s] == ALIVE && !LOCKED(s))
 
 bit state[S]; byte gen[S]; byte byte_of[S];  /* byte_of: the process that holds the slot's lock */
@@ -47,7 +47,7 @@ byte inside;                                 /* the process that changes the tab
 byte who[S];                                 /* the process that stored ALIVE */
 bit dead[N + 2]; byte deaths;
 
-/* lives._end(): everything of a life ends. `me` is the process that does it, `s` the slot, `id` the life. */
+/* life_end(), life_clean(): everything of a life ends. `me` is the process that does it, `s` the slot, `id` the life. */
 inline end_life(s, id) {
 #if BUG == 1 /* CLEAN first */
   atomic { assert(who[s] == me || dead[who[s]]); state[s] = CLEAN };
@@ -68,7 +68,7 @@ inline end_life(s, id) {
 #endif
 }
 
-/* lives.reap() */
+/* life_reap() */
 inline reap(s) {
 #if BUG == 3 /* the generation is read before the byte is locked */
   r_id = ID(s);
@@ -131,7 +131,7 @@ proctype Process(byte me) {
 #if S > 1
        if :: ORPHANED(1) -> reap(1) :: else fi;
 #endif
-       /* Life._claim() */
+       /* life_begin() */
        s = 0;
        do
        :: s == S -> goto left
@@ -174,7 +174,7 @@ other: /* fence_wait_for(): the fence of another life */
 claimed:
        table_lock();
        table_change();
-       /* Life.leave(): the life ends as if the process had died, and the byte is freed last */
+       /* life_leave(): the life ends as if the process had died, and the byte is freed last */
        end_life(s, mine);
        atomic { if :: byte_of[s] == me -> byte_of[s] = 0 :: else fi };
 left:  atomic { s = 0; mine = 0; round++ }

@@ -1,4 +1,4 @@
-/* A pass over /proc/locks that can be believed: a design for src/dmabuf/domain/records.py, which judges by it whether a buffer is gone.
+/* A pass over /proc/locks that can be believed: native/fds/locks.c, by which is judged whether a buffer is gone.
  *
  * The kernel prints the list of locks a page at a time, and finds its place again by counting. If locks go in the meantime, the rest moves
  * forward, and a lock that is held all the time can be in no page at all. So here two descriptors read in turn, half a page apart, and a
@@ -50,7 +50,7 @@ proctype Pass() {
        do :: i < PAGE -> before[i] = page[i]; i++ :: else -> break od;
        i = 0; k = 0
      }
-#if BUG == 1 /* page after page, and nothing is compared: today's records.reference_locks() */
+#if BUG == 1 /* page after page, and nothing is compared: as the code did once */
      at = at + PAGE
 #else
      if

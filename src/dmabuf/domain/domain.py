@@ -228,6 +228,7 @@ class Domain:
         place.check_header(shm.fd, self.path)
         shm.look_again()
         self.reap_dead()
+        shm.begin_boot(place.boot_id())
         first = lives.begin(shm) * CTX_PER
         self._free_ctx = [first + i for i in range(CTX_PER - 1, CTX_FIRST_IN_LIFE - 1, -1)]
         self._free_timelines, self._closed_timelines = [], []

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import functools
 import os
 import re
 import secrets
@@ -60,7 +61,7 @@ from dmabuf.domain.ofd import lock_holder, reopen_owned
 from dmabuf.domain.ofd import ofd_lock as ofd_lock
 from dmabuf.domain.ofd import ofd_locked as ofd_locked
 from dmabuf.domain.ofd import reopen as reopen
-from dmabuf.errors import fail, needing_descriptors
+from dmabuf.errors import DmaBufError, fail, needing_descriptors
 
 SHARE_DOMAIN = (
     "start both processes with the same DMABUF_DOMAIN, and again if its directory was removed meanwhile, or send the domain along: "
@@ -259,6 +260,18 @@ def _used_elsewhere(fd: int) -> bool:
         if state == LIFE_ALIVE and proved.still_runs(pid, start):
             return True
     return False
+
+
+@functools.cache
+def boot_id() -> bytes:
+    """Return the id of this boot of the machine, 16 bytes; zeros if the kernel doesn't tell (random(4))."""
+    try:
+        with needing_descriptors("read", "the boot id"), open("/proc/sys/kernel/random/boot_id", "rb") as f:
+            return bytes.fromhex(f.read().decode().strip().replace("-", "")).ljust(16, b"\0")[:16]
+    except DmaBufError:
+        raise  # no descriptor is free: the caller tries again
+    except (OSError, ValueError):
+        return bytes(16)
 
 
 def new_identity() -> bytes:

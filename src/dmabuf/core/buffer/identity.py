@@ -13,7 +13,6 @@ import errno
 import fcntl
 import os
 import re
-from functools import cache
 from hashlib import blake2b
 from typing import Final, NamedTuple
 
@@ -149,13 +148,7 @@ def described(fd: int) -> tuple[bytes, bytes, bytes | None]:
 
 def nonce_of(dev: int, ino: int) -> bytes:
     """Return the nonce: the same in every process that has the dma-buf, and never used for another one."""
-    return blake2b(b"%s %d %d" % (_boot(), dev, ino), digest_size=16).digest()
-
-
-@cache
-def _boot() -> bytes:
-    with open("/proc/sys/kernel/random/boot_id", "rb") as f:
-        return f.read().strip()
+    return blake2b(b"%s %d %d" % (place.boot_id(), dev, ino), digest_size=16).digest()
 
 
 def _size_of(fd: int, told: int) -> int:
