@@ -56,7 +56,8 @@ class PendingFences:
 
     def _entries(self, first: int, count: int) -> list[tuple[int, int]]:
         raw = self._file.read(HEAD_BYTES + first * _ENTRY.size, count * _ENTRY.size)
-        return list(_ENTRY.iter_unpack(raw[: len(raw) // _ENTRY.size * _ENTRY.size]))
+        found = _ENTRY.iter_unpack(raw[: len(raw) // _ENTRY.size * _ENTRY.size])
+        return [(handle, value & UINT_MAX) for handle, value in found]  # another program may have written more than a count has bits
 
     def all(self, shm: Shm) -> list[tuple[int, int]]:
         """Return (handle, value) of the fences that are pending now, in the order of the list."""
