@@ -527,3 +527,22 @@ def test_a_read_only_buffer_can_be_read_and_not_written(queue: sim.EngineQueue, 
             queue.fill(readonly)
         queue.owner.close()
     assert entries(buf.resv, BOOKKEEP)[1:] == []
+
+
+def test_power_off_in_a_callback_of_a_job_is_edeadlk(engine: sim.Engine, queue: sim.EngineQueue, buf: DmaBuf, other_buf: DmaBuf) -> None:
+    """The queue's thread runs the callback, so the jobs that it would wait for can't end meanwhile."""
+    ready, over = Timeline("ready").fence(), threading.Event()
+    first = queue.copy(buf, other_buf, wait=[ready])
+    second = queue.copy(buf, other_buf)
+
+    def power_off(_: object) -> None:
+        with raises_errno(errno.EDEADLK):
+            engine.power_off()
+        over.set()
+
+    first.fence.add_callback(power_off)
+    ready.signal()
+    over.wait()
+    second.fence.wait()
+    assert second.fence.status == -errno.ENODEV
+    engine.power_on()

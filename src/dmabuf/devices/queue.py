@@ -409,9 +409,15 @@ class Queue:
     # ---- the end ----
 
     def drain(self) -> None:
-        """Wait until every job submitted so far has ended. In a forked child this has no effect."""
+        """Wait until every job submitted so far has ended. In a forked child this has no effect.
+
+        Errors: EDEADLK in a callback of a job's fence, which the queue's thread runs.
+        """
         if self.inherited:
             return
+        if threading.current_thread() is self._thread:
+            what = "a callback of a job would wait for the thread that runs it"
+            raise fail(errno.EDEADLK, "drain", self, "wait in another thread", what=what)
         with self._order:  # a job that is being submitted counts
             jobs = list(self._jobs)
         for job in jobs:

@@ -131,6 +131,10 @@ class Dispatcher:
                 if not calls and self._watched.get(handle) is calls:
                     del self._watched[handle]
 
+    def is_here(self) -> bool:
+        """Return True if the running thread is the one that calls the callbacks of other processes' fences."""
+        return threading.current_thread() is self._thread
+
     def watches(self, handle: int) -> int:
         """Return how many callbacks are registered with one fence."""
         return len(self._watched.get(handle, ()))

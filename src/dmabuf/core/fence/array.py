@@ -64,6 +64,9 @@ class DmaFenceArray(Container):
         self._left, self._errors = dict.fromkeys(range(len(members))), []
         return self
 
+    def members(self) -> Sequence[DmaFence]:
+        return self.fences
+
     def _copy(self) -> Self:
         return self._made(self.fences, self.signal_on_any, self.context, self.seqno)
 

@@ -14,7 +14,7 @@ The points belong to the process that made them. Another process that gets a cha
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Self
 
 from dmabuf._native import FF_CONTAINER, FF_SEQNO64, OFF_CONTEXT
@@ -71,6 +71,10 @@ class DmaFenceChain(Container):
         register(self, domain, None)
         self._prev, self.fence, self.prev_seqno, self._not_enabled, self._copied = prev, fence, prev_seqno, True, None
         return self
+
+    def members(self) -> Sequence[DmaFence]:
+        prev = self._prev
+        return (self.fence,) if prev is None else (self.fence, prev)
 
     def _copy(self) -> Self:
         return self._point(self._prev, self.fence, self.context, self.seqno, self.prev_seqno)

@@ -7,11 +7,12 @@ that slot. So it makes a copy of the container over the same members, and asks t
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
-from dmabuf._native import FF_CONTAINER
+from dmabuf._native import FF_ANYBODY, FF_CONTAINER
 from dmabuf.core.fence.fence import DmaFence, flagged
 from dmabuf.core.fence.lazy import LazyFence
+from dmabuf.domain.dispatcher import dispatcher
 from dmabuf.domain.domain import Domain
 from dmabuf.domain.forks import fork_lock
 from dmabuf.errors import contract_warning, fail
@@ -25,6 +26,10 @@ class Container(LazyFence):
     __slots__ = ("_copied",)
 
     _copied: Container | None  # in a forked child
+
+    def members(self) -> Sequence[DmaFence]:
+        """Return the fences that it stands for, which may be containers."""
+        raise NotImplementedError
 
     def _copy(self) -> Container:
         """Return a container of this process over the same members."""
@@ -58,6 +63,8 @@ class Container(LazyFence):
     def wait(self, timeout: float | None = None, *, interruptible: bool = False) -> float:
         """Enable signaling, then wait until the container is signaled, as :meth:`DmaFence.wait` does."""
         copy = self._local_copy()
+        if timeout != 0:
+            check_callbacks((self,), self.domain, "wait", self)
         return (super().wait if copy is None else copy.wait)(timeout, interruptible=interruptible)
 
     def listen(self, call: Callable[[int], object]) -> int | None:
@@ -69,6 +76,26 @@ class Container(LazyFence):
         if self.owned or self._copied is None:
             return super().remove_callback(handle)
         return self._copied.remove_callback(handle)
+
+
+def check_callbacks(fences: Iterable[DmaFence], domain: Domain, operation: str, obj: object) -> None:
+    """Refuse a wait, in a callback, for what other callbacks of the same thread signal: those of other processes' fences.
+
+    Raises:
+        DeadlockError: The dispatcher's thread would wait for itself (EDEADLK).
+    """
+    if not dispatcher(domain).is_here():
+        return
+    inside = list(fences)
+    while inside:
+        fence = inside.pop()
+        if flagged(fence):
+            continue
+        if isinstance(fence, Container) and fence.owned:
+            inside += fence.members()
+        elif not fence.owned or fence.flags & FF_ANYBODY:
+            remedy = "wait in another thread, or add a callback to what you wait for"
+            raise fail(errno.EDEADLK, operation, obj, remedy, what="a callback would wait for other callbacks of its thread")
 
 
 def one_domain(members: Sequence[object], operation: str) -> Domain:

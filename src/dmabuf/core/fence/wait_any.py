@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from dmabuf._native import OFF_CONTEXT, Fence
 from dmabuf.core.base.clock import monotonic_deadline, seconds_left
-from dmabuf.core.fence.container import Container
+from dmabuf.core.fence.container import Container, check_callbacks
 from dmabuf.core.fence.fence import DmaFence, flagged, unbound_timeline
 from dmabuf.domain import slow_waits
 from dmabuf.domain.domain import Domain
@@ -47,6 +47,7 @@ def wait_any(fences: Iterable[DmaFence], timeout: float | None = None, *, interr
     if timeout == 0:
         index = next((i for i, fence in enumerate(found) if fence.is_signaled()), None)
         return index, 0.0 if index is None else 1e-9
+    check_callbacks(found, found[0].domain, "wait_any", f"{len(found)} fences")
     # It sleeps on a fence of this process, which whichever of the others comes first signals. So the sleep is one futex, and everything
     # that ends a sleep ends this one.
     domain: Domain = found[0].domain
