@@ -6,6 +6,7 @@
  *     guarded(fn)   calls fn with a list, and undoes what is on the list if fn raises: what an operation took is not left behind.
  *     finished(fn)  calls fn again until it ends, and then raises what a signal handler raised meanwhile.
  *     finalizer(fn) is finished(fn) for a __del__, whose exceptions nobody would see: the main thread raises it a moment later.
+ *     numbered(fn)  returns the number of the OwnedFd that fn returns, which the caller owns from then on.
  *     HeldBlock     is the context manager of a block that holds locks: entering is guarded, and leaving is one call.
  *     Bracket       is the base class of other context managers: leaving is finished, also after an entering that failed.
  */
@@ -16,7 +17,7 @@
 #define MOST_CALLS 1000 /* of a function that signal handlers interrupt each time */
 #define MOST_SAME  8    /* exceptions of one type in a row, from which on the function itself is what raises them */
 
-enum { GUARDED, FINISHED, FINALIZER };
+enum { GUARDED, FINISHED, FINALIZER, NUMBERED, KINDS };
 
 typedef struct {
   PyObject_HEAD
@@ -25,7 +26,7 @@ typedef struct {
   vectorcallfunc call;
 } Guard;
 
-static PyTypeObject *guard_types[3], *block_type, *bracket_type;
+static PyTypeObject *guard_types[KINDS], *block_type, *bracket_type;
 static PyObject *own_errors; /* what fn raises by itself: a tuple of exception types */
 
 /* ---- guarded ---- */
@@ -86,7 +87,16 @@ static PyObject *finish_call(PyObject *module, PyObject *const *args, Py_ssize_t
   return finish(args[0], args + 1, (size_t)n - 1, NULL, false);
 }
 
-/* ---- the three types ---- */
+/* ---- numbered ---- */
+
+static PyObject *numbered_call(PyObject *callable, PyObject *const *args, size_t nargsf, PyObject *names) {
+  PyObject *own = PyObject_Vectorcall(((Guard *)callable)->fn, args, (size_t)PyVectorcall_NARGS(nargsf), names);
+  PyObject *number = own ? PyObject_CallMethod(own, "take", NULL) : NULL;
+  Py_XDECREF(own);
+  return number;
+}
+
+/* ---- the types ---- */
 
 static PyObject *guard_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
   PyObject *fn;
@@ -95,7 +105,7 @@ static PyObject *guard_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
   if (!g) return NULL;
   while (guard_types[g->kind] != type) g->kind++;
   g->fn = Py_NewRef(fn);
-  g->call = g->kind == GUARDED ? guarded_call : finished_call;
+  g->call = g->kind == GUARDED ? guarded_call : g->kind == NUMBERED ? numbered_call : finished_call;
   PyObject *about = PyObject_GetAttrString(fn, "__dict__");
   g->dict = about ? PyDict_Copy(about) : NULL;
   Py_XDECREF(about);
@@ -157,7 +167,8 @@ static PyType_Slot guard_slots[] = {{Py_tp_new, guard_new},
                                     {Py_tp_members, guard_members},
                                     {Py_tp_getattro, PyObject_GenericGetAttr},
                                     {0, NULL}};
-static const char *const guard_names[] = {"dmabuf._native.guarded", "dmabuf._native.finished", "dmabuf._native.finalizer"};
+static const char *const guard_names[] = {"dmabuf._native.guarded", "dmabuf._native.finished", "dmabuf._native.finalizer",
+                                          "dmabuf._native.numbered"};
 
 /* ---- HeldBlock ---- */
 
@@ -300,7 +311,7 @@ static PyMethodDef functions[] = {
 
 int guard_register(PyObject *module) {
   if (!own_errors && !(own_errors = PyTuple_New(0))) return -1;
-  for (int i = 0; i < 3; i++) {
+  for (int i = 0; i < KINDS; i++) {
     PyType_Spec spec = {.name = guard_names[i],
                         .basicsize = sizeof(Guard),
                         .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_HAVE_VECTORCALL | Py_TPFLAGS_METHOD_DESCRIPTOR,

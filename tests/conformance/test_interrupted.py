@@ -1,11 +1,28 @@
 """A signal handler that raises leaves nothing held, wherever it interrupts an operation; see tests/support/every_stop.py."""
 
-from collections.abc import Callable
+import select
+import socket
+from collections.abc import Callable, Iterator
 
 import pytest
 
 import dmabuf
-from dmabuf import DmaFence, DmaFenceArray, DmaFenceChain, DmaResv, FenceOps, Timeline, Usage, WwAcquireContext, wait_any
+from dmabuf import (
+    DmaFence,
+    DmaFenceArray,
+    DmaFenceChain,
+    DmaResv,
+    Domain,
+    FenceOps,
+    SwSync,
+    SyncFile,
+    Timeline,
+    TimelineSemaphore,
+    Usage,
+    WwAcquireContext,
+    stub_fence,
+    wait_any,
+)
 from dmabuf.core.resv.ww_mutex import inject_deadlocks
 from tests.support.budget import times
 from tests.support.every_stop import at_every_stop
@@ -160,3 +177,128 @@ def signal_what_is_pending() -> None:
 )
 def test_interrupted_fence_leaves_no_fence_or_timeline(operation: Operation) -> None:
     check(operation, signal_what_is_pending)
+
+
+# -- descriptors
+
+
+class World:
+    """What the operations below use."""
+
+    def __init__(self) -> None:
+        self.buf = dmabuf.allocate(4096, name="interrupted")
+        self.ours, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+    def close(self) -> None:
+        self.buf.close()
+        self.ours.close()
+        self.theirs.close()
+
+    def allocate(self) -> None:
+        dmabuf.allocate(4096).close()
+
+    def allocate_and_drop(self) -> None:
+        dmabuf.allocate(4096)
+
+    def get(self) -> None:
+        dmabuf.get(self.buf.fileno()).close()
+
+    def open(self) -> None:
+        dmabuf.open("interrupted").close()
+
+    def name(self) -> None:
+        self.buf.name = "interrupted"
+
+    def send_and_receive(self) -> None:
+        dmabuf.send(self.ours, self.buf)
+        dmabuf.recv(self.theirs)[0].close()
+
+    def send_and_receive_several(self) -> None:
+        with TimelineSemaphore() as semaphore:
+            dmabuf.send(self.ours, self.buf, semaphore, self.buf)
+        for made in dmabuf.recv(self.theirs):
+            made.close()
+
+    def send_and_receive_a_sync_file(self) -> None:
+        with SyncFile(stub_fence()) as sync_file:
+            dmabuf.send(self.ours, sync_file)
+        dmabuf.recv(self.theirs)[0].close()
+
+    def sync_file(self) -> None:
+        with SyncFile(stub_fence()) as made:
+            made.fileno()
+            with SyncFile.from_fd(made.fileno()) as other, made.merge(other) as merged:
+                merged.fileno()
+
+    def sync_file_of_the_buffer(self) -> None:
+        with self.buf.export_sync_file() as made:
+            self.buf.import_sync_file(made)
+
+    def semaphore(self) -> None:
+        with TimelineSemaphore() as made, TimelineSemaphore.from_fd(made.fileno()) as other:
+            other.signal(3)
+            made.wait(3)
+
+    def sw_sync(self) -> None:
+        with SwSync("test") as made, made.create_fence(1) as sync_file:
+            made.inc(1)
+            assert sync_file.is_signaled()
+
+    def map(self) -> None:
+        self.buf.mmap().close()
+
+    def attach(self) -> None:
+        attachment = self.buf.attach(dmabuf.Device("npu"))
+        sgt = attachment.map_unlocked(dmabuf.Direction.TO_DEVICE)
+        attachment.unmap_unlocked(sgt, dmabuf.Direction.TO_DEVICE)
+        attachment.detach()
+
+    def cpu_access(self) -> None:
+        self.buf.begin_cpu_access(dmabuf.Direction.TO_DEVICE)
+        self.buf.end_cpu_access(dmabuf.Direction.TO_DEVICE)
+
+    def private_domain(self) -> None:
+        domain = Domain.private()
+        dmabuf.allocate(4096, domain=domain).close()
+        domain.leave()
+
+    def settle(self) -> None:
+        """Receive what was sent and not received."""
+        while select.select([self.theirs], [], [], 0)[0]:
+            for made in dmabuf.recv(self.theirs):
+                made.close()
+        self.buf.fileno()
+        nobody_holds()
+
+
+WAYS = [name for name in vars(World) if not name.startswith("_") and name not in ("close", "settle")]
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    made = World()
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_interrupted_operation_leaves_no_descriptor_or_record(world: World, way: str) -> None:
+    check(getattr(world, way), world.settle)
+
+
+def test_interrupted_block_of_a_shared_file_leaves_it_unlocked() -> None:
+    with TimelineSemaphore() as semaphore:
+
+        def block() -> None:
+            with semaphore._file.locked():
+                pass
+
+        check(block, lambda: semaphore.signal(semaphore.query(submitted=True) + 1))
+
+
+def test_signalling_section_is_left() -> None:
+    def section() -> None:
+        with dmabuf.signalling():
+            pass
+
+    check(section, lambda: [RESVS[0].lock(), RESVS[0].unlock()])  # a ContractWarning inside a section

@@ -24,7 +24,7 @@ from collections.abc import Coroutine
 from functools import partial
 from typing import Any, Self
 
-from dmabuf._native import Mapping
+from dmabuf._native import Mapping, OwnedFd
 from dmabuf.core.access import cpu_access, implicit, poll
 from dmabuf.core.access.access import Access
 from dmabuf.core.access.range import BufferRange
@@ -39,6 +39,7 @@ from dmabuf.core.memory.iosys_map import IosysMap
 from dmabuf.core.resv.resv import DmaResv
 from dmabuf.core.sync.sync_file import SyncFile
 from dmabuf.domain.domain import Domain
+from dmabuf.domain.guards import numbered
 
 
 class DmaBuf(Face, Closing):
@@ -158,7 +159,8 @@ class DmaBuf(Face, Closing):
         """
         return self._handle.fileno()
 
-    def dup(self, cloexec: bool = True) -> int:
+    @numbered
+    def dup(self, cloexec: bool = True) -> OwnedFd:
         """Return a new file descriptor of the buffer, which the caller owns.
 
         Args:
@@ -167,7 +169,7 @@ class DmaBuf(Face, Closing):
         Raises:
             DmaBufError: The process has no descriptor left (EMFILE).
         """
-        return self._handle.dup(cloexec)
+        return self._handle.dup_owned(cloexec)
 
     def detach(self) -> int:
         """Close the handle but keep its file descriptor, and return it: the caller owns it from now on.
@@ -444,7 +446,8 @@ class DmaBuf(Face, Closing):
         """
         return poll.poll(self._handle, events, timeout)
 
-    def poll_fd(self, events: int) -> int:
+    @numbered
+    def poll_fd(self, events: int) -> OwnedFd:
         """Return a descriptor that becomes readable, once, when one of the events was ready. The caller closes it.
 
         It is for select and epoll loops. Of a kernel dma-buf it is a duplicate, which polls natively and knows the kernel's fences only.

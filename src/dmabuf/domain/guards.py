@@ -13,10 +13,11 @@ from collections.abc import Callable
 from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
+from dmabuf._native import OwnedFd, set_own_errors
 from dmabuf._native import finalizer as _finalizer
 from dmabuf._native import finished as _finished
 from dmabuf._native import guarded as _guarded
-from dmabuf._native import set_own_errors
+from dmabuf._native import numbered as _numbered
 from dmabuf.errors import ContractError, ContractWarning, DmaBufError
 
 P = ParamSpec("P")
@@ -68,3 +69,11 @@ def finished(fn: Callable[P, R]) -> Callable[P, R]:
 def finalizer(fn: Callable[P, R]) -> Callable[P, R]:
     """Do the same as :func:`finished` for a ``__del__``. What a handler raised is raised in the main thread a moment later."""
     return cast("Callable[P, R]", _finalizer(fn))
+
+
+def numbered(fn: Callable[P, OwnedFd]) -> Callable[P, int]:
+    """Return a method's new descriptor as a number, which the caller owns. The last step is in C, so that none is lost on the way."""
+    made = _numbered(fn)
+    signature = inspect.signature(fn)
+    made.__signature__ = signature.replace(return_annotation="int")
+    return cast("Callable[P, int]", made)

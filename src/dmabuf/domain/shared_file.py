@@ -121,9 +121,9 @@ class SharedFile:
         with self._fd.reopen() as file:
             return Points(file)
 
-    def dup(self) -> int:
-        """Return a duplicate of the descriptor that travels, which the caller owns. Errors: EBADF, EMFILE."""
-        return self._fd.dup().take()
+    def dup(self) -> OwnedFd:
+        """Return a duplicate of the descriptor that travels. Errors: EBADF, EMFILE."""
+        return self._fd.dup()
 
     @classmethod
     def make(cls, kind: str, domain: Domain, content: bytes, *, sealed: bool = False) -> SharedFile:

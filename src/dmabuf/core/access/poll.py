@@ -158,11 +158,11 @@ async def poll_async(handle: Handle, event: int) -> None:
             await awaiting.checkpoint()
 
 
-def poll_fd(handle: Handle, events: int) -> int:
+def poll_fd(handle: Handle, events: int) -> OwnedFd:
     """Return a descriptor that becomes readable once one of the events was ready."""
     handle.usable("poll_fd")
     if handle.kernel() is not None and events & (select.POLLIN | select.POLLOUT):
-        return handle.dup()
+        return handle.dup_owned()
     with _lock:
         polls = handle.polls
         if polls is None:
@@ -173,7 +173,7 @@ def poll_fd(handle: Handle, events: int) -> int:
         polls.add(waiting)
         if handle.closed:  # in another thread, which perhaps didn't find it there yet
             waiting.cancel()
-    return fd.take()
+    return fd
 
 
 class _PollFd:

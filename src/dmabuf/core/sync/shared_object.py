@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Self
 from dmabuf._native import OwnedFd
 from dmabuf.core.base.closing import Closing
 from dmabuf.domain.domain import Domain
+from dmabuf.domain.guards import numbered
 from dmabuf.domain.shared_file import SharedFile
 from dmabuf.errors import DmaBufError, fail
 
@@ -75,7 +76,8 @@ class SharedObject(Closing):
         self._check("fileno")
         return self._file.fd
 
-    def dup(self) -> int:
+    @numbered
+    def dup(self) -> OwnedFd:
         """Return a new descriptor, which the caller owns.
 
         Raises:

@@ -50,7 +50,7 @@ from dmabuf.core.sync.sync_file_info import (
 from dmabuf.domain import sync_files
 from dmabuf.domain.domain import Domain, known
 from dmabuf.domain.forks import fork_lock
-from dmabuf.domain.guards import finalizer, finished
+from dmabuf.domain.guards import finalizer, finished, numbered
 from dmabuf.domain.place import SHARE_DOMAIN
 from dmabuf.domain.sync_files import Place, SyncFileRecord
 from dmabuf.errors import fail
@@ -208,7 +208,8 @@ class SyncFile(Closing):
                 fd = self._fd or self._open()
         return fd.fileno()
 
-    def dup(self) -> int:
+    @numbered
+    def dup(self) -> OwnedFd:
         """Return a new descriptor of the same sync file, which the caller owns and exec doesn't inherit.
 
         Raises:
@@ -217,7 +218,7 @@ class SyncFile(Closing):
         """
         self.share("dup")
         with self._lock:  # if another thread closed it now, the number could become somebody else's
-            return duplicate(self.fileno(), "dup").take()
+            return duplicate(self.fileno(), "dup")
 
     def share(self, operation: str) -> None:
         """Note that another process is about to wait: dropping a pending fence is an error from now on.
