@@ -120,7 +120,7 @@ MUTANTS = (
         "a life's lock is believed to be held as long as its page is mapped, on overlayfs too",
         "native/fds/hold.c",
         (Change("if (!r && is_locked(fd, byte)) return 0;", "if (!r) return 0;"),),
-        ("tests/unit/test_proved.py",),
+        ("tests/unit/test_proved.py::test_hold_keeps_the_lock_until_it_is_dropped",),
     ),
     Mutant(
         "stranger-at-the-path",
@@ -131,14 +131,14 @@ MUTANTS = (
                 "yield directory if directory >= 0 and _has_file(directory, file) else None", "yield directory if directory >= 0 else None"
             ),
         ),
-        ("tests/crash/test_vanished_directory.py",),
+        ("tests/crash/test_vanished_directory.py::test_stranger_at_the_same_path_keeps_its_socket_and_file",),
     ),
     Mutant(
         "file-unseen",
         "whatever stands at the name of a domain's file is opened and used",
         "src/dmabuf/domain/directory.py",
         (Change("    return stat.S_ISREG(st.st_mode) and st.st_uid == os.geteuid() and st.st_nlink <= 1\n", "    return True\n"),),
-        ("tests/unit/test_domain_directory.py",),
+        ("tests/unit/test_domain_directory.py::test_thing_in_place_of_the_domains_file_is_refused_and_stays",),
     ),
 )
 
