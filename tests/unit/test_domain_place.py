@@ -100,6 +100,27 @@ def test_default_place_stays_where_somebody_lives_after_a_login(two_places: tupl
     in_process(lambda: exit_unless(dmabuf.Domain.default().path == run))
 
 
+def test_default_place_stays_where_a_forked_child_may_join(two_places: tuple[Path, Path]) -> None:
+    run, memory = two_places
+    r, w = os.pipe()
+
+    def leave_a_child() -> None:
+        domain = dmabuf.Domain.open(memory)
+        if not os.fork():
+            os.close(w)
+            os.read(r, 1)  # it has not used the library since the fork
+            os._exit(0)
+        domain.leave()
+
+    in_process(leave_a_child)
+    assert place.lived_in(memory)
+    assert place.default_path() == memory
+    os.close(w)
+    os.close(r)
+    os.wait()  # the orphan is this process's (tests/plugin.py)
+    assert place.default_path() == run
+
+
 def exit_unless(expected: bool) -> None:
     assert expected
 

@@ -48,6 +48,7 @@ from dmabuf._native import (
     OFF_DEV,
     OFF_LIVES,
     OFF_NCHUNKS,
+    PRESENCE_BYTE,
     VERSION,
     Bracket,
     OwnedFd,
@@ -160,7 +161,7 @@ def default_path() -> Path:
 
 
 def lived_in(path: Path) -> bool:
-    """Return True if a process lives in the domain of a directory. Nothing is made."""
+    """Return True if a process lives in the domain of a directory, or a forked child that may join has its file. Nothing is made."""
     try:
         directory = open_directory(path, make=False)
     except OSError:
@@ -172,7 +173,7 @@ def lived_in(path: Path) -> bool:
     finally:
         os.close(directory)
     try:
-        return inhabited(fd)
+        return inhabited(fd) or ofd_locked(fd, PRESENCE_BYTE)
     finally:
         os.close(fd)
 
