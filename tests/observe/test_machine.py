@@ -82,6 +82,19 @@ def test_domain_where_it_cannot_work_is_missing_and_names_what_and_a_remedy(tmp_
         assert check.remedy not in check.detail
 
 
+def test_default_domain_is_ok_in_the_second_place_and_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DMABUF_DOMAIN")
+    memory = tmp_path / "memory"
+    with mounted("ramfs", tmp_path / "run") as run:
+        monkeypatch.setattr(machine.place, "default_places", lambda: [run / "dmabuf", memory])
+        check = named(checks(), "domain")
+        assert check.status == OK
+        assert check.detail.startswith(str(memory))
+        assert f"ramfs at {run}" in check.detail
+        monkeypatch.setattr(machine.place, "default_places", lambda: [run / "dmabuf"])
+        assert named(checks(), "domain").status == MISSING
+
+
 def test_inotify_that_is_refused_is_missing_but_not_required(monkeypatch: pytest.MonkeyPatch) -> None:
     assert named(checks(), "inotify").status == OK
 

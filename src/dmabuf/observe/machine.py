@@ -54,7 +54,7 @@ def checks(
 
     ``domain_path``: None for this user's domain. ``dev``, ``proc``, ``parameters``: for tests.
     """
-    found = [_kernel(), _proc(proc), _memfd(), _locks(proc), _domain(domain_path or place.default_path()), *_memory()]
+    found = [_kernel(), _proc(proc), _memfd(), _locks(proc), _domain(domain_path) if domain_path else _default_domain(), *_memory()]
     found += [_descriptors(), _inotify(), _namespace(proc), _cpus()]
     found.append(_udmabuf(dev / "udmabuf", parameters))
     found.extend(_devices(dev, "dma_heap", "dma_heap/*", "dma-buf heaps", "use a kernel with CONFIG_DMABUF_HEAPS_SYSTEM"))
@@ -125,6 +125,18 @@ def _locks(proc: Path) -> Check:
         return f"open-file-description locks, seen in {proc}/locks"
 
     return _tried("OFD locks", attempt, "use Linux 3.15 or newer with CONFIG_FILE_LOCKING, and a /proc that shows locks")
+
+
+def _default_domain() -> Check:
+    """Check the default domain's place, and the other one if the first never works, as the library does."""
+    chosen = place.default_path()
+    found = _domain(chosen)
+    for path in place.default_places():
+        if found.status == MISSING and found.remedy == proved.remedy() and path != chosen:
+            other = _domain(path)
+            if other.status == OK:
+                return replace(other, detail=f"{other.detail}; not in {chosen}, because {found.detail}")
+    return found
 
 
 def _domain(path: Path) -> Check:
