@@ -70,7 +70,7 @@ static void wake_dispatchers(Shm *s, uint64_t mask, uint64_t handle) {
     fence_wake_dispatcher(l, handle);
   }
   if (s->ending) { /* the end of a life, with its byte locked: the callbacks run afterwards */
-    if (mask >> (LIFE_INDEX(s->ending->me) & 63) & 1) list_handle(&s->ending->local, handle);
+    if (s->ending->me && mask >> (LIFE_INDEX(s->ending->me) & 63) & 1) list_handle(&s->ending->local, handle);
     return;
   }
   if (!me || !(mask >> (LIFE_INDEX(me) & 63) & 1) || !s->on_local) return;

@@ -64,6 +64,24 @@ f = [t.fence() for _ in range(3000)]
     assert (where / FILE).stat().st_size == _native.HEADER_BYTES
 
 
+@pytest.mark.crash
+@pytest.mark.parametrize("step", ["reset_begun", "reset_judged", "reset_rebuilt", "reset_chunk", "reset_counted", "reset_cut"])
+def test_death_after_the_end_of_the_interpreter_is_repaired(where: Path, step: str) -> None:
+    """The handler that is registered first runs last, when the process has left. Its buffers are closed after that."""
+    script = f"""
+import atexit
+atexit.register(lambda: dmabuf._native.step_arm("kill", "{step}", 1))
+import dmabuf
+bufs = [dmabuf.allocate(4096) for _ in range(100)]
+views = [buf.mmap() for buf in bufs]
+"""
+    env = {**os.environ, "DMABUF_DOMAIN": str(where), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run([sys.executable, "-c", script], check=False, env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (-signal.SIGKILL, "")
+    in_process(lambda: visit(where))
+    assert (where / FILE).stat().st_size == _native.HEADER_BYTES
+
+
 def test_a_killed_last_process_is_cleaned_up_after_by_the_next_opener(where: Path) -> None:
     assert reap(fork(lambda: die_inside(where))) == -signal.SIGKILL
     assert (where / FILE).stat().st_size > _native.HEADER_BYTES
