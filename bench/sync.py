@@ -17,7 +17,7 @@ from bench import floor
 from bench.peers import cpus, median_us, peer, pinned, timed
 from bench.table import Spec
 
-MANY = 10_000
+MANY = 5_000
 ROUNDS = 2000
 PING = "futex ping-pong in C, one CPU"
 HALF = "the same of half as many"
@@ -38,7 +38,7 @@ def descriptor() -> float:
                 raise RuntimeError("the descriptor is not readable")
 
     with pinned(cpus(False)[0]):
-        return timed(once)
+        return timed(once, 1000, 2)
 
 
 def descriptor_across() -> float:

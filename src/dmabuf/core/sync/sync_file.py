@@ -254,8 +254,10 @@ class SyncFile(Closing):
         nothing but poll the descriptor. While a fence of another process is watched, the dispatcher looks after the dead.
         """
         # Any process may signal some of our own, and may die before it makes the descriptor readable.
-        self._foreign.extend(leaf for leaf in self._leaves if not leaf.owned or leaf.flags & FF_ANYBODY)
-        self._watch_next()
+        foreign = [leaf for leaf in self._leaves if not leaf.owned or leaf.flags & FF_ANYBODY]
+        if foreign:
+            self._foreign.extend(foreign)
+            self._watch_next()
 
     def _watch_next(self) -> None:
         with self._lock:
