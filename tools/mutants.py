@@ -140,6 +140,89 @@ MUTANTS = (
         (Change("    return stat.S_ISREG(st.st_mode) and st.st_uid == os.geteuid() and st.st_nlink <= 1\n", "    return True\n"),),
         ("tests/unit/test_domain_directory.py::test_thing_in_place_of_the_domains_file_is_refused_and_stays",),
     ),
+    Mutant(
+        "floor",
+        "the last process that leaves gives memory back without raising the floors, so generations of slots come again",
+        "native/domain/reset.c",
+        (Change("  raise_floors(s);\n  STEP_OF", "  if (!s) raise_floors(s);\n  STEP_OF"),),
+        ("tests/crash/test_facts_outlive.py",),
+    ),
+    Mutant(
+        "absent-first",
+        "a process that leaves ends its presence before it has a private copy of the file",
+        "native/domain/reset.c",
+        (
+            Change(
+                "  if (lived_in(s, fd) || shm_map_copy(s)) goto out;\n",
+                "  if (lived_in(s, fd)) goto out;\n  shm_end_presence(s);\n  STEP_OF(left_absent, NULL, s->id.ino);\n"
+                "  if (shm_map_copy(s)) goto out;\n",
+            ),
+        ),
+        ("tests/crash/test_facts_outlive.py",),
+    ),
+    Mutant(
+        "punched-first",
+        "the memory of a chunk is given back before the chunk table says so",
+        "native/domain/reset.c",
+        (
+            Change(
+                "    atomic_store(chunk_entry(s, c), 0);\n",
+                "    punch(fd, DB_HEADER_BYTES + (off_t)c * DB_CHUNK, DB_CHUNK);\n    STEP_OF(reset_punched, chunk_entry(s, c), 0);\n"
+                "    atomic_store(chunk_entry(s, c), 0);\n",
+            ),
+        ),
+        ("tests/crash/test_facts_outlive.py",),
+    ),
+    Mutant(
+        "torn-later",
+        "the reaper ends the fence of a dead writer before it marks the content torn",
+        "native/domain/reap.c",
+        (
+            Change("    mark_torn(s, f, life);\n", ""),
+            Change("    STEP(reap_fence);", "    mark_torn(s, f, life);\n    STEP(reap_fence);"),
+        ),
+        ("tests/crash/test_steps.py",),
+    ),
+    Mutant(
+        "live-unreferenced",
+        "a record becomes live before the process that makes it references it",
+        "native/domain/records.c",
+        (
+            Change(
+                "  STEP_OF(rec_filled,",
+                "  atomic_store(&r->state, REC_LIVE);\n  STEP_OF(rec_live, r, atomic_load(&r->gen));\n  STEP_OF(rec_filled,",
+            ),
+        ),
+        ("tests/crash/test_steps.py",),
+    ),
+    Mutant(
+        "made-twice",
+        "two threads that use a domain first each make what there is one of for a domain",
+        "src/dmabuf/domain/local.py",
+        (
+            Change("        with domain.lock:\n", "        if self is not None:\n"),
+            Change(
+                "            made = self._make(domain)\n            # A signal handler may",
+                "            made = found = self._make(domain)\n            # A signal handler may",
+            ),
+            Change(
+                "            found = self.peek(domain)\n            if found is not None and found is not old:\n"
+                "                return found\n            domain",
+                "            domain",
+            ),
+        ),
+        ("tests/crash/test_schedules.py::test_orders_of_threads[FirstDispatcher]",),
+    ),
+    Mutant(
+        "leaves-later",
+        "a process that leaves lets its threads go on in the life that it ends",
+        "native/domain/life.c",
+        (
+            Change("  atomic_store(&s->own->life, 0);\n  s->own->hold.address", "  s->own->hold.address"),
+            Change("  life_clean(s, life); /* if", "  atomic_store(&s->own->life, 0);\n  life_clean(s, life); /* if"),
+        ),
+        ("tests/crash/test_schedules.py",),
+    ),
 )
 
 
