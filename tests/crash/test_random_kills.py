@@ -4,7 +4,8 @@ A few workers take locks with contexts, signal and wait for fences, read and wri
 and again a random one is killed and replaced, and every survivor must complete further rounds. A pattern that every write counts up shows
 whether a reader ever saw half of one without an error. At the end nothing of anybody is left.
 
-The seed is printed with every failure: `DMABUF_TEST_SEED=… pytest …` makes the same choices again (not the same timing).
+The seed is printed with every failure: `DMABUF_TEST_SEED=… pytest …` makes the same choices again (not the same timing). The long test
+kills 10,000, or as many as `DMABUF_TEST_KILLS` says, and prints the count.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import signal
 import socket
 import struct
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -238,13 +239,17 @@ def workload() -> Iterator[Workload]:
         made.close()
 
 
-def kill(count: int) -> None:
+def kill(count: int, tell: Callable[[str], None] = lambda _: None) -> None:
+    """Kill so many. ``tell``: called with how many it were, every thousand and at the end."""
     with workload() as work:
-        for _ in range(count):
+        for done in range(1, count + 1):
             work.kill_one()
             work.progress()
+            if done % 1000 == 0:
+                tell(f"{done} random kills, seed {work.seed}")
         work.end()
         work.check_clean()
+        tell(f"{count} random kills, nothing found, seed {work.seed}")
 
 
 @pytest.mark.timeout(600)
@@ -254,5 +259,9 @@ def test_survivors_of_random_kills_go_on() -> None:
 
 @pytest.mark.long
 @pytest.mark.timeout(7200)
-def test_survivors_of_10_000_random_kills_go_on() -> None:
-    kill(10_000)
+def test_survivors_of_10_000_random_kills_go_on(capsys: pytest.CaptureFixture[str]) -> None:
+    def tell(text: str) -> None:
+        with capsys.disabled():
+            print(text, flush=True)
+
+    kill(int(os.environ.get("DMABUF_TEST_KILLS", "10000")), tell)
