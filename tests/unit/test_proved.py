@@ -20,10 +20,12 @@ import dmabuf
 from dmabuf import _native
 from dmabuf.domain import lives, place, proved
 from dmabuf.domain.ofd import ofd_lock, ofd_locked, reopen
+from tests.support.budget import times
 from tests.support.mounts import mounted
 from tests.support.places import in_process, left
 from tests.support.scenarios import Ghost
 from tests.support.steps import fork, killed_at, reap, trace
+from tests.support.waiting import until
 
 BYTE = 1 << 40
 
@@ -230,6 +232,29 @@ def test_life_by_thread_of_a_killed_process_is_reaped_at_once(overlaid: dmabuf.D
     os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
     assert overlaid.reap_dead() == 1  # while it is a zombie
     assert reap(pid) == -signal.SIGKILL
+
+
+@pytest.mark.crash
+def test_life_by_thread_is_reaped_only_when_no_thread_writes_any_more(overlaid: dmabuf.Domain) -> None:
+    with dmabuf.allocate(4096, domain=overlaid) as buf, buf.mmap() as mapping:
+        view = memoryview(mapping).cast("Q")
+
+        def write() -> None:
+            overlaid.join()
+            while True:
+                view[0] += 1
+
+        for _ in range(times(quick=10, full=200)):
+            start = view[0]
+            pid = fork(write)
+            until(lambda start=start: view[0] > start + 1000)
+            os.kill(pid, signal.SIGKILL)
+            while not overlaid.reap_dead():
+                os.sched_yield()
+            seen = view[0]
+            os.waitpid(pid, 0)
+            assert view[0] == seen
+        view.release()
 
 
 def test_life_by_mapping_is_reaped_while_its_process_runs(domain: dmabuf.Domain) -> None:
