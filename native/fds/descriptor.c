@@ -41,6 +41,17 @@ PyObject *owned_fd(int number, int mark) {
   return NULL;
 }
 
+PyObject *owned_fd_of(int number, const struct stat *st) {
+  OwnedFd *self = (OwnedFd *)owned_type->tp_alloc(owned_type, 0);
+  if (!self) {
+    close(number);
+    return NULL;
+  }
+  self->number = number;
+  self->id = (fd_id){.dev = (unsigned long long)st->st_dev, .ino = (unsigned long long)st->st_ino, .marked = false};
+  return (PyObject *)self;
+}
+
 static PyObject *owned_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
   int number;
   if (!PyArg_ParseTuple(args, "i:OwnedFd", &number)) return NULL;

@@ -11,6 +11,8 @@ int buffer_reference(int fd);
 
 /* An OwnedFd of a descriptor, which is closed if this fails. mark: see fd_mark(). number -1: raises errno. */
 PyObject *owned_fd(int number, int mark);
+/* The same for a descriptor that fstat(2) was just asked about. */
+PyObject *owned_fd_of(int number, const struct stat *st);
 /* A list of OwnedFds of `count` new descriptors, not aligned. They are closed if this fails. */
 PyObject *owned_fds(const void *numbers, Py_ssize_t count);
 /* The descriptor of an OwnedFd, compared just now; -1 with an exception set. */

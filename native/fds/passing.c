@@ -129,7 +129,7 @@ static PyObject *recv_one(PyObject *module, PyObject *const *a, Py_ssize_t n) {
     struct stat st;
     memcpy(&fd, CMSG_DATA(CMSG_FIRSTHDR(&h)), sizeof fd);
     if (buffer_is_sealed(fd, &st) && st.st_dev == x->dev && st.st_ino == x->ino && buffer_reference(fd))
-      return Py_BuildValue("Ny#KKy#LIy#", owned_fd(fd, false), x->domain, (Py_ssize_t)8, (unsigned long long)x->dev,
+      return Py_BuildValue("Ny#KKy#LIy#", owned_fd_of(fd, &st), x->domain, (Py_ssize_t)8, (unsigned long long)x->dev,
                            (unsigned long long)x->ino, x->nonce, (Py_ssize_t)16, (long long)st.st_size, x->flags, x->name, (Py_ssize_t)32);
   }
   return raw(&h, data.bytes, r);
