@@ -1,6 +1,7 @@
 """Sync files between processes: passed on in every way, and rung whoever has died meanwhile."""
 
 import asyncio
+import ctypes
 import errno
 import multiprocessing
 import os
@@ -368,6 +369,44 @@ def test_descriptor_is_readable_when_a_signaler_without_room_is_reaped(child: Sp
     assert all(map(readable, fds))
     for fd in fds:
         os.close(fd)
+
+
+CLONE_NEWUSER, CLONE_NEWNET = 0x10000000, 0x40000000  # linux/sched.h
+
+
+def signals_elsewhere(parent: Parent) -> str:
+    """Signals its fence from a network namespace of its own, in which the names of the others can't be reached."""
+    fence = Timeline("elsewhere").fence()
+    dmabuf.send(parent.sock, fence)
+    if ctypes.CDLL(None).unshare(CLONE_NEWUSER | CLONE_NEWNET):
+        parent.send("may not")
+        return ""
+    parent.send("is elsewhere")
+    parent.recv()
+    fence.signal()
+    return "signaled"
+
+
+@pytest.mark.parametrize("holds", [True, False], ids=["SyncFile", "bare descriptor"])
+def test_descriptor_signaled_from_another_network_namespace_becomes_readable(child: Spawn, holds: bool) -> None:
+    other = child(signals_elsewhere)
+    (fence,) = dmabuf.recv(other.sock)
+    if other.recv() == "may not":
+        pytest.skip("this user may not make a network namespace")
+    sf = SyncFile(fence)
+    fd = sf.dup()
+    if not holds:
+        sf.close()
+    other.send("signal")
+    assert other.result() == "signaled"
+    if holds:
+        select.select([fd], [], [])  # by this process, which watches the fence
+    else:
+        assert not readable(fd)
+        assert dmabuf.Domain.default().wake_sync_files()  # as the next that finds somebody dead
+        assert readable(fd)
+    sf.close()
+    os.close(fd)
 
 
 def without_directory(parent: Parent, path: Path) -> list[object]:
