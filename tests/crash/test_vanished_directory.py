@@ -258,6 +258,22 @@ def test_exporter_is_called(pair: tuple[Member, Member], where: Path, served: st
     assert second.do(call) >= 1
 
 
+def test_exporter_is_called_when_only_its_socket_was_removed(pair: tuple[Member, Member], where: Path) -> None:
+    first, second = pair
+    first.do(serving)
+    (where / place.socket_name(first.do(life))).unlink()
+    first.do(export)
+    assert second.do(call) >= 1
+
+
+def test_exporter_is_called_when_the_directory_was_opened_to_others(pair: tuple[Member, Member], where: Path) -> None:
+    first, second = pair
+    where.chmod(0o755)
+    first.do(export)
+    assert second.do(call) >= 1
+    where.chmod(0o700)
+
+
 # ---- those who come later ----
 
 
