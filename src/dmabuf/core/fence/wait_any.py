@@ -54,18 +54,22 @@ def wait_any(fences: Iterable[DmaFence], timeout: float | None = None, *, interr
     shm = domain.join()
     # It goes, and its slot is free, with the last of the callbacks.
     first = Fence.made(shm, unbound_timeline(domain, "wait_any"), shm.add64(OFF_CONTEXT, 1), 1, 0)
-    watched: list[tuple[DmaFence, int]] = []
-    slow_waits.STANDS_FOR[domain.id, first.handle] = [fence.handle for fence in found if fence.domain is domain]
+    watched: list[tuple[DmaFence, int | None]] = []
+    stands_for = domain.id, first.handle
+
+    def wake(_: int) -> None:
+        shm.fence_signal(first.handle, 0, False)
+
     try:
+        slow_waits.STANDS_FOR[stands_for] = [fence.handle for fence in found if fence.domain is domain]
         for index, fence in enumerate(found):
-            token = fence.listen(lambda _: shm.fence_signal(first.handle, 0, False))
-            if token is None:
+            # In one call, so that a signal handler can't raise between a callback and its note.
+            watched.extend(zip((fence,), map(fence.listen, (wake,)), strict=True))
+            if watched[-1][1] is None:
                 return index, seconds_left(until)
-            watched.append((fence, token))
         answer = shm.fence_wait(first.handle, until, interruptible)
     finally:
-        slow_waits.STANDS_FOR.pop((domain.id, first.handle), None)
-        _unwatch(watched)
+        _forget(watched, stands_for)
     index = next((i for i, fence in enumerate(found) if _signaled(fence)), None)
     if index is not None and answer:
         return index, seconds_left(until)
@@ -75,10 +79,12 @@ def wait_any(fences: Iterable[DmaFence], timeout: float | None = None, *, interr
 
 
 @finished
-def _unwatch(watched: list[tuple[DmaFence, int]]) -> None:
+def _forget(watched: list[tuple[DmaFence, int | None]], stands_for: tuple[str, int]) -> None:
+    slow_waits.STANDS_FOR.pop(stands_for, None)
     while watched:
         fence, token = watched[-1]
-        fence.remove_callback(token)
+        if token is not None:
+            fence.remove_callback(token)
         del watched[-1:]
 
 
