@@ -1,0 +1,263 @@
+"""Operations that a signal handler interrupts, each of which takes something and gives it back.
+
+``tests/conformance/test_interrupted.py`` interrupts each at every place, ``tests/crash/test_interrupts.py`` all of them at random moments.
+"""
+
+import os
+import select
+import socket
+from collections.abc import Callable
+
+import dmabuf
+from dmabuf import (
+    Device,
+    Direction,
+    DmaFence,
+    DmaFenceArray,
+    DmaFenceChain,
+    DmaResv,
+    Domain,
+    FenceOps,
+    SwSync,
+    SyncFile,
+    Timeline,
+    TimelineSemaphore,
+    Usage,
+    WwAcquireContext,
+    stub_fence,
+    wait_any,
+)
+from dmabuf.core.resv.ww_mutex import inject_deadlocks
+from tests.support.drivers import Static
+
+
+class Ops(FenceOps):
+    """Operations of which each is the default."""
+
+
+def lock(world: "World") -> None:
+    world.resvs[0].lock()
+    world.resvs[0].unlock()
+
+
+def trylock(world: "World") -> None:
+    if world.resvs[0].trylock():
+        world.resvs[0].unlock()
+
+
+def locked(world: "World") -> None:
+    with world.resvs[0].locked():
+        pass
+
+
+def locked_under_a_context(world: "World") -> None:
+    with WwAcquireContext() as ctx, world.resvs[0].locked(ctx), world.resvs[1].locked(ctx):
+        ctx.done()
+
+
+def lock_all(world: "World") -> None:
+    with dmabuf.lock_all(world.resvs):
+        pass
+
+
+def lock_all_with_back_off(world: "World") -> None:
+    with inject_deadlocks(2), dmabuf.lock_all(world.resvs):
+        pass
+
+
+def signalling_section(_: "World") -> None:
+    with dmabuf.signalling():
+        pass
+
+
+def add_a_fence(world: "World") -> None:
+    world.kept.append(world.timeline.fence())
+    with world.resvs[0].locked():
+        world.resvs[0].reserve(1)
+        world.resvs[0].add(world.kept[-1], Usage.READ)
+
+
+def fence(world: "World") -> None:
+    world.timeline.fence().signal()
+
+
+def custom_fence(world: "World") -> None:
+    made = world.timeline.fence(ops=Ops())
+    made.enable_signaling()
+    made.signal()
+
+
+def dropped_fence(world: "World") -> None:
+    world.timeline.fence()
+
+
+def timeline_with_a_fence(_: "World") -> None:
+    with Timeline("other") as other:
+        other.fence()
+
+
+def array(world: "World") -> None:
+    first, second = world.timeline.fence(), world.timeline.fence()
+    made = DmaFenceArray([first, second])
+    made.enable_signaling()
+    first.signal()
+    second.signal()
+
+
+def chain(world: "World") -> None:
+    first, second = world.timeline.fence(), world.timeline.fence()
+    made = DmaFenceChain(DmaFenceChain(None, first, 1), second, 2)
+    first.signal()
+    second.signal()
+    made.is_signaled()
+
+
+def wait_for_any(world: "World") -> None:
+    first, second = world.timeline.fence(), world.timeline.fence()
+    second.signal()
+    wait_any([first, second])
+    first.signal()
+
+
+def allocate(_: "World") -> None:
+    dmabuf.allocate(4096).close()
+
+
+def allocate_and_drop(_: "World") -> None:
+    dmabuf.allocate(4096)
+
+
+def get(world: "World") -> None:
+    dmabuf.get(world.buf.fileno()).close()
+
+
+def open_by_name(_: "World") -> None:
+    dmabuf.open("interrupted").close()
+
+
+def name(world: "World") -> None:
+    world.buf.name = "interrupted"
+
+
+def send_and_receive(world: "World") -> None:
+    dmabuf.send(world.ours, world.buf)
+    dmabuf.recv(world.theirs)[0].close()
+
+
+def send_and_receive_several(world: "World") -> None:
+    with TimelineSemaphore() as semaphore:
+        dmabuf.send(world.ours, world.buf, semaphore, world.buf)
+    for made in dmabuf.recv(world.theirs):
+        made.close()
+
+
+def send_and_receive_a_sync_file(world: "World") -> None:
+    with SyncFile(stub_fence()) as sync_file:
+        dmabuf.send(world.ours, sync_file)
+    dmabuf.recv(world.theirs)[0].close()
+
+
+def sync_file_and_merge(_: "World") -> None:
+    with SyncFile(stub_fence()) as made:
+        made.fileno()
+        with SyncFile.from_fd(made.fileno()) as other, made.merge(other) as merged:
+            merged.fileno()
+
+
+def sync_file_of_a_buffer(world: "World") -> None:
+    with world.buf.export_sync_file() as made:
+        world.buf.import_sync_file(made)
+
+
+def semaphore(_: "World") -> None:
+    with TimelineSemaphore() as made, TimelineSemaphore.from_fd(made.fileno()) as other:
+        other.signal(3)
+        made.wait(3)
+
+
+def block_of_a_shared_file(world: "World") -> None:
+    with world.semaphore._file.locked():
+        pass
+
+
+def sw_sync(_: "World") -> None:
+    with SwSync("test") as made, made.create_fence(1) as sync_file:
+        made.inc(1)
+        assert sync_file.is_signaled()
+
+
+def mapping(world: "World") -> None:
+    world.buf.mmap().close()
+
+
+def attachment(world: "World") -> None:
+    made = world.buf.attach(Device("npu"))
+    sgt = made.map_unlocked(Direction.TO_DEVICE)
+    made.unmap_unlocked(sgt, Direction.TO_DEVICE)
+    made.detach()
+
+
+def cpu_access(world: "World") -> None:
+    world.buf.begin_cpu_access(Direction.TO_DEVICE)
+    world.buf.end_cpu_access(Direction.TO_DEVICE)
+
+
+def reservation_object(_: "World") -> None:
+    DmaResv()
+
+
+def private_domain(_: "World") -> None:
+    domain = Domain.private()
+    dmabuf.allocate(4096, domain=domain).close()
+    domain.leave()
+
+
+def exporter(_: "World") -> None:
+    dmabuf.export(Static(), 4096).close()
+
+
+LOCKS = (lock, trylock, locked, locked_under_a_context, lock_all, lock_all_with_back_off, signalling_section, add_a_fence)
+FENCES = (fence, custom_fence, dropped_fence, timeline_with_a_fence, array, chain, wait_for_any)
+OBJECTS = (
+    allocate, allocate_and_drop, get, open_by_name, name, send_and_receive, send_and_receive_several, send_and_receive_a_sync_file,
+    sync_file_and_merge, sync_file_of_a_buffer, semaphore, block_of_a_shared_file, sw_sync, mapping, attachment, cpu_access,
+    reservation_object, private_domain,
+)  # fmt: skip
+OPERATIONS: tuple[Callable[["World"], None], ...] = (*LOCKS, *FENCES, *OBJECTS)
+
+
+class World:
+    """What the operations use."""
+
+    def __init__(self) -> None:
+        self.resvs = [DmaResv() for _ in range(3)]
+        self.kept: list[DmaFence] = []  # a fence that others wait for is not dropped
+        self.timeline = Timeline("interrupted")
+        self.buf = dmabuf.allocate(4096, name="interrupted")
+        self.semaphore = TimelineSemaphore()
+        self.ours, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+    def settle(self) -> None:
+        """Give back what an interrupted operation leaves to its caller, and see that everything is usable and nothing is locked."""
+        while select.select([self.theirs], [], [], 0)[0]:
+            for made in dmabuf.recv(self.theirs):
+                made.close()
+        for left in (*self.kept, *self.timeline.pending()):
+            if not left.is_signaled():
+                left.signal()
+        self.kept.clear()
+        os.fstat(self.buf.fileno())
+        assert not any(resv.is_locked() for resv in self.resvs)
+        with dmabuf.lock_all(self.resvs):
+            pass
+        with WwAcquireContext():  # a second open one of this thread, or a section that was not left, would be a ContractWarning
+            pass
+        self.semaphore.signal(self.semaphore.query(submitted=True) + 1)
+
+    def close(self) -> None:
+        self.settle()
+        self.timeline.close()
+        self.buf.close()
+        self.semaphore.close()
+        self.ours.close()
+        self.theirs.close()
