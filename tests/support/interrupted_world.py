@@ -28,6 +28,7 @@ from dmabuf import (
     wait_any,
 )
 from dmabuf.core.resv.ww_mutex import inject_deadlocks
+from dmabuf.sharing.server import serve
 from tests.support.drivers import Static
 
 
@@ -221,7 +222,7 @@ FENCES = (fence, custom_fence, dropped_fence, timeline_with_a_fence, array, chai
 OBJECTS = (
     allocate, allocate_and_drop, get, open_by_name, name, send_and_receive, send_and_receive_several, send_and_receive_a_sync_file,
     sync_file_and_merge, sync_file_of_a_buffer, semaphore, block_of_a_shared_file, sw_sync, mapping, attachment, cpu_access,
-    reservation_object, private_domain,
+    reservation_object, private_domain, exporter,
 )  # fmt: skip
 OPERATIONS: tuple[Callable[["World"], None], ...] = (*LOCKS, *FENCES, *OBJECTS)
 
@@ -230,6 +231,7 @@ class World:
     """What the operations use."""
 
     def __init__(self) -> None:
+        serve(Domain.default())  # what serves exported buffers stays until the process ends
         self.resvs = [DmaResv() for _ in range(3)]
         self.kept: list[DmaFence] = []  # a fence that others wait for is not dropped
         self.timeline = Timeline("interrupted")

@@ -20,7 +20,7 @@ from operator import attrgetter
 from typing import Protocol, TypeVar
 
 from dmabuf._native import Mapping, close_attribute, dup_same, is_same, map_same, owned
-from dmabuf.core.buffer.backing import KernelSide
+from dmabuf.core.buffer.backing import Backing, KernelSide
 from dmabuf.core.buffer.identity import checked_name
 from dmabuf.core.buffer.shared import MEMFD, SharedBuffer
 from dmabuf.core.contract import Buffer
@@ -55,6 +55,7 @@ class Handle(ABC):
         "_life",
         "accesses",
         "domain",
+        "ending",
         "fd",
         "known_resv",
         "leaving",
@@ -74,6 +75,7 @@ class Handle(ABC):
     known_resv: DmaResv | None
     resv_record: Record  # of known_resv, once that is there
     accesses: int
+    ending: Backing | None  # what close() asks, once it has begun
     leaving: bool  # whether close() has begun
     left: bool  # whether close() is done
     polls: WeakObjects[Cancelable] | None
@@ -167,7 +169,7 @@ class Handle(ABC):
         """Do all that follows. What a signal handler interrupts is called again. ``given``: give the descriptor away."""
         again, self.leaving = self.leaving, True
         shared, watch = self.shared, None
-        backing = shared.backing
+        backing = self.ending = self.ending or shared.backing  # which a release takes out of the record
         if backing is not None:
             backing.before_close(self)
         # The last handle of this process drops the reference to the record, unless a reservation object is in use.
@@ -189,7 +191,7 @@ class Handle(ABC):
             backing.after_close(self, quiet)
         if kept:
             self.shared = shared.tombstone()
-        self.left = True
+        self.left, self.ending = True, None
 
     def _leave(self, operation: str) -> None:
         if self.accesses and self._life == self.shared.shm.life:
@@ -345,7 +347,7 @@ def open_face(face: type[FaceT], kind: type[Handle], fd: int | OwnedFd, shared: 
     handle = object.__new__(kind)
     handle.shared, handle.size, handle.domain = shared, shared.size, shared.domain
     handle.view = handle.known_resv = handle.polls = None
-    handle.accesses, handle.leaving = 0, False
+    handle.accesses, handle.leaving, handle.ending = 0, False, None
     if isinstance(fd, int):
         handle.fd, handle.left = fd, False
     else:  # no signal handler can raise between the two: one of them closes the descriptor, and once

@@ -15,14 +15,15 @@ import os
 import threading
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 
-from dmabuf._native import Mapping, OwnedFd
+from dmabuf._native import Mapping, OwnedFd, finish
 from dmabuf.core.base.registry import Registry
 from dmabuf.core.buffer.backing import Backing
 from dmabuf.core.buffer.shared import SharedBuffer
 from dmabuf.core.contract import Exporter, OwnerReference
-from dmabuf.core.dma_buf import new_handle
+from dmabuf.core.dma_buf import DmaBuf, new_handle
 from dmabuf.core.fence.signalling import in_signalling
 from dmabuf.core.resv.resv import DmaResv
 from dmabuf.core.task.owner import current
@@ -58,7 +59,9 @@ class Exported(Backing):
         self.resv, self.owner, self.private = resv, owner, private
         self.life = record.shm.life
         self.pid = os.getpid()  # it stays this process's exporter when the process leaves the domain
-        self.released = self.lost = False
+        self.released = self.lost = self._told = False
+        self._releaser = 0  # the thread that releases it
+        self._last: DmaBuf | None = None  # the handle that the exporter is told with
         self.closing: set[int] = set()  # the id() of each handle that is being closed: its close() releases, and the thread doesn't
         self._once = fork_lock()  # a handle's __del__ may run in the middle
         self._mappings: WeakObjects[Mapping] = WeakObjects()
@@ -86,9 +89,10 @@ class Exported(Backing):
             return
         with self._once:  # in one step: between two the thread would find that nobody is closing it
             self.closing.discard(id(handle))
-            if self.record.handles:
+            again = self._releaser == threading.get_ident()  # a signal handler interrupted the release in this thread
+            if self.record.handles and not again:
                 return
-            mine = not quiet and outside() and self._claimed()
+            mine = again or (not quiet and outside() and self._claimed())
         if mine:
             self._release()
         else:
@@ -108,34 +112,50 @@ class Exported(Backing):
         """Return True if nobody holds it, and the caller is the one to release it. The lock is held."""
         if self.released or self.lost or self.record.handles or any(not mapping.closed for mapping in list(self._mappings)):
             return False
+        me = threading.get_ident()
         try:
             self.released = self.private.set_lock(fcntl.F_WRLCK, 0)  # compares the file too: a lock on another one is no proof
         except ClosedError as e:
             self.lost = True  # somebody else closed the description: that nobody holds the buffer can't be proven any more
             dispatcher.report(e, self.exporter.release)
+        self._releaser = me if self.released else 0
         return self.released
 
     def _release(self) -> None:
-        """Release it (semantics 2.6). No newcomer can come, since their read lock is refused."""
+        """Release it (semantics 2.6). No newcomer can come, since their read lock is refused.
+
+        What a signal handler interrupts is called again in the same thread. The exporter is told once.
+        """
         record = self.record
         record.backing = None
-        last = new_handle(self.private, record)
         bug, self.vmaps, self.mapped = self.vmaps, 0, None
+        if self._last is None:  # noted in the call that makes it, since a signal handler may raise after it
+            try:
+                own = self.private.dup()
+            except OSError:
+                own = self.private  # no descriptor is free
+            next(map(partial(setattr, self, "_last"), map(new_handle, (own,), (record,))))
+        last = self._last
+        assert last is not None
         try:
-            if not bug:
+            if not bug and not self._told:
+                self._told = True
                 self.exporter.release(last)
         except Exception as e:
             dispatcher.report(e, self.exporter.release)
         finally:
             last.close()
-            left = [attachment.dev.name for attachment in self.attachments]
-            # The buffer is proven to be gone: no sweep needs to judge the record, which goes with its last reference in this process.
-            record.kind = KIND_RESV
-            owner, self.owner = self.owner, None
+        self.private.close()
+        left = [attachment.dev.name for attachment in self.attachments]
+        # The buffer is proven to be gone: no sweep needs to judge the record, which goes with its last reference in this process.
+        record.kind = KIND_RESV
+        owner, self.owner = self.owner, None
+        if owner is not None:
+            finish(owner.put)
+        if hasattr(self, "resv"):
             del self.resv
-            if owner is not None:
-                owner.put()
-            EXPORTS.of(record.domain).forget(self)
+        EXPORTS.of(record.domain).forget(self)
+        self._releaser, self._last = 0, None
         if bug:
             raise ContractError(
                 f"release: buffer ino {record.ino}: {bug} vmap() without vunmap(), so its exporter was not asked to release it; "
