@@ -121,6 +121,11 @@ def test_long_message_arrives(pair: tuple[socket.socket, socket.socket]) -> None
     assert got[0]["text"] == body["text"]
 
 
+def test_message_that_is_too_long_is_not_sent(pair: tuple[socket.socket, socket.socket]) -> None:
+    with raises_errno(errno.EMSGSIZE):
+        messages.send(pair[0], {"text": "x" * messages.LONGEST})
+
+
 def test_container_that_is_too_long_is_not_sent(pair: tuple[socket.socket, socket.socket], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(items, "MOST_BYTES", 100)
     timeline = dmabuf.Timeline("t")

@@ -13,6 +13,7 @@ import pytest
 import dmabuf
 from dmabuf import Direction, Domain, _native
 from dmabuf.domain import place
+from dmabuf.sharing import server
 from dmabuf.sharing.messages import LONGEST, VERSION
 from dmabuf.sharing.server import serve
 from tests.support import elsewhere as do
@@ -114,6 +115,19 @@ def test_a_request_that_makes_no_sense_is_answered_with_an_errno(body: dict[str,
         assert answer(sock) == {}
         sock.send(json.dumps(body).encode())
         assert answer(sock)["errno"] in (errno.EBADMSG, errno.ENOSYS, errno.ENODEV, errno.EINVAL)
+
+
+def test_answer_that_is_too_long_is_undone_and_emsgsize(monkeypatch: pytest.MonkeyPatch) -> None:
+    undone: list[Any] = []
+    long = server.Answer({"text": "x" * LONGEST}, undo=undone.append)
+    monkeypatch.setitem(server._handlers, "long", lambda session, body, fds: long)
+    with connected() as main, connected() as sock:
+        main.send(hello())
+        sock.send(hello(session=answer(main)["session"]))
+        assert answer(sock) == {}
+        sock.send(b'{"kind":"long"}')
+        assert answer(sock)["errno"] == errno.EMSGSIZE
+    assert len(undone) == 1
 
 
 @pytest.mark.parametrize(

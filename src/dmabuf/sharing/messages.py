@@ -29,7 +29,7 @@ from dmabuf.sharing.sealed import content, sealed
 
 VERSION: Final = 2
 INLINE: Final = 32 << 10  # bytes of JSON in the datagram itself; well below any SO_SNDBUF
-LONGEST: Final = 64 << 20  # bytes of JSON in a memfd
+LONGEST: Final = 16 << 20  # bytes of JSON in a memfd; decoded they may take six times as much
 _TEXT: Final = 1 << 16  # characters of an error's text; a longer one is cut
 MAX_FDS: Final = 8
 
@@ -83,11 +83,14 @@ def no_room(operation: str, obj: object, where: str, number: int = errno.EMFILE)
 
 
 def send(sock: socket.socket, body: Body, fds: Iterable[int | OwnedFd] = (), flags: int = 0) -> None:
-    """Send a message. Errors: EBADF somebody else closed the socket's descriptor; those of sendmsg(2)."""
+    """Send a message. Errors: EBADF somebody else closed the socket's descriptor; EMSGSIZE it is too long; those of sendmsg(2)."""
     data, given = _encode(body).encode(), [fd if isinstance(fd, int) else fd.fileno() for fd in fds]
     if len(data) <= INLINE:
         send_message(sock.fileno(), *_inode(sock), data, given, flags)
         return
+    if len(data) > LONGEST:
+        remedy = "pass a table of fewer entries"
+        raise fail(errno.EMSGSIZE, "request", f"{len(data)} bytes", remedy, what=f"a message has at most {LONGEST} bytes")
     with sealed("dmabuf-message", data) as extra:
         send_message(sock.fileno(), *_inode(sock), _encode({"long": len(data)}).encode(), [extra.number, *given], flags)
 

@@ -267,10 +267,11 @@ class Server:
             except (BrokenPipeError, ConnectionResetError):
                 pass  # the caller's last message says whether it has given up
             except OSError as e:
-                if e.errno not in NO_ROOM:
+                if e.errno not in NO_ROOM and e.errno != errno.EMSGSIZE:
                     raise
                 _undo(answer, body)
-                send(conn, encode_error(no_room(kind, "the answer", THERE, e.errno), kind))
+                told = encode_error(e if e.errno == errno.EMSGSIZE else no_room(kind, "the answer", THERE, e.errno), kind)
+                send(conn, told)
         finally:
             close_all(answer.fds)
         return answer
