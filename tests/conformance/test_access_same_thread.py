@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -270,3 +271,41 @@ def test_access_beside_a_block_of_another_greenlet_is_edeadlk(outer: str, inner:
     code = GREENLETS.format(outer=outer, inner=inner, timeout=timeout, patched=patched)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, check=False)
     assert done.stdout == "EDEADLK\n", done.stderr
+
+
+CALLBACK = """
+import gevent.monkey
+
+gevent.monkey.patch_all()
+import socket
+
+import dmabuf
+import gevent.event
+
+sock = socket.socket(fileno={fd})
+gevent.socket.wait_read(sock.fileno())
+(fence,) = dmabuf.recv(sock)
+ended = gevent.event.Event()
+fence.add_callback(lambda _: ended.set())
+sock.send(b"waits")
+ended.wait()
+print("called")
+"""
+
+
+def test_callback_of_a_foreign_fence_comes_in_gevent() -> None:
+    """The thread that waits for it sleeps in C. As a greenlet it would stop the others of its thread."""
+    pytest.importorskip("gevent")
+    fence = dmabuf.Timeline("work").fence()
+    here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with (
+        here,
+        there,
+        subprocess.Popen(
+            [sys.executable, "-c", CALLBACK.format(fd=there.fileno())], pass_fds=[there.fileno()], stdout=subprocess.PIPE, text=True
+        ) as program,
+    ):
+        dmabuf.send(here, fence)
+        assert here.recv(16) == b"waits"
+        fence.signal()
+        assert program.communicate()[0] == "called\n"

@@ -21,6 +21,7 @@ from dmabuf.domain import lives
 from dmabuf.domain.domain import Domain
 from dmabuf.domain.guards import finished
 from dmabuf.domain.local import Local
+from dmabuf.domain.native_thread import NativeThread
 
 _tokens = itertools.count(1)
 _here = threading.local()  # running: whether this thread is inside a callback
@@ -39,7 +40,7 @@ class Dispatcher:
         self._foreign: dict[int, int] = {}  # slot -> the handle watched there; a slot has one pending fence at a time
         self._past: list[int] = []
         self._deadlines: dict[int, Callable[[], None]] = {}  # slot -> what to call when another process has set a deadline
-        self._thread: threading.Thread | None = None
+        self._thread: NativeThread | None = None
         self._running = True
         # Whether the thread sleeps, or is about to, until a process rings. Only the thread changes it, under the lock, after it has looked
         # whether anything is watched. Every watcher that finds it set rings, so none relies on what another was about to do.
@@ -133,7 +134,7 @@ class Dispatcher:
 
     def is_here(self) -> bool:
         """Return True if the running thread is the one that calls the callbacks of other processes' fences."""
-        return threading.current_thread() is self._thread
+        return self._thread is not None and self._thread.is_here()
 
     def watches(self, handle: int) -> int:
         """Return how many callbacks are registered with one fence."""
@@ -147,7 +148,7 @@ class Dispatcher:
 
     def _start(self) -> None:
         self.shm.store32(self._served, 1)
-        self._thread = threading.Thread(target=self._serve, name="dmabuf-dispatcher", daemon=True)
+        self._thread = NativeThread(self._serve, "dmabuf-dispatcher")
         try:
             self._thread.start()
         except RuntimeError:  # no thread can be started: the next watch() tries again
@@ -197,7 +198,7 @@ class Dispatcher:
         """End the thread. Callbacks that are still registered don't run."""
         self._running = False
         thread, self._thread = self._thread, None
-        if thread is not None and self.shm.life == self.life and thread is not threading.current_thread():
+        if thread is not None and self.shm.life == self.life and not thread.is_here():
             self._wake()
             thread.join()
             self.shm.store32(self._served, 0)
