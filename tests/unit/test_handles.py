@@ -12,7 +12,7 @@ from tests.support.leaks import descriptors
 
 
 def test_a_reference_that_cannot_be_made_closes_its_descriptor(monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(self: Record, name: bytes | None = None) -> None:
+    def full(self: Record, handle: object, name: bytes | None = None) -> None:
         raise fail(errno.ENOSPC, "hold", "a record")
 
     with dmabuf.allocate(4096) as buf:
