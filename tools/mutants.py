@@ -134,6 +134,47 @@ MUTANTS = (
         ("tests/crash/test_leaving.py::test_callback_of_a_dead_fence_keeps_nobody_from_leaving",),
     ),
     Mutant(
+        "wake-semaphore",
+        "the signal of a semaphore's point leaves its waiters to their next tick",
+        "native/domain/points.c",
+        (Change("tick */\n  wake_all(words(x));\n", "tick */\n"),),
+        ("tests/unit/test_wakes.py",),
+    ),
+    Mutant(
+        "idle-in-one-look",
+        "a reader without the lock looks once at a list that others change",
+        "native/domain/resv.c",
+        (
+            Change("    if (!h) h = look(s, r, rec, usage, but, &last);\n", ""),
+            Change("if (h || atomic_load(&r->changes) == seen)", "if (!seen || seen)"),
+        ),
+        ("tests/crash/test_snapshot_steps.py",),
+    ),
+    Mutant(
+        "record-half-new",
+        "a record that is made without a name has the one that a dead process left there",
+        "native/domain/records.c",
+        (
+            Change("  memset(r->name, 0, sizeof r->name);\n", ""),
+            Change("  r->name_len[0] = (uint8_t)(name ? nname + 1 : 0);\n", "  if (name) r->name_len[0] = (uint8_t)(nname + 1);\n"),
+        ),
+        ("tests/crash/test_snapshot_steps.py",),
+    ),
+    Mutant(
+        "sync-slot-reused",
+        "the slot of a sync file that another process has is used for the next one",
+        "native/domain/sync.c",
+        (Change("  return pollable_exists(&n, atomic_load(&f->net)) != 0;\n", "  return 0;\n"),),
+        ("tests/conformance/test_sync_file_waiting.py",),
+    ),
+    Mutant(
+        "fold-unread",
+        "a point that is signaled while another process folds the word into the record is lost",
+        "src/dmabuf/core/sync/semaphore_file.py",
+        (Change("        while (point := self.points.value()) >= 0:\n", "        if (point := self.points.value()) >= 0:\n"),),
+        ("tests/conformance/test_semaphore_processes.py",),
+    ),
+    Mutant(
         "size-before-count",
         "a process that joins while another makes the domain grow takes its file for a broken one",
         "src/dmabuf/domain/place.py",

@@ -6,6 +6,7 @@ between the wake and the end of the wait: then the test waits again, and a missi
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -124,3 +125,34 @@ def test_waiter_for_the_table_is_woken_by_the_unlock() -> None:
             return before
 
     assert woken(once)
+
+
+def test_waiter_for_a_point_is_woken_by_the_signal() -> None:
+    points = itertools.count(2)
+    with dmabuf.TimelineSemaphore() as sem:
+        sem.signal(1)  # from here on nothing of it is pending, and it is a number in a word
+
+        def once(ticks: list[int]) -> int:
+            point = next(points)
+            return ended(lambda: sem.wait(point, for_submit=True), lambda: sem.signal(point), ticks)
+
+        assert woken(once)
+
+
+def test_waiter_for_a_point_is_woken_when_the_number_leaves_its_word() -> None:
+    points = itertools.count(2)
+    with dmabuf.TimelineSemaphore() as sem, dmabuf.Timeline("test") as timeline:
+        sem.signal(1)
+
+        def once(ticks: list[int]) -> int:
+            point, fence = next(points), timeline.fence()
+
+            def puts() -> None:
+                sem.import_fence(fence, point)  # the waiter goes on with the fence
+                fence.signal()
+
+            before = ended(lambda: sem.wait(point, for_submit=True), puts, ticks)
+            sem.signal(next(points))
+            return before
+
+        assert woken(once)
