@@ -227,7 +227,7 @@ MUTANTS = (
                 "  if (shm_map_copy(s)) goto out;\n",
             ),
         ),
-        ("tests/crash/test_facts_outlive.py",),
+        ("tests/crash/test_facts_outlive.py::test_reset_is_left_to_the_last_when_a_process_looks_on",),
     ),
     Mutant(
         "punched-first",
@@ -240,7 +240,7 @@ MUTANTS = (
                 "    atomic_store(chunk_entry(s, c), 0);\n",
             ),
         ),
-        ("tests/crash/test_facts_outlive.py",),
+        ("tests/crash/test_facts_outlive.py::test_reset_is_left_to_the_last_when_a_process_looks_on",),
     ),
     Mutant(
         "torn-later",
@@ -250,7 +250,7 @@ MUTANTS = (
             Change("    mark_torn(s, f, life);\n", ""),
             Change("    STEP(reap_fence);", "    mark_torn(s, f, life);\n    STEP(reap_fence);"),
         ),
-        ("tests/crash/test_steps.py",),
+        ("tests/crash/test_steps.py::test_death_at_every_step_is_repaired_by_whoever_comes_next[write]",),
     ),
     Mutant(
         "live-unreferenced",
@@ -262,7 +262,7 @@ MUTANTS = (
                 "  atomic_store(&r->state, REC_LIVE);\n  STEP_OF(rec_live, r, atomic_load(&r->gen));\n  STEP_OF(rec_filled,",
             ),
         ),
-        ("tests/crash/test_steps.py",),
+        ("tests/crash/test_steps.py::test_death_at_every_step_is_repaired_by_whoever_comes_next[allocate]",),
     ),
     Mutant(
         "made-twice",
@@ -290,7 +290,7 @@ MUTANTS = (
             Change("  atomic_store(&s->own->life, 0);\n  s->own->hold.address", "  s->own->hold.address"),
             Change("  life_clean(s, life); /* if", "  atomic_store(&s->own->life, 0);\n  life_clean(s, life); /* if"),
         ),
-        ("tests/crash/test_schedules.py",),
+        ("tests/crash/test_schedules.py::test_orders_of_threads[LeavesBesideAccess]",),
     ),
 )
 
