@@ -75,12 +75,17 @@ def killed_everywhere(action: Callable[[socket.socket], None], after: Callable[[
 
     steps: list[str] = []
 
+    def reaped(child: Action) -> int:
+        return reap(fork(child))
+
     def traced(child: Action) -> int:
         steps.extend(trace(child))
         return 0
 
-    for fd in run(traced):
-        os.close(fd)
+    for child in (reaped, traced):  # once before, so that every chunk is there: the steps of making one come only once
+        dmabuf.Domain.default().sweep()  # what the one before has left is not among the steps of the next
+        for fd in run(child):
+            os.close(fd)
     assert {"sync_bound", "sync_written", "sync_registered", "sync_marked"} <= set(steps)
     dmabuf.Domain.default().sweep()
     for count in range(1, len(steps) + 1):
@@ -175,11 +180,12 @@ def test_signaler_that_stopped_does_nothing_to_the_next_use_of_the_slot(step: st
 
     with ours, Held(signals, only=step) as other:
         theirs.close()
-        old = SyncFile(DmaFenceArray(dmabuf.recv(ours)))
-        slot = place_of(old.fileno())
+        with SyncFile(DmaFenceArray(dmabuf.recv(ours))) as old:
+            fd = old.dup()  # without the SyncFile, which would have this process advance it too
+        slot = place_of(fd)
         ours.send(b"g")
         assert other.run_to(step)
-        old.close()
+        os.close(fd)
         with SyncFile(DmaFenceArray(fences)) as new:
             again = place_of(new.fileno())
             assert slot is not None
