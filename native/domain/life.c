@@ -161,6 +161,16 @@ static void unlock_dead(Shm *s, uint32_t index, int fd) {
   if (fd != s->fd) fd_close(fd, &s->id);
 }
 
+static int table_is_left(Shm *s) { return (atomic_load(&hdr(s)->table_lock) & ~TL_WAITERS) == TL_NOBODY; }
+
+/* Nobody need wait for the next change of the table to have it whole. 0, or -1 with an exception set. */
+static int mend_table(Shm *s) {
+  if (!my_life(s) || !table_is_left(s)) return 0;
+  if (table_lock(s)) return -1;
+  table_unlock(s);
+  return 0;
+}
+
 static PyObject *life_reap(Shm *s, PyObject *args) {
   unsigned life;
   PyObject *remove;
@@ -184,12 +194,13 @@ static PyObject *life_reap(Shm *s, PyObject *args) {
     done = life_clean(s, life) == 1;
     unlock_dead(s, index, fd);
   }
-  /* Nobody need wait for the next change of the table to have it whole. */
-  int mended = !my_life(s) || (atomic_load(&hdr(s)->table_lock) & ~TL_WAITERS) != TL_NOBODY || !table_lock(s);
-  if (mended && my_life(s) && (atomic_load(&hdr(s)->table_lock) & ~TL_WAITERS) == my_life(s)) table_unlock(s);
+  PyObject *error = mend_table(s) ? take_exception() : NULL;
   for (uint32_t i = 0; i < e.local.count; i++) fence_run_local(s, e.local.handles[i]);
   free_lists(&e);
-  return mended ? PyBool_FromLong(done) : NULL;
+  if (!error) return PyBool_FromLong(done);
+  PyErr_SetObject((PyObject *)Py_TYPE(error), error);
+  Py_DECREF(error);
+  return NULL;
 }
 
 static PyObject *chunks_of(Shm *s, PyObject *arg) {
