@@ -140,6 +140,15 @@ static PyObject *close_attribute(PyObject *module, PyObject *const *a, Py_ssize_
   return PyBool_FromLong(!r);
 }
 
+/* In one call, so that of two threads one gets it. */
+static PyObject *take_attribute(PyObject *module, PyObject *const *a, Py_ssize_t n) {
+  if (n != 2) return PyErr_Format(PyExc_TypeError, "take_attribute(object, name)");
+  PyObject *number = PyObject_GetAttr(a[0], a[1]), *none = PyLong_FromLong(-1);
+  if (!number || !none || PyObject_SetAttr(a[0], a[1], none)) Py_CLEAR(number);
+  Py_XDECREF(none);
+  return number;
+}
+
 static PyObject *dup_same(PyObject *module, PyObject *const *a, Py_ssize_t n) {
   int fd, cloexec;
   fd_id id;
@@ -151,6 +160,8 @@ static PyObject *dup_same(PyObject *module, PyObject *const *a, Py_ssize_t n) {
 static PyMethodDef functions[] = {
     METHOD(close_attribute, METH_FASTCALL, "($module, object, name, dev, ino, /)",
            "Close the descriptor whose number is an attribute as close_same() does, and make the attribute -1."),
+    METHOD(take_attribute, METH_FASTCALL, "($module, object, name, /)",
+           "Return the descriptor whose number is an attribute, which the caller owns from now on, and make the attribute -1."),
     METHOD(is_same, METH_FASTCALL, "($module, fd, dev, ino, /)", "Return True if the descriptor is one of the file with that inode."),
     METHOD(close_same, METH_FASTCALL, "($module, fd, dev, ino, /)",
            "Close the descriptor if it is one of the file with that inode. Return False if it isn't; it stays open then."),

@@ -1,5 +1,6 @@
 """Two threads that come to the same place at once: what is made once for all of them, and sets that some walk while others add."""
 
+import errno
 import os
 import sys
 import threading
@@ -111,6 +112,27 @@ def test_poll_fd_in_two_threads_is_canceled_by_close(monkeypatch: pytest.MonkeyP
         os.close(fd)
     assert set(os.listdir("/proc/self/fd")) <= before
     fence.signal()
+
+
+@pytest.mark.parametrize("beside", ["detach", "close"])
+def test_detach_beside_another_thread_gives_the_descriptor_once(beside: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both are past their checks when the first takes the descriptor."""
+    buf = dmabuf.allocate(4096)
+    calls = iter([buf.detach, getattr(buf, beside)])
+
+    def either() -> int | None:
+        try:
+            return next(calls)()
+        except OSError as e:
+            return -e.errno if e.errno else None
+
+    given = meeting(monkeypatch, records.Record, "leave", either)
+    fds = [fd for fd in given if fd is not None and fd >= 0]
+    assert len(fds) <= 1
+    if beside == "detach":
+        assert sorted(fd for fd in given if fd is not None)[0] == -errno.EBADF
+    for fd in fds:
+        os.close(fd)
 
 
 def test_domains_can_be_looked_up_while_others_are_made(switching: None) -> None:

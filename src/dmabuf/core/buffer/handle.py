@@ -19,7 +19,7 @@ from collections.abc import Callable
 from operator import attrgetter
 from typing import Protocol, TypeVar
 
-from dmabuf._native import Mapping, close_attribute, dup_same, is_same, map_same, owned
+from dmabuf._native import Mapping, close_attribute, dup_same, is_same, map_same, owned, take_attribute
 from dmabuf.core.buffer.backing import Backing, KernelSide
 from dmabuf.core.buffer.identity import checked_name
 from dmabuf.core.buffer.shared import MEMFD, SharedBuffer
@@ -150,9 +150,11 @@ class Handle(ABC):
 
     def detach(self) -> int:
         """Close the handle but keep its descriptor, which the caller owns from now on."""
-        fd = self.descriptor("detach")
+        self.descriptor("detach")
         self._leave("detach")
-        self._close(given=True)
+        fd = self._close(given=True)
+        if fd < 0:  # another thread closed the handle, or detached the descriptor
+            self.check("detach")
         return fd
 
     @finished
@@ -165,8 +167,9 @@ class Handle(ABC):
         self.view = self.known_resv = None
         self._close()
 
-    def _close(self, given: bool = False, quiet: bool = False) -> None:
-        """Do all that follows. What a signal handler interrupts is called again. ``given``: give the descriptor away."""
+    def _close(self, given: bool = False, quiet: bool = False) -> int:
+        """Do all that follows. What a signal handler interrupts is called again. ``given``: return the descriptor instead of closing it."""
+        taken = -1
         again, self.leaving = self.leaving, True
         shared, watch = self.shared, None
         backing = self.ending = self.ending or shared.backing  # which a release takes out of the record
@@ -180,7 +183,7 @@ class Handle(ABC):
         else:
             watch = shared.leave(self, self.fd, closing=not given)
         if given:
-            self.fd, watch = -1, None
+            taken, watch = take_attribute(self, "fd"), None
         else:
             close_attribute(self, "fd", shared.dev, shared.ino)  # if somebody else closed it, nothing is left to close
         if watch is not None:
@@ -192,6 +195,7 @@ class Handle(ABC):
         if kept:
             self.shared = shared.tombstone()
         self.left, self.ending = True, None
+        return taken
 
     def _leave(self, operation: str) -> None:
         if self.accesses and self._life == self.shared.shm.life:
