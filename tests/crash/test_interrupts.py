@@ -76,7 +76,7 @@ def soak(count: int, seed: int) -> Alarm:
                 world.settle()
                 gc.collect()
                 lost = left(before, holdings(domain))
-                assert not lost, f"seed {seed}: after {', '.join(done)}: {lost}"
+                assert not lost, f"seed {seed}: {alarm.handled} signals: {lost} after {', '.join(done)}"
                 assert not unraisable, f"seed {seed}: {unraisable}"
                 done.clear()
     world.close()

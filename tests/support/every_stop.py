@@ -42,6 +42,7 @@ _MOST = 20_000
 _SOURCE = Path(__file__).with_name("signal_stepper.c")
 FENCE_BYTES, FENCE_WORD = 128, 0  # docs/layout.md
 _SIGNALED = 1
+STAYING = ("dmabuf-releaser", "dmabuf-dispatcher", "dmabuf-log")  # threads that a process has once
 
 
 class Raised(BaseException):
@@ -111,7 +112,7 @@ def holdings(domain: Domain) -> dict[str, Any]:
     return {
         "descriptors": links,
         "mappings": Counter(shared_mappings()),
-        "threads": Counter(thread.name for thread in threading.enumerate()),
+        "threads": Counter(thread.name for thread in threading.enumerate() if thread.name not in STAYING),
         "contexts": Counter({"free": -len(domain._free_ctx)}),
         "timelines": Counter({"free": -len(domain._free_timelines) - len(domain._closed_timelines)}),
         "records": Counter({f"record {i}": 1 for i in shm.rec_list() if shm.life in shm.rec_holders(i)}),

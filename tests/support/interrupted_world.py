@@ -3,6 +3,7 @@
 ``tests/conformance/test_interrupted.py`` interrupts each at every place, ``tests/crash/test_interrupts.py`` all of them at random moments.
 """
 
+import gc
 import os
 import select
 import socket
@@ -27,6 +28,7 @@ from dmabuf import (
     stub_fence,
     wait_any,
 )
+from dmabuf.core.export.exported import EXPORTS
 from dmabuf.core.resv.ww_mutex import inject_deadlocks
 from dmabuf.sharing.server import serve
 from tests.support.drivers import Static
@@ -231,13 +233,23 @@ class World:
     """What the operations use."""
 
     def __init__(self) -> None:
-        serve(Domain.default())  # what serves exported buffers stays until the process ends
+        serve(Domain.default())  # what serves exported buffers stays until the process ends, and so does the thread that releases them
+        dmabuf.export(Static(), 4096)
+        self.until_released()
         self.resvs = [DmaResv() for _ in range(3)]
         self.kept: list[DmaFence] = []  # a fence that others wait for is not dropped
         self.timeline = Timeline("interrupted")
         self.buf = dmabuf.allocate(4096, name="interrupted")
         self.semaphore = TimelineSemaphore()
         self.ours, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+    def until_released(self) -> None:
+        """Wait until the thread has released the exported buffers that were dropped, at most for a second."""
+        exports = EXPORTS.of(Domain.default())
+        for _ in range(100):
+            if not exports.buffers:
+                return
+            select.select([], [], [], 0.01)
 
     def settle(self) -> None:
         """Give back what an interrupted operation leaves to its caller, and see that everything is usable and nothing is locked."""
@@ -248,6 +260,8 @@ class World:
             if not left.is_signaled():
                 left.signal()
         self.kept.clear()
+        gc.collect()
+        self.until_released()
         os.fstat(self.buf.fileno())
         assert not any(resv.is_locked() for resv in self.resvs)
         with dmabuf.lock_all(self.resvs):
