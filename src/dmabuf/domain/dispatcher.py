@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import itertools
+import select
 import threading
 import weakref
 from collections import deque
@@ -151,8 +152,10 @@ class Dispatcher:
         self._thread = NativeThread(self._serve, "dmabuf-dispatcher")
         try:
             self._thread.start()
-        except RuntimeError:  # no thread can be started: the next watch() tries again
-            self._thread = None
+        except BaseException as e:  # no thread can be started: the next watch() tries again
+            # If a signal handler raised, the thread may be about to run.
+            if isinstance(e, RuntimeError) or not alive_soon(self._thread):
+                self._thread = None
             raise
 
     def _wake(self) -> None:
@@ -202,6 +205,15 @@ class Dispatcher:
             self._wake()
             thread.join()
             self.shm.store32(self._served, 0)
+
+
+def alive_soon(thread: threading.Thread) -> bool:
+    """Return True if a thread runs whose start() was interrupted."""
+    for _ in range(20):
+        if thread.is_alive():
+            return True
+        select.select([], [], [], 0.005)
+    return False
 
 
 def in_callback() -> bool:

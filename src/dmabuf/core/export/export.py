@@ -139,6 +139,7 @@ def make(
             raise
         raise fail(e.errno or errno.EIO, "export", f"{size} bytes", "close buffers or raise RLIMIT_NOFILE") from None
     shared = handle_of(buf).shared
+    exported: Exported | None = None
     try:
         if resv is not None:
             given = record_of(resv)
@@ -149,6 +150,8 @@ def make(
         EXPORTS.of(domain).add(exported)
         shared.backing = exported
     except BaseException:
+        if exported is not None:
+            EXPORTS.of(domain).forget(exported)
         shared.backing = None
         buf.close()
         private.close()

@@ -204,8 +204,9 @@ class Exports:
                 self._thread = threading.Thread(target=self._serve, name="dmabuf-releaser", daemon=True)
                 try:
                     self._thread.start()  # it looks when the lock is free
-                except RuntimeError:  # none can be started: the next export tries again
-                    self._thread = None
+                except BaseException as e:  # none can be started, or a signal handler raised: the next export tries again
+                    if isinstance(e, RuntimeError) or not dispatcher.alive_soon(self._thread):
+                        self._thread = None
                     raise
             self.buffers[id(exported)] = exported
 
