@@ -16,7 +16,7 @@ def main() -> int:
     parser.add_argument("targets", nargs="*")
     given = parser.parse_args()
     seed = secrets.randbelow(1 << 20) if given.seed is None else given.seed
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
+    with tempfile.TemporaryDirectory(prefix="dmabuf-fuzz-", dir="/dev/shm") as directory:
         os.environ["DMABUF_DOMAIN"] = f"{directory}/d"
         from tests.fuzz.run import FaultError, run
         from tests.fuzz.targets import TARGETS
