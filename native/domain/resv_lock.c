@@ -41,12 +41,19 @@ static inline void wake_waiters(db_resv *r) { word_wake(lock_futex(r), INT32_MAX
 
 static inline int older(db_ctx *a, db_ctx *b) { return (int64_t)(atomic_load(&a->stamp) - atomic_load(&b->stamp)) < 0; }
 
+/* Another thread of this process left the domain, so the context is closed: a lock with its name would be free for everyone. */
+static int left_meanwhile(Shm *s) {
+  shm_fail(s, EOWNERDEAD, "lock", "a reservation object", "this process left the domain meanwhile", "lock it again");
+  return RAISED;
+}
+
 int resv_take(Shm *s, db_resv *r, uint64_t me, int acquired, int interruptible, int try, int64_t until) {
   db_ctx *mine = ctx_at(s, CTX_INDEX(me));
   if (!mine) {
     shm_corrupt(s, "a context lies outside of it");
     return RAISED;
   }
+  if (!ctx_open_at(s, me)) return left_meanwhile(s);
   uint64_t w = 0;
   if (!atomic_load(&r->next) && atomic_compare_exchange_strong(&r->lock, &w, me)) {
     STEP_OF(resv_locked, r, me); /* locked: a death frees it, by the context's generation */
@@ -129,8 +136,7 @@ int resv_take(Shm *s, db_resv *r, uint64_t me, int acquired, int interruptible, 
     int k = shm_sleep(s, lock_futex(r), (uint32_t)(w | CTX_WAITERS), until, TICK_RESV, owner ? owner : next);
     if (s->moves != moves || !ctx_open_at(s, me)) { /* another thread left the domain: the context is closed, and `r` may be gone */
       if (k == SLEEP_RAISED) return RAISED;
-      shm_fail(s, EOWNERDEAD, "lock", "a reservation object", "this process left the domain meanwhile", "lock it again");
-      return RAISED;
+      return left_meanwhile(s);
     }
     if (k == SLEEP_RAISED) {
       result = RAISED;
