@@ -146,7 +146,6 @@ class Machines:
     def _holds(self, e: Entry) -> None:
         self.holders[e.domain, e.object] = {e.number}
         self.locker[e.domain, e.number] = e.process
-        self.closing.discard((e.domain, e.number))
 
     def on_resv_unlocking(self, e: Entry) -> None:
         holders = self.holders.get((e.domain, e.object))
