@@ -144,6 +144,8 @@ class Machines:
         self._holds(e)
 
     def _holds(self, e: Entry) -> None:
+        if (e.domain, e.number) in self.closing and self.lives_on(e.process):
+            self.refuse(e, "a lock is taken by an open context")
         self.holders[e.domain, e.object] = {e.number}
         self.locker[e.domain, e.number] = e.process
 

@@ -77,6 +77,7 @@ BAD = [
     ("a lock has one owner", (GOOD["lock"][0], GOOD["lock"][2])),
     ("taken from a context that was closed", tuple(step for step in GOOD["lock of a dead owner"] if "ctx" not in step)),
     ("taken from a dead owner", ("1 resv_stolen LOCK 8",)),
+    ("taken by an open context", ("1 ctx_closing 0 7", "1 resv_locked LOCK 7", "1 access_ended 0")),
     ("taken from its owner", ("1 resv_locked LOCK 7", "3 ctx_closing 0 9", "2 resv_dead_owner LOCK 9", "1 resv_unlocking LOCK 7")),
     ("given back by its owner", ("1 resv_locked LOCK 7", "2 resv_unlocking LOCK 8")),
     ("changes under its lock", ("1 resv_locked LOCK 7", "1 resv_unlocking LOCK 7", "1 resv_added LIST 1")),
