@@ -411,6 +411,8 @@ static PyObject *py_sync_wake_all(Shm *s, PyObject *arg) {
   return ended < 0 ? NULL : PyBool_FromLong(sync_wake_all(s, ended) >= 0);
 }
 
+static PyObject *sync_wake_missed(Shm *s, PyObject *unused) { return PyBool_FromLong(advance_all(s, 0, 0) >= 0); }
+
 static PyObject *sync_count(Shm *s, PyObject *unused) {
   unsigned long found = 0;
   for (uint32_t c = 0, n = chunk_count(s); c < n; c++)
@@ -438,6 +440,9 @@ PyMethodDef sync_methods[] = {
      "sync_wake($self, handle, /)\n--\n\nAdvance the sync files that wait for a signaled fence. Return False to be called again."},
     {"sync_wake_all", (PyCFunction)py_sync_wake_all, METH_O,
      "sync_wake_all($self, ended, /)\n--\n\nAdvance all sync files; ended: every fence is signaled. Return False to be called again."},
+    METHOD(sync_wake_missed, METH_NOARGS, "($self, /)",
+           "Advance the sync files that wait for a fence which has ended, as after one that was signaled from another network namespace.\n"
+           "Return False to be called again."),
     METHOD(sync_count, METH_NOARGS, "($self, /)",
            "Return how many sync files some process has the descriptor of. Asks the kernel for each."),
     {0}};

@@ -353,6 +353,17 @@ def test_from_fd_of_spoilt_content_is_euclean(sw: SwSync, content: bytes) -> Non
     os.pwrite(sw.fileno(), b"dmabufW\1" + bytes(56), 0)
 
 
+def test_timeline_that_a_peer_cuts_off_is_euclean_and_leaves_nothing_open() -> None:
+    sw = SwSync()
+    before = len(os.listdir("/proc/self/fd"))
+    sw.create_fence(1).close()
+    os.ftruncate(sw.fileno(), 0)
+    for use in (sw.inc, sw.statistics, sw.close):
+        with raises_errno(errno.EUCLEAN):
+            use()
+    assert len(os.listdir("/proc/self/fd")) == before - 2  # the descriptor that travels, and this process's own
+
+
 def test_it_is_not_pickled_to_bytes(sw: SwSync) -> None:
     import pickle
 

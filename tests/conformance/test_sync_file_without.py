@@ -5,6 +5,7 @@ import os
 import select
 import shutil
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 
 import dmabuf
 from dmabuf import SyncFile, Timeline
+from dmabuf._native import OFF_SWEEP, TICK_FENCE
 from tests.support import no_sockets
 from tests.support.children import Parent, Spawn
 from tests.support.steps import fork, reap
@@ -89,23 +91,48 @@ def signals_elsewhere(parent: Parent) -> str:
     return "signaled"
 
 
-@pytest.mark.parametrize("holds", [True, False], ids=["SyncFile", "bare descriptor"])
-def test_descriptor_signaled_from_another_network_namespace_becomes_readable(child: Spawn, holds: bool) -> None:
+def sweeps(_: Spawn) -> None:
+    dmabuf.Domain.default().sweep()
+
+
+def waits(_: Spawn) -> None:
+    dmabuf.Domain.default().shm.store64(OFF_SWEEP, 0)  # nobody has swept for long
+    dmabuf.Domain.default().tick(TICK_FENCE, 0)
+
+
+def joins(child: Spawn) -> None:
+    child(join).result()
+
+
+def join(_: Parent) -> None:
+    dmabuf.Domain.default().join()
+
+
+HOW: dict[str, Callable[[Spawn], None] | None] = {
+    "SyncFile": None,
+    "process sweeps": sweeps,
+    "process waits": waits,
+    "process joins": joins,
+}
+
+
+@pytest.mark.parametrize("how", HOW.values(), ids=HOW)
+def test_descriptor_signaled_from_another_network_namespace_becomes_readable(child: Spawn, how: Callable[[Spawn], None] | None) -> None:
     other = child(signals_elsewhere)
     (fence,) = dmabuf.recv(other.sock)
     if other.recv() == "may not":
         pytest.skip("this user may not make a network namespace")
     sf = SyncFile(fence)
     fd = sf.dup()
-    if not holds:
+    if how is not None:
         sf.close()
     other.send("signal")
     assert other.result() == "signaled"
-    if holds:
+    if how is None:
         select.select([fd], [], [])  # by this process, which watches the fence
     else:
         assert not readable(fd)
-        assert dmabuf.Domain.default().wake_sync_files()  # as the next that finds somebody dead
+        how(child)
         assert readable(fd)
     sf.close()
     os.close(fd)

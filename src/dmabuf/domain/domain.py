@@ -127,6 +127,10 @@ class Domain:
                 if known.path == where:
                     return known
             with needing_descriptors("open domain", where), place.entered(where, told.append) as (fd, identity):
+                st = os.fstat(fd)
+                for known in _ALL:  # by another name, such as one through a symbolic link
+                    if known.file == (st.st_dev, st.st_ino):
+                        return known
                 shm = _shm_of(owned(fcntl.fcntl, fd, fcntl.F_DUPFD_CLOEXEC, 3))
                 domain = cls(where, shm, identity.decode())
                 domain._join_here()
@@ -230,6 +234,7 @@ class Domain:
         self.reap_dead()
         shm.begin_boot(place.boot_id())
         first = lives.begin(shm) * CTX_PER
+        shm.sync_wake_missed()
         self._free_ctx = [first + i for i in range(CTX_PER - 1, CTX_FIRST_IN_LIFE - 1, -1)]
         self._free_timelines, self._closed_timelines = [], []
         if "multiprocessing.util" in sys.modules:  # its children end by os._exit, which knows no atexit
@@ -341,6 +346,7 @@ class Domain:
             return
         if shm.cas64(OFF_SWEEP, last, now):
             self.reap_dead()
+            shm.sync_wake_missed()
 
     def reap_dead(self) -> int:
         """Reap every life whose process is gone. Return how many."""
@@ -362,6 +368,7 @@ class Domain:
     def sweep(self) -> None:
         """Clean up after the dead and after buffers that are gone, although no process waits for that."""
         self.reap_dead()
+        self.shm.sync_wake_missed()
         self.sweep_hooks()
 
     def pid_of(self, life: int) -> int:

@@ -10,6 +10,7 @@ A forked child shares what it inherits, and makes a description of its own at fi
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -84,7 +85,8 @@ class _Locked(Bracket):
         if own is None or not is_mine(mutex):
             return
         if own is self._file._own:  # not in a forked child
-            own.set_lock(fcntl.F_UNLCK, _LOCK)
+            with contextlib.suppress(ClosedError):  # somebody else closed the descriptor, and the kernel freed the lock with it
+                own.set_lock(fcntl.F_UNLCK, _LOCK)
         mutex.release()
 
 

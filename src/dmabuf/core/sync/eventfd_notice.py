@@ -79,10 +79,11 @@ class EventfdNotice:
 
     def cancel(self) -> None:
         """Take the request back. The eventfd is not written any more. Canceling twice, or too late, has no effect."""
-        waits, self.waits = self.waits, None
+        waits = self.waits
         if waits is not None and not flagged(waits[0]):
             waits[0].remove_callback(waits[1])
         self.end()
+        self.waits = None
 
 
 def _has_room(fd: int) -> bool:

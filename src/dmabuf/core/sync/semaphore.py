@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from dmabuf._native import FF_ANYBODY, OFF_CONTEXT
+from dmabuf._native import FF_ANYBODY, OFF_CONTEXT, finish
 from dmabuf.core.base.clock import monotonic_deadline, seconds_left
 from dmabuf.core.fence.array import DmaFenceArray
 from dmabuf.core.fence.fence import DmaFence, unbound_timeline, wrap
@@ -408,8 +408,12 @@ class TimelineSemaphore(SharedObject):
             self._notices.discard,
             self.eventfd,
         )
-        self._notices.add(notice)
-        notice.advance()
+        try:
+            self._notices.add(notice)
+            notice.advance()
+        except BaseException:
+            finish(notice.cancel)
+            raise
         return notice
 
 

@@ -140,8 +140,9 @@ class View:
     def update(self, record: Record, pending: Callable[[int], bool]) -> Self:
         """Read what is new. Nonsense raises struct.error or IndexError."""
         version, length = record.version()
-        if version != self._version or length < self._length:
-            self._version, self._length = -1, 0
+        known, self._version = self._version, -1  # until all of it is read: the next look after an interrupted one reads it anew
+        if version != known or length < self._length:
+            self._length = 0
             self.nodes.clear()
             self.kind, self.reached, self.head = EMPTY, 0, 0
             if length:

@@ -36,7 +36,8 @@ class PendingFences:
 
     def __init__(self, file: SharedFile) -> None:
         self._file = file
-        self._epoch = -1  # of the list, when it was read
+        self._epoch = -1  # of the list, when it was read; -1 while what is known of it changes: who is interrupted then reads it anew
+        self._removed = -1  # the epoch of the list from which due() has removed some
         self._read = 0  # entries
         self._value = self.count()  # of the timeline, when it was read
         self._position = self._value  # the same, without wrapping: what orders the fences doesn't change with the count
@@ -49,7 +50,10 @@ class PendingFences:
         return self._number(VALUE)
 
     def _number(self, offset: int) -> int:
-        return int(U32.unpack(self._file.read(offset, 4))[0])
+        raw = self._file.read(offset, 4)
+        if len(raw) < 4:
+            raise fail(errno.EUCLEAN, "look up", "a SwSync", "make a new one", what="another program wrote to its descriptor")
+        return int(U32.unpack(raw)[0])
 
     def _used(self) -> int:
         return min(self._number(_COUNT), MAX_PENDING)
@@ -65,17 +69,18 @@ class PendingFences:
 
     def _update(self, shm: Shm) -> None:
         value, used, epoch = self.count(), self._used(), self._number(_EPOCH)
+        known, self._epoch = self._epoch, -1
         self._position += value - self._value & UINT_MAX
         self._value = value
-        if epoch != self._epoch or used < self._read:
-            self._epoch, self._read = epoch, 0
+        if epoch != known or used < self._read:
+            self._read = 0
             self._ordered.clear()
             self._by_value.clear()
         for handle, at in self._entries(self._read, used - self._read):
             if handle and shm.fence_pending(handle):
                 heapq.heappush(self._ordered, (self._position + ahead(at, value), at, handle))
                 self._by_value[at] = handle
-        self._read = used
+        self._read, self._epoch = used, epoch
 
     def at(self, shm: Shm, value: int) -> int:
         """Return the handle of a fence of this value that is pending, 0: there is none."""
@@ -87,8 +92,12 @@ class PendingFences:
         return handle
 
     def due(self, shm: Shm, n: int) -> list[tuple[int, int, int]]:
-        """Remove those that are due when the count is n more, and return (how far ahead, value, handle), the earliest first."""
+        """Remove those that are due when the count is n more, and return (how far ahead, value, handle), the earliest first.
+
+        The caller signals them and then calls :meth:`settle`. If it is interrupted before, the list is read anew.
+        """
         self._update(shm)
+        self._removed, self._epoch = self._epoch, -1
         found = []
         while self._ordered and self._ordered[0][0] <= self._position + n:
             position, value, handle = heapq.heappop(self._ordered)
@@ -98,10 +107,9 @@ class PendingFences:
                 found.append((position - self._position, value, handle))
         return found
 
-    def put_back(self, due: list[tuple[int, int, int]]) -> None:
-        """Undo :meth:`due` for fences that were not signaled, because of an exception: the list is read anew."""
-        if due:
-            self._epoch = -1
+    def settle(self) -> None:
+        """Those that :meth:`due` returned last are signaled."""
+        self._epoch = self._removed
 
     def append(self, shm: Shm, handle: int, value: int) -> None:
         """Append a pending fence to the list, which is compacted first if half of its fences are signaled.

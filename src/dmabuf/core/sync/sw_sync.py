@@ -15,6 +15,7 @@ with every fence up to that value signaled.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import errno
 import os
 import struct
@@ -38,7 +39,7 @@ from dmabuf.domain.domain import Domain
 from dmabuf.domain.guards import finalizer, finished
 from dmabuf.domain.shared_file import SharedFile
 from dmabuf.domain.weak_objects import WeakObjects
-from dmabuf.errors import fail
+from dmabuf.errors import ClosedError, fail
 
 KIND: Final = "sw_sync"
 INT_MAX: Final = 0x7FFFFFFF
@@ -143,6 +144,7 @@ class SwSync(SharedObject):
                 self._signal_all()
             except OSError as e:
                 if e.errno != errno.EDEADLK:
+                    self._file.close()
                     raise
                 self._guarded = True
                 self.domain.retries.later(self._signal_later)  # a signal handler called it in the middle of a call
@@ -159,8 +161,9 @@ class SwSync(SharedObject):
             self._own = deque()
             if self._timeline is not None and not inherited(self._timeline):
                 known = KNOWN.of(self.domain)
-                # Without the lock, because entries that others add now are not ours.
-                self._own.extend(handle for handle, _ in self._pending.all(self.domain.shm) if _is_own(known.get(handle)))
+                with contextlib.suppress(ClosedError):  # somebody else closed the descriptors: who has the timeline can't be said any more
+                    # Without the lock, because entries that others add now are not ours.
+                    self._own.extend(handle for handle, _ in self._pending.all(self.domain.shm) if _is_own(known.get(handle)))
         while self._own and not self.domain.shm.fence_pending(self._own[0]):
             self._own.popleft()
         return self._own
@@ -267,19 +270,16 @@ class SwSync(SharedObject):
         shm = self.domain.shm
         target = self._pending.count() + n & UINT_MAX
         due = self._pending.due(shm, n)
-        try:
-            if due:
-                self._file.write(_ENDING, U32.pack(1))
-            for distance, at, handle in due:
-                if distance > 0:
-                    self._file.write(VALUE, U32.pack(at))
-                    step("sw_counted")  # this one is due and pending: the next inc of any holder signals it, or its owner's death
-                shm.fence_end_any(handle, 0)
-                step("sw_ended")  # as after an inc by less
-            self._file.write(VALUE, U32.pack(target))
-        except BaseException:
-            self._pending.put_back(due)
-            raise
+        if due:
+            self._file.write(_ENDING, U32.pack(1))
+        for distance, at, handle in due:
+            if distance > 0:
+                self._file.write(VALUE, U32.pack(at))
+                step("sw_counted")  # this one is due and pending: the next inc of any holder signals it, or its owner's death
+            shm.fence_end_any(handle, 0)
+            step("sw_ended")  # as after an inc by less
+        self._file.write(VALUE, U32.pack(target))
+        self._pending.settle()
         if due:
             self._file.write(_ENDING, U32.pack(0))
 
