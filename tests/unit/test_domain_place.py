@@ -232,6 +232,14 @@ def test_another_user_is_refused_what_is_ours(where: Path) -> None:
     in_process(as_somebody)
 
 
+def test_domain_is_one_object_by_whatever_path(where: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(where.parent)
+    domain = dmabuf.Domain.open(where)
+    assert dmabuf.Domain.open(tmp_path / "link" / where.name) is domain
+    assert dmabuf.Domain.open(where.parent / ".." / where.parent.name / where.name) is domain
+    domain.leave()
+
+
 def test_a_link_to_a_directory_is_refused(where: Path) -> None:
     real = where.with_name("real")
     real.mkdir(mode=0o700)
