@@ -3,6 +3,7 @@
 #include "errors.h"
 #include <fcntl.h>
 #include <signal.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 /* The signal for asynchronous input, which this library never asks for, so no signal comes. Nobody else chooses the last one. */
@@ -30,7 +31,7 @@ int fd_mark(int fd, fd_id *id) {
 
 bool fd_is(int fd, const fd_id *id) {
   struct stat st;
-  if (fd >= 0 && !fstat(fd, &st) && stat_is(&st, id) && (!id->marked || fcntl(fd, F_GETSIG) == MARK)) return true;
+  if (fd >= 0 && !syscall(SYS_fstat, fd, &st) && stat_is(&st, id) && (!id->marked || fcntl(fd, F_GETSIG) == MARK)) return true;
   errno = ESTALE;
   return false;
 }
