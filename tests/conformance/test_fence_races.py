@@ -86,7 +86,7 @@ def test_descriptor_is_closed_once_when_from_fd_raises(sf: SyncFile, monkeypatch
 
     fd = sf.fileno()
     with monkeypatch.context() as patched:
-        patched.setattr(SyncFile, "_watch_next", fails)
+        patched.setattr(SyncFile, "_watch_foreign", fails)
         with pytest.raises(Interrupt):
             SyncFile.from_fd(fd)
         ends = os.pipe()  # has the number now
