@@ -2,13 +2,14 @@
 
 import errno
 import os
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 import dmabuf
 from dmabuf import Domain
-from dmabuf.domain import place
+from dmabuf.domain import place, shared_file
 from tests.support.children import Spawn
 from tests.support.errnos import raises_errno
 from tests.support.interrupts import Interrupt, interrupted
@@ -59,6 +60,33 @@ def test_join_is_etimedout_while_a_stopped_process_has_the_lifecycle_lock(child:
     other.result()
     with place.lifecycle_lock(Domain.default().fileno()):
         pass
+
+
+def holds_the_lock_of_shared_state(parent: Any) -> None:
+    (one,) = dmabuf.recv(parent.sock)
+    with one._file.locked():
+        parent.send("has it")
+        parent.recv()
+
+
+@pytest.mark.parametrize("make", [dmabuf.SwSync, dmabuf.TimelineSemaphore])
+def test_shared_state_is_etimedout_while_a_stopped_process_has_its_lock(
+    child: Spawn, monkeypatch: pytest.MonkeyPatch, make: Callable[[], Any]
+) -> None:
+    monkeypatch.setattr(shared_file, "LOCK_S", 0.05)
+    other = child(holds_the_lock_of_shared_state)
+    with make() as one:
+        dmabuf.send(other.sock, one)
+        assert other.recv() == "has it"
+        other.stop()
+        for _ in range(2):  # the first one keeps nothing locked
+            with raises_errno(errno.ETIMEDOUT) as caught:
+                one.statistics()
+            assert f"process {other.pid} has held" in str(caught.value)
+        other.resume()
+        other.send()
+        other.result()
+        one.statistics()
 
 
 def test_wait_for_lifecycle_lock_ends_with_a_handlers_exception(child: Spawn) -> None:

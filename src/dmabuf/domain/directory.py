@@ -78,7 +78,8 @@ def _make_directory(path: Path) -> None:
         step("directory_made")  # an empty directory of a name that nobody uses
         rename_new(made, path)
     except BaseException:
-        os.rmdir(made)
+        with contextlib.suppress(FileNotFoundError):  # a signal handler raised after the renaming
+            os.rmdir(made)
         raise
 
 

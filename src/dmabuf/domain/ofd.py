@@ -8,7 +8,10 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import select
 import struct
+import time
+from collections.abc import Callable
 
 from dmabuf._native import OwnedFd, owned
 from dmabuf.errors import fail
@@ -45,6 +48,20 @@ def reopen_owned(fd: int) -> OwnedFd:
         return owned(os.open, f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
         raise fail(errno.ENOSYS, "open domain", "/proc", "mount it", what="there is no /proc") from None
+
+
+def lock_within(seconds: float, take: Callable[[], bool]) -> bool:
+    """Call ``take`` until it returns True. Return False if it doesn't, because another process that has the lock is stopped.
+
+    The kernel's own wait for a lock has no timeout.
+    """
+    end, pause = time.monotonic() + seconds, 0.0001
+    while not take():
+        if time.monotonic() > end:
+            return False
+        select.select([], [], [], pause)
+        pause = min(2 * pause, 0.016)
+    return True
 
 
 def lock_holder(fd: int, byte: int) -> int:

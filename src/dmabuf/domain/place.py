@@ -23,11 +23,9 @@ import functools
 import os
 import re
 import secrets
-import select
 import struct
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from dmabuf._native import (
@@ -58,7 +56,7 @@ from dmabuf.domain import proved
 from dmabuf.domain.directory import make_file, open_file, remove_socket
 from dmabuf.domain.directory import open_directory as open_directory
 from dmabuf.domain.ofd import OFD_SETLK as OFD_SETLK
-from dmabuf.domain.ofd import lock_holder, reopen_owned
+from dmabuf.domain.ofd import lock_holder, lock_within, reopen_owned
 from dmabuf.domain.ofd import ofd_lock as ofd_lock
 from dmabuf.domain.ofd import ofd_locked as ofd_locked
 from dmabuf.domain.ofd import reopen as reopen
@@ -102,15 +100,10 @@ class lifecycle_lock(Bracket):
         return own.number
 
     def _wait(self, own: int) -> None:
-        # By looking again and again, since the kernel's wait for a lock has no timeout.
-        end, pause = time.monotonic() + LIFECYCLE_S, 0.0005
-        while not ofd_lock(own, fcntl.F_WRLCK, LIFECYCLE_BYTE):
-            if time.monotonic() > end:
-                who = lock_holder(own, LIFECYCLE_BYTE)
-                what = f"{f'process {who}' if who else 'another process'} has held its lifecycle lock for {LIFECYCLE_S:g} s"
-                raise fail(errno.ETIMEDOUT, "lifecycle lock", "the domain", "continue that process (kill -CONT), or end it", what=what)
-            select.select([], [], [], pause)
-            pause = min(2 * pause, 0.016)
+        if not lock_within(LIFECYCLE_S, lambda: ofd_lock(own, fcntl.F_WRLCK, LIFECYCLE_BYTE)):
+            who = lock_holder(own, LIFECYCLE_BYTE)
+            what = f"{f'process {who}' if who else 'another process'} has held its lifecycle lock for {LIFECYCLE_S:g} s"
+            raise fail(errno.ETIMEDOUT, "lifecycle lock", "the domain", "continue that process (kill -CONT), or end it", what=what)
 
     def leave(self) -> None:
         """Release it."""
@@ -306,7 +299,8 @@ def replace_file(directory: int, identity: bytes) -> None:
         os.rename(name, FILE, src_dir_fd=directory, dst_dir_fd=directory)
         step("domain_replaced")
     except BaseException:
-        os.unlink(name, dir_fd=directory)
+        with suppress(FileNotFoundError):  # a signal handler raised after the renaming
+            os.unlink(name, dir_fd=directory)
         raise
     finally:
         os.close(fd)

@@ -27,11 +27,13 @@ from dmabuf._native import Bracket, OwnedFd, Points, owned, step
 from dmabuf.domain.domain import Domain, known
 from dmabuf.domain.forks import fork_lock, is_mine
 from dmabuf.domain.guards import WeakValues
+from dmabuf.domain.ofd import lock_holder, lock_within
 from dmabuf.domain.place import SHARE_DOMAIN
 from dmabuf.domain.weak_objects import WeakObjects
 from dmabuf.errors import ClosedError, DmaBufError, fail
 
 RECORD_ROOM = 256  # bytes at the beginning of a file with a record; the first half is for the module that made the file
+LOCK_S = 30.0  # seconds that a process waits for the lock, which others hold for microseconds
 MOST_BYTES = 16 << 20  # of a record, so that a number that somebody wrote costs no more
 _RECORD = struct.Struct("=IIQQQQQQ")  # which of two copies counts; of each: offset, room, length
 _RECORD_AT = 128
@@ -75,9 +77,15 @@ class _Locked(Bracket):
         mutex.acquire()
         if not set_lock(own, fcntl.F_WRLCK, _LOCK):
             step("~cell")
-            set_lock(own, fcntl.F_WRLCK, _LOCK, 1, True)
+            self._wait(own)
         if self._then is not None:
             self._then()
+
+    def _wait(self, own: OwnedFd) -> None:
+        if not lock_within(LOCK_S, lambda: set_lock(own, fcntl.F_WRLCK, _LOCK)):
+            who = lock_holder(own.fileno(), _LOCK)
+            what = f"{f'process {who}' if who else 'another process'} has held its lock for {LOCK_S:g} s"
+            raise fail(errno.ETIMEDOUT, "lock", "shared state", "continue that process (kill -CONT), or end it", what=what)
 
     def leave(self) -> None:
         """Release it. A signal handler may have raised before it was taken: releasing a free lock has no effect."""
@@ -176,7 +184,8 @@ class SharedFile:
         return cls(own, found_domain)
 
     def locked(self, then: Callable[[], object] | None = None) -> AbstractContextManager[None]:
-        """Hold the lock. Errors: EDEADLK this thread holds it already, because a signal handler came in the middle of a call.
+        """Hold the lock. Errors: EDEADLK this thread holds it already, because a signal handler came in the middle of a call; ETIMEDOUT
+        another process has held it for :data:`LOCK_S`, because it is stopped.
 
         ``then``: called first in the block.
         """
