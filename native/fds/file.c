@@ -50,7 +50,7 @@ static PyObject *locks_seen(PyObject *module, PyObject *unused) {
   r = lock_pass_believed(&pass);
   error = errno;
   Py_END_ALLOW_THREADS
-  if (r && error == EAGAIN) Py_RETURN_NONE;
+  if (r && error != EMFILE && error != ENFILE && error != ENOMEM) Py_RETURN_NONE; /* nobody can say */
   if (r) {
     errno = error;
     return PyErr_SetFromErrno(PyExc_OSError);

@@ -17,7 +17,8 @@ typedef struct {
  * refused, since it may lack some; -1: errno. */
 int lock_pass_make(lock_pass *pass);
 
-/* Make passes until one is not refused, but not for ever. 0; -1: errno, EAGAIN if each was refused. */
+/* Make passes until one is not refused, but not for ever. A pass that lacks a lock of this process, made to be found, proves nothing.
+ * 0; -1: errno, EAGAIN if each was refused, ENODATA if /proc/locks doesn't show the lock. */
 int lock_pass_believed(lock_pass *pass);
 
 int lock_pass_has(const lock_pass *pass, uint64_t dev, uint64_t ino);

@@ -7,6 +7,7 @@ forked child.
 from __future__ import annotations
 
 import array
+import ctypes
 import errno
 import os
 import signal
@@ -24,12 +25,15 @@ from dmabuf.core.buffer.handle import handle_of
 from dmabuf.core.get import from_fd
 from dmabuf.domain import domain as domain_module
 from dmabuf.domain import place
+from dmabuf.domain.records import ABSENT_PASSES
 from tests.support.forks import FORKS
 from tests.support.mounts import mounted
 from tests.support.places import FILE, in_process, left, visit
 from tests.support.steps import Held, fork, killed_at, reap, trace
 
 pytestmark = [pytest.mark.crash, pytest.mark.timeout(300)]
+
+NOT_ALLOWED = 77
 
 
 @pytest.fixture(params=["memory", "overlay"])
@@ -119,6 +123,33 @@ def test_facts_outlive_all_processes_in_a_message(where: Path, pair: tuple[socke
     in_process(lambda: come_and_go(where))
     assert left(where) == [FILE]
     assert size(where) == _native.HEADER_BYTES
+
+
+def hide_locks() -> None:
+    """Give this process an empty /proc/locks, as a sandbox may."""
+    libc = ctypes.CDLL(None)
+    if libc.unshare(0x20000) or libc.mount(b"none", b"/", None, 0x44000, None):  # CLONE_NEWNS; MS_REC | MS_PRIVATE
+        os._exit(NOT_ALLOWED)
+    if libc.mount(b"/dev/null", b"/proc/locks", None, 0x1000, None):  # MS_BIND
+        os._exit(NOT_ALLOWED)
+
+
+def test_facts_outlive_a_process_that_can_not_see_locks(where: Path, pair: tuple[socket.socket, socket.socket]) -> None:
+    assert reap(fork(lambda: send_and_die(where, pair[0]))) == -signal.SIGKILL
+
+    def visit_blind() -> None:
+        hide_locks()
+        assert _native.locks_seen() is None
+        for _ in range(ABSENT_PASSES + 1):
+            domain = dmabuf.Domain.open(where)
+            domain.sweep()
+            domain.leave()
+
+    seen = reap(fork(visit_blind))
+    if seen == NOT_ALLOWED:
+        pytest.skip("mounts are not allowed here")
+    assert seen == 0
+    in_process(lambda: receive(where, pair[1]))
 
 
 def test_facts_outlive_all_processes_in_a_descriptor(where: Path, pair: tuple[socket.socket, socket.socket]) -> None:

@@ -354,7 +354,7 @@ def _resv_gone(record: Record) -> OSError:
 def reference_locks() -> set[tuple[int, int]] | None:
     """Return (st_dev, st_ino) of every file that has an OFD lock, from a pass over /proc/locks that misses none (proc(5)).
 
-    Return None if other programs lock and unlock so much that no pass can be believed.
+    Return None if other programs lock and unlock so much that no pass can be believed, or if a sandbox hides the locks.
     """
     with needing_descriptors("look up", "reference locks in /proc"):
         found = locks_seen()
