@@ -11,6 +11,7 @@
 #include "domain/reset.h"
 #include "domain/bytes.h"
 #include "domain/fence.h"
+#include "domain/file.h"
 #include "domain/step.h"
 #include "domain/sync.h"
 #include "domain/table.h"
@@ -203,7 +204,14 @@ static PyObject *begin_boot(Shm *s, PyObject *arg) {
     return NULL;
   }
   memcpy(boot, PyBytes_AS_STRING(arg), sizeof boot);
-  if (!memcmp(hdr(s)->boot, boot, sizeof boot)) Py_RETURN_FALSE;
+  static const char unknown[sizeof boot];
+  if (!memcmp(hdr(s)->boot, boot, sizeof boot) || !memcmp(unknown, boot, sizeof boot)) Py_RETURN_FALSE;
+  int fd = shm_file(s);
+  if (fd < 0 || byte_locked(s, fd, LIFE_BYTE, DB_LIVES)) Py_RETURN_FALSE; /* a container may be told another id than its host */
+  if (!memcmp(hdr(s)->boot, unknown, sizeof boot)) {
+    memcpy(hdr(s)->boot, boot, sizeof boot);
+    Py_RETURN_FALSE;
+  }
   atomic_store(&hdr(s)->table_lock, TL_NOBODY); /* the next owner frees what is DYING; before the rest, since that may end here */
   for (uint32_t i = 0, n = chunk_count(s) * RECS_PER; i < n; i++) {
     db_rec *r = rec_at(s, i);
@@ -225,6 +233,7 @@ PyMethodDef reset_methods[] = {
            "If nobody lives in the domain and nobody else maps its file, look at a private copy from now on, and give the file's memory\n"
            "back. The lifecycle lock is held. Return whether it was given back."),
     METHOD(begin_boot, METH_O, "($self, boot, /)",
-           "Forget all buffers if the file is of another boot of the machine. The lifecycle lock is held. Return whether it was."),
+           "Forget all buffers if the file is of another boot of the machine, and nobody lives there. Zeros are an id that isn't known.\n"
+           "The lifecycle lock is held. Return whether it was."),
     METHOD(look_again, METH_NOARGS, "($self, /)", "Map the file again if a private copy is mapped. The lifecycle lock is held."),
     {0}};

@@ -28,7 +28,7 @@ from dmabuf.domain import place
 from dmabuf.domain.records import ABSENT_PASSES
 from tests.support.forks import FORKS
 from tests.support.mounts import mounted
-from tests.support.places import FILE, in_process, left, visit
+from tests.support.places import FILE, in_process, inhabitant, left, visit
 from tests.support.steps import Held, fork, killed_at, reap, trace
 
 pytestmark = [pytest.mark.crash, pytest.mark.timeout(300)]
@@ -125,12 +125,12 @@ def test_facts_outlive_all_processes_in_a_message(where: Path, pair: tuple[socke
     assert size(where) == _native.HEADER_BYTES
 
 
-def hide_locks() -> None:
-    """Give this process an empty /proc/locks, as a sandbox may."""
+def hide(path: bytes) -> None:
+    """Give this process an empty file of /proc, as a sandbox may."""
     libc = ctypes.CDLL(None)
     if libc.unshare(0x20000) or libc.mount(b"none", b"/", None, 0x44000, None):  # CLONE_NEWNS; MS_REC | MS_PRIVATE
         os._exit(NOT_ALLOWED)
-    if libc.mount(b"/dev/null", b"/proc/locks", None, 0x1000, None):  # MS_BIND
+    if libc.mount(b"/dev/null", path, None, 0x1000, None):  # MS_BIND
         os._exit(NOT_ALLOWED)
 
 
@@ -138,7 +138,7 @@ def test_facts_outlive_a_process_that_can_not_see_locks(where: Path, pair: tuple
     assert reap(fork(lambda: send_and_die(where, pair[0]))) == -signal.SIGKILL
 
     def visit_blind() -> None:
-        hide_locks()
+        hide(b"/proc/locks")
         assert _native.locks_seen() is None
         for _ in range(ABSENT_PASSES + 1):
             domain = dmabuf.Domain.open(where)
@@ -289,6 +289,43 @@ def test_fence_of_before_a_reset_is_eownerdead_to_a_newcomer(where: Path, pair: 
 
     in_process(send)
     in_process(look)
+
+
+@pytest.mark.parametrize("told", [b"a container's id", bytes(16)], ids=["other", "none"])
+def test_buffers_stay_when_a_container_is_told_another_boot(where: Path, told: bytes) -> None:
+    def visitor() -> None:
+        place.boot_id = lambda: told  # type: ignore[assignment]
+        visit(where)
+
+    def look() -> None:
+        domain = dmabuf.Domain.open(where)
+        assert [record.name for record in dmabuf.buffers(domain=domain)] == ["inhabited"]
+        domain.leave()
+
+    with inhabitant(where):
+        in_process(visitor)
+        in_process(look)
+
+
+def test_facts_outlive_all_processes_when_the_first_knows_no_boot(where: Path, pair: tuple[socket.socket, socket.socket]) -> None:
+    def first() -> None:
+        place.boot_id = lambda: bytes(16)  # type: ignore[assignment]
+        send_and_die(where, pair[0])
+
+    assert reap(fork(first)) == -signal.SIGKILL
+    in_process(lambda: receive(where, pair[1]))
+
+
+def test_id_of_a_boot_is_not_known_where_another_file_is_mounted() -> None:
+    def look() -> None:
+        hide(b"/proc/sys/kernel/random/boot_id")
+        place.boot_id.cache_clear()
+        assert place.boot_id() == bytes(16)
+
+    seen = reap(fork(look))
+    if seen == NOT_ALLOWED:
+        pytest.skip("mounts are not allowed here")
+    assert seen == 0
 
 
 def test_buffers_of_another_boot_are_forgotten_and_numbers_go_on(where: Path, pair: tuple[socket.socket, socket.socket]) -> None:

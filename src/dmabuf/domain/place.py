@@ -258,9 +258,14 @@ def _used_elsewhere(fd: int) -> bool:
 
 @functools.cache
 def boot_id() -> bytes:
-    """Return the id of this boot of the machine, 16 bytes; zeros if the kernel doesn't tell (random(4))."""
+    """Return the id of this boot of the machine, 16 bytes; zeros if the kernel doesn't tell (random(4)).
+
+    A container manager may have mounted a file of its own there, whose id isn't that of the host and of other containers.
+    """
     try:
         with needing_descriptors("read", "the boot id"), open("/proc/sys/kernel/random/boot_id", "rb") as f:
+            if os.fstat(f.fileno()).st_dev != os.stat("/proc/self").st_dev:
+                return bytes(16)
             return bytes.fromhex(f.read().decode().strip().replace("-", "")).ljust(16, b"\0")[:16]
     except DmaBufError:
         raise  # no descriptor is free: the caller tries again
