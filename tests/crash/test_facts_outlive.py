@@ -125,12 +125,12 @@ def test_facts_outlive_all_processes_in_a_message(where: Path, pair: tuple[socke
     assert size(where) == _native.HEADER_BYTES
 
 
-def hide(path: bytes) -> None:
-    """Give this process an empty file of /proc, as a sandbox may."""
+def hide(path: bytes, by: bytes = b"/dev/null") -> None:
+    """Give this process another file, or an empty one, in place of one of /proc, as a sandbox may."""
     libc = ctypes.CDLL(None)
     if libc.unshare(0x20000) or libc.mount(b"none", b"/", None, 0x44000, None):  # CLONE_NEWNS; MS_REC | MS_PRIVATE
         os._exit(NOT_ALLOWED)
-    if libc.mount(b"/dev/null", path, None, 0x1000, None):  # MS_BIND
+    if libc.mount(by, path, None, 0x1000, None):  # MS_BIND
         os._exit(NOT_ALLOWED)
 
 
@@ -316,9 +316,12 @@ def test_facts_outlive_all_processes_when_the_first_knows_no_boot(where: Path, p
     in_process(lambda: receive(where, pair[1]))
 
 
-def test_id_of_a_boot_is_not_known_where_another_file_is_mounted() -> None:
+def test_id_of_a_boot_is_not_known_where_another_file_is_mounted(tmp_path: Path) -> None:
+    other = tmp_path / "boot_id"
+    other.write_text("11111111-2222-3333-4444-555555555555\n")
+
     def look() -> None:
-        hide(b"/proc/sys/kernel/random/boot_id")
+        hide(b"/proc/sys/kernel/random/boot_id", os.fsencode(other))
         place.boot_id.cache_clear()
         assert place.boot_id() == bytes(16)
 
