@@ -4,6 +4,9 @@ A process that registers sets this life's bit in the fence and then checks the f
 then reads the bits. So at least one of the two notices the other. A fence of this process runs its callbacks in the thread that signals, as
 in the kernel. A fence of another process runs them in the dispatcher's thread, which the signaling process wakes. If that process dies
 before it wakes the thread, the thread notices at the next tick. The thread exists only while fences of other processes are watched.
+
+Nobody wakes a process that has left. There the thread looks at every tick until nothing is watched, or until the process has joined again:
+then the new life's dispatcher takes over what is watched.
 """
 
 from __future__ import annotations
@@ -17,9 +20,9 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from dmabuf._native import LIFE_DOORBELL, LIFE_SERVED, SLOT_MASK, finish, raise_later, unraisable
+from dmabuf._native import LIFE_DOORBELL, LIFE_SERVED, SLOT_MASK, TICK_POLL, finish, raise_later, unraisable
 from dmabuf.domain import lives
-from dmabuf.domain.domain import Domain
+from dmabuf.domain.domain import TICK_NS, Domain
 from dmabuf.domain.guards import finished
 from dmabuf.domain.local import Local
 from dmabuf.domain.native_thread import NativeThread
@@ -167,7 +170,10 @@ class Dispatcher:
         one, last, ticked = SLOT_MASK + 1, 0, True
         while True:
             seen = shm.load32(self._doorbell)  # before each look, so that who rings after the look changes it
-            if not self._running or shm.life != self.life:
+            if not self._running:
+                return
+            if shm.life != self.life:
+                self._look_on()
                 return
             with self._lock:
                 if not ticked and not self._past and (seen // one - last // one) % 1024 == 1:
@@ -196,6 +202,33 @@ class Dispatcher:
             except Exception as e:  # the error of a hook at a tick: the thread must go on
                 report(e, self._serve)
                 ticked = True
+
+    def _look_on(self) -> None:
+        """Look at what is watched at every tick, after this process has left."""
+        while self._running:
+            with self._lock:
+                handles, self._past = [*self._foreign.values(), *self._past], []
+                if not handles:
+                    self._thread = None
+                    return
+            self.domain.tick(TICK_POLL, 0)  # the owners may be dead
+            for handle in self.shm.fences_done(handles):
+                self.run(handle)
+            select.select([], [], [], TICK_NS / 1e9)
+
+    def take_over(self, old: Dispatcher) -> None:
+        """Watch what the dispatcher of an earlier life watches. A second call has no effect."""
+        with old._lock:
+            moved = [(handle, old._watched.pop(handle, {})) for handle in [*old._foreign.values(), *old._past]]
+            old._foreign, old._past = {}, []
+        for handle, calls in moved:
+            with self._lock:
+                mine = self._watched.setdefault(handle, calls)
+                while mine is not calls and calls:  # one by one: the old thread may be about to call them
+                    token = next(iter(calls))
+                    mine[token] = calls.pop(token)
+                self._look_for(handle)
+            self.shm.fence_watch(handle)  # if it is signaled already, the thread sees that
 
     def stop(self) -> None:
         """End the thread. Callbacks that are still registered don't run."""
@@ -289,4 +322,8 @@ def dispatcher(domain: Domain) -> Dispatcher:
     """Return the dispatcher of this process in a domain, made at first use and again after a fork."""
     domain.join()
     found = DISPATCHER.of(domain)
-    return found if found.life == domain.shm.life else DISPATCHER.renew(domain, found)
+    if found.life == domain.shm.life:
+        return found
+    made = DISPATCHER.renew(domain, found)
+    made.take_over(found)
+    return made

@@ -48,6 +48,18 @@ def wait_any(fences: Iterable[DmaFence], timeout: float | None = None, *, interr
         index = next((i for i, fence in enumerate(found) if fence.is_signaled()), None)
         return index, 0.0 if index is None else 1e-9
     check_callbacks(found, found[0].domain, "wait_any", f"{len(found)} fences")
+    index, answer = None, 1
+    while index is None and answer > 0:  # again if this process has left the domain meanwhile, which ends the fence that it sleeps on
+        index, answer = _sleep(found, until, interruptible)
+    if index is not None:
+        return index, seconds_left(until)
+    if answer < 0:
+        raise fail(errno.EINTR, "wait_any", f"{len(found)} fences", "wait again", what="interrupted by a signal")
+    return None, 0.0
+
+
+def _sleep(found: tuple[DmaFence, ...], until: int, interruptible: bool) -> tuple[int | None, int]:
+    """Return the index of the first fence that is signaled, if one is, and what ``Shm.fence_wait`` returned."""
     # It sleeps on a fence of this process, which whichever of the others comes first signals. So the sleep is one futex, and everything
     # that ends a sleep ends this one.
     domain: Domain = found[0].domain
@@ -66,16 +78,11 @@ def wait_any(fences: Iterable[DmaFence], timeout: float | None = None, *, interr
             # In one call, so that a signal handler can't raise between a callback and its note.
             watched.extend(zip((fence,), map(fence.listen, (wake,)), strict=True))
             if watched[-1][1] is None:
-                return index, seconds_left(until)
+                return index, 1
         answer = shm.fence_wait(first.handle, until, interruptible)
     finally:
         _forget(watched, stands_for)
-    index = next((i for i, fence in enumerate(found) if _signaled(fence)), None)
-    if index is not None and answer:
-        return index, seconds_left(until)
-    if answer < 0:
-        raise fail(errno.EINTR, "wait_any", f"{len(found)} fences", "wait again", what="interrupted by a signal")
-    return None, 0.0
+    return next((i for i, fence in enumerate(found) if answer and _signaled(fence)), None), answer
 
 
 @finished
