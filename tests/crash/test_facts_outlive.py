@@ -26,6 +26,7 @@ from dmabuf.core.get import from_fd
 from dmabuf.domain import domain as domain_module
 from dmabuf.domain import place
 from dmabuf.domain.records import ABSENT_PASSES
+from tests.support.budget import some_of
 from tests.support.forks import FORKS
 from tests.support.mounts import mounted
 from tests.support.places import FILE, in_process, inhabitant, left, visit
@@ -368,7 +369,7 @@ def test_facts_outlive_death_at_every_step_of_the_last_leave(where: Path, pair: 
     steps = trace(lambda: come_and_go(where))
     assert {"left_copied", "left_absent", "reset_begun", "reset_floors", "reset_chunk", "reset_counted", "reset_cut"} <= set(steps)
     in_process(lambda: receive(where, pair[1]))
-    for nth in range(1, len(steps) + 1):
+    for nth in some_of(len(steps), quick=12):
         prepare()
         killed_at(lambda: come_and_go(where), nth)
         in_process(lambda: receive(where, pair[1]))

@@ -27,6 +27,11 @@ def times(*, quick: int, full: int) -> int:
     return {"quick": quick, "full": full}[budget()]
 
 
+def some_of(count: int, *, quick: int) -> Sequence[int]:
+    """Return the numbers from 1 to ``count`` with the full budget, and ``quick`` of them, drawn at random, with the quick one."""
+    return random.sample(range(1, count + 1), min(times(quick=quick, full=count), count))
+
+
 def seeds(count: int, drawn: int) -> Sequence[int]:
     """Return the seeds of this run: ``drawn`` of those below ``count``, or the ones that ``DMABUF_TEST_SEEDS=17,18`` names."""
     given = os.environ.get(_SEEDS)

@@ -18,6 +18,7 @@ import dmabuf
 from dmabuf.domain import directory as things
 from dmabuf.domain import place
 from dmabuf.sharing.server import Server
+from tests.support.budget import some_of
 from tests.support.places import FILE, in_process, inhabitant, left, make, refused, visit
 from tests.support.steps import fork, killed_at, reap, trace
 
@@ -285,14 +286,12 @@ def test_next_process_opens_after_death_while_the_directory_is_made(open_to_all:
 
     def all_deaths() -> None:
         os.umask(mask)
-        nth = 1
         steps = trace(lambda: dmabuf.Domain.open(where.with_name("traced")).leave())
         assert ("directory_made" in steps) == bool(mask & 0o700)
-        while nth <= len(steps):
+        for nth in some_of(len(steps), quick=10):
             path = where.with_name(f"killed-{nth}")
             killed_at(lambda path=path: dmabuf.Domain.open(path).leave(), nth)
             assert reap(fork(lambda path=path: visit(path))) == 0
-            nth += 1
 
     as_user(all_deaths)
 

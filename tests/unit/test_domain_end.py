@@ -19,6 +19,7 @@ import dmabuf
 from dmabuf import _native
 from dmabuf.domain import lives, place
 from tests.support.apart import Apart
+from tests.support.budget import some_of
 from tests.support.places import FILE, MIB, die_inside, in_process, inhabitant, left, make, refused, visit
 from tests.support.steps import Held, fork, killed_at, reap, trace
 
@@ -140,7 +141,7 @@ def die_at_every_step(where: Path) -> None:
         prepare()
         steps = trace(lambda: come_and_go(where))
         assert {"domain_filled", "reset_cut"} & set(steps)
-        for nth in range(1, len(steps) + 1):
+        for nth in some_of(len(steps), quick=10):
             prepare()
             killed_at(lambda: come_and_go(where), nth)
             in_process(lambda: visit(where))
