@@ -184,9 +184,10 @@ def test_another_domain_is_searched_when_named(buf: dmabuf.DmaBuf) -> None:
 
 
 def test_reservation_objects_are_not_found() -> None:
-    resv = dmabuf.DmaResv()
+    domain = dmabuf.Domain.private()
+    resv = dmabuf.DmaResv(domain=domain)
     with raises_errno(errno.ENOENT) as caught:
-        dmabuf.open("")
+        dmabuf.open("", domain=domain)
     assert "of its 0 buffers" in str(caught.value)
     del resv
 
