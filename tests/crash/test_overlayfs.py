@@ -19,7 +19,7 @@ TESTS = (
     "tests/conformance/test_dma_fence_processes.py",
     "tests/crash/test_forks.py",
     "tests/sharing/test_passing.py",
-)[: times(quick=3, full=6)]
+)[: times(quick=2, full=6)]
 
 
 # The servers of multiprocessing outlive the run that started them for a moment. They become children of this process, which waits for them.
@@ -42,4 +42,4 @@ def test_tests_pass_with_the_domain_on_overlayfs(tmp_path: Path) -> None:
         command = [sys.executable, "-c", RUN, sys.executable, "-m", "pytest", "-n0", "-q", "-p", "no:cacheprovider", *TESTS]
         done = subprocess.run(command, check=False, cwd=ROOT, env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout
-        assert int(re.findall(r"(\d+) passed", done.stdout)[-1]) > 25
+        assert int(re.findall(r"(\d+) passed", done.stdout)[-1]) > 12

@@ -32,7 +32,7 @@ from tests.support.waiting import until_asleep
 
 pytestmark = [pytest.mark.crash, pytest.mark.timeout(600)]
 
-QUICK, FULL, LONG = 20, 200, 2000  # seeds for each program
+QUICK, FULL, LONG = 12, 200, 2000  # seeds for each program
 
 
 @contextlib.contextmanager
