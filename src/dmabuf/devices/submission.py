@@ -45,20 +45,29 @@ def submit(
     with lock_all(resvs):
         try:
             prepare()
-            found: dict[DmaFence, None] = dict.fromkeys(wait)
-            for resv, write in resvs.items():
-                resv.reserve(1)
-                found.update(dict.fromkeys(resv.fences(Usage.rw(write) if implicit else Usage.KERNEL)))
-            for attached, write in job.uses().items():
-                fence = attached.kernels_fence(write and implicit)
-                if fence is not None:
-                    found[fence] = None
-            job.dependencies = list(found)
+            job.dependencies = _dependencies(job, resvs, wait, implicit)
             # If a signal handler raises from here on, the job is in its queue and ends there in its turn.
             with queue.placing(job) as fence:
-                for resv, write in resvs.items():
-                    resv.add(fence, (Usage.WRITE if write else Usage.READ) if implicit else Usage.BOOKKEEP)
+                _add(fence, resvs, implicit)
         except BaseException:
             if not job.placed:
                 job.leave()  # before anybody can have the locks, and look for its fence
             raise
+
+
+def _dependencies(job: Job, resvs: Mapping[DmaResv, bool], wait: list[DmaFence], implicit: bool) -> list[DmaFence]:
+    """Reserve a place in each reservation object, and return what the job waits for."""
+    found: dict[DmaFence, None] = dict.fromkeys(wait)
+    for resv, write in resvs.items():
+        resv.reserve(1)
+        found.update(dict.fromkeys(resv.fences(Usage.rw(write) if implicit else Usage.KERNEL)))
+    for attached, write in job.uses().items():
+        fence = attached.kernels_fence(write and implicit)
+        if fence is not None:
+            found[fence] = None
+    return list(found)
+
+
+def _add(fence: DmaFence, resvs: Mapping[DmaResv, bool], implicit: bool) -> None:
+    for resv, write in resvs.items():
+        resv.add(fence, (Usage.WRITE if write else Usage.READ) if implicit else Usage.BOOKKEEP)

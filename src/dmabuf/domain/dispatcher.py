@@ -125,8 +125,7 @@ class Dispatcher:
         before = getattr(_here, "running", 0)
         try:
             _here.running = 1
-            while calls:
-                _call_next(calls, handle)
+            _call_all(calls, handle)
             if not before:
                 _work_off()
         finally:
@@ -224,9 +223,8 @@ class Dispatcher:
         for handle, calls in moved:
             with self._lock:
                 mine = self._watched.setdefault(handle, calls)
-                while mine is not calls and calls:  # one by one: the old thread may be about to call them
-                    token = next(iter(calls))
-                    mine[token] = calls.pop(token)
+                if mine is not calls:
+                    _move(calls, mine)
                 self._look_for(handle)
             self.shm.fence_watch(handle)  # if it is signaled already, the thread sees that
 
@@ -265,6 +263,18 @@ def defer(work: Callable[[], object]) -> None:
         _work_off()
     finally:
         _here.running = 0
+
+
+def _move(calls: dict[int, Callable[[int], object]], into: dict[int, Callable[[int], object]]) -> None:
+    """Move callbacks one by one: the thread of an earlier life may be about to call them."""
+    while calls:
+        token = next(iter(calls))
+        into[token] = calls.pop(token)
+
+
+def _call_all(calls: dict[int, Callable[[int], object]] | None, handle: int) -> None:
+    while calls:
+        _call_next(calls, handle)
 
 
 def _call_next(calls: dict[int, Callable[[int], object]], handle: int) -> None:

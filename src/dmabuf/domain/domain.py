@@ -123,14 +123,14 @@ class Domain:
     @classmethod
     def _open(cls, where: Path, told: list[str]) -> Domain:
         with _lock:
-            for known in _ALL:
-                if known.path == where:
-                    return known
+            known = _first(lambda domain: domain.path == where)
+            if known is not None:
+                return known
             with needing_descriptors("open domain", where), place.entered(where, told.append) as (fd, identity):
                 st = os.fstat(fd)
-                for known in _ALL:  # by another name, such as one through a symbolic link
-                    if known.file == (st.st_dev, st.st_ino):
-                        return known
+                known = _first(lambda domain: domain.file == (st.st_dev, st.st_ino))
+                if known is not None:  # by another name, such as one through a symbolic link
+                    return known
                 shm = _shm_of(owned(fcntl.fcntl, fd, fcntl.F_DUPFD_CLOEXEC, 3))
                 domain = cls(where, shm, identity.decode())
                 domain._join_here()
@@ -162,10 +162,10 @@ class Domain:
             own.close()
             raise fail(errno.EINVAL, "open domain", "the received fd", "send a private Domain", what="not a private domain")
         with _lock:
-            for known in _ALL:
-                if known.id == identity.decode() and known.path is None:
-                    own.close()
-                    return known
+            known = _first(lambda domain: domain.id == identity.decode() and domain.path is None)
+            if known is not None:
+                own.close()
+                return known
             with needing_descriptors("open domain", "the received fd"), place.lifecycle_lock(fd):
                 shm = _shm_of(own)
             return cls(None, shm, identity.decode())
@@ -396,7 +396,11 @@ class Domain:
 def known(identity: str) -> Domain | None:
     """Return the domain with this id, None if this process doesn't have it open."""
     with _lock:
-        return next((domain for domain in _ALL if domain.id == identity), None)
+        return _first(lambda domain: domain.id == identity)
+
+
+def _first(wanted: Callable[[Domain], bool]) -> Domain | None:
+    return next(filter(wanted, _ALL), None)
 
 
 def _warn(told: list[str]) -> None:

@@ -229,14 +229,17 @@ class Camera(Closing):
             if streaming and fd >= 0:
                 uapi.stream(fd, False)
         finally:
-            while self._accesses:
-                self._accesses.popitem()[1].__exit__(None, None, None)
-            while self.buffers:
-                self.buffers.pop().close()
+            self._let_go()
         if requested and fd >= 0:
             # Without this the driver would refuse another format. A driver that can't free buffers in use (before v4.20) refuses later.
             with contextlib.suppress(OSError):
                 uapi.request_buffers(fd, 0)
+
+    def _let_go(self) -> None:
+        while self._accesses:
+            self._accesses.popitem()[1].__exit__(None, None, None)
+        while self.buffers:
+            self.buffers.pop().close()
 
     def close(self) -> None:
         """Stop the camera and close it. Closing twice has no effect."""

@@ -144,15 +144,18 @@ class DrmNode(Closing):
                 return
             self._busy = True
             try:
-                while self._ended:
-                    handle = self._ended.popleft()
-                    self._users[handle] -= 1
-                    if not self._users[handle]:
-                        del self._users[handle]
-                        if self._fd.number >= 0:
-                            uapi.gem_close(self._fd.fileno(), handle)
+                self._count_down()
             finally:
                 self._busy = False
+
+    def _count_down(self) -> None:
+        while self._ended:
+            handle = self._ended.popleft()
+            self._users[handle] -= 1
+            if not self._users[handle]:
+                del self._users[handle]
+                if self._fd.number >= 0:
+                    uapi.gem_close(self._fd.fileno(), handle)
 
 
 class GemObject(Closing):

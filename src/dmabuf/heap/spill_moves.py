@@ -126,17 +126,20 @@ class ResidentSet:
     def _start_move_in(self, b: SpillBuffer, locked: bool) -> OwnedFd | None:
         """Wait until no thread moves it. Return None if it is in memory, else a duplicate of its description with which to move it in."""
         with self.lock:
-            while b.residency is not Residency.IN_MEMORY:
-                if b.gone:
-                    raise _closed(b)
-                if b.residency is Residency.NOT_IN_MEMORY:
-                    fd = _duplicate(b)
-                    b.residency, b.mover = Residency.MOVING_IN, threading.get_ident()
-                    return fd
-                if b.mover == threading.get_ident() or (locked and b.telling):  # the lock belongs to the callback
-                    raise fail(errno.EDEADLK, "access", b, "use it after move_notify has returned", what="this thread is moving the buffer")
-                self.changed.wait()
-            return None
+            return self._wait_to_move_in(b, locked)
+
+    def _wait_to_move_in(self, b: SpillBuffer, locked: bool) -> OwnedFd | None:
+        while b.residency is not Residency.IN_MEMORY:
+            if b.gone:
+                raise _closed(b)
+            if b.residency is Residency.NOT_IN_MEMORY:
+                fd = _duplicate(b)
+                b.residency, b.mover = Residency.MOVING_IN, threading.get_ident()
+                return fd
+            if b.mover == threading.get_ident() or (locked and b.telling):  # the lock belongs to the callback
+                raise fail(errno.EDEADLK, "access", b, "use it after move_notify has returned", what="this thread is moving the buffer")
+            self.changed.wait()
+        return None
 
     def _end_move(self, b: SpillBuffer, residency: Residency, *, claimed: bool) -> None:
         """End a move, out or in."""

@@ -320,14 +320,18 @@ def _take(
         items = _items(sock, peer, data, flags, fds)
         return objects_of(sock, items, fds, made)
     except BaseException:
-        for fd in fds:
-            fd.close()
-        for one in made:
-            if isinstance(one, BufferRange):
-                one.buf.close()
-            elif isinstance(one, DmaBuf | SwSync | SyncFile | TimelineSemaphore):
-                one.close()
+        _close(fds, made)
         raise
+
+
+def _close(fds: list[OwnedFd], made: list[Any]) -> None:
+    for fd in fds:
+        fd.close()
+    for one in made:
+        if isinstance(one, BufferRange):
+            one.buf.close()
+        elif isinstance(one, DmaBuf | SwSync | SyncFile | TimelineSemaphore):
+            one.close()
 
 
 def _items(sock: socket.socket, peer: _Peer, data: bytes, flags: int, fds: list[OwnedFd]) -> list[tuple[Any, ...]]:

@@ -351,6 +351,17 @@ class Access:
 # ---- waiting, for one access or several that are granted together ----
 
 
+def _sleep(parts: Sequence[Access], owner: Owner, pending: Sequence[int], until: int) -> None:
+    shm = parts[0]._shm
+    for fence in pending:
+        if not shm.fence_pending(fence):
+            continue
+        publish(owner, fence, blocking=True)
+        step("access_waiting")
+        if not shm.fence_wait(fence, until, False):
+            raise parts[0].timed_out()
+
+
 def wait(parts: Sequence[Access], owner: Owner, pending: Sequence[int], until: int) -> None:
     """Wait until nothing blocks the accesses."""
     shm = parts[0]._shm
@@ -359,13 +370,7 @@ def wait(parts: Sequence[Access], owner: Owner, pending: Sequence[int], until: i
         if shm.fence_is_here(fence):
             raise _stalled(parts)
     try:
-        for fence in pending:
-            if not shm.fence_pending(fence):
-                continue
-            publish(owner, fence, blocking=True)
-            step("access_waiting")
-            if not shm.fence_wait(fence, until, False):
-                raise parts[0].timed_out()
+        _sleep(parts, owner, pending, until)
     finally:
         if owner.wait_stamp:
             publish(owner, 0)

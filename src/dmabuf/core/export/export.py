@@ -132,9 +132,10 @@ def make(
             writable.close()
         buf = from_fd(fd, domain, exp_name=exp_name, home=EXPORTED, name=raw)
     except BaseException as e:
-        for opened in (fd, private):
-            if opened is not None:
-                opened.close()
+        if fd is not None:
+            fd.close()
+        if private is not None:
+            private.close()
         if isinstance(e, DmaBufError) or not isinstance(e, OSError):
             raise
         raise fail(e.errno or errno.EIO, "export", f"{size} bytes", "close buffers or raise RLIMIT_NOFILE") from None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from dmabuf._native import OFF_CONTEXT, Fence
 from dmabuf.core.base.clock import monotonic_deadline, seconds_left
@@ -74,15 +74,23 @@ def _sleep(found: tuple[DmaFence, ...], until: int, interruptible: bool) -> tupl
 
     try:
         slow_waits.STANDS_FOR[stands_for] = [fence.handle for fence in found if fence.domain is domain]
-        for index, fence in enumerate(found):
-            # In one call, so that a signal handler can't raise between a callback and its note.
-            watched.extend(zip((fence,), map(fence.listen, (wake,)), strict=True))
-            if watched[-1][1] is None:
-                return index, 1
+        ended = _listen(found, wake, watched)
+        if ended is not None:
+            return ended, 1
         answer = shm.fence_wait(first.handle, until, interruptible)
     finally:
         _forget(watched, stands_for)
     return next((i for i, fence in enumerate(found) if answer and _signaled(fence)), None), answer
+
+
+def _listen(found: tuple[DmaFence, ...], wake: Callable[[int], None], watched: list[tuple[DmaFence, int | None]]) -> int | None:
+    """Listen to the fences. Return the index of the first that is signaled already, and leave out the rest then."""
+    for index, fence in enumerate(found):
+        # In one call, so that a signal handler can't raise between a callback and its note.
+        watched.extend(zip((fence,), map(fence.listen, (wake,)), strict=True))
+        if watched[-1][1] is None:
+            return index
+    return None
 
 
 @finished

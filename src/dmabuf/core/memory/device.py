@@ -284,13 +284,17 @@ class Device:
                     piece.release()
             finally:
                 with self._calm:
-                    for iova, _ in found:
-                        inside = self._users.get(iova.serial, [])
-                        if me in inside:  # not in a child that was forked inside the block
-                            inside.remove(me)
-                        if not inside:
-                            self._users.pop(iova.serial, None)
+                    self._leave(me, [iova.serial for iova, _ in found])
                     self._calm.notify_all()
+
+    def _leave(self, thread: int, serials: list[int]) -> None:
+        """Note that a thread uses these mappings no more. The lock is held."""
+        for serial in serials:
+            inside = self._users.get(serial, [])
+            if thread in inside:  # not in a child that was forked inside the block
+                inside.remove(thread)
+            if not inside:
+                self._users.pop(serial, None)
 
     @contextmanager
     def _reaching(self, operation: str) -> Iterator[None]:

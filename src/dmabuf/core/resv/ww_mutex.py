@@ -185,16 +185,21 @@ def _take_all(resvs: Iterable[LockT], until: int, taken: Taken) -> WwAcquireCont
             except OSError as e:
                 if e.errno != errno.EDEADLK or ctx.contended is not resv:
                     raise
-                while taken[-1] is not ctx:
-                    if isinstance(taken[-1], HeldLock):
-                        taken[-1].release()
-                    del taken[-1]
+                _release_to(ctx, taken)
                 held.clear()
                 resv.take(taken, ctx, slow=True, until=until)
                 held[resv] = None
                 break
             held[resv] = None
     return ctx
+
+
+def _release_to(ctx: WwAcquireContext, taken: Taken) -> None:
+    """Release what was taken since the context was."""
+    while taken[-1] is not ctx:
+        if isinstance(taken[-1], HeldLock):
+            taken[-1].release()
+        del taken[-1]
 
 
 # ---- made-up deadlocks (CONFIG_DEBUG_WW_MUTEX_SLOWPATH) ----

@@ -260,7 +260,10 @@ class SwSync(SharedObject):
         if not 0 <= n <= UINT_MAX:
             raise fail(errno.EINVAL, "inc", f"by {n}", f"pass 0 to {UINT_MAX}", what="it is not a number of 32 bits")
         with self._locked("inc"):
-            while n > INT_MAX:
+            if n > INT_MAX:
+                self._step(INT_MAX)
+                n -= INT_MAX
+            if n > INT_MAX:  # at most twice what a step can do, and one
                 self._step(INT_MAX)
                 n -= INT_MAX
             self._step(n)
@@ -354,12 +357,15 @@ class _Guard:
             self._todo.append(step)
         while self._todo and self._lock.acquire(blocking=False):
             try:
-                while self._todo and not self._over:
-                    self._todo.popleft()()
-                if self._over:
-                    self._todo.clear()
+                self._work_off()
             finally:
                 self._lock.release()
+
+    def _work_off(self) -> None:
+        while self._todo and not self._over:
+            self._todo.popleft()()
+        if self._over:
+            self._todo.clear()
 
     def _watch_next(self) -> None:
         """Keep the dispatcher's thread ticking while one of the fences is pending."""

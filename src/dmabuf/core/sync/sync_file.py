@@ -261,27 +261,32 @@ class SyncFile(Closing):
 
     def _watch_next(self) -> None:
         with self._lock:
-            self._watch = None
-            me = weakref.ref(self)
-
-            def again(_: int) -> None:
-                this = me()
-                if this is not None:
-                    this._watch_next()
-
-            while self._foreign and not self.closed:
-                leaf = self._foreign[0]
-                token = leaf.listen(again)
-                if token is not None:
-                    self._watch = (leaf, token)
-                    return
-                self._foreign.popleft()
+            self._watch = self._listen()
+            if self._watch is not None:
+                return
             domain, place = self._domain, self._place
         # The signaler of one of them may have died before it handed on the duty to make the descriptor readable.
         if place is not None and not self.closed and self._life == domain.shm.life:
             shm, slot, gen, _ = domain.shm, *place
             if not shm.sync_advance(slot, gen):
                 domain.retries.later(lambda: shm.sync_advance(slot, gen))
+
+    def _listen(self) -> tuple[DmaFence, int] | None:
+        """Listen to the first of the foreign fences that is pending, if one is. The lock is held."""
+        me = weakref.ref(self)
+
+        def again(_: int) -> None:
+            this = me()
+            if this is not None:
+                this._watch_next()
+
+        while self._foreign and not self.closed:
+            leaf = self._foreign[0]
+            token = leaf.listen(again)
+            if token is not None:
+                return leaf, token
+            self._foreign.popleft()
+        return None
 
     def kernel_fileno(self) -> int:
         """Return the descriptor of a kernel sync_file for a driver. The sync file keeps owning it.
