@@ -61,6 +61,7 @@ def _stepper() -> ctypes.PyDLL:
     found.stepper_start.argtypes = [ctypes.c_long, ctypes.c_int, ctypes.c_char_p, ctypes.c_int]
     found.stepper_start.restype = None
     found.stepper_end.restype = ctypes.c_long
+    sys._getframe().f_trace_opcodes = True  # from 3.12 on, only a trace that begins after a frame has asked is told of instructions
     return found
 
 

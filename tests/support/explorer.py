@@ -45,6 +45,8 @@ _CHANGES = ("STORE_ATTR", "STORE_GLOBAL", "STORE_DEREF", "STORE_SUBSCR", "DELETE
 _CALLS = ("CALL", "SEND", "RETURN_VALUE", "BEFORE_WITH", "WITH_EXCEPT_START")
 _SHARED = frozenset(number for name, number in dis.opmap.items() if name.startswith((*_LOOKS_AT, *_CHANGES, *_CALLS)))
 _AT_STEPS = 0.25
+_monitoring: Any = getattr(sys, "monitoring", None)  # from 3.12 on
+_TOOL = 4  # a free number of sys.monitoring
 _LOOK_S = 0.0005  # between two looks at whether the thread with the baton sleeps
 _HANG_S = 100.0  # for a run that doesn't even notice its own limit
 _scheduler: Scheduler | None = None
@@ -109,6 +111,7 @@ class Scheduler:
         self._all: list[_Thread] = []  # those that have ended too
         self._holder: _Thread | None = None
         self._running = 0
+        self._main = threading.get_ident()
         self._rates: dict[CodeType, dict[int, float]] = {}
         self.points = 0
         self.errors: list[BaseException] = []
@@ -123,13 +126,34 @@ class Scheduler:
 
     def _at(self, frame: FrameType, event: str, argument: Any) -> Any:
         if event == "opcode":
-            rates = self._rates.get(frame.f_code)
-            if rates is None:
-                rates = self._rates[frame.f_code] = self._rates_of(frame.f_code)
-            rate = rates.get(frame.f_lasti)
-            if rate is not None:
-                self.point(rate)
+            self._at_instruction(frame.f_code, frame.f_lasti)
         return self._at
+
+    def _at_instruction(self, code: CodeType, offset: int) -> Any:
+        rates = self._rates.get(code)
+        if rates is None:
+            if not code.co_filename.startswith(self._of):
+                return None if _monitoring is None else _monitoring.DISABLE
+            rates = self._rates[code] = self._rates_of(code)
+        rate = rates.get(offset)
+        if rate is not None and threading.get_ident() != self._main:
+            self.point(rate)
+        return None
+
+    def _trace_threads(self, on: bool) -> None:
+        """Have each instruction of every thread begin at a point. A trace function misses the first run of each function in 3.13."""
+        if _monitoring is None:
+            threading.settrace(self._trace if on else None)
+            return
+        instruction = _monitoring.events.INSTRUCTION
+        if on:
+            _monitoring.use_tool_id(_TOOL, "explorer")
+            _monitoring.register_callback(_TOOL, instruction, self._at_instruction)
+            _monitoring.restart_events()
+        _monitoring.set_events(_TOOL, instruction if on else 0)
+        if not on:
+            _monitoring.register_callback(_TOOL, instruction, None)
+            _monitoring.free_tool_id(_TOOL)
 
     def _rates_of(self, code: CodeType) -> dict[int, float]:
         """How likely a thread that comes to an instruction falls behind; more likely at a named step, where something is half done."""
@@ -191,15 +215,18 @@ class Scheduler:
                 _pause(_LOOK_S / 4)
 
     def _body(self, function: Callable[[], object]) -> None:
-        sys.settrace(None)
+        if _monitoring is None:
+            sys.settrace(None)
         self._await(self._me())
-        sys.settrace(self._trace)
+        if _monitoring is None:
+            sys.settrace(self._trace)
         try:
             function()
         except BaseException as e:
             self.errors.append(e)
         finally:
-            sys.settrace(None)
+            if _monitoring is None:
+                sys.settrace(None)
             gone = self._threads.pop(threading.get_ident())
             self._running -= 1
             if self._holder is gone:
@@ -210,7 +237,7 @@ class Scheduler:
     def run(self, functions: Sequence[Callable[[], object]], limit_s: float) -> None:
         """Run each function in a thread of its own, all by the seed's order, until the last has ended."""
         sys.setswitchinterval(1000)
-        threading.settrace(self._trace)
+        self._trace_threads(True)
         self._holder = self._me()  # nobody begins before all are there
         self._running = len(functions)
         for function in functions:
@@ -220,7 +247,7 @@ class Scheduler:
         del self._threads[threading.get_ident()]
         self._give(self._best())
         self._watch(limit_s)
-        threading.settrace(None)
+        self._trace_threads(False)
         self._pid = -1  # from now on a point is nothing
         for thread in self._threads.values():
             if thread.ready:
