@@ -1,6 +1,7 @@
 /* fence_type.c - the Fence type, from which DmaFence inherits its fast paths. */
 #include "domain/fence_type.h"
 #include "domain/fence.h"
+#include "domain/guard.h"
 #include "domain/sleep.h"
 
 typedef struct {
@@ -103,13 +104,31 @@ static PyObject *fence_made(PyTypeObject *type, PyObject *args) {
   return (PyObject *)x;
 }
 
+/* The object of a fence goes: see to it that the fence is signaled. A fence that nobody else can know takes no line of Python. */
+static void fence_finalize(PyObject *self) {
+  Fence *x = (Fence *)self;
+  db_fence *f;
+  if (!owned_here(x) || !fence_pending(x->s, x->handle, &f)) return;
+  PyObject *kind, *value, *trace;
+  PyErr_Fetch(&kind, &value, &trace);
+  if (!(atomic_load(&f->word) & (FW_SHARED | FW_WAITERS)) && !atomic_load(&f->wake_mask))
+    fence_end_own(x->s, x->handle, 0, 0, 0); /* a failure would be kept for processes that look late, and there are none */
+  else {
+    PyObject *drop = PyObject_GetAttrString(self, "drop"), *done = drop ? guard_finish(drop, NULL, 0, NULL, true) : NULL;
+    if (!done) PyErr_WriteUnraisable(self);
+    Py_XDECREF(done);
+    Py_XDECREF(drop);
+  }
+  PyErr_Restore(kind, value, trace);
+}
+
 static void fence_dealloc(Fence *x) {
   PyTypeObject *type = Py_TYPE(x);
   if (x->s) {
     db_fence *f;
     PyObject *kind, *value, *trace;
     PyErr_Fetch(&kind, &value, &trace);
-    /* DmaFence has seen to it that a fence of this process is signaled by now, unless an exception kept it from that. */
+    /* A fence of this process is signaled by now, unless an exception kept drop() from that. */
     if (owned_here(x)) {
       if (fence_pending(x->s, x->handle, &f))
         fence_end_own(x->s, x->handle, 0, 1, 0);
@@ -249,13 +268,16 @@ static PyMemberDef members[] = {{"shm", T_OBJECT, offsetof(Fence, s), READONLY, 
                                 {"timeline_index", T_UINT, offsetof(Fence, timeline), READONLY, NULL},
                                 {"flags", T_UINT, offsetof(Fence, flags), READONLY, NULL},
                                 {0}};
-static PyType_Slot slots[] = {{Py_tp_doc, "A fence by its handle; the base class of DmaFence."},
-                              {Py_tp_new, fence_new},
-                              {Py_tp_dealloc, fence_dealloc},
-                              {Py_tp_methods, methods},
-                              {Py_tp_getset, getset},
-                              {Py_tp_members, members},
-                              {0, NULL}};
+static PyType_Slot slots[] = {
+    {Py_tp_doc,
+     "A fence by its handle; the base class of DmaFence, whose drop() signals a pending fence that others know when its object goes."},
+    {Py_tp_new, fence_new},
+    {Py_tp_finalize, fence_finalize},
+    {Py_tp_dealloc, fence_dealloc},
+    {Py_tp_methods, methods},
+    {Py_tp_getset, getset},
+    {Py_tp_members, members},
+    {0, NULL}};
 static PyType_Spec spec = {"dmabuf._native.Fence", sizeof(Fence), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE, slots};
 
 int fence_register(PyObject *module) {

@@ -53,7 +53,7 @@ static PyObject *guarded_call(PyObject *callable, PyObject *const *args, size_t 
 
 /* ---- finished, finalizer ---- */
 
-static PyObject *finish(PyObject *fn, PyObject *const *args, size_t nargsf, PyObject *names, bool later) {
+PyObject *guard_finish(PyObject *fn, PyObject *const *args, size_t nargsf, PyObject *names, bool later) {
   PyObject *result = PyObject_Vectorcall(fn, args, nargsf, names);
   if (result || !in_main_thread()) return result;
   PyObject *error = NULL; /* the last one that a signal handler may have raised */
@@ -79,12 +79,12 @@ static PyObject *finish(PyObject *fn, PyObject *const *args, size_t nargsf, PyOb
 
 static PyObject *finished_call(PyObject *callable, PyObject *const *args, size_t nargsf, PyObject *names) {
   Guard *g = (Guard *)callable;
-  return finish(g->fn, args, (size_t)PyVectorcall_NARGS(nargsf), names, g->kind == FINALIZER);
+  return guard_finish(g->fn, args, (size_t)PyVectorcall_NARGS(nargsf), names, g->kind == FINALIZER);
 }
 
 static PyObject *finish_call(PyObject *module, PyObject *const *args, Py_ssize_t n) {
   if (n < 1) return PyErr_Format(PyExc_TypeError, "finish() takes a function and its arguments");
-  return finish(args[0], args + 1, (size_t)n - 1, NULL, false);
+  return guard_finish(args[0], args + 1, (size_t)n - 1, NULL, false);
 }
 
 /* ---- numbered ---- */
@@ -252,7 +252,7 @@ static PyType_Spec block_spec = {
 
 static PyObject *bracket_call(PyObject *self, const char *name, bool shielded) {
   PyObject *method = PyObject_GetAttrString(self, name);
-  PyObject *result = !method ? NULL : shielded ? finish(method, NULL, 0, NULL, false) : PyObject_CallNoArgs(method);
+  PyObject *result = !method ? NULL : shielded ? guard_finish(method, NULL, 0, NULL, false) : PyObject_CallNoArgs(method);
   Py_XDECREF(method);
   return result;
 }

@@ -2,6 +2,10 @@
 #ifndef DMABUF_GUARD_H
 #define DMABUF_GUARD_H
 #include "python.h"
+#include <stdbool.h>
+
+/* Call fn again until it ends, and then raise what a signal handler raised meanwhile; later: in the main thread, a moment later. */
+PyObject *guard_finish(PyObject *fn, PyObject *const *args, size_t nargsf, PyObject *names, bool later);
 
 int guard_register(PyObject *module);
 #endif

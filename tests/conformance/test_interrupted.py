@@ -1,12 +1,13 @@
 """A signal handler that raises leaves nothing held, wherever it interrupts an operation; see tests/support/every_stop.py."""
 
+import warnings
 from collections.abc import Callable, Iterator
 
 import pytest
 
 from tests.support.budget import times
 from tests.support.every_stop import at_every_stop
-from tests.support.interrupted_world import FENCES, LOCKS, OBJECTS, World
+from tests.support.interrupted_world import FENCES, LOCKS, OBJECTS, World, dropped_fence_with_a_callback
 
 Operation = Callable[[World], None]
 
@@ -41,3 +42,9 @@ def test_interrupted_fence_leaves_no_fence_or_timeline(world: World, operation: 
 @pytest.mark.parametrize("operation", OBJECTS, ids=named)
 def test_interrupted_operation_leaves_no_descriptor_or_record(world: World, operation: Operation) -> None:
     check(world, operation)
+
+
+def test_interrupted_drop_of_a_watched_fence_leaves_no_fence(world: World) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # the drop is told
+        check(world, dropped_fence_with_a_callback)

@@ -94,6 +94,10 @@ def dropped_fence(world: "World") -> None:
     world.timeline.fence()
 
 
+def dropped_fence_with_a_callback(world: "World") -> None:
+    world.timeline.fence().add_callback(repr)
+
+
 def timeline_with_a_fence(_: "World") -> None:
     with Timeline("other") as other:
         other.fence()

@@ -25,9 +25,9 @@ from typing import Any, Protocol, TypeAlias
 
 from dmabuf._native import FF_ACCESS, FF_ANYBODY, FF_CONTAINER, FF_SEQNO64, Fence, Shm, TimelineSlot
 from dmabuf.core.task.waiting import pause
-from dmabuf.domain.dispatcher import DISPATCHER, Dispatcher, dispatcher
+from dmabuf.domain.dispatcher import DISPATCHER, dispatcher
 from dmabuf.domain.domain import Domain
-from dmabuf.domain.guards import WeakValues, finalizer
+from dmabuf.domain.guards import WeakValues
 from dmabuf.domain.local import Local
 from dmabuf.errors import contract_warning, fail
 
@@ -318,17 +318,14 @@ class DmaFence(Fence):
     def __reduce__(self) -> Any:
         raise TypeError("a DmaFence can't be pickled: send it with dmabuf.send(), or add it to a buffer's reservation object")
 
-    @finalizer
-    def __del__(self) -> None:
-        self.drop()
-
     def drop(self) -> None:
-        """Signal the fence, whose object goes, if it is this process's and pending."""
+        """Signal the fence, whose object goes, if it is this process's and pending.
+
+        The object's finalizer, which is in C, makes this call for a pending fence that others may know.
+        """
         if self.owned and not flagged(self):
             domain = getattr(self, "domain", None)  # None: a signal handler raised before it was complete
-            local: Dispatcher | None = (
-                domain.local.get(DISPATCHER) if domain is not None else None
-            )  # not peek(): each fence makes this call
+            local = DISPATCHER.peek(domain) if domain is not None else None
             shared = self.shm.fence_shared(self.handle) or (local is not None and local.watches(self.handle))
             if shared:
                 warnings.warn(
