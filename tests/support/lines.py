@@ -21,7 +21,7 @@ class Here:
         return self.fences
 
     def signal(self, *order: int) -> None:
-        """Errors: EINVAL one that has ended."""
+        """Signal these fences, in this order. One that has been signaled is EINVAL."""
         for i in order:
             self.fences[i].signal()
 

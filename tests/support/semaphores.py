@@ -11,7 +11,7 @@ def points(sem: TimelineSemaphore) -> tuple[int, int]:
 
 
 def reached(sem: TimelineSemaphore, point: int = 0) -> bool:
-    """Is it reached now? Errors: EINVAL nothing was submitted."""
+    """Return True if the point is reached now. If nothing was submitted, it fails with EINVAL."""
     try:
         return sem.wait(point, 0) > 0
     except TimeoutError:

@@ -138,7 +138,7 @@ def run(
 ) -> Outcome:
     """Run a command in a guest, in this directory. ``timeout``: seconds, for the guest as a whole. ``progress`` gets each ``@@NOW``.
 
-    Errors: ``Trouble`` where QEMU or busybox is missing; a guest that dies has the status ``DIED``, and its console says why.
+    Raise Trouble if QEMU or busybox is missing. A guest that dies has the status ``DIED``, and its console says why.
     """
     initrd = _initrd(kernel)
     job, lock = _job()

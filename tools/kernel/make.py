@@ -16,7 +16,7 @@ _ENDINGS = {"uml": "-uml", "full": "-oracle", "debian": "-amd64"}
 
 
 def kernel(wanted: str) -> Kernel:
-    """The kernel of that kind or name, made if it is not there yet. Errors: ``Trouble``."""
+    """Return the kernel of that kind or name, and make it if need be. Raise Trouble if that fails."""
     found = _ready(wanted)
     if found is None:
         if wanted not in _ENDINGS:

@@ -38,7 +38,7 @@ def check_machine() -> str | None:
 
 
 def command(name: str) -> str:
-    """The path of a program. Errors: ``Trouble``."""
+    """Return the path of a program. Raise Trouble if it is missing."""
     found = shutil.which(name, path=_PATH)
     if found is None:
         raise Trouble(f"{name} not found")
@@ -50,7 +50,7 @@ def _present(sign: str) -> bool:
 
 
 def require(packages: dict[str, str]) -> None:
-    """Install what is missing, as root; otherwise say exactly what to install. Errors: ``Trouble``."""
+    """Install what is missing, as root. Any other user gets Trouble that names what to install."""
     missing = [package for package, sign in packages.items() if not _present(sign)]
     if not missing:
         return
@@ -70,7 +70,7 @@ def require(packages: dict[str, str]) -> None:
 
 
 def download(package: str, into: Path) -> Path:
-    """A package's file, from apt's sources; nothing is installed. Errors: ``Trouble``."""
+    """Return the file of a Debian package, from apt's sources, without installing it. Raise Trouble if that fails."""
     have = sorted(into.glob(f"{package}_*.deb"))
     if have:
         return have[-1]

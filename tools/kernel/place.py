@@ -48,7 +48,7 @@ class Kernel:
 
     @property
     def image(self) -> Path:
-        """What boots. Errors: ``Trouble`` if there is none."""
+        """The file that boots. Raise Trouble if there is none."""
         for name in ("linux", "vmlinux", "vmlinuz"):
             if (self.path / name).exists():
                 return self.path / name

@@ -30,7 +30,9 @@ def domain_path(path: Path | None) -> Path:
 def snapshots_at(path: Path | None) -> tuple[Domain | None, list[BufferSnapshot]]:
     """Return the domain and its buffers, (None, []) if this user's domain doesn't exist yet.
 
-    Errors: ENOENT ``path`` is given and has no domain; those of opening one.
+    Raises:
+        NotFoundError: ``path`` is given and has no domain (ENOENT).
+        DmaBufError: The domain can't be opened.
     """
     where = domain_path(path)
     if not (where / place.FILE).exists():

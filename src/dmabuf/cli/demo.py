@@ -93,7 +93,7 @@ def _default_clip() -> Path:
 
 @contextlib.contextmanager
 def _part_of(output: Path, video: Path) -> Iterator[Path]:
-    """Yield a file beside the output, which replaces the output only when it is playable. Errors: exit status 2 if it can't be made."""
+    """Yield a file beside the output, which replaces the output only when it is playable. Exit with status 2 if it can't be made."""
     if output.exists() and output.samefile(video):
         raise click.BadParameter("it would overwrite the video", param_hint="'--output'")
     part = output.with_name(f".{output.stem}.{os.getpid()}.part{output.suffix}")

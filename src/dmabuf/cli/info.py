@@ -46,7 +46,12 @@ def command(buffer: str, path: Path | None, as_json: bool) -> None:
 def _find(wanted: str, seen: list[BufferSnapshot], domain: Domain | None) -> BufferSnapshot:
     """Return the buffer that the argument names.
 
-    Errors: ENOENT none; ENOTUNIQ several of the name; those of reading a process's descriptor (ENOENT, EACCES, EINVAL, EXDEV).
+    Raises:
+        NotFoundError: No buffer has the name or the inode, or the process or its descriptor is gone (ENOENT).
+        NotUniqueError: Several buffers have the name (ENOTUNIQ).
+        NotPermittedError: The descriptors of the process may not be read (EACCES).
+        InvalidError: The descriptor is not a buffer of this domain (EINVAL).
+        CrossDomainError: The buffer belongs to another domain (EXDEV).
     """
     if wanted.isascii() and wanted.isdigit():
         for one in seen:

@@ -51,7 +51,11 @@ class Range(NamedTuple):
     length: int
 
     def range(self, offset: int = 0, length: int | None = None) -> Range:
-        """Return a part of this range. Errors: EINVAL not within it, or empty."""
+        """Return a part of this range.
+
+        Raises:
+            InvalidError: The part is empty, or not within this range (EINVAL).
+        """
         offset = operator.index(offset)
         length = self.length - offset if length is None else operator.index(length)
         if not 0 <= offset < offset + length <= self.length:
@@ -193,9 +197,11 @@ class Attached:
         return table
 
     def enter(self, job: Job, offset: int, length: int) -> tuple[object, list[DmaEntry]]:
-        """Count a job.
+        """Count a job that uses a range. The lock is held. Return a token for :meth:`leave`, and the addresses of the range.
 
-        Return a token for :meth:`leave`, and the addresses of a range. The lock is held. Errors: as ``map``; EINVAL detached.
+        Raises:
+            InvalidError: The device is detached (EINVAL).
+            DmaBufError: The memory can't be mapped, see ``map``.
         """
         table = self._current()
         with self._counts:

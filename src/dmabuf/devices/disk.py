@@ -187,7 +187,7 @@ class DiskDevice(Importing):
         return int(await made[0])
 
     def _free(self, target: Target, operation: str) -> None:
-        """Errors: EDEADLK this task holds the lock, for which the submission, in another thread, would wait forever."""
+        """Refuse to go on if this task holds the buffer's lock (EDEADLK): the submission, in another thread, would wait for it forever."""
         whole: object = target.attached if isinstance(target, Range) else target.buf if isinstance(target, BufferRange) else target
         if isinstance(whole, (DmaBuf, Attached)) and whole.resv.held_here():  # the submission refuses anything else
             contract_warning(f"{operation}: {target!r}: this thread or task holds its reservation lock", 3)

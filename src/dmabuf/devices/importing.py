@@ -201,11 +201,15 @@ def submit_work(
 ) -> Job:
     """Queue ``work`` on some targets. It finds their addresses in ``job.reads`` and ``job.writes``.
 
-    ``within``: the bytes (offset, length) of each target. ``check`` may refuse the ranges.
+    ``within``: the bytes (offset, length) of each target. ``check`` may refuse the ranges. After an error nothing is added.
 
-    Errors, with nothing added: EBADF the queue or a buffer is closed; ENODEV no power; EPERM in a forked child; EINVAL an attachment
-    of another device, a negative delay; TypeError for something that is not a target, a fence or an option; those of ``attach``, ``map``
-    and `submission.submit`.
+    Raises:
+        ClosedError: The queue or a buffer is closed (EBADF).
+        NoDeviceError: The device has no power (ENODEV).
+        NotPermittedError: This process is a forked child, and the queue is its parent's (EPERM).
+        InvalidError: An attachment is of another device, or a delay is negative (EINVAL).
+        TypeError: Something is not a target, a fence or an option.
+        DmaBufError: ``attach``, ``map`` or `submission.submit` failed.
     """
     unknown = options.keys() - JobOptions.__annotations__
     if unknown:

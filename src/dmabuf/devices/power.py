@@ -32,7 +32,12 @@ class Powered:
         return self.domain.shm.life != self._life
 
     def check_usable(self, operation: str) -> None:
-        """Errors: EPERM in a forked child; EBADF closed."""
+        """Check that the device can be used here.
+
+        Raises:
+            NotPermittedError: This process is a forked child, and the device is its parent's (EPERM).
+            ClosedError: The device is closed (EBADF).
+        """
         if self.inherited:
             raise fail(errno.EPERM, operation, self, "make a device in this process", what="a forked child can't use its parent's device")
         if self.closed:

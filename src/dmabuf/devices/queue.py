@@ -113,7 +113,7 @@ class Job:
         return self._outcome()
 
     def _check_own_accesses(self) -> None:
-        """Errors: EDEADLK the job waits for the end of an access block of the caller, who would wait for ever."""
+        """Raise DeadlockError if the job waits for the end of an access block of the caller, who would wait forever (EDEADLK)."""
         shm, word = self.fence.shm, current(self.fence.domain).word
         for fence in self.queue.blocking(self):
             info = shm.fence_info(fence.handle) if fence.shm is shm else None
@@ -137,7 +137,13 @@ class Job:
     # ---- for the work, in the queue's thread ----
 
     def checkpoint(self) -> None:
-        """Raise the error with which the job must end now, if any; the work calls it often. Errors: ECANCELED, ENODEV, ETIME."""
+        """Raise the error with which the job must end now, if any. The work calls it often.
+
+        Raises:
+            CanceledError: The queue is closed (ECANCELED).
+            NoDeviceError: The device has lost its power since the submission (ENODEV).
+            DmaBufTimeout: The queue's timeout for a job is over (ETIME).
+        """
         if self.canceled or self.queue.canceling:
             raise fail(errno.ECANCELED, self.operation, self, "submit it to another queue", what="its queue was closed")
         if self.epoch != self.queue.owner.epoch:
@@ -148,7 +154,7 @@ class Job:
             )
 
     def pause(self, until: int | None) -> None:
-        """Wait until a CLOCK_MONOTONIC time in ns, None: for ever. Errors: as :meth:`checkpoint`."""
+        """Wait until a CLOCK_MONOTONIC time in ns, None: forever. Raise what :meth:`checkpoint` raises as soon as the job must end."""
         while True:
             self.checkpoint()
             ends = [end for end in (until, self._until or None) if end is not None]
@@ -158,7 +164,7 @@ class Job:
             self.queue.sleep(None if left is None else max(left, 0) / 1e9)
 
     def progress(self, n: int) -> None:
-        """Count ``n`` more bytes as moved, and wait as the queue's bandwidth demands. Errors: as :meth:`checkpoint`."""
+        """Count ``n`` more bytes as moved, and wait as long as the queue's bandwidth demands. Raise what :meth:`checkpoint` raises."""
         self.moved += n
         if self.queue.bandwidth is not None:
             self.pause(self._begun + int(self.moved / self.queue.bandwidth * 1e9))
@@ -322,7 +328,13 @@ class Queue:
         return self.owner.domain.shm.life != self._life
 
     def check(self, operation: str) -> None:
-        """Errors: EPERM in a forked child; EBADF closed; ENODEV the device has no power."""
+        """Check that the queue takes jobs.
+
+        Raises:
+            NotPermittedError: This process is a forked child, and the queue is its parent's (EPERM).
+            ClosedError: The queue or its device is closed (EBADF).
+            NoDeviceError: The device has no power (ENODEV).
+        """
         if self.inherited:
             raise fail(errno.EPERM, operation, self, "make a device in this process", what="a forked child can't use its parent's queue")
         if self.closed or self.owner.closed:
@@ -334,7 +346,11 @@ class Queue:
     def placing(self, job: Job) -> Iterator[DmaFence]:
         """Queue a job and yield its fence. The job begins after the block. If the block raises, the job ends in its turn with ECANCELED.
 
-        Errors: as :meth:`check`; ENOSPC no fence left; RuntimeError no thread can be started.
+        Raises:
+            DmaBufError: The queue takes no jobs, see :meth:`check`.
+            DeadlockError: This thread is in the middle of submitting to the queue (EDEADLK).
+            NoSpaceError: The domain has no fence left (ENOSPC).
+            RuntimeError: Python can't start a thread.
         """
         with self._order:
             if self._placing:
@@ -411,7 +427,8 @@ class Queue:
     def drain(self) -> None:
         """Wait until every job submitted so far has ended. In a forked child this has no effect.
 
-        Errors: EDEADLK in a callback of a job's fence, which the queue's thread runs.
+        Raises:
+            DeadlockError: The caller is a callback of a job's fence, which the queue's own thread runs (EDEADLK).
         """
         if self.inherited:
             return
@@ -454,7 +471,7 @@ class Queue:
 
 
 def checked_delay(delay: float, obj: object) -> float:
-    """Errors: EINVAL a negative delay, or a NaN."""
+    """Return the delay. Raise InvalidError if it is negative or a NaN (EINVAL)."""
     if not delay >= 0:
         raise fail(errno.EINVAL, "queue", obj, "pass seconds >= 0", what=f"delay={delay} is negative or not a number")
     return delay

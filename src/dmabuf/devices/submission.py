@@ -24,7 +24,7 @@ from dmabuf.devices.queue import Job, Queue
 
 
 def checked_wait(wait: Iterable[DmaFence]) -> list[DmaFence]:
-    """Return the explicit dependencies. Errors: TypeError for one fence, or for something that is not a fence."""
+    """Return the explicit dependencies. Raise TypeError for a single fence, or for something that is not a fence."""
     if isinstance(wait, DmaFence):
         raise TypeError("submit: wait= takes a list of DmaFences, as wait=[fence], not one")
     found = list(wait)
@@ -39,8 +39,12 @@ def submit(
 ) -> None:
     """Queue a job that uses these reservation objects, True: writes. ``prepare`` is called first, with the locks held.
 
-    Errors, with nothing added: those of ``prepare`` and of the queue; ENOMEM, ENOSPC no room for a fence; ``ContractWarning`` and EDEADLK
-    one of the locks is held by this thread or task.
+    After an error nothing is added.
+
+    Raises:
+        DeadlockError: This thread or task holds one of the locks, with a ``ContractWarning`` (EDEADLK).
+        NoMemoryError, NoSpaceError: There is no room for a fence (ENOMEM, ENOSPC).
+        DmaBufError: ``prepare`` failed, or the queue takes no jobs.
     """
     with lock_all(resvs):
         try:

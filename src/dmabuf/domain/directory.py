@@ -32,7 +32,7 @@ _KINDS: Final = {
 
 
 def open_directory(path: Path, *, make: bool = True) -> int:
-    """Open the domain's directory, and make it if need be. Errors: EACCES it doesn't belong to this user alone."""
+    """Open the domain's directory, and make it if need be. Raise NotPermittedError if it doesn't belong to this user alone (EACCES)."""
     try:
         if make:
             _make_directory(path)
@@ -61,7 +61,7 @@ def open_directory(path: Path, *, make: bool = True) -> int:
 
 
 def _make_directory(path: Path) -> None:
-    """Make a directory of mode 0700. Errors: EEXIST; the others of mkdir(2).
+    """Make a directory of mode 0700. Raise FileExistsError if something has the name, or another OSError of mkdir(2).
 
     A strict umask takes rights of the owner away. Then the directory gets them before it gets its name, so that no other process finds it
     without them, even if this one dies in between.
@@ -123,7 +123,7 @@ def open_file(directory: int, name: str, *, make: bool = False) -> int:
 
 
 def make_file(directory: int, name: str) -> int:
-    """Make a file that replaces what a dead process left of that name. Errors: as `open_file`, of what stands there instead."""
+    """Make a file that replaces what a dead process left of that name. If something else has the name, raise as `open_file` does."""
     with contextlib.suppress(FileNotFoundError):
         os.close(open_file(directory, name))
         os.unlink(name, dir_fd=directory)
@@ -146,7 +146,7 @@ def _opened(directory: int, name: str, flags: int, make: bool) -> int:
 
 
 def new_file(directory: int, name: str) -> int:
-    """Make a file that doesn't exist, and open it. Errors: EEXIST."""
+    """Make a file and open it. Raise FileExistsError if something has the name."""
     fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | _FLAGS, 0o600, dir_fd=directory)
     os.fchmod(fd, 0o600)  # what a strict umask took away; if this process dies before, the next one does it
     return fd
@@ -208,7 +208,10 @@ def is_socket(directory: int, name: str) -> bool:
 
 
 def bind_socket(sock: socket.socket, directory: int, name: str) -> None:
-    """Bind a socket to a name that only this process uses. A dead process's socket goes. Errors: EADDRINUSE something else stands there."""
+    """Bind a socket to a name that only this process uses.
+
+    What a dead process left there is removed. If something else has the name, bind(2) fails with EADDRINUSE.
+    """
     address = socket_address(directory, name)
     remove_socket(directory, name)
     try:

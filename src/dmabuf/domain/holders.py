@@ -20,7 +20,7 @@ class Holder(NamedTuple):
 
 
 def holders(wanted: Collection[tuple[int, int]]) -> dict[tuple[int, int], list[Holder]]:
-    """Return the holders of some inodes by (st_dev, st_ino), after one walk over the processes that /proc shows. Errors: EMFILE."""
+    """Return the holders of some inodes by (st_dev, st_ino), after one walk over the processes in /proc. No free descriptor is EMFILE."""
     found: dict[tuple[int, int], list[Holder]] = {}
     if wanted:
         with needing_descriptors("look up", "holders of buffers in /proc"):

@@ -77,7 +77,13 @@ class Hold:
     def __init__(self, own: OwnedFd, fd: int, byte: int) -> None:
         """Keep the write lock that ``own`` has on a byte, and take over ``own``. Forks must wait meanwhile.
 
-        ``fd``: another description of the file, through which it is proved that others see the lock. Errors: ENOTSUP nothing keeps it.
+        Args:
+            own: A description of the file that has the lock.
+            fd: Another description of the file. Through it the call proves that others see the lock.
+            byte: The byte of the lock.
+
+        Raises:
+            DmaBufError: Nothing keeps the lock (ENOTSUP).
         """
         try:
             self._address, self.by_thread = hold_keep(own.take(), fd, byte)

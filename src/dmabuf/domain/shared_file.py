@@ -126,18 +126,33 @@ class SharedFile:
         return self._fd.fileno()
 
     def points(self) -> Points:
-        """Return the first page of the file, mapped. Errors: ValueError it isn't sealed; EMFILE."""
+        """Return the first page of the file, mapped.
+
+        Raises:
+            ValueError: The file isn't sealed, so it could get shorter.
+            DmaBufError: No descriptor is free (EMFILE).
+        """
         # A mapping keeps its description, with the locks that are on it, as long as it lives, also in a forked child. This one gets none.
         with self._fd.reopen() as file:
             return Points(file)
 
     def dup(self) -> OwnedFd:
-        """Return a duplicate of the descriptor that travels. Errors: EBADF, EMFILE."""
+        """Return a duplicate of the descriptor that travels.
+
+        Raises:
+            ClosedError: The file is closed (EBADF).
+            DmaBufError: No descriptor is free (EMFILE).
+        """
         return self._fd.dup()
 
     @classmethod
     def make(cls, kind: str, domain: Domain, content: bytes, *, sealed: bool = False) -> SharedFile:
-        """Return a new file with this content; ``sealed``: it never gets shorter, so it can be mapped. Errors: EMFILE, ENOMEM."""
+        """Return a new file with this content. A ``sealed`` one never gets shorter, so it can be mapped.
+
+        Raises:
+            NoMemoryError: There is no memory (ENOMEM).
+            DmaBufError: No descriptor is free (EMFILE).
+        """
         try:
             name = f"dmabuf-{kind}:{domain.id}:{secrets.token_hex(8)}"
             flags = os.MFD_CLOEXEC | (os.MFD_ALLOW_SEALING if sealed else 0)
@@ -157,7 +172,11 @@ class SharedFile:
     def of_fd(cls, fd: int, kind: str, domain: Domain | None, operation: str) -> SharedFile:
         """Return the file behind a descriptor, which the caller keeps.
 
-        Errors: EBADF; EINVAL not a file of that kind; EXDEV another domain; EMFILE.
+        Raises:
+            ClosedError: ``fd`` is not open (EBADF).
+            InvalidError: It is not a file of this kind (EINVAL).
+            CrossDomainError: It belongs to another domain (EXDEV).
+            DmaBufError: No descriptor is free (EMFILE).
         """
         try:
             own = owned(fcntl.fcntl, fd, fcntl.F_DUPFD_CLOEXEC, 0)
@@ -184,10 +203,11 @@ class SharedFile:
         return cls(own, found_domain)
 
     def locked(self, then: Callable[[], object] | None = None) -> AbstractContextManager[None]:
-        """Hold the lock. Errors: EDEADLK this thread holds it already, because a signal handler came in the middle of a call; ETIMEDOUT
-        another process has held it for :data:`LOCK_S`, because it is stopped.
+        """Hold the lock in a block. ``then`` is called first in the block.
 
-        ``then``: called first in the block.
+        Raises:
+            DeadlockError: This thread holds it already, because a signal handler came in the middle of a call (EDEADLK).
+            DmaBufTimeout: Another process has held it for :data:`LOCK_S`, because it is stopped (ETIMEDOUT).
         """
         return _Locked(self, then)
 
@@ -205,7 +225,12 @@ class SharedFile:
         return bytes(data[:got])
 
     def write(self, offset: int, data: bytes) -> None:
-        """Write all of ``data``. Errors: ENOSPC, ENOMEM no memory, and nothing was written."""
+        """Write all of ``data``, or nothing.
+
+        Raises:
+            NoSpaceError, NoMemoryError: There is no memory, and nothing was written (ENOSPC, ENOMEM).
+            DmaBufError: The file can't get larger (EFBIG), or another program has sealed it.
+        """
         try:
             written = self._description().pwrite(data, offset)
         except DmaBufError:
@@ -238,7 +263,8 @@ class SharedFile:
     def store(self, data: bytes) -> None:
         """Replace the record: write the copy that doesn't count, then make it count. A death leaves the old record or the new one.
 
-        Errors: ENOSPC, ENOMEM, and the old record counts.
+        Raises:
+            NoSpaceError, NoMemoryError: There is no memory, and the old record still counts (ENOSPC, ENOMEM).
         """
         if len(data) > MOST_BYTES:
             raise fail(errno.ENOSPC, "write", "shared state", "wait for some of it first", what=f"it has {len(data)} bytes")

@@ -59,7 +59,7 @@ class SyncFileRecord(NamedTuple):
     leaves: tuple[Leaf, ...]
 
     def pack(self) -> bytes:
-        """Return the record as bytes for a message. Errors: EMSGSIZE it has more fences than a receiver takes."""
+        """Return the record as bytes for a message. More fences than a receiver takes are EMSGSIZE."""
         if len(self.leaves) > MAX_LEAVES:
             remedy = f"send it in a domain that has a directory, or merge at most {MAX_LEAVES} fences"
             raise fail(errno.EMSGSIZE, "send", "a sync file", remedy, what=f"it has {len(self.leaves)} fences")
@@ -68,7 +68,7 @@ class SyncFileRecord(NamedTuple):
 
     @classmethod
     def unpack(cls, data: bytes) -> SyncFileRecord:
-        """Return the record in some bytes. Errors: EUCLEAN they are not a record."""
+        """Return the record in some bytes. Bytes that are not a record are EUCLEAN."""
         if len(data) < _HEAD.size or not data.startswith(_MAGIC):
             raise _nonsense(f"{len(data)} bytes that don't begin like a record")
         _, name, count = _HEAD.unpack_from(data)
@@ -156,7 +156,7 @@ def slots_of(domain: Domain) -> SyncSlots:
 
 
 def place_of(fd: int) -> tuple[str, Place] | None:
-    """Return (id of the domain, place) of a sync file's descriptor, None of any other. Errors: EBADF it is not open."""
+    """Return (id of the domain, place) of a sync file's descriptor, None of any other. A descriptor that isn't open is EBADF."""
     if not os.fstat(fd).st_mode & 0o170000 == 0o140000:  # S_IFSOCK
         return None
     with owned(os.dup, fd) as own:
@@ -175,7 +175,7 @@ def place_of(fd: int) -> tuple[str, Place] | None:
 
 
 def find(domain: Domain, place: Place) -> SyncFileRecord | None:
-    """Return the record of a sync file, None if all processes have left its domain since. Errors: EUCLEAN it makes no sense."""
+    """Return the record of a sync file, None if all processes have left its domain since. One that makes no sense is EUCLEAN."""
     found = domain.join().sync_info(place.slot, place.gen)
     return None if found is None else SyncFileRecord(found[0], leaves(found[1]))
 

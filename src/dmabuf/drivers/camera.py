@@ -39,7 +39,11 @@ _BIG_ENDIAN = 1 << 31  # v4l2_fourcc_be, include/uapi/linux/videodev2.h
 
 
 def fourcc(code: str) -> int:
-    """Return the number of a pixel format. ``-BE`` at the end means the big-endian variant. Errors: EINVAL not four letters."""
+    """Return the number of a pixel format. ``-BE`` at the end means the big-endian variant.
+
+    Raises:
+        InvalidError: The code doesn't have four letters (EINVAL).
+    """
     four = code.removesuffix("-BE")
     if len(four) != 4 or not four.isascii():
         remedy = "pass four letters, such as 'YUYV' or 'RGB3', with an optional -BE for big-endian"

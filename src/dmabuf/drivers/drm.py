@@ -35,7 +35,14 @@ class DrmNode(Closing):
     """An open DRM node. ``path``: None for the first card; ``driver``: the name that the kernel gives, as ``"vgem"``."""
 
     def __init__(self, path: str | None = None) -> None:
-        """Open a node. Errors: ENODEV no node; ENOENT, EACCES, EMFILE; ENOTTY not a DRM node."""
+        """Open a node. Without a path, open the first one.
+
+        Raises:
+            NoDeviceError: There is no node (ENODEV).
+            NotFoundError: ``path`` doesn't exist (ENOENT).
+            NotPermittedError: The user may not open it (EACCES).
+            DmaBufError: It is not a DRM node (ENOTTY), or no descriptor is free (EMFILE).
+        """
         if path is None:
             path = next(iter(sorted(glob(NODES))), None)
             if path is None:

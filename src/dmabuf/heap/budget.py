@@ -125,20 +125,23 @@ class Budget:
         self._membership = None
 
     def check(self, size: int) -> None:
-        """Raise an error if the limits don't allow ``size`` bytes.
+        """Check that the limits allow ``size`` bytes.
 
-        Errors: EINVAL the size is not positive; ENOMEM with the limit and its numbers; ENOENT without ``/proc``.
+        Raises:
+            InvalidError: The size is not positive (EINVAL).
+            NoMemoryError: A limit doesn't allow it, and the message has the limit and its numbers (ENOMEM).
+            NotFoundError: There is no ``/proc`` (ENOENT).
         """
         self._decide(size)
 
     def left(self) -> int:
-        """Return how many bytes the limits leave now, for the size of a cache. Errors: ENOENT without ``/proc``."""
+        """Return how many bytes the limits leave now, for the size of a cache. Without ``/proc`` it fails with ENOENT."""
         with self._lock:
             return max(0, self.least().left - self._claimed)
 
     @contextlib.contextmanager
     def claim(self, size: int) -> Iterator[None]:
-        """Do as :meth:`check`, and count ``size`` bytes as used for the block. Errors: as :meth:`check`.
+        """Check as :meth:`check` does, and count ``size`` bytes as used for the block.
 
         The block reserves the memory (``fallocate``). After it, the memory is in the kernel's counters. At most 1 MiB is not counted.
         """
@@ -191,7 +194,7 @@ class Budget:
         raise fail(errno.ENOMEM, "allocate", f"{size} bytes", room.remedy, what=what)
 
     def least(self) -> Room:
-        """Return the limit that leaves the least. Errors: ENOENT without ``/proc``."""
+        """Return the limit that leaves the least. Without ``/proc`` it fails with ENOENT."""
         return min([self._machine(), *self.groups().values()], key=operator.attrgetter("left"))
 
     def groups(self) -> dict[str, Room]:
@@ -355,7 +358,7 @@ def claim(size: int) -> contextlib.AbstractContextManager[None]:
 
 
 def whole(value: int, what: str) -> int:
-    """Return a number of bytes from a caller as an int, also of numpy. Errors: TypeError it is not an integer; the message has ``what``."""
+    """Return a number of bytes from a caller as an int, also one of numpy. Raise a TypeError that says ``what`` if it isn't an integer."""
     try:
         return operator.index(value)
     except TypeError:

@@ -51,7 +51,9 @@ def allocate(size: int, *, name: str | bytes | None = None, domain: Domain | Non
 def asked(size: int, name: str | bytes | None, domain: Domain | None) -> tuple[int, bytes | None, Domain]:
     """Check what every heap checks first. Return (size in whole pages, the name's bytes, the domain, joined).
 
-    Errors: EINVAL a size below 1 or a bad name; TypeError a size that is not an int, or not a domain.
+    Raises:
+        InvalidError: The size is below 1, or the name is bad (EINVAL).
+        TypeError: The size is not an int, or ``domain`` is not a domain.
     """
     size = budget.whole(size, "allocate: size")
     if not 0 < size <= (1 << 63) - PAGE:
@@ -68,8 +70,15 @@ def asked(size: int, name: str | bytes | None, domain: Domain | None) -> tuple[i
 def reserved(name: str, size: int, *, filled: bool = False) -> OwnedFd:
     """Return a sealed memfd with reserved memory.
 
-    ``filled``: whether to write zeros. Pages that are only reserved read as zeros, but still have their former content, and udmabuf exports
-    them like that (seen on Linux 6.12). Errors: EMFILE; ENOMEM, ENOSPC.
+    Args:
+        name: The memfd's name.
+        size: Its bytes.
+        filled: Whether to write zeros. Pages that are only reserved read as zeros, but still have their former content, and udmabuf exports
+            them like that (seen on Linux 6.12).
+
+    Raises:
+        NoMemoryError, NoSpaceError: There is no memory, or the tmpfs or the cgroup doesn't allow it (ENOMEM, ENOSPC).
+        DmaBufError: No descriptor is free (EMFILE).
     """
     try:
         fd = next(map(OwnedFd, map(os.memfd_create, (name,), (os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING,))))

@@ -196,7 +196,7 @@ _SIZE: Final = re.compile(r"\s*(\d+)\s*([KMGT]?)(?:i?B)?\s*\Z", re.IGNORECASE)
 
 
 def default_budget() -> int:
-    """Return the budget of a heap that is given none. Errors: EINVAL ``DMABUF_SPILL_BUDGET`` is not a size."""
+    """Return the budget of a heap that is given none. A ``DMABUF_SPILL_BUDGET`` that is not a size is EINVAL."""
     given = os.environ.get("DMABUF_SPILL_BUDGET")
     if not given:
         return budget.left() // SHARE
@@ -208,7 +208,7 @@ def default_budget() -> int:
 
 
 def default() -> SpillHeap:
-    """Return the heap ``spill`` of this process, made at first use. Errors: as :class:`SpillHeap`."""
+    """Return the heap ``spill`` of this process, made at first use as :class:`SpillHeap` makes it, with its errors."""
     global _default
     with _making:
         if _default is None:
@@ -217,7 +217,7 @@ def default() -> SpillHeap:
 
 
 def allocate(size: int, *, name: str | bytes | None = None, domain: Domain | None = None) -> DmaBuf:
-    """Return a new buffer of the process's heap. Errors: as :meth:`SpillHeap.allocate` and :class:`SpillHeap`."""
+    """Return a new buffer of the process's heap. It fails as :class:`SpillHeap` and :meth:`SpillHeap.allocate` do."""
     return default().allocate(size, name=name, domain=domain)
 
 

@@ -39,7 +39,8 @@ reserve_range, write_at, read_at = OwnedFd.reserve, OwnedFd.pwrite, OwnedFd.prea
 def reserve(fd: OwnedFd, start: int, length: int) -> None:
     """Reserve the space of a range of a file (posix_fallocate(3)).
 
-    Errors: ENOSPC, EFBIG, EDQUOT, and then a part may be reserved.
+    Raises:
+        OSError: There is no space (ENOSPC, EFBIG, EDQUOT). A part may be reserved.
     """
     for at in range(start, start + length, RESERVE):
         reserve_range(fd, at, min(RESERVE, start + length - at))
@@ -54,7 +55,8 @@ def slices(length: int) -> Iterator[tuple[int, int]]:
 class SpillFile:
     """A file without a name in ``directory``.
 
-    Errors: ENOENT, ENOTDIR, EACCES, EROFS and the like: no file can be made there.
+    Raises:
+        DmaBufError: No file can be made there (ENOENT, ENOTDIR, EACCES, EROFS and the like).
     """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
@@ -81,7 +83,11 @@ class SpillFile:
         return self._fd.number
 
     def take(self, length: int) -> int:
-        """Reserve a range and return its first byte. Errors: ENOSPC, EFBIG, EDQUOT, and nothing is taken."""
+        """Reserve a range and return its first byte.
+
+        Raises:
+            OSError: There is no space, and nothing is taken (ENOSPC, EFBIG, EDQUOT).
+        """
         with self._lock:
             start = self._find(length)
         try:
@@ -118,13 +124,13 @@ class SpillFile:
                 self._free.insert(i, (start, length))
 
     def write(self, start: int, view: memoryview) -> None:
-        """Write all of the view at ``start``. Errors: ENOSPC, EIO and the like, and then a part may be written."""
+        """Write all of the view at ``start``. After an error (ENOSPC, EIO and the like) a part may be written."""
         done = 0
         while done < len(view):
             done += write_at(self._fd, view[done:], start + done)
 
     def read(self, start: int, view: memoryview) -> None:
-        """Fill the view from ``start``. Errors: EIO, also if the file is shorter."""
+        """Fill the view from ``start``. A shorter file is EIO, as is an error of the disk."""
         done = 0
         while done < len(view):
             got = read_at(self._fd, view[done:], start + done)
@@ -151,7 +157,7 @@ def _unnamed(directory: str) -> OwnedFd:
 
 
 def default_directory() -> str:
-    """Return the directory to use if none is named. Errors: ENODEV every candidate is read-only, missing or in memory."""
+    """Return the directory to use if none is named. If every candidate is read-only, missing or in memory, it fails with ENODEV."""
     named = os.environ.get("DMABUF_SPILL_DIRECTORY")
     if named:
         return named

@@ -86,7 +86,10 @@ class ResidentSet:
     def enter(self, b: SpillBuffer, *, write: bool, pin: bool = False, locked: bool = False) -> None:
         """Count a use, or a pin, and move the buffer in if need be. ``locked``: whether its reservation lock is held for this call.
 
-        Errors: ENOMEM; those of the file; EDEADLK inside a move of the buffer.
+        Raises:
+            NoMemoryError: The budget has no room for it in time (ENOMEM).
+            DeadlockError: The caller is inside a move of the buffer (EDEADLK).
+            DmaBufError: The file can't be read or written (EIO and the like).
         """
         counted = entered = False
         try:
@@ -160,7 +163,7 @@ class ResidentSet:
     # ---- moving in ----
 
     def _move_in(self, b: SpillBuffer, fd: OwnedFd, owner: int) -> None:
-        """Move a buffer in. The duplicate of its description is closed. Errors: ENOMEM; EIO and the like of the file."""
+        """Move a buffer in, and close ``fd``, the duplicate of its description. It fails as :meth:`enter` does."""
         here = False
         try:
             self._claim(b, owner)
@@ -195,7 +198,7 @@ class ResidentSet:
         step("spill_here")
 
     def _claim(self, b: SpillBuffer, owner: int) -> None:
-        """Take bytes of the budget for ``b``, and move others out if need be. Errors: see :meth:`enter`."""
+        """Take bytes of the budget for ``b``, and move others out if need be. It fails as :meth:`enter` does."""
         until: float | None = None
         passed: set[SpillBuffer] = set()  # whose reservation lock was held
         while True:
@@ -261,7 +264,7 @@ class ResidentSet:
     # ---- moving out ----
 
     def _move_out(self, b: SpillBuffer, fd: OwnedFd) -> bool:
-        """Move a chosen buffer out. Return False if it is about to be used. Errors: those of the file, and then it stays in memory."""
+        """Move a chosen buffer out. Return False if it is about to be used. After an error of the file the buffer stays in memory."""
         fence, evicted = None, False
         try:
             step("spill_chosen")

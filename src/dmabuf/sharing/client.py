@@ -97,11 +97,15 @@ class Client:
     ) -> tuple[Body, list[OwnedFd]]:
         """Make a remote call and wait for the answer. Return its body and its descriptors, which the caller owns.
 
-        ``locked``: the call has the caller's reservation lock. What a signal handler raises is raised when the server has undone the call.
-        ``or_post``: if no descriptor is left for a connection, in either process, send the call as a :meth:`post`.
+        ``locked``: the call has the caller's reservation lock. ``or_post``: if no descriptor is left for a connection, in either process,
+        send the call as a :meth:`post`. If a signal handler raises during the call, its exception comes when the server has undone the
+        call.
 
-        Errors: those of the handler in the other process, as they were raised there; ENODEV the other process is gone, has left the domain,
-        or serves nothing; EPERM it is another user's; EMFILE, EBADMSG; what a signal handler raises, and then the call is undone there.
+        Raises:
+            NoDeviceError: The other process is gone, has left the domain, or serves nothing (ENODEV).
+            NotPermittedError: The other process belongs to another user (EPERM).
+            DmaBufError: No descriptor is free (EMFILE), or the answer makes no sense (EBADMSG).
+            Exception: The handler in the other process raised it.
         """
         operation = operation or kind
         try:

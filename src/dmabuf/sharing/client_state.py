@@ -59,7 +59,7 @@ class ClientBuffer:
         return not (self.users or self.mappings or self.brackets or self.attachments or self.tables or self.vmaps)
 
     def attachment(self, body: Body) -> DmaBufAttachment:
-        """Return the attachment of a message. Errors: EINVAL there is none."""
+        """Return the attachment that a message names. If there is none, it fails with EINVAL."""
         found = self.attachments.get(number(body, "attachment"))
         if found is None:
             raise fail(errno.EINVAL, "request", self.buf, "attach again", what="no such attachment")
@@ -123,7 +123,9 @@ class ClientState:
     def using(self, body: Body, fds: list[OwnedFd]) -> Iterator[ClientBuffer]:
         """Yield the entry of the buffer that a call is about. It exists in the block, and afterwards if there is something in it.
 
-        Errors: ENODEV this process doesn't export such a buffer; EMFILE there is no room for its descriptor; EBADMSG; those of ``get()``.
+        Raises:
+            NoDeviceError: This process doesn't export such a buffer (ENODEV).
+            DmaBufError: No descriptor is free for the buffer (EMFILE), the message makes no sense (EBADMSG), or ``get()`` failed.
         """
         key = (number(body, "dev"), number(body, "ino"))
         with self._lock:

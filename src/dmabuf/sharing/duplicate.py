@@ -27,7 +27,7 @@ _NOT_HERE = (errno.ENODEV, errno.ENOENT, errno.EPERM)
 
 
 def _duplicate(session: Session, body: Body, fds: list[OwnedFd]) -> Answer:
-    """Return a duplicate of one of this process's descriptors of the buffer. Errors: ENOENT it has none any more."""
+    """Return a duplicate of one of this process's descriptors of the buffer. If it has none any more, it fails with ENOENT."""
     key = (number(body, "dev"), number(body, "ino"))
     record = known(session.domain, *key)
     try:
@@ -48,7 +48,7 @@ def _duplicate(session: Session, body: Body, fds: list[OwnedFd]) -> Answer:
 
 
 def ask(domain: Domain, index: int, dev: int, ino: int, nonce: bytes) -> DmaBuf | None:
-    """Return the buffer from the process with this slot, None if it doesn't send it. Errors: EMFILE."""
+    """Return the buffer from the process with this slot, None if it doesn't send it. Without a free descriptor it fails with EMFILE."""
     peer = lives.life_id(index, domain.shm.load32(lives.slot_offset(index) + LIFE_GEN))
     client = client_of(domain, peer, ask)
     try:

@@ -189,13 +189,18 @@ def _sync_items(sync_file: SyncFile) -> list[bytes]:
 
 
 def check_fence(fence: DmaFence, operation: str) -> None:
-    """Check that a fence can be sent. Errors: EPERM a fence from before a fork, whose domain has ended since."""
+    """Check that a fence can be sent. One from before a fork can't, because its domain has ended since (EPERM)."""
     if fence.shm is not fence.domain.shm:
         raise fail(errno.EPERM, operation, fence, "make a new fence", what="it is from before a fork, and its domain has ended")
 
 
 def timeline_place(timeline: Timeline | RemoteTimeline, operation: str) -> tuple[int, int, int]:
-    """Return (index, use of the slot, context) of a timeline. Errors: EPERM inherited by a fork; EBADF closed."""
+    """Return (index, use of the slot, context) of a timeline.
+
+    Raises:
+        NotPermittedError: The timeline belongs to the parent of this process (EPERM).
+        ClosedError: The timeline is closed (EBADF).
+    """
     if isinstance(timeline, RemoteTimeline):
         return *use_of(timeline), timeline.context
     if inherited(timeline):

@@ -140,7 +140,7 @@ def _regained(resv: ResvLock, word: int, loan: int, life: int) -> bool:
 
 @contextmanager
 def borrowed(resv: ResvLock, loan: int, operation: str, obj: object) -> Iterator[None]:
-    """Borrow a caller's lock for the running thread, which serves. Errors: EPERM the return context doesn't have it."""
+    """Borrow a caller's lock for the running thread, which serves. A return context that doesn't have the lock is EPERM."""
     (shm, index), me = record_of(resv).at(), current(resv.domain).word
     if not shm.resv_borrow(index, loan, me):
         raise fail(errno.EPERM, operation, obj, "call it with the reservation lock held", what="the caller doesn't hold the lock")

@@ -39,7 +39,12 @@ class Range(NamedTuple):
 
 
 def range_of(memory: ReadableBuffer, operation: str, obj: object) -> Range:
-    """Return the file range behind some memory. Errors: EOPNOTSUPP see the module; EMFILE."""
+    """Return the file range behind some memory.
+
+    Raises:
+        DmaBufError: The memory is not in a file that another process can map, see the module (EOPNOTSUPP), or no descriptor is free
+            (EMFILE).
+    """
     mapping, start, length = _mapping(memory)
     if mapping is None or mapping.closed:
         raise _hidden(operation, obj, "it is not a mapping of a file")
@@ -57,7 +62,8 @@ def range_of(memory: ReadableBuffer, operation: str, obj: object) -> Range:
 def shown(fd: int, offset: int, length: int, writable: bool) -> tuple[Mapping, memoryview]:
     """Map a range in the other process. Return the mapping, and the range in it. The caller keeps ``fd``.
 
-    Errors: EOPNOTSUPP the memory could go away while it is mapped; those of ``Mapping``.
+    Raises:
+        DmaBufError: The memory could go away while it is mapped (EOPNOTSUPP), or can't be mapped.
     """
     lead = offset % PAGE
     mapping = mapped(fd, length + lead, offset - lead, writable)
@@ -67,7 +73,9 @@ def shown(fd: int, offset: int, length: int, writable: bool) -> tuple[Mapping, m
 def mapped(fd: int, length: int, offset: int, writable: bool, on_close: Callable[[], object] | None = None) -> Mapping:
     """Map memory that an exporter's process sent.
 
-    Errors: EOPNOTSUPP as :func:`shown`; EINVAL, EACCES and the like it can't be mapped so.
+    Raises:
+        DmaBufError: The memory could go away while it is mapped (EOPNOTSUPP).
+        InvalidError, NotPermittedError: It can't be mapped as the message says (EINVAL, EACCES and the like).
     """
     if not keeps_size(fd):
         what = "the exporter's memory is in a file that can be truncated"

@@ -48,7 +48,7 @@ Body = dict[str, Any]
 
 
 def number(body: Body, name: str, most: int = (1 << 64) - 1) -> int:
-    """Return a number of a message. Errors: EBADMSG missing, not an int, negative or more than ``most``."""
+    """Return a number of a message. It fails with EBADMSG if the number is missing, not an int, negative, or more than ``most``."""
     value = body.get(name)
     if type(value) is not int or not 0 <= value <= most:
         raise nonsense(f"{name!r} is not a number up to {most}")
@@ -56,7 +56,7 @@ def number(body: Body, name: str, most: int = (1 << 64) - 1) -> int:
 
 
 def text(body: Body, name: str, longest: int = 255) -> str:
-    """Return a text of a message. Errors: EBADMSG missing, not a str, longer than ``longest``."""
+    """Return a text of a message. It fails with EBADMSG if the text is missing, not a str, or longer than ``longest``."""
     value = body.get(name)
     if not isinstance(value, str) or len(value) > longest:
         raise nonsense(f"{name!r} is not a text of up to {longest} characters")
@@ -64,7 +64,7 @@ def text(body: Body, name: str, longest: int = 255) -> str:
 
 
 def flag(body: Body, name: str) -> bool:
-    """Return a truth value of a message. Errors: EBADMSG missing, or not a bool."""
+    """Return a truth value of a message. It fails with EBADMSG if the value is missing or not a bool."""
     value = body.get(name)
     if not isinstance(value, bool):
         raise nonsense(f"{name!r} is neither true nor false")
@@ -83,7 +83,13 @@ def no_room(operation: str, obj: object, where: str, number: int = errno.EMFILE)
 
 
 def send(sock: socket.socket, body: Body, fds: Iterable[int | OwnedFd] = (), flags: int = 0) -> None:
-    """Send a message. Errors: EBADF somebody else closed the socket's descriptor; EMSGSIZE it is too long; those of sendmsg(2)."""
+    """Send a message.
+
+    Raises:
+        ClosedError: Somebody else closed the socket's descriptor (EBADF).
+        DmaBufError: The message is too long (EMSGSIZE).
+        OSError: sendmsg(2) failed.
+    """
     data, given = _encode(body).encode(), [fd if isinstance(fd, int) else fd.fileno() for fd in fds]
     if len(data) <= INLINE:
         send_message(sock.fileno(), *_inode(sock), data, given, flags)
@@ -96,10 +102,13 @@ def send(sock: socket.socket, body: Body, fds: Iterable[int | OwnedFd] = (), fla
 
 
 def receive(sock: socket.socket) -> tuple[Body, list[OwnedFd]] | None:
-    """One message; None at the end.
+    """Return one message with its descriptors, None at the end.
 
-    Errors: EBADMSG (the descriptors are closed); EMFILE its text is lost; EBADF somebody else closed the socket's descriptor; what
-    recvmsg(2) says.
+    Raises:
+        ClosedError: Somebody else closed the socket's descriptor (EBADF).
+        DmaBufError: The message makes no sense, and its descriptors are closed (EBADMSG); or its text is lost, because no descriptor was
+            free for it (EMFILE).
+        OSError: recvmsg(2) failed.
     """
     data, fds, flags = receive_message(sock.fileno(), *_inode(sock), INLINE + 1)
     lost = bool(flags & _FDS_LOST)
@@ -180,7 +189,7 @@ def decode_error(told: Body) -> BaseException:
 
 
 def check_user(sock: socket.socket) -> None:
-    """Errors: EPERM the other end belongs to another user."""
+    """Raise NotPermittedError if the other end belongs to another user (EPERM)."""
     _, uid, _ = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
     if uid != os.geteuid():
         raise fail(
@@ -200,7 +209,7 @@ def _inode(sock: socket.socket) -> tuple[int, int]:
 
 
 def check_socket(sock: socket.socket) -> None:
-    """Errors: EBADF somebody else closed the socket's descriptor, and the number may be another file's now."""
+    """Raise ClosedError if somebody else closed the socket's descriptor, because its number may be another file's now (EBADF)."""
     if not is_same(sock.fileno(), *_inode(sock)):
         what = "it was closed by somebody else, and the number may be another file's now"
         raise fail(errno.EBADF, "request", f"fd {sock.fileno()}", "close the object, not its descriptor", what=what)
@@ -235,7 +244,7 @@ def _after_fork() -> None:
 
 
 def connect(sock: socket.socket, domain: Domain, life: int) -> None:
-    """Connect to the socket of a life. Errors: ENOENT, ECONNREFUSED the process is gone, or serves nothing."""
+    """Connect to the socket of a life. If the process is gone or serves nothing, connect(2) fails with ENOENT or ECONNREFUSED."""
     with domain.directory() as directory:
         if directory is not None:
             with contextlib.suppress(FileNotFoundError):  # the directory was removed just now, or the name in it

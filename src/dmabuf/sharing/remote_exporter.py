@@ -192,7 +192,7 @@ def _table(answer: Body, fds: list[OwnedFd]) -> tuple[SgTable, Mapping | None]:
 
 
 def _threes(answer: Body, name: str) -> Iterable[tuple[int, int, int]]:
-    """Return flat numbers in threes. Errors: EBADMSG."""
+    """Return flat numbers in threes. Anything else is EBADMSG."""
     flat = answer.get(name, [])
     if not isinstance(flat, list) or len(flat) % 3 or any(type(n) is not int or not 0 <= n < 1 << 64 for n in flat):
         raise nonsense(f"{name!r} is not a table")

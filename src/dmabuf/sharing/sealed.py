@@ -19,7 +19,7 @@ _PIECE: Final = 1 << 20
 
 
 def sealed(name: str, data: bytes) -> OwnedFd:
-    """Return a sealed memfd with these bytes. Errors: EMFILE, ENOMEM, as plain OSError."""
+    """Return a sealed memfd with these bytes. It fails with a plain OSError (EMFILE, ENOMEM)."""
     memory = next(map(OwnedFd, map(os.memfd_create, (name,), (os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING,))))
     try:
         done = 0

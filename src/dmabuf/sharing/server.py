@@ -396,7 +396,12 @@ SERVER: Local[Server] = Local(Server)
 
 
 def serve(domain: Domain) -> Server:
-    """Answer calls in this domain from now on, until the process leaves it. Errors: EMFILE, ENOSPC; those of bind(2)."""
+    """Answer calls in this domain from now on, until the process leaves it.
+
+    Raises:
+        NoSpaceError: There is no room for the server (ENOSPC).
+        DmaBufError: No descriptor is free (EMFILE), or bind(2) failed.
+    """
     life = domain.life
     found = SERVER.of(domain)
     return found if found.life == life else SERVER.renew(domain, found)

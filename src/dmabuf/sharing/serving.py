@@ -30,7 +30,7 @@ from dmabuf.sharing.server import Answer, Handler, Session, register, serve
 
 
 def direction_of(body: Body) -> Direction:
-    """Return the direction of a message. Errors: EBADMSG there is none."""
+    """Return the direction of a message. If there is none, it fails with EBADMSG."""
     return Direction(number(body, "direction", max(Direction)))
 
 
@@ -90,8 +90,8 @@ def under_lock(
 ) -> Answer:
     """Run ``act`` with the reservation lock, which the caller lends (sharing/lending.py), and ``undo`` likewise.
 
-    ``holder`` of the message: the return context, 0 if the caller doesn't hold the lock, and then the lock is taken here. Errors: EPERM the
-    caller doesn't hold it.
+    ``holder`` of the message is the caller's return context. If it is 0, the caller doesn't hold the lock, and this process takes it. A
+    caller that says it holds the lock but doesn't gets EPERM.
     """
     kind, loan = text(body, "kind"), number(body, "holder")
     with session.state(ClientState).using(body, fds) as entry:

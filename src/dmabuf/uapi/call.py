@@ -73,14 +73,24 @@ def _descriptor(fd: int) -> None:
 def perform(fd: int, ioctl: Ioctl[T], value: T, *, restart: bool = True, interruptible: bool = False) -> T:
     """Make an ioctl with a structure, and return the structure as the kernel left it.
 
-    ``restart``: whether EAGAIN means "again". ``interruptible``: whether EINTR ends the call. Errors: the kernel's, as a plain OSError;
-    EINVAL a field that does not fit.
+    Args:
+        fd: A descriptor of the device or file.
+        ioctl: The ioctl.
+        value: The structure.
+        restart: Whether EAGAIN means "again".
+        interruptible: Whether EINTR ends the call.
+
+    Raises:
+        OSError: The kernel's answer, not yet a DmaBufError; :func:`told` makes one.
+        InvalidError: A field doesn't fit into the structure (EINVAL).
     """
     return ioctl.layout.unpack(perform_raw(fd, ioctl.number, ioctl.layout.pack(value), restart=restart, interruptible=interruptible))
 
 
 def perform_raw(fd: int, number: int, argument: Any = 0, *, restart: bool = True, interruptible: bool = False) -> Any:
-    """Make an ioctl with bytes (returned as the kernel left them), a number, or a buffer that the kernel changes. Errors: as `perform`.
+    """Make an ioctl with bytes (returned as the kernel left them), a number, or a buffer that the kernel changes.
+
+    It fails as `perform` does.
 
     With more than 1,024 bytes Python keeps its lock during the call. No ioctl that waits has such an argument.
     """
@@ -97,7 +107,7 @@ def perform_raw(fd: int, number: int, argument: Any = 0, *, restart: bool = True
 
 
 def obtain(fd: int, ioctl: Ioctl[T], value: T, field: str, *, restart: bool = True) -> OwnedFd:
-    """Make an ioctl whose structure returns a new descriptor in ``field``. Errors: as `perform`."""
+    """Make an ioctl whose structure returns a new descriptor in ``field``. It fails as `perform` does."""
     pick = itemgetter(ioctl.layout.fields.index(field))
     argument, tried = ioctl.layout.pack(value), 0
     _descriptor(fd)
@@ -111,7 +121,7 @@ def obtain(fd: int, ioctl: Ioctl[T], value: T, field: str, *, restart: bool = Tr
 
 
 def obtain_result(fd: int, number: int, argument: bytearray, *, restart: bool = True) -> OwnedFd:
-    """Make an ioctl with a buffer, whose result is the new descriptor (semantics 5.9). Errors: as `perform`."""
+    """Make an ioctl with a buffer, whose result is the new descriptor (semantics 5.9). It fails as `perform` does."""
     _descriptor(fd)
     tried = 0
     while True:
@@ -123,7 +133,13 @@ def obtain_result(fd: int, number: int, argument: bytearray, *, restart: bool = 
 
 
 def open_node(path: str, operation: str, remedies: Mapping[int, Remedy] | None = None, *, flags: int = os.O_RDWR) -> OwnedFd:
-    """Open a device node. Errors: ENOENT no such device, EACCES, EMFILE, …"""
+    """Open a device node.
+
+    Raises:
+        NotFoundError: There is no such device (ENOENT).
+        NotPermittedError: The user may not open it (EACCES).
+        DmaBufError: No descriptor is free (EMFILE), or open(2) failed otherwise.
+    """
     try:
         return next(map(OwnedFd, map(opening, (path,), (flags | os.O_CLOEXEC,))))
     except OSError as e:

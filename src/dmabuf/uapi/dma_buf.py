@@ -23,7 +23,8 @@ def sync(fd: int, flags: int, *, interruptible: bool = False, of: object = None)
 
     EINTR and EAGAIN restart the call, EINTR only if not ``interruptible``.
 
-    Errors: EINVAL flags beyond READ, WRITE and END, or neither READ nor WRITE, or the exporter's.
+    Raises:
+        InvalidError: There are flags beyond READ, WRITE and END, or neither READ nor WRITE, or the exporter says so (EINVAL).
     """
     try:
         call.perform(fd, t.DMA_BUF_SYNC, Sync(flags), interruptible=interruptible)
@@ -34,7 +35,12 @@ def sync(fd: int, flags: int, *, interruptible: bool = False, of: object = None)
 
 
 def set_name(fd: int, name: bytes, *, of: object = None) -> None:
-    """Name a dma-buf (DMA_BUF_SET_NAME, semantics 5.4). Errors: EINVAL more than 31 bytes, or a NUL, which would end it; ENOMEM."""
+    """Name a dma-buf (DMA_BUF_SET_NAME, semantics 5.4).
+
+    Raises:
+        InvalidError: The name has more than 31 bytes, or a NUL, which would end it (EINVAL).
+        NoMemoryError: The kernel has no memory (ENOMEM).
+    """
     try:
         if b"\0" in name or len(name) >= NAME_BYTES:
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
@@ -48,7 +54,10 @@ def set_name(fd: int, name: bytes, *, of: object = None) -> None:
 def export_sync_file(fd: int, flags: int, *, of: object = None) -> OwnedFd:
     """Return a sync_file of the fences that a reader (READ) or writer (WRITE, RW) would wait for now (semantics 5.5).
 
-    Errors: EINVAL flags 0 or beyond RW; ENOTTY the kernel has none; EMFILE; ENOMEM.
+    Raises:
+        InvalidError: The flags are 0 or beyond RW (EINVAL).
+        NoMemoryError: The kernel has no memory (ENOMEM).
+        DmaBufError: The kernel has no such ioctl (ENOTTY), or no descriptor is free (EMFILE).
     """
     try:
         return call.obtain(fd, t.DMA_BUF_EXPORT_SYNC_FILE, SyncFileOf(flags), "fd")
@@ -59,7 +68,10 @@ def export_sync_file(fd: int, flags: int, *, of: object = None) -> OwnedFd:
 def import_sync_file(fd: int, flags: int, sync_file: int, *, of: object = None) -> None:
     """Add a sync_file's fences, as a writer's with WRITE, else as a reader's (semantics 5.5).
 
-    Errors: EINVAL flags 0 or beyond RW, or not a sync_file; ENOTTY the kernel can't; ENOMEM.
+    Raises:
+        InvalidError: The flags are 0 or beyond RW, or it is not a sync_file (EINVAL).
+        NoMemoryError: The kernel has no memory (ENOMEM).
+        DmaBufError: The kernel has no such ioctl (ENOTTY).
     """
     try:
         call.perform(fd, t.DMA_BUF_IMPORT_SYNC_FILE, SyncFileOf(flags, sync_file))
@@ -80,14 +92,19 @@ class FdInfo(NamedTuple):
 
 
 def fdinfo(fd: int, *, process: str = "self") -> FdInfo:
-    """Read the fdinfo of a descriptor. Errors: those of /proc (ENOENT: closed); EINVAL not a dma-buf."""
+    """Read the fdinfo of a descriptor.
+
+    Raises:
+        InvalidError: It is not a dma-buf (EINVAL).
+        OSError: /proc says so; a closed descriptor is ENOENT.
+    """
     with open(f"/proc/{process}/fdinfo/{fd}", "rb", buffering=0) as f:
         text = f.read()
     return parse_fdinfo(text)
 
 
 def parse_fdinfo(text: bytes) -> FdInfo:
-    """Parse the kernel's text (semantics 5.7). The name comes last and may contain any byte, also a line feed. Errors: EINVAL."""
+    """Parse the kernel's text (semantics 5.7). The name comes last and may contain any byte, also a line feed. Other text is EINVAL."""
     head, separator, rest = text.partition(b"\nexp_name:\t")
     fields = dict(line.split(b":\t", 1) for line in head.split(b"\n") if b":\t" in line)
     exp_name, _, tail = rest.partition(b"\n")

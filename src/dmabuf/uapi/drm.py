@@ -20,7 +20,7 @@ VGEM_WRITE: Final = 1
 
 
 def driver(node: int) -> str:
-    """Return the driver's name. Errors: ENOTTY not a DRM node."""
+    """Return the driver's name. A descriptor that is not a DRM node is ENOTTY."""
     room = array("B", bytes(64))
     try:
         found = call.perform(node, t.DRM_VERSION, DrmVersion(name_len=len(room), name=room.buffer_info()[0]))
@@ -30,7 +30,7 @@ def driver(node: int) -> str:
 
 
 def capability(node: int, which: int) -> int:
-    """Return the driver's value of a capability. Errors: EINVAL the kernel does not know it."""
+    """Return the driver's value of a capability. One that the kernel doesn't know is EINVAL."""
     try:
         return call.perform(node, t.DRM_GET_CAP, DrmCap(which)).value
     except OSError as e:
@@ -38,9 +38,13 @@ def capability(node: int, which: int) -> int:
 
 
 def create_dumb(node: int, width: int, height: int, bpp: int, *, of: object = None) -> CreateDumb:
-    """Make a buffer for the CPU.
+    """Make a buffer for the CPU. Return its ``handle``, ``pitch`` and ``size``.
 
-    Return its ``handle``, ``pitch`` and ``size``. Errors: EINVAL a 0, too large; EOPNOTSUPP; EACCES; ENOMEM.
+    Raises:
+        InvalidError: A number is 0 or too large (EINVAL).
+        NotPermittedError: The user may not make one on this node (EACCES).
+        NoMemoryError: The kernel has no memory (ENOMEM).
+        DmaBufError: The driver makes none (EOPNOTSUPP).
     """
     try:
         return call.perform(node, t.CREATE_DUMB, CreateDumb(height, width, bpp))
@@ -53,7 +57,7 @@ def create_dumb(node: int, width: int, height: int, bpp: int, *, of: object = No
 
 
 def map_dumb(node: int, handle: int, *, of: object = None) -> int:
-    """Return the offset for mmap(2) on the node. Errors: ENOENT no such handle."""
+    """Return the offset for mmap(2) on the node. A handle that doesn't exist is ENOENT."""
     try:
         return call.perform(node, t.MAP_DUMB, MapDumb(handle)).offset
     except OSError as e:
@@ -61,7 +65,7 @@ def map_dumb(node: int, handle: int, *, of: object = None) -> int:
 
 
 def destroy_dumb(node: int, handle: int) -> None:
-    """Close the handle of a dumb buffer. Errors: EINVAL no such handle."""
+    """Close the handle of a dumb buffer. A handle that doesn't exist is EINVAL."""
     try:
         call.perform(node, t.DESTROY_DUMB, Pointer(handle))
     except OSError as e:
@@ -69,7 +73,7 @@ def destroy_dumb(node: int, handle: int) -> None:
 
 
 def gem_close(node: int, handle: int) -> None:
-    """Close a handle. Errors: EINVAL no such handle."""
+    """Close a handle. A handle that doesn't exist is EINVAL."""
     try:
         call.perform(node, t.DRM_GEM_CLOSE, GemClose(handle))
     except OSError as e:
@@ -77,7 +81,13 @@ def gem_close(node: int, handle: int) -> None:
 
 
 def handle_to_fd(node: int, handle: int, *, flags: int = os.O_RDWR, of: object = None) -> OwnedFd:
-    """Return the dma-buf of a handle, the same one each time, close-on-exec. Errors: ENOENT no such handle; EINVAL flags; EMFILE."""
+    """Return the dma-buf of a handle, the same one each time, close-on-exec.
+
+    Raises:
+        NotFoundError: There is no such handle (ENOENT).
+        InvalidError: The flags are not among those of open(2) that it takes (EINVAL).
+        DmaBufError: No descriptor is free (EMFILE).
+    """
     try:
         return call.obtain(node, t.PRIME_HANDLE_TO_FD, PrimeHandle(handle, flags | os.O_CLOEXEC), "fd")
     except OSError as e:
@@ -87,7 +97,9 @@ def handle_to_fd(node: int, handle: int, *, flags: int = os.O_RDWR, of: object =
 def fd_to_handle(node: int, fd: int, *, of: object = None) -> int:
     """Import a dma-buf. Return its handle, the same one each time, to be closed once.
 
-    Errors: EBADF; EINVAL not a dma-buf, or the device can't reach it.
+    Raises:
+        ClosedError: ``fd`` is not open (EBADF).
+        InvalidError: It is not a dma-buf, or the device can't reach it (EINVAL).
     """
     try:
         return call.perform(node, t.PRIME_FD_TO_HANDLE, PrimeHandle(0, 0, fd)).handle
@@ -98,7 +110,10 @@ def fd_to_handle(node: int, fd: int, *, of: object = None) -> int:
 def vgem_attach(node: int, handle: int, *, write: bool = False, of: object = None) -> int:
     """Add a fence of vgem, which is signaled after 10 s at the latest. Return its id.
 
-    Errors: ENOENT no such handle; EBUSY a fence conflicts; ENOTTY not vgem.
+    Raises:
+        NotFoundError: There is no such handle (ENOENT).
+        BusyError: A fence conflicts (EBUSY).
+        DmaBufError: The device is not vgem (ENOTTY).
     """
     try:
         return call.perform(node, t.VGEM_FENCE_ATTACH, VgemAttach(handle, VGEM_WRITE if write else 0)).out_fence
@@ -111,7 +126,12 @@ def vgem_attach(node: int, handle: int, *, write: bool = False, of: object = Non
 
 
 def vgem_signal(node: int, fence: int) -> None:
-    """Signal a fence of vgem. Errors: ENOENT no such fence, or signaled already; ETIMEDOUT vgem has signaled it."""
+    """Signal a fence of vgem.
+
+    Raises:
+        NotFoundError: There is no such fence, or it is signaled already (ENOENT).
+        DmaBufTimeout: vgem has signaled it, because its 10 s are over (ETIMEDOUT).
+    """
     try:
         call.perform(node, t.VGEM_FENCE_SIGNAL, VgemSignal(fence))
     except OSError as e:

@@ -18,7 +18,10 @@ UDMABUF_CLOEXEC: Final = 1
 def allocate(heap: int, length: int, *, fd_flags: int = os.O_RDWR, of: object = None) -> OwnedFd:
     """Allocate zeroed memory from a dma-heap, with the length rounded up to pages, close-on-exec (DMA_HEAP_IOCTL_ALLOC).
 
-    Errors: EINVAL a length of 0, or flags beyond the access mode; ENOMEM; EMFILE.
+    Raises:
+        InvalidError: The length is 0, or there are flags beyond the access mode (EINVAL).
+        NoMemoryError: The heap has no memory (ENOMEM).
+        DmaBufError: No descriptor is free (EMFILE).
     """
     try:
         # The kernel wants 0 in the field in which it returns the new descriptor.
@@ -39,7 +42,13 @@ _UDMABUF: Final = {
 
 
 def create(device: int, memfd: int, offset: int, size: int, *, flags: int = UDMABUF_CLOEXEC, of: object = None) -> OwnedFd:
-    """Make a dma-buf of a range of a memfd (UDMABUF_CREATE). Errors: EINVAL range, seals, limits; EBADFD not a memfd; ENOMEM; EMFILE."""
+    """Make a dma-buf of a range of a memfd (UDMABUF_CREATE).
+
+    Raises:
+        InvalidError: The range is bad, the seals are missing, or a limit is passed (EINVAL).
+        NoMemoryError: The kernel has no memory (ENOMEM).
+        DmaBufError: It is not a memfd (EBADFD), or no descriptor is free (EMFILE).
+    """
     try:
         argument = bytearray(t.UDMABUF_CREATE.layout.pack(UdmabufCreate(memfd, flags, offset, size)))
         return call.obtain_result(device, t.UDMABUF_CREATE.number, argument)
@@ -48,7 +57,7 @@ def create(device: int, memfd: int, offset: int, size: int, *, flags: int = UDMA
 
 
 def create_list(device: int, items: Sequence[tuple[int, int, int]], *, flags: int = UDMABUF_CLOEXEC, of: object = None) -> OwnedFd:
-    """Make one dma-buf of several ranges (memfd, offset, size) (UDMABUF_CREATE_LIST). Errors: as `create`."""
+    """Make one dma-buf of several ranges (memfd, offset, size) (UDMABUF_CREATE_LIST). It fails as `create` does."""
     try:
         argument = bytearray(t.UDMABUF_CREATE_LIST.layout.pack(UdmabufCreateList(flags, len(items))))
         for memfd, offset, size in items:

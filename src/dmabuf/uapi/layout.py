@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 def number(direction: int, letter: str, nr: int, size: int) -> int:
-    """Return the number of an ioctl. Errors: ValueError a part doesn't fit into its bits."""
+    """Return the number of an ioctl. Raise ValueError if a part doesn't fit into its bits."""
     if not (0 <= direction < 4 and 0 <= nr < 256 and 0 <= size < 1 << 14 and len(letter) == 1):
         raise ValueError(f"no ioctl has direction {direction}, letter {letter!r}, number {nr} and size {size}")
     return direction << 30 | size << 16 | ord(letter) << 8 | nr
@@ -41,14 +41,14 @@ class Layout(Generic[T]):
         self.size = self.struct.size
 
     def pack(self, value: T) -> bytes:
-        """Return the bytes of a value. Errors: EINVAL a field that does not fit."""
+        """Return the bytes of a value. A field that doesn't fit is EINVAL."""
         try:
             return self.struct.pack(*value)  # type: ignore[misc]
         except struct.error as e:
             raise fail(errno.EINVAL, "ioctl", self.kind.__name__, "give each field a value that its type holds", what=str(e)) from None
 
     def unpack(self, data: bytes | bytearray | memoryview, offset: int = 0) -> T:
-        """Return the value of some bytes. Errors: EINVAL too few bytes."""
+        """Return the value of some bytes. Too few bytes are EINVAL."""
         try:
             return self.kind(*self.struct.unpack_from(data, offset))
         except struct.error as e:

@@ -20,14 +20,21 @@ _NO_TIMELINE: Final = {errno.ENOTTY: ("not a sw_sync timeline", "pass the descri
 
 
 def open_timeline(path: str = PATH) -> OwnedFd:
-    """Return a new timeline at 0. Its close signals pending fences with ENOENT. Errors: ENOENT the kernel has none; EACCES; EMFILE."""
+    """Return a new timeline at 0. Its close signals pending fences with ENOENT.
+
+    Raises:
+        NotFoundError: The kernel has no sw_sync (ENOENT).
+        NotPermittedError: The user may not open it (EACCES).
+        DmaBufError: No descriptor is free (EMFILE).
+    """
     return call.open_node(path, "sw_sync", _OPEN)
 
 
 def create_fence(timeline: int, value: int, *, of: object = None) -> OwnedFd:
     """Return a sync_file that is signaled when the timeline reaches ``value`` (32 bits, compared as signed).
 
-    Errors: ENOTTY not a timeline; EMFILE.
+    Raises:
+        DmaBufError: ``timeline`` is not a timeline (ENOTTY), or no descriptor is free (EMFILE).
     """
     try:
         return call.obtain(timeline, t.SW_SYNC_CREATE_FENCE, SwSyncFence(value), "fence")
@@ -36,7 +43,7 @@ def create_fence(timeline: int, value: int, *, of: object = None) -> OwnedFd:
 
 
 def increment(timeline: int, by: int = 1, *, of: object = None) -> None:
-    """Increment the timeline. Errors: ENOTTY not a timeline."""
+    """Increment the timeline. A descriptor that is not a timeline is ENOTTY."""
     try:
         call.perform(timeline, t.SW_SYNC_INC, Pointer(by))
     except OSError as e:
@@ -44,7 +51,13 @@ def increment(timeline: int, by: int = 1, *, of: object = None) -> None:
 
 
 def get_deadline(timeline: int, sync_file: int, *, of: object = None) -> int:
-    """Return the earliest deadline of its fences in ns. Errors: ENOENT none; EINVAL not a fence of sw_sync; ENOTTY before v6.8."""
+    """Return the earliest deadline of the fences of a sync_file, in ns.
+
+    Raises:
+        NotFoundError: They have no deadline (ENOENT).
+        InvalidError: One of them is not a fence of sw_sync (EINVAL).
+        DmaBufError: The kernel is older than v6.8 (ENOTTY).
+    """
     try:
         return call.perform(timeline, t.SW_SYNC_GET_DEADLINE, SwSyncDeadline(0, 0, sync_file)).deadline_ns
     except OSError as e:

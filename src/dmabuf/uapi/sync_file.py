@@ -34,7 +34,10 @@ def text(raw: bytes) -> bytes:
 def merge(fd: int, other: int, name: bytes = b"", *, of: object = None) -> OwnedFd:
     """Return a new sync_file of the pending fences of both. Its name is cut to 31 bytes.
 
-    Errors: ENOENT ``other`` is not a sync_file; ENOTTY ``fd`` is not; EMFILE; ENOMEM.
+    Raises:
+        NotFoundError: ``other`` is not a sync_file (ENOENT).
+        NoMemoryError: The kernel has no memory (ENOMEM).
+        DmaBufError: ``fd`` is not a sync_file (ENOTTY), or no descriptor is free (EMFILE).
     """
     try:
         return call.obtain(fd, t.SYNC_MERGE, Merge(name[: NAME_BYTES - 1], other), "fence")
@@ -44,7 +47,12 @@ def merge(fd: int, other: int, name: bytes = b"", *, of: object = None) -> Owned
 
 
 def file_info(fd: int, *, of: object = None) -> Info:
-    """Return name, status and fences. Errors: ENOTTY not a sync_file; ENOMEM."""
+    """Return name, status and fences.
+
+    Raises:
+        NoMemoryError: The kernel has no memory (ENOMEM).
+        DmaBufError: ``fd`` is not a sync_file (ENOTTY).
+    """
     try:
         head = call.perform(fd, t.SYNC_FILE_INFO, FileInfo())
         # The number of leaves can only fall meanwhile, as links of a chain are collected.
@@ -59,7 +67,7 @@ def file_info(fd: int, *, of: object = None) -> Info:
 
 
 def set_deadline(fd: int, deadline_ns: int, *, of: object = None) -> None:
-    """Set a deadline of the fences, CLOCK_MONOTONIC nanoseconds. Errors: ENOTTY before v6.8, or not a sync_file."""
+    """Set a deadline of the fences, CLOCK_MONOTONIC nanoseconds. It fails with ENOTTY before v6.8, or if ``fd`` is not a sync_file."""
     try:
         call.perform(fd, t.SYNC_SET_DEADLINE, SetDeadline(deadline_ns))
     except OSError as e:

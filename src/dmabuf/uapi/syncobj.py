@@ -55,18 +55,28 @@ def _u64s(values: Sequence[int]) -> array[int]:
 
 
 def create(node: int, *, signaled: bool = False) -> int:
-    """Make an object and return its handle. Errors: EOPNOTSUPP the driver has none; ENOMEM."""
+    """Make an object and return its handle.
+
+    Raises:
+        NoMemoryError: The kernel has no memory (ENOMEM).
+        DmaBufError: The driver has no sync objects (EOPNOTSUPP).
+    """
     found: SyncobjCreate = _do(node, t.SYNCOBJ_CREATE, SyncobjCreate(0, CREATE_SIGNALED if signaled else 0), "create", f"fd {node}")
     return found.handle
 
 
 def destroy(node: int, handle: int) -> None:
-    """Close a handle. Errors: EINVAL no such handle."""
+    """Close a handle. A handle that doesn't exist is EINVAL."""
     _do(node, t.SYNCOBJ_DESTROY, SyncobjCreate(handle), "destroy", f"handle {handle}")
 
 
 def handle_to_fd(node: int, handle: int, *, sync_file: bool = False) -> OwnedFd:
-    """Return the object as a descriptor, or a sync_file of the fence in it. Errors: EINVAL no such handle, or no fence in it; EMFILE."""
+    """Return the object as a descriptor, or a sync_file of the fence in it.
+
+    Raises:
+        InvalidError: There is no such handle, or no fence in the object (EINVAL).
+        DmaBufError: No descriptor is free (EMFILE).
+    """
     try:
         return call.obtain(node, t.SYNCOBJ_HANDLE_TO_FD, SyncobjHandle(handle, SYNC_FILE if sync_file else 0), "fd")
     except OSError as e:
@@ -75,20 +85,28 @@ def handle_to_fd(node: int, handle: int, *, sync_file: bool = False) -> OwnedFd:
 
 
 def fd_to_handle(node: int, fd: int) -> int:
-    """Return a new handle for the object behind a descriptor. Errors: EINVAL not a sync object."""
+    """Return a new handle for the object behind a descriptor. A descriptor of something else is EINVAL."""
     found: SyncobjHandle = _do(node, t.SYNCOBJ_FD_TO_HANDLE, SyncobjHandle(0, 0, fd), "import", f"fd {fd}")
     return found.handle
 
 
 def import_sync_file(node: int, handle: int, fd: int) -> None:
-    """Put the fence of a sync_file into an object. Errors: ENOENT no such handle; EINVAL not a sync_file."""
+    """Put the fence of a sync_file into an object.
+
+    Raises:
+        NotFoundError: There is no such handle (ENOENT).
+        InvalidError: ``fd`` is not a sync_file (EINVAL).
+    """
     _do(node, t.SYNCOBJ_FD_TO_HANDLE, SyncobjHandle(handle, SYNC_FILE, fd), "import", f"handle {handle}")
 
 
 def wait(node: int, handles: Sequence[int], until_ns: int, flags: int = 0) -> int:
     """Wait until one of the objects (WAIT_ALL: all) is signaled, and return which. ``until_ns``: CLOCK_MONOTONIC, 0 doesn't wait.
 
-    Errors: ETIME it is not; EINVAL no fence in one of them, without WAIT_FOR_SUBMIT; ENOENT no such handle.
+    Raises:
+        DmaBufTimeout: It isn't signaled in time (ETIME).
+        InvalidError: One of them has no fence, without WAIT_FOR_SUBMIT (EINVAL).
+        NotFoundError: There is no such handle (ENOENT).
     """
     raw = _u32s(handles)
     asked = SyncobjWaitOld(raw.buffer_info()[0], until_ns, len(raw), flags)  # the older size, which every kernel takes
@@ -97,7 +115,7 @@ def wait(node: int, handles: Sequence[int], until_ns: int, flags: int = 0) -> in
 
 
 def timeline_wait(node: int, handles: Sequence[int], points: Sequence[int], until_ns: int, flags: int = 0) -> int:
-    """Do as `wait` for a point of each. Errors: as wait; EOPNOTSUPP the driver has no timelines."""
+    """Do as `wait` for a point of each. A driver without timelines is EOPNOTSUPP."""
     raw, at = _u32s(handles), _u64s(points)
     asked = SyncobjTimelineWaitOld(raw.buffer_info()[0], at.buffer_info()[0], until_ns, len(raw), flags)
     found: SyncobjTimelineWaitOld = _do(node, t.SYNCOBJ_TIMELINE_WAIT_OLD, asked, "wait", f"handles {list(handles)}")
@@ -105,26 +123,36 @@ def timeline_wait(node: int, handles: Sequence[int], points: Sequence[int], unti
 
 
 def reset(node: int, handles: Sequence[int]) -> None:
-    """Take the fences out. Errors: ENOENT no such handle; EINVAL no handle is given."""
+    """Take the fences out.
+
+    Raises:
+        NotFoundError: There is no such handle (ENOENT).
+        InvalidError: No handle is given (EINVAL).
+    """
     raw = _u32s(handles)
     _do(node, t.SYNCOBJ_RESET, SyncobjArray(raw.buffer_info()[0], len(raw)), "reset", f"handles {list(handles)}")
 
 
 def signal(node: int, handles: Sequence[int]) -> None:
-    """Put signaled fences in. Errors: as `reset`."""
+    """Put signaled fences in. It fails as `reset` does."""
     raw = _u32s(handles)
     _do(node, t.SYNCOBJ_SIGNAL, SyncobjArray(raw.buffer_info()[0], len(raw)), "signal", f"handles {list(handles)}")
 
 
 def timeline_signal(node: int, handles: Sequence[int], points: Sequence[int]) -> None:
-    """Signal a point of each. Errors: as `reset`; EOPNOTSUPP."""
+    """Signal a point of each. It fails as `reset` does. A driver without timelines is EOPNOTSUPP."""
     raw, at = _u32s(handles), _u64s(points)
     asked = SyncobjTimelineArray(raw.buffer_info()[0], at.buffer_info()[0], len(raw))
     _do(node, t.SYNCOBJ_TIMELINE_SIGNAL, asked, "signal", f"handles {list(handles)}")
 
 
 def query(node: int, handles: Sequence[int], *, submitted: bool = False) -> list[int]:
-    """Return the last signaled point of each, or the last that has a fence. Errors: ENOENT no such handle; EOPNOTSUPP."""
+    """Return the last signaled point of each, or the last that has a fence.
+
+    Raises:
+        NotFoundError: There is no such handle (ENOENT).
+        DmaBufError: The driver has no timelines (EOPNOTSUPP).
+    """
     raw, at = _u32s(handles), _u64s([0] * len(handles))
     asked = SyncobjTimelineArray(raw.buffer_info()[0], at.buffer_info()[0], len(raw), QUERY_LAST_SUBMITTED if submitted else 0)
     _do(node, t.SYNCOBJ_QUERY, asked, "query", f"handles {list(handles)}")
@@ -132,11 +160,21 @@ def query(node: int, handles: Sequence[int], *, submitted: bool = False) -> list
 
 
 def transfer(node: int, source: tuple[int, int], target: tuple[int, int], flags: int = 0) -> None:
-    """Copy the fence of (handle, point) to another (handle, point). A binary object has point 0. Errors: ENOENT; EINVAL there is none."""
+    """Copy the fence of (handle, point) to another (handle, point). A binary object has point 0.
+
+    Raises:
+        NotFoundError: There is no such handle (ENOENT).
+        InvalidError: There is no fence to copy (EINVAL).
+    """
     asked = SyncobjTransfer(source[0], target[0], source[1], target[1], flags)
     _do(node, t.SYNCOBJ_TRANSFER, asked, "transfer", f"handles {source[0]}, {target[0]}")
 
 
 def on_eventfd(node: int, handle: int, point: int, eventfd: int, flags: int = 0) -> None:
-    """Have the kernel write to an eventfd when the point is signaled (WAIT_AVAILABLE: has a fence). Errors: ENOENT; ENOTTY before v6.6."""
+    """Have the kernel write to an eventfd when the point is signaled (WAIT_AVAILABLE: has a fence).
+
+    Raises:
+        NotFoundError: There is no such handle (ENOENT).
+        DmaBufError: The kernel is older than v6.6 (ENOTTY).
+    """
     _do(node, t.SYNCOBJ_EVENTFD, SyncobjEventfd(handle, flags, point, eventfd), "eventfd", f"handle {handle}")

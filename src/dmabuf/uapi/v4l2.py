@@ -28,7 +28,7 @@ _REMEDIES: Final[Mapping[int, call.Remedy]] = {
 
 
 def query_capability(fd: int) -> V4l2Capability:
-    """Return the device's capabilities. Errors: ENOTTY not a V4L2 device."""
+    """Return the device's capabilities. A device that is not of V4L2 is ENOTTY."""
     try:
         return call.perform(fd, t.VIDIOC_QUERYCAP, V4l2Capability())
     except OSError as e:
@@ -36,7 +36,7 @@ def query_capability(fd: int) -> V4l2Capability:
 
 
 def get_format(fd: int) -> V4l2Format:
-    """Return the format of the next frames. Errors: EINVAL the device doesn't capture."""
+    """Return the format of the next frames. A device that doesn't capture is EINVAL."""
     try:
         return call.perform(fd, t.VIDIOC_G_FMT, V4l2Format(CAPTURE))
     except OSError as e:
@@ -44,7 +44,12 @@ def get_format(fd: int) -> V4l2Format:
 
 
 def set_format(fd: int, wanted: V4l2Format) -> V4l2Format:
-    """Ask for a format. Return the nearest one that the driver has. Errors: EBUSY there are buffers; EINVAL."""
+    """Ask for a format. Return the nearest one that the driver has.
+
+    Raises:
+        BusyError: The driver has buffers, which would have the old format (EBUSY).
+        InvalidError: The device doesn't capture (EINVAL).
+    """
     try:
         return call.perform(fd, t.VIDIOC_S_FMT, wanted)
     except OSError as e:
@@ -57,7 +62,13 @@ def with_picture(told: V4l2Format, width: int, height: int, pixelformat: int) ->
 
 
 def request_buffers(fd: int, count: int, memory: int = MMAP) -> int:
-    """Have the driver make ``count`` buffers (0 frees them). Return how many there are. Errors: EBUSY; EINVAL memory kind; ENOMEM."""
+    """Have the driver make ``count`` buffers (0 frees them). Return how many there are.
+
+    Raises:
+        BusyError: Buffers are in use (EBUSY).
+        InvalidError: The driver doesn't take this kind of memory (EINVAL).
+        NoMemoryError: The kernel has no memory (ENOMEM).
+    """
     try:
         return call.perform(fd, t.VIDIOC_REQBUFS, V4l2RequestBuffers(count, CAPTURE, memory)).how_many
     except OSError as e:
@@ -65,7 +76,7 @@ def request_buffers(fd: int, count: int, memory: int = MMAP) -> int:
 
 
 def query_buffer(fd: int, index: int) -> V4l2Buffer:
-    """Return the state of a buffer. Errors: EINVAL no such buffer."""
+    """Return the state of a buffer. A buffer that doesn't exist is EINVAL."""
     try:
         return call.perform(fd, t.VIDIOC_QUERYBUF, V4l2Buffer(index, CAPTURE, memory=MMAP))
     except OSError as e:
@@ -73,7 +84,12 @@ def query_buffer(fd: int, index: int) -> V4l2Buffer:
 
 
 def export_buffer(fd: int, index: int, *, flags: int = os.O_RDWR) -> OwnedFd:
-    """Return a buffer as a dma-buf, close-on-exec. Errors: EINVAL no such buffer, or not made with MMAP; ENOTTY; EMFILE."""
+    """Return a buffer as a dma-buf, close-on-exec.
+
+    Raises:
+        InvalidError: There is no such buffer, or it was not made with MMAP (EINVAL).
+        DmaBufError: The driver exports none (ENOTTY), or no descriptor is free (EMFILE).
+    """
     try:
         return call.obtain(fd, t.VIDIOC_EXPBUF, V4l2ExportBuffer(CAPTURE, index, flags=flags | os.O_CLOEXEC), "fd")
     except OSError as e:
@@ -81,7 +97,7 @@ def export_buffer(fd: int, index: int, *, flags: int = os.O_RDWR) -> OwnedFd:
 
 
 def queue(fd: int, buffer: V4l2Buffer) -> None:
-    """Give a buffer to the driver. Errors: EINVAL the driver has it already."""
+    """Give a buffer to the driver. A buffer that the driver has already is EINVAL."""
     try:
         call.perform(fd, t.VIDIOC_QBUF, buffer)
     except OSError as e:
@@ -89,7 +105,13 @@ def queue(fd: int, buffer: V4l2Buffer) -> None:
 
 
 def dequeue(fd: int, memory: int = MMAP) -> V4l2Buffer:
-    """Take a filled buffer, and wait for one unless the descriptor is non-blocking. Errors: EAGAIN none yet; EINVAL not streaming; EIO."""
+    """Take a filled buffer, and wait for one unless the descriptor is non-blocking.
+
+    Raises:
+        WouldBlockError: None is filled yet (EAGAIN).
+        InvalidError: The device isn't streaming (EINVAL).
+        DmaBufError: The device failed (EIO).
+    """
     try:
         return call.perform(fd, t.VIDIOC_DQBUF, V4l2Buffer(0, CAPTURE, memory=memory), restart=False)
     except OSError as e:
@@ -97,7 +119,13 @@ def dequeue(fd: int, memory: int = MMAP) -> V4l2Buffer:
 
 
 def stream(fd: int, on: bool) -> None:
-    """Start or stop. A stop takes every buffer back from the driver. Errors: EINVAL no buffers; EBUSY; EPIPE."""
+    """Start or stop. A stop takes every buffer back from the driver.
+
+    Raises:
+        InvalidError: There are no buffers (EINVAL).
+        BusyError: Another program streams (EBUSY).
+        BrokenConnectionError: A link to the sensor is missing (EPIPE).
+    """
     try:
         call.perform(fd, t.VIDIOC_STREAMON if on else t.VIDIOC_STREAMOFF, Pointer(CAPTURE))
     except OSError as e:

@@ -88,8 +88,9 @@ def announce(buf: DmaBuf, timeline: Timeline) -> DmaFence:
 class Port:
     """One stage's side of a ring: it writes (``peers``: the readers' names) or reads (``peers``: the writer's name).
 
-    Call ``look()`` once after every stage has made its Port, then for n = 0, 1, …: ``acquire(n)``, the access, ``release(n)``. ``waits``,
-    ``wait_ns``: how often and how long this stage waited for a fence. Errors: :class:`PeerEnded` from ``acquire``.
+    Call ``look()`` once after every stage has made its Port, then for n = 0, 1, …: ``acquire(n)``, the access, ``release(n)``. ``waits``
+    and ``wait_ns`` say how often and how long this stage has waited for a fence. ``acquire`` raises :class:`PeerEnded` when the stage at
+    the other end is gone.
     """
 
     def __init__(self, slots: Sequence[DmaBuf], name: str, peers: Sequence[str], *, writes: bool) -> None:
@@ -155,7 +156,7 @@ def put_header(view: memoryview, n: int, ino: int, *, end: bool = False) -> None
 
 
 def get_header(view: memoryview, n: int) -> Header:
-    """Return the slot's header. Errors: RuntimeError it has another frame than n, so the protocol is broken."""
+    """Return the slot's header. Raise RuntimeError if it is of another frame than ``n``, because then the protocol is broken."""
     magic, found, ino, flags, _ = _HEADER.unpack_from(view, 0)
     if magic != _MAGIC or found != n:
         raise RuntimeError(f"frame {n} was expected, the slot holds {found if magic == _MAGIC else 'none'}: the fences are out of order")

@@ -108,9 +108,11 @@ class _Child:
 
 
 def run(plan: Plan, progress: Callable[[dict[str, int]], None]) -> Outcome:
-    """Run the four stages to their end. ``progress``: called with frames by stage, about ten times a second.
+    """Run the four stages to their end. ``progress`` is called with the frames of each stage, about ten times a second.
 
-    Errors: :class:`StartFailed`; those of ``allocate``.
+    Raises:
+        StartFailed: A stage ended before the first frame.
+        DmaBufError: The memory of the rings can't be allocated.
     """
     outcome = Outcome()
     inos: set[int] = set()

@@ -60,7 +60,7 @@ class Clip:
 
 
 def probe(path: Path) -> Clip:
-    """Return what a file says of itself and the size of its first frame. Errors: :class:`VideoError`."""
+    """Return what a file says of itself and the size of its first frame. Raise :class:`VideoError` if it can't be decoded."""
     with _opened(path) as container:
         stream = container.streams.video[0]
         try:
@@ -91,7 +91,7 @@ def _opened(path: Path) -> Any:
 
 
 def decoded(clip: Clip, limit: int | None) -> Iterator[av.VideoFrame]:
-    """Yield the frames of a clip, all in the size of the first, as YUV 4:2:0. Errors: :class:`VideoError`."""
+    """Yield the frames of a clip as YUV 4:2:0, all in the size of the first. Raise :class:`VideoError` if one can't be decoded."""
     with _opened(clip.path) as container:
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
@@ -155,7 +155,12 @@ def histogram(source: Plane) -> bytes:
 
 
 class Encoder:
-    """A file of filtered frames, at the clip's rate, without sound. Errors: :class:`VideoError` no such format; av.FFmpegError."""
+    """A file of filtered frames, at the clip's rate, without sound.
+
+    Raises:
+        VideoError: There is no such format.
+        av.FFmpegError: FFmpeg can't write the file.
+    """
 
     def __init__(self, path: Path, clip: Clip) -> None:
         self.clip = clip

@@ -94,7 +94,13 @@ def _has_room(fd: int) -> bool:
 
 
 def duplicate(fd: int) -> OwnedFd:
-    """Return a duplicate of an eventfd, for a notice to own. Errors: EBADF, EINVAL it is something else, EMFILE."""
+    """Return a duplicate of an eventfd, for a notice to own.
+
+    Raises:
+        ClosedError: ``fd`` is not open (EBADF).
+        InvalidError: ``fd`` is not an eventfd (EINVAL).
+        DmaBufError: No descriptor is free (EMFILE).
+    """
     try:
         kind = os.readlink(f"/proc/self/fd/{fd}")
     except OSError:

@@ -39,7 +39,11 @@ class SemaphoreFile:
     __slots__ = ("_file", "_view", "points")
 
     def __init__(self, file: SharedFile) -> None:
-        """Without the lock. Errors: EUCLEAN another program made the file; EMFILE."""
+        """Read the state, without the lock.
+
+        Raises:
+            DmaBufError: Another program made the file (EUCLEAN), or no descriptor is free (EMFILE).
+        """
         if file.read(0, len(_MAGIC)) != _MAGIC:
             raise nonsense()
         try:
