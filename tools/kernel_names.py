@@ -104,7 +104,7 @@ def _public(sources: Path) -> dict[tuple[str, str], str]:
 def _bases(name: str, classes: dict[str, ast.ClassDef]) -> Iterator[str]:
     """The base classes of this package, at any depth: a reader finds their members in the public class."""
     for base in classes[name].bases if name in classes else ():
-        found = ast.unparse(base).rpartition(".")[2]
+        found = ast.unparse(base.value if isinstance(base, ast.Subscript) else base).rpartition(".")[2]
         if found in classes and found != name:
             yield found
             yield from _bases(found, classes)

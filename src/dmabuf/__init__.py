@@ -31,10 +31,11 @@ if TYPE_CHECKING:
     from dmabuf.core.access.many import access
     from dmabuf.core.access.range import BufferRange
     from dmabuf.core.attach.attachment import DmaBufAttachment
+    from dmabuf.core.attach.importer import Importer
     from dmabuf.core.base.usage import Direction, Usage
-    from dmabuf.core.contract import Exporter, Importer
     from dmabuf.core.dma_buf import DmaBuf
     from dmabuf.core.export.export import export
+    from dmabuf.core.export.exporter import Exporter
     from dmabuf.core.fence.array import DmaFenceArray
     from dmabuf.core.fence.chain import DmaFenceChain
     from dmabuf.core.fence.fence import DmaFence
@@ -122,10 +123,11 @@ _PLACES = {
     "dmabuf.core.access.many": ("access",),
     "dmabuf.core.access.range": ("BufferRange",),
     "dmabuf.core.attach.attachment": ("DmaBufAttachment",),
+    "dmabuf.core.attach.importer": ("Importer",),
     "dmabuf.core.base.usage": ("Direction", "Usage"),
-    "dmabuf.core.contract": ("Exporter", "Importer"),
     "dmabuf.core.dma_buf": ("DmaBuf",),
     "dmabuf.core.export.export": ("export",),
+    "dmabuf.core.export.exporter": ("Exporter",),
     "dmabuf.core.fence.array": ("DmaFenceArray",),
     "dmabuf.core.fence.chain": ("DmaFenceChain",),
     "dmabuf.core.fence.fence": ("DmaFence",),

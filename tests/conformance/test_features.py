@@ -30,6 +30,7 @@ from dmabuf import (
     Timeline,
     Usage,
 )
+from dmabuf.core.contract import ExporterOps
 from dmabuf.core.export.module import Module
 from tests.support.drivers import BIDIR, FROM, PAGE, TO, Bare, Dynamic, Static
 from tests.support.errnos import raises_errno
@@ -82,7 +83,7 @@ def test_F02_an_immutable_exporter_works_for_all_calls(static: Static, dev: Devi
             raise AssertionError("written to")
 
     for op, function in inspect.getmembers(Static, inspect.isfunction):
-        if op in vars(Exporter) and function is not vars(Exporter)[op]:
+        if op in vars(ExporterOps) and function is not vars(ExporterOps)[op]:
             setattr(Frozen, op, (lambda do: lambda self, *arguments: do(static, *arguments))(function))
     with dmabuf.export(Frozen(), SIZE) as buf:
         att = buf.attach(dev)
@@ -401,7 +402,7 @@ def test_F32_where_the_sides_disagree_one_map_at_attach_serves_all(dynamic: Dyna
 
 
 def test_F33_F34_there_are_no_page_by_page_mappings() -> None:
-    ops = {name for name in vars(Exporter) if not name.startswith("_")}
+    ops = {name for name in vars(ExporterOps) if not name.startswith("_")}
     wanted = "attach detach pin unpin map unmap release begin_cpu_access end_cpu_access mmap vmap vunmap"
     assert ops == set(wanted.split())
     assert not [name for name in dir(DmaBuf) if re.match(r"k(un)?map|(un)?map_page", name)]

@@ -1,4 +1,4 @@
-"""What exporters and importers promise each other: ``Exporter``, ``Importer``, and what each is handed (semantics 1.5, 1.6, 2.20).
+"""What exporters and importers promise each other: ``ExporterOps``, ``ImporterOps``, and what each is handed (semantics 1.5, 1.6, 2.20).
 
 An exporter owns memory and answers for it: it is the kernel's ``dma_buf_ops`` and its private pointer in one object, which the framework
 never writes to. It says what it can do by what it overrides. ``map``, ``unmap`` and ``release`` are mandatory; an exporter with ``pin`` and
@@ -24,13 +24,16 @@ and KERNEL fences before its device touches the memory, and adds a fence for wor
 The ops run in the exporting process. When another process, or a forked child, needs one, a thread of this package calls it there with the
 same locks held; ``attachment.dev`` is then a stand-in with the device's name and limits (docs/exporters.md). Memory that other processes
 are to map must be a mapping of a file that the exporting process keeps open.
+
+Programs derive from ``dmabuf.Exporter`` and ``dmabuf.Importer``, whose ops are handed a ``DmaBuf`` and a ``DmaBufAttachment``. Both classes
+stand above this module, which names what it needs of them: the protocols ``Buffer`` and ``Attachment``.
 """
 
 from __future__ import annotations
 
 import errno
 from contextlib import AbstractContextManager
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Generic, Protocol, TypeAlias, TypeVar
 
 from dmabuf._native import Mapping
 from dmabuf.core.base.usage import Direction
@@ -97,7 +100,6 @@ class Attachment(Protocol):
     """One device's use of a buffer, as an exporter or importer is given it; a ``DmaBufAttachment``."""
 
     dev: Device
-    importer: Importer | None
     peer2peer: bool
     priv: Any  # the exporter's own
     attached: bool
@@ -105,19 +107,21 @@ class Attachment(Protocol):
     @property
     def dmabuf(self) -> Buffer: ...
     @property
+    def importer(self) -> AnyImporter | None: ...
+    @property
     def is_dynamic(self) -> bool: ...
 
 
-# What the ops below are handed is a Buffer or an Attachment. An override may name the classes, DmaBuf and DmaBufAttachment, which stand
-# above this module; a type checker would refuse that if the parameters here had the types of the protocols.
-AnyBuffer: TypeAlias = Any
-AnyAttachment: TypeAlias = Any
+AnyBuffer: TypeAlias = Any  # a DmaBuf, for those below it who give one to their callers
+
+BufferT = TypeVar("BufferT", bound=Buffer, contravariant=True)
+AttachmentT = TypeVar("AttachmentT", bound=Attachment, contravariant=True)
 
 
 # ---- the exporter ----
 
 
-class Exporter:
+class ExporterOps(Generic[BufferT, AttachmentT]):
     """Base class of exporters: override what the exporter can do. The module says which locks are held and what is promised.
 
     Kernel: dma_buf_ops.
@@ -125,7 +129,7 @@ class Exporter:
 
     __slots__ = ()
 
-    def attach(self, attachment: AnyAttachment) -> None:
+    def attach(self, attachment: AttachmentT) -> None:
         """Accept a device that is about to attach: look at ``attachment.dev``, and keep what is needed in ``attachment.priv``.
 
         Optional. The lock is not held. May set ``attachment.peer2peer`` to False if the exporter can't do that. If it raises, the
@@ -138,14 +142,14 @@ class Exporter:
         """
         raise NotImplementedError
 
-    def detach(self, attachment: AnyAttachment) -> None:
+    def detach(self, attachment: AttachmentT) -> None:
         """End the attachment, and free what ``attach`` made. Optional. The lock is not held. Must not fail.
 
         Kernel: dma_buf_ops.detach.
         """
         raise NotImplementedError
 
-    def pin(self, attachment: AnyAttachment) -> None:
+    def pin(self, attachment: AttachmentT) -> None:
         """Keep the memory where it is until as many ``unpin``. It is present and cleared, and moves are done, when this returns.
 
         Optional, only together with ``unpin``; makes the exporter dynamic. The lock is held. The exporter counts nested pins. It may pin
@@ -158,14 +162,14 @@ class Exporter:
         """
         raise NotImplementedError
 
-    def unpin(self, attachment: AnyAttachment) -> None:
+    def unpin(self, attachment: AttachmentT) -> None:
         """Undo one ``pin``. Optional, only together with ``pin``. The lock is held. Must not fail.
 
         Kernel: dma_buf_ops.unpin.
         """
         raise NotImplementedError
 
-    def map(self, attachment: AnyAttachment, direction: Direction) -> SgTable | None:
+    def map(self, attachment: AttachmentT, direction: Direction) -> SgTable | None:
         """Make the memory reachable for ``attachment.dev``. Mandatory. The lock is held.
 
         Returns:
@@ -178,14 +182,14 @@ class Exporter:
         """
         raise NotImplementedError
 
-    def unmap(self, attachment: AnyAttachment, sgt: SgTable, direction: Direction) -> None:
+    def unmap(self, attachment: AttachmentT, sgt: SgTable, direction: Direction) -> None:
         """Undo one ``map``, with the direction that it had. Mandatory. The lock is held. Must not fail.
 
         Kernel: dma_buf_ops.unmap_dma_buf.
         """
         raise NotImplementedError
 
-    def release(self, buf: AnyBuffer) -> None:
+    def release(self, buf: BufferT) -> None:
         """Free the memory: the last reference is gone, in every process. Called once, after everything else.
 
         Mandatory. No lock is held. ``buf`` tells which buffer it was (``ino``, ``name``, ``size``). It is closed afterwards and can't be
@@ -195,7 +199,7 @@ class Exporter:
         """
         raise NotImplementedError
 
-    def begin_cpu_access(self, buf: AnyBuffer, direction: Direction) -> None:
+    def begin_cpu_access(self, buf: BufferT, direction: Direction) -> None:
         """Make the memory coherent: the CPU is about to read (FROM_DEVICE) or to change it (TO_DEVICE, BIDIRECTIONAL).
 
         Optional. The lock is not held.
@@ -207,7 +211,7 @@ class Exporter:
         """
         raise NotImplementedError
 
-    def end_cpu_access(self, buf: AnyBuffer, direction: Direction) -> None:
+    def end_cpu_access(self, buf: BufferT, direction: Direction) -> None:
         """End the CPU access. Optional. The lock is not held. Only the exporter pairs begin and end.
 
         Raises:
@@ -217,7 +221,7 @@ class Exporter:
         """
         raise NotImplementedError
 
-    def mmap(self, buf: AnyBuffer, offset: int, length: int) -> Mapping:
+    def mmap(self, buf: BufferT, offset: int, length: int) -> Mapping:
         """Return a mapping of the bytes, such as ``DmaBuf.mmap`` of a buffer that holds the memory returns.
 
         Optional; without it ``mmap()``, ``read()`` and ``write()`` are EINVAL. The lock is not held. The range lies within the size.
@@ -230,7 +234,7 @@ class Exporter:
         """
         raise NotImplementedError
 
-    def vmap(self, buf: AnyBuffer) -> IosysMap:
+    def vmap(self, buf: BufferT) -> IosysMap:
         """Return the whole buffer as a kernel mapping. Optional; without it ``vmap()`` is EINVAL. The lock is held.
 
         Called once until ``vunmap``: the framework counts.
@@ -242,7 +246,7 @@ class Exporter:
         """
         raise NotImplementedError
 
-    def vunmap(self, buf: AnyBuffer, map: IosysMap) -> None:
+    def vunmap(self, buf: BufferT, map: IosysMap) -> None:
         """Undo ``vmap``. Optional. The lock is held. Must not fail.
 
         Kernel: dma_buf_ops.vunmap.
@@ -250,10 +254,13 @@ class Exporter:
         raise NotImplementedError
 
 
+AnyExporter: TypeAlias = ExporterOps[Any, Any]  # one that is handed a DmaBuf or a DmaBufAttachment
+
+
 # ---- the importer ----
 
 
-class Importer:
+class ImporterOps(Generic[AttachmentT]):
     """Base class of what makes an attachment dynamic.
 
     ``allow_peer2peer``: the importer copes with memory that has no pages, such as another device's.
@@ -265,7 +272,7 @@ class Importer:
 
     allow_peer2peer: bool = False
 
-    def move_notify(self, attachment: AnyAttachment) -> None:
+    def move_notify(self, attachment: AttachmentT) -> None:
         """React to the memory being about to move. Mandatory. The lock is held, and must not be taken.
 
         A mapped table stays valid during the call but shows the old place: unmap it and map again as soon as possible, but not in here.
@@ -276,12 +283,15 @@ class Importer:
         raise NotImplementedError
 
 
-class RevocableImporter(Importer):
+AnyImporter: TypeAlias = ImporterOps[Any]  # one that is handed a DmaBufAttachment
+
+
+class RevocableImporter(ImporterOps[AttachmentT]):
     """The stand-in for an importer of another process, whose device must be kept away from memory that has moved."""
 
     __slots__ = ()
 
-    def revoke(self, attachment: Attachment) -> None:
+    def revoke(self, attachment: AttachmentT) -> None:
         """Make tables that the importer has kept unreachable: the memory has moved. No lock is held."""
         raise NotImplementedError
 
@@ -299,7 +309,7 @@ class OwnerReference(Protocol):
 # ---- checks ----
 
 
-def overrides(exporter: Exporter | Importer, base: type, op: str) -> bool:
+def overrides(exporter: object, base: type, op: str) -> bool:
     """Return True if the object's class defines ``op`` itself."""
     return getattr(type(exporter), op, None) is not getattr(base, op)
 
@@ -310,7 +320,7 @@ def checked_ops(exporter: object, cache: bool) -> frozenset[str]:
     Raises:
         InvalidError: It is no exporter, or its ops exclude each other (EINVAL, with a ``ContractWarning``).
     """
-    ops = frozenset(op for op in OPS if overrides(exporter, Exporter, op)) if isinstance(exporter, Exporter) else frozenset()
+    ops = frozenset(op for op in OPS if overrides(exporter, ExporterOps, op)) if isinstance(exporter, ExporterOps) else frozenset()
     what = remedy = ""
     if not _MANDATORY <= ops:
         what, remedy = "not an exporter with map, unmap and release", "pass a dmabuf.Exporter that overrides all three"

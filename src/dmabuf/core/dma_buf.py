@@ -30,10 +30,10 @@ from dmabuf.core.access.access import Access
 from dmabuf.core.access.range import BufferRange
 from dmabuf.core.attach import attachment
 from dmabuf.core.attach.attachment import DmaBufAttachment
+from dmabuf.core.attach.importer import Importer
 from dmabuf.core.base.closing import Closing
 from dmabuf.core.buffer import fdinfo, mapping, statistics
 from dmabuf.core.buffer.handle import Face, Handle, face_of, open_face
-from dmabuf.core.contract import Importer
 from dmabuf.core.memory.device import Device
 from dmabuf.core.memory.iosys_map import IosysMap
 from dmabuf.core.resv.resv import DmaResv

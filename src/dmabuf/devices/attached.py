@@ -22,9 +22,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+from dmabuf.core.attach.importer import Importer
 from dmabuf.core.base.usage import Direction, checked_direction
 from dmabuf.core.buffer.handle import handle_of
-from dmabuf.core.contract import Importer
 from dmabuf.core.dma_buf import DmaBuf
 from dmabuf.core.fence.fence import DmaFence
 from dmabuf.core.memory.device import Device

@@ -12,8 +12,8 @@ from dmabuf.core.base.usage import Direction
 from dmabuf.core.buffer import residency
 from dmabuf.core.buffer.handle import handle_of
 from dmabuf.core.buffer.shared import SharedBuffer
-from dmabuf.core.contract import Exporter
 from dmabuf.core.dma_buf import DmaBuf
+from dmabuf.core.export.exporter import Exporter
 from dmabuf.core.memory.iosys_map import IosysMap
 from dmabuf.core.memory.scatterlist import SgTable
 from dmabuf.core.resv.resv import DmaResv

@@ -10,8 +10,8 @@ from dmabuf.core.attach.attachment import DmaBufAttachment, tables_of
 from dmabuf.core.base.usage import Direction
 from dmabuf.core.buffer import residency
 from dmabuf.core.buffer.shared import SharedBuffer
-from dmabuf.core.contract import Exporter
 from dmabuf.core.dma_buf import DmaBuf
+from dmabuf.core.export.exporter import Exporter
 from dmabuf.core.memory.iosys_map import IosysMap
 from dmabuf.core.memory.scatterlist import DmaEntry, SgEntry, SgTable, mapping_of
 from dmabuf.domain.forks import fork_lock

@@ -6,7 +6,8 @@ import contextlib
 import errno
 
 from dmabuf.core.attach.attachment import DmaBufAttachment, resv_at
-from dmabuf.core.contract import Attachment, RevocableImporter
+from dmabuf.core.attach.importer import Importer
+from dmabuf.core.contract import RevocableImporter
 from dmabuf.core.resv.lock import holding
 from dmabuf.errors import DmaBufError
 from dmabuf.sharing.client import Client, client_of
@@ -15,7 +16,7 @@ from dmabuf.sharing.messages import Body, flag
 from dmabuf.sharing.server import Session
 
 
-class RemoteImporter(RevocableImporter):
+class RemoteImporter(Importer, RevocableImporter[DmaBufAttachment]):
     """The proxy of an importer in a client. The client runs its ``move_notify``, and this process waits."""
 
     def __init__(self, session: Session, body: Body) -> None:
@@ -36,7 +37,7 @@ class RemoteImporter(RevocableImporter):
         finally:  # after the calls that it made to this process meanwhile
             regain(resv, held, held.word, life)
 
-    def revoke(self, attachment: Attachment) -> None:
+    def revoke(self, attachment: DmaBufAttachment) -> None:
         if self.client is not None:  # it was notified of the move
             with contextlib.suppress(DmaBufError):  # it is dead, and so is its device
                 self.client.call("revoked", self.body, operation="move")

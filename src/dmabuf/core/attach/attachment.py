@@ -37,7 +37,7 @@ from dmabuf.core.base import debug
 from dmabuf.core.base.usage import Direction, Usage, checked_direction
 from dmabuf.core.buffer.backing import Backing
 from dmabuf.core.buffer.handle import Face, Handle, handle_of
-from dmabuf.core.contract import AnyBuffer, Importer, overrides
+from dmabuf.core.contract import AnyBuffer, ImporterOps, overrides
 from dmabuf.core.memory import checked
 from dmabuf.core.memory.device import Device
 from dmabuf.core.memory.scatterlist import SgTable
@@ -83,7 +83,7 @@ class DmaBufAttachment:
 
     dev: Device
     dmabuf: AnyBuffer  # the DmaBuf
-    importer: Importer | None
+    importer: ImporterOps[DmaBufAttachment] | None
     peer2peer: bool
     priv: Any
     attached: bool
@@ -330,7 +330,7 @@ class DmaBufAttachment:
 # ---- attaching and detaching, as every process that has the exporter does it ----
 
 
-def make(buf: Face, dev: Device, importer: Importer | None, backing: Backing) -> DmaBufAttachment:
+def make(buf: Face, dev: Device, importer: ImporterOps[DmaBufAttachment] | None, backing: Backing) -> DmaBufAttachment:
     """Return an attachment that nobody knows of yet."""
     att = object.__new__(DmaBufAttachment)
     att.dev, att.dmabuf, att.importer, att.priv = dev, buf, importer, None
@@ -420,7 +420,7 @@ def attach(buf: Face, dev: object, importer: object, interruptible: bool) -> Dma
         raise fail(errno.EINVAL, "attach", buf, "pass a dmabuf.Device", what="there is no device")
     if not isinstance(dev, Device):
         raise TypeError(f"attach: dev is a dmabuf.Device, not {type(dev).__name__}")
-    ops = importer if isinstance(importer, Importer) and overrides(importer, Importer, "move_notify") else None
+    ops = importer if isinstance(importer, ImporterOps) and overrides(importer, ImporterOps, "move_notify") else None
     if importer is not None and ops is None:
         contract_warning(f"attach: {buf!r}: importer {importer!r} has no move_notify", 3)
         what = f"importer {importer!r} has no move_notify"

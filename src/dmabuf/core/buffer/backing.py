@@ -8,7 +8,8 @@ There is one kind for each kind of memory. ``shared.BACKINGS`` has those that a 
 | kernel | core/buffer/backing_kernel.py | a kernel dma-buf |
 | remote | sharing/remote_backing.py | an exporter's in another process, where its ops are called |
 
-``Exported`` (core/export/exported.py) is a fourth: the exporter is in this process, and ``export`` makes it. The spill heap exports too.
+``Exported`` (core/export/exported.py) is a fourth: the exporter is in this process, and ``export`` makes the backing, because only its
+caller has the exporter. Buffers of the spill heap are exported too.
 
 Every method that takes a buffer takes a :class:`~dmabuf.core.contract.Buffer`, the handle that the exporter is given.
 """
@@ -26,7 +27,7 @@ from dmabuf.core.base import debug
 from dmabuf.core.base.registry import Registry
 from dmabuf.core.base.usage import Direction
 from dmabuf.core.buffer import residency
-from dmabuf.core.contract import Attachment, Buffer, Exporter
+from dmabuf.core.contract import AnyExporter, Attachment, Buffer
 from dmabuf.core.memory.checked import CheckedMap
 from dmabuf.core.memory.iosys_map import IosysMap
 from dmabuf.core.resv.lock import record_of
@@ -102,7 +103,7 @@ class Backing(ABC):
     in_file = False
     own_descriptions = 0
 
-    def __init__(self, exporter: Exporter, ops: frozenset[str], record: Record, cache: bool) -> None:
+    def __init__(self, exporter: AnyExporter, ops: frozenset[str], record: Record, cache: bool) -> None:
         self.exporter, self.ops, self.record, self.cache = exporter, ops, record, cache
         self.dynamic = "pin" in ops
         self.attachments: list[Attachment] = []  # newest first; under the reservation lock

@@ -12,13 +12,13 @@ from dmabuf.core.base.usage import Direction
 from dmabuf.core.buffer.backing import Backing
 from dmabuf.core.buffer.handle import handle_of
 from dmabuf.core.buffer.shared import BACKINGS, SharedBuffer
-from dmabuf.core.contract import Attachment, Buffer, Exporter, checked_ops
+from dmabuf.core.contract import Attachment, Buffer, ExporterOps, checked_ops
 from dmabuf.core.memory.iosys_map import IosysMap
 from dmabuf.core.memory.scatterlist import SgTable
 from dmabuf.domain.records import Record
 
 
-class FileExporter(Exporter):
+class FileExporter(ExporterOps[Buffer, Attachment]):
     """An exporter whose memory is the buffer's own file: static, since the file stays where it is."""
 
     __slots__ = ()

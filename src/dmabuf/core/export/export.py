@@ -15,9 +15,10 @@ from dmabuf.core.buffer.backing import SERVERS
 from dmabuf.core.buffer.handle import handle_of
 from dmabuf.core.buffer.identity import SEALS, checked_name, memfd_name
 from dmabuf.core.buffer.shared import EXPORTED
-from dmabuf.core.contract import Exporter, OwnerReference, checked_ops
+from dmabuf.core.contract import OwnerReference, checked_ops
 from dmabuf.core.dma_buf import DmaBuf
 from dmabuf.core.export.exported import EXPORTS, Exported
+from dmabuf.core.export.exporter import Exporter
 from dmabuf.core.get import from_fd
 from dmabuf.core.resv.lock import record_of
 from dmabuf.core.resv.resv import DmaResv

@@ -22,8 +22,9 @@ from dmabuf._native import Mapping, OwnedFd, finish
 from dmabuf.core.base.registry import Registry
 from dmabuf.core.buffer.backing import Backing
 from dmabuf.core.buffer.shared import SharedBuffer
-from dmabuf.core.contract import Exporter, OwnerReference
+from dmabuf.core.contract import OwnerReference
 from dmabuf.core.dma_buf import DmaBuf, new_handle
+from dmabuf.core.export.exporter import Exporter
 from dmabuf.core.fence.signalling import in_signalling
 from dmabuf.core.resv.resv import DmaResv
 from dmabuf.core.task.owner import current
