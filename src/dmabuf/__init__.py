@@ -12,8 +12,9 @@ What a newcomer needs:
     $ dmabuf ls                                     who has which buffer, and what blocks it
 
 Fences: ``Timeline``, ``wait_any``, ``merge``, ``SyncFile``. Drivers in Python: ``export`` with an ``Exporter``, ``DmaBuf.attach`` with a
-``Device``; ready to use are ``sim.Engine`` and ``DiskDevice``. Heaps: ``heaps``, ``SpillHeap``. State: ``buffers``, ``bufinfo``. Errors are
-OSErrors with their errno (``dmabuf.errors``); mistakes in the use of locks and fences are ``ContractError`` and ``ContractWarning``.
+``Device``; ready to use are ``sim.Engine`` and ``DiskDevice``. Pictures and tensors: ``ImageLayout``, ``TensorLayout``. Heaps: ``heaps``,
+``SpillHeap``. State: ``buffers``, ``bufinfo``. Errors are OSErrors with their errno (``dmabuf.errors``); mistakes in the use of locks and
+fences are ``ContractError`` and ``ContractWarning``.
 
 ``dmabuf.drivers`` (DRM, V4L2) is a package of its own: ``from dmabuf.drivers import drm, camera``.
 """
@@ -59,6 +60,9 @@ if TYPE_CHECKING:
     from dmabuf.errors import ContractError, ContractWarning, DmaBufError
     from dmabuf.heap.recommended import allocate, heaps
     from dmabuf.heap.spill import SpillHeap
+    from dmabuf.layout.color import Color
+    from dmabuf.layout.image import ImageLayout, Plane
+    from dmabuf.layout.tensor import TensorLayout
     from dmabuf.observe.bufinfo import bufinfo
     from dmabuf.observe.records import buffers
     from dmabuf.sharing.opening import open
@@ -67,6 +71,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BufferRange",
+    "Color",
     "ContractError",
     "ContractWarning",
     "Device",
@@ -82,13 +87,16 @@ __all__ = [
     "Domain",
     "Exporter",
     "FenceOps",
+    "ImageLayout",
     "Importer",
     "IosysMap",
+    "Plane",
     "RemoteTimeline",
     "SgTable",
     "SpillHeap",
     "SwSync",
     "SyncFile",
+    "TensorLayout",
     "Timeline",
     "TimelineSemaphore",
     "Usage",
@@ -151,6 +159,9 @@ _PLACES = {
     "dmabuf.errors": ("ContractError", "ContractWarning", "DmaBufError"),
     "dmabuf.heap.recommended": ("allocate", "heaps"),
     "dmabuf.heap.spill": ("SpillHeap",),
+    "dmabuf.layout.color": ("Color",),
+    "dmabuf.layout.image": ("ImageLayout", "Plane"),
+    "dmabuf.layout.tensor": ("TensorLayout",),
     "dmabuf.observe.bufinfo": ("bufinfo",),
     "dmabuf.observe.records": ("buffers",),
     "dmabuf.sharing.opening": ("open",),
@@ -160,7 +171,7 @@ _PLACES = {
 _MODULE_OF = {name: module for module, names in _PLACES.items() for name in names}
 _MODULES = ("errors", "sim")
 _WITH_OBJECTS = ("dmabuf.sharing.pickling",)  # whoever has an object of this package may pickle it
-_WITHOUT_OBJECTS = ("dmabuf.errors", "dmabuf.core.base.usage")
+_WITHOUT_OBJECTS = ("dmabuf.errors", "dmabuf.core.base.usage", "dmabuf.layout.")
 
 
 def __getattr__(name: str) -> object:
@@ -170,7 +181,7 @@ def __getattr__(name: str) -> object:
         found: object = import_module(f"dmabuf.{name}")
     elif name in _MODULE_OF:
         module = _MODULE_OF[name]
-        if module not in _WITHOUT_OBJECTS:
+        if not module.startswith(_WITHOUT_OBJECTS):
             for needed in _WITH_OBJECTS:
                 import_module(needed)
         found = getattr(import_module(module), name)

@@ -27,6 +27,7 @@ from dmabuf.domain import place
 from dmabuf.domain.domain import Domain
 from dmabuf.domain.sync_files import Leaf, SyncFileRecord
 from dmabuf.errors import ContractError, DmaBufError
+from dmabuf.layout.stored import unpack as unpack_layout
 from dmabuf.sharing import items, messages, server, serving
 from dmabuf.sharing.remote_exporter import RemoteExporter
 from dmabuf.sharing.sealed import sealed
@@ -207,6 +208,22 @@ def state(_: World) -> Target:
     def one(rng: random.Random) -> None:
         with contextlib.suppress(struct.error, IndexError):
             semaphore_state.unpacked(mutate.changed(rng, samples[0], samples))
+
+    return one
+
+
+def layout(_: World) -> Target:
+    """The bytes of a layout."""
+    planes = tuple(dmabuf.Plane(n % 2, 4096 * n, 64, 4096) for n in range(4))
+    picture = dmabuf.ImageLayout(0x3231564E, 64, 64, planes, modifier=1, crop_x=2, coded_width=128)
+    samples = [picture.pack(), dmabuf.TensorLayout("float32", (2, 3, 4), offset=64).pack(), dmabuf.TensorLayout("bool", ()).pack()]
+
+    def one(rng: random.Random) -> None:
+        with contextlib.suppress(DmaBufError):
+            found = unpack_layout(mutate.changed(rng, rng.choice(samples), samples))
+            assert all(0 <= size < 1 << 63 for size in found.sizes)
+            assert unpack_layout(found.pack()) == found
+            found.check(found.sizes)
 
     return one
 
@@ -453,6 +470,7 @@ TARGETS: dict[str, Callable[[World], Target]] = {
     "container": container,
     "record": record,
     "state": state,
+    "layout": layout,
     "semaphore": semaphore,
     "sw_sync": sw_sync,
     "domain_file": domain_file,

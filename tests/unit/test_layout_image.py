@@ -1,0 +1,193 @@
+"""``ImageLayout``, ``Plane`` and ``Color``: values, sizes, bytes, and one refusal for each bad argument."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import struct
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import dmabuf
+from dmabuf import Color, ImageLayout, Plane
+from dmabuf.errors import InvalidError
+from dmabuf.layout import packing
+from dmabuf.layout.color import Matrix, Primaries, Range, Transfer
+from tests.support.budget import times
+
+NV12, ABGR8888 = (int.from_bytes(code, "little") for code in (b"NV12", b"AB24"))
+TILED = 0x0200000000000001
+# 1920×1080 as a decoder gives it, 16 rows aligned, in one buffer.
+LUMA, CHROMA = 2048 * 1088, 2048 * 544
+PLANES = (Plane(0, 0, 2048, LUMA), Plane(0, LUMA, 2048, CHROMA))
+
+
+def decoded(**changes: Any) -> ImageLayout:
+    arguments: dict[str, Any] = {"fourcc": NV12, "width": 1920, "height": 1080, "memory_planes": PLANES, "coded_height": 1088}
+    return ImageLayout(**arguments | changes)
+
+
+def test_image_layout_is_a_value() -> None:
+    one, two = decoded(), decoded()
+    assert one == two
+    assert hash(one) == hash(two)
+    assert one != decoded(crop_x=0, coded_width=1936)
+    assert pickle.loads(pickle.dumps(one)) == copy.deepcopy(one) == one
+
+
+def test_image_layout_is_frozen() -> None:
+    with pytest.raises(AttributeError):
+        decoded().width = 3  # type: ignore[misc]
+
+
+def test_image_layout_coded_size_is_up_to_the_visible_end_unless_given() -> None:
+    layout = decoded(crop_x=4, crop_y=2, coded_height=0)
+    assert (layout.coded_width, layout.coded_height) == (1924, 1082)
+
+
+def test_image_layout_sizes_count_each_buffer() -> None:
+    assert decoded().sizes == (LUMA + CHROMA,)
+    apart = decoded(memory_planes=(Plane(1, 64, 2048, LUMA), Plane(0, 0, 2048, CHROMA)))
+    assert apart.sizes == (CHROMA, 64 + LUMA)
+
+
+def test_image_layout_check_takes_buffers_that_are_large_enough() -> None:
+    decoded().check(LUMA + CHROMA)
+    decoded().check([LUMA + CHROMA + 1])
+
+
+@pytest.mark.parametrize(("sizes", "says"), [(LUMA + CHROMA - 1, "of buffer 0"), ([], "1 buffers, not 0"), ([1 << 30, 1 << 30], "not 2")])
+def test_image_layout_check_is_einval_when_buffers_do_not_fit(sizes: Any, says: str) -> None:
+    with pytest.raises(InvalidError, match=says):
+        decoded().check(sizes)
+
+
+def test_image_layout_accepts_integers_of_numpy() -> None:
+    numpy = pytest.importorskip("numpy")
+    assert decoded(width=numpy.int64(1920)) == decoded()
+    assert type(decoded(width=numpy.int64(1920)).width) is int
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"fourcc": 0}, "fourcc is 0"),
+        ({"fourcc": 1 << 32}, "fourcc is"),
+        ({"modifier": -1}, "modifier is -1"),
+        ({"modifier": 1 << 64}, "modifier is"),
+        ({"width": 0}, "width is 0"),
+        ({"height": -3}, "height is -3"),
+        ({"width": 1 << 31}, "width is"),
+        ({"crop_x": -1}, "crop_x is -1"),
+        ({"crop_y": 9, "coded_height": 1088}, "crop_y . height is 1089, and coded_height is 1088"),
+        ({"coded_width": 1919}, "coded_width is 1919"),
+        ({"coded_height": -1}, "coded_height is -1"),
+        ({"crop_x": (1 << 31) - 2, "coded_width": 0}, "coded_width is"),
+        ({"memory_planes": ()}, "0 planes"),
+        ({"memory_planes": PLANES * 3}, "6 planes"),
+        ({"memory_planes": (PLANES[0], Plane(2, 0, 2048, CHROMA))}, "buffers 0, 2"),
+    ],
+)
+def test_image_layout_bad_argument_is_einval(changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(InvalidError, match=says):
+        decoded(**changes)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"width": 1.5}, {"fourcc": "NV12"}, {"color": (1, 1, 1, 1)}, {"memory_planes": ((0, 0, 2048, LUMA),)}, {"memory_planes": 1}]
+)
+def test_image_layout_argument_of_another_type_is_typeerror(changes: dict[str, Any]) -> None:
+    with pytest.raises(TypeError):
+        decoded(**changes)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "says"),
+    [
+        ((4, 0, 1, 1), "buffer is 4"),
+        ((-1, 0, 1, 1), "buffer is -1"),
+        ((0, -1, 1, 1), "offset is -1"),
+        ((0, 0, 0, 1), "stride is 0"),
+        ((0, 0, 1 << 32, 1), "stride is"),
+        ((0, 0, 1, 0), "size is 0"),
+        ((0, (1 << 63) - 1, 1, 1), "is above"),
+    ],
+)
+def test_plane_bad_argument_is_einval(numbers: tuple[int, int, int, int], says: str) -> None:
+    with pytest.raises(InvalidError, match=says):
+        Plane(*numbers)
+
+
+def test_color_is_unknown_unless_given() -> None:
+    color = Color()
+    assert (color.primaries, color.transfer, color.matrix, color.range) == (2, 2, 2, 0)
+    assert decoded().color == color
+
+
+def test_color_becomes_members_of_the_enumerations() -> None:
+    assert Color(9, 16, 9, 1) == Color(Primaries.BT2020, Transfer.PQ, Matrix.BT2020, Range.LIMITED)  # type: ignore[arg-type]
+    assert repr(Color(9).primaries).startswith("<Primaries.BT2020")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["primaries", "transfer", "matrix", "range"])
+def test_color_that_has_no_name_is_einval(name: str) -> None:
+    with pytest.raises(InvalidError, match=f"{name} is 77"):
+        Color(**{name: 77})
+
+
+@pytest.mark.parametrize(("kind", "theirs"), [(Primaries, "ColorPrimaries"), (Transfer, "ColorTrc")])
+def test_color_values_are_those_of_ffmpeg(kind: type[Any], theirs: str) -> None:
+    members = getattr(pytest.importorskip("av.video.reformatter"), theirs).__members__
+    common = members.keys() & kind.__members__.keys()
+    assert len(common) >= 10
+    assert {name: int(members[name]) for name in common} == {name: int(kind[name]) for name in common}
+    assert int(members["UNSPECIFIED"]) == kind.UNKNOWN
+
+
+def test_color_range_values_are_those_of_ffmpeg() -> None:
+    theirs = pytest.importorskip("av.video.reformatter").ColorRange
+    assert (theirs.UNSPECIFIED, theirs.MPEG, theirs.JPEG) == (Range.UNKNOWN, Range.LIMITED, Range.FULL)
+
+
+def test_image_layout_bytes_stay_as_they_are() -> None:
+    color = Color(Primaries.BT709, Transfer.SRGB, Matrix.BT709, Range.FULL)
+    packed = decoded(modifier=TILED, color=color).pack()
+    assert packed == b"DL\x01\x01" + struct.pack("<HH", 104, 0) + struct.pack(
+        "<4sIQIIIIIIBBBBI", b"NV12", 0, TILED, 1920, 1080, 1920, 1088, 0, 0, 1, 13, 1, 2, 2
+    ) + struct.pack("<IIQQIIQQ", 0, 2048, 0, LUMA, 0, 2048, LUMA, CHROMA)
+    assert ImageLayout.unpack(packed) == decoded(modifier=TILED, color=color)
+
+
+numbers = st.integers(1, (1 << 31) - 1)
+planes = st.builds(Plane, st.just(0), st.integers(0, 1 << 40), st.integers(1, (1 << 32) - 1), st.integers(1, 1 << 40))
+colors = st.builds(Color, *(st.sampled_from(kind) for kind in (Primaries, Transfer, Matrix, Range)))
+layouts = st.builds(
+    ImageLayout,
+    st.integers(1, (1 << 32) - 1).filter(lambda code: code not in (NV12, ABGR8888)),
+    numbers,
+    numbers,
+    st.lists(planes, min_size=1, max_size=4).map(tuple),
+    modifier=st.integers(1, (1 << 64) - 1),
+    color=colors,
+)
+
+
+@settings(max_examples=times(quick=60, full=500), deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@given(layouts)
+def test_image_layout_survives_packing(layout: ImageLayout) -> None:
+    packed = layout.pack()
+    assert len(packed) <= packing.MOST
+    assert packing.kind_of(packed) is packing.Kind.IMAGE
+    assert ImageLayout.unpack(packed) == layout
+
+
+def test_image_layout_with_most_planes_fits() -> None:
+    layout = decoded(memory_planes=tuple(Plane(n, 0, 64, 64) for n in range(4)), modifier=TILED)
+    assert len(layout.pack()) <= packing.MOST == 256
+
+
+def test_names_of_the_face_are_the_classes() -> None:
+    assert (dmabuf.ImageLayout, dmabuf.Plane, dmabuf.Color) == (ImageLayout, Plane, Color)
