@@ -3,18 +3,22 @@
 import os
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 from _pytest.config import create_terminal_writer
+from pytest_timeout import Settings, timeout_timer  # type: ignore[import-untyped]
 
 from tests.support.apart import Apart
 from tests.support.apart import apart as process
 from tests.support.children import Spawn
+from tests.support.watchdog import Watchdog
 
 # The debug layer is on in every test and in the processes that it starts; conftests of directories import dmabuf before `pytest_configure`.
 os.environ["DMABUF_DEBUG"] = "1"
 
+_WATCHDOG = Watchdog()
 _KERNEL = Path(__file__).parent / "kernel"
 
 pytest_plugins = ["tests.plugin"]
@@ -25,6 +29,20 @@ def pytest_configure(config: pytest.Config) -> None:
         # In a worker of xdist stdout is /dev/null, and the watchdog's list of stacks is only seen on stderr, where faulthandler's goes too.
         writer = create_terminal_writer(config, os.fdopen(os.dup(2), "w"))
         config.get_terminal_writer = lambda: writer  # type: ignore[method-assign]
+
+
+def pytest_timeout_set_timer(item: pytest.Item, settings: Settings) -> bool | None:
+    """Watch a test by the thread for all of them, instead of one of its own."""
+    if settings.method != "thread":
+        return None
+    _WATCHDOG.watch(settings.timeout, partial(timeout_timer, item, settings))
+    return True
+
+
+def pytest_timeout_cancel_timer() -> bool | None:
+    """The test is over. None, so that a timer of its own is cancelled too."""
+    _WATCHDOG.rest()
+    return None
 
 
 @pytest.fixture(autouse=True)

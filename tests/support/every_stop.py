@@ -33,7 +33,7 @@ from typing import Any
 import pytest
 
 from dmabuf import Domain, _native
-from tests.support.leaks import shared_mappings
+from tests.support.mappings import shared_mappings
 
 _STOPS = bytes(
     code for name, code in dis.opmap.items() if name in ("RESUME", "JUMP_BACKWARD", "CALL", "CALL_KW", "CALL_FUNCTION_EX") and code < 256

@@ -23,7 +23,6 @@ import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -35,6 +34,7 @@ from dmabuf.domain import place
 from dmabuf.heap import memfd
 from dmabuf.uapi import call, dma_buf, table
 from tests.support.leaks import rest
+from tests.support.mappings import shared_mappings
 from tests.support.native import patch_native
 
 GIVES_FD = {
@@ -224,10 +224,8 @@ def held() -> Counter[str]:
             link = os.readlink(f"/proc/self/fd/{name}")
             if link != "/proc/self/fd" and not link.endswith("/fd"):
                 found[f"fd {link}"] += 1
-    for line in Path("/proc/self/maps").read_text(errors="surrogateescape").splitlines():
-        fields = line.split(maxsplit=5)
-        if "s" in fields[1]:
-            found[f"mapping {fields[5] if len(fields) > 5 else ''} inode {fields[4]}"] += 1
+    for name in shared_mappings():
+        found[f"mapping {name}"] += 1
     return found
 
 

@@ -26,13 +26,12 @@ from pathlib import Path
 from typing import Any, Self
 
 from tests.support.children import prepare
+from tests.support.mappings import shared_mappings
 from tests.support.waiting import until, until_others_sleep
 
 SHM = Path("/dev/shm")
 # A test run's own directory; those of other runs on this machine come and go.
 DIRECTORY_PREFIX = "dmabuf-test-"
-# The thread that pytest-timeout starts for each test.
-_WATCHDOG = "pytest_timeout "
 # Tests between two times when what exists is hidden from the collector.
 _FREEZE_EVERY = 32
 # Looks after a test before what is there counts as left, each with all threads at rest.
@@ -118,7 +117,7 @@ class Holdings:
 
     descriptors: dict[int, str]
     mappings: Counter[str]
-    children: dict[int, str]
+    children: frozenset[int]
     threads: frozenset[str]
     files: frozenset[str]
     domain_size: int
@@ -127,13 +126,14 @@ class Holdings:
     @classmethod
     def now(cls, domain: Path) -> Self:
         """Look at this process, and at the files of the domain in this directory."""
+        files = dict(_files(domain))
         return cls(
             descriptors=dict(_descriptors()),
             mappings=Counter(shared_mappings()),
-            children={pid: _command(pid) for pid in _children()},
-            threads=frozenset(f"{t.name} ({t.ident})" for t in threading.enumerate() if not (t.daemon or t.name.startswith(_WATCHDOG))),
-            files=frozenset(map(str, domain.rglob("*"))),
-            domain_size=sum(map(_size, domain.iterdir())),
+            children=frozenset(_children()),
+            threads=frozenset(f"{t.name} ({t.ident})" for t in threading.enumerate() if not t.daemon),
+            files=frozenset(files),
+            domain_size=sum(size for path, size in files.items() if os.path.dirname(path) == str(domain)),
             named=os.environ.get("DMABUF_DOMAIN"),
         )
 
@@ -154,7 +154,7 @@ class Holdings:
             # The default domain grows by extents, each a mapping that stays.
             if not (name.startswith(f"{domain}/") and after.domain_size > self.domain_size):
                 lines.append(f"mapping left: {name}" + (f" ({more} times)" if more > 1 else ""))
-        lines += [f"child left: {pid}: {after.children[pid]}" for pid in sorted(after.children.keys() - self.children.keys())]
+        lines += [f"child left: {pid}: {_command(pid)}" for pid in sorted(after.children - self.children)]
         lines += [f"thread left: {name}" for name in sorted(after.threads - self.threads)]
         lines += [f"file left: {name}" for name in sorted(after.files - self.files)]
         if after.named != self.named:
@@ -218,29 +218,26 @@ def _descriptors() -> Iterator[tuple[int, str]]:
             continue
 
 
-def _size(path: Path) -> int:
-    """Bytes of a file; 0 of anything else, and of what was removed since its directory was read."""
-    try:
-        return path.lstat().st_size if path.is_file() else 0
-    except FileNotFoundError:
-        return 0
-
-
-def shared_mappings() -> Iterator[str]:
-    """The name and inode of each mapping of shared memory; addresses say nothing, a mapping may move."""
-    for line in Path("/proc/self/maps").read_text(encoding="utf-8", errors="surrogateescape").splitlines():
-        _, permissions, _, _, inode, *name = line.split(maxsplit=5)
-        path = name[0] if name else "anonymous"
-        if "s" in permissions or "memfd:" in path:
-            yield f"{path} inode {inode}"
+def _files(directory: Path) -> Iterator[tuple[str, int]]:
+    """Path of all that is in a directory, at any depth, and bytes of what is a file."""
+    waiting: list[str | Path] = [directory]
+    while waiting:
+        # What was removed since its directory was read is not there.
+        with contextlib.suppress(FileNotFoundError), os.scandir(waiting.pop()) as found:
+            for entry in found:
+                with contextlib.suppress(FileNotFoundError):
+                    is_directory = entry.is_dir(follow_symlinks=False)
+                    yield entry.path, 0 if is_directory else entry.stat(follow_symlinks=False).st_size
+                    if is_directory:
+                        waiting.append(entry.path)
 
 
 def _children() -> Iterator[int]:
     """Children of every thread, zombies too."""
-    for path in Path("/proc/self/task").glob("*/children"):
+    for tid in os.listdir("/proc/self/task"):
         # The thread may have ended since the directory was read.
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            yield from map(int, path.read_text().split())
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError), open(f"/proc/self/task/{tid}/children", "rb", buffering=0) as file:
+            yield from map(int, file.readall().split())
 
 
 def _command(pid: int) -> str:
