@@ -108,7 +108,7 @@ def test_eventfd_is_written_for_signal_of_another_process(child: Spawn, sem: Tim
 @pytest.mark.timeout(600)
 def test_wherever_a_change_is_killed_it_is_done_or_not(sem: TimelineSemaphore) -> None:
     steps = trace(lambda: sem.signal(7))
-    assert {"cell_written", "cell_switched"} <= set(steps)
+    assert {"file_written", "file_switched"} <= set(steps)
     for count in range(1, len(steps) + 2):
         with TimelineSemaphore() as other:
             other.signal(1)
@@ -122,7 +122,7 @@ def test_wherever_a_change_is_killed_it_is_done_or_not(sem: TimelineSemaphore) -
 
 
 @pytest.mark.crash
-@pytest.mark.parametrize("step", ["sem_woken", "cell_written", "cell_switched"])
+@pytest.mark.parametrize("step", ["sem_woken", "file_written", "file_switched"])
 def test_who_is_killed_with_the_lock_leaves_it_free(sem: TimelineSemaphore, step: str) -> None:
     with Background(lambda: sem.wait(2, for_submit=True)) as waiting:
         waiting.until_blocked()
@@ -155,7 +155,7 @@ def test_wherever_it_dies_between_word_and_record_one_of_them_counts() -> None:
     with TimelineSemaphore() as sem:
         sem.signal(2)
         steps = trace(lambda: pending_then_plain(sem))
-    assert {"sem_folded", "sem_left", "cell_written", "cell_appended", "cell_longer", "sem_pointed"} <= set(steps)
+    assert {"sem_folded", "sem_left", "file_written", "file_appended", "file_longer", "sem_pointed"} <= set(steps)
     for count in range(1, len(steps) + 2):
         with TimelineSemaphore() as sem:
             sem.signal(2)

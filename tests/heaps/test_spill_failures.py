@@ -155,7 +155,7 @@ def test_an_allocation_that_fails_late_gives_its_room_back(heap: SpillHeap, monk
     assert os.fstat(heap._file.fileno()).st_blocks == 0
 
 
-@pytest.mark.parametrize("step", ["spill_copying", "spill_told", "spill_read"])
+@pytest.mark.parametrize("step", ["spill_copying", "spill_notified", "spill_read"])
 def test_whatever_is_raised_in_a_move_leaves_whole_buffers(
     heap: SpillHeap, bufs: list[DmaBuf], monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
@@ -178,7 +178,7 @@ def test_whatever_is_raised_in_a_move_leaves_whole_buffers(
     assert all(holds(buf, i) for i, buf in enumerate(bufs))
 
 
-@pytest.mark.parametrize("step", ["spill_told", "spill_copying", "spill_punched", "spill_reserved", "spill_read", "spill_here"])
+@pytest.mark.parametrize("step", ["spill_notified", "spill_copying", "spill_punched", "spill_reserved", "spill_read", "spill_here"])
 def test_move_is_completed_when_a_signal_handler_ends_the_wait(
     heap: SpillHeap, bufs: list[DmaBuf], monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:

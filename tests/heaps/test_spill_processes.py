@@ -316,7 +316,7 @@ def outcome(buf: DmaBuf, what: int) -> str:
         return errno.errorcode[e.errno or 0]
 
 
-OUT = ["spill_chosen", "spill_locked", "spill_told", "spill_waited", "spill_copying", "spill_written", "spill_punched", "spill_left"]
+OUT = ["spill_chosen", "spill_locked", "spill_notified", "spill_waited", "spill_copying", "spill_written", "spill_punched", "spill_left"]
 IN = ["spill_claimed", "spill_reserved", "spill_read", "spill_here"]
 
 

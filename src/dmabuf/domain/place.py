@@ -95,7 +95,7 @@ class lifecycle_lock(Bracket):
         """Take the lock, with a description of its own, because forked children share the domain's."""
         self._own = own = reopen_owned(self._fd)
         if not ofd_lock(own.number, fcntl.F_WRLCK, LIFECYCLE_BYTE):
-            step("~door")
+            step("~lifecycle_lock")
             self._wait(own.number)
         return own.number
 

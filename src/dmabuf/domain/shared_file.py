@@ -278,9 +278,9 @@ class SharedFile:
         self.write(offset, data)
         copies[3 * other : 3 * other + 3] = offset, room, len(data)
         self.write(_RECORD_AT, _RECORD.pack(which, version, *copies))
-        step("cell_written")  # the copy that counts is unchanged
+        step("file_written")  # the copy that counts is unchanged
         self.write(_RECORD_AT, _RECORD.pack(other, version + 1 & 0xFFFFFFFF, *copies)[:8])
-        step("cell_switched")
+        step("file_switched")
 
     def append(self, data: bytes) -> bool:
         """Append to the record. A death leaves it as it was, or longer. Return False if there is no room: store all of it anew."""
@@ -290,9 +290,9 @@ class SharedFile:
         if not length or length + len(data) > min(room, MOST_BYTES):
             return False
         self.write(offset + length, data)
-        step("cell_appended")  # behind the end
+        step("file_appended")  # behind the end
         self.write(_RECORD_AT + 8 + 8 * (3 * which + 2), (length + len(data)).to_bytes(8, sys.byteorder))
-        step("cell_longer")
+        step("file_longer")
         return True
 
     def _check_room(self, offset: int, room: int) -> None:

@@ -6,7 +6,7 @@ reads a buffer without having entered it, and no entered buffer is moved.
 ====================  =====================================================================================================================
 chosen                nothing uses the buffer, and nothing can until the move ends (the write lock of byte 1, and the state in this process)
 spill_locked          its reservation lock is held. It is only tried, because another holder is about to use the buffer
-spill_told            ``move_notify`` ran, a KERNEL fence is on the reservation object, and the lock is free. A death signals the fence
+spill_notified        ``move_notify`` ran, a KERNEL fence is on the reservation object, and the lock is free. A death signals the fence
 spill_waited          every other fence up to BOOKKEEP is signaled. Tables that importers kept are revoked, so a late device faults
 spill_written         the content is in the file too, in the range reserved by ``allocate``. If the write fails, nothing has changed
 spill_punched         the memfd has no pages any more
@@ -287,7 +287,7 @@ class ResidentSet:
                 b.resv.add(fence, Usage.KERNEL)
             finally:
                 b.resv.unlock()
-            step("spill_told")
+            step("spill_notified")
             until = time.monotonic_ns() + int(self.memory_timeout * 1e9)
             if not all(b.resv.domain.shm.fence_wait(handle, until, False) for handle in others):
                 return False
