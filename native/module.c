@@ -28,6 +28,7 @@
 #include "later.h"
 #include "memory/mapping.h"
 #include "memory/view.h"
+#include "weak_values.h"
 
 /* Python code can't call sys.unraisablehook itself: the default hook takes only a structure that the interpreter makes. */
 static PyObject *unraisable(PyObject *module, PyObject *args) {
@@ -144,7 +145,7 @@ PyMODINIT_FUNC PyInit__native(void) {
       mapping_register(module) || view_register(module) || passing_register(module) || messages_register(module) ||
       descriptor_register(module) || probe_register(module) || file_register(module) || ending_register(module) || hold_register(module) ||
       same_register(module) || errors_register(module) || held_register(module) || pollable_register(module) || points_register(module) ||
-      guard_register(module) || timeline_slot_register(module) || later_register(module)) {
+      guard_register(module) || timeline_slot_register(module) || later_register(module) || weak_values_register(module)) {
     Py_DECREF(module);
     return NULL;
   }

@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from typing import Any, Concatenate, ParamSpec, TypeVar, cast
-from weakref import WeakKeyDictionary, WeakValueDictionary
+from weakref import WeakKeyDictionary
 
 from dmabuf._native import OwnedFd, set_own_errors
 from dmabuf._native import finalizer as _finalizer
@@ -30,16 +30,8 @@ Taken = list[Any]
 """What an operation or a block has taken so far: locks and contexts, which are released, and anything else, which is only dropped."""
 
 
-class WeakValues(WeakValueDictionary[K, V]):
-    """A WeakValueDictionary whose values may go at any moment, without the loss of what a signal handler raises just then."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._remove = _finalizer(self._remove)  # type: ignore[has-type]
-
-
 class WeakKeys(WeakKeyDictionary[K, V]):
-    """A WeakKeyDictionary, likewise."""
+    """A WeakKeyDictionary whose keys may go at any moment, without the loss of what a signal handler raises just then."""
 
     def __init__(self) -> None:
         super().__init__()

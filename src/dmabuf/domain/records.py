@@ -23,10 +23,10 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Final, Self, TypeVar
 
-from dmabuf._native import OFF_ID, OwnedFd, Shm, close_at_exit, locks_seen, watch_add, watch_open, watch_read
+from dmabuf._native import OFF_ID, OwnedFd, Shm, WeakValues, close_at_exit, locks_seen, watch_add, watch_open, watch_read
 from dmabuf.domain.domain import TICK_NS, Domain
 from dmabuf.domain.forks import fork_lock
-from dmabuf.domain.guards import WeakValues, finalizer
+from dmabuf.domain.guards import finalizer
 from dmabuf.domain.local import Local
 from dmabuf.domain.weak_objects import WeakObjects
 from dmabuf.errors import fail, needing_descriptors
@@ -127,9 +127,13 @@ class Record:
         """
         with self.lock:
             self.handles.add(id(handle))  # first: a handle that the garbage collector closes meanwhile must not be the last
-            if not self.life or self.life != self.shm.life:
+            life, shm = self.life, self.shm
+            if not life or life != shm.life:
                 try:
-                    self._again(name)
+                    if not life and self.gen and shm is self.domain.shm and shm.life and shm.rec_get(self.index, self.gen):
+                        self.life = shm.life  # the buffer comes back: what _again() does, in fewer steps
+                    else:
+                        self._again(name)
                 except BaseException:
                     self.handles.discard(id(handle))
                     raise
@@ -140,10 +144,9 @@ class Record:
         The caller then closes ``fd``, or gives it away if not ``closing``. Returns the watch that the caller must check after closing.
         """
         with self.lock:
-            self.handles.discard(id(handle))
-            if self.handles:
-                return None
-            return self._drop(fd, closing)
+            handles = self.handles
+            handles.discard(id(handle))
+            return None if handles else self._drop(fd, closing)
 
     def forget(self, handle: object) -> None:
         """Count a handle no more, and keep the reference for the reservation object alone."""
@@ -151,10 +154,11 @@ class Record:
             self.handles.discard(id(handle))
 
     def _drop(self, fd: int, closing: bool) -> InodeWatch | None:
-        shm = self.shm
+        shm, domain = self.shm, self.domain
         if self.life and shm.life == self.life:
             # Keep the object for a while without a reference: a buffer that circulates comes back, and is then found in one step.
-            _WARM.of(self.domain).append(self)
+            warm: deque[Record] | None = domain.local.get(_WARM)  # not of() alone: each last handle makes this call
+            (_WARM.of(domain) if warm is None else warm).append(self)
             self.unwatched, self.life = True, 0
             held = shm.rec_put(self.index)
         elif self.unwatched and not self.life and shm.life:  # a signal handler raised when the reference had been dropped
@@ -231,16 +235,16 @@ _EVENT = struct.Struct("iIII")  # struct inotify_event; for a watched inode itse
 _IN_DELETE_SELF: Final = 0x400
 
 
-_RECORDS: Final[Local[weakref.WeakValueDictionary[tuple[int, int], Record]]] = Local(lambda domain: _swept(domain))
+_RECORDS: Final[Local[WeakValues[tuple[int, int], Record]]] = Local(lambda domain: _swept(domain))
 """The buffers of this process, by ``(st_dev, st_ino)``."""
-_RESVS: Final[Local[weakref.WeakValueDictionary[tuple[int, int], Record]]] = Local(lambda domain: _swept(domain))
+_RESVS: Final[Local[WeakValues[tuple[int, int], Record]]] = Local(lambda domain: _swept(domain))
 """The reservation objects on records of their own that this process has, by index and generation."""
-_adding = fork_lock()  # of both: a WeakValueDictionary can't look and add in one step
+_adding = fork_lock()  # of both, to look and add in one step
 _WARM: Final[Local[deque[Record]]] = Local(lambda _: deque(maxlen=WARM))
 _WATCH: Final[Local[InodeWatch]] = Local(InodeWatch)
 
 
-def _swept(domain: Domain) -> weakref.WeakValueDictionary[tuple[int, int], Record]:
+def _swept(domain: Domain) -> WeakValues[tuple[int, int], Record]:
     """Return an empty table of records, and have the domain's sweep look after records too."""
     me = weakref.ref(domain)
 
@@ -269,7 +273,7 @@ def _close_at_exit() -> None:
     for domain in _DOMAINS:
         table = _RECORDS.peek(domain)
         if table is not None:
-            close_at_exit([key for key, record in list(table.items()) if record.handles])
+            close_at_exit([key for key, record in table.items() if record.handles])
 
 
 atexit.register(_close_at_exit)
@@ -303,7 +307,7 @@ def adopt(kind: type[R], domain: Domain, dev: int, ino: int, size: int, nonce: b
 
 def confirmed(kind: type[R], domain: Domain, dev: int, ino: int, size: int, nonce: bytes) -> R | None:
     """Return the record of a buffer whose fd this process has, if there is one with that nonce; None: look at the fd's name."""
-    table: weakref.WeakValueDictionary[tuple[int, int], Record] | None = domain.local.get(_RECORDS)  # each call less is worth it here
+    table: WeakValues[tuple[int, int], Record] | None = domain.local.get(_RECORDS)  # each call less is worth it here
     record = table.get((dev, ino)) if table is not None else None
     if record is not None:
         return record if record.nonce == nonce and isinstance(record, kind) else None

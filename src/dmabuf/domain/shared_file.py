@@ -19,14 +19,12 @@ import secrets
 import struct
 import sys
 import threading
-import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
-from dmabuf._native import Bracket, OwnedFd, Points, owned, step
+from dmabuf._native import Bracket, OwnedFd, Points, WeakValues, owned, step
 from dmabuf.domain.domain import Domain, known
 from dmabuf.domain.forks import fork_lock, is_mine
-from dmabuf.domain.guards import WeakValues
 from dmabuf.domain.ofd import lock_holder, lock_within
 from dmabuf.domain.place import SHARE_DOMAIN
 from dmabuf.domain.weak_objects import WeakObjects
@@ -53,8 +51,8 @@ class _ProcessLock:
         self.mutex = threading.RLock()  # re-entrant only to know its owner
 
 
-_adding = fork_lock()  # setdefault() of a WeakValueDictionary looks and adds in two steps
-_process_locks: weakref.WeakValueDictionary[tuple[int, int], _ProcessLock] = WeakValues()  # by (st_dev, st_ino)
+_adding = fork_lock()  # to look and add in one step
+_process_locks: WeakValues[tuple[int, int], _ProcessLock] = WeakValues()  # by (st_dev, st_ino)
 
 
 class _Locked(Bracket):

@@ -11,10 +11,9 @@ import errno
 import os
 import socket
 import struct
-import weakref
 from typing import Any, Final
 
-from dmabuf._native import OwnedFd
+from dmabuf._native import OwnedFd, WeakValues
 from dmabuf.core.access.range import BufferRange
 from dmabuf.core.buffer.handle import handle_of
 from dmabuf.core.buffer.identity import NAME_BYTES
@@ -29,7 +28,6 @@ from dmabuf.core.sync.sw_sync import SwSync
 from dmabuf.core.sync.sync_file import SyncFile
 from dmabuf.domain import place
 from dmabuf.domain.domain import Domain, known
-from dmabuf.domain.guards import WeakValues
 from dmabuf.domain.records import Record
 from dmabuf.domain.sync_files import SyncFileRecord
 from dmabuf.errors import DmaBufError, fail
@@ -56,7 +54,7 @@ WITH_FD: Final = frozenset((_BUFFER, _PRIVATE_DOMAIN, _DIRECTORY, _CONTAINER, _S
 _IS_PRIVATE, HAS_NAME = 1, 2  # flags of an item
 
 # By id, as in the commonest message, whose domain is found here without the registry.
-domains: weakref.WeakValueDictionary[bytes, Domain] = WeakValues()
+domains: WeakValues[bytes, Domain] = WeakValues()
 
 
 # ---- errors ----

@@ -27,10 +27,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Final, TypeVar, cast
 
-from dmabuf._native import OwnedFd, step
+from dmabuf._native import OwnedFd, WeakValues, step
 from dmabuf.domain import dispatcher
 from dmabuf.domain.domain import TICK_NS, Domain
-from dmabuf.domain.guards import WeakValues
 from dmabuf.domain.local import Local
 from dmabuf.errors import DmaBufError, fail
 from dmabuf.sharing.messages import (
@@ -133,7 +132,7 @@ class Server:
 
     def __init__(self, domain: Domain) -> None:
         self._domain, self.life, self._id = weakref.ref(domain), domain.life, domain.id
-        self._sessions: weakref.WeakValueDictionary[str, Session] = WeakValues()
+        self._sessions: WeakValues[str, Session] = WeakValues()
         self._connections: set[socket.socket] = set()
         sock, second = _listener(), None
         try:

@@ -165,7 +165,17 @@ class Handle(ABC):
         if self.fd >= 0 and (self.accesses or self.polls):
             self._leave("close")
         self.view = self.known_resv = None
-        self._close()
+        shared = self.shared
+        if self.leaving or shared.backing is not None or shared.resv_ref is not None:
+            self._close()
+            return
+        # Memory whose reservation object was never asked for: the same as _close(), of which nothing else is left.
+        self.leaving = True
+        watch = shared.leave(self, self.fd)
+        close_attribute(self, "fd", shared.dev, shared.ino)
+        if watch is not None:
+            watch.free_gone()
+        self.left = True
 
     def _close(self, given: bool = False, quiet: bool = False) -> int:
         """Do all that follows. What a signal handler interrupts is called again. ``given``: return the descriptor instead of closing it."""

@@ -23,11 +23,10 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
-from dmabuf._native import FF_ACCESS, FF_ANYBODY, FF_CONTAINER, FF_SEQNO64, Fence, Shm, TimelineSlot
+from dmabuf._native import FF_ACCESS, FF_ANYBODY, FF_CONTAINER, FF_SEQNO64, Fence, Shm, TimelineSlot, WeakValues
 from dmabuf.core.task.waiting import pause
 from dmabuf.domain.dispatcher import DISPATCHER, dispatcher
 from dmabuf.domain.domain import Domain
-from dmabuf.domain.guards import WeakValues
 from dmabuf.domain.local import Local
 from dmabuf.errors import contract_warning, fail
 
@@ -341,7 +340,7 @@ class DmaFence(Fence):
 # ---- for the package ----
 
 # The fences that this process knows, by handle.
-_Known: TypeAlias = weakref.WeakValueDictionary[int, DmaFence]
+_Known: TypeAlias = WeakValues[int, DmaFence]
 KNOWN: Local[_Known] = Local(lambda _: WeakValues())
 
 # The timelines of this process for fences that belong to none, by their driver's names.

@@ -6,13 +6,13 @@ import math
 import weakref
 from collections.abc import Iterable
 
-from dmabuf._native import FF_WATCH_DEADLINE
+from dmabuf._native import FF_WATCH_DEADLINE, WeakValues
 from dmabuf.core.base.clock import monotonic_deadline
 from dmabuf.core.fence.fence import DmaFence, flagged
 from dmabuf.core.fence.ops import FenceOps
 from dmabuf.domain.dispatcher import DISPATCHER, dispatcher, report
 from dmabuf.domain.domain import Domain
-from dmabuf.domain.guards import WeakValues, finalizer
+from dmabuf.domain.guards import finalizer
 from dmabuf.domain.local import Local
 
 
@@ -165,7 +165,7 @@ class CustomFence(LazyFence):
 
 
 # The fences of this process that have operations, by handle.
-CUSTOM: Local[weakref.WeakValueDictionary[int, CustomFence]] = Local(lambda _: WeakValues())
+CUSTOM: Local[WeakValues[int, CustomFence]] = Local(lambda _: WeakValues())
 
 
 def flags_for(ops: object) -> int:
@@ -192,7 +192,7 @@ def ask(domain: Domain, handles: Iterable[int]) -> None:
 
     Cheap where there are none. Every place that reads slots alone may ask first.
     """
-    known: weakref.WeakValueDictionary[int, CustomFence] | None = domain.local.get(CUSTOM)
+    known: WeakValues[int, CustomFence] | None = domain.local.get(CUSTOM)
     if known:
         for handle in handles:
             fence = known.get(handle)

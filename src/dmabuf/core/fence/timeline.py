@@ -7,17 +7,16 @@ import itertools
 import operator
 import os
 import sys
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
-from dmabuf._native import FF_SEQNO64
+from dmabuf._native import FF_SEQNO64, WeakValues
 from dmabuf.core.fence.fence import DmaFence, flagged, register
 from dmabuf.core.fence.lazy import CustomFence, customize, flags_for
 from dmabuf.core.fence.ops import FenceOps
 from dmabuf.domain.domain import Domain
-from dmabuf.domain.guards import WeakValues, finalizer, finished
+from dmabuf.domain.guards import finalizer, finished
 from dmabuf.errors import fail
 
 NAME_BYTES = 63
@@ -72,7 +71,7 @@ class Timeline:
         self._seqno = 0  # of the newest fence
         self._numbers = itertools.count(1)  # taking the next one is one step, whatever interrupts it
         self._flags = FF_SEQNO64 if seqno64 else 0
-        self._pending: weakref.WeakValueDictionary[int, DmaFence] = WeakValues()
+        self._pending: WeakValues[int, DmaFence] = WeakValues()
         self.closed = False
 
     def __repr__(self) -> str:
@@ -118,8 +117,7 @@ class Timeline:
 
     def pending(self) -> Sequence[DmaFence]:
         """Return the fences that are not signaled, lowest number first."""
-        known = (ref() for ref in self._pending.valuerefs())  # a list made in one step: other threads may add
-        return sorted((fence for fence in known if fence is not None and not flagged(fence)), key=lambda fence: fence.seqno)
+        return sorted((fence for fence in self._pending.values() if not flagged(fence)), key=lambda fence: fence.seqno)
 
     @finished
     def close(self) -> None:
