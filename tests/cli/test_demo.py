@@ -1,10 +1,15 @@
-"""`dmabuf demo`: four real processes on a small video that the test makes."""
+"""`dmabuf demo`: four real processes on a small video that the test makes.
+
+The stages are interpreters of their own in the tests that are about that, and with the full budget; else forks of the zygote, which are
+there in a tenth of the time.
+"""
 
 import contextlib
 import json
 import os
 import shutil
 import signal
+import socket
 import sys
 from fractions import Fraction
 from pathlib import Path
@@ -17,7 +22,9 @@ from click.testing import CliRunner, Result
 import dmabuf
 from dmabuf.cli.demo import command
 from dmabuf.cli.demo_pipeline import run as pipeline
+from dmabuf.cli.demo_pipeline import stage as program
 from dmabuf.cli.demo_pipeline import video as work
+from tests.support.budget import budget
 from tests.support.children import Parent, Spawn
 
 STAGES = ("decode", "filter", "histogram", "encode")
@@ -46,15 +53,60 @@ def make_sound(path: Path) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def clip_bytes(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    return make_clip(tmp_path_factory.mktemp("clips") / "clip.mp4").read_bytes()
+
+
 @pytest.fixture
-def clip(tmp_path: Path) -> Path:
-    return make_clip(tmp_path / "clip.mp4")
+def clip(tmp_path: Path, clip_bytes: bytes) -> Path:
+    path = tmp_path / "clip.mp4"
+    path.write_bytes(clip_bytes)
+    return path
 
 
 @pytest.fixture
 def output(tmp_path: Path) -> Path:
     (tmp_path / "out").mkdir()
     return tmp_path / "out" / "edges.mp4"
+
+
+def a_stage(parent: Parent) -> int:
+    _, (fd,), _, _ = socket.recv_fds(parent.sock, 1, 1)
+    return program.main(fd)
+
+
+class ForkedStage:
+    """What the demo asks of a stage's `subprocess.Popen`, of a child of the test."""
+
+    def __init__(self, child: Spawn, sock: socket.socket) -> None:
+        self.returncode: int | None = None
+        self._child = child(a_stage)
+        self.pid, self.kill = self._child.pid, self._child.kill
+        socket.send_fds(self._child.sock, [b"1"], [sock.fileno()])
+        sock.close()
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def wait(self) -> int:
+        if self.returncode is None:
+            try:
+                self.returncode = self._child.result()
+            except EOFError:
+                self.returncode = self._child.wait()
+        return self.returncode
+
+
+@pytest.fixture
+def interpreters() -> None:
+    """Start the stages as a user's demo does."""
+
+
+@pytest.fixture(autouse=True)
+def _stages(request: pytest.FixtureRequest, child: Spawn, monkeypatch: pytest.MonkeyPatch) -> None:
+    if budget() == "quick" and "interpreters" not in request.fixturenames:
+        monkeypatch.setattr(pipeline, "_spawned", lambda sock: ForkedStage(child, sock))
 
 
 def demo(*arguments: object) -> Result:
@@ -71,6 +123,7 @@ def frames_in(path: Path) -> int:
         return sum(1 for _ in container.decode(video=0))
 
 
+@pytest.mark.usefixtures("interpreters")
 def test_four_processes_compute_the_same_as_one_without_copies(clip, output):
     result = demo(clip, "--output", output, "--json")
     report = report_of(result)
@@ -230,10 +283,11 @@ def test_a_stage_that_fails_says_why_and_ends_the_others(clip, tmp_path):
     assert outcome.left == []
 
 
+@pytest.mark.usefixtures("interpreters")
 def test_a_stage_that_does_not_start_is_named(clip, tmp_path, monkeypatch):
     plan = plan_of(clip, tmp_path)
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
-    with pytest.raises(pipeline.StartFailed, match=r"decode ended with exit status 1 before the first frame"):
+    with pytest.raises(pipeline.StartFailed, match=rf"({'|'.join(STAGES)}) ended with exit status 1 before the first frame"):
         pipeline.run(plan, lambda frames: None)
     assert dmabuf.buffers() == []
 
