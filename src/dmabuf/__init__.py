@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     from dmabuf.heap.recommended import allocate, heaps
     from dmabuf.heap.spill import SpillHeap
     from dmabuf.layout.color import Color
+    from dmabuf.layout.formats import PixelFormat
     from dmabuf.layout.image import ImageLayout, Plane
     from dmabuf.layout.tensor import TensorLayout
     from dmabuf.observe.bufinfo import bufinfo
@@ -90,6 +91,7 @@ __all__ = [
     "ImageLayout",
     "Importer",
     "IosysMap",
+    "PixelFormat",
     "Plane",
     "RemoteTimeline",
     "SgTable",
@@ -160,6 +162,7 @@ _PLACES = {
     "dmabuf.heap.recommended": ("allocate", "heaps"),
     "dmabuf.heap.spill": ("SpillHeap",),
     "dmabuf.layout.color": ("Color",),
+    "dmabuf.layout.formats": ("PixelFormat",),
     "dmabuf.layout.image": ("ImageLayout", "Plane"),
     "dmabuf.layout.tensor": ("TensorLayout",),
     "dmabuf.observe.bufinfo": ("bufinfo",),

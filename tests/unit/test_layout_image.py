@@ -12,10 +12,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import dmabuf
-from dmabuf import Color, ImageLayout, Plane
+from dmabuf import Color, ImageLayout, PixelFormat, Plane
 from dmabuf.errors import InvalidError
 from dmabuf.layout import packing
 from dmabuf.layout.color import Matrix, Primaries, Range, Transfer
+from dmabuf.layout.formats import formats
 from tests.support.budget import times
 
 NV12, ABGR8888 = (int.from_bytes(code, "little") for code in (b"NV12", b"AB24"))
@@ -191,3 +192,98 @@ def test_image_layout_with_most_planes_fits() -> None:
 
 def test_names_of_the_face_are_the_classes() -> None:
     assert (dmabuf.ImageLayout, dmabuf.Plane, dmabuf.Color) == (ImageLayout, Plane, Color)
+
+
+# ---- linear pictures of known formats ----
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "options", "planes"),
+    [
+        ("XRGB8888", (1920, 1080), {}, [(0, 0, 7680, 7680 * 1080)]),
+        ("RGB888", (100, 3), {}, [(0, 0, 320, 960)]),
+        ("RGB888", (100, 3), {"align": 1}, [(0, 0, 300, 900)]),
+        ("NV12", (1920, 1080), {}, [(0, 0, 1920, 1920 * 1080), (0, 1920 * 1080, 1920, 1920 * 540)]),
+        ("NV12", (1920, 1080), {"coded_height": 1088}, [(0, 0, 1920, 1920 * 1088), (0, 1920 * 1088, 1920, 1920 * 544)]),
+        ("NV12", (5, 3), {"align": 1}, [(0, 0, 6, 18), (0, 18, 6, 12)]),
+        ("NV12", (64, 4), {"apart": True}, [(0, 0, 64, 256), (1, 0, 64, 128)]),
+        ("NV12", (64, 4), {"offset": 16}, [(0, 16, 64, 256), (0, 272, 64, 128)]),
+        ("NV24", (64, 4), {}, [(0, 0, 64, 256), (0, 256, 128, 512)]),
+        ("YUV420", (130, 4), {}, [(0, 0, 256, 1024), (0, 1024, 128, 256), (0, 1280, 128, 256)]),
+        ("YUV420", (130, 4), {"stride": 132}, [(0, 0, 132, 528), (0, 528, 66, 132), (0, 660, 66, 132)]),
+        ("YUV420", (130, 4), {"stride": [192, 128, 65]}, [(0, 0, 192, 768), (0, 768, 128, 256), (0, 1024, 65, 130)]),
+        ("YUYV", (5, 2), {"align": 1}, [(0, 0, 12, 24)]),
+        ("P010", (100, 2), {}, [(0, 0, 256, 512), (0, 512, 256, 256)]),
+        ("NV15", (8, 2), {"align": 1}, [(0, 0, 10, 20), (0, 20, 10, 10)]),
+        ("YUV410", (9, 9), {"align": 1}, [(0, 0, 12, 108), (0, 108, 3, 9), (0, 117, 3, 9)]),
+    ],
+)
+def test_linear_puts_planes_behind_each_other(
+    name: str, size: tuple[int, int], options: dict[str, Any], planes: list[tuple[int, int, int, int]]
+) -> None:
+    layout = ImageLayout.linear(name, *size, **options)
+    assert layout.memory_planes == tuple(Plane(*numbers) for numbers in planes)
+    assert layout.format.name == name
+    assert layout.is_linear
+    assert ImageLayout.unpack(layout.pack()) == layout
+    assert layout == ImageLayout.linear(layout.format, *size, **options) == ImageLayout.linear(layout.fourcc, *size, **options)
+
+
+@pytest.mark.parametrize("one", [pytest.param(one, id=one.name) for one in formats()])
+def test_linear_makes_every_format_of_the_table(one: PixelFormat) -> None:
+    layout = ImageLayout.linear(one, 66, 34)
+    assert all(plane.stride % 64 == 0 for plane in layout.memory_planes)
+    assert ImageLayout.unpack(layout.pack()) == layout
+    tight = ImageLayout.linear(one, 48, 16, align=1)
+    assert sum(tight.sizes) == sum(part.row_bytes(48) * part.rows(16) for part in one.planes)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "says"),
+    [
+        (("NV12", 0, 4), {}, "width is 0"),
+        (("NV12", 4, 0), {}, "height is 0"),
+        (("NV12", 64, 4), {"stride": 63}, "a row of plane 0 has 64 bytes, and its stride is 63"),
+        (("NV12", 64, 4), {"stride": (64, 62)}, "a row of plane 1 has 64 bytes, and its stride is 62"),
+        (("NV12", 64, 4), {"stride": (64,)}, "2 planes, and there are 1 strides"),
+        (("NV12", 64, 4), {"stride": 0}, "stride is 0"),
+        (("NV12", 64, 4), {"stride": (64, 0)}, "stride is 0"),
+        (("NV12", 64, 4), {"align": 0}, "align is 0"),
+        (("NV12", 64, 4), {"offset": -1}, "offset is -1"),
+        (("NV12", 64, 4), {"crop_x": 1, "coded_width": 64}, "coded_width is 64"),
+        (("XRGB8888", 1 << 30, 4), {}, "stride is"),
+    ],
+)
+def test_linear_bad_argument_is_einval(arguments: tuple[Any, ...], options: dict[str, Any], says: str) -> None:
+    with pytest.raises(InvalidError, match=says):
+        ImageLayout.linear(*arguments, **options)
+
+
+def test_linear_of_an_unknown_format_is_lookuperror() -> None:
+    with pytest.raises(LookupError, match="DRM format 'BGR24'"):
+        ImageLayout.linear("BGR24", 64, 4)
+
+
+@pytest.mark.parametrize(
+    ("planes", "says"),
+    [
+        (PLANES[:1], "NV12 has 2 planes, not 1"),
+        ((Plane(0, 0, 1919, LUMA), PLANES[1]), "its stride is 1919"),
+        ((PLANES[0], Plane(0, LUMA, 2048, 2048 * 543 + 1919)), "plane 1 has"),
+    ],
+)
+def test_image_layout_whose_rows_do_not_fit_is_einval(planes: tuple[Plane, ...], says: str) -> None:
+    with pytest.raises(InvalidError, match=says):
+        decoded(memory_planes=planes)
+    assert decoded(memory_planes=planes, modifier=TILED).memory_planes == planes
+
+
+def test_image_layout_last_row_may_be_without_padding() -> None:
+    decoded(memory_planes=(Plane(0, 0, 2048, 2048 * 1087 + 1920), PLANES[1]))
+
+
+def test_image_layout_of_an_unknown_fourcc_has_no_format() -> None:
+    layout = decoded(fourcc=0x1234)
+    assert ImageLayout.unpack(layout.pack()) == layout
+    with pytest.raises(LookupError, match="0x1234"):
+        _ = layout.format

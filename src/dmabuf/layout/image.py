@@ -5,18 +5,24 @@ linear, rows of pixels one after the other. Its memory planes say where the byte
 from one row to the next. A decoder's picture may have more columns and rows than anybody should see: ``coded_width`` and ``coded_height``
 count all, and ``width``, ``height``, ``crop_x`` and ``crop_y`` are the visible part.
 
+For a linear picture of a format that :class:`~dmabuf.PixelFormat` knows, the constructor checks that the rows are within their planes.
+Other formats and modifiers are carried along as they are.
+
 A layout is a value: frozen, equal to others with the same fields, and it survives pickling and :meth:`~ImageLayout.pack`.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass, field
+from fractions import Fraction
+from math import lcm
 from typing import ClassVar, Final
 
 from dmabuf.layout import checks, packing
 from dmabuf.layout.color import Color
+from dmabuf.layout.formats import PixelFormat, known
 
 LINEAR: Final = 0  # DRM_FORMAT_MOD_LINEAR
 MAX_PLANES: Final = 4  # of a framebuffer (drm_mode_fb_cmd2), and of V4L2's and FFmpeg's frames for the kernel
@@ -101,6 +107,8 @@ class ImageLayout:
             raise TypeError(f"layout: picture: color is {self.color!r}; pass a dmabuf.Color")
         self._check_planes()
 
+        self._check_rows()
+
     def _set(self, name: str, least: int, most: int) -> None:
         object.__setattr__(self, name, checks.number("picture", name, getattr(self, name), least, most))
 
@@ -115,6 +123,85 @@ class ImageLayout:
         if used != set(range(len(used))):
             listed = ", ".join(map(str, sorted(used)))
             raise checks.invalid("picture", f"its planes are in the buffers {listed}", "number the buffers from 0, without a gap")
+
+    def _check_rows(self) -> None:
+        shape = known(self.fourcc) if self.is_linear else None
+        if shape is None:
+            return
+        if len(self.memory_planes) != len(shape.planes):
+            what = f"{shape.name} has {len(shape.planes)} planes, not {len(self.memory_planes)}"
+            raise checks.invalid("picture", what, "pass each plane, also if they are in one buffer")
+        for index, (plane, part) in enumerate(zip(self.memory_planes, shape.planes, strict=True)):
+            row, rows = part.row_bytes(self.coded_width), part.rows(self.coded_height)
+            if plane.stride < row and rows > 1:
+                what = f"a row of plane {index} has {row} bytes, and its stride is {plane.stride}"
+                raise checks.invalid("picture", what, f"pass a stride of at least {row}")
+            least = (rows - 1) * plane.stride + row
+            if plane.size < least:
+                what = f"plane {index} has {least} bytes of pixels, and its size is {plane.size}"
+                raise checks.invalid("picture", what, f"pass a size of at least {least}")
+
+    @classmethod
+    def linear(
+        cls,
+        format: PixelFormat | str | int,
+        width: int,
+        height: int,
+        *,
+        stride: int | Sequence[int] | None = None,
+        align: int = 64,
+        apart: bool = False,
+        offset: int = 0,
+        coded_width: int = 0,
+        coded_height: int = 0,
+        crop_x: int = 0,
+        crop_y: int = 0,
+        color: Color | None = None,
+    ) -> ImageLayout:
+        """Return the layout of a picture in rows, with its planes one behind the other.
+
+        Args:
+            format: A format, its DRM name, or its DRM fourcc. Names of others: ``PixelFormat.from_ffmpeg("bgr24")``.
+            width: The visible columns.
+            height: The visible rows.
+            stride: The bytes from one row to the next: of the first plane, from which that of the others follows as in V4L2, or of each
+                plane. None: the least multiple of ``align``.
+            align: What the strides of all planes are multiples of, unless ``stride`` is given. 64 suits most devices; 1 means no padding.
+            apart: Each plane in a buffer of its own, instead of all in one.
+            offset: The first byte of the first plane, or of each plane if they are ``apart``.
+            coded_width: All columns; 0 means up to the end of the visible ones.
+            coded_height: All rows; likewise.
+            crop_x: The first visible column.
+            crop_y: The first visible row.
+            color: How numbers become colors; None means unknown.
+
+        Raises:
+            LookupError: The format is not in the table.
+            InvalidError: A number is out of bounds, or the stride is too small for a row (EINVAL).
+        """
+        shape = PixelFormat.of(format)
+        columns = coded_width or crop_x + width
+        rows = coded_height or crop_y + height
+        for name, value in (("width", width), ("height", height), ("coded_width", columns), ("coded_height", rows)):
+            checks.number("picture", name, value, 1, MAX_SIDE)
+        planes, at = [], offset
+        for index, (part, step) in enumerate(zip(shape.planes, _strides(shape, columns, stride, align), strict=True)):
+            size = step * part.rows(rows)
+            planes.append(Plane(index if apart else 0, at, step, size))
+            at += 0 if apart else size
+        crop = {"crop_x": crop_x, "crop_y": crop_y}
+        coded = {"coded_width": coded_width, "coded_height": coded_height}
+        return cls(shape.fourcc, width, height, tuple(planes), color=color or Color(), **crop, **coded)
+
+    @property
+    def format(self) -> PixelFormat:
+        """The pixel format. Raises LookupError if the table doesn't have it."""
+        return PixelFormat.of(self.fourcc)
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether the pixels are in rows, so that the CPU finds them."""
+        return self.modifier == LINEAR
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -173,3 +260,22 @@ class ImageLayout:
             crop_y=crop_y,
             color=Color(*color),
         )
+
+
+def _strides(shape: PixelFormat, columns: int, stride: int | Sequence[int] | None, align: int) -> list[int]:
+    """Return the stride of each plane."""
+    if isinstance(stride, Sequence):
+        if len(stride) != len(shape.planes):
+            what = f"{shape.name} has {len(shape.planes)} planes, and there are {len(stride)} strides"
+            raise checks.invalid("picture", what, "pass one stride for each plane, or that of the first")
+        return [checks.number("plane", "stride", one, 1, _U32) for one in stride]
+    # The bytes that each plane has for a pixel of the picture, of those that the first one has.
+    density = [Fraction(part.block_bytes, part.block * part.across) for part in shape.planes]
+    ratios = [one / density[0] for one in density]
+    if stride is None:
+        step = checks.number("picture", "align", align, 1, 1 << 20) * lcm(*(ratio.denominator for ratio in ratios))
+        least = max(Fraction(part.row_bytes(columns)) / ratio for part, ratio in zip(shape.planes, ratios, strict=True))
+        first = -(-least // step) * step
+    else:
+        first = checks.number("plane", "stride", stride, 1, _U32)
+    return [-(-first * ratio.numerator // ratio.denominator) for ratio in ratios]
