@@ -8,6 +8,7 @@ import sys
 import pytest
 
 import dmabuf
+from tests.support.budget import budget
 
 NAMES = {
     "BufferRange", "ContractError", "ContractWarning", "Device", "Direction", "DiskDevice", "DmaBuf", "DmaBufAttachment", "DmaBufError",
@@ -97,11 +98,53 @@ def test_import_of_dmabuf_alone_loads_no_other_module_of_it() -> None:
     assert ran.stdout == "[]\n"
 
 
-@pytest.mark.parametrize("name", [*sorted(NAMES), "errors"])
-def test_each_public_name_is_found_first(name: str) -> None:
-    code = f"import dmabuf; found = dmabuf.{name}; assert dmabuf.{name} is found and '{name}' in dir(dmabuf); print(type(found).__name__)"
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert ran.stdout == type(getattr(dmabuf, name)).__name__ + "\n"
+FOUND_FIRST = """
+import importlib, os, sys
+
+def forked(function):
+    here, there = os.pipe()
+    pid = os.fork()
+    if not pid:
+        function(there)
+        os._exit(0)
+    os.close(there)
+    with open(here) as answer:
+        told = answer.read()
+    assert os.waitpid(pid, 0)[1] == 0
+    return told
+
+def tell_imports(to):
+    import dmabuf
+    for name in dmabuf.__all__:
+        getattr(dmabuf, name)
+    os.write(to, " ".join(name for name in sys.modules if name.partition(".")[0] not in ("dmabuf", "__main__")).encode())
+
+def find(name):
+    import dmabuf
+    found = getattr(dmabuf, name)
+    assert getattr(dmabuf, name) is found and name in dir(dmabuf)
+    print(name, type(found).__name__, flush=True)
+
+if sys.argv[1] == "quick":
+    for name in forked(tell_imports).split():
+        importlib.import_module(name)
+for name in sys.argv[2:]:
+    forked(lambda _: find(name))
+"""
+ALL = [*sorted(NAMES), "errors"]
+
+
+@pytest.fixture(scope="module")
+def found_first() -> dict[str, str]:
+    """The type of what each public name is in a process that has imported nothing of dmabuf, and with the full budget nothing at all."""
+    command = [sys.executable, "-c", FOUND_FIRST, budget(), *ALL]
+    ran = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return dict(line.split() for line in ran.stdout.splitlines())
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_each_public_name_is_found_first(found_first: dict[str, str], name: str) -> None:
+    assert found_first[name] == type(getattr(dmabuf, name)).__name__
 
 
 def test_a_name_that_does_not_exist_is_an_attribute_error() -> None:
