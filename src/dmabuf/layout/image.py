@@ -18,11 +18,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from fractions import Fraction
 from math import lcm
-from typing import ClassVar, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from dmabuf.layout import checks, packing
+from dmabuf.layout.arrays import ArraySpec, Views, arrays, bytes_of
 from dmabuf.layout.color import Color
 from dmabuf.layout.formats import PixelFormat, known
+
+if TYPE_CHECKING:
+    import numpy as np
 
 LINEAR: Final = 0  # DRM_FORMAT_MOD_LINEAR
 MAX_PLANES: Final = 4  # of a framebuffer (drm_mode_fb_cmd2), and of V4L2's and FFmpeg's frames for the kernel
@@ -221,6 +225,51 @@ class ImageLayout:
             InvalidError: A buffer is too small, or there are more or fewer than the picture has (EINVAL).
         """
         checks.holds("picture", self.sizes, (sizes,) if isinstance(sizes, int) else tuple(sizes))
+
+    def specs(self) -> tuple[ArraySpec, ...]:
+        """Return what :meth:`planes` makes, without numpy: the visible part of each plane.
+
+        Raises:
+            LookupError: The format is not in the table.
+            InvalidError: The picture is not linear, or the visible part begins in the middle of a sample (EINVAL).
+        """
+        if not self.is_linear:
+            what = f"its pixels are arranged as the modifier {self.modifier:#x} says, not in rows"
+            raise checks.invalid("picture", what, "let the device that made it convert it, or ask for a linear one")
+        found = []
+        for plane, part in zip(self.memory_planes, self.format.planes, strict=True):
+            wide = part.across * part.block
+            if self.crop_x % wide or self.crop_y % part.down:
+                what = f"the visible part begins at ({self.crop_x}, {self.crop_y}), in the middle of {wide}×{part.down} pixels"
+                raise checks.invalid("picture", what, "choose a crop that all planes can have")
+            offset = plane.offset + self.crop_y // part.down * plane.stride + self.crop_x // wide * part.block_bytes
+            shape, strides = (
+                [part.rows(self.height), -(-part.samples(self.width) // part.cell)],
+                [plane.stride, part.itemsize * part.channels],
+            )
+            if part.channels > 1:
+                shape.append(part.channels)
+                strides.append(part.itemsize)
+            found.append(ArraySpec(plane.buffer, f"<{part.dtype}", tuple(shape), tuple(strides), offset))
+        return tuple(found)
+
+    def planes(self, views: Views) -> tuple[np.ndarray[Any, Any], ...]:
+        """Return an array for each plane, of its visible part, over the memory as it is.
+
+        The shape is (rows, columns), or (rows, columns, numbers of a pixel). Chroma that is subsampled has fewer rows and columns. An
+        array can be written if its view can. docs/formats.md says what each format has.
+
+        Args:
+            views: The bytes of the buffer, as a ``read()`` or ``write()`` block gives them; of several buffers, a list or tuple.
+
+        Raises:
+            ExtraMissingError: numpy is not installed.
+            LookupError: The format is not in the table.
+            InvalidError: A view is too small, the picture is not linear, or the visible part begins in the middle of a sample (EINVAL).
+        """
+        specs, bare = self.specs(), bytes_of(views)
+        self.check([view.nbytes for view in bare])
+        return arrays(specs, bare)
 
     def pack(self) -> bytes:
         """Return the layout as at most 256 bytes, which :meth:`unpack` reads in any process."""

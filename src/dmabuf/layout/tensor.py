@@ -5,9 +5,13 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from dmabuf.layout import checks, packing
+from dmabuf.layout.arrays import ArraySpec, Views, arrays, bytes_of
+
+if TYPE_CHECKING:
+    import numpy as np
 
 MAX_DIMENSIONS: Final = 12
 # The names are those of numpy and torch. A packed layout has a type's place in this list, so new ones come at its end.
@@ -102,6 +106,22 @@ class TensorLayout:
             InvalidError: The buffer is too small, or there are several (EINVAL).
         """
         checks.holds("tensor", self.sizes, (sizes,) if isinstance(sizes, int) else tuple(sizes))
+
+    def specs(self) -> tuple[ArraySpec]:
+        """Return what :meth:`array` makes, without numpy."""
+        return (ArraySpec(0, self.dtype, self.shape, self.strides or (), self.offset),)
+
+    def array(self, view: Views) -> np.ndarray[Any, Any]:
+        """Return the tensor as an array over the memory as it is. It can be written if the view can.
+
+        Raises:
+            ExtraMissingError: numpy is not installed.
+            LookupError: numpy doesn't have the type, as ``bfloat16``.
+            InvalidError: The view is too small, or there are several (EINVAL).
+        """
+        bare = bytes_of(view)
+        self.check([one.nbytes for one in bare])
+        return arrays(self.specs(), bare)[0]
 
     def pack(self) -> bytes:
         """Return the layout as at most 256 bytes, which :meth:`unpack` reads in any process."""
