@@ -152,7 +152,7 @@ _PAGE_HEAD: Final = """\
 
 The formats that `dmabuf.PixelFormat` knows, by the names of DRM, and what others call the same bytes. `PixelFormat.of("NV12")` and
 `from_v4l2`, `from_gstreamer`, `from_ffmpeg`, `from_opencv`, `from_ros` find a format, and the properties of these names tell what it is
-called there. Where the table has “–” they raise LookupError.
+called there. Where the table has “–” they raise LookupError. [layouts.md](layouts.md) says how to use them.
 
 DRM names the parts of a pixel from its highest bit down, and most others in the order of memory. V4L2's names are shown with their four
 characters; names in parentheses are accepted too.

@@ -243,10 +243,8 @@ class ImageLayout:
                 what = f"the visible part begins at ({self.crop_x}, {self.crop_y}), in the middle of {wide}×{part.down} pixels"
                 raise checks.invalid("picture", what, "choose a crop that all planes can have")
             offset = plane.offset + self.crop_y // part.down * plane.stride + self.crop_x // wide * part.block_bytes
-            shape, strides = (
-                [part.rows(self.height), -(-part.samples(self.width) // part.cell)],
-                [plane.stride, part.itemsize * part.channels],
-            )
+            shape = [part.rows(self.height), -(-part.samples(self.width) // part.cell)]
+            strides = [plane.stride, part.itemsize * part.channels]
             if part.channels > 1:
                 shape.append(part.channels)
                 strides.append(part.itemsize)
