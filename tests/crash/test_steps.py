@@ -2,7 +2,7 @@
 
 Each scenario is an action of a child. Its steps are listed by a traced run; then the action is run once for every step and dies there,
 stopped at the step until a waiter in a third process sleeps for what is held. Afterwards the waiter must have ended by itself, and the
-domain must look as if the dead one had never been.
+domain must look as if the dead one had never been. With the quick budget a long scenario has its deaths at some of its steps.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import errno
 import itertools
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -22,9 +22,9 @@ from dmabuf import Usage
 from dmabuf.core.buffer.handle import handle_of
 from dmabuf.domain import lives, records
 from tests.support.apart import Apart
-from tests.support.budget import times
+from tests.support.budget import budget, some_of, times
 from tests.support.fences import attach
-from tests.support.steps import Held, fork, reap
+from tests.support.steps import Held, fork, reap, trace
 from tests.support.waiting import until, until_asleep
 
 pytestmark = [pytest.mark.crash, pytest.mark.timeout(600)]
@@ -159,6 +159,7 @@ SCENARIOS: list[Callable[[Scene], None]] = [
     join, leave, allocate, rename, write, read, write_and_raise, access_both, fence, failed_fence, many_fences, copy_fences,
     lock, lock_both, free_records, reap_another,
 ]  # fmt: skip
+FEW = 45  # deaths of a scenario with the quick budget; those have more that do the same many times
 # Content may be torn by who dies while writing, and by nobody else.
 MAY_TEAR = {write: "buf", write_and_raise: "buf", access_both: "other", reap_another: "other"}
 
@@ -210,19 +211,27 @@ def settled(scene: Scene) -> None:
     assert shm.table_audit() == (0, 0, 0), "a record or block is lost to everybody"
 
 
+def numbers(scenario: Callable[[Scene], None], scene: Scene) -> Iterable[int]:
+    """The numbers of the steps to die at, in order: of every one, however many come, or of some with the quick budget."""
+    count = len(trace(lambda: scenario(scene))) if budget() == "quick" else 0
+    return sorted(some_of(count, quick=FEW)) if count > FEW else itertools.count(1)
+
+
 def die_at_every_step(scenario: Callable[[Scene], None], scene: Scene) -> int:
     """After each death the waiter must end, and all be settled. How many deaths there were."""
-    for nth in itertools.count(1):
+    count = 0
+    for nth in numbers(scenario, scene):
         with Held(lambda: scenario(scene)) as doomed:
             step = doomed.run_to_nth(nth)
             if step is None:
-                break  # the action ended before: every step had its death
+                break  # the action ended before
             waiter = fork(lambda: wait_for_everything(scene))
             until_asleep(waiter)
             doomed.kill()
         assert reap(waiter) == 0, f"the waiter failed after a death at step {nth} ({step})"
         settled(scene)
-    return nth - 1
+        count += 1
+    return count
 
 
 def deaths(scenario: Callable[[Scene], None]) -> int:
@@ -243,14 +252,14 @@ def torn_by_deaths(scenario: Callable[[Scene], None]) -> dict[str, set[str]]:
 
 def tear_at_every_step(scenario: Callable[[Scene], None], scene: Scene) -> dict[str, set[str]]:
     torn_at: dict[str, set[str]] = {"buf": set(), "other": set()}
-    for nth in itertools.count(1):
+    for nth in itertools.count(1) if scenario in MAY_TEAR else numbers(scenario, scene):
         for buf in scene:
             with buf.write():
                 pass
         with Held(lambda: scenario(scene)) as doomed:
             step = doomed.run_to_nth(nth)
             if step is None:
-                break  # the action ended before: every step had its death
+                break  # the action ended before
             doomed.kill()
         dmabuf.Domain.default().sweep()
         for which, buf in zip(("buf", "other"), scene, strict=True):
