@@ -12,9 +12,10 @@ import pytest
 import dmabuf
 from dmabuf import Device, Direction, DmaBuf, DmaBufAttachment, Exporter, Importer, SgTable, Usage
 from dmabuf.core.attach.attachment import moving
+from tests.support.budget import times
 from tests.support.drivers import PAGE, Mover
 
-ROUNDS, ROUNDS_MAPPED = 100_000, 20_000
+ROUNDS, ROUNDS_MAPPED = 100_000, times(quick=5_000, full=20_000)
 SIZE = 4 * PAGE
 # Objects that come and go with caches, the collector's own and other threads: far below one for each round.
 NOISE_BLOCKS = 500

@@ -254,7 +254,7 @@ def kill(count: int, tell: Callable[[str], None] = lambda _: None) -> None:
 
 @pytest.mark.timeout(600)
 def test_survivors_of_random_kills_go_on() -> None:
-    kill(times(quick=40, full=200))
+    kill(times(quick=20, full=200))
 
 
 @pytest.mark.long

@@ -41,7 +41,7 @@ def run(*arguments: str, code: str = "") -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.timeout(300)
 def test_soak_of_ordinary_use_finds_nothing() -> None:
-    done = run("--seconds", str(times(quick=4, full=20)), "--seed", SEED)
+    done = run("--seconds", str(times(quick=2, full=20)), "--seed", SEED)
     assert done.returncode == 0, done.stdout
     print(done.stdout)
 

@@ -95,13 +95,20 @@ def refused(text: str, *errnos: int) -> Iterator[None]:
     pytest.fail("nothing was refused")
 
 
-def fill_chunks(domain: dmabuf.Domain) -> None:
-    """Every chunk there can be, without the memory: the table says so."""
-    for at in range(_native.OFF_CHUNKTAB, _native.OFF_CHUNKTAB + 8 * _native.MAX_CHUNKS, 8):
-        if not domain.shm.load64(at):
-            domain.shm.store64(at, _native.CH_TIMELINE | 0x7FFFFFFF << 32)
+@contextmanager
+def every_chunk_taken(domain: dmabuf.Domain) -> Iterator[None]:
+    """Every chunk there can be, without the memory: the table says so. Afterwards it doesn't: who leaves would copy them all."""
+    shm, count = domain.shm, domain.shm.load32(_native.OFF_NCHUNKS)
+    table = range(_native.OFF_CHUNKTAB, _native.OFF_CHUNKTAB + 8 * _native.MAX_CHUNKS, 8)
+    taken = [at for at in table if not shm.load64(at)]
+    for at in taken:
+        shm.store64(at, _native.CH_TIMELINE | 0x7FFFFFFF << 32)
     os.ftruncate(domain.fileno(), MAPPED)
-    domain.shm.store32(_native.OFF_NCHUNKS, _native.MAX_CHUNKS)
+    shm.store32(_native.OFF_NCHUNKS, _native.MAX_CHUNKS)
+    yield
+    shm.store32(_native.OFF_NCHUNKS, count)
+    for at in taken:
+        shm.store64(at, 0)
 
 
 def test_a_full_domain_is_enospc_with_a_remedy_and_nothing_is_lost(domain: dmabuf.Domain) -> None:
@@ -110,42 +117,42 @@ def test_a_full_domain_is_enospc_with_a_remedy_and_nothing_is_lost(domain: dmabu
     timeline = dmabuf.Timeline("full", domain=domain)
     fences = [timeline.fence()]
     attach(buf.resv, fences[0], Usage.READ)
-    fill_chunks(domain)
     made = []
-    with refused("close buffers", errno.ENOSPC):
-        made.extend(timeline.fence() for _ in range(10_000))
-    assert len(made) == _native.FENCES_PER - 1
-    assert made[-1].seqno == timeline.statistics().seqno
-    assert shm.load32(_native.OFF_TABLE_LOCK) == 0
-    assert [f.handle for f in buf.resv.fences(Usage.BOOKKEEP)] == [fences[0].handle]
-    for fence in made:
-        fence.signal()
-    made.clear()
-    del fence
-    timeline.fence().signal()  # room again
-    fences[0].signal()
-    with buf.write() as view:
-        view[0] = 1
-    assert buf.name == "before"
-    buf.close()
+    with every_chunk_taken(domain):
+        with refused("close buffers", errno.ENOSPC):
+            made.extend(timeline.fence() for _ in range(10_000))
+        assert len(made) == _native.FENCES_PER - 1
+        assert made[-1].seqno == timeline.statistics().seqno
+        assert shm.load32(_native.OFF_TABLE_LOCK) == 0
+        assert [f.handle for f in buf.resv.fences(Usage.BOOKKEEP)] == [fences[0].handle]
+        for fence in made:
+            fence.signal()
+        made.clear()
+        del fence
+        timeline.fence().signal()  # room again
+        fences[0].signal()
+        with buf.write() as view:
+            view[0] = 1
+        assert buf.name == "before"
+        buf.close()
 
 
 def test_records_run_out_with_enospc_and_come_back(domain: dmabuf.Domain) -> None:
     first = dmabuf.allocate(4096, domain=domain)
-    fill_chunks(domain)
     held: list[dmabuf.DmaBuf] = []
     fds = descriptors()
-    with refused("close buffers", errno.ENOSPC):
-        held.extend(dmabuf.allocate(4096, domain=domain) for _ in range(1000))
-    assert len(held) == _native.RECS_PER - 1
-    assert descriptors() == fds + len(held)  # what was refused is closed
-    for buf in held:
-        buf.close()
-    held.clear()
-    del buf
-    records_gone(domain)
-    dmabuf.allocate(4096, domain=domain).close()
-    first.close()
+    with every_chunk_taken(domain):
+        with refused("close buffers", errno.ENOSPC):
+            held.extend(dmabuf.allocate(4096, domain=domain) for _ in range(1000))
+        assert len(held) == _native.RECS_PER - 1
+        assert descriptors() == fds + len(held)  # what was refused is closed
+        for buf in held:
+            buf.close()
+        held.clear()
+        del buf
+        records_gone(domain)
+        dmabuf.allocate(4096, domain=domain).close()
+        first.close()
 
 
 def records_gone(domain: dmabuf.Domain) -> None:
@@ -157,16 +164,16 @@ def test_entries_run_out_with_enospc_and_the_list_stays(domain: dmabuf.Domain) -
     buf = dmabuf.allocate(4096, domain=domain)
     fence = dmabuf.Timeline("full", domain=domain).fence()
     attach(buf.resv, fence, Usage.READ)
-    fill_chunks(domain)
-    with buf.resv.locked():
-        with pytest.raises(DmaBufError) as caught:
-            buf.resv.reserve(100)
-        assert caught.value.errno == errno.ENOSPC
-        buf.resv.reserve(10)  # there is room for those
-    assert [f.handle for f in buf.resv.fences(Usage.BOOKKEEP)] == [fence.handle]
-    assert not buf.resv.is_locked()
-    fence.signal()
-    buf.close()
+    with every_chunk_taken(domain):
+        with buf.resv.locked():
+            with pytest.raises(DmaBufError) as caught:
+                buf.resv.reserve(100)
+            assert caught.value.errno == errno.ENOSPC
+            buf.resv.reserve(10)  # there is room for those
+        assert [f.handle for f in buf.resv.fences(Usage.BOOKKEEP)] == [fence.handle]
+        assert not buf.resv.is_locked()
+        fence.signal()
+        buf.close()
 
 
 @pytest.mark.parametrize("what", ["fence", "record", "entries", "timeline"])

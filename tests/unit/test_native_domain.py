@@ -22,6 +22,7 @@ import dmabuf
 from dmabuf import DmaBufError, Usage, _native
 from dmabuf.core.buffer.handle import handle_of
 from dmabuf.domain import records
+from tests.support.budget import times
 from tests.support.fences import attach
 
 MAPPED = _native.HEADER_BYTES + _native.MAX_CHUNKS * _native.CHUNK_BYTES
@@ -268,7 +269,7 @@ def test_random_bytes_in_a_living_domain_give_clear_errors(where: str, seed: int
     operations, found = there.operations(), regions(there.shm)
     places = found.get(where) or found["CH_LIFE"]  # contexts live in there too
     try:
-        for _ in range(9):
+        for _ in range(times(quick=3, full=9)):
             spoil(there.shm, places, rng)
             rng.shuffle(operations)
             for operation in operations:
