@@ -7,7 +7,7 @@ import pytest
 
 from tests.support.budget import times
 from tests.support.every_stop import at_every_stop
-from tests.support.interrupted_world import FENCES, LOCKS, OBJECTS, World, dropped_fence_with_a_callback
+from tests.support.interrupted_world import BLOCKS, FENCES, LOCKS, OBJECTS, World, dropped_fence_with_a_callback
 
 Operation = Callable[[World], None]
 
@@ -48,3 +48,8 @@ def test_interrupted_drop_of_a_watched_fence_leaves_no_fence(world: World) -> No
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)  # the drop is told
         check(world, dropped_fence_with_a_callback)
+
+
+@pytest.mark.parametrize("operation", BLOCKS, ids=named)
+def test_interrupted_block_of_python_ends(world: World, operation: Operation) -> None:
+    check(world, operation)

@@ -13,25 +13,37 @@ import dmabuf
 from dmabuf import (
     Device,
     Direction,
+    DmaBufAttachment,
     DmaFence,
     DmaFenceArray,
     DmaFenceChain,
     DmaResv,
     Domain,
     FenceOps,
+    SgTable,
     SwSync,
     SyncFile,
     Timeline,
     TimelineSemaphore,
     Usage,
     WwAcquireContext,
+    sim,
     stub_fence,
     wait_any,
 )
+from dmabuf.core.attach import attachment as attachments
+from dmabuf.core.attach.attachment import moving, tables_of
+from dmabuf.core.base import debug
+from dmabuf.core.base.debug import debugging
+from dmabuf.core.buffer.handle import handle_of
 from dmabuf.core.export.exported import EXPORTS
+from dmabuf.core.resv import ww_mutex
 from dmabuf.core.resv.ww_mutex import inject_deadlocks
+from dmabuf.domain.forks import is_mine
+from dmabuf.heap import budget
 from dmabuf.sharing.server import serve
 from tests.support.drivers import Static
+from tests.support.waiting import until
 
 
 class Ops(FenceOps):
@@ -223,6 +235,51 @@ def exporter(_: "World") -> None:
     dmabuf.export(Static(), 4096).close()
 
 
+def switched(_: "World") -> None:
+    with debugging(not debug.enabled), moving(), inject_deadlocks():
+        pass
+
+
+def mapped(world: "World") -> None:
+    with world.attachment.mapped(Direction.TO_DEVICE):
+        pass
+
+
+def map_again(world: "World") -> None:
+    world.kept_tables.append(world.attachment.map_unlocked(Direction.TO_DEVICE))
+
+
+def attached(world: "World") -> None:
+    world.exported.attach(world.device)
+
+
+def views(world: "World") -> None:
+    with world.device.views(world.address, 16, Direction.BIDIRECTIONAL):
+        pass
+
+
+def device_access(world: "World") -> None:
+    world.device.write(world.address, world.device.read(world.address, 16))
+
+
+def claim(_: "World") -> None:
+    with budget.claim(2 << 20):
+        pass
+
+
+def attached_to_an_engine(world: "World") -> None:
+    with world.engine.attach(world.buf) as made:
+        world.queue.checksum(made).wait()
+
+
+def job_of_a_buffer(world: "World") -> None:
+    world.queue.checksum(world.buf).wait()
+
+
+def job(world: "World") -> None:
+    world.queue.fill(world.attached, 1).wait()
+
+
 LOCKS = (lock, trylock, locked, locked_under_a_context, lock_all, lock_all_with_back_off, signalling_section, add_a_fence)
 FENCES = (fence, custom_fence, dropped_fence, timeline_with_a_fence, array, chain, wait_for_any)
 OBJECTS = (
@@ -230,7 +287,8 @@ OBJECTS = (
     sync_file_and_merge, sync_file_of_a_buffer, semaphore, block_of_a_shared_file, sw_sync, mapping, attachment, cpu_access,
     reservation_object, private_domain, exporter,
 )  # fmt: skip
-OPERATIONS: tuple[Callable[["World"], None], ...] = (*LOCKS, *FENCES, *OBJECTS)
+BLOCKS = (switched, mapped, map_again, attached, views, device_access, claim, attached_to_an_engine, job_of_a_buffer, job)
+OPERATIONS: tuple[Callable[["World"], None], ...] = (*LOCKS, *FENCES, *OBJECTS, *BLOCKS)
 
 
 class World:
@@ -247,6 +305,15 @@ class World:
         self.timeline = Timeline("interrupted")
         self.buf = dmabuf.allocate(4096, name="interrupted")
         self.semaphore = TimelineSemaphore()
+        self.switches = debug.enabled, attachments.MOVE_NOTIFY, ww_mutex.deadlock_every
+        self.device = Device("interrupted")
+        self.attachment = self.exported.attach(self.device)
+        self.address = next(iter(self.attachment.map_unlocked(Direction.BIDIRECTIONAL)))[0]
+        self.kept_tables: list[SgTable] = []
+        self.engine = sim.Engine("interrupted")
+        self.queue = self.engine.queue()
+        self.attached = self.engine.attach(self.buf)
+        self.queue.fill(self.attached, 1).wait()  # its threads stay
         self.ours, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
     def until_released(self) -> None:
@@ -266,6 +333,7 @@ class World:
             if not left.is_signaled():
                 left.signal()
         self.kept.clear()
+        self.settle_blocks()
         gc.collect()
         self.until_released()
         os.fstat(self.buf.fileno())
@@ -276,8 +344,36 @@ class World:
             pass
         self.semaphore.signal(self.semaphore.query(submitted=True) + 1)
 
+    def settle_blocks(self) -> None:
+        assert (debug.enabled, attachments.MOVE_NOTIFY, ww_mutex.deadlock_every) == self.switches
+        assert not budget._default._claims
+        assert not self.device._users
+        assert not is_mine(self.device._lock)
+        while self.kept_tables:
+            self.attachment.unmap_unlocked(self.kept_tables.pop(), Direction.TO_DEVICE)
+        backings = [handle_of(buf).shared.ensure_backing() for buf in (self.exported, self.buf)]
+        for made in [one for backing in backings for one in backing.attachments]:
+            assert isinstance(made, DmaBufAttachment)
+            if made is not self.attachment and made.dev is not self.engine.device:
+                for table, way in tables_of(made):
+                    made.unmap_unlocked(table, way)
+                made.detach()
+        assert len(tables_of(self.attachment)) == 1
+        self.queue.drain()
+        assert not is_mine(self.queue._order)
+        assert self.queue._placing is None
+        until(lambda: not self.attached._jobs, limit_s=10)
+        for left in list(self.engine._attached):
+            if left is not self.attached:
+                left.detach()
+        until(lambda: len(backings[1].attachments) == 1, limit_s=10)
+
     def close(self) -> None:
         self.settle()
+        self.attached.detach()
+        self.engine.close()
+        self.attachment.unmap_unlocked(tables_of(self.attachment)[0][0], Direction.BIDIRECTIONAL)
+        self.attachment.detach()
         self.timeline.close()
         self.buf.close()
         self.exported.close()

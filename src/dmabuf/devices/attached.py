@@ -22,6 +22,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+from dmabuf._native import finish
+from dmabuf.core.attach.attachment import tables_of
 from dmabuf.core.attach.importer import Importer
 from dmabuf.core.base.usage import Direction, checked_direction
 from dmabuf.core.buffer.handle import handle_of
@@ -82,7 +84,7 @@ class AttachedStatistics:
 
 
 class _Table:
-    """A mapped table, and how many jobs use it."""
+    """A mapped table, and the uses that jobs make of it."""
 
     __slots__ = ("entries", "sgt", "starts", "users")
 
@@ -90,7 +92,7 @@ class _Table:
         self.sgt = sgt
         self.entries = sgt.dma_entries
         self.starts = [0, *itertools.accumulate(entry.length for entry in self.entries)]
-        self.users = 0
+        self.users: set[_Use] = set()
 
     def addresses(self, offset: int, length: int) -> list[DmaEntry]:
         """Return the DMA addresses of a range of the buffer."""
@@ -102,6 +104,15 @@ class _Table:
             pieces.append(DmaEntry(self.entries[i].address + inside, n))
             offset, length, i = offset + n, length - n, i + 1
         return pieces
+
+
+class _Use:
+    """One use of a table by a job."""
+
+    __slots__ = ("table",)
+
+    def __init__(self, table: _Table) -> None:
+        self.table = table
 
 
 class _Moves(Importer):
@@ -152,11 +163,11 @@ class Attached:
             self.dynamic = behind.dynamic if dynamic is None else dynamic
             self.resv = self.buf.resv
             self.size, self._ino = self.buf.size, self.buf.ino
+            self._kernel = handle_of(self.buf).kernel()
             self._attachment = self.buf.attach(device, _Moves(self) if self.dynamic else None)
         except BaseException:
             self.buf.close()
             raise
-        self._kernel = handle_of(self.buf).kernel()
 
     def __repr__(self) -> str:
         state = "detached" if self._gone else "dynamic" if self.dynamic else "static"
@@ -187,27 +198,38 @@ class Attached:
             raise fail(errno.EINVAL, "submit", self, "attach the buffer again", what="it was detached")
         table = self._table
         if table is None or self._stale:
-            fresh = _Table(self._attachment.map(self.direction))
-            self._maps += 1
+            fresh = None
+            sgt = self._attachment.map(self.direction)
+            try:
+                fresh = _Table(sgt)
+                self._maps += 1
+            finally:
+                if fresh is None:
+                    self._attachment.unmap(sgt, self.direction)
+                else:
+                    self._table, self._stale = fresh, False
             if table is not None:
                 self._old.append(table)
                 self.janitor.later(self.sweep)
-            table = self._table = fresh
-            self._stale = False
+            table = fresh
         return table
 
-    def enter(self, job: Job, offset: int, length: int) -> tuple[object, list[DmaEntry]]:
-        """Count a job that uses a range. The lock is held. Return a token for :meth:`leave`, and the addresses of the range.
+    def enter(self, job: Job, offset: int, length: int, taken: Callable[[object], object]) -> list[DmaEntry]:
+        """Count a job's use of a range. The lock is held. Return the addresses of the range.
+
+        ``taken`` gets the token for :meth:`leave`, before the use is counted.
 
         Raises:
             InvalidError: The device is detached (EINVAL).
             DmaBufError: The memory can't be mapped, see ``map``.
         """
         table = self._current()
+        use = _Use(table)
+        taken(use)
         with self._counts:
-            table.users += 1
+            table.users.add(use)
             self._jobs[job] = None
-        return table, table.addresses(offset, length)
+        return table.addresses(offset, length)
 
     def _moved(self) -> None:
         """Map again at the next submission, because the memory is about to move."""
@@ -245,12 +267,13 @@ class Attached:
     # ---- for the thread that ends a job: it takes no lock that others hold for long ----
 
     def leave(self, job: Job, token: object) -> None:
-        """Uncount a job."""
-        assert isinstance(token, _Table)
+        """Uncount a use by a job. Doing so twice has no effect."""
+        assert isinstance(token, _Use)
+        table = token.table
         with self._counts:
-            token.users -= 1
+            table.users.discard(token)
             self._jobs.pop(job, None)
-        if not token.users and (token is not self._table or self._stale):
+        if not table.users and (table is not self._table or self._stale):
             self.janitor.later(self.sweep)
 
     # ---- for the janitor, and detach ----
@@ -283,22 +306,46 @@ class Attached:
         if wait:
             for job in list(self._jobs):
                 job.fence.wait()
-        with contextlib.ExitStack() as rest:  # if an op of the exporter raises, the rest is done all the same
+        # If an op of the exporter or a signal handler raises, the rest is done all the same.
+        failed: list[Exception] = []
+        mine = False
+        try:
             with self.resv.locked():
-                if self._go():
+                mine = self._go()
+                if not mine:
                     return
-                rest.callback(self._forget, self)
-                rest.callback(self.buf.close)
-                rest.callback(self._attachment.detach)
-                with contextlib.ExitStack() as tables:
-                    for table in (*self._old, *([self._table] if self._table is not None else [])):
-                        tables.callback(self._attachment.unmap, table.sgt, self.direction)
-                    self._old, self._table = [], None
+                finish(self._unmap_all, failed)
+                finish(self._unmap_all, failed)  # what a signal handler interrupted the first time
+        finally:
+            if mine:
+                finish(self._end)
+        if failed:
+            raise failed[0]
 
     def _go(self) -> bool:
-        """Mark it as detached. Return True if it was already."""
+        """Mark it as detached. Return False if it was already."""
         was, self._gone = self._gone, True
-        return was
+        return not was
+
+    def _unmap_all(self, failed: list[Exception]) -> None:
+        """Unmap every table that is mapped. The lock is held."""
+        for sgt, way in tables_of(self._attachment):
+            try:
+                self._attachment.unmap(sgt, way)
+            except Exception as e:
+                failed.append(e)
+        self._old, self._table = [], None
+
+    def _end(self) -> None:
+        """Detach, and forget the buffer. Doing so twice has no effect."""
+        try:
+            if self._attachment.attached:
+                self._attachment.detach()
+        finally:
+            try:
+                self.buf.close()
+            finally:
+                self._forget(self)
 
     def __enter__(self) -> Attached:
         return self

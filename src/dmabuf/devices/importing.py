@@ -96,11 +96,17 @@ class Importing(Powered):
             raise TypeError(f"attach: a DmaBuf, not {type(buf).__name__}")
         if buf.domain is not self.domain:
             raise fail(errno.EXDEV, "attach", buf, "make the device with domain=buf.domain", what="the buffer belongs to another domain")
-        made = Attached(buf, self.device, self.janitor, direction, dynamic, forget=self._detached)
-        with self._changing:
-            late = self.closed
-            if not late:
-                self._attached[made] = None
+        made = Attached.__new__(Attached)
+        try:
+            made.__init__(buf, self.device, self.janitor, direction, dynamic, forget=self._detached)  # type: ignore[misc]
+            with self._changing:
+                late = self.closed
+                if not late:
+                    self._attached[made] = None
+        except BaseException:
+            if hasattr(made, "_attachment"):  # a signal handler raised after the last step
+                made.detach()
+            raise
         if late:  # closed by another thread meanwhile
             made.detach()
             self.check_usable("attach")

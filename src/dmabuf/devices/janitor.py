@@ -6,12 +6,12 @@ signals no fence, so it may take locks.
 
 from __future__ import annotations
 
-import contextlib
 import queue as _queue
 import threading
 from collections.abc import Callable
 
-from dmabuf.domain.dispatcher import report
+from dmabuf.domain.dispatcher import alive_soon, report
+from dmabuf.domain.latch import Latch
 
 
 class Janitor:
@@ -22,7 +22,7 @@ class Janitor:
         self._tasks: _queue.SimpleQueue[Callable[[], object] | None] = _queue.SimpleQueue()
         self._serving = False  # a thread takes tasks, or no thread may start any more
         self._thread: threading.Thread | None = None
-        self._done = threading.Event()  # the thread has run its last task
+        self._done = Latch()  # the thread has run its last task
         self._starting = threading.RLock()  # re-entrant, because a finalizer or a signal handler may come in the middle
 
     def later(self, task: Callable[[], object]) -> None:
@@ -31,10 +31,20 @@ class Janitor:
         if not self._serving:
             with self._starting:
                 if not self._serving:
-                    thread = threading.Thread(target=self._serve, name=self._name, daemon=True)
-                    with contextlib.suppress(RuntimeError):  # no thread can be started: the next task tries again
-                        thread.start()
-                        self._serving, self._thread = True, thread
+                    self._start()
+
+    def _start(self) -> None:
+        """Start the thread. The lock is held. If none can be started, the next task tries again."""
+        thread = threading.Thread(target=self._serve, name=self._name, daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:
+            return
+        except BaseException:  # a signal handler raised: the thread may be about to run
+            if alive_soon(thread):
+                self._serving, self._thread = True, thread
+            raise
+        self._serving, self._thread = True, thread
 
     def _serve(self) -> None:
         while (task := self._tasks.get()) is not None:

@@ -20,11 +20,12 @@ import errno
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
+from dmabuf._native import Bracket
 from dmabuf.core.base import debug
 from dmabuf.core.fence.fence import DmaFence
 from dmabuf.core.fence.signalling import signalling
@@ -34,7 +35,9 @@ from dmabuf.core.task.owner import current
 from dmabuf.devices.attached import Attached, Range
 from dmabuf.devices.power import Powered
 from dmabuf.domain.auto_reset_event import AutoResetEvent
-from dmabuf.domain.dispatcher import report
+from dmabuf.domain.dispatcher import alive_soon, report
+from dmabuf.domain.forks import is_mine
+from dmabuf.domain.latch import Latch
 from dmabuf.errors import fail
 
 
@@ -174,8 +177,7 @@ class Job:
 
     def enter(self, part: Range, write: bool) -> None:
         """Use a range of a buffer, whose reservation lock is held."""
-        token, addresses = part.attached.enter(self, part.offset, part.length)
-        self._uses.append((part.attached, token, write))
+        addresses = part.attached.enter(self, part.offset, part.length, lambda use: self._uses.append((part.attached, use, write)))
         (self.writes if write else self.reads).extend(addresses)
 
     def uses(self) -> dict[Attached, bool]:
@@ -187,9 +189,10 @@ class Job:
 
     def leave(self) -> None:
         """Stop using its buffers."""
-        uses, self._uses = self._uses, []
-        for attached, token, _ in uses:
-            attached.leave(self, token)
+        while self._uses:
+            attached, use, _ = self._uses[-1]
+            attached.leave(self, use)
+            del self._uses[-1:]
 
     def must_end(self) -> bool:
         """Return True if the job ends with an error, whatever it waits for."""
@@ -309,10 +312,11 @@ class Queue:
         self._jobs: deque[Job] = deque()
         # Fences get their numbers in the order in which jobs are queued. Re-entrant, so that a signal handler that submits in the middle is
         # refused, and doesn't wait for its own thread.
-        self._order, self._placing = threading.RLock(), False
+        self._order = threading.RLock()
+        self._placing: Job | None = None  # the last of the jobs, while its submission goes on
         self._event = AutoResetEvent()  # may be set by the garbage collector
         self._thread: threading.Thread | None = None
-        self._served = threading.Event()  # the thread has ended its last job
+        self._served = Latch()  # the thread has ended its last job
         self.closed = self.canceling = False
         self._completed = self._failed = self._resets = self._bytes = 0
 
@@ -342,9 +346,10 @@ class Queue:
         if not self.owner.powered:
             raise fail(errno.ENODEV, operation, self, "call power_on() first", what="the device has no power")
 
-    @contextmanager
-    def placing(self, job: Job) -> Iterator[DmaFence]:
-        """Queue a job and yield its fence. The job begins after the block. If the block raises, the job ends in its turn with ECANCELED.
+    def placing(self, job: Job) -> AbstractContextManager[DmaFence]:
+        """Queue a job for a block, which gets its fence. The job begins after the block.
+
+        It ends in its turn with ECANCELED, unless the block sets ``job.canceled`` to False as its last act.
 
         Raises:
             DmaBufError: The queue takes no jobs, see :meth:`check`.
@@ -352,28 +357,41 @@ class Queue:
             NoSpaceError: The domain has no fence left (ENOSPC).
             RuntimeError: Python can't start a thread.
         """
-        with self._order:
-            if self._placing:
-                remedy = "don't submit to it in a signal handler or a finalizer"
-                raise fail(errno.EDEADLK, job.operation, self, remedy, what="this thread is in the middle of submitting to the queue")
-            job.epoch = self.owner.epoch  # before the check of the power, so that a loss in between ends the job
-            self.check(job.operation)
-            if self._thread is None:
-                thread = threading.Thread(target=self._serve, name=f"dmabuf-{self.name}", daemon=True)
-                thread.start()
+        return _Placing(self, job)
+
+    def _place(self, job: Job) -> DmaFence:
+        """Queue a job. The order is held."""
+        if self._placing is not None:
+            remedy = "don't submit to it in a signal handler or a finalizer"
+            raise fail(errno.EDEADLK, job.operation, self, remedy, what="this thread is in the middle of submitting to the queue")
+        job.epoch = self.owner.epoch  # before the check of the power, so that a loss in between ends the job
+        self.check(job.operation)
+        if self._thread is None:
+            self._start()
+        job.fence = (self._timeline if self.ordered else self._new_timeline()).fence()
+        job.canceled = True
+        self._placing = job
+        self._jobs.append(job)
+        return job.fence
+
+    def _placed(self, job: Job) -> None:
+        """Let a job begin that was queued, if it was. The order is held."""
+        if self._placing is not job:
+            return
+        if self._jobs and self._jobs[-1] is job:
+            job.placed = True
+            self.wake()
+        self._placing = None
+
+    def _start(self) -> None:
+        thread = threading.Thread(target=self._serve, name=f"dmabuf-{self.name}", daemon=True)
+        try:
+            thread.start()
+        except BaseException as e:
+            if not isinstance(e, RuntimeError) and alive_soon(thread):  # a signal handler raised
                 self._thread = thread
-            job.fence = (self._timeline if self.ordered else self._new_timeline()).fence()
-            try:
-                self._placing = True
-                self._jobs.append(job)
-                yield job.fence
-            except BaseException:
-                job.canceled = True
-                raise
-            finally:
-                self._placing = False
-                job.placed = True
-                self.wake()
+            raise
+        self._thread = thread
 
     # ---- the thread ----
 
@@ -468,6 +486,33 @@ class Queue:
     def statistics(self) -> QueueStatistics:
         """Return the queue's counters at this moment."""
         return QueueStatistics(self.name, len(self._jobs), self._completed, self._failed, self._resets, self._bytes)
+
+
+class _Placing(Bracket):
+    """The block of ``placing``."""
+
+    __slots__ = ("_job", "_nested", "_queue")
+
+    def __init__(self, queue: Queue, job: Job) -> None:
+        self._queue, self._job = queue, job
+        self._nested: bool | None = None  # whether this thread held the order before, in the middle of another call; None before that
+
+    def enter(self) -> DmaFence:
+        """Take the order, and queue the job."""
+        order = self._queue._order
+        self._nested = is_mine(order)
+        if not self._nested:
+            order.acquire()
+        return self._queue._place(self._job)
+
+    def leave(self) -> None:
+        """Let the job begin, and release the order."""
+        order = self._queue._order
+        if self._nested is None or not is_mine(order):
+            return
+        self._queue._placed(self._job)
+        if not self._nested:
+            order.release()
 
 
 def checked_delay(delay: float, obj: object) -> float:

@@ -53,6 +53,7 @@ def submit(
             # If a signal handler raises from here on, the job is in its queue and ends there in its turn.
             with queue.placing(job) as fence:
                 _add(fence, resvs, implicit)
+                job.canceled = False
         except BaseException:
             if not job.placed:
                 job.leave()  # before anybody can have the locks, and look for its fence

@@ -33,7 +33,6 @@ Source: Documentation/admin-guide/cgroup-v1/memory.rst and cgroup-v2.rst, proc(5
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import operator
 import os
@@ -42,9 +41,10 @@ import resource
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Final, NamedTuple
 
-from dmabuf._native import owned
+from dmabuf._native import Bracket, owned
 from dmabuf.errors import fail
 
 __all__ = ["Budget", "check", "claim", "left", "whole"]
@@ -90,6 +90,25 @@ class Room(NamedTuple):
     remedy: str
 
 
+class _Claim(Bracket):
+    """The block of :meth:`Budget.claim`."""
+
+    __slots__ = ("_budget", "_size", "thread")
+
+    def __init__(self, budget: Budget, size: int) -> None:
+        self._budget, self._size = budget, size
+        self.thread = 0
+
+    def enter(self) -> None:
+        """Check and count."""
+        self.thread = threading.get_ident()
+        self._budget._decide(self._size, self)
+
+    def leave(self) -> None:
+        """Count no more."""
+        self._budget.unclaim(self)
+
+
 class Budget:
     """The memory limits of this process, read from a ``/proc`` and the cgroup mounts it names.
 
@@ -120,8 +139,7 @@ class Budget:
         self._ended = threading.Condition(self._lock)
         self._granted = 0
         self._granted_until = 0
-        self._claimed = 0
-        self._claims: dict[int, int] = {}  # by thread
+        self._claims: dict[_Claim, int] = {}  # the bytes of each block that is entered
         self._membership = None
 
     def check(self, size: int) -> None:
@@ -137,29 +155,28 @@ class Budget:
     def left(self) -> int:
         """Return how many bytes the limits leave now, for the size of a cache. Without ``/proc`` it fails with ENOENT."""
         with self._lock:
-            return max(0, self.least().left - self._claimed)
+            return max(0, self.least().left - self._claimed())
 
-    @contextlib.contextmanager
-    def claim(self, size: int) -> Iterator[None]:
+    def claim(self, size: int) -> AbstractContextManager[None]:
         """Check as :meth:`check` does, and count ``size`` bytes as used for the block.
 
         The block reserves the memory (``fallocate``). After it, the memory is in the kernel's counters. At most 1 MiB is not counted.
         """
-        claimed = self._decide(size, claim=True)
-        try:
-            yield
-        finally:
-            if claimed:
-                with self._ended:
-                    # A forked child that leaves its parent's block has not claimed anything.
-                    self._claimed = max(0, self._claimed - claimed)
-                    left = self._claims.pop(threading.get_ident(), 0) - claimed
-                    if left > 0:
-                        self._claims[threading.get_ident()] = left
-                    self._ended.notify_all()
+        return _Claim(self, size)
 
-    def _decide(self, size: int, claim: bool = False) -> int:
-        """Allow or refuse ``size`` bytes. Return how many were claimed."""
+    def _claimed(self, *, here: bool = False) -> int:
+        """Return how many bytes are claimed now; ``here``: by this thread. The lock is held."""
+        me = threading.get_ident()
+        return sum(size for claim, size in self._claims.items() if not here or claim.thread == me)
+
+    def unclaim(self, claim: _Claim) -> None:
+        """End a claim. Ending it twice, and in a forked child, has no effect."""
+        with self._lock:
+            self._claims.pop(claim, None)
+            self._ended.notify_all()
+
+    def _decide(self, size: int, claim: _Claim | None = None) -> None:
+        """Allow or refuse ``size`` bytes, and note them for the claim if they are many."""
         size = operator.index(size)
         if size <= 0:
             raise fail(errno.EINVAL, "allocate", f"{size} bytes", "ask for at least one byte", what="the size is not positive")
@@ -171,23 +188,21 @@ class Budget:
         with self._lock:
             if size <= SMALL and need <= self._granted and self._clock() < self._granted_until:
                 self._granted -= need
-                return 0
+                return
             while True:
                 looked = self._clock()
                 room = self.least()
                 if need > room.left:
                     self._granted = 0
                     break
-                free = room.left - self._claimed - need
+                free = room.left - self._claimed() - need
                 if free >= 0:
                     self._granted = free // GRANT_SHARE if free >= AMPLE else 0
                     self._granted_until = looked + GRANT_NS
-                    if not claim or size <= SMALL:
-                        return 0
-                    self._claimed += need
-                    self._claims[threading.get_ident()] = self._claims.get(threading.get_ident(), 0) + need
-                    return need
-                if self._claimed == self._claims.get(threading.get_ident(), 0):
+                    if claim is not None and size > SMALL:
+                        self._claims[claim] = need
+                    return
+                if self._claimed() == self._claimed(here=True):
                     break  # a signal handler allocates in the middle of an allocation, which it would wait for
                 self._ended.wait()
         what = f"{room.limit}, which leaves {max(0, room.left)}; needed with bookkeeping: {need}"
@@ -352,7 +367,7 @@ def left() -> int:
     return _default.left()
 
 
-def claim(size: int) -> contextlib.AbstractContextManager[None]:
+def claim(size: int) -> AbstractContextManager[None]:
     """Check and claim ``size`` bytes for a block, see :meth:`Budget.claim`."""
     return _default.claim(size)
 

@@ -157,7 +157,7 @@ class SpillHeap:
     def statistics(self) -> SpillStatistics:
         """Return the heap's state at this moment."""
         residents = self._resident_set
-        with residents.changed:
+        with residents.lock:
             total, within = (sum(b.size for b in some) for some in (residents.buffers, residents.order))
             pinned = sum(b.size for b in residents.order if b.residency is Residency.IN_MEMORY and (b.uses or residents.pinned(b)))
             return SpillStatistics(

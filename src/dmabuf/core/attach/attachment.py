@@ -28,11 +28,11 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Self
 
+from dmabuf._native import Bracket
 from dmabuf.core.base import debug
 from dmabuf.core.base.usage import Direction, Usage, checked_direction
 from dmabuf.core.buffer.backing import Backing
@@ -48,15 +48,9 @@ from dmabuf.errors import ContractError, contract_warning, fail
 MOVE_NOTIFY = os.environ.get("DMABUF_MOVE_NOTIFY") == "1"
 
 
-@contextmanager
-def moving(on: bool = True) -> Iterator[None]:
+def moving(on: bool = True) -> AbstractContextManager[None]:
     """Set ``MOVE_NOTIFY`` for a block, in the whole process. What is mapped meanwhile is unmapped as it was mapped."""
-    global MOVE_NOTIFY
-    before, MOVE_NOTIFY = MOVE_NOTIFY, on
-    try:
-        yield
-    finally:
-        MOVE_NOTIFY = before
+    return debug.Switched(globals(), "MOVE_NOTIFY", on)
 
 
 @dataclass(frozen=True)
@@ -151,40 +145,53 @@ class DmaBufAttachment:
         self._locked("map")
         way = checked_direction(direction, "map", self)
         if self._cached is not None:
-            sgt, had = self._cached
+            kept, had = self._cached
             if had not in (way, Direction.BIDIRECTIONAL):
                 raise fail(errno.EBUSY, "map", self, f"map {had.name}, or attach again", what=f"its table is kept for {had.name}")
-            return sgt
+            return kept
         pin = self._backing.dynamic and not MOVE_NOTIFY
+        sgt: SgTable | None = None
         if pin:
             self._backing.exporter.pin(self)
         try:
             sgt = self._map(way, interruptible)
+            if self._backing.cache:
+                self._cached = sgt, way
+            else:
+                self._mapped[id(sgt)] = sgt, way, pin
         except BaseException:
-            if pin:
-                self._backing.exporter.unpin(self)
+            self._unmade(sgt, way, pin)
             raise
-        if self._backing.cache:
-            self._cached = sgt, way
-        else:
-            self._mapped[id(sgt)] = sgt, way, pin
         return sgt
+
+    def _unmade(self, sgt: SgTable | None, way: Direction, pinned: bool) -> None:
+        """Undo a mapping. A signal handler that raises at the very beginning leaves it as it was, later it is undone all the same."""
+        key = id(sgt)
+        try:
+            if sgt is not None:
+                try:
+                    self._mapped.pop(key, None)
+                    checked.show(sgt)
+                finally:
+                    self._backing.exporter.unmap(self, sgt, way)
+        finally:
+            if pinned:
+                self._backing.exporter.unpin(self)
 
     def _map(self, way: Direction, interruptible: bool) -> SgTable:
         """Call the exporter's op, wait, and apply the debug layer (semantics 2.11, step M)."""
         exporter = self._backing.exporter
         sgt = exporter.map(self, way)
-        if sgt is None:
-            raise fail(errno.ENOMEM, "map", self, what="its exporter returned no table")
-        if not isinstance(sgt, SgTable):
-            raise TypeError(f"map: the exporter returned {type(sgt).__name__}, not an SgTable")
         try:
+            if sgt is None:
+                raise fail(errno.ENOMEM, "map", self, what="its exporter returned no table")
+            if not isinstance(sgt, SgTable):
+                raise TypeError(f"map: the exporter returned {type(sgt).__name__}, not an SgTable")
             if self.importer is None:
                 wait_until(self._resv, Usage.KERNEL, -1, interruptible=interruptible)
             checked.hide(sgt)
         except BaseException:
-            checked.show(sgt)
-            exporter.unmap(self, sgt, way)
+            self._unmade(sgt if isinstance(sgt, SgTable) else None, way, False)
             raise
         return sgt
 
@@ -219,13 +226,7 @@ class DmaBufAttachment:
         _, had, pinned = self._mapped[id(sgt)]
         if had is not way:  # the exporter would undo the wrong half, or refuse: then nobody could unmap it any more
             raise ContractError(f"unmap: {sgt!r}: it was mapped {had.name}; unmap it with the same direction")
-        del self._mapped[id(sgt)]
-        checked.show(sgt)
-        try:
-            self._backing.exporter.unmap(self, sgt, way)
-        finally:
-            if pinned:
-                self._backing.exporter.unpin(self)
+        self._unmade(sgt, way, pinned)
 
     def map_unlocked(self, direction: int, *, interruptible: bool = False) -> SgTable:
         """Take the lock, and :meth:`map`.
@@ -236,9 +237,29 @@ class DmaBufAttachment:
 
         Kernel: dma_buf_map_attachment_unlocked.
         """
+        made: list[SgTable] = []
+        try:
+            return self._map_into(made, direction, interruptible)
+        except BaseException:
+            self._take_back(made)
+            raise
+
+    def _map_into(self, made: list[SgTable], direction: int, interruptible: bool = False) -> SgTable:
+        """Do the same, and note the table before the lock is free. The caller takes back what it didn't get."""
         self._unlocked("map_unlocked")
         with self._resv.locked():
-            return self.map(direction, interruptible=interruptible)
+            sgt = self.map(direction, interruptible=interruptible)
+            made.append(sgt)
+        return sgt
+
+    def _take_back(self, made: list[SgTable]) -> None:
+        """Unmap what the caller noted when it was mapped."""
+        while made:
+            with self._resv.locked():
+                _, way, _ = self._mapped.get(id(made[-1]), (None, None, None))
+                if way is not None:
+                    self._unmap(made[-1], way)
+            del made[-1:]
 
     def unmap_unlocked(self, sgt: SgTable | None, direction: int) -> None:
         """Take the lock, and :meth:`unmap`.
@@ -253,18 +274,13 @@ class DmaBufAttachment:
         with self._resv.locked():
             self._unmap(sgt, direction)
 
-    @contextmanager
-    def mapped(self, direction: int) -> Iterator[SgTable]:
+    def mapped(self, direction: int) -> AbstractContextManager[SgTable]:
         """Map for a block: ``with att.mapped(Direction.TO_DEVICE) as sgt``. The lock is not held, and may be taken in the block.
 
         Raises:
             OSError: As ``map_unlocked``.
         """
-        sgt = self.map_unlocked(direction)
-        try:
-            yield sgt
-        finally:
-            self.unmap_unlocked(sgt, direction)
+        return _Mapped(self, direction)
 
     # ---- pinning ----
 
@@ -327,6 +343,26 @@ class DmaBufAttachment:
         return AttachmentStatistics(self.dev.name, self.is_dynamic, self.peer2peer, self._cached is not None, len(self._mapped))
 
 
+class _Mapped(Bracket):
+    """The block of ``mapped``."""
+
+    __slots__ = ("_attachment", "_direction", "_made")
+
+    def __init__(self, attachment: DmaBufAttachment, direction: int) -> None:
+        self._attachment, self._direction = attachment, direction
+        self._made: list[SgTable] = []
+
+    def enter(self) -> SgTable:
+        """Map."""
+        return self._attachment._map_into(self._made, self._direction)
+
+    def leave(self) -> None:
+        """Unmap."""
+        while self._made:
+            self._attachment.unmap_unlocked(self._made[-1], self._direction)
+            del self._made[-1:]
+
+
 # ---- attaching and detaching, as every process that has the exporter does it ----
 
 
@@ -355,9 +391,12 @@ def enter(att: DmaBufAttachment, *, match: bool = True, interruptible: bool = Fa
                 if match and att.is_dynamic != backing.dynamic:
                     _match(att, interruptible)
             except BaseException:
-                backing.attachments.remove(att)
+                _off_the_list(att)
                 raise
     except BaseException:
+        if att in backing.attachments:  # a signal handler raised when the lock was free again
+            with att._resv.locked():
+                _off_the_list(att)
         att.attached = False
         if "detach" in backing.ops:
             backing.exporter.detach(att)
@@ -367,22 +406,26 @@ def enter(att: DmaBufAttachment, *, match: bool = True, interruptible: bool = Fa
 def leave(att: DmaBufAttachment) -> None:
     """Detach: unmap and unpin what is kept, take the attachment off the list, and call the exporter's ``detach``. No lock is held."""
     backing = att._backing
-    with att._resv.locked():
-        kept, att._cached = att._cached, None
-        try:
-            if kept is not None:
-                checked.show(kept[0])
-                try:
-                    backing.exporter.unmap(att, *kept)
-                finally:
-                    if backing.dynamic:
-                        backing.exporter.unpin(att)
-        finally:
-            backing.attachments.remove(att)
-            att.attached = False
-    if "detach" in backing.ops:
-        backing.exporter.detach(att)
+    try:
+        with att._resv.locked():
+            _off_the_list(att)
+    finally:
+        if not att.attached and "detach" in backing.ops:
+            backing.exporter.detach(att)
     att.priv = None
+
+
+def _off_the_list(att: DmaBufAttachment) -> None:
+    """Undo what :func:`enter` does under the lock, which is held."""
+    backing = att._backing
+    try:
+        kept, att._cached = att._cached, None
+        if kept is not None:
+            att._unmade(*kept, backing.dynamic)
+    finally:
+        if att in backing.attachments:  # not, if a signal handler interrupted a detach before
+            backing.attachments.remove(att)
+        att.attached = False
 
 
 def _match(att: DmaBufAttachment, interruptible: bool) -> None:

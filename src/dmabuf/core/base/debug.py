@@ -21,9 +21,11 @@ which aren't used are forgotten at unlock (semantics 4.3), and that locks are he
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from types import FrameType
+from typing import Any
+
+from dmabuf._native import Bracket
 
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) + os.sep
 
@@ -37,15 +39,31 @@ def setting(name: str) -> int:
 enabled = setting("DMABUF_DEBUG") > 0
 
 
-@contextmanager
-def debugging(on: bool = True) -> Iterator[None]:
+class Switched(Bracket):
+    """A block in which a global variable of a module has another value, in the whole process."""
+
+    __slots__ = ("_before", "_name", "_value", "_variables")
+
+    def __init__(self, variables: dict[str, Any], name: str, value: object) -> None:
+        """``variables``: the module's ``globals()``."""
+        self._variables, self._name, self._value = variables, name, value
+        self._before: tuple[Any, ...] = ()  # the value outside of the block, while it is another one
+
+    def enter(self) -> None:
+        """Switch."""
+        self._before = (self._variables[self._name],)
+        self._variables[self._name] = self._value
+
+    def leave(self) -> None:
+        """Switch back."""
+        for value in self._before:
+            self._variables[self._name] = value
+        self._before = ()
+
+
+def debugging(on: bool = True) -> AbstractContextManager[None]:
     """Switch the layer on or off for a block, in the whole process."""
-    global enabled
-    before, enabled = enabled, on
-    try:
-        yield
-    finally:
-        enabled = before
+    return Switched(globals(), "enabled", on)
 
 
 def place(frame: FrameType | None) -> str:

@@ -14,7 +14,8 @@ from dmabuf.core.buffer.handle import handle_of
 from dmabuf.core.buffer.shared import BACKINGS, SharedBuffer
 from dmabuf.core.contract import Attachment, Buffer, ExporterOps, checked_ops
 from dmabuf.core.memory.iosys_map import IosysMap
-from dmabuf.core.memory.scatterlist import SgTable
+from dmabuf.core.memory.scatterlist import SgTable, mapping_of
+from dmabuf.domain.guards import finished
 from dmabuf.domain.records import Record
 
 
@@ -31,8 +32,10 @@ class FileExporter(ExporterOps[Buffer, Attachment]):
         sgt = SgTable.from_ranges([(0, memory.size)], max_segment=attachment.dev.max_segment, memory=memory)
         return attachment.dev.map_sgtable(sgt, direction)
 
+    @finished
     def unmap(self, attachment: Attachment, sgt: SgTable, direction: Direction) -> None:
-        attachment.dev.unmap_sgtable(sgt, direction)
+        if mapping_of(sgt) is not None:
+            attachment.dev.unmap_sgtable(sgt, direction)
 
     def vmap(self, buf: Buffer) -> IosysMap:
         return IosysMap.init_vaddr(memoryview(handle_of(buf).map_file("vmap", 0, buf.size, True)))

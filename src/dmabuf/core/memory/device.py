@@ -19,12 +19,11 @@ import bisect
 import errno
 import os
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dmabuf._native import buffer_address
+from dmabuf._native import Bracket, buffer_address, finish
 from dmabuf.core.base.usage import Direction, checked_direction
 from dmabuf.core.memory.scatterlist import (
     MAX_SEGMENT,
@@ -95,7 +94,7 @@ class Device:
         self.max_segment = checked_segment(max_segment, "device", 3)
         self._lock = threading.RLock()  # re-entrant, because a finalizer or a signal handler may come in the middle
         self._calm = threading.Condition(self._lock)
-        self._users: dict[int, list[int]] = {}  # by the serial of a range: the threads inside views() of it
+        self._users: dict[int, list[_Views]] = {}  # by the serial of a range: the blocks of views() of it
         self._ranges: list[IovaRange] = []
         self._next = PAGE  # address 0 is never given, because an unset field holds it
         self._serial = 0
@@ -145,16 +144,28 @@ class Device:
                 raise fail(
                     errno.EACCES, "map_sgtable", self, "map TO_DEVICE, or memory that may be written", what="the memory is read-only"
                 )
-        with self._lock:
-            starts = self._place(sgt, views) if self.iommu else self._direct(views)
-            made = []
-            for start, view in zip(starts, views, strict=True):
-                self._serial += 1
-                made.append(IovaRange(start, start + len(view), self._serial, view, way))
-            for iova in made:
-                bisect.insort(self._ranges, iova)
-        set_mapping(sgt, TableMapping(self, made, way), self._merged(starts, views))
+        made: list[IovaRange] = []
+        try:
+            with self._lock:
+                starts = self._place(sgt, views) if self.iommu else self._direct(views)
+                for start, view in zip(starts, views, strict=True):
+                    self._serial += 1
+                    made.append(IovaRange(start, start + len(view), self._serial, view, way))
+                for iova in made:
+                    bisect.insort(self._ranges, iova)
+            set_mapping(sgt, TableMapping(self, made, way), self._merged(starts, views))
+        except BaseException:
+            self._take_back(sgt, made)
+            raise
         return sgt
+
+    def _take_back(self, sgt: SgTable, made: list[IovaRange]) -> None:
+        """Undo a mapping that a signal handler interrupted, and that nobody knows of."""
+        serials = {iova.serial for iova in made}
+        with self._lock:
+            self._ranges = [iova for iova in self._ranges if iova.serial not in serials]
+        set_mapping(sgt, None, ())
+        _release_unless_mapped(sgt, made)
 
     def unmap_sgtable(self, sgt: SgTable, direction: int) -> None:
         """Take the addresses back: from now on they fault. Waits for threads inside :meth:`views` of them.
@@ -169,19 +180,20 @@ class Device:
         if way != direction:
             raise ContractError(f"unmap_sgtable: {sgt!r}: it was mapped {way.name}; unmap it with the same direction")
         try:
-            with self._calm:
-                if any(threading.get_ident() in self._users.get(iova.serial, ()) for iova in made):
+            with self._lock:  # not _calm, whose __enter__ is in Python: a signal handler that raised at its end would leave the lock held
+                me = threading.get_ident()
+                if any(user.thread == me for iova in made for user in self._users.get(iova.serial, ())):
                     raise ContractError(
                         f"unmap_sgtable: {sgt!r}: this thread is inside views() of it, which it would wait for; leave that block first"
                     )
                 for iova in made:
-                    del self._ranges[bisect.bisect_left(self._ranges, iova)]
+                    at = bisect.bisect_left(self._ranges, iova)
+                    if self._ranges[at : at + 1] == [iova]:  # else a signal handler interrupted this call before, after this step
+                        del self._ranges[at]
                 set_mapping(sgt, None, ())
                 self._calm.wait_for(lambda: not any(iova.serial in self._users for iova in made))
         finally:
-            if mapping_of(sgt) is None:  # also when a signal handler ended the wait: no access begins, and a view in use stays valid
-                for iova in made:
-                    iova.view.release()
+            finish(_release_unless_mapped, sgt, made)  # also when a signal handler ended the wait: no access begins
 
     def _place(self, sgt: SgTable, views: list[memoryview]) -> list[int]:
         """Return addresses for the pieces, side by side by whole pages. The lock is held."""
@@ -236,8 +248,11 @@ class Device:
         """
         if length < 0:
             raise fail(errno.EINVAL, "read", self, "pass 0 or more bytes", what=f"the length {length} is negative")
-        with self._reaching("read"):
-            return b"".join(piece for _, piece in self._pieces(address, length, _READS))
+        try:
+            with self._lock:
+                return b"".join(piece for _, piece in self._pieces(address, length, _READS))
+        except _Fault as e:
+            raise self._faulted("read", e) from None
 
     def write(self, address: int, data: ReadableBuffer) -> None:
         """Store bytes at a DMA address.
@@ -246,14 +261,16 @@ class Device:
             DmaBufError: Some of it is not mapped now for writing by the device (EFAULT). Nothing is stored.
         """
         source = memoryview(data).cast("B")
-        with self._reaching("write"):
-            at = 0
-            for _, piece in self._pieces(address, len(source), _WRITES):
-                piece[:] = source[at : at + len(piece)]
-                at += len(piece)
+        try:
+            with self._lock:
+                at = 0
+                for _, piece in self._pieces(address, len(source), _WRITES):
+                    piece[:] = source[at : at + len(piece)]
+                    at += len(piece)
+        except _Fault as e:
+            raise self._faulted("write", e) from None
 
-    @contextmanager
-    def views(self, address: int, length: int, direction: int) -> Iterator[list[memoryview]]:
+    def views(self, address: int, length: int, direction: int) -> AbstractContextManager[list[memoryview]]:
         """Give a ``with`` block the bytes behind a DMA address, in order, for I/O that must not copy.
 
         An unmap of the memory waits until the block is left, so leave it soon, and keep no piece.
@@ -270,46 +287,12 @@ class Device:
         way = checked_direction(direction, "views", self)
         if way is Direction.NONE:
             raise fail(errno.EINVAL, "views", self, "pass TO_DEVICE, FROM_DEVICE or BIDIRECTIONAL", what="the direction is NONE")
-        me = threading.get_ident()
-        with self._reaching("views"):
-            found = self._pieces(address, length, _WAYS[way])
-            for iova, _ in found:
-                self._users.setdefault(iova.serial, []).append(me)
-        pieces = [piece.toreadonly() if way is Direction.TO_DEVICE else piece for _, piece in found]
-        try:
-            yield pieces
-        finally:
-            try:
-                for piece in pieces:
-                    piece.release()
-            finally:
-                with self._calm:
-                    self._leave(me, [iova.serial for iova, _ in found])
-                    self._calm.notify_all()
+        return _Views(self, address, length, way)
 
-    def _leave(self, thread: int, serials: list[int]) -> None:
-        """Note that a thread uses these mappings no more. The lock is held."""
-        for serial in serials:
-            inside = self._users.get(serial, [])
-            if thread in inside:  # not in a child that was forked inside the block
-                inside.remove(thread)
-            if not inside:
-                self._users.pop(serial, None)
-
-    @contextmanager
-    def _reaching(self, operation: str) -> Iterator[None]:
-        """Hold the lock. An address that isn't mapped is EFAULT, raised when the lock is free, since it has the device's ``repr`` in it."""
-        try:
-            with self._lock:
-                yield
-        except _Fault as e:
-            raise fail(
-                errno.EFAULT,
-                operation,
-                self,
-                "map the buffer for this direction, and use its addresses only before unmap",
-                what=f"DMA fault: {e.address:#x} is not mapped",
-            ) from None
+    def _faulted(self, operation: str, fault: _Fault) -> OSError:
+        """Return the error of an address that isn't mapped. The lock is free, since the error has the device's ``repr`` in it."""
+        remedy = "map the buffer for this direction, and use its addresses only before unmap"
+        return fail(errno.EFAULT, operation, self, remedy, what=f"DMA fault: {fault.address:#x} is not mapped")
 
     def _pieces(self, address: int, length: int, ways: tuple[Direction, ...]) -> list[tuple[IovaRange, memoryview]]:
         found = []
@@ -335,6 +318,56 @@ class Device:
         """Return a snapshot for programs."""
         with self._lock:
             return DeviceStatistics(self.name, sum(w.end - w.start for w in self._ranges), len(self._ranges), self._faults)
+
+
+def _release_unless_mapped(sgt: SgTable, made: list[IovaRange]) -> None:
+    """Release the views of a table's pieces. A view in use stays valid."""
+    if mapping_of(sgt) is None:
+        for iova in made:
+            iova.view.release()
+
+
+class _Views(Bracket):
+    """The block of ``views``. Each entry of ``Device._users`` is one such object, so that leaving twice does no harm."""
+
+    __slots__ = ("_address", "_device", "_length", "_pieces", "_serials", "_way", "thread")
+
+    def __init__(self, device: Device, address: int, length: int, way: Direction) -> None:
+        self._device, self._address, self._length, self._way = device, address, length, way
+        self._pieces: list[memoryview] = []
+        self._serials: list[int] = []
+        self.thread = 0
+
+    def enter(self) -> list[memoryview]:
+        """Find the bytes, and keep them mapped."""
+        device, way = self._device, self._way
+        self.thread = threading.get_ident()
+        try:
+            with device._lock:
+                found = device._pieces(self._address, self._length, _WAYS[way])
+                self._serials = [iova.serial for iova, _ in found]
+                for serial in self._serials:
+                    device._users.setdefault(serial, []).append(self)
+                self._pieces = [piece.toreadonly() if way is Direction.TO_DEVICE else piece for _, piece in found]
+        except _Fault as e:
+            raise device._faulted("views", e) from None
+        return list(self._pieces)
+
+    def leave(self) -> None:
+        """Release the pieces, and let the memory be unmapped."""
+        device = self._device
+        try:
+            for piece in self._pieces:
+                piece.release()
+        finally:
+            with device._lock:
+                for serial in self._serials:
+                    inside = [user for user in device._users.get(serial, ()) if user is not self]  # a forked child has none
+                    if inside:
+                        device._users[serial] = inside
+                    else:
+                        device._users.pop(serial, None)
+                device._calm.notify_all()
 
 
 def _forked() -> None:

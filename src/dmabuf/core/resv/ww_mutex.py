@@ -13,13 +13,13 @@ from __future__ import annotations
 import errno
 import threading
 import weakref
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Protocol, Self, TypeVar
 
 from dmabuf._native import Context, HeldBlock, HeldLock
-from dmabuf.core.base.debug import setting
+from dmabuf.core.base.debug import Switched, setting
 from dmabuf.core.task.owner import Owner, current
 from dmabuf.domain.domain import Domain
 from dmabuf.domain.guards import Taken, finished
@@ -207,19 +207,13 @@ def _release_to(ctx: WwAcquireContext, taken: Taken) -> None:
 deadlock_every = setting("DMABUF_DEBUG_WW")  # 0: never
 
 
-@contextmanager
-def inject_deadlocks(every: int = 2) -> Iterator[None]:
+def inject_deadlocks(every: int = 2) -> AbstractContextManager[None]:
     """Let the n-th lock under each context answer EDEADLK, and later ones at growing distances. Holds for the whole process.
 
     Args:
         every: n, or 0 for none.
     """
-    global deadlock_every
-    before, deadlock_every = deadlock_every, every
-    try:
-        yield
-    finally:
-        deadlock_every = before
+    return Switched(globals(), "deadlock_every", every)
 
 
 def inject(ctx: WwAcquireContext) -> bool:
