@@ -331,6 +331,7 @@ class ExtraMissingError(ImportError):
 
 def missing_extra(extra: str, module: str) -> ExtraMissingError:
     """Return the error to raise when ``module``, which the extra named ``extra`` installs, can't be imported."""
-    error = ExtraMissingError(f"import {module}: it is not installed; install it with: pip install 'dmabuf[{extra}]'", name=module)
+    remedy = f"install it with: pip install 'dmabuf[{extra}]' (in a clone: pip install '.[{extra}]')"
+    error = ExtraMissingError(f"import {module}: it is not installed; {remedy}", name=module)
     error.extra = extra
     return error

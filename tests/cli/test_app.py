@@ -54,7 +54,10 @@ def test_an_unknown_option_is_a_usage_error(run: Run) -> None:
     ("what", "text"),
     [
         ("fail", "dmabuf: sample: a device\\n\\x1b[31m: No such device (ENODEV); plug it in\n"),
-        ("extra", "dmabuf: import av: it is not installed; install it with: pip install 'dmabuf[demo]'\n"),
+        (
+            "extra",
+            "dmabuf: import av: it is not installed; install it with: pip install 'dmabuf[demo]' (in a clone: pip install '.[demo]')\n",
+        ),
         ("builtin", "dmabuf: [Errno 13] Permission denied: '/dev/sample'\n"),
     ],
 )
@@ -78,7 +81,9 @@ def test_the_module_can_be_run(script: Run) -> None:
 def test_without_the_extra_it_is_one_line_and_status_1(module: str) -> None:
     program = f"import sys; sys.modules[{module!r}] = None; from dmabuf.cli import main; main()"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    expected = f"dmabuf: import {module}: it is not installed; install it with: pip install 'dmabuf[cli]'\n"
+    expected = (
+        f"dmabuf: import {module}: it is not installed; install it with: pip install 'dmabuf[cli]' (in a clone: pip install '.[cli]')\n"
+    )
     assert (done.returncode, done.stdout, done.stderr) == (1, "", expected)
 
 

@@ -117,7 +117,7 @@ def test_a_v2_group_binds_and_is_named_with_its_numbers(v2: Machine) -> None:
     v2.group("sys/fs/cgroup/a/b", memory__max=100 * MIB, memory__current=30 * MIB)
     text = allows_exactly(v2.budget(), 70 * MIB)
     assert f"memory.max of cgroup {v2.root}/sys/fs/cgroup/a/b is {100 * MIB} bytes, of which {30 * MIB} are used" in text
-    assert f"leaves {70 * MIB}" in text
+    assert f"{70 * MIB} are left" in text
 
 
 def test_a_v2_ancestor_binds(v2: Machine) -> None:
@@ -233,7 +233,7 @@ def test_a_group_that_was_removed_leaves_its_ancestors(v2: Machine) -> None:
 
 def test_a_limit_lowered_under_its_use_leaves_nothing(v2: Machine) -> None:
     v2.group("sys/fs/cgroup/a", memory__max=10 * MIB, memory__current=20 * MIB)
-    with pytest.raises(NoMemoryError, match="leaves 0"):
+    with pytest.raises(NoMemoryError, match="and 0 are left"):
         v2.budget().check(1)
 
 

@@ -205,7 +205,7 @@ class Budget:
                 if self._claimed() == self._claimed(here=True):
                     break  # a signal handler allocates in the middle of an allocation, which it would wait for
                 self._ended.wait()
-        what = f"{room.limit}, which leaves {max(0, room.left)}; needed with bookkeeping: {need}"
+        what = f"it takes {need} bytes with the kernel's bookkeeping, and {max(0, room.left)} are left: {room.limit}"
         raise fail(errno.ENOMEM, "allocate", f"{size} bytes", room.remedy, what=what)
 
     def least(self) -> Room:

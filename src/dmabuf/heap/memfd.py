@@ -58,7 +58,7 @@ def asked(size: int, name: str | bytes | None, domain: Domain | None) -> tuple[i
     size = budget.whole(size, "allocate: size")
     if not 0 < size <= (1 << 63) - PAGE:
         raise fail(errno.EINVAL, "allocate", f"{size} bytes", f"ask for 1 to {(1 << 63) - PAGE} bytes", what="the size is out of range")
-    raw = None if name is None else checked_name(name, f"{size} bytes")
+    raw = None if name is None else checked_name(name, "allocate")
     if domain is None:
         domain = Domain.default()
     elif not isinstance(domain, Domain):

@@ -336,5 +336,6 @@ def _udmabuf(node: Path, parameters: Path) -> Check:
 def _extra(extra: str, modules: tuple[str, ...], gives: str) -> Check:
     absent = [name for name in modules if importlib.util.find_spec(name) is None]
     if absent:
-        return Check(f"extra {extra}", MISSING, False, f"{', '.join(absent)} not installed: no {gives}", f"pip install 'dmabuf[{extra}]'")
+        remedy = f"pip install 'dmabuf[{extra}]' (in a clone: pip install '.[{extra}]')"
+        return Check(f"extra {extra}", MISSING, False, f"{', '.join(absent)} not installed: no {gives}", remedy)
     return Check(f"extra {extra}", OK, False, f"installed: {gives}")

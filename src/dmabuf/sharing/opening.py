@@ -64,7 +64,7 @@ def open(name_or_ino: str | bytes | int, *, domain: Domain | None = None) -> Dma
             raise fail(errno.EINVAL, "open", asked, remedy, what="not an inode number")
     else:
         asked = f"name {os.fsdecode(name_or_ino)!r}"
-        wanted = checked_name(name_or_ino, asked)
+        wanted = checked_name(name_or_ino, "open")
     domain.join()
     with needing_descriptors("open", asked):
         return _open(domain, asked, _by_ino(domain, wanted) if isinstance(wanted, int) else _by_name(domain, wanted))

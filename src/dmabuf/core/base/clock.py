@@ -18,11 +18,16 @@ def monotonic_deadline(timeout: float | None, operation: str, obj: object) -> in
         obj: Named by the error.
 
     Raises:
-        InvalidError: The timeout is negative or not a number (EINVAL).
+        InvalidError: The timeout is negative or a NaN (EINVAL).
+        TypeError: The timeout is neither a number nor None.
     """
     if timeout is None:
         return -1
-    if not timeout >= 0:
+    try:
+        valid = timeout >= 0
+    except TypeError:
+        raise TypeError(f"{operation}: a timeout is a number of seconds or None, not {type(timeout).__name__}") from None
+    if not valid:
         raise fail(errno.EINVAL, operation, obj, "pass 0 or more seconds, or None for no limit", what=f"the timeout is {timeout}")
     return time.monotonic_ns() + int(min(timeout, 4e9) * 1e9)
 

@@ -323,7 +323,7 @@ class Handle(ABC):
     def set_name(self, value: str | bytes) -> None:
         """Give the buffer a name."""
         self.check("name")
-        raw = checked_name(value, self)
+        raw = checked_name(value, "name", self)
         shm, index = self.shared.at()
         kernel = self.kernel()
         if kernel is not None:

@@ -51,19 +51,21 @@ def memfd_name(domain: Domain, nonce: bytes) -> str:
     return f"dmabuf:{domain.id}:{nonce.hex()}"
 
 
-def checked_name(value: str | bytes, obj: object) -> bytes:
-    """Return a buffer's name as bytes.
+def checked_name(value: str | bytes, operation: str, obj: object = None) -> bytes:
+    """Return a buffer's name as bytes. ``obj``: what an error is about, by default the name.
 
     Raises:
         InvalidError: It is too long or has a NUL (EINVAL).
         TypeError: It is neither str nor bytes.
     """
     if not isinstance(value, (str, bytes)):
-        raise TypeError(f"name: {obj}: a name is str or bytes, not {type(value).__name__}")
+        raise TypeError(f"{operation}: a name is str or bytes, not {type(value).__name__}")
     raw = os.fsencode(value)
     if len(raw) > NAME_BYTES or b"\0" in raw:
         what = "the name has a NUL" if b"\0" in raw else f"the name has {len(raw)} bytes"
-        raise fail(errno.EINVAL, "name", obj, f"use at most {NAME_BYTES} bytes, without a NUL", what=what)
+        raise fail(
+            errno.EINVAL, operation, obj or f"name {os.fsdecode(raw)!r}", f"use at most {NAME_BYTES} bytes, without a NUL", what=what
+        )
     return raw
 
 
@@ -92,9 +94,12 @@ def identify(fd: int, domain: Domain, operation: str = "get") -> Identity:
         ClosedError: ``fd`` is not open (EBADF).
         InvalidError: It is not a buffer (EINVAL).
         CrossDomainError: It is a buffer of another domain (EXDEV).
+        TypeError: ``fd`` is not an int.
     """
     try:
         dev, ino, size, seals, link, system = probe(fd)
+    except TypeError:
+        raise TypeError(f"{operation}: fd is the number of a descriptor, an int, not {type(fd).__name__}") from None
     except (OSError, OverflowError) as e:
         if isinstance(e, OSError) and e.errno != errno.EBADF:
             raise

@@ -37,7 +37,11 @@ def map_range(handle: Handle, operation: str, offset: int, length: int | None, w
     end = room if length is None else offset + length
     if offset % PAGE or end <= offset or end > room:
         remedy = f"choose 0 <= offset < offset + length <= {room}, with an offset that is a multiple of {PAGE}"
-        what = f"bytes {offset} to {end} are not whole pages of the buffer" if offset % PAGE == 0 else f"offset {offset} is not aligned"
+        what = (
+            f"bytes {offset} to {end} are not within the {room} that can be mapped"
+            if offset % PAGE == 0
+            else f"offset {offset} is not aligned"
+        )
         raise fail(errno.EINVAL, operation, handle, remedy, what=what)
     backing = handle.shared.backing
     if backing is not None:

@@ -116,7 +116,7 @@ def make(
     ``prepare``: the memfd itself carries the memory (see ``residency``). It is called with the exporter's own description of the memfd,
     borrowed until ``release``, before anybody can have the buffer. If it raises, everything is undone.
     """
-    raw = None if name is None else checked_name(name, f"{size} bytes")
+    raw = None if name is None else checked_name(name, "export")
     shm = domain.join()
     fd: OwnedFd | None = None
     private: OwnedFd | None = None

@@ -48,6 +48,7 @@ class Timeline:
 
     Raises:
         InvalidError: A name is too long or has a NUL (EINVAL).
+        TypeError: A name is neither str nor bytes.
         NoSpaceError: The domain is full (ENOSPC).
 
     Kernel: dma_fence_context_alloc, dma_fence_ops.use_64bit_seqno as seqno64.
@@ -161,6 +162,8 @@ def inherited(timeline: Timeline) -> bool:
 
 
 def _checked(name: str | bytes, what: str) -> str:
+    if not isinstance(name, (str, bytes)):
+        raise TypeError(f"timeline: {what} is str or bytes, not {type(name).__name__}")
     raw = os.fsencode(name)
     if len(raw) > NAME_BYTES or b"\0" in raw:
         wrong = "it has a NUL" if b"\0" in raw else f"it has {len(raw)} bytes"
