@@ -3,7 +3,7 @@
 `ARGS='--quick'` measures each row once, among few buffers and fences: a test that everything here runs, not a measurement.
 `ARGS='--rows REGEX'` measures the rows whose name matches (`--rows 'write|read'`); `--list` shows the names; `--json` is for programs.
 
-Whoever claims speed writes the row, with the machine and the command, into RESULTS.md. `python -m bench.compare` compares two builds.
+A change that claims speed writes the row, with the machine and the command, into RESULTS.md. `python -m bench.compare` compares two builds.
 """
 
 from __future__ import annotations

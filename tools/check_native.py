@@ -2,7 +2,7 @@
 
     python tools/check_native.py [DIRECTORY]
 
-An arrow goes from a file to each header of ours that it includes, and a ``.c`` file counts as one with the header of its name: what
+An arrow goes from a file to each header of the project that it includes, and a ``.c`` file counts as one with the header of its name: what
 includes ``domain/table.h`` needs ``domain/table.c``. Lines that include are ``#include "folder/name.h"``, from the directory on.
 """
 

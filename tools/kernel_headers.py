@@ -2,8 +2,8 @@
 
     python -m tools.kernel_headers DIR      DIR is a kernel's include/linux: prints what differs; 1 if anything does
 
-Not part of any build: it is for whoever has the headers of Linux 6.8, or of a later kernel and wants to know what came. Only names are
-taken. A member is ``type.member``; names that begin with two underscores are the kernel's own and left out.
+Not part of any build: it is for developers who have the headers of Linux 6.8, or of a later kernel and want to know what came. Only names
+are taken. A member is ``type.member``; names that begin with two underscores are the kernel's own and left out.
 """
 
 import re

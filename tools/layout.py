@@ -73,7 +73,7 @@ def read(text: str) -> Header:
 
 
 def fields(header: Header, struct: str, body: str) -> Iterator[Field]:
-    """Yield the fields of a structure. Raises ValueError for a line that is no field, a gap, or a size that does not fit."""
+    """Yield the fields of a structure. Raises ValueError for a line that is not a field, a gap, or a size that does not fit."""
     end = 0
     for line in body.splitlines():
         match = _FIELD.match(line)

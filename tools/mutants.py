@@ -44,7 +44,7 @@ class Mutant(NamedTuple):
         """Put the fault into a tree.
 
         Raises:
-            ValueError: The file doesn't have one of the texts once, so the mutant must be written anew.
+            ValueError: The file doesn't have one of the texts once, so the mutant must be rewritten.
         """
         path = root / self.file
         content = path.read_text(encoding="utf-8")

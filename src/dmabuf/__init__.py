@@ -173,7 +173,7 @@ _PLACES = {
 }
 _MODULE_OF = {name: module for module, names in _PLACES.items() for name in names}
 _MODULES = ("errors", "sim")
-_WITH_OBJECTS = ("dmabuf.sharing.pickling",)  # whoever has an object of this package may pickle it
+_WITH_OBJECTS = ("dmabuf.sharing.pickling",)  # a program that has an object of this package may pickle it
 _WITHOUT_OBJECTS = ("dmabuf.errors", "dmabuf.core.base.usage", "dmabuf.layout.")
 
 

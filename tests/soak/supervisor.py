@@ -65,7 +65,7 @@ class Report:
     fresh: int = 0
     killed: int = 0
     slowest_end: float = 0.0  # s that the processes of an epoch took to go
-    slowest_look: float = 0.0  # s until whoever came next saw nothing of them
+    slowest_look: float = 0.0  # s until the next process saw nothing of them
     outcomes: Counter[Outcome] = field(default_factory=Counter)
 
     def __str__(self) -> str:
@@ -257,7 +257,7 @@ class Supervisor:
             log.unlink()
 
     def end_all(self) -> None:
-        """Kill whoever is left, without questions."""
+        """Kill every process that is left, without questions."""
         while left := children():
             for pid in left:
                 with contextlib.suppress(ProcessLookupError):
@@ -293,7 +293,7 @@ class Supervisor:
             text = answer.read() if ready else b""
             _, status = os.waitpid(pid, 0 if ready else os.WNOHANG)
         if not text or status:
-            raise FaultError(f"whoever comes next can't look at the domain: {self.stacks(pid) if not ready else text.decode() or status}")
+            raise FaultError(f"the next process can't look at the domain: {self.stacks(pid) if not ready else text.decode() or status}")
         found: dict[str, list[str]] = json.loads(text)
         return found
 

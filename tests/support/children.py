@@ -71,7 +71,7 @@ class _Link:
         try:
             return self._messages.recv()
         except ConnectionResetError:
-            # Killed with messages of ours unread: for whoever waits, the same as a plain end.
+            # Killed with messages of ours unread: for a waiter that is the same as a plain end.
             raise EOFError from None
 
     def has_sent(self) -> bool:

@@ -29,7 +29,7 @@ class Bare(Exporter):
         """What a driver frees when it goes: after its buffers."""
         live = EXPORTS.of(Domain.default()).buffers
         until(lambda: all(exported.exporter is not self for exported in list(live.values())))
-        self.fails.clear()  # the traceback of an exception holds the buffer of whoever it was raised to
+        self.fails.clear()  # the traceback of an exception holds the buffer of the caller that it was raised to
         del self.whole  # maps and views of a failed test's traceback may still show it
         self.memory.close()
 
@@ -106,7 +106,7 @@ class Dynamic(Static):
 
 
 class Mover(Importer):
-    """An importer that writes down whom it heard of."""
+    """An importer that writes down the moves that it was notified of."""
 
     def __init__(self, allow_peer2peer: bool = False) -> None:
         self.allow_peer2peer = allow_peer2peer

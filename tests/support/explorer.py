@@ -7,7 +7,7 @@ and so every native call. The interpreter itself switches threads at some of the
 A thread that blocks, in a native wait or for a lock, gives the baton up, because the kernel says that it sleeps. It waits for its turn at
 its next point. Threads that the package starts take part from their first point on.
 
-A `Program` is run once for each seed, in a forked process, so that what is made at first use is made anew. The same seed gives the same
+A `Program` is run once for each seed, in a forked process, so that what is made at first use is made each time. The same seed gives the same
 order as long as no thread blocks for a time that another process decides.
 
     python -m tests.support.explorer tests.crash.test_schedules:FirstDispatcher 0 500     the seeds from 0 to 499, until one fails
@@ -66,7 +66,7 @@ class Program:
     """What the threads of one run do; made in the run's process."""
 
     code = str(Path(dmabuf.__file__).parent)  # the points are in the files whose names begin so
-    limit_s = 30.0  # for a run, which takes milliseconds: whoever waits then waits forever
+    limit_s = 30.0  # for a run, which takes milliseconds: a thread that still waits then waits forever
 
     def bodies(self) -> Sequence[Callable[[], object]]:
         """Make ready, and return what each thread does. What a body raises fails the run."""

@@ -49,7 +49,7 @@ def _test(wanted: str, arguments: list[str], timeout: float | None) -> int:
 
 
 def main(arguments: list[str]) -> int:
-    """Run a command; the status is that of what ran in the guest, 2 for a trouble of ours."""
+    """Run a command; the status is that of what ran in the guest, 2 if the guest could not run it."""
     parser = argparse.ArgumentParser(prog="python -m tools.kernel")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (

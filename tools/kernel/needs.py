@@ -78,7 +78,7 @@ def download(package: str, into: Path) -> Path:
         raise Trouble(f"{package} comes from Debian, and there is no apt-get here")
     into.mkdir(parents=True, exist_ok=True)
     print(f"downloading {package}", flush=True)
-    # Into a directory of its own first: a download that was cut off is no package.
+    # Into a directory of its own first: a download that was cut off is not a package.
     part = into / f".{package}.part"
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
@@ -96,7 +96,7 @@ def download(package: str, into: Path) -> Path:
 
 
 def update() -> None:
-    """Fetch apt's lists anew, if we may: a machine that was just made has none, or old ones."""
+    """Fetch apt's lists again, if this user may: a machine that was just made has none, or old ones."""
     if os.geteuid() == 0:
         subprocess.run(["apt-get", "-q", "update"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
 

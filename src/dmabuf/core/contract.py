@@ -22,8 +22,8 @@ returns memory that is ready. ``map`` makes a new table each time (the debug lay
 and KERNEL fences before its device touches the memory, and adds a fence for work that it cannot stop at once.
 
 The ops run in the exporting process. When another process, or a forked child, needs one, a thread of this package calls it there with the
-same locks held; ``attachment.dev`` is then a stand-in with the device's name and limits (docs/exporters.md). Memory that other processes
-are to map must be a mapping of a file that the exporting process keeps open.
+same locks held; ``attachment.dev`` is then a proxy with the device's name and limits (docs/exporters.md). Memory that other processes
+map must be a mapping of a file that the exporting process keeps open.
 
 Programs derive from ``dmabuf.Exporter`` and ``dmabuf.Importer``, whose ops are handed a ``DmaBuf`` and a ``DmaBufAttachment``. Both classes
 stand above this module, which names what it needs of them: the protocols ``Buffer`` and ``Attachment``.
@@ -287,7 +287,7 @@ AnyImporter: TypeAlias = ImporterOps[Any]  # one that is handed a DmaBufAttachme
 
 
 class RevocableImporter(ImporterOps[AttachmentT]):
-    """The stand-in for an importer of another process, whose device must be kept away from memory that has moved."""
+    """The proxy of an importer in another process, whose device must be kept away from memory that has moved."""
 
     __slots__ = ()
 
@@ -318,7 +318,7 @@ def checked_ops(exporter: object, cache: bool) -> frozenset[str]:
     """Return the names of the ops that the exporter has.
 
     Raises:
-        InvalidError: It is no exporter, or its ops exclude each other (EINVAL, with a ``ContractWarning``).
+        InvalidError: It is not an exporter, or its ops exclude each other (EINVAL, with a ``ContractWarning``).
     """
     ops = frozenset(op for op in OPS if overrides(exporter, ExporterOps, op)) if isinstance(exporter, ExporterOps) else frozenset()
     what = remedy = ""

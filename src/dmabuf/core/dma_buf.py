@@ -400,7 +400,7 @@ class DmaBuf(Face, Closing):
             interruptible: A signal ends the wait with EINTR.
 
         Raises:
-            InvalidError: ``direction`` is no direction (EINVAL).
+            InvalidError: ``direction`` is not a direction (EINVAL).
             DmaBufTimeout: The fences did not end in time (ETIMEDOUT).
             InterruptedWaitError: A signal came (EINTR).
             DeadlockError: The caller holds the lock (EDEADLK, with a ``ContractWarning``).
@@ -492,7 +492,7 @@ class DmaBuf(Face, Closing):
             flags: READ 1, WRITE 2 or both, instead of ``write``.
 
         Raises:
-            InvalidError: ``sync_file`` is no sync file, or other flags (EINVAL).
+            InvalidError: ``sync_file`` is not a sync file, or there are other flags (EINVAL).
             CrossDomainError: The sync file belongs to another domain (EXDEV).
             NoSpaceError: The domain is full (ENOSPC).
             DeadlockError: The caller holds the lock (EDEADLK, with a ``ContractWarning``).

@@ -72,7 +72,7 @@ def is_alive(shm: Shm, index: int) -> bool:
     """Return True if the process that owns this slot is alive.
 
     Raises:
-        ClosedError: Nobody can say, because the domain's descriptor was closed by somebody else (EBADF). That is no death.
+        ClosedError: Nobody can say, because the domain's descriptor was closed by somebody else (EBADF). That is not a death.
     """
     return shm.locked(LIFE_BYTE + index)
 

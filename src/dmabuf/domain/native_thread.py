@@ -1,7 +1,7 @@
 """``NativeThread``: a thread that sleeps in C.
 
 Where gevent has replaced threads by greenlets, this is a thread all the same. A greenlet that sleeps in C would stop all the others of its
-thread, and with them perhaps the one that is to wake it.
+thread, and with them perhaps the one that would wake it.
 """
 
 from __future__ import annotations

@@ -366,7 +366,7 @@ def _prove(directory: int, path: Path) -> None:
     try:
         proved.prove(directory, path)
     except BaseException:
-        os.unlink(FILE, dir_fd=directory)  # whoever waits for its lock finds that it isn't the domain's
+        os.unlink(FILE, dir_fd=directory)  # a process that waits for its lock then finds that it isn't the domain's
         raise
 
 

@@ -281,7 +281,7 @@ class SharedFile:
         step("file_switched")
 
     def append(self, data: bytes) -> bool:
-        """Append to the record. A death leaves it as it was, or longer. Return False if there is no room: store all of it anew."""
+        """Append to the record. A death leaves it as it was, or longer. Return False if there is no room: then store the whole record."""
         which, _, copies = self._copies()
         offset, room, length = copies[3 * which : 3 * which + 3]
         self._check_room(offset, room)

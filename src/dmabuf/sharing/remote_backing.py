@@ -10,7 +10,7 @@ the exporter dies, the caller has the lock back before any other process can tak
 handlers raise. They run, and what they raised comes when the lock is back and what the call made is undone.
 
 A dead exporter is ENODEV for everything that needs it. ``unmap``, ``unpin``, ``detach`` and ``vunmap`` only give back: they succeed, and do
-what is to be done in this process. In a forked child the attachments and vmaps are the parent's (ENODEV); the child uses the buffer like
+what must be done in this process. In a forked child the attachments and vmaps are the parent's (ENODEV); the child uses the buffer like
 any other process.
 """
 

@@ -134,7 +134,7 @@ class DmaBufAttachment:
 
         Raises:
             ContractError: The lock isn't held.
-            InvalidError: ``direction`` is no direction (EINVAL); the attachment is gone (EINVAL, with a ``ContractWarning``).
+            InvalidError: ``direction`` is not a direction (EINVAL); the attachment is gone (EINVAL, with a ``ContractWarning``).
             BusyError: The kept table is of another direction (EBUSY).
             NoMemoryError: The exporter returned no table (ENOMEM).
             NoDeviceError: The exporter's process is gone (ENODEV).
@@ -386,7 +386,7 @@ def enter(att: DmaBufAttachment, *, match: bool = True, interruptible: bool = Fa
     try:
         with att._resv.locked():
             backing.attachments.insert(0, att)
-            att.attached = True  # not before: one that the exporter refused never existed, whoever kept it
+            att.attached = True  # not before: one that the exporter refused never existed, even if the exporter kept it
             try:
                 if match and att.is_dynamic != backing.dynamic:
                     _match(att, interruptible)

@@ -59,7 +59,7 @@ def export(
         domain: None means the domain of ``resv``, or else the user's default domain.
 
     Raises:
-        InvalidError: ``exporter`` is no exporter, lacks map, unmap or release, has only one of pin and unpin, or is dynamic and caches
+        InvalidError: ``exporter`` is not an exporter, lacks map, unmap or release, has only one of pin and unpin, or is dynamic and caches
             (EINVAL, with a ``ContractWarning``). A name, the size or the flags are wrong (EINVAL).
         CrossDomainError: ``resv`` is of another domain (EXDEV).
         DeadlockError: The caller holds the lock of ``resv`` (EDEADLK, with a ``ContractWarning``).

@@ -3,7 +3,7 @@
 *The end.* The descriptors that travel carry a read lock on byte 0, the reference lock. An exported buffer keeps an open file description of
 its own, without that lock, and tries to take the write lock through it. Success proves that nobody holds the buffer, in flight or mapped,
 and that no newcomer can. Then the exporter's ``release`` runs, once. This process tries when it closes its last handle: in ``close()``
-itself if the caller holds no reservation lock and is no callback, and otherwise (and after ``__del__``) in a thread, the releaser, which
+itself if the caller holds no reservation lock and is not a callback, and otherwise (and after ``__del__``) in a thread, the releaser, which
 runs while there are exported buffers. While others hold a buffer that this process has closed, the releaser tries again every tick.
 """
 
@@ -115,7 +115,7 @@ class Exported(Backing):
             return False
         me = threading.get_ident()
         try:
-            self.released = self.private.set_lock(fcntl.F_WRLCK, 0)  # compares the file too: a lock on another one is no proof
+            self.released = self.private.set_lock(fcntl.F_WRLCK, 0)  # compares the file too: a lock on another one proves nothing
         except ClosedError as e:
             self.lost = True  # somebody else closed the description: that nobody holds the buffer can't be proven any more
             dispatcher.report(e, self.exporter.release)
@@ -167,7 +167,7 @@ class Exported(Backing):
 
 
 def outside() -> bool:
-    """Return True if the caller holds no lock and is no callback, so that it may call an exporter."""
+    """Return True if the caller holds no lock and is not a callback, so that it may call an exporter."""
     return not dispatcher.in_callback() and not in_signalling() and not any(current(d).locks for d in _DOMAINS)
 
 

@@ -217,7 +217,7 @@ def inject_deadlocks(every: int = 2) -> AbstractContextManager[None]:
 
 
 def inject(ctx: WwAcquireContext) -> bool:
-    """Return True if this lock is to answer EDEADLK. The distance grows each time in a context, so that every back-off gets through."""
+    """Return True if this lock must answer EDEADLK. The distance grows each time in a context, so that every back-off gets through."""
     left, distance = ctx.injection or (deadlock_every, deadlock_every)
     if left > 1:
         ctx.injection = left - 1, distance

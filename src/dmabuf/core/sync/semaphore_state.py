@@ -140,7 +140,7 @@ class View:
     def update(self, record: Record, pending: Callable[[int], bool]) -> Self:
         """Read what is new. Nonsense raises struct.error or IndexError."""
         version, length = record.version()
-        known, self._version = self._version, -1  # until all of it is read: the next look after an interrupted one reads it anew
+        known, self._version = self._version, -1  # until all of it is read: after an interrupted look, the next one reads all of it again
         if version != known or length < self._length:
             self._length = 0
             self.nodes.clear()

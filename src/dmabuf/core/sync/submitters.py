@@ -38,7 +38,7 @@ class Looks:
         self._lasts = slow_waits.Wait()
 
     def look(self, nobody: Sequence[Callable[[], bool]], what: object) -> float:
-        """Return after how many seconds the caller is to call again, having looked at its semaphores in between.
+        """Return after how many seconds the caller must call again, having looked at its semaphores in between.
 
         Args:
             nobody: Say of each semaphore whether nobody is left. Any of them could end the wait.

@@ -36,7 +36,7 @@ class PendingFences:
 
     def __init__(self, file: SharedFile) -> None:
         self._file = file
-        self._epoch = -1  # of the list, when it was read; -1 while what is known of it changes: who is interrupted then reads it anew
+        self._epoch = -1  # of the list, when it was read; -1 while what is known of it changes: after an interruption it is read again
         self._removed = -1  # the epoch of the list from which due() has removed some
         self._read = 0  # entries
         self._value = self.count()  # of the timeline, when it was read
@@ -94,7 +94,7 @@ class PendingFences:
     def due(self, shm: Shm, n: int) -> list[tuple[int, int, int]]:
         """Remove those that are due when the count is n more, and return (how far ahead, value, handle), the earliest first.
 
-        The caller signals them and then calls :meth:`settle`. If it is interrupted before, the list is read anew.
+        The caller signals them and then calls :meth:`settle`. If it is interrupted before, the list is read again.
         """
         self._update(shm)
         self._removed, self._epoch = self._epoch, -1

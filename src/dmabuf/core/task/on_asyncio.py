@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Waker:
-    """The futures that one loop is to resolve at its next turn."""
+    """The futures that one loop resolves at its next turn."""
 
     __slots__ = ("_due", "_posted")
 
@@ -31,14 +31,14 @@ class Waker:
     def post(self, loop: asyncio.AbstractEventLoop, future: asyncio.Future[None], error: BaseException | None) -> None:
         """Have the loop resolve a future, from any thread."""
         self._due.append((future, error))
-        if not self._posted:  # else a drain is to come: it clears the mark before it looks
+        if not self._posted:  # else a drain will come: it clears the mark before it looks
             try:
                 self._posted = True
                 loop.call_soon_threadsafe(self.drain)
             except RuntimeError:  # the loop is closed, so no task awaits anything
                 self._posted = False
                 self._due.clear()
-            except BaseException:  # a signal handler's: perhaps no drain is to come, and one more does no harm
+            except BaseException:  # a signal handler's: perhaps no drain will come, and one more does no harm
                 self._posted = False
                 loop.call_soon_threadsafe(self.drain)
                 raise

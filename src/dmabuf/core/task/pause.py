@@ -13,7 +13,7 @@ from typing import Any
 class Pause(ABC):
     """One stop of one task: ``await pause`` sleeps until some thread calls :meth:`end`. An end before the sleep is kept.
 
-    Canceling wakes the task as its framework does. Whoever registered the pause somewhere removes it there.
+    Canceling wakes the task as its framework does. The code that registered the pause somewhere removes it there.
     """
 
     __slots__ = ()
