@@ -7,8 +7,8 @@ and so every native call. The interpreter itself switches threads at some of the
 A thread that blocks, in a native wait or for a lock, gives the baton up, because the kernel says that it sleeps. It waits for its turn at
 its next point. Threads that the package starts take part from their first point on.
 
-A `Program` is run once for each seed, in a forked process, so that what is made at first use is made each time. The same seed gives the same
-order as long as no thread blocks for a time that another process decides.
+A `Program` is run once for each seed, in a forked process, so that what is made at first use is made each time. The same seed gives the
+same order as long as no thread blocks for a time that another process decides.
 
     python -m tests.support.explorer tests.crash.test_schedules:FirstDispatcher 0 500     the seeds from 0 to 499, until one fails
     python -m tests.support.explorer tests.crash.test_schedules:FirstDispatcher 17        this one

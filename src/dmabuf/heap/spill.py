@@ -2,8 +2,8 @@
 
 A spill heap has a *budget*: at most so many bytes of its buffers are in memory at any moment. The other buffers are in a file
 (`spill_file`). A process that uses a buffer brings it back, and the buffer that was used longest ago goes out in its place. Its fd, inode
-and size stay. To its users it is a buffer like any other. To the framework it is a dynamic exporter (`core.contract`), whose memory is the buffer's
-own memfd (`core.buffer.residency`).
+and size stay. To its users it is a buffer like any other. To the framework it is a dynamic exporter (`core.contract`), whose memory is the
+buffer's own memfd (`core.buffer.residency`).
 
 *What stays in memory.* A buffer inside of an access (``read``, ``write``, ``begin_cpu_access`` until ``end_cpu_access``); a buffer with a
 pending fence; a *pinned* buffer. These pin: a bare mapping until no process maps it, a vmap, a device that is attached without an importer,
