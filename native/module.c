@@ -25,6 +25,7 @@
 #include "fds/fds.h"
 #include "fds/pollable.h"
 #include "fds/same.h"
+#include "fork_lock.h"
 #include "later.h"
 #include "memory/mapping.h"
 #include "memory/view.h"
@@ -145,7 +146,8 @@ PyMODINIT_FUNC PyInit__native(void) {
       mapping_register(module) || view_register(module) || passing_register(module) || messages_register(module) ||
       descriptor_register(module) || probe_register(module) || file_register(module) || ending_register(module) || hold_register(module) ||
       same_register(module) || errors_register(module) || held_register(module) || pollable_register(module) || points_register(module) ||
-      guard_register(module) || timeline_slot_register(module) || later_register(module) || weak_values_register(module)) {
+      guard_register(module) || timeline_slot_register(module) || later_register(module) || weak_values_register(module) ||
+      fork_lock_register(module)) {
     Py_DECREF(module);
     return NULL;
   }

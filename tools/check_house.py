@@ -28,8 +28,7 @@ _SELF = ("self", "cls")
 
 # (file below src/dmabuf, private name): why the module uses it.
 ALLOWED: dict[tuple[str, str], str] = {
-    ("domain/forks.py", "_is_owned"): "a lock that another thread holds at a fork starts free in the child, as threading does with its own",
-    ("domain/forks.py", "_at_fork_reinit"): "the same",
+    ("domain/forks.py", "_is_owned"): "threading.RLock tells in no other way whether the running thread holds it",
 }
 
 # (file below src/dmabuf, module): why a string names it.

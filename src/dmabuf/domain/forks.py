@@ -10,19 +10,12 @@ None of this runs in a process that a raw fork system call made.
 from __future__ import annotations
 
 import os
-import threading
 from typing import Any
 
-from dmabuf.domain.weak_objects import WeakObjects
+from dmabuf._native import ForkLock, free_fork_locks
 
-_locks: WeakObjects[Any] = WeakObjects()
-
-
-def fork_lock() -> Any:
-    """Return a re-entrant lock that is free in a forked child, see the module."""
-    made = threading.RLock()
-    _locks.add(made)
-    return made
+fork_lock = ForkLock
+"""Makes a re-entrant lock that is free in a forked child, see the module."""
 
 
 def is_mine(lock: Any) -> bool:
@@ -30,10 +23,4 @@ def is_mine(lock: Any) -> bool:
     return bool(lock._is_owned())
 
 
-def _after_fork() -> None:
-    for lock in list(_locks):
-        if not lock._is_owned():
-            lock._at_fork_reinit()  # as threading does with its own locks
-
-
-os.register_at_fork(after_in_child=_after_fork)
+os.register_at_fork(after_in_child=free_fork_locks)
