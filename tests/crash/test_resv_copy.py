@@ -1,14 +1,14 @@
 """A copy of fences that is killed half-way loses none: the list holds all of the old ones or all of the new ones, without a hole."""
 
-import itertools
-
 import pytest
 
 from dmabuf import DmaResv, Timeline, Usage
 from tests.support.apart import Apart
 from tests.support.fences import attach, key, keys
-from tests.support.steps import Held, fork, reap
+from tests.support.steps import Held, fork, numbers, reap
 from tests.support.waiting import until_asleep
+
+FEW = 12  # deaths of a copy with the quick budget
 
 pytestmark = [pytest.mark.crash, pytest.mark.timeout(600)]
 
@@ -21,10 +21,22 @@ def die_at_every_step(old: int, new: int) -> int:
     for fence in fences[old:]:
         attach(source, fence, Usage.WRITE)
     before, after = {key(f) for f in fences[:old]}, {key(f) for f in fences[old:]}
-    for nth in itertools.count(1):
-        target = DmaResv()
+    count = 0
+
+    def listed() -> DmaResv:
+        made = DmaResv()
         for fence in fences[:old]:
-            attach(target, fence, Usage.READ)
+            attach(made, fence, Usage.READ)
+        return made
+
+    whole = listed()
+
+    def copy_whole() -> None:
+        with whole.locked():
+            whole.copy(source)
+
+    for nth in numbers(copy_whole, quick=FEW):
+        target = listed()
 
         def copy(target: DmaResv = target) -> None:
             with target.locked():
@@ -37,7 +49,6 @@ def die_at_every_step(old: int, new: int) -> int:
         with Held(copy) as doomed:
             step = doomed.run_to_nth(nth)
             if step is None:
-                assert set(keys(target)) == after
                 break
             waiter = fork(wait)  # somebody who waits for the lock gets it, and with it a whole list
             until_asleep(waiter)
@@ -48,10 +59,13 @@ def die_at_every_step(old: int, new: int) -> int:
         assert len(found) <= old + new
         attach(target, extra, Usage.BOOKKEEP)  # and what was cut off does not come back
         assert sorted(keys(target)) == sorted([*found, key(extra)])
+        count += 1
+    copy_whole()
+    assert set(keys(whole)) == after
     extra.signal()
     for line in lines:
         line.close()
-    return nth - 1
+    return count
 
 
 @pytest.mark.parametrize(("old", "new"), [(3, 2), (2, 3), (3, 0), (0, 3), (17, 18)])

@@ -11,7 +11,7 @@ import errno
 import itertools
 import os
 import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -22,9 +22,9 @@ from dmabuf import Usage
 from dmabuf.core.buffer.handle import handle_of
 from dmabuf.domain import lives, records
 from tests.support.apart import Apart
-from tests.support.budget import budget, some_of, times
+from tests.support.budget import times
 from tests.support.fences import attach
-from tests.support.steps import Held, fork, reap, trace
+from tests.support.steps import Held, fork, numbers, reap
 from tests.support.waiting import until, until_asleep
 
 pytestmark = [pytest.mark.crash, pytest.mark.timeout(600)]
@@ -211,16 +211,10 @@ def settled(scene: Scene) -> None:
     assert shm.table_audit() == (0, 0, 0), "a record or block is lost to everybody"
 
 
-def numbers(scenario: Callable[[Scene], None], scene: Scene) -> Iterable[int]:
-    """The numbers of the steps to die at, in order: of every one, however many come, or of some with the quick budget."""
-    count = len(trace(lambda: scenario(scene))) if budget() == "quick" else 0
-    return sorted(some_of(count, quick=FEW)) if count > FEW else itertools.count(1)
-
-
 def die_at_every_step(scenario: Callable[[Scene], None], scene: Scene) -> int:
     """After each death the waiter must end, and all be settled. How many deaths there were."""
     count = 0
-    for nth in numbers(scenario, scene):
+    for nth in numbers(lambda: scenario(scene), quick=FEW):
         with Held(lambda: scenario(scene)) as doomed:
             step = doomed.run_to_nth(nth)
             if step is None:
@@ -252,7 +246,7 @@ def torn_by_deaths(scenario: Callable[[Scene], None]) -> dict[str, set[str]]:
 
 def tear_at_every_step(scenario: Callable[[Scene], None], scene: Scene) -> dict[str, set[str]]:
     torn_at: dict[str, set[str]] = {"buf": set(), "other": set()}
-    for nth in itertools.count(1) if scenario in MAY_TEAR else numbers(scenario, scene):
+    for nth in itertools.count(1) if scenario in MAY_TEAR else numbers(lambda: scenario(scene), quick=FEW):
         for buf in scene:
             with buf.write():
                 pass

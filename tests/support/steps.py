@@ -7,6 +7,7 @@ and what a fork inherits is part of what is tested.
 
 from __future__ import annotations
 
+import itertools
 import os
 import select
 import signal
@@ -14,10 +15,11 @@ import socket
 import threading
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from dmabuf import _native
+from tests.support.budget import budget, some_of
 from tests.support.parents import end_with
 
 Action = Callable[[], Any]
@@ -60,6 +62,12 @@ def trace(action: Action) -> list[str]:
                 held.go_on()
         assert held.code == 0
     return steps
+
+
+def numbers(action: Action, *, quick: int) -> Iterable[int]:
+    """The numbers of an action's steps, in order: without an end with the full budget, and some with the quick one if there are more."""
+    count = len(trace(action)) if budget() == "quick" else 0
+    return sorted(some_of(count, quick=quick)) if count > quick else itertools.count(1)
 
 
 def killed_at(action: Action, count: int) -> int:
