@@ -293,6 +293,8 @@ class Handle(ABC):
 
     def any_view(self) -> Mapping:
         """Return that mapping, writable if the descriptor is: for devices, which learn the direction when they map."""
+        if self.view is not None and self.view.writable:
+            return self.view
         return self.view_source(fcntl.fcntl(self.descriptor("attach"), fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY)
 
     def map_file(self, operation: str, offset: int, length: int, writable: bool) -> Mapping:
