@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 
 import dmabuf
-from dmabuf import DmaBuf, Timeline
+from dmabuf import DmaBuf, DmaFenceArray, Timeline, lock_all
 
 
 @pytest.mark.parametrize(
@@ -17,6 +17,8 @@ from dmabuf import DmaBuf, Timeline
         (lambda buf: dmabuf.get(buf), "get: fd is the number of a descriptor, an int, not DmaBuf"),
         (lambda buf: buf.read(timeout="1").__enter__(), "read: a timeout is a number of seconds or None, not str"),
         (lambda buf: dmabuf.wait_any([dmabuf.stub_fence()], "1"), "wait_any: a timeout is a number of seconds or None, not str"),
+        (lambda buf: DmaFenceArray(dmabuf.stub_fence()), "DmaFenceArray: fences is a list of fences, as [a, b], not one DmaFence"),
+        (lambda buf: lock_all([buf]).__enter__(), "lock_all: a DmaResv is expected, as buf.resv, not DmaBuf"),
         (lambda buf: Timeline(5), "timeline: name is str or bytes, not int"),
         (lambda buf: Timeline("camera", driver=5), "timeline: driver is str or bytes, not int"),
     ],

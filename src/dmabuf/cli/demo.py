@@ -244,8 +244,8 @@ def _print(report: dict[str, Any]) -> None:
         out.print("no stage was killed: the video ended before that frame")
     copied = report["copied_between_processes"]
     out.print(
-        f"copied between processes: {copied} bytes of frames; {size(report['shared_bytes'])} were used where they were written"
-        f" ({report['buffers']} buffers, {size(report['buffer_bytes'])})"
+        f"copied between processes: {copied} bytes; {size(report['shared_bytes'])} of frames were used where they were written,"
+        f" in {report['buffers']} buffers of together {size(report['buffer_bytes'])}"
     )
     inside = {s["name"]: s["copied_inside"] for s in report["stages"]}
     out.print(f"copied inside a process: {size(inside['decode'])} out of the decoder's memory, {size(inside['encode'])} into the encoder's")

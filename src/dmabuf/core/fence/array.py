@@ -34,6 +34,7 @@ class DmaFenceArray(Container):
         InvalidError: There is no member, with a ``ContractWarning`` (EINVAL).
         CrossDomainError: The members belong to several domains (EXDEV).
         NoSpaceError: The domain is full (ENOSPC).
+        TypeError: ``fences`` is one fence.
 
     Kernel: dma_fence_array (fences, num_fences as fences), dma_fence_array_create, dma_fence_array_for_each as fences.
     """
@@ -47,6 +48,8 @@ class DmaFenceArray(Container):
     _errors: list[int]  # of the members that failed, in the order in which they were signaled
 
     def __new__(cls, fences: Iterable[DmaFence], signal_on_any: bool = False) -> Self:
+        if isinstance(fences, DmaFence):
+            raise TypeError("DmaFenceArray: fences is a list of fences, as [a, b], not one DmaFence")
         members = tuple(fences)
         domain = one_domain(members, "DmaFenceArray")
         for member in members:

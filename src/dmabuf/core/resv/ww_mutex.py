@@ -155,6 +155,7 @@ def lock_all(resvs: Iterable[LockT]) -> AbstractContextManager[WwAcquireContext 
     Raises:
         CrossDomainError: They belong to several domains (EXDEV).
         NoSpaceError: The domain is full (ENOSPC).
+        TypeError: One is not a reservation object.
     """
     return lock_all_until(resvs, -1)
 
@@ -172,6 +173,9 @@ def _take_all(resvs: Iterable[LockT], until: int, taken: Taken) -> WwAcquireCont
     wanted = list(dict.fromkeys(resvs))
     if not wanted:
         return None
+    for resv in wanted:
+        if not hasattr(resv, "take"):
+            raise TypeError(f"lock_all: a DmaResv is expected, as buf.resv, not {type(resv).__name__}")
     ctx = WwAcquireContext.__new__(WwAcquireContext)
     taken.append(ctx)  # before it is open, so that an interruption closes it at once
     ctx.__init__(domain=wanted[0].domain)  # type: ignore[misc]
