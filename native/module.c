@@ -1,4 +1,11 @@
 /* module.c - dmabuf._native: the only place with raw memory. It puts the parts together, and is the only file that knows all of them. */
+#include "access/arrive.h"
+#include "access/detach.h"
+#include "access/entering.h"
+#include "access/holds.h"
+#include "access/objects.h"
+#include "access/path.h"
+#include "access/view_type.h"
 #include "domain/access.h"
 #include "domain/ending.h"
 #include "domain/fence_methods.h"
@@ -28,7 +35,6 @@
 #include "fork_lock.h"
 #include "later.h"
 #include "memory/mapping.h"
-#include "memory/view.h"
 #include "weak_values.h"
 
 /* Python code can't call sys.unraisablehook itself: the default hook takes only a structure that the interpreter makes. */
@@ -138,18 +144,24 @@ static int add_constants(PyObject *module) {
   return PyModule_AddStringConstant(module, "MAGIC", DB_MAGIC);
 }
 
+/* In an order in which each finds the types that it needs. */
+static int (*const parts[])(PyObject *) = {
+    fence_register,         step_register,       mapping_register,     detach_register,    path_register,      arrive_register,
+    block_register,         objects_register,    entering_register,    holds_register,     view_type_register, passing_register,
+    messages_register,      descriptor_register, probe_register,       file_register,      ending_register,    hold_register,
+    same_register,          errors_register,     held_register,        pollable_register,  points_register,    guard_register,
+    timeline_slot_register, later_register,      weak_values_register, fork_lock_register,
+};
+
 PyMODINIT_FUNC PyInit__native(void) {
   if (ticker_prepare()) return PyErr_SetFromErrno(PyExc_OSError);
   PyObject *module = PyModule_Create(&definition);
   if (!module) return NULL;
-  if (add_constants(module) || shm_register(module, shm_methods) || fence_register(module) || step_register(module) ||
-      mapping_register(module) || view_register(module) || passing_register(module) || messages_register(module) ||
-      descriptor_register(module) || probe_register(module) || file_register(module) || ending_register(module) || hold_register(module) ||
-      same_register(module) || errors_register(module) || held_register(module) || pollable_register(module) || points_register(module) ||
-      guard_register(module) || timeline_slot_register(module) || later_register(module) || weak_values_register(module) ||
-      fork_lock_register(module)) {
-    Py_DECREF(module);
-    return NULL;
-  }
+  if (add_constants(module) || shm_register(module, shm_methods)) goto failed;
+  for (size_t i = 0; i < sizeof parts / sizeof *parts; i++)
+    if (parts[i](module)) goto failed;
   return module;
+failed:
+  Py_DECREF(module);
+  return NULL;
 }

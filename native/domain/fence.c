@@ -274,3 +274,8 @@ int fence_wait_for(Shm *s, uint64_t handle, int64_t until, int interruptible) {
     if (r == SLEEP_SIGNAL && interruptible && fence_pending(s, handle, NULL)) return -EINTR;
   }
 }
+
+void fence_watch_deadline(Shm *s, uint64_t handle) {
+  db_fence *f;
+  if (fence_pending(s, handle, &f) && f) atomic_fetch_or(&f->flags, FF_WATCH_DEADLINE);
+}

@@ -33,6 +33,9 @@ int fence_past_error(Shm *s, uint64_t handle, uint32_t timeline, uint64_t seqno)
 /* Set a bit in the word, in this generation only. 1; 0: the fence is past, or its owner is dropping it. */
 int fence_flag(uint64_t handle, db_fence *f, uint32_t bit);
 
+/* From now on this life is woken when another process sets a deadline for its pending fence. It may have one already. */
+void fence_watch_deadline(Shm *s, uint64_t handle);
+
 /* ---- its life ---- */
 
 /* A new pending fence of this life. 0: an exception is set. */

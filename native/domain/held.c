@@ -10,19 +10,11 @@
 #include "domain/resv_lock.h"
 #include "domain/table.h"
 
-static PyTypeObject *context_type, *held_type;
+PyTypeObject *Context_Type;
+static PyTypeObject *held_type;
 static PyObject *held_name; /* "_held", the attribute of a lock that has its HeldLock, or None */
 
 /* ---- contexts ---- */
-
-typedef struct {
-  PyObject_HEAD
-  Shm *shm;
-  PyObject *pool; /* the indices of the life's free contexts */
-  unsigned long long word;
-  unsigned life, locks;            /* locks: how many the context holds, or the owner that it stands for */
-  PyObject *word_seen, *life_seen; /* the same as numbers of Python, which each access and each lock reads */
-} Context;
 
 /* In a forked child, and in a later life of this process, the context isn't ours, and nothing is closed. */
 static int context_shut(Context *c) {
@@ -155,7 +147,7 @@ static Held *held_make(Context *owner, Context *ctx, uint64_t word) {
 static PyObject *held_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
   Context *owner;
   unsigned long long word;
-  if (!PyArg_ParseTuple(args, "O!K", context_type, &owner, &word)) return NULL;
+  if (!PyArg_ParseTuple(args, "O!K", Context_Type, &owner, &word)) return NULL;
   Held *h = held_make(owner, NULL, word);
   if (h) h->lent = 1;
   return (PyObject *)h;
@@ -212,8 +204,8 @@ static void held_dealloc(Held *h) {
 }
 
 static PyObject *resv_hold(Shm *s, PyObject *const *a, Py_ssize_t n) {
-  if (n != 9 || !PyList_Check(a[0]) || !PyObject_TypeCheck(a[3], context_type) ||
-      (a[4] != Py_None && !PyObject_TypeCheck(a[4], context_type))) {
+  if (n != 9 || !PyList_Check(a[0]) || !PyObject_TypeCheck(a[3], Context_Type) ||
+      (a[4] != Py_None && !PyObject_TypeCheck(a[4], Context_Type))) {
     PyErr_SetString(PyExc_TypeError, "resv_hold(taken, resv, rec, owner, ctx, slow, interruptible, trylock, until)");
     return NULL;
   }
@@ -256,7 +248,7 @@ int taken_undo(PyObject *taken, Py_ssize_t first) {
     PyErr_Fetch(&kind, &value, &trace);
     if (Py_IS_TYPE(item, held_type)) {
       bad = held_release((Held *)item) < 0;
-    } else if (PyObject_TypeCheck(item, context_type)) {
+    } else if (PyObject_TypeCheck(item, Context_Type)) {
       Context *c = (Context *)item;
       if (c->locks && my_life(c->shm) == c->life) { /* locks that this list doesn't know of: what closes it says so */
         PyObject *r = PyObject_CallMethod(item, "fini", NULL);
@@ -321,7 +313,7 @@ PyMethodDef held_methods[] = {
 
 int held_register(PyObject *module) {
   if (!held_name && !(held_name = PyUnicode_InternFromString("_held"))) return -1;
-  if (!context_type && !(context_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &context_spec, NULL))) return -1;
+  if (!Context_Type && !(Context_Type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &context_spec, NULL))) return -1;
   if (!held_type && !(held_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &held_spec, NULL))) return -1;
-  return PyModule_AddType(module, context_type) || PyModule_AddType(module, held_type) ? -1 : 0;
+  return PyModule_AddType(module, Context_Type) || PyModule_AddType(module, held_type) ? -1 : 0;
 }

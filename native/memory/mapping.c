@@ -248,6 +248,7 @@ static PyGetSetDef getset[] = {{"size", (getter)get_size, NULL, "The bytes that 
                                {"closed", (getter)get_closed, NULL, "Whether it is closed.", NULL},
                                {0}};
 static PyMemberDef members[] = {
+    {"detached", T_BOOL, offsetof(Mapping, detached), READONLY, "Whether it shows a private copy, which something made from a view keeps."},
     {"dev", T_ULONGLONG, offsetof(Mapping, dev), READONLY, "st_dev of the file."},
     {"ino", T_ULONGLONG, offsetof(Mapping, ino), READONLY, "st_ino of the file."},
     {"offset", T_LONGLONG, offsetof(Mapping, offset), READONLY, "Where in the file the bytes begin."},

@@ -15,7 +15,9 @@ typedef struct {
   long long offset;
   PyObject *on_close; /* NULL: none, or called already */
   PyObject *weakrefs;
+  struct block *blocks; /* accesses that look through it (access/block.h) */
   bool writable;
+  bool detached; /* private memory lies at its addresses, for those who kept something of a block: nothing new may look through it */
 } Mapping;
 
 /* The object as an open Mapping; NULL with TypeError (not a Mapping) or ValueError (closed) set. Its memory is valid as long as something

@@ -29,6 +29,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from dmabuf import errors as errors
     from dmabuf import sim
+    from dmabuf._native import View
     from dmabuf.core.access.many import access
     from dmabuf.core.access.range import BufferRange
     from dmabuf.core.attach.attachment import DmaBufAttachment
@@ -57,7 +58,7 @@ if TYPE_CHECKING:
     from dmabuf.core.sync.sync_file import SyncFile, get_sync_file
     from dmabuf.devices.disk import DiskDevice
     from dmabuf.domain.domain import Domain
-    from dmabuf.errors import ContractError, ContractWarning, DmaBufError
+    from dmabuf.errors import ContractError, ContractWarning, DmaBufError, KeptWarning
     from dmabuf.heap.recommended import allocate, heaps
     from dmabuf.heap.spill import SpillHeap
     from dmabuf.layout.color import Color
@@ -91,6 +92,7 @@ __all__ = [
     "ImageLayout",
     "Importer",
     "IosysMap",
+    "KeptWarning",
     "PixelFormat",
     "Plane",
     "RemoteTimeline",
@@ -102,6 +104,7 @@ __all__ = [
     "Timeline",
     "TimelineSemaphore",
     "Usage",
+    "View",
     "WwAcquireContext",
     "access",
     "allocate",
@@ -130,6 +133,7 @@ __version__ = "0.1.0"
 # Where each name is defined: a name is imported when it is first used (PEP 562), so that a process that only imports this package, as
 # every spawned worker does, pays for nothing.
 _PLACES = {
+    "dmabuf._native": ("View",),
     "dmabuf.core.access.many": ("access",),
     "dmabuf.core.access.range": ("BufferRange",),
     "dmabuf.core.attach.attachment": ("DmaBufAttachment",),
@@ -158,7 +162,7 @@ _PLACES = {
     "dmabuf.core.sync.sync_file": ("SyncFile", "get_sync_file"),
     "dmabuf.devices.disk": ("DiskDevice",),
     "dmabuf.domain.domain": ("Domain",),
-    "dmabuf.errors": ("ContractError", "ContractWarning", "DmaBufError"),
+    "dmabuf.errors": ("ContractError", "ContractWarning", "DmaBufError", "KeptWarning"),
     "dmabuf.heap.recommended": ("allocate", "heaps"),
     "dmabuf.heap.spill": ("SpillHeap",),
     "dmabuf.layout.color": ("Color",),

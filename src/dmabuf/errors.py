@@ -34,6 +34,7 @@
     RuntimeError
     └── ContractError                where the kernel has a BUG: there is no defined way to go on
     RuntimeWarning
+    ├── KeptWarning                  something that was made from a view outlives its block, and was given a private copy
     └── ContractWarning              where the kernel has a WARN and goes on as documented; emitted before any side effect
     ImportError
     └── ExtraMissingError            an optional dependency is not installed; names the extra that installs it
@@ -75,6 +76,7 @@ __all__ = [
     "ExtraMissingError",
     "InterruptedWaitError",
     "InvalidError",
+    "KeptWarning",
     "NoChildError",
     "NoDeviceError",
     "NoListenerError",
@@ -311,6 +313,10 @@ class ContractError(RuntimeError):
 
 class ContractWarning(RuntimeWarning):
     """The caller broke a rule that the kernel reports and survives (its WARN). It is emitted before any side effect."""
+
+
+class KeptWarning(ResourceWarning):
+    """Something that was made from the view of a block outlived it: it was given a private copy. The text names who keeps it."""
 
 
 def contract_warning(message: str, stacklevel: int = 1) -> None:

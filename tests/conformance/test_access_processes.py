@@ -1,7 +1,10 @@
 """Access across processes: exclusion, order, death, deadlock, and many rounds without a torn read."""
 
+import asyncio
 import contextlib
 import errno
+import os
+import signal
 from typing import Any
 
 import pytest
@@ -11,7 +14,7 @@ from dmabuf import DmaBuf, Usage
 from tests.support.children import Child, Parent, Spawn
 from tests.support.errnos import raises_errno
 from tests.support.fences import keys
-from tests.support.waiting import Background, until, until_asleep
+from tests.support.waiting import until, until_asleep
 
 MODES = pytest.mark.parametrize("mode", ["read", "write"])
 
@@ -285,39 +288,66 @@ def test_a_timeout_adds_nothing_and_leaves_the_other_alone(child: Spawn, buf: Dm
         assert view[0] == 2
 
 
-@MODES
-def test_an_array_left_in_another_process_is_in_the_way_until_it_is_gone(child: Spawn, buf: DmaBuf, mode: str) -> None:
-    other = child(keeps_an_array, mode)
+def test_what_a_read_left_in_another_process_gives_way_to_a_writer_that_has_waited(child: Spawn, buf: DmaBuf) -> None:
+    other = child(keeps_an_array)
     dmabuf.send(other.sock, buf)
-    assert other.recv() == ("BufferError" if mode == "write" else "left")
+    assert other.recv() == "left"
     with raises_errno(errno.ETIMEDOUT, TimeoutError), buf.write(timeout=0):
         pass
-    with Background(lambda: writes_once(buf)) as job:
-        job.until_blocked()
-        assert not job.done
-        other.send("let go")
-        assert job.result() == (3 if mode == "write" else 0)
-
-
-def keeps_an_array(parent: Parent, mode: str) -> None:
-    (buf,) = dmabuf.recv(parent.sock)
-    kept: list[memoryview] = []
-    try:
-        with getattr(buf, mode)() as view:
-            if mode == "write":
-                view[0] = 3
-            kept.append(view[:16])
-        parent.send("left")
-    except BufferError:
-        parent.send("BufferError")
-    parent.recv()
-    kept.pop().release()
-    parent.recv()
-
-
-def writes_once(buf: DmaBuf) -> int:
     with buf.write() as view:
-        return int(view[0])
+        view[0] = 9
+    other.send("look")
+    assert other.recv() == 0  # a copy of what it had read
+
+
+def test_what_a_read_left_in_another_process_gives_way_to_a_task_too(child: Spawn, buf: DmaBuf) -> None:
+    other = child(keeps_an_array)
+    dmabuf.send(other.sock, buf)
+    assert other.recv() == "left"
+
+    async def writes() -> None:
+        async with buf.write() as view:
+            view[0] = 9
+
+    asyncio.run(writes())
+    other.send("look")
+    assert other.recv() == 0
+
+
+def test_what_is_gone_in_another_process_is_in_nobodys_way(child: Spawn, buf: DmaBuf) -> None:
+    other = child(keeps_an_array)
+    dmabuf.send(other.sock, buf)
+    assert other.recv() == "left"
+    other.send("look")
+    assert other.recv() == 0
+    with buf.write(timeout=0):
+        pass
+
+
+def test_a_stopped_process_that_kept_something_holds_a_writer_until_it_runs_or_ends(child: Spawn, buf: DmaBuf) -> None:
+    other = child(keeps_an_array)
+    dmabuf.send(other.sock, buf)
+    assert other.recv() == "left"
+    os.kill(other.pid, signal.SIGSTOP)
+    with raises_errno(errno.ETIMEDOUT, TimeoutError), buf.write(timeout=0.1):
+        pass
+    os.kill(other.pid, signal.SIGCONT)
+    with buf.write():
+        pass
+    other.send("look")
+    assert other.recv() == 0
+
+
+def keeps_an_array(parent: Parent) -> None:
+    (buf,) = dmabuf.recv(parent.sock)
+    with buf.read() as view:
+        kept = memoryview(view)[:16]
+    parent.send("left")
+    parent.recv()
+    seen = kept[0]
+    kept.release()
+    parent.send(seen)
+    parent.recv()
 
 
 # -- deadlocks

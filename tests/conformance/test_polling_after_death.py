@@ -18,7 +18,7 @@ def owns(parent: Parent, what: str) -> None:
     """A fence, the lock, or a write access, until killed."""
     (buf,) = dmabuf.recv(parent.sock)
     fence = Timeline("owner").fence()
-    ctx = WwAcquireContext()
+    ctx, block = WwAcquireContext(), buf.write()
     match what:
         case "fence":
             attach(buf.resv, fence, Usage.WRITE)
@@ -27,7 +27,7 @@ def owns(parent: Parent, what: str) -> None:
         case "lock with a context":
             buf.resv.lock(ctx)
         case "access":
-            buf.write().__enter__()
+            block.__enter__()
     parent.send("has it")
     parent.recv()
 

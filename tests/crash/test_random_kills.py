@@ -116,14 +116,14 @@ class Worker:
         self.rng.choice(self.bufs).resv.wait(Usage.BOOKKEEP)
 
 
-def count_up(view: memoryview) -> None:
+def count_up(view: dmabuf.View) -> None:
     """A new number in every word of the buffer, one after the other."""
     number = (struct.unpack_from("<Q", view)[0] + 1) & 0x00FFFFFFFFFFFFFF
     for at in range(0, len(view), 512):
         struct.pack_into("<Q", view, at, number)
 
 
-def check_pattern(view: memoryview) -> None:
+def check_pattern(view: dmabuf.View) -> None:
     seen = {struct.unpack_from("<Q", view, at)[0] for at in range(0, len(view), 512)}
     assert len(seen) == 1, f"a torn read without an error: {seen}"
 

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 from dmabuf import DmaBuf, SpillHeap
-from tests.conformance import test_access, test_cpu_access, test_file_operations
+from tests.conformance import test_access, test_access_kept, test_cpu_access, test_file_operations
 from tests.conformance.conftest import SIZE, dev, other_tl, tl
 from tests.support.spilling import no_buffer_is_left
 
 __all__ = ["dev", "other_tl", "tl"]  # fixtures of that suite
 
-for suite in (test_access, test_cpu_access, test_file_operations):
+for suite in (test_access, test_access_kept, test_cpu_access, test_file_operations):
     for name, asked in vars(suite).items():
         # Those with other processes have their like in test_spill_processes.
         if name.startswith("test_") and "child" not in inspect.signature(asked).parameters:

@@ -62,7 +62,7 @@ def a_view_of_a_vmap_that_ended(buf: DmaBuf) -> Iterator[None]:
 @contextmanager
 def an_array_that_outlives_its_block(buf: DmaBuf) -> Iterator[None]:
     with buf.read() as view:
-        part = view[:10]
+        part = memoryview(view)[:10]
     yield
     part.release()
 

@@ -132,7 +132,7 @@ proctype Owner() {
     finish(1, 0);
     if :: torn -> torn = 0 :: else fi;
 #else
-    if :: torn -> torn = 0 :: else fi;                /* access_end() */
+    if :: torn -> torn = 0 :: else fi;                /* access_finish() */
     finish(1, 0);
 #endif
 #if REUSE

@@ -2,7 +2,6 @@
 
 import asyncio
 import errno
-import gc
 import mmap
 import socket
 import struct
@@ -120,18 +119,13 @@ def test_the_view_is_released_after_the_block(buf: dmabuf.DmaBuf) -> None:
         view[0]
 
 
-def test_an_array_that_outlives_a_reading_block_keeps_the_access(buf: dmabuf.DmaBuf) -> None:
+def test_what_outlives_a_reading_block_shows_what_was_read(buf: dmabuf.DmaBuf) -> None:
     content = filled(buf)
     with buf.export_range(3, 4).read() as view:
         kept = memoryview(view)
-    with pytest.raises(OSError), buf.write(timeout=0):
-        pass
+    with buf.write(timeout=0) as view:
+        view[:] = bytes(len(view))
     assert kept.tobytes() == content[3:7]
-    kept.release()
-    del kept, view
-    gc.collect()
-    with buf.write(timeout=0):
-        pass
 
 
 def test_a_block_that_raises_leaves_the_buffer_torn(buf: dmabuf.DmaBuf) -> None:

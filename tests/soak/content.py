@@ -5,6 +5,8 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 
+from dmabuf import View
+
 _STEP = 512
 _WORD = struct.Struct("<Q")
 _MASK = (1 << 56) - 1
@@ -14,7 +16,7 @@ class TornError(AssertionError):
     """A read showed half of a write and no error."""
 
 
-def count_up(view: memoryview, linger: Callable[[], None] | None = None) -> None:
+def count_up(view: View | memoryview, linger: Callable[[], None] | None = None) -> None:
     """Write the next number everywhere, one place after the other. ``linger``: what to do in the middle."""
     number = (_WORD.unpack_from(view)[0] + 1) & _MASK
     middle = len(view) // 2
@@ -26,7 +28,7 @@ def count_up(view: memoryview, linger: Callable[[], None] | None = None) -> None
         _WORD.pack_into(view, at, number)
 
 
-def check(view: memoryview, what: object) -> int:
+def check(view: View | memoryview, what: object) -> int:
     """The number; TornError if there are several."""
     seen = [_WORD.unpack_from(view, at)[0] for at in range(0, len(view), _STEP)]
     if len(set(seen)) != 1:

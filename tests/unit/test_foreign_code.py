@@ -13,12 +13,11 @@ from typing import Any
 import pytest
 
 import dmabuf
-from dmabuf._native import Mapping, open_view
+from dmabuf._native import Mapping
 from dmabuf.core.access import poll
 from dmabuf.core.buffer.handle import handle_of
 from dmabuf.core.export.module import Module
 from dmabuf.core.memory.device import DeviceStatistics
-from dmabuf.core.task.owner import current
 from dmabuf.heap import budget
 from tests.support.errnos import raises_errno
 from tests.support.mappings import SIZE
@@ -68,26 +67,21 @@ def closed_or_not(mapping: Mapping) -> bool:
 
 
 @IN_ALLOCATIONS
-def test_view_keeps_its_mapping_though_a_finalizer_closes_it_amid_its_making() -> None:
-    fd = os.memfd_create("view")
-    os.ftruncate(fd, SIZE)
+def test_block_keeps_its_mapping_though_a_finalizer_closes_it_amid_its_making() -> None:
     outcomes = set()
     for moment in MOMENTS:
-        mapping, closed = Mapping(fd, SIZE), list[bool]()
-        try:
+        with dmabuf.allocate(SIZE) as buf:
+            with buf.read():
+                pass
+            mapping = handle_of(buf).view
+            assert mapping is not None
+            block, closed = buf.read(), list[bool]()
             with garbage(partial(lambda mapping, closed: closed.append(closed_or_not(mapping)), mapping, closed), moment):
-                view, memory = open_view(mapping, None, True)
-        except ValueError:  # it was closed before
-            assert closed == [True]
-            continue
-        finally:
+                view = block.__enter__()
             outcomes.update(closed)
-        assert memory[SIZE - 1] == 0
-        memory.release()
-        view.retire()
-        mapping.close()
-    os.close(fd)
-    assert False in outcomes
+            assert view[SIZE - 1] == 0
+            block.__exit__(None, None, None)
+    assert outcomes
 
 
 @IN_ALLOCATIONS
@@ -111,12 +105,6 @@ def test_mapping_looks_at_a_file_that_a_finalizer_makes_shorter_einval() -> None
     assert refused
 
 
-class Added:
-    """What ``access_begin`` stores the fence of an access in."""
-
-    fence = 0
-
-
 @pytest.mark.parametrize("blocking", [1, 16, 17, 70])
 def test_access_runs_no_finalizer_under_the_reservation_lock(blocking: int) -> None:
     """The fences that block it become a list when the lock is free again."""
@@ -127,12 +115,10 @@ def test_access_runs_no_finalizer_under_the_reservation_lock(blocking: int) -> N
         for fence in fences:
             resv.add(fence, dmabuf.Usage.WRITE)
     shm, index = handle_of(buf).shared.at()
-    word, added, locked = current(buf.resv.domain).word, Added(), set[int]()
+    locked = set[int]()
     for moment in MOMENTS:
-        with garbage(lambda: locked.add(shm.resv_owner(index)), moment):
-            answer = shm.access_begin(index, index, word, False, 0, -1, False, added)
-        assert answer == [fence.handle for fence in fences]
-        shm.fence_signal(added.fence, 0, True)
+        with garbage(lambda: locked.add(shm.resv_owner(index)), moment), pytest.raises(TimeoutError):
+            buf.read(timeout=0).__enter__()
     assert locked == {0}
     for fence in fences:
         fence.signal()

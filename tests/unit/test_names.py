@@ -13,10 +13,10 @@ from tests.support.budget import budget
 NAMES = {
     "BufferRange", "Color", "ContractError", "ContractWarning", "Device", "Direction", "DiskDevice", "DmaBuf", "DmaBufAttachment",
     "DmaBufError", "DmaFence", "DmaFenceArray", "DmaFenceChain", "DmaResv", "Domain", "Exporter", "FenceOps", "ImageLayout", "Importer",
-    "IosysMap", "PixelFormat", "Plane", "RemoteTimeline", "SgTable", "SpillHeap", "SwSync", "SyncFile", "TensorLayout", "Timeline",
-    "TimelineSemaphore", "Usage", "WwAcquireContext", "access", "allocate", "buffers", "bufinfo", "export", "get", "get_sync_file", "heaps",
-    "lock_all", "merge", "open", "private_stub", "recv", "send", "signalling", "sim", "stub_fence", "sync_info", "unwrap", "wait_any",
-    "wait_semaphores",
+    "IosysMap", "KeptWarning", "PixelFormat", "Plane", "RemoteTimeline", "SgTable", "SpillHeap", "SwSync", "SyncFile", "TensorLayout",
+    "Timeline", "TimelineSemaphore", "Usage", "View", "WwAcquireContext", "access", "allocate", "buffers", "bufinfo", "export", "get",
+    "get_sync_file", "heaps", "lock_all", "merge", "open", "private_stub", "recv", "send", "signalling", "sim", "stub_fence", "sync_info",
+    "unwrap", "wait_any", "wait_semaphores",
 }  # fmt: skip
 
 METHODS = {

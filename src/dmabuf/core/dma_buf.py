@@ -22,11 +22,11 @@ import os
 import select
 from collections.abc import Coroutine
 from functools import partial
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
-from dmabuf._native import Mapping, OwnedFd
+from dmabuf._native import Access, Mapping, OwnedFd, access_block
+from dmabuf.core.access import access as _rules  # noqa: F401  (C calls its rules)
 from dmabuf.core.access import cpu_access, implicit, poll
-from dmabuf.core.access.access import Access
 from dmabuf.core.access.range import BufferRange
 from dmabuf.core.attach import attachment
 from dmabuf.core.attach.attachment import DmaBufAttachment
@@ -77,6 +77,9 @@ class DmaBuf(Face, Closing):
             "or send it with dmabuf.send()"
         )
 
+    def __array__(self, *_: object, **__: object) -> NoReturn:
+        raise TypeError("a DmaBuf is reached inside a block: with buf.read() as view: view.array()")
+
     def _check(self, operation: str) -> object:
         return self._handle.check(operation)
 
@@ -85,8 +88,8 @@ class DmaBuf(Face, Closing):
     def read(self, timeout: float | None = None) -> Access:
         """Return a context manager that waits for earlier writers and yields a read-only view. ``async with`` works too.
 
-        No process can write until the block ends. An array made from the view keeps the access open. The errors come when the block is
-        entered.
+        No process can write until the block ends. An array made from the view keeps the access, until it is gone or a writer has waited
+        for 50 ms; then it has a private copy (docs/views.md). The errors come when the block is entered.
 
         Args:
             timeout: Seconds to wait; None waits forever.
@@ -98,13 +101,14 @@ class DmaBuf(Face, Closing):
             DeadlockError: This thread or task is already inside a block of the buffer; another task of this thread is, and the wait would
                 stop it; or accesses wait in a cycle (EDEADLK).
         """
-        return Access(self, self._handle, False, timeout)
+        return access_block(self, self._handle, False, timeout)
 
     def write(self, timeout: float | None = None) -> Access:
         """Return a context manager that waits for earlier readers and writers and yields a writable view. ``async with`` works too.
 
         No other process can read or write until the block ends. An exception in the block leaves the content torn, see :meth:`read`.
-        The errors come when the block is entered.
+        What is made from the view and kept has a private copy afterwards, with a ``KeptWarning``. The errors come when the block is
+        entered.
 
         Args:
             timeout: Seconds to wait; None waits forever.
@@ -115,9 +119,9 @@ class DmaBuf(Face, Closing):
             DmaBufTimeout: A reader or writer did not finish in time (ETIMEDOUT).
             DeadlockError: This thread or task is already inside a block of the buffer; another task of this thread is, and the wait would
                 stop it; or accesses wait in a cycle (EDEADLK).
-            BufferError: At the end of the block, an array or slice made from the view is still in use.
+            BufferError: At the end of the block, more than 256 MiB of the view are still in use.
         """
-        return Access(self, self._handle, True, timeout)
+        return access_block(self, self._handle, True, timeout)
 
     # ---- the descriptor ----
 

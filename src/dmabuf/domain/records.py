@@ -21,7 +21,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Final, Self, TypeVar
+from typing import Any, Final, Self, TypeVar
 
 from dmabuf._native import OFF_ID, OwnedFd, Shm, WeakValues, close_at_exit, locks_seen, watch_add, watch_open, watch_read
 from dmabuf.domain.domain import TICK_NS, Domain
@@ -30,9 +30,6 @@ from dmabuf.domain.guards import finalizer
 from dmabuf.domain.local import Local
 from dmabuf.domain.weak_objects import WeakObjects
 from dmabuf.errors import fail, needing_descriptors
-
-if TYPE_CHECKING:
-    from dmabuf._native import RecordInfo
 
 KIND_BUFFER: Final = 0
 KIND_RESV: Final = 1
@@ -91,15 +88,15 @@ class Record:
 
     def ensure(self) -> int:
         """Return the record's index, referenced by this process's present life; a forked child takes a reference of its own."""
-        return self.at()[1]
+        if self.life != self.shm.life or not self.life:
+            with self.lock:
+                self._again()
+        return self.index
 
     def at(self) -> tuple[Shm, int]:
         """Return the mapped domain and the index, referenced by this process's present life. Joining may change both at once."""
-        life, shm = self.life, self.shm
-        if not life or life != shm.life:
-            with self.lock:
-                self._again()
-        return self.shm, self.index
+        index = self.ensure()
+        return self.shm, index
 
     def _again(self, name: bytes | None = None) -> None:
         shm = self.domain.join()
@@ -110,12 +107,12 @@ class Record:
         else:
             self.reference(name)
 
-    def info(self) -> RecordInfo:
+    def info(self) -> dict[str, Any]:
         """Return what the record says now."""
         self.ensure()
         return self.seen()
 
-    def seen(self) -> RecordInfo:
+    def seen(self) -> dict[str, Any]:
         """Return what the record says, without a reference of this process's present life to it."""
         found = self.shm.rec_info(self.index)
         if found is None or found["gen"] != self.gen:

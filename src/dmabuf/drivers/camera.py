@@ -21,7 +21,7 @@ import select
 from dataclasses import dataclass
 from typing import Self
 
-from dmabuf.core.access.access import Access
+from dmabuf._native import Access
 from dmabuf.core.access.range import BufferRange
 from dmabuf.core.base.clock import monotonic_deadline
 from dmabuf.core.base.closing import Closing

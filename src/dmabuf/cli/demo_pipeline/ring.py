@@ -42,6 +42,7 @@ import time
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
+from dmabuf import View
 from dmabuf.core.base.usage import Usage
 from dmabuf.core.buffer.handle import PAGE
 from dmabuf.core.dma_buf import DmaBuf
@@ -150,12 +151,12 @@ class Header(NamedTuple):
     end: bool
 
 
-def put_header(view: memoryview, n: int, ino: int, *, end: bool = False) -> None:
+def put_header(view: View | memoryview, n: int, ino: int, *, end: bool = False) -> None:
     """Write the header of a frame into a slot."""
     _HEADER.pack_into(view, 0, _MAGIC, n, ino, _END if end else 0, 0)
 
 
-def get_header(view: memoryview, n: int) -> Header:
+def get_header(view: View | memoryview, n: int) -> Header:
     """Return the slot's header. Raise RuntimeError if it is of another frame than ``n``, because then the protocol is broken."""
     magic, found, ino, flags, _ = _HEADER.unpack_from(view, 0)
     if magic != _MAGIC or found != n:

@@ -20,6 +20,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, Final
 
+from dmabuf import View
 from dmabuf.cli.demo_pipeline import video
 from dmabuf.cli.demo_pipeline.counters import Counters
 from dmabuf.cli.demo_pipeline.ring import DRIVER, PeerEnded, Port, announce, find, get_header, put_header
@@ -64,7 +65,7 @@ class Job:
         if self.goes_on is None or self.goes_on.is_signaled():
             raise PeerEnded("the parent", self.goes_on.status if self.goes_on else 0)
 
-    def found(self, view: memoryview, n: int, slot: DmaBuf, size: int) -> bool:
+    def found(self, view: View | memoryview, n: int, slot: DmaBuf, size: int) -> bool:
         """Return True if a slot has frame n, False at the end. Its bytes count as shared only if they are where the writer wrote them."""
         header = get_header(view, n)
         if not header.end:

@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from dmabuf import View
 from dmabuf.cli.demo_pipeline.ring import HEADER_BYTES
 from dmabuf.errors import missing_extra
 
@@ -102,9 +103,9 @@ def decoded(clip: Clip, limit: int | None) -> Iterator[av.VideoFrame]:
             raise VideoError(f"{clip.path}: decoding stopped: {e.strerror}") from None
 
 
-def luma(view: memoryview | bytearray, clip: Clip) -> Plane:
+def luma(view: View | memoryview | bytearray, clip: Clip) -> Plane:
     """Return the luma plane in a buffer's view, an array on the same memory, which must be gone before the access ends."""
-    return np.frombuffer(view, np.uint8, clip.pixels, HEADER_BYTES).reshape(clip.height, clip.width)
+    return np.frombuffer(memoryview(view), np.uint8, clip.pixels, HEADER_BYTES).reshape(clip.height, clip.width)
 
 
 def _rows(plane: Any) -> Plane:
@@ -112,12 +113,12 @@ def _rows(plane: Any) -> Plane:
     return np.frombuffer(plane, np.uint8)[: plane.line_size * plane.height].reshape(plane.height, plane.line_size)
 
 
-def put_frame(frame: av.VideoFrame, view: memoryview | bytearray, clip: Clip, rows: int | None = None) -> None:
+def put_frame(frame: av.VideoFrame, view: View | memoryview | bytearray, clip: Clip, rows: int | None = None) -> None:
     """Copy a frame from the decoder's memory into a buffer. ``rows``: copy only so many of the luma plane."""
     at = HEADER_BYTES
     for plane in frame.planes:
         source = _rows(plane)
-        target = np.frombuffer(view, np.uint8, plane.width * plane.height, at).reshape(plane.height, plane.width)
+        target = np.frombuffer(memoryview(view), np.uint8, plane.width * plane.height, at).reshape(plane.height, plane.width)
         if rows is not None:
             target[:rows] = source[:rows, : plane.width]
             return

@@ -15,359 +15,279 @@ greenlet, it waits for. In a cycle of accesses, the youngest raises EDEADLK at a
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import time
-from collections.abc import Callable, Sequence
-from typing import Final, NoReturn, TypeVar
+from collections.abc import Sequence
+from typing import Final, NoReturn, TypeAlias
 
-from dmabuf._native import FF_ACCESS, FF_WRITE, Shm, TimelineSlot, View, open_view, step
+from dmabuf._native import (
+    FF_ACCESS,
+    FF_WRITE,
+    Access,
+    AccessGroup,
+    AccessPath,
+    Mapping,
+    TimelineSlot,
+    release_kept,
+    set_access_rules,
+    step,
+)
+from dmabuf.core.access import kept
+from dmabuf.core.access.tensor import tensor
 from dmabuf.core.base.clock import monotonic_deadline
 from dmabuf.core.base.usage import Direction, Usage
 from dmabuf.core.buffer import residency
 from dmabuf.core.buffer.backing import Backing, Descriptor
 from dmabuf.core.buffer.handle import Handle
-from dmabuf.core.contract import Buffer
 from dmabuf.core.fence import signalling
 from dmabuf.core.fence.lazy import ask
-from dmabuf.core.resv.lock import held_by
+from dmabuf.core.resv.lock import held_by, record_of
 from dmabuf.core.resv.resv import pending as pending_on
 from dmabuf.core.resv.until_free import until_free
 from dmabuf.core.resv.ww_mutex import lock_all_until
 from dmabuf.core.task import waiting as awaiting
-from dmabuf.core.task.owner import Owner, acting, current, publish
-from dmabuf.core.task.pause import Pause
+from dmabuf.core.task.owner import Owner, acting, current, publish, thread_of
 from dmabuf.domain import place
 from dmabuf.domain.dispatcher import dispatcher, report
 from dmabuf.domain.local import Local
 from dmabuf.errors import DmaBufTimeout, contract_warning, fail
 
 _READ, _WRITE = int(Usage.READ), int(Usage.WRITE)
-_pid = os.getpid
 _LOOP_WAIT_NS: Final = 2_000_000  # a lock is held for microseconds; a loop may stand still so long for one
-T = TypeVar("T")
 
+Blocks: TypeAlias = Access | AccessGroup
 
 _SLOT: Final[Local[TimelineSlot]] = Local(lambda domain: domain.timeline_open(b"dmabuf", place.comm() + b"-%d" % os.getpid()))
 _TIMELINE: Final[Local[int]] = Local(lambda domain: _SLOT.of(domain).index + 1)
 """The slot number + 1 of this process's timeline for accesses, whose names `dmabuf ls` shows."""
 
 
-class Access:
-    """One buffer's ``read()`` or ``write()`` block, sync or async: a context manager for one use at a time."""
+def parts_of(blocks: Blocks) -> tuple[Access, ...]:
+    """Return the blocks of a group, or the block alone."""
+    return blocks.parts if isinstance(blocks, AccessGroup) else (blocks,)
 
-    __slots__ = (
-        "_asked",
-        "_entered",
-        "_error",
-        "_failed",
-        "_index",
-        "_kept",
-        "_life",
-        "_shm",
-        "_timeout",
-        "_view",
-        "_window",
-        "buf",
-        "fence",
-        "handle",
-        "write",
-    )
 
-    _shm: Shm
-    _index: int
-    _life: int
+def operation_of(part: Access) -> str:
+    """Return the name of the verb."""
+    return "write" if part.write else "read"
 
-    def __init__(self, buf: Buffer, handle: Handle, write: bool, timeout: float | None) -> None:
-        self.buf, self.handle, self.write, self._timeout = buf, handle, write, timeout
-        self._entered = False
-        self._view: memoryview | None = None
-        self._window: View | None = None
-        self.fence = self._error = 0  # the native call stores the fence's handle
-        self._asked: Backing | None = None  # whose begin_cpu_access was called for this access
-        self._kept: Descriptor | None = None  # what to end it on, if it outlives the block and perhaps the handle
-        self._failed: Exception | None = None  # what its end_cpu_access raised
 
-    @property
-    def operation(self) -> str:
-        """The name of the verb."""
-        return "write" if self.write else "read"
+class Rules:
+    """The rules of accesses that are Python code; C calls them (native/access/block.h says when).
 
-    # ---- sync ----
+    What a rule takes it returns: C notes it, and undoes everything if a rule raises, be it for a signal handler.
+    """
 
-    def __enter__(self) -> memoryview:
-        until = self.begin()
-        handle = self.handle
-        owner = current(handle.domain)
-        try:
-            pending = self.add(owner, until) if handle.shared.backing is None else self._arrive(owner, until)
-            if pending is not None:
-                wait([self], owner, pending, until)
-                self.grant()
-            return self.show()
-        except BaseException:
-            self.abandon()
-            raise
-
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, _: object) -> None:
-        failed = self.finish(-errno.ECANCELED if kind is not None and self.write else 0)
-        if failed is not None:
-            try:
-                raise failed
-            finally:
-                del failed  # else its traceback keeps this frame, and the user's view with it
-
-    # ---- the parts, for one buffer ----
-
-    def begin(self) -> int:
-        """Check what can be checked before anything is done. Returns the end of the wait, CLOCK_MONOTONIC ns or -1."""
-        handle = self.handle
-        if self._entered:
-            raise fail(errno.EBUSY, self.operation, handle, "call it again for another block", what="this block is already entered")
-        if handle.fd < 0:
-            handle.check(self.operation)
-        until = -1 if self._timeout is None else monotonic_deadline(self._timeout, self.operation, handle)
+    def prepare(self, part: Access) -> AccessPath:
+        """Check what can be checked before anything is done, and return what the accesses of the handle need."""
+        handle: Handle = part.handle
+        operation = operation_of(part)
+        handle.check(operation)
         shared = handle.shared
-        self._shm, self._index = shared.at()
-        self._life = self._shm.life
+        shm, index = shared.at()
         # Map first: what may fail must not fail between "granted" and the block. An exporter's memory is mapped once it can't move.
         backing = shared.backing
         if backing is not None:
-            backing.mappable(self.buf, self.operation)
+            backing.mappable(part.buf, operation)
         if backing is None or backing.in_file:
-            handle.view_source(self.write)
-        self._entered = True
-        return until
+            handle.view_source(part.write)
+        domain = handle.domain
+        target = record_of(handle.resv).index
+        kernel = handle.kernel() is not None
+        path = handle.access_path()
+        path.aim(shm, shm.life, index, target, _TIMELINE.of(domain), thread_of(domain), backing, kernel)
+        return path
 
-    def _arrive(self, owner: Owner, until: int) -> list[int] | None:
-        """:meth:`add` for one buffer alone. The grant of a kernel dma-buf is never immediate, since the kernel's fences come first."""
-        if self.handle.kernel() is None:
-            return self.add(owner, until)
-        if held_by(self.handle.resv, owner) is not None:
-            locked_here(self)
-        with lock_all_until((self.handle.resv,), until):
-            return self.add(owner, until, locked=True) or []
+    def until(self, blocks: Blocks) -> int:
+        """Return the end of the wait, CLOCK_MONOTONIC ns."""
+        if isinstance(blocks, AccessGroup):
+            return monotonic_deadline(blocks.timeout, "access", "buffers")
+        return monotonic_deadline(blocks.timeout, operation_of(blocks), blocks.handle)
 
-    def add(self, owner: Owner, until: int, locked: bool = False) -> list[int] | None:
-        """Take the snapshot and add the own fence. Returns the fences to wait for, None when the access is granted at once."""
-        handle, shm, index = self.handle, self._shm, self._index
-        resv = handle.known_resv or handle.resv
-        if not locked and owner.locks and held_by(resv, owner) is not None:
-            locked_here(self)
-        if not locked and signalling.sections:
-            signalling.check_signalling(self.operation, handle)
-        timeline = handle.domain.local.get(_TIMELINE) or _TIMELINE.of(handle.domain)
-        # It stores the fence in self by itself, so that a signal handler that raises as it returns can't lose the fence.
-        answer = shm.access_begin(index, handle.resv_record.index, owner.word, self.write, timeline, until, locked, self)
-        if answer is None or isinstance(answer, list):
-            return answer
-        if answer < 0:
-            self._refused(-answer)
-        self._torn(answer)
+    def owner(self, part: Access) -> Owner:
+        """Return the thread or task that runs now."""
+        return current(part.handle.domain)
 
-    def _refused(self, error: int) -> NoReturn:
+    def check(self, part: Access, owner: Owner) -> None:
+        """Refuse an access under the buffer's own lock, and warn of one in a signalling section."""
+        handle: Handle = part.handle
+        if held_by(handle.resv, owner) is not None:
+            locked_here(part)
+        signalling.check_signalling(operation_of(part), handle, 3)
+
+    def refused(self, part: Access, error: int) -> NoReturn:
+        """Raise the error of an access that can't be entered."""
+        operation, handle = operation_of(part), part.handle
         if error == errno.EALREADY:
-            locked_here(self)
+            locked_here(part)
         if error == errno.ETIMEDOUT:
-            raise self.timed_out()
+            raise timed_out(part)
         if error == errno.EBUSY:
+            remedy, what = "call it again for another block", "this block is already entered, or something made from its view is kept"
+            raise fail(errno.EBUSY, operation, handle, remedy, what=what)
+        if error == errno.EAGAIN:
             remedy = "don't await, or switch to another greenlet, while you hold the lock"
             what = "another task of this thread holds its reservation lock, and can't go on meanwhile"
-            raise fail(errno.EDEADLK, self.operation, self.handle, remedy, what=what)
+            raise fail(errno.EDEADLK, operation, handle, remedy, what=what)
         if error == errno.EDEADLK:
             raise fail(
                 errno.EDEADLK,
-                self.operation,
-                self.handle,
+                operation,
+                handle,
                 "leave that block first and delete arrays made from its view, or use one write() block",
                 what="this thread or task is already inside a block of this buffer",
             )
-        raise fail(error, self.operation, self.handle, "wait for fences, or drop some")
+        if error == errno.EOWNERDEAD:
+            raise fail(error, operation, handle, "enter the block again", what="this process left the domain meanwhile")
+        if error == errno.EINVAL:
+            raise fail(error, operation, handle, "make the range anew", what="its mapping is smaller than the range")
+        raise fail(error, operation, handle, "wait for fences, or drop some")
 
-    def _torn(self, torn: int) -> NoReturn:
-        seen = self.handle.shared.info()
+    def torn(self, part: Access, torn: int) -> NoReturn:
+        """Raise the error of torn content."""
+        handle: Handle = part.handle
+        seen = handle.shared.info()
         who = f"process {seen['torn_pid']}" if seen["torn"] == torn else "a process"  # else another write() has ended since
         how = "died" if torn == errno.EOWNERDEAD else "raised an exception"
         raise fail(
             torn,
-            self.operation,
-            self.handle,
+            operation_of(part),
+            handle,
             "write() it again: the next complete write makes it whole",
             what=f"its content is torn: {who} {how} while writing",
         )
 
-    def grant(self) -> None:
-        """Note that nothing blocks the access any more. Raises the error of torn content, for a reader."""
-        torn = self._shm.access_grant(self.fence, self._index, self.write)
-        if torn:
-            self._torn(torn)
+    def waited(self, owner: Owner) -> None:
+        """Have the owner wait for nothing any more, after a wait that raised."""
+        if owner.wait_stamp:
+            publish(owner, 0)
 
-    def show(self) -> memoryview:
-        """Return the view of the block."""
-        handle = self.handle
-        backing = handle.shared.backing
-        if backing is not None and self._asked is None:
-            self._bracket(backing)
-        mapping = handle.view or handle.view_source(self.write)
-        self._window, view = open_view(mapping, self._released, not self.write)
-        self._view = view
-        handle.accesses += 1
-        return view
+    def wait(self, blocks: Blocks, owner: Owner, pending: list[int], until: int) -> None:
+        """Wait until nothing blocks the accesses."""
+        wait(parts_of(blocks), owner, pending, until)
 
-    def _bracket(self, backing: Backing) -> None:
+    def locked(self, group: AccessGroup, owner: Owner, until: int) -> list[int]:
+        """Add the fences of several accesses under their locks, one of which isn't free. Return what blocks them."""
+        for part in group.parts:
+            if held_by(part.handle.resv, owner) is not None:
+                locked_here(part)
+            release_kept(owner.domain.shm, part.target, 0)  # what this process left would be in the way of this very thread
+        with lock_all_until((part.handle.resv for part in group.parts), until):
+            pending = group.add(owner)
+        own = {part.fence for part in group.parts}
+        return [fence for fence in dict.fromkeys(pending) if fence not in own]
+
+    async def arrive(self, blocks: Blocks, owner: Owner, pending: list[int] | None, until: int) -> None:
+        """Arrive, if the locks were not free, and wait until nothing blocks the accesses."""
+        parts = parts_of(blocks)
+        if pending is None:
+            pending = await arrive_async(blocks, owner, until)
+        await wait_async(parts, owner, pending, until)
+        for part in parts:
+            await _bring(part, owner)
+
+    def map(self, part: Access) -> Mapping:
+        """Return the mapping that the block looks through."""
+        found: Mapping = part.handle.view_source(part.write)
+        return found
+
+    def begin(self, part: Access, backing: Backing) -> None:
         """Call the exporter's op, granted and before the block. The fences were waited for already."""
-        backing.begin(self.buf, Direction.BIDIRECTIONAL if self.write else Direction.FROM_DEVICE)
-        self._asked = backing
+        backing.begin(part.buf, _direction(part))
 
-    async def bring(self, owner: Owner) -> None:
-        """Once granted, bring memory that has been moved away back, in a thread: it may take a disk's time, and wait for other buffers."""
-        handle, backing = self.handle, self.handle.shared.backing
-        if backing is not None and backing.in_file and residency.is_evicted(handle.descriptor(self.operation)):
-            await awaiting.to_its_end(lambda: acting(owner, lambda: self._bracket(backing)))
+    def end(self, part: Access, backing: Backing, kept: Descriptor | None) -> None:
+        """Call the exporter's op, before the fence ends."""
+        backing.end(kept or part.buf, _direction(part))
 
-    def _unbracket(self) -> None:
-        backing, self._asked = self._asked, None
-        kept, self._kept = self._kept, None
-        assert backing is not None
-        backing.end(kept or self.buf, Direction.BIDIRECTIONAL if self.write else Direction.FROM_DEVICE)
+    def keep(self, part: Access, backing: Backing) -> Descriptor | None:
+        """Return what :meth:`end` can be called with once the handle may be closed; None: nothing."""
+        return backing.keep_open(part.buf)
 
-    def abandon(self) -> None:
-        """Don't enter after all: nobody has seen the view, so nothing was written."""
-        self._entered = False
-        if self._asked is not None:
-            with contextlib.suppress(Exception):  # the error to report is the one that made the access give up
-                self._unbracket()
-        if self._view is not None:
-            self.handle.accesses -= 1
-            self._view.release()
-            self._view = None
-        fence, self.fence = self.fence, 0
-        if fence:
-            self._shm.fence_signal(fence, 0, True)
-        if self._window is not None:
-            self._window.retire()
-            self._window = None
+    def kept(self, part: Access, how: str) -> None:
+        """Have what a ``read()`` left give way to writers, or warn of what was detached."""
+        if how == "read":
+            kept.yields(part)
+        else:
+            kept.warn(part, zeros=how == "zeros")
 
-    def finish(self, error: int) -> Exception | None:
-        """End the block. Returns the error to raise: a writer's view is still in use, or the exporter's end failed."""
-        view, window = self._view, self._window
-        if window is None:
-            return None
-        self._error = error
-        in_use = False
-        if view is not None:
-            self._view = None
-            self.handle.accesses -= 1
-            try:
-                view.release()
-            except BufferError:
-                in_use = True
-            del view
-        if self._asked is not None and (in_use or window.exports):
-            self._kept = self._asked.keep_open(self.buf)
-            if self._kept is None:
-                self._end()  # nothing is left to end it on later
-        # Until the window is retired it belongs to this access: if a signal handler raises here, __del__ finishes.
-        free = window.retire()
-        self._window = None
-        self._entered = False
-        if free and not in_use:
-            failed, self._failed = self._failed, None
-            return failed
-        if not self.write or error:
-            return None
+    tensor = staticmethod(tensor)
+
+    def in_use(self, part: Access) -> BufferError:
+        """Return the error of a writer's block of which so much is kept that it can't be copied, or that can't be detached."""
         return BufferError(
-            f"write: {self.handle}: an array or slice made from the view is still in use; "
-            "delete it inside the block, since the access ends when it is gone"
+            f"write: {part.handle}: an array made from the view is still in use, and can't be given a copy; the content is torn: "
+            "delete it inside the block"
         )
 
-    def _released(self) -> None:
-        """End the access: the last export of the view is gone."""
-        shm, fence = self._shm, self.fence
-        if fence and shm.life == self._life:
-            if self._asked is not None:
-                self._end()
-            shm.access_end(fence, self._index, self.write, self._error, _pid())
-            self.fence = 0
+    def report(self, part: Access, error: Exception) -> None:
+        """Report what the exporter's op raised when an array that outlived the block went."""
+        report(error, self.end)
 
-    def _end(self) -> None:
-        """Call the exporter's end, before the fence ends. A write that the exporter could not complete is torn."""
-        try:
-            self._unbracket()
-        except Exception as e:
-            if self.write:
-                self._error = self._error or -errno.ECANCELED
-            if self._window is None:  # an array outlived the block, so nobody can catch it
-                report(e, self._unbracket)
-            else:
-                self._failed = e
 
-    def timed_out(self, blocker: str | None = None) -> OSError:
-        """Return the error of a wait that took too long. ``blocker``: what it waited for, None to look."""
-        what = f"timed out after {self._timeout} s"
-        by = self._blocker() if blocker is None else blocker
-        if by:
-            what += f", blocked by {by}"
-        return fail(errno.ETIMEDOUT, self.operation, self.handle, "run `dmabuf ls` to see what blocks the buffer", what=what)
+_RULES: Final = Rules()
+set_access_rules(_RULES, signalling.sections)
 
-    def _blocker(self) -> str:
-        """Return what blocks the access, and in which process; empty when nothing does any more."""
-        shm = self._shm
-        for fence in pending_on(self.handle.resv, _READ if self.write else _WRITE):
-            if fence != self.fence and (info := shm.fence_info(fence)) is not None:
-                kind = ("read()", "write()")[bool(info["flags"] & FF_WRITE)] if info["flags"] & FF_ACCESS else "a fence"
-                return f"{kind} in process {self.handle.domain.pid_of(info['life'])}"
-        return ""
 
-    # ---- async ----
+def _direction(part: Access) -> Direction:
+    return Direction.BIDIRECTIONAL if part.write else Direction.FROM_DEVICE
 
-    async def __aenter__(self) -> memoryview:
-        until = self.begin()
-        owner = current(self.handle.domain)
-        try:
-            pending = await arrive_async([self], owner, until, lambda limit: self._arrive(owner, limit))
-            if pending is not None:
-                await wait_async([self], owner, pending, until)
-                self.grant()
-            await self.bring(owner)
-            return self.show()
-        except BaseException:
-            self.abandon()
-            raise
 
-    async def __aexit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: object) -> None:
-        self.__exit__(kind, value, trace)
+async def _bring(part: Access, owner: Owner) -> None:
+    """Bring memory that has been moved away back, in a thread: it may take a disk's time, and wait for other buffers."""
+    handle: Handle = part.handle
+    backing = handle.shared.backing
+    if backing is not None and backing.in_file and residency.is_evicted(handle.descriptor(operation_of(part))):
+        await awaiting.to_its_end(lambda: acting(owner, lambda: part.begin(backing)))
 
-    def __del__(self) -> None:
-        if not self._entered or self._shm.life != self._life:
-            return
-        if self._window is None:
-            self.abandon()
-        else:  # entered and never left: as if the block had raised
-            self.finish(self._error or (-errno.ECANCELED if self.write else 0))
+
+def timed_out(part: Access, blocker: str | None = None) -> OSError:
+    """Return the error of a wait that took too long. ``blocker``: what it waited for, None to look."""
+    what = f"timed out after {part.timeout} s"
+    by = _blocker(part) if blocker is None else blocker
+    if by:
+        what += f", blocked by {by}"
+    return fail(errno.ETIMEDOUT, operation_of(part), part.handle, "run `dmabuf ls` to see what blocks the buffer", what=what)
+
+
+def _blocker(part: Access) -> str:
+    """Return what blocks the access, and in which process; empty when nothing does any more."""
+    handle: Handle = part.handle
+    shm = handle.shared.shm
+    for fence in pending_on(handle.resv, _READ if part.write else _WRITE):
+        if fence != part.fence and (info := shm.fence_info(fence)) is not None:
+            kind = ("read()", "write()")[bool(info["flags"] & FF_WRITE)] if info["flags"] & FF_ACCESS else "a fence"
+            return f"{kind} in process {handle.domain.pid_of(info['life'])}"
+    return ""
 
 
 # ---- waiting, for one access or several that are granted together ----
 
 
 def _sleep(parts: Sequence[Access], owner: Owner, pending: Sequence[int], until: int) -> None:
-    shm = parts[0]._shm
+    shm = owner.domain.shm
     for fence in pending:
         if not shm.fence_pending(fence):
             continue
         publish(owner, fence, blocking=True)
         step("access_waiting")
-        if not shm.fence_wait(fence, until, False):
-            raise parts[0].timed_out()
+        soon = time.monotonic_ns() + kept.WAIT_NS
+        if 0 <= until <= soon:
+            ended = shm.fence_wait(fence, until, False)
+        elif not (ended := shm.fence_wait(fence, soon, False)):
+            for part in parts:
+                kept.ask(owner.domain, part, fence)
+            ended = shm.fence_wait(fence, until, False)
+        if not ended:
+            raise timed_out(parts[0])
 
 
 def wait(parts: Sequence[Access], owner: Owner, pending: Sequence[int], until: int) -> None:
     """Wait until nothing blocks the accesses."""
-    shm = parts[0]._shm
+    shm = owner.domain.shm
     ask(owner.domain, pending)
     for fence in pending:
-        if shm.fence_is_here(fence):
+        if shm.fence_is_here(fence) and not sum(release_kept(shm, part.target, fence) for part in parts):
             raise _stalled(parts)
     try:
         _sleep(parts, owner, pending, until)
@@ -377,7 +297,7 @@ def wait(parts: Sequence[Access], owner: Owner, pending: Sequence[int], until: i
     for part in parts:
         kernel = part.handle.kernel()
         if kernel is not None and not kernel.wait_kernel(part.handle, part.write, until):
-            raise part.timed_out("a kernel fence")
+            raise timed_out(part, "a kernel fence")
 
 
 def _stalled(parts: Sequence[Access]) -> OSError:
@@ -385,53 +305,67 @@ def _stalled(parts: Sequence[Access]) -> OSError:
     remedy = "wait with `async with`, let one task or greenlet of a thread use the buffer at a time, or delete arrays made from its view"
     what = "another task or greenlet of this thread is inside a block of the buffer, and can't leave it while the thread waits"
     named = parts[0].handle if len(parts) == 1 else "buffers"
-    return fail(errno.EDEADLK, parts[0].operation if len(parts) == 1 else "access", named, remedy, what=what)
+    return fail(errno.EDEADLK, operation_of(parts[0]) if len(parts) == 1 else "access", named, remedy, what=what)
+
+
+async def _ended_within(owner: Owner, fence: int, seconds: float | None) -> bool:
+    """Stop the task until a fence is signaled, at most so long. Return False when the time was over first."""
+    pause, watcher = awaiting.pause(), dispatcher(owner.domain)
+
+    def done(_: int) -> None:
+        pause.end()
+
+    token = watcher.watch(fence, done, foreign=True)
+    if token is None:
+        return True
+    owner.awaiting = pause
+    publish(owner, fence)
+    try:
+        return await pause.within(seconds)
+    finally:
+        owner.awaiting = None
+        watcher.unwatch(fence, token)
 
 
 async def wait_async(parts: Sequence[Access], owner: Owner, pending: Sequence[int], until: int) -> None:
     """:func:`wait` in a coroutine."""
-    shm, watcher = parts[0]._shm, dispatcher(parts[0].handle.domain)
+    shm = owner.domain.shm
     ask(owner.domain, pending)
     try:
         for fence in pending:
             if not shm.fence_pending(fence):
                 continue
-            pause = awaiting.pause()
-
-            def done(_: int, pause: Pause = pause) -> None:
-                pause.end()
-
-            token = watcher.watch(fence, done, foreign=True)
-            if token is None:
-                continue
-            owner.awaiting = pause
-            publish(owner, fence)
-            try:
-                left = None if until < 0 else max(0.0, (until - time.monotonic_ns()) / 1e9)
-                if not await pause.within(left):
-                    raise parts[0].timed_out()
-            finally:
-                owner.awaiting = None
-                watcher.unwatch(fence, token)
+            left = None if until < 0 else max(0.0, (until - time.monotonic_ns()) / 1e9)
+            soon = kept.WAIT_NS / 1e9
+            if left is not None and left <= soon:
+                ended = await _ended_within(owner, fence, left)
+            elif not (ended := await _ended_within(owner, fence, soon)):
+                for part in parts:
+                    kept.ask(owner.domain, part, fence)
+                ended = await _ended_within(owner, fence, None if left is None else left - soon)
+            if not ended:
+                raise timed_out(parts[0])
     finally:
         if owner.wait_stamp:
             publish(owner, 0)
     for part in parts:
         kernel = part.handle.kernel()
         if kernel is not None and not await kernel.wait_kernel_async(part.handle, part.write, until):
-            raise part.timed_out("a kernel fence")
+            raise timed_out(part, "a kernel fence")
 
 
-async def arrive_async(parts: Sequence[Access], owner: Owner, until: int, arrive: Callable[[int], T]) -> T:
-    """Call ``arrive(limit)``, which takes the reservation locks, when they are free, until it gets them before its limit.
+async def arrive_async(blocks: Blocks, owner: Owner, until: int) -> list[int]:
+    """Take the reservation locks when they are free, add the accesses' fences, and return what blocks them.
 
     A holder, or the next waiter in line, may be stopped at any moment. The loop then stands still for :data:`_LOOP_WAIT_NS` at most.
     """
+    parts = parts_of(blocks)
     while True:
         await _locks_free(parts, owner, until)
         limit = time.monotonic_ns() + _LOOP_WAIT_NS
+        first = limit if until < 0 else min(limit, until)
         try:
-            return arrive(limit if until < 0 else min(limit, until))
+            return _RULES.locked(blocks, owner, first) if isinstance(blocks, AccessGroup) else blocks.arrive(owner, first)
         except DmaBufTimeout:
             if 0 <= until <= limit:
                 raise
@@ -444,11 +378,11 @@ async def _locks_free(parts: Sequence[Access], owner: Owner, until: int) -> None
         while resv.is_locked() and held_by(resv, owner) is None:
             left = None if until < 0 else max(0.0, (until - time.monotonic_ns()) / 1e9)
             if not await until_free(resv, left):
-                raise parts[0].timed_out()
+                raise timed_out(parts[0])
 
 
 def locked_here(part: Access) -> NoReturn:
     """Refuse an access of a thread or task that holds the buffer's reservation lock."""
-    contract_warning(f"{part.operation}: {part.handle!r}: its reservation lock is held by this thread or task", 5)
+    contract_warning(f"{operation_of(part)}: {part.handle!r}: its reservation lock is held by this thread or task", 3)
     what = "this thread or task holds its reservation lock"
-    raise fail(errno.EDEADLK, part.operation, part.handle, "unlock the reservation object first", what=what)
+    raise fail(errno.EDEADLK, operation_of(part), part.handle, "unlock the reservation object first", what=what)

@@ -5,91 +5,11 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterable, Sequence
 
-from dmabuf.core.access.access import Access, arrive_async, locked_here, wait, wait_async
-from dmabuf.core.base.clock import monotonic_deadline
+from dmabuf._native import Access, AccessGroup, access_block
+from dmabuf.core.access import access as _rules  # noqa: F401  (C calls its rules)
 from dmabuf.core.buffer.handle import Face, handle_of
 from dmabuf.core.contract import Buffer
-from dmabuf.core.resv.lock import held_by
-from dmabuf.core.resv.ww_mutex import lock_all_until
-from dmabuf.core.task.owner import Owner, current
 from dmabuf.errors import fail
-
-
-class ManyAccesses:
-    """What :func:`access` returns: a context manager, sync or async, for one use at a time."""
-
-    __slots__ = ("_parts", "_timeout")
-
-    def __init__(self, parts: Sequence[Access], timeout: float | None) -> None:
-        self._parts = parts
-        self._timeout = timeout
-
-    def __enter__(self) -> tuple[memoryview, ...]:
-        until = self._begin()
-        owner = current(self._parts[0].handle.domain) if self._parts else None
-        try:
-            if owner is not None:
-                wait(self._parts, owner, self._add(owner, until), until)
-                for part in self._parts:
-                    part.grant()
-            return self._show()
-        except BaseException:
-            self._abandon()
-            raise
-
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, _: object) -> None:
-        failed: Exception | None = None
-        for part in reversed(self._parts):
-            failed = part.finish(-errno.ECANCELED if kind is not None and part.write else 0) or failed
-        if failed is not None:
-            try:
-                raise failed
-            finally:
-                del failed
-
-    async def __aenter__(self) -> tuple[memoryview, ...]:
-        until = self._begin()
-        owner = current(self._parts[0].handle.domain) if self._parts else None
-        try:
-            if owner is not None:
-                pending = await arrive_async(self._parts, owner, until, lambda limit: self._add(owner, limit))
-                await wait_async(self._parts, owner, pending, until)
-                for part in self._parts:
-                    part.grant()
-                for part in self._parts:
-                    await part.bring(owner)
-            return self._show()
-        except BaseException:
-            self._abandon()
-            raise
-
-    async def __aexit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: object) -> None:
-        self.__exit__(kind, value, trace)
-
-    def _begin(self) -> int:
-        until = monotonic_deadline(self._timeout, "access", "buffers")
-        for part in self._parts:
-            part.begin()
-        return until
-
-    def _add(self, owner: Owner, until: int) -> list[int]:
-        for part in self._parts:
-            if held_by(part.handle.resv, owner) is not None:
-                locked_here(part)
-        pending: dict[int, None] = {}
-        with lock_all_until((part.handle.resv for part in self._parts), until):
-            own: set[int] = set()
-            for part in self._parts:
-                pending.update(dict.fromkeys(part.add(owner, until, locked=True) or ()))
-                own.add(part.fence)
-        return [fence for fence in pending if fence not in own]
-
-    def _show(self) -> tuple[memoryview, ...]:
-        return tuple(part.show() for part in self._parts)
-
-    def _abandon(self) -> None:
-        for part in reversed(self._parts):
-            part.abandon()
 
 
 def _buffers(which: str, given: object) -> tuple[Face, ...]:
@@ -104,7 +24,7 @@ def _buffers(which: str, given: object) -> tuple[Face, ...]:
     return found
 
 
-def access(*, read: Sequence[Buffer] = (), write: Sequence[Buffer] = (), timeout: float | None = None) -> ManyAccesses:
+def access(*, read: Sequence[Buffer] = (), write: Sequence[Buffer] = (), timeout: float | None = None) -> AccessGroup:
     """Read and write several buffers at once, without a deadlock whatever other processes do.
 
     ``with dmabuf.access(read=[a, b], write=[c]) as (x, y, z)``: one view for each buffer, the read ones first, in the order given.
@@ -132,9 +52,9 @@ def access(*, read: Sequence[Buffer] = (), write: Sequence[Buffer] = (), timeout
     if len({part.handle.domain for part in parts}) > 1:
         remedy = "use one block for the buffers of each domain"
         raise fail(errno.EXDEV, "access", "buffers", remedy, what="they belong to several domains")
-    return ManyAccesses(parts, timeout)
+    return AccessGroup(tuple(parts), timeout)
 
 
 def _part(buf: Face, write: bool, timeout: float | None) -> Access:
     handle = handle_of(buf)
-    return Access(handle.face(), handle, write, timeout)
+    return access_block(handle.face(), handle, write, timeout)

@@ -10,13 +10,12 @@ that it was made of, and closes nothing. To close a range that was received, clo
 
 from __future__ import annotations
 
-import contextlib
 import errno
 from typing import Any, Self
 
-from dmabuf._native import Mapping
-from dmabuf.core.access.access import Access
-from dmabuf.core.buffer.handle import PAGE
+from dmabuf._native import Access, Mapping, View, access_block
+from dmabuf.core.access import access as _rules  # noqa: F401  (C calls its rules)
+from dmabuf.core.buffer.handle import PAGE, handle_of
 from dmabuf.core.contract import AnyBuffer
 from dmabuf.domain.guards import finished
 from dmabuf.errors import fail
@@ -79,7 +78,7 @@ class BufferRange:
             raise fail(errno.EINVAL, "range", self, "take a slice with at least one byte, and without a step", what=what)
         return BufferRange(self.buf, self.offset + start, stop - start)
 
-    def of(self, view: memoryview) -> memoryview:
+    def of(self, view: View) -> View:
         """Return this range of a view of the whole buffer, such as ``dmabuf.access`` gives.
 
         Raises:
@@ -91,49 +90,20 @@ class BufferRange:
             )
         return view[self.offset : self.offset + self.length]
 
-    def read(self, timeout: float | None = None) -> RangeAccess:
+    def read(self, timeout: float | None = None) -> Access:
         """Return what ``DmaBuf.read`` returns, with a view of the range."""
-        return RangeAccess(self, self.buf.read(timeout))
+        return self._block(False, timeout)
 
-    def write(self, timeout: float | None = None) -> RangeAccess:
+    def write(self, timeout: float | None = None) -> Access:
         """Return what ``DmaBuf.write`` returns, with a view of the range. An exception leaves the whole buffer torn."""
-        return RangeAccess(self, self.buf.write(timeout))
+        return self._block(True, timeout)
+
+    def _block(self, write: bool, timeout: float | None) -> Access:
+        return access_block(self.buf, handle_of(self.buf), write, timeout, self.offset, self.length)
 
     def mmap(self, writable: bool = True) -> RangeMapping:
         """Map the pages that the range lies in; ``view`` is the range. Raises what ``DmaBuf.mmap`` raises."""
         return RangeMapping(self, writable)
-
-
-class RangeAccess:
-    """A ``read()`` or ``write()`` block of a range, sync or async."""
-
-    __slots__ = ("_access", "_part", "_range")
-
-    def __init__(self, part: BufferRange, access: Access) -> None:
-        self._range, self._access = part, access
-        self._part = memoryview(b"")
-
-    def _show(self, view: memoryview) -> memoryview:
-        self._part = self._range.of(view)
-        return self._part
-
-    def _release(self) -> None:
-        with contextlib.suppress(BufferError):  # in use: the access says what that means
-            self._part.release()
-
-    def __enter__(self) -> memoryview:
-        return self._show(self._access.__enter__())
-
-    def __exit__(self, *why: Any) -> None:
-        self._release()
-        self._access.__exit__(*why)
-
-    async def __aenter__(self) -> memoryview:
-        return self._show(await self._access.__aenter__())
-
-    async def __aexit__(self, *why: Any) -> None:
-        self._release()
-        await self._access.__aexit__(*why)
 
 
 class RangeMapping:

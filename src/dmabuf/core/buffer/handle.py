@@ -19,7 +19,7 @@ from collections.abc import Callable
 from operator import attrgetter
 from typing import Protocol, TypeVar
 
-from dmabuf._native import Mapping, close_attribute, dup_same, is_same, map_same, owned, take_attribute
+from dmabuf._native import AccessPath, Mapping, close_attribute, dup_same, is_same, map_same, owned, take_attribute
 from dmabuf.core.buffer.backing import Backing, KernelSide
 from dmabuf.core.buffer.identity import checked_name
 from dmabuf.core.buffer.shared import MEMFD, SharedBuffer
@@ -45,36 +45,36 @@ class Cancelable(Protocol):
 class Handle(ABC):
     """An owned descriptor of a buffer.
 
-    ``fd``: -1 once closed. ``shared``: the buffer; of a closed handle perhaps only who it was. ``view``: the mapping that accesses of this
-    handle look through, made by the first and kept, because fresh pages cost more than a copy. ``accesses``: open blocks. ``polls``: what
+    ``fd``: -1 once closed. ``shared``: the buffer; of a closed handle perhaps only who it was. ``path``: what accesses of this handle need,
+    from the first one on. Its ``mapping`` is what they look through; it is kept, because fresh pages cost more than a copy. ``polls``: what
     makes descriptors of ``poll_fd`` readable.
     """
 
     __slots__ = (
         "__weakref__",
         "_life",
-        "accesses",
+        "device_view",
         "domain",
         "ending",
         "fd",
         "known_resv",
         "leaving",
         "left",
+        "path",
         "polls",
         "resv_record",
         "shared",
         "size",
-        "view",
     )
 
     domain: Domain
     fd: int
     shared: SharedBuffer
     size: int
-    view: Mapping | None
+    path: AccessPath | None
+    device_view: Mapping | None
     known_resv: DmaResv | None
     resv_record: Record  # of known_resv, once that is there
-    accesses: int
     ending: Backing | None  # what close() asks, once it has begun
     leaving: bool  # whether close() has begun
     left: bool  # whether close() is done
@@ -95,6 +95,30 @@ class Handle(ABC):
     def closed(self) -> bool:
         """Whether ``close()`` or ``detach()`` was called."""
         return self.fd < 0
+
+    @property
+    def accesses(self) -> int:
+        """The number of blocks that are entered, or wait."""
+        path = self.path
+        return 0 if path is None else path.open
+
+    @property
+    def view(self) -> Mapping | None:
+        """The mapping that accesses look through, if there is one."""
+        path = self.path
+        return None if path is None else path.mapping
+
+    def access_path(self) -> AccessPath:
+        """Return what accesses of this handle need, made now if it isn't there."""
+        path = self.path
+        if path is None:
+            path = self.path = AccessPath()
+        return path
+
+    def _forget_path(self) -> None:
+        if self.path is not None:
+            self.path.close()
+        self.path = self.device_view = self.known_resv = None
 
     def check(self, operation: str) -> int:
         """Return the descriptor.
@@ -164,7 +188,7 @@ class Handle(ABC):
             return
         if self.fd >= 0 and (self.accesses or self.polls):
             self._leave("close")
-        self.view = self.known_resv = None
+        self._forget_path()
         shared = self.shared
         if self.leaving or shared.backing is not None or shared.resv_ref is not None:
             self._close()
@@ -219,12 +243,13 @@ class Handle(ABC):
         for waiting in list(self.polls or ()):
             waiting.cancel()
         # Not unmapped here: an array that outlived its read() block still shows it.
-        self.view = self.known_resv = self.polls = None
+        self._forget_path()
+        self.polls = None
 
     @finalizer
     def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:  # bound: at the interpreter's end modules are empty
         if not getattr(self, "left", True) and not ending():
-            self.view = self.known_resv = None
+            self._forget_path()
             self._close(quiet=True)
 
     # ---- what stands behind it ----
@@ -274,28 +299,36 @@ class Handle(ABC):
     def view_source(self, write: bool) -> Mapping:
         """Return the mapping that an access of this handle looks through."""
         mapping = self.view
-        if mapping is None or (write and not mapping.writable):
+        if mapping is None or mapping.closed or mapping.detached or (write and not mapping.writable):
             operation = "write" if write else "read"
             self.check(operation)
             backing = self.shared.backing
             if backing is not None and not backing.in_file:  # asked for each time: the exporter's memory may have moved
                 return backing.mmap(self.face(), operation, 0, self.size, write)
-            size = self.size if backing is None else self.size // PAGE * PAGE or self.size
-            try:
-                mapping = self._map(operation, 0, size, True)
-            except PermissionError:
-                if write:
-                    what = "its descriptor is read-only"
-                    raise fail(errno.EACCES, "write", self, "receive a descriptor that is open for writing", what=what) from None
-                mapping = self._map(operation, 0, size, False)
-            self.view = mapping
+            mapping = self._new_view(operation, write)
+            self.access_path().mapping = mapping
         return mapping
 
+    def _new_view(self, operation: str, write: bool) -> Mapping:
+        size = self.size if self.shared.backing is None else self.size // PAGE * PAGE or self.size
+        try:
+            return self._map(operation, 0, size, True)
+        except PermissionError:
+            if write:
+                what = "its descriptor is read-only"
+                raise fail(errno.EACCES, "write", self, "receive a descriptor that is open for writing", what=what) from None
+            return self._map(operation, 0, size, False)
+
     def any_view(self) -> Mapping:
-        """Return that mapping, writable if the descriptor is: for devices, which learn the direction when they map."""
-        if self.view is not None and self.view.writable:
-            return self.view
-        return self.view_source(fcntl.fcntl(self.descriptor("attach"), fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY)
+        """Return a mapping for devices, writable if the descriptor is, since they learn the direction when they map.
+
+        Accesses don't look through it, because what outlives a block takes their mapping away.
+        """
+        mapping = self.device_view
+        if mapping is None:
+            writable = fcntl.fcntl(self.descriptor("attach"), fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY
+            mapping = self.device_view = self._new_view("write" if writable else "read", writable)
+        return mapping
 
     def map_file(self, operation: str, offset: int, length: int, writable: bool) -> Mapping:
         """Return a mapping of the buffer's own file."""
@@ -362,8 +395,8 @@ def open_face(face: type[FaceT], kind: type[Handle], fd: int | OwnedFd, shared: 
     """
     handle = object.__new__(kind)
     handle.shared, handle.size, handle.domain = shared, shared.size, shared.domain
-    handle.view = handle.known_resv = handle.polls = None
-    handle.accesses, handle.leaving, handle.ending = 0, False, None
+    handle.path = handle.device_view = handle.known_resv = handle.polls = None
+    handle.leaving, handle.ending = False, None
     if isinstance(fd, int):
         handle.fd, handle.left = fd, False
     else:  # no signal handler can raise between the two: one of them closes the descriptor, and once

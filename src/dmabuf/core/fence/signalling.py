@@ -41,10 +41,13 @@ def in_signalling() -> bool:
     return _sections.get() > 0
 
 
-def check_signalling(operation: str, obj: object) -> None:
-    """Warn, before a wait for a reservation lock, if the running thread or task is inside a signalling section."""
+def check_signalling(operation: str, obj: object, level: int = 4) -> None:
+    """Warn, before a wait for a reservation lock, if the running thread or task is inside a signalling section.
+
+    ``level``: how far the warning points up from here, as for ``contract_warning``.
+    """
     if _sections.get():
         contract_warning(
             f"{operation}: {obj!r}: inside dmabuf.signalling(): the lock's holder may wait for the fence that this code is about to signal",
-            4,
+            level,
         )

@@ -101,6 +101,11 @@ def current(domain: Domain) -> Owner:
     return mine
 
 
+def thread_of(domain: Domain) -> object:
+    """Return the object whose attribute ``owner`` stands for the running thread; it may be None, or of another life."""
+    return _OWNERS.of(domain).thread
+
+
 def acting(owner: Owner, call: Callable[[], object]) -> None:
     """Call ``call`` in this thread, in which no task runs, as the owner that waits for it. Raises what the call raises."""
     thread = _OWNERS.of(owner.domain).thread

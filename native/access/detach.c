@@ -1,0 +1,135 @@
+/* detach.c - take the shared memory away from what outlives its block, and leave it a private copy.
+ *
+ * An array that was made from a view shows addresses, and its owner can't be told of others. So the addresses stay, and other memory comes
+ * to lie there: what is kept is copied into anonymous memory, which is moved over the range of the mapping in one system call. Only
+ * then does the fence end. What a notebook or a traceback keeps stays true, and is private.
+ *
+ * A MAP_PRIVATE mapping of the file is no such copy: pages that were not touched would show later writes.
+ */
+#include "access/detach.h"
+#include "access/holds.h"
+#include "domain/fence.h"
+#include "later.h"
+#include <sys/mman.h>
+#include <unistd.h>
+
+#define HUGE (2 << 20) /* from this many bytes on, huge pages make the copy cheaper */
+
+/* The range of bytes that anybody shows of a mapping: from *low to *high. */
+static void shown(Block *b, Py_ssize_t *low, Py_ssize_t *high) {
+  Mapping *m = b->mapping;
+  *low = m->length;
+  *high = 0;
+  for (Block *x = m->blocks; x; x = x->sibling) {
+    if (x->state == OPEN) { /* a reader, since an access that was left is in a writer's way: it shows whatever it likes */
+      *low = 0;
+      *high = m->length;
+    }
+    for (hold *h = x->holds; h; h = h->next) {
+      Py_ssize_t first = h->base - m->base, last = first + (h->n ? (h->n - 1) * h->stride : 0);
+      if (first > last) {
+        Py_ssize_t swap = first;
+        first = last;
+        last = swap;
+      }
+      if (first < *low) *low = first;
+      if (last + 1 > *high) *high = last + 1;
+    }
+  }
+}
+
+static int put_private(Block *b) {
+  Mapping *m = b->mapping;
+  size_t page = (size_t)sysconf(_SC_PAGESIZE), whole = ((size_t)(m->lead + m->length) + page - 1) / page * page;
+  char *start = m->base - m->lead, *fresh;
+  Py_ssize_t low, high;
+  shown(b, &low, &high);
+  fresh = mmap(NULL, whole, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (fresh == MAP_FAILED) return -1;
+  int result = 0;
+  if (high > low && high - low > DETACH_MOST) {
+    result = 1;
+  } else if (high > low) {
+    if (high - low >= HUGE) madvise(fresh, whole, MADV_HUGEPAGE); /* where it can't, the pages are small */
+    memcpy(fresh + m->lead + low, m->base + low, (size_t)(high - low));
+  }
+  if (mremap(fresh, whole, whole, MREMAP_MAYMOVE | MREMAP_FIXED, start) == MAP_FAILED) {
+    munmap(fresh, whole);
+    return -1;
+  }
+  m->detached = true;
+  return result;
+}
+
+int block_detach(Block *b) {
+  Mapping *m = b->mapping;
+  if (!m || !m->base || m->detached) return m && m->detached ? 0 : -1;
+  if (m->exports) return -1; /* somebody uses the mapping itself */
+  int result = put_private(b);
+  if (result < 0) return result;
+  if (b->path && b->path->mapping == m) Py_CLEAR(b->path->mapping);
+  call_once(&m->on_close); /* it shows the file no longer */
+  return result;
+}
+
+/* ---- what is kept, in this process ---- */
+
+PyObject *block_tell_kept(Block *b, const char *how) {
+  PyObject *text = PyUnicode_FromString(how), *result = NULL, *error = NULL;
+  for (int calls = 0; text && !result && calls < 8; calls++) {
+    result = rule(RULE_KEPT, (PyObject *)b, text, NULL);
+    if (!result) Py_XSETREF(error, take_exception());
+    if (error && PyErr_GivenExceptionMatches(error, PyExc_Warning)) break; /* a warning that is an error: it was told */
+  }
+  Py_XDECREF(result);
+  Py_XDECREF(text);
+  return error;
+}
+
+void block_left_zeros(Block *b) {
+  PyObject *error = block_tell_kept(b, "zeros");
+  if (!error) return;
+  PyErr_SetObject((PyObject *)Py_TYPE(error), error);
+  Py_DECREF(error);
+  PyErr_WriteUnraisable((PyObject *)b);
+}
+
+int kept_release(Shm *s, uint32_t target, uint64_t fence) {
+  int released = 0;
+  for (bool again = true; again;) {
+    again = false;
+    for (Block *b = kept_first; b; b = b->kept_next) {
+      if (b->shm != s || b->target != target || (fence && b->fence != fence) || b->state != LEFT || !block_is_ours(b)) continue;
+      Py_INCREF(b);
+      int detached = block_detach(b);
+      if (detached >= 0) {
+        if (detached) block_left_zeros(b);
+        if (b->state == LEFT) block_end(b); /* the hook may have let go of what was kept */
+        released++;
+        again = true; /* Python code has run, and may have changed the list */
+      }
+      Py_DECREF(b);
+      if (again) break;
+    }
+  }
+  return released;
+}
+
+static PyObject *release_kept(PyObject *module, PyObject *args) {
+  Shm *s;
+  unsigned target;
+  unsigned long long fence;
+  if (!PyArg_ParseTuple(args, "O!IK", Shm_Type, &s, &target, &fence)) return NULL;
+  return PyLong_FromLong(kept_release(s, target, fence));
+}
+
+static PyMethodDef functions[] = {METHOD(release_kept, METH_VARARGS, "($module, shm, target, fence, /)",
+                                         "Detach what read() blocks that were left keep, and end their accesses.\n\n"
+                                         "Args:\n"
+                                         "    target: The record whose reservation object counts for them.\n"
+                                         "    fence: Of one access; 0 for all of this process.\n\n"
+                                         "Returns:\n"
+                                         "    The number of accesses that ended."),
+                                  {0}};
+
+int detach_register(PyObject *module) { return PyModule_AddFunctions(module, functions) ? -1 : 0; }

@@ -1,0 +1,28 @@
+/* view.c - View, what a read() or write() block gives: its bytes, as long as the block lasts. view_type.c has its methods.
+ *
+ * A view shows memory that belongs to its block's use. After the block every use of it is ValueError, so a view that is kept keeps nothing.
+ * What is made from it (a memoryview, an array, a tensor) refers to a Hold, and keeps the access.
+ */
+#include "access/view.h"
+
+PyTypeObject *View_Type;
+
+bool view_is_open(View *v) {
+  if (v->block->state == OPEN && v->use == v->block->use && !v->released) return true;
+  PyErr_SetString(PyExc_ValueError, "operation forbidden on a released view: its block is over, or release() was called");
+  return false;
+}
+
+PyObject *view_new(Block *b, char *base, Py_ssize_t n, Py_ssize_t stride, bool readonly) {
+  View *v = PyObject_New(View, View_Type);
+  if (!v) return NULL;
+  v->block = (Block *)Py_NewRef((PyObject *)b);
+  v->base = base;
+  v->n = n;
+  v->stride = stride;
+  v->use = b->use;
+  v->readonly = readonly;
+  v->released = false;
+  v->asked = 0;
+  return (PyObject *)v;
+}
