@@ -3,7 +3,8 @@
 #   make demo [VIDEO=clip.mp4] [ARGS='--kill filter']
 #   make test [ARGS='tests/unit -k layers']     make test-long
 #   make soak [SECONDS=3600] [SEED=7]           ordinary use, everything at once, with kills
-#   make fuzz [COUNT=1000000] [SEED=7]           random messages, descriptors and files
+#   make fuzz [COUNT=1000000] [SEED=7]          random messages, descriptors and files
+#   make mutants [ARGS='--seeds 1 torn-mark']   known faults, which the tests must find
 #   make test-kernel [KERNEL=uml|debian|full]   the tests that ask a real kernel, in a guest
 #   make test-model                             the models of the shared memory's protocol, with Spin
 #   make lint   make types   make format        make sanitize   make bench   make wheel   make clean
