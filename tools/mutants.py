@@ -195,11 +195,7 @@ MUTANTS = (
         "stranger-at-the-path",
         "what stands at the path of a domain's directory is taken for the domain's own",
         "src/dmabuf/domain/place.py",
-        (
-            Change(
-                "yield directory if directory >= 0 and _has_file(directory, file) else None", "yield directory if directory >= 0 else None"
-            ),
-        ),
+        (Change("return own.number if _has_file(own.number, self._file) else None", "return own.number"),),
         ("tests/crash/test_vanished_directory.py::test_stranger_at_the_same_path_keeps_its_socket_and_file",),
     ),
     Mutant(

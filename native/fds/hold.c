@@ -153,12 +153,25 @@ void hold_drop(lock_hold *h) {
 /* ---- functions ---- */
 
 static PyObject *py_hold_keep(PyObject *module, PyObject *args) {
-  int own, fd;
+  PyObject *own, *hold;
+  int fd;
   long long byte;
-  if (!PyArg_ParseTuple(args, "iiL:hold_keep", &own, &fd, &byte)) return NULL;
+  if (!PyArg_ParseTuple(args, "OiLO:hold_keep", &own, &fd, &byte, &hold)) return NULL;
+  int number = owned_checked(own, "hold");
+  PyObject *taken = number < 0 ? NULL : PyObject_CallMethod(own, "take", NULL);
+  if (!taken) return NULL;
+  Py_DECREF(taken);
   lock_hold h;
-  if (hold_keep(own, fd, byte, &h)) return PyErr_SetFromErrno(PyExc_OSError);
-  return Py_BuildValue("NO", PyLong_FromVoidPtr(h.address), h.by_thread ? Py_True : Py_False);
+  if (hold_keep(number, fd, byte, &h)) return PyErr_SetFromErrno(PyExc_OSError);
+  PyObject *address = PyLong_FromVoidPtr(h.address);
+  if (!address || PyObject_SetAttrString(hold, "by_thread", h.by_thread ? Py_True : Py_False) ||
+      PyObject_SetAttrString(hold, "_address", address)) {
+    Py_XDECREF(address);
+    hold_drop(&h);
+    return NULL;
+  }
+  Py_DECREF(address);
+  Py_RETURN_NONE;
 }
 
 static PyObject *py_hold_drop(PyObject *module, PyObject *args) {
@@ -173,8 +186,9 @@ static PyObject *py_hold_drop(PyObject *module, PyObject *args) {
 
 static PyMethodDef functions[] = {
     {"hold_keep", py_hold_keep, METH_VARARGS,
-     "hold_keep($module, own, fd, byte, /)\n--\n\n"
-     "Keep the write lock that `own` has on a byte, and close `own`. Return (address, whether a thread keeps it).\n\n"
+     "hold_keep($module, own, fd, byte, hold, /)\n--\n\n"
+     "Keep the write lock that `own`, an OwnedFd, has on a byte, and close `own`. Note in hold._address what keeps it, and in\n"
+     "hold.by_thread whether that is a thread, in the same call.\n\n"
      "That others see the lock is proved through `fd`, another description of the file. ENOTSUP: nothing keeps it."},
     {"hold_drop", py_hold_drop, METH_VARARGS,
      "hold_drop($module, address, by_thread, /)\n--\n\nEnd what hold_keep() returned. The lock is free when this returns."},

@@ -139,8 +139,8 @@ def receive(world: World) -> Target:
     for one in things:
         data, fds, _, opened = items.pack_objects(one)
         samples.append((data, [os.dup(fd) for fd in fds]))
-        for fd in opened:
-            os.close(fd)
+        for own in opened:
+            own.close()
     others = [data for data, _ in samples]
 
     def one(rng: random.Random) -> None:

@@ -6,13 +6,17 @@
 import gc
 import os
 import select
+import shutil
 import socket
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 import dmabuf
 from dmabuf import (
     Device,
     Direction,
+    DmaBuf,
     DmaBufAttachment,
     DmaFence,
     DmaFenceArray,
@@ -31,6 +35,7 @@ from dmabuf import (
     stub_fence,
     wait_any,
 )
+from dmabuf._native import owned
 from dmabuf.core.attach import attachment as attachments
 from dmabuf.core.attach.attachment import moving, tables_of
 from dmabuf.core.base import debug
@@ -40,7 +45,9 @@ from dmabuf.core.export.exported import EXPORTS
 from dmabuf.core.resv import ww_mutex
 from dmabuf.core.resv.ww_mutex import inject_deadlocks
 from dmabuf.domain.forks import is_mine
+from dmabuf.domain.holders import Holder, _look
 from dmabuf.heap import budget
+from dmabuf.observe import machine
 from dmabuf.sharing.server import serve
 from tests.support.drivers import Static
 from tests.support.waiting import until
@@ -231,6 +238,38 @@ def private_domain(_: "World") -> None:
     domain.leave()
 
 
+def new_domain(world: "World") -> None:
+    shutil.rmtree(world.new, ignore_errors=True)
+    Domain.open(world.new).leave()
+
+
+def opened_again(_: "World") -> None:
+    path = Domain.default().path
+    assert path is not None
+    assert Domain.open(path.parent / "." / ".." / path.parent.name / path.name) is Domain.default()
+
+
+def send_what_needs_descriptors(world: "World") -> None:
+    for _ in range(2):
+        world.kept.append(world.timeline.fence())
+    dmabuf.send(world.ours, Domain.default(), DmaFenceArray(world.kept))
+    dmabuf.recv(world.theirs)
+
+
+def who_holds(world: "World") -> None:
+    st = os.fstat(world.buf.fileno())
+    found: dict[tuple[int, int], list[Holder]] = {}
+    with owned(os.open, "/proc/self", os.O_PATH) as process:
+        _look(os.getpid(), process.number, [(st.st_dev, st.st_ino)], found)
+    assert found
+
+
+def doctor(_: "World") -> None:
+    machine._memfd()
+    machine._locks(Path("/proc"))
+    machine._inotify()
+
+
 def exporter(_: "World") -> None:
     dmabuf.export(Static(), 4096).close()
 
@@ -285,7 +324,7 @@ FENCES = (fence, custom_fence, dropped_fence, timeline_with_a_fence, array, chai
 OBJECTS = (
     allocate, allocate_and_drop, get, open_by_name, name, send_and_receive, send_and_receive_several, send_and_receive_a_sync_file,
     sync_file_and_merge, sync_file_of_a_buffer, semaphore, block_of_a_shared_file, sw_sync, mapping, attachment, cpu_access,
-    reservation_object, private_domain, exporter,
+    reservation_object, private_domain, new_domain, opened_again, send_what_needs_descriptors, who_holds, doctor, exporter,
 )  # fmt: skip
 BLOCKS = (switched, mapped, map_again, attached, views, device_access, claim, attached_to_an_engine, job_of_a_buffer, job)
 OPERATIONS: tuple[Callable[["World"], None], ...] = (*LOCKS, *FENCES, *OBJECTS, *BLOCKS)
@@ -314,6 +353,7 @@ class World:
         self.queue = self.engine.queue()
         self.attached = self.engine.attach(self.buf)
         self.queue.fill(self.attached, 1).wait()  # its threads stay
+        self.new = Path(tempfile.mkdtemp(dir="/dev/shm", prefix="dmabuf-interrupted-"))
         self.ours, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
     def until_released(self) -> None:
@@ -328,7 +368,8 @@ class World:
         """Give back what an interrupted operation leaves to its caller, and see that everything is usable and nothing is locked."""
         while select.select([self.theirs], [], [], 0)[0]:
             for made in dmabuf.recv(self.theirs):
-                made.close()
+                if isinstance(made, DmaBuf | SyncFile | TimelineSemaphore):
+                    made.close()
         for left in (*self.kept, *self.timeline.pending()):
             if not left.is_signaled():
                 left.signal()
@@ -380,3 +421,4 @@ class World:
         self.semaphore.close()
         self.ours.close()
         self.theirs.close()
+        shutil.rmtree(self.new, ignore_errors=True)

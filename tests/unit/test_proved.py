@@ -84,8 +84,8 @@ def test_hold_uses_a_thread_on_overlayfs(overlay: Path) -> None:
 
 
 def test_hold_reports_enotsup_with_file_system_and_remedy(file: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    def lost(own: int, fd: int, byte: int) -> tuple[int, bool]:
-        os.close(own)
+    def lost(own: _native.OwnedFd, fd: int, byte: int, hold: object) -> None:
+        own.close()
         raise OSError(errno.ENOTSUP, "lost")
 
     monkeypatch.setattr(proved, "hold_keep", lost)
@@ -147,12 +147,13 @@ def test_held_lock_stays_when_every_descriptor_is_closed(file: int, by_thread: b
     ready, go = os.pipe(), os.pipe()
 
     def child() -> None:
-        held(file, by_thread)
+        hold = held(file, by_thread)
         os.dup2(ready[1], 0)
         os.dup2(go[0], 1)
         os.closerange(2, 4096)
         os.write(0, b"x")
         os.read(1, 1)
+        assert hold.by_thread == by_thread
 
     pid = fork(child)
     os.read(ready[0], 1)
@@ -278,9 +279,8 @@ def test_still_runs_tells_a_process_from_another_with_its_number() -> None:
 
 @pytest.fixture
 def directory(where: Path) -> Iterator[int]:
-    fd = place.open_directory(where)
-    yield fd
-    os.close(fd)
+    with place.open_directory(where) as own:
+        yield own.number
 
 
 def test_prove_accepts_memory_and_leaves_nothing(directory: int, where: Path) -> None:
@@ -303,9 +303,8 @@ def test_domain_is_made_after_death_while_its_place_is_proved(where: Path) -> No
 
 
 def test_prove_accepts_overlayfs(overlay: Path) -> None:
-    fd = place.open_directory(overlay / "domain")
-    assert proved.prove(fd, overlay / "domain") == (("overlay", str(overlay)), True)
-    os.close(fd)
+    with place.open_directory(overlay / "domain") as own:
+        assert proved.prove(own.number, overlay / "domain") == (("overlay", str(overlay)), True)
     assert left(overlay / "domain") == []
 
 
@@ -325,7 +324,7 @@ ATTEMPTS = [what for what, _ in proved._ATTEMPTS]
 
 @pytest.mark.parametrize("nth", range(len(ATTEMPTS)), ids=ATTEMPTS)
 def test_prove_is_enotsup_naming_what_is_missing(directory: int, where: Path, monkeypatch: pytest.MonkeyPatch, nth: int) -> None:
-    def attempt(directory: int, name: str, fds: list[int]) -> None:
+    def attempt(directory: int, name: str, fds: list[_native.OwnedFd]) -> None:
         raise OSError(errno.EOPNOTSUPP, "no")
 
     attempts = list(proved._ATTEMPTS)
@@ -365,7 +364,7 @@ def test_prove_notices_a_place_that_only_pretends(
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EMFILE, errno.EROFS, errno.EACCES])
 def test_prove_keeps_the_errno_of_what_can_be_mended(directory: int, where: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    def attempt(directory: int, name: str, fds: list[int]) -> None:
+    def attempt(directory: int, name: str, fds: list[_native.OwnedFd]) -> None:
         raise OSError(number, "no")
 
     monkeypatch.setattr(proved, "_ATTEMPTS", (("fails", attempt),))

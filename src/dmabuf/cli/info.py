@@ -13,6 +13,7 @@ import click
 from rich.console import Console
 from rich.text import Text
 
+from dmabuf._native import owned
 from dmabuf.cli import data, show
 from dmabuf.cli.ls import NOBODY, counted, name_of, torn_text
 from dmabuf.cli.show import safe
@@ -72,11 +73,8 @@ def _by_descriptor(pid: int, fd: int, seen: list[BufferSnapshot], domain: Domain
     link = f"/proc/{pid}/fd/{fd}"
     what = f"{pid}:{fd}"
     try:
-        own = os.open(link, os.O_PATH | os.O_CLOEXEC)  # so that both looks are at one file
-        try:
-            target, st = os.readlink(f"/proc/self/fd/{own}"), os.fstat(own)
-        finally:
-            os.close(own)
+        with owned(os.open, link, os.O_PATH | os.O_CLOEXEC) as own:  # so that both looks are at one file
+            target, st = os.readlink(f"/proc/self/fd/{own.number}"), os.fstat(own.number)
     except FileNotFoundError:
         why = "the process has no such descriptor" if os.path.exists(f"/proc/{pid}") else "there is no such process"
         raise fail(errno.ENOENT, "info", what, "run `dmabuf ls` for the processes of each buffer", what=why) from None

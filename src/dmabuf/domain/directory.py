@@ -13,10 +13,11 @@ import os
 import secrets
 import socket
 import stat
+from functools import partial
 from pathlib import Path
 from typing import Final
 
-from dmabuf._native import rename_new, step
+from dmabuf._native import OwnedFd, owned, rename_new, step
 from dmabuf.errors import DmaBufError, fail, needing_descriptors
 
 _FLAGS: Final = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY  # a FIFO or a device must not make the caller wait
@@ -31,7 +32,7 @@ _KINDS: Final = {
 }
 
 
-def open_directory(path: Path, *, make: bool = True) -> int:
+def open_directory(path: Path, *, make: bool = True) -> OwnedFd:
     """Open the domain's directory, and make it if need be. Raise NotPermittedError if it doesn't belong to this user alone (EACCES)."""
     try:
         if make:
@@ -42,14 +43,14 @@ def open_directory(path: Path, *, make: bool = True) -> int:
         raise fail(e.errno or errno.EIO, "open domain", path, "name another directory in DMABUF_DOMAIN") from None
     try:
         with needing_descriptors("open domain", path):
-            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            own = owned(os.open, path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except DmaBufError:
         raise
     except OSError as e:
         raise fail(e.errno or errno.EIO, "open domain", path, "name a directory, not a link or a file, in DMABUF_DOMAIN") from None
-    st = os.fstat(fd)
+    st = os.fstat(own.number)
     if st.st_uid != os.geteuid() or stat.S_IMODE(st.st_mode) & ~stat.S_ISGID != 0o700:
-        os.close(fd)
+        own.close()
         raise fail(
             errno.EACCES,
             "open domain",
@@ -57,7 +58,12 @@ def open_directory(path: Path, *, make: bool = True) -> int:
             "make the directory yours with mode 0700, or name another in DMABUF_DOMAIN",
             what=f"it belongs to uid {st.st_uid} with mode {stat.S_IMODE(st.st_mode):04o}",
         )
-    return fd
+    return own
+
+
+def open_at(directory: int, name: str, flags: int, mode: int = 0o777) -> OwnedFd:
+    """Open a name in a directory. Raise what open(2) fails with."""
+    return owned(partial(os.open, dir_fd=directory), name, flags, mode)
 
 
 def _make_directory(path: Path) -> None:
@@ -92,7 +98,7 @@ def _umask() -> int:
         return 0o700
 
 
-def open_file(directory: int, name: str, *, make: bool = False) -> int:
+def open_file(directory: int, name: str, *, make: bool = False) -> OwnedFd:
     """Open a file of the domain for reading and writing, and prove that it is one.
 
     Args:
@@ -109,57 +115,54 @@ def open_file(directory: int, name: str, *, make: bool = False) -> int:
     flags = os.O_RDWR | _FLAGS
     try:
         with needing_descriptors("open domain", name):
-            fd = _opened(directory, name, flags, make)
+            own = _opened(directory, name, flags, make)
     except DmaBufError:
         raise
     except OSError as e:
         raise _refused(directory, name, e.errno or errno.EIO) from None
     try:
-        _check(os.fstat(fd), directory, name)
+        _check(os.fstat(own.number), directory, name)
     except BaseException:
-        os.close(fd)
+        own.close()
         raise
-    return fd
+    return own
 
 
-def make_file(directory: int, name: str) -> int:
+def make_file(directory: int, name: str) -> OwnedFd:
     """Make a file that replaces what a dead process left of that name. If something else has the name, raise as `open_file` does."""
     with contextlib.suppress(FileNotFoundError):
-        os.close(open_file(directory, name))
+        open_file(directory, name).close()
         os.unlink(name, dir_fd=directory)
     return new_file(directory, name)
 
 
-def _opened(directory: int, name: str, flags: int, make: bool) -> int:
+def _opened(directory: int, name: str, flags: int, make: bool) -> OwnedFd:
     while True:
         if make:
             with contextlib.suppress(FileExistsError):
                 return new_file(directory, name)
         try:
-            return os.open(name, flags, dir_fd=directory)
+            return open_at(directory, name, flags)
         except PermissionError:
             _grant_owner_of_file(directory, name)
-            return os.open(name, flags, dir_fd=directory)
+            return open_at(directory, name, flags)
         except FileNotFoundError:
             if not make:  # else another process has just renamed it
                 raise
 
 
-def new_file(directory: int, name: str) -> int:
+def new_file(directory: int, name: str) -> OwnedFd:
     """Make a file and open it. Raise FileExistsError if something has the name."""
-    fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | _FLAGS, 0o600, dir_fd=directory)
-    os.fchmod(fd, 0o600)  # what a strict umask took away; if this process dies before, the next one does it
-    return fd
+    own = open_at(directory, name, os.O_RDWR | os.O_CREAT | os.O_EXCL | _FLAGS, 0o600)
+    os.fchmod(own.number, 0o600)  # what a strict umask took away; if this process dies before, the next one does it
+    return own
 
 
 def _grant_owner_of_file(directory: int, name: str) -> None:
-    own = os.open(name, os.O_PATH | _FLAGS, dir_fd=directory)
-    try:
-        st = os.fstat(own)
+    with open_at(directory, name, os.O_PATH | _FLAGS) as own:
+        st = os.fstat(own.number)
         if stat.S_ISREG(st.st_mode) and st.st_uid == os.geteuid() and st.st_nlink == 1:
-            os.chmod(f"/proc/self/fd/{own}", 0o600)
-    finally:
-        os.close(own)
+            os.chmod(f"/proc/self/fd/{own.number}", 0o600)
 
 
 def _refused(directory: int, name: str, number: int) -> DmaBufError:

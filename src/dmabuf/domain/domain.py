@@ -39,6 +39,7 @@ from dmabuf._native import (
 from dmabuf.domain import lives, place, slow_waits
 from dmabuf.domain.directory import remove_socket
 from dmabuf.domain.forks import fork_lock
+from dmabuf.domain.guards import finalizer
 from dmabuf.domain.hooks import Hooks
 from dmabuf.domain.retries import Retries
 from dmabuf.domain.weak_objects import WeakObjects
@@ -297,6 +298,7 @@ class Domain:
         """Open the domain's directory for the block; None if it is private, or its directory was removed."""
         return place.own_directory(self.path, self.file)
 
+    @finalizer
     def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:  # bound: at the interpreter's end modules are empty
         # Nothing of this process uses the domain. A private domain's memory is freed with its last process.
         if getattr(self, "shm", None) is not None and not ending() and self.shm.life:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import NamedTuple
 
+from dmabuf._native import owned
+from dmabuf.domain.directory import open_at
 from dmabuf.errors import needing_descriptors
 
 
@@ -32,11 +34,8 @@ def _walk(wanted: Collection[tuple[int, int]], found: dict[tuple[int, int], list
     for pid in filter(str.isdigit, os.listdir("/proc")):
         try:
             # What is read through this descriptor is of one process. A path would lead to the next process with its number.
-            process = os.open(f"/proc/{pid}", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                _look(int(pid), process, wanted, found)
-            finally:
-                os.close(process)
+            with owned(os.open, f"/proc/{pid}", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC) as process:
+                _look(int(pid), process.number, wanted, found)
         except OSError as e:
             if e.errno in (errno.EMFILE, errno.ENFILE):  # a buffer whose holders aren't found would be taken for a buffer that is gone
                 raise
@@ -52,35 +51,28 @@ def _look(pid: int, process: int, wanted: Collection[tuple[int, int]], found: di
         if key in wanted:
             counts.setdefault(key, [0, 0])[1] += 1
     if counts:
-        with open("comm", "rb", opener=_below(process)) as f:
+        with open_at(process, "comm", os.O_RDONLY | os.O_CLOEXEC) as own, open(own.number, "rb", closefd=False) as f:
             comm = os.fsdecode(f.read().strip())
         for key, (fds, maps) in counts.items():
             found.setdefault(key, []).append(Holder(pid, comm, fds, maps))
 
 
-def _below(process: int) -> Callable[[str, int], int]:
-    return lambda name, flags: os.open(name, flags, dir_fd=process)
-
-
 def _fds(process: int) -> list[tuple[int, int]]:
     seen = []
-    directory = os.open("fd", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=process)
-    try:
-        for name in os.listdir(directory):
+    with open_at(process, "fd", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC) as directory:
+        for name in os.listdir(directory.number):
             try:
-                if os.readlink(name, dir_fd=directory).startswith(("/memfd:dmabuf:", "/dmabuf:")):
-                    st = os.stat(name, dir_fd=directory)
+                if os.readlink(name, dir_fd=directory.number).startswith(("/memfd:dmabuf:", "/dmabuf:")):
+                    st = os.stat(name, dir_fd=directory.number)
                     seen.append((st.st_dev, st.st_ino))
             except OSError:
                 continue  # closed meanwhile
-    finally:
-        os.close(directory)
     return seen
 
 
 def _maps(process: int) -> list[tuple[int, int]]:
     seen = []
-    with open("maps", "rb", opener=_below(process)) as f:
+    with open_at(process, "maps", os.O_RDONLY | os.O_CLOEXEC) as own, open(own.number, "rb", closefd=False) as f:
         for line in f:
             if b"/memfd:dmabuf:" in line or b"/dmabuf:" in line:
                 fields = line.split(maxsplit=5)

@@ -24,8 +24,8 @@ import os
 import re
 import secrets
 import struct
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from dmabuf._native import (
@@ -156,19 +156,12 @@ def default_path() -> Path:
 def lived_in(path: Path) -> bool:
     """Return True if a process lives in the domain of a directory, or a forked child that may join has its file. Nothing is made."""
     try:
-        directory = open_directory(path, make=False)
+        with open_directory(path, make=False) as directory:
+            file = open_file(directory.number, FILE)
     except OSError:
         return False
-    try:
-        fd = open_file(directory, FILE)
-    except OSError:
-        return False
-    finally:
-        os.close(directory)
-    try:
-        return inhabited(fd) or ofd_locked(fd, PRESENCE_BYTE)
-    finally:
-        os.close(fd)
+    with file:
+        return inhabited(file.number) or ofd_locked(file.number, PRESENCE_BYTE)
 
 
 def format_file(fd: int, identity: bytes) -> None:
@@ -297,9 +290,9 @@ def replace_file(directory: int, identity: bytes) -> None:
         if _SOCKET_NAME.fullmatch(old):
             remove_socket(directory, old)
     name = FILE + ".new"
-    fd = make_file(directory, name)
+    file = make_file(directory, name)
     try:
-        format_file(fd, identity)
+        format_file(file.number, identity)
         step("domain_formatted")  # if this process dies here, FILE.new is left, which the next replacement overwrites
         os.rename(name, FILE, src_dir_fd=directory, dst_dir_fd=directory)
         step("domain_replaced")
@@ -308,49 +301,67 @@ def replace_file(directory: int, identity: bytes) -> None:
             os.unlink(name, dir_fd=directory)
         raise
     finally:
-        os.close(fd)
+        file.close()
 
 
-@contextmanager
-def entered(path: Path, told: Callable[[str], object]) -> Iterator[tuple[int, bytes]]:
-    """Open the domain in a directory and hold its lifecycle lock. Yield (fd, identity).
+class entered(Bracket):
+    """Open the domain in a directory and hold its lifecycle lock, for a block, which gets (fd, identity).
 
     A file that makes no sense is set aside, and ``told`` gets the text of a warning. The caller warns when no lock is held, because code of
     the program runs then.
     """
-    directory = open_directory(path)
-    try:
+
+    __slots__ = ("_directory", "_file", "_lock", "_path", "_told")
+
+    def __init__(self, path: Path, told: Callable[[str], object]) -> None:
+        self._path, self._told = path, told
+        self._directory: OwnedFd | None = None
+        self._file: OwnedFd | None = None
+        self._lock: lifecycle_lock | None = None
+
+    def enter(self) -> tuple[int, bytes]:
+        """Open and lock it."""
+        self._directory = directory = open_directory(self._path)
         while True:
-            fd = open_file(directory, FILE, make=True)
-            try:
-                with lifecycle_lock(fd):
-                    if not is_current(fd, directory):
-                        continue  # it was replaced while this process waited for the lock
-                    identity, wrong = read_header(fd)
-                    if not wrong and not _is_itself(fd):
-                        _refuse_if_used(fd, path)
-                        _prove(directory, path)
-                        replace_file(directory, new_identity())  # a copy, which says nothing about any buffer
-                        continue
-                    if inhabited(fd):
-                        if wrong:
-                            raise _corrupt(path, wrong)
-                        yield fd, identity
-                        return
-                    if wrong and os.fstat(fd).st_size:
-                        _set_aside(directory, path)
-                        told(f"dmabuf: the domain {path / FILE} was corrupt ({wrong}); renamed to {FILE}.corrupt")
-                        continue
-                    if wrong:  # empty: it was just made, by this process or by one that died
-                        _prove(directory, path)
-                        replace_file(directory, new_identity())
-                        continue
-                    yield fd, identity
-                    return
-            finally:
-                os.close(fd)
-    finally:
-        os.close(directory)
+            self._file = file = open_file(directory.number, FILE, make=True)
+            self._lock = lock = lifecycle_lock(file.number)
+            lock.enter()
+            identity = self._looked(directory.number, file.number)
+            if identity:
+                return file.number, identity
+            lock.leave()
+            file.close()
+
+    def _looked(self, directory: int, fd: int) -> bytes:
+        """Return the identity of the file that is open, b"" if another one has to be opened. The lifecycle lock is held."""
+        path = self._path
+        if not is_current(fd, directory):
+            return b""  # it was replaced while this process waited for the lock
+        identity, wrong = read_header(fd)
+        if not wrong and not _is_itself(fd):
+            _refuse_if_used(fd, path)
+            _prove(directory, path)
+            replace_file(directory, new_identity())  # a copy, which says nothing about any buffer
+            return b""
+        if wrong and inhabited(fd):
+            raise _corrupt(path, wrong)
+        if wrong and os.fstat(fd).st_size:
+            _set_aside(directory, path)
+            self._told(f"dmabuf: the domain {path / FILE} was corrupt ({wrong}); renamed to {FILE}.corrupt")
+            return b""
+        if wrong:  # empty: it was just made, by this process or by one that died
+            _prove(directory, path)
+            replace_file(directory, new_identity())
+            return b""
+        return identity
+
+    def leave(self) -> None:
+        """Release the lock, and close what is open."""
+        if self._lock is not None:
+            self._lock.leave()
+        for own in (self._file, self._directory):
+            if own is not None:
+                own.close()
 
 
 def _refuse_if_used(fd: int, path: Path) -> None:
@@ -380,29 +391,39 @@ def _set_aside(directory: int, path: Path) -> None:
         raise fail(e.errno or errno.EIO, "open domain", path / FILE, remedy, what=f"corrupt, and can't be renamed to {name}") from None
 
 
-@contextmanager
-def own_directory(path: Path | None, file: tuple[int, int]) -> Iterator[int | None]:
+class own_directory(Bracket):
     """Open the directory of a domain whose file is open, for the block.
 
-    Yield None if the domain has no directory: a private domain never had one. Another one's was removed, and what is at its path now, if
-    anything, is not its own.
+    The block gets its descriptor, or None if the domain has no directory: a private domain never had one. Another one's was removed, and
+    what is at its path now, if anything, is not its own.
 
     Args:
         path: Where the directory was.
         file: ``(st_dev, st_ino)`` of the domain's file.
     """
-    directory = -1
-    if path is not None:
+
+    __slots__ = ("_file", "_own", "_path")
+
+    def __init__(self, path: Path | None, file: tuple[int, int]) -> None:
+        self._path, self._file = path, file
+        self._own: OwnedFd | None = None
+
+    def enter(self) -> int | None:
+        """Open it."""
+        if self._path is None:
+            return None
         try:
-            directory = open_directory(path, make=False)
+            self._own = own = open_directory(self._path, make=False)
         except OSError as e:
             if e.errno in (errno.EMFILE, errno.ENFILE):
                 raise
-    try:
-        yield directory if directory >= 0 and _has_file(directory, file) else None
-    finally:
-        if directory >= 0:
-            os.close(directory)
+            return None
+        return own.number if _has_file(own.number, self._file) else None
+
+    def leave(self) -> None:
+        """Close it."""
+        if self._own is not None:
+            self._own.close()
 
 
 def _has_file(directory: int, file: tuple[int, int]) -> bool:

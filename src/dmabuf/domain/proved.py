@@ -28,7 +28,9 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from dmabuf._native import OwnedFd, allocate_range, hold_drop, hold_keep, punch, step
-from dmabuf.domain.ofd import ofd_lock, ofd_locked, reopen
+from dmabuf.domain.directory import open_at
+from dmabuf.domain.guards import finalizer
+from dmabuf.domain.ofd import ofd_lock, ofd_locked, reopen_owned
 from dmabuf.errors import errno_name, fail
 
 BY_THREAD: Final = 1 << 63  # in the start time of a life's slot: a thread keeps the life's lock
@@ -70,9 +72,11 @@ def remedy() -> str:
 
 
 class Hold:
-    """What keeps a lock, until `drop` or the end of the process, however that ends."""
+    """What keeps a lock, until `drop` or the end of the object or the process, however that ends."""
 
     __slots__ = ("_address", "by_thread")
+    _address: int
+    by_thread: bool
 
     def __init__(self, own: OwnedFd, fd: int, byte: int) -> None:
         """Keep the write lock that ``own`` has on a byte, and take over ``own``. Forks must wait meanwhile.
@@ -85,8 +89,9 @@ class Hold:
         Raises:
             DmaBufError: Nothing keeps the lock (ENOTSUP).
         """
+        self._address, self.by_thread = 0, False
         try:
-            self._address, self.by_thread = hold_keep(own.take(), fd, byte)
+            hold_keep(own, fd, byte, self)
         except OSError as e:
             if e.errno != errno.ENOTSUP:
                 raise
@@ -97,6 +102,11 @@ class Hold:
         address, self._address = self._address, 0
         if address:
             hold_drop(address, self.by_thread)
+
+    @finalizer
+    def __del__(self) -> None:
+        if hasattr(self, "_address"):
+            self.drop()
 
 
 def lock_is_lost(fd: int) -> OSError:
@@ -151,7 +161,7 @@ def prove(directory: int, path: Path) -> Proof:
     """
     found, by_thread = file_system(directory), False
     name = f"{PROOF}{secrets.token_hex(8)}"
-    fds: list[int] = []
+    fds: list[OwnedFd] = []
     try:
         for what, attempt in _ATTEMPTS:
             try:
@@ -163,8 +173,8 @@ def prove(directory: int, path: Path) -> Proof:
                 why = f": {errno_name(e.errno)}" if e.errno else ""
                 raise fail(errno.ENOTSUP, "open domain", path, remedy(), what=f"its file system ({found}) {what}{why}") from None
     finally:
-        for fd in fds:
-            os.close(fd)
+        for own in fds:
+            own.close()
         for ending in ("", ".new", ".sock"):
             with contextlib.suppress(OSError):
                 os.unlink(name + ending, dir_fd=directory)
@@ -190,64 +200,65 @@ def _refused(number: int = 0) -> OSError:
     return OSError(number, os.strerror(number) if number else "")
 
 
-def _files(directory: int, name: str, fds: list[int]) -> None:
+def _files(directory: int, name: str, fds: list[OwnedFd]) -> None:
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
-    fds.append(os.open(name, flags, 0o600, dir_fd=directory))
-    os.fchmod(fds[0], 0o600)  # whatever the umask took away
-    fds.append(reopen(fds[0]))
-    one, other = map(os.fstat, fds)
+    fds.append(open_at(directory, name, flags, 0o600))
+    os.fchmod(fds[0].number, 0o600)  # whatever the umask took away
+    fds.append(reopen_owned(fds[0].number))
+    one, other = (os.fstat(own.number) for own in fds)
     if (one.st_dev, one.st_ino) != (other.st_dev, other.st_ino) or not stat.S_ISREG(one.st_mode):
         raise _refused()
 
 
-def _room(directory: int, name: str, fds: list[int]) -> None:
-    allocate_range(fds[0], 0, _BYTES)
-    if os.fstat(fds[1]).st_size != _BYTES:
+def _room(directory: int, name: str, fds: list[OwnedFd]) -> None:
+    allocate_range(fds[0].number, 0, _BYTES)
+    if os.fstat(fds[1].number).st_size != _BYTES:
         raise _refused()
 
 
-def _holes(directory: int, name: str, fds: list[int]) -> None:
-    os.pwrite(fds[0], b"x" * 4096, 0)
-    punch(fds[0], 0, 4096)
-    if os.pread(fds[1], 4096, 0) != bytes(4096):
+def _holes(directory: int, name: str, fds: list[OwnedFd]) -> None:
+    os.pwrite(fds[0].number, b"x" * 4096, 0)
+    punch(fds[0].number, 0, 4096)
+    if os.pread(fds[1].number, 4096, 0) != bytes(4096):
         raise _refused()
 
 
-def _mappings(directory: int, name: str, fds: list[int]) -> None:
-    with mmap.mmap(fds[0], _BYTES) as here, mmap.mmap(fds[1], _BYTES) as there:
+def _mappings(directory: int, name: str, fds: list[OwnedFd]) -> None:
+    with mmap.mmap(fds[0].number, _BYTES) as here, mmap.mmap(fds[1].number, _BYTES) as there:
         here[0:8] = b"mapping1"
-        os.pwrite(fds[1], b"written2", 8)
-        if there[0:16] != b"mapping1written2" or here[8:16] != b"written2" or os.pread(fds[1], 8, 0) != b"mapping1":
+        os.pwrite(fds[1].number, b"written2", 8)
+        if there[0:16] != b"mapping1written2" or here[8:16] != b"written2" or os.pread(fds[1].number, 8, 0) != b"mapping1":
             raise _refused()
 
 
-def _locks(directory: int, name: str, fds: list[int]) -> None:
-    if not ofd_lock(fds[0], fcntl.F_WRLCK, _LOCK):
+def _locks(directory: int, name: str, fds: list[OwnedFd]) -> None:
+    one, other = (own.number for own in fds)
+    if not ofd_lock(one, fcntl.F_WRLCK, _LOCK):
         raise _refused()
     try:
-        if not ofd_locked(fds[1], _LOCK) or ofd_lock(fds[1], fcntl.F_WRLCK, _LOCK) or not ofd_lock(fds[1], fcntl.F_WRLCK, _LOCK + 1):
+        if not ofd_locked(other, _LOCK) or ofd_lock(other, fcntl.F_WRLCK, _LOCK) or not ofd_lock(other, fcntl.F_WRLCK, _LOCK + 1):
             raise _refused()
     finally:
-        for fd in fds:
+        for fd in (one, other):
             ofd_lock(fd, fcntl.F_UNLCK, _LOCK, 2)
 
 
-def _keeping(directory: int, name: str, fds: list[int]) -> bool:
-    with OwnedFd(reopen(fds[0])) as own:
+def _keeping(directory: int, name: str, fds: list[OwnedFd]) -> bool:
+    with reopen_owned(fds[0].number) as own:
         own.set_lock(fcntl.F_WRLCK, _LOCK)
-        hold = Hold(own, fds[1], _LOCK)
+        hold = Hold(own, fds[1].number, _LOCK)
     hold.drop()
     return hold.by_thread
 
 
-def _renaming(directory: int, name: str, fds: list[int]) -> None:
+def _renaming(directory: int, name: str, fds: list[OwnedFd]) -> None:
     os.rename(name, f"{name}.new", src_dir_fd=directory, dst_dir_fd=directory)
-    there, here = os.stat(f"{name}.new", dir_fd=directory, follow_symlinks=False), os.fstat(fds[0])
+    there, here = os.stat(f"{name}.new", dir_fd=directory, follow_symlinks=False), os.fstat(fds[0].number)
     if (there.st_dev, there.st_ino) != (here.st_dev, here.st_ino):
         raise _refused()
 
 
-def _sockets(directory: int, name: str, fds: list[int]) -> None:
+def _sockets(directory: int, name: str, fds: list[OwnedFd]) -> None:
     address = f"/proc/self/fd/{directory}/{name}.sock"
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as server, socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
         server.bind(address)
@@ -257,7 +268,7 @@ def _sockets(directory: int, name: str, fds: list[int]) -> None:
 
 
 # What a domain does with its place, in an order in which each needs only what stands before it; and what is wrong if it fails.
-_ATTEMPTS: Final[tuple[tuple[str, Callable[[int, str, list[int]], bool | None]], ...]] = (
+_ATTEMPTS: Final[tuple[tuple[str, Callable[[int, str, list[OwnedFd]], bool | None]], ...]] = (
     ("doesn't give two descriptions of a new file", _files),
     ("can't allocate the space of a file (fallocate)", _room),
     ("can't free a part of a file (FALLOC_FL_PUNCH_HOLE)", _holes),

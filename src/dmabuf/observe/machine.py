@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import importlib.util
+import itertools
+import operator
 import os
 import resource
 import stat
@@ -18,7 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dmabuf._native import watch_add, watch_open, watch_read
+from dmabuf._native import OwnedFd, owned, watch_add, watch_open, watch_read
 from dmabuf.domain import place, proved
 from dmabuf.domain.records import reference_locks
 from dmabuf.errors import DmaBufError, errno_name
@@ -91,13 +93,10 @@ def _proc(proc: Path) -> Check:
 
 def _memfd() -> Check:
     def attempt() -> str:
-        fd = os.memfd_create("dmabuf-doctor", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        try:
-            os.ftruncate(fd, 4096)
-            os.posix_fallocate(fd, 0, 4096)
-            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
-        finally:
-            os.close(fd)
+        with owned(os.memfd_create, "dmabuf-doctor", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING) as own:
+            os.ftruncate(own.number, 4096)
+            os.posix_fallocate(own.number, 0, 4096)
+            fcntl.fcntl(own.number, fcntl.F_ADD_SEALS, _SEALS)
         return "memfd_create, with seals"
 
     return _tried("memfd", attempt, "use Linux 3.17 or newer, and a sandbox that allows memfd_create")
@@ -105,23 +104,16 @@ def _memfd() -> Check:
 
 def _locks(proc: Path) -> Check:
     def attempt() -> str:
-        fd = os.memfd_create("dmabuf-doctor", os.MFD_CLOEXEC)
-        try:
-            os.ftruncate(fd, 4096)
-            if not place.ofd_lock(fd, fcntl.F_RDLCK, 0):
+        with owned(os.memfd_create, "dmabuf-doctor", os.MFD_CLOEXEC) as own:
+            os.ftruncate(own.number, 4096)
+            if not own.set_lock(fcntl.F_RDLCK, 0):
                 raise OSError("a lock on a new file is refused")
-            other = place.reopen(fd)
-            try:
-                if not place.ofd_locked(other, 0):
+            with own.reopen() as other:
+                if not other.get_lock(0):
                     raise OSError("a lock is not seen through a second description")
-            finally:
-                os.close(other)
-            st = os.fstat(fd)
             # One pass may miss a lock while others come and go.
-            if not any((st.st_dev, st.st_ino) in (reference_locks() or ()) for _ in range(3)):
+            if not any((own.dev, own.ino) in (reference_locks() or ()) for _ in range(3)):
                 raise OSError(f"a lock is not seen in {proc}/locks")
-        finally:
-            os.close(fd)
         return f"open-file-description locks, seen in {proc}/locks"
 
     return _tried("OFD locks", attempt, "use Linux 3.15 or newer with CONFIG_FILE_LOCKING, and a /proc that shows locks")
@@ -166,11 +158,8 @@ def _place(path: Path, found: str, *, temporary: bool = False) -> Check:
     """Try what a domain needs of a directory. ``temporary``: in a directory of its own there, because ``path`` may be anybody's."""
     try:
         with tempfile.TemporaryDirectory(prefix=".dmabuf-", dir=path) if temporary else contextlib.nullcontext(path) as where:
-            directory = os.open(where, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-            try:
-                proof = proved.prove(directory, path)
-            finally:
-                os.close(directory)
+            with owned(os.open, where, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC) as directory:
+                proof = proved.prove(directory.number, path)
     except DmaBufError as e:
         return Check("domain", MISSING, True, str(e).removesuffix(f"; {e.remedy}"), e.remedy or "")
     except OSError as e:
@@ -191,13 +180,9 @@ def _inotify() -> Check:
     """Check that the end of a buffer is noticed when it comes."""
     remedy = "allow inotify in the sandbox, or raise fs.inotify.max_user_instances"
     try:
-        fd = os.memfd_create("dmabuf-doctor", os.MFD_CLOEXEC)
-        try:
-            st = os.fstat(fd)
+        with owned(os.memfd_create, "dmabuf-doctor", os.MFD_CLOEXEC) as own:
             watch = watch_open()
-            watch_add(watch, fd, st.st_dev, st.st_ino)
-        finally:
-            os.close(fd)
+            watch_add(watch, own.number, own.dev, own.ino)
         with watch:
             noticed = bool(watch_read(watch))
     except OSError as e:
@@ -270,28 +255,23 @@ def _cpus() -> Check:
 def _wake_ns(here: int, there: int) -> int:
     """Return the nanoseconds of one wake (half a round trip over two pipes) between processes on two CPUs, the median of many."""
     before = os.sched_getaffinity(0)
-    there_r, here_w = os.pipe()
-    here_r, there_w = os.pipe()
-    fds = (there_r, here_w, here_r, there_w)
-    try:
-        with warnings.catch_warnings():
-            # Python warns of a fork with other threads. This child only makes system calls until it ends.
-            warnings.simplefilter("ignore", DeprecationWarning)
-            child = os.fork()
-    except BaseException:
-        for fd in fds:
-            os.close(fd)
-        raise
+    # One call of C, in which no signal handler can raise.
+    pipes = list(map(OwnedFd, itertools.chain.from_iterable(map(operator.call, (os.pipe, os.pipe)))))
+    there_r, here_w, here_r, there_w = (own.number for own in pipes)
+    with warnings.catch_warnings():
+        # Python warns of a fork with other threads. This child only makes system calls until it ends.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
     if not child:  # it ends without exit handlers, and without flushing buffers
         try:
-            os.close(here_w)
+            pipes[1].close()
             os.sched_setaffinity(0, {there})
             while os.read(there_r, 1):
                 os.write(there_w, b"x")
         finally:
             os._exit(0)
-    os.close(there_r)
-    os.close(there_w)
+    pipes[0].close()
+    pipes[3].close()
     try:
         os.sched_setaffinity(0, {here})
         times = []
@@ -302,8 +282,8 @@ def _wake_ns(here: int, there: int) -> int:
                 raise OSError("the other process ended")
             times.append(time.perf_counter_ns() - start)
     finally:
-        os.close(here_w)
-        os.close(here_r)
+        pipes[1].close()
+        pipes[2].close()
         os.sched_setaffinity(0, before)
         os.waitpid(child, 0)
     return sorted(times)[len(times) // 2] // 2

@@ -27,6 +27,7 @@ from dmabuf.core.sync.semaphore import TimelineSemaphore
 from dmabuf.core.sync.sw_sync import SwSync
 from dmabuf.core.sync.sync_file import SyncFile
 from dmabuf.domain import place
+from dmabuf.domain.directory import open_at
 from dmabuf.domain.domain import Domain, known
 from dmabuf.domain.records import Record
 from dmabuf.domain.sync_files import SyncFileRecord
@@ -92,7 +93,7 @@ def message_of(shared: SharedBuffer) -> bytes:
     return shared.message
 
 
-def pack_objects(objects: tuple[Any, ...]) -> tuple[bytes, list[int], list[DmaFence], list[int]]:
+def pack_objects(objects: tuple[Any, ...]) -> tuple[bytes, list[int], list[DmaFence], list[OwnedFd]]:
     """Return (message, its descriptors, its fences, descriptors to close afterwards). Everything is checked first."""
     if not objects:
         remedy = "pass at least one buffer, fence, timeline or domain"
@@ -146,28 +147,27 @@ def pack_objects(objects: tuple[Any, ...]) -> tuple[bytes, list[int], list[DmaFe
         remedy = "send fewer at once, or merge fewer fences into one, or use a domain that has a directory"
         raise fail(errno.EMSGSIZE, "send", f"{len(objects)} objects", remedy, what="their fences don't fit into a message")
     try:
-        for at, one in directories:
-            with one.directory() as directory:
-                if directory is None:
-                    raise directory_lost("send", one)
-                fds[at] = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=directory)
-            opened.append(fds[at])
-    except DmaBufError:
-        for fd in opened:
-            os.close(fd)
+        try:
+            for at, one in directories:
+                with one.directory() as directory:
+                    if directory is None:
+                        raise directory_lost("send", one)
+                    opened.append(open_at(directory, ".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
+                fds[at] = opened[-1].number
+        except DmaBufError:
+            raise
+        except OSError as e:
+            raise fail(e.errno or errno.EIO, "send", "a domain", "don't remove or rename its directory", what=e.strerror) from None
+        try:
+            for at, structure in structures:
+                opened.append(sealed("dmabuf-fence", structure))
+                fds[at] = opened[-1].number
+        except OSError as e:
+            raise fail(e.errno or errno.EIO, "send", "a container of fences", "close descriptors, or free memory") from None
+    except BaseException:
+        for own in opened:
+            own.close()
         raise
-    except OSError as e:
-        for fd in opened:
-            os.close(fd)
-        raise fail(e.errno or errno.EIO, "send", "a domain", "don't remove or rename its directory", what=e.strerror) from None
-    try:
-        for at, structure in structures:
-            fds[at] = sealed("dmabuf-fence", structure).take()
-            opened.append(fds[at])
-    except OSError as e:
-        for fd in opened:
-            os.close(fd)
-        raise fail(e.errno or errno.EIO, "send", "a container of fences", "close descriptors, or free memory") from None
     return HEADER.pack(MAGIC, len(items), len(fds), 0) + b"".join(items), fds, fences, opened
 
 

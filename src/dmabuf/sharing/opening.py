@@ -112,11 +112,8 @@ def _matching(domain: Domain, wanted: Callable[[dict[str, Any]], bool]) -> list[
 @cache
 def _memfd_device() -> int:
     """Return st_dev of all memfds, which are on one file system that only the kernel mounts."""
-    fd = os.memfd_create("dmabuf-device", os.MFD_CLOEXEC)
-    try:
-        return os.fstat(fd).st_dev
-    finally:
-        os.close(fd)
+    with owned(os.memfd_create, "dmabuf-device", os.MFD_CLOEXEC) as own:
+        return own.dev
 
 
 def _reopened(domain: Domain, wanted: _Found, asked: str) -> DmaBuf:

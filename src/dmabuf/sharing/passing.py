@@ -131,7 +131,7 @@ def send(sock: socket.socket, *objects: Sent) -> None:
         _send_rest(sock, data[sent:])
         return
     fences: list[DmaFence] | tuple[()] = ()
-    opened: list[int] | tuple[()] = ()
+    opened: list[OwnedFd] | tuple[()] = ()
     if handle is not None and handle.fd >= 0:
         data = handle.shared.message or message_of(handle.shared)
         control = [(_SOL_SOCKET, _SCM_RIGHTS, _FD.pack(handle.descriptor("send")))]
@@ -147,8 +147,8 @@ def send(sock: socket.socket, *objects: Sent) -> None:
     except OSError as e:
         raise _translated(e, "send", sock) from None
     finally:
-        for fd in opened:
-            os.close(fd)
+        for own in opened:
+            own.close()
     for fence in fences:
         fence.shm.fence_share(fence.handle)  # from now on a warning comes if it is dropped unsignaled
 
