@@ -5,20 +5,23 @@ import tempfile
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from _pytest.config import create_terminal_writer
+from _pytest.faulthandler import fault_handler_stderr_fd_key
 from pytest_timeout import Settings, timeout_timer  # type: ignore[import-untyped]
 
 from tests.support.apart import Apart
 from tests.support.apart import apart as process
 from tests.support.children import Spawn
-from tests.support.watchdog import Watchdog
+from tests.support.watchdog import LastResort, Watchdog
 
 # The debug layer is on in every test and in the processes that it starts; conftests of directories import dmabuf before `pytest_configure`.
 os.environ["DMABUF_DEBUG"] = "1"
 
 _WATCHDOG = Watchdog()
+_LAST_RESORT = pytest.StashKey[LastResort]()
 _KERNEL = Path(__file__).parent / "kernel"
 
 pytest_plugins = ["tests.plugin"]
@@ -29,6 +32,24 @@ def pytest_configure(config: pytest.Config) -> None:
         # In a worker of xdist stdout is /dev/null, and the watchdog's list of stacks is only seen on stderr, where faulthandler's goes too.
         writer = create_terminal_writer(config, os.fdopen(os.dup(2), "w"))
         config.get_terminal_writer = lambda: writer  # type: ignore[method-assign]
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    config = session.config
+    plugin: Any = config.pluginmanager.getplugin("faulthandler")
+    config.stash[_LAST_RESORT] = LastResort(plugin.get_timeout_config_value(config), config.stash[fault_handler_stderr_fd_key])
+    plugin.get_timeout_config_value = lambda _: 0.0  # no thread of its own for each test
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> None:
+    """Watch a test that may never give the GIL back."""
+    item.config.stash[_LAST_RESORT].watch()
+
+
+def pytest_exception_interact(node: pytest.Item | pytest.Collector) -> None:
+    """Watch the next test anew: pytest has disarmed it."""
+    node.config.stash[_LAST_RESORT].forget()
 
 
 def pytest_timeout_set_timer(item: pytest.Item, settings: Settings) -> bool | None:

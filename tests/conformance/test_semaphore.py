@@ -13,6 +13,7 @@ import pytest
 import dmabuf
 from dmabuf import DmaBuf, DmaFence, DmaFenceArray, SwSync, SyncFile, Timeline, TimelineSemaphore, wait_semaphores
 from dmabuf.domain.shared_file import SharedFile
+from tests.support.budget import times
 from tests.support.errnos import raises_errno
 from tests.support.semaphores import points, reached
 from tests.support.waiting import Background
@@ -350,7 +351,7 @@ def test_one_who_remembers_sees_what_one_sees_who_reads_anew(seed: int, tl: Time
     with TimelineSemaphore() as one, TimelineSemaphore.from_fd(one.fileno()) as two:
         pending: list[DmaFence] = []
         point = 0
-        for _ in range(300):
+        for _ in range(times(quick=100, full=300)):
             sem = chance.choice((one, two))
             action = chance.choices(["rising", "signal", "end", "end", "falling", "binary", "reset"], [8, 3, 4, 4, 1, 0.3, 0.3])[0]
             if action in ("rising", "falling", "binary"):

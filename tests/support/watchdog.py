@@ -1,8 +1,9 @@
-"""A watchdog for the tests of a run, all by one thread.
+"""The watchdogs for the tests of a run.
 
-pytest-timeout starts a thread for each test and waits for its end: a third of the time of a short test.
+pytest and pytest-timeout start a thread for each test and wait for its end, which takes longer than a short test.
 """
 
+import faulthandler
 import math
 import threading
 import time
@@ -10,7 +11,7 @@ from collections.abc import Callable
 
 
 class Watchdog:
-    """Bites when what it watches takes too long."""
+    """Bites when what it watches takes too long. It needs the GIL."""
 
     def __init__(self) -> None:
         self._watched: tuple[float, Callable[[], object]] | None = None
@@ -56,3 +57,26 @@ class Watchdog:
             else:
                 self._watched = None
                 bite()
+
+
+class LastResort:
+    """Ends this process when a test takes too long, even in a native call that never gives the GIL back.
+
+    Args:
+        seconds: What each test has at least, and a fifth more at most. 0: no end.
+        file: The descriptor for the stacks of all threads.
+    """
+
+    def __init__(self, seconds: float, file: int) -> None:
+        self._seconds, self._file, self._armed = seconds, file, -math.inf
+
+    def watch(self) -> None:
+        """A test begins."""
+        now = time.monotonic()
+        if self._seconds and now - self._armed > 0.2 * self._seconds:
+            faulthandler.dump_traceback_later(1.2 * self._seconds, file=self._file, exit=True)
+            self._armed = now
+
+    def forget(self) -> None:
+        """Somebody has disarmed it, as pytest does when a test fails."""
+        self._armed = -math.inf

@@ -41,6 +41,6 @@ def test_short_waits_end_while_the_event_is_set_often() -> None:
             event.set()
 
     with Background(sets):
-        for _ in range(times(quick=500, full=5000)):
+        for _ in range(times(quick=100, full=5000)):
             event.wait(5e-5)
         over.set()

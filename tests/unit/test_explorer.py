@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
+from tests.support.apart import Apart
 from tests.support.explorer import Program, explore, may_switch, outcome
 
 SEEDS = range(40)
@@ -107,20 +108,20 @@ def found(program: Callable[[], Program]) -> list[int]:
     return [seed for seed in SEEDS if outcome(program, seed)]
 
 
-def test_race_is_found_by_the_same_seeds_again() -> None:
-    seeds = found(LosesCounts)
+def test_race_is_found_by_the_same_seeds_again(apart: Apart) -> None:
+    seeds = apart(found, LosesCounts)
     assert 0 < len(seeds) < len(SEEDS)
-    assert found(LosesCounts) == seeds
+    assert apart(found, LosesCounts) == seeds
 
 
 @pytest.mark.parametrize("program", [Counts, WaitsForOther, Forks])
-def test_nothing_is_found_in_a_sound_program(program: Callable[[], Program]) -> None:
-    explore(program, SEEDS)
+def test_nothing_is_found_in_a_sound_program(apart: Apart, program: Callable[[], Program]) -> None:
+    apart(explore, program, SEEDS)
 
 
-def test_deadlock_is_found_and_the_stacks_are_shown() -> None:
+def test_deadlock_is_found_and_the_stacks_are_shown(apart: Apart) -> None:
     with pytest.raises(AssertionError, match=r"(?s)seed \d+ of Deadlocks: .*Stuck.*in takes"):
-        explore(Deadlocks, SEEDS)
+        apart(explore, Deadlocks, SEEDS)
 
 
 @pytest.mark.parametrize(("program", "says"), [(Raises, "ZeroDivisionError"), (Dies, "has died: exit status -9")])
