@@ -2,6 +2,7 @@
 
 import errno
 import os
+import socket
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -9,11 +10,15 @@ from pathlib import Path
 import pytest
 
 import dmabuf
+from dmabuf import Domain
+from dmabuf.core.buffer.handle import handle_of
+from dmabuf.domain import place
 from dmabuf.heap import dma_heap, udmabuf
 from tests.support.errnos import raises_errno
 from tests.support.fake_kernel import FakeKernel
 from tests.support.faults import faults
 from tests.support.home_scenarios import SCENARIOS, SIZE, whole_after
+from tests.support.steps import fork, reap
 
 REAL_LIMITS = udmabuf.limits
 HEAPS = {"udmabuf": "udmabuf", "dma_heap:system": "system"}
@@ -100,3 +105,19 @@ def test_whatever_call_fails_nothing_is_lost(heap: str, name: str) -> None:
         fault()
         ran += 1
     assert ran
+
+
+def test_container_that_is_told_another_boot_finds_the_record_of_a_kernel_buffer(heap: str) -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    Domain.default().join()
+
+    def container() -> None:
+        place.boot_id = lambda: b"a container's id"  # type: ignore[assignment]
+        (buf,) = dmabuf.recv(theirs)
+        ours.send(str(handle_of(buf).shared.index).encode())
+
+    pid = fork(container)
+    with ours, theirs, dmabuf.allocate(SIZE, heap=heap) as buf:
+        dmabuf.send(ours, buf)
+        assert reap(pid) == 0
+        assert int(theirs.recv(16)) == handle_of(buf).shared.index

@@ -1,9 +1,12 @@
 """Which buffer a descriptor is: one of this domain, of another one, or none.
 
-A kernel dma-buf is recognized by its file system (fstatfs(2)). Its nonce is a digest of its ``(st_dev, st_ino)`` and the boot, because the
-kernel never gives the inode number of a dma-buf twice. A memfd buffer is a memfd named ``dmabuf:<domain>:<nonce>`` (16 and 32 hexadecimal
-digits), sealed against shrinking, growing and further seals. Either descriptor carries an OFD read lock on byte 0, the reference lock.
-Every dup, every descriptor in flight and every mapping keeps it.
+A kernel dma-buf is recognized by its file system (fstatfs(2)). Its nonce is a digest of its ``(st_dev, st_ino)``, because the kernel never
+gives the inode number of a dma-buf twice. The boot's id is not in it: containers are told ids of their own, and would not find the record.
+A domain forgets its buffers when it sees another boot (``Shm.begin_boot``).
+
+A memfd buffer is a memfd named ``dmabuf:<domain>:<nonce>`` (16 and 32 hexadecimal digits), sealed against shrinking, growing and further
+seals. Either descriptor carries an OFD read lock on byte 0, the reference lock. Every dup, every descriptor in flight and every mapping
+keeps it.
 """
 
 from __future__ import annotations
@@ -153,7 +156,7 @@ def described(fd: int) -> tuple[bytes, bytes, bytes | None]:
 
 def nonce_of(dev: int, ino: int) -> bytes:
     """Return the nonce: the same in every process that has the dma-buf, and never used for another one."""
-    return blake2b(b"%s %d %d" % (place.boot_id(), dev, ino), digest_size=16).digest()
+    return blake2b(b"%d %d" % (dev, ino), digest_size=16).digest()
 
 
 def _size_of(fd: int, told: int) -> int:
