@@ -7,6 +7,7 @@ happens to be.
 """
 
 import contextlib
+import itertools
 import os
 import select
 import threading
@@ -24,6 +25,20 @@ _CALM_NS = 12_000_000
 _LOOKS = 20
 # For what others do, in s: less than the watchdog of a test (pyproject.toml), which ends the whole run.
 _LIMIT_S = 100.0
+
+
+# Looks between which others only get a turn, and the time in s between later ones: who looks all the time takes the core of those it
+# waits for.
+_TURNS = 20
+_PAUSE_S = 0.0005
+
+
+def _give_way(looks: int) -> None:
+    """Between two looks, after so many of them."""
+    if looks < _TURNS:
+        os.sched_yield()
+    else:
+        select.select([], [], [], _PAUSE_S)
 
 
 def _never() -> bool:
@@ -81,7 +96,9 @@ def _until_calm(paths: list[str], over: Callable[[], bool]) -> None:
                 fds.append(os.open(path, os.O_RDONLY))
         # Each by itself: several that tick don't rest at once.
         waited = {fd: _Seen() for fd in fds}
-        while waited and not over():
+        for looks in itertools.count():
+            if not waited or over():
+                break
             asleep = True
             for fd, seen in list(waited.items()):
                 before, now = time.monotonic_ns(), thread_state(fd)
@@ -93,7 +110,7 @@ def _until_calm(paths: list[str], over: Callable[[], bool]) -> None:
                 # Not by giving way: on a loaded machine the turn comes back after the tick, each time anew.
                 select.select([], [], [], _CALM_NS / 1e9)
             else:
-                os.sched_yield()
+                _give_way(looks)
     finally:
         for fd in fds:
             os.close(fd)
@@ -109,10 +126,12 @@ def until(condition: Callable[[], object], *, left: Callable[[], object] = lambd
             they are gone would wait forever.
     """
     end = time.monotonic() + limit_s
-    while not condition():
+    for looks in itertools.count():
+        if condition():
+            break
         if time.monotonic() > end:
             raise AssertionError(f"waited for {limit_s:g} s in vain; left: {left()}")
-        os.sched_yield()
+        _give_way(looks)
 
 
 @contextlib.contextmanager
