@@ -113,11 +113,12 @@ def test_container_that_is_told_another_boot_finds_the_record_of_a_kernel_buffer
 
     def container() -> None:
         place.boot_id = lambda: b"a container's id"  # type: ignore[assignment]
-        (buf,) = dmabuf.recv(theirs)
-        ours.send(str(handle_of(buf).shared.index).encode())
+        _, (fd,), *_ = socket.recv_fds(theirs, 1, 1)
+        with dmabuf.get(fd) as buf:
+            theirs.send(str(handle_of(buf).shared.index).encode())
 
     pid = fork(container)
     with ours, theirs, dmabuf.allocate(SIZE, heap=heap) as buf:
-        dmabuf.send(ours, buf)
+        socket.send_fds(ours, [b"x"], [buf.fileno()])
         assert reap(pid) == 0
-        assert int(theirs.recv(16)) == handle_of(buf).shared.index
+        assert int(ours.recv(16)) == handle_of(buf).shared.index
