@@ -111,14 +111,18 @@ def test_container_that_is_told_another_boot_finds_the_record_of_a_kernel_buffer
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     Domain.default().join()
 
+    def place_of(buf: dmabuf.DmaBuf) -> bytes:
+        shared = handle_of(buf).shared
+        return b"%d %d" % (shared.index, shared.gen)
+
     def container() -> None:
         place.boot_id = lambda: b"a container's id"  # type: ignore[assignment]
         _, (fd,), *_ = socket.recv_fds(theirs, 1, 1)
         with dmabuf.get(fd) as buf:
-            theirs.send(str(handle_of(buf).shared.index).encode())
+            theirs.send(place_of(buf))
 
     pid = fork(container)
     with ours, theirs, dmabuf.allocate(SIZE, heap=heap) as buf:
         socket.send_fds(ours, [b"x"], [buf.fileno()])
         assert reap(pid) == 0
-        assert int(ours.recv(16)) == handle_of(buf).shared.index
+        assert ours.recv(16) == place_of(buf)
