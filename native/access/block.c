@@ -62,8 +62,10 @@ void block_waited(PyObject *owner) {
 /* ---- what is kept, in this process ---- */
 
 Block *kept_first;
+uint32_t kept_forks;
 
 void kept_add(Block *b) {
+  b->forks = kept_forks;
   b->kept_next = kept_first;
   b->kept_at = &kept_first;
   if (kept_first) kept_first->kept_at = &b->kept_next;

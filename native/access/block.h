@@ -31,8 +31,9 @@ typedef struct block {
   struct block *kept_next, **kept_at;  /* those that were left, and that something keeps: detach.c */
   uint64_t fence;
   uint32_t rec, target, life;
-  uint32_t use; /* counts the uses: a view belongs to one */
-  int error;    /* what the fence ends with */
+  uint32_t forks; /* how often this process had forked when the block was left */
+  uint32_t use;   /* counts the uses: a view belongs to one */
+  int error;      /* what the fence ends with */
   char state, write;
 } Block;
 
@@ -87,6 +88,7 @@ void block_end(Block *b);
 
 /* A block that was left, and that something keeps, comes on this list of the process. Its end takes it off. */
 extern Block *kept_first;
+extern uint32_t kept_forks; /* how often this process has forked */
 void kept_add(Block *b);
 
 static inline bool block_is_ours(Block *b) { return b->life && my_life(b->shm) == b->life; } /* not a parent's, and not before leave() */

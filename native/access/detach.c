@@ -100,6 +100,7 @@ int kept_release(Shm *s, uint32_t target, uint64_t fence) {
     again = false;
     for (Block *b = kept_first; b; b = b->kept_next) {
       if (b->shm != s || b->target != target || (fence && b->fence != fence) || b->state != LEFT || !block_is_ours(b)) continue;
+      if (b->forks != kept_forks) continue; /* a child shows it too, and nobody can take it away from there */
       Py_INCREF(b);
       int detached = block_detach(b);
       if (detached >= 0) {
@@ -123,13 +124,20 @@ static PyObject *release_kept(PyObject *module, PyObject *args) {
   return PyLong_FromLong(kept_release(s, target, fence));
 }
 
-static PyMethodDef functions[] = {METHOD(release_kept, METH_VARARGS, "($module, shm, target, fence, /)",
-                                         "Detach what read() blocks that were left keep, and end their accesses.\n\n"
-                                         "Args:\n"
-                                         "    target: The record whose reservation object counts for them.\n"
-                                         "    fence: Of one access; 0 for all of this process.\n\n"
-                                         "Returns:\n"
-                                         "    The number of accesses that ended."),
-                                  {0}};
+static PyObject *kept_before_fork(PyObject *module, PyObject *unused) {
+  kept_forks++;
+  Py_RETURN_NONE;
+}
+
+static PyMethodDef functions[] = {
+    METHOD(kept_before_fork, METH_NOARGS, "($module, /)", "What is kept now stays as it is from now on: a forked child will show it too."),
+    METHOD(release_kept, METH_VARARGS, "($module, shm, target, fence, /)",
+           "Detach what read() blocks that were left keep, and end their accesses.\n\n"
+           "Args:\n"
+           "    target: The record whose reservation object counts for them.\n"
+           "    fence: Of one access; 0 for all of this process.\n\n"
+           "Returns:\n"
+           "    The number of accesses that ended."),
+    {0}};
 
 int detach_register(PyObject *module) { return PyModule_AddFunctions(module, functions) ? -1 : 0; }

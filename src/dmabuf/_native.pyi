@@ -3,7 +3,7 @@
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from os import PathLike
 from types import TracebackType
-from typing import Any, Final, Generic, Literal, Self, SupportsIndex, TypeVar, final, overload
+from typing import Any, Final, Generic, Literal, Self, SupportsIndex, TypeAlias, TypeVar, final, overload
 
 import numpy as np
 from _typeshed import ReadableBuffer, WriteableBuffer
@@ -309,6 +309,8 @@ class Mapping:
     def __setitem__(self, key: slice, value: ReadableBuffer, /) -> None: ...
     def __buffer__(self, flags: int, /) -> memoryview: ...
 
+_Sizes: TypeAlias = Sequence[int] | int | None
+
 @final
 class View:
     nbytes: Final[int]
@@ -328,22 +330,8 @@ class View:
     def tobytes(self, order: Literal["C", "F", "A"] | None = "C") -> bytes: ...
     def tolist(self) -> list[int]: ...
     def toreadonly(self) -> View: ...
-    def array(
-        self,
-        dtype: Any = None,
-        shape: Sequence[int] | int | None = None,
-        offset: int = 0,
-        strides: Sequence[int] | int | None = None,
-    ) -> np.ndarray[Any, Any]: ...
-    def tensor(
-        self,
-        dtype: Any = None,
-        shape: Sequence[int] | int | None = None,
-        offset: int = 0,
-        strides: Sequence[int] | int | None = None,
-        *,
-        copy: bool = False,
-    ) -> Any: ...
+    def array(self, dtype: Any = None, shape: _Sizes = None, offset: int = 0, strides: _Sizes = None) -> np.ndarray[Any, Any]: ...
+    def tensor(self, dtype: Any = None, shape: _Sizes = None, offset: int = 0, strides: _Sizes = None, *, copy: bool = False) -> Any: ...
     def __dlpack__(
         self,
         *,
@@ -415,6 +403,7 @@ class AccessGroup:
 
 def access_block(buf: object, handle: object, write: bool, timeout: float | None, offset: int = 0, length: int = -1, /) -> Access: ...
 def release_kept(shm: Shm, target: int, fence: int, /) -> int: ...
+def kept_before_fork() -> None: ...
 def set_access_rules(rules: object, sections: set[int], /) -> None: ...
 def map_same(fd: int, length: int, offset: int, writable: bool, from_start: bool, dev: int, ino: int, /) -> Mapping: ...
 def buffer_address(buffer: ReadableBuffer, /) -> int: ...

@@ -14,6 +14,7 @@ from dmabuf import DmaBuf, Usage
 from tests.support.children import Child, Parent, Spawn
 from tests.support.errnos import raises_errno
 from tests.support.fences import keys
+from tests.support.steps import fork, reap
 from tests.support.waiting import until, until_asleep
 
 MODES = pytest.mark.parametrize("mode", ["read", "write"])
@@ -336,6 +337,26 @@ def test_a_stopped_process_that_kept_something_holds_a_writer_until_it_runs_or_e
         pass
     other.send("look")
     assert other.recv() == 0
+
+
+def test_what_a_read_left_before_a_fork_is_not_taken_away_from_the_child(buf: DmaBuf) -> None:
+    with buf.read() as view:
+        kept = memoryview(view)
+    pid = fork(lambda: writes_within(buf, 0.2))
+    assert reap(pid) == errno.ETIMEDOUT
+    with raises_errno(errno.EDEADLK), buf.write():
+        pass
+    kept.release()
+    pid = fork(lambda: writes_within(buf, 60))
+    assert reap(pid) == 0
+
+
+def writes_within(buf: DmaBuf, seconds: float) -> None:
+    try:
+        with buf.write(seconds):
+            pass
+    except TimeoutError:
+        os._exit(errno.ETIMEDOUT)
 
 
 def keeps_an_array(parent: Parent) -> None:

@@ -8,6 +8,7 @@ and the dispatcher of the reader's process hears of it.
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import time
 import types
@@ -15,7 +16,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any, Final
 
-from dmabuf._native import FF_ACCESS, FF_WRITE, Access, Hold, release_kept
+from dmabuf._native import FF_ACCESS, FF_WRITE, Access, Hold, kept_before_fork, release_kept
 from dmabuf.domain.dispatcher import dispatcher
 from dmabuf.domain.domain import Domain
 from dmabuf.errors import KeptWarning
@@ -25,6 +26,9 @@ WAIT_NS: Final = 50_000_000
 
 _MOST: Final = 1000  # entries of a container, and locals of a frame, that are looked through for a name
 _DEPTH: Final = 8  # from an array to the object that its memory is of
+
+
+os.register_at_fork(before=kept_before_fork)
 
 
 def yields(part: Access) -> None:
