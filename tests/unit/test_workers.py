@@ -19,7 +19,7 @@ def test_that_hangs():
 
 def test_hanging_test_is_named_with_its_stacks_under_xdist(tmp_path: Path) -> None:
     (tmp_path / "test_hangs.py").write_text(HANGS)
-    options = ["-n", "1", "-p", "tests.conftest", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml")]
+    options = ["-n", "1", "--max-worker-restart", "0", "-p", "tests.conftest", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml")]
     command = [sys.executable, "-m", "pytest", *options, "--rootdir", str(tmp_path), str(tmp_path)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0) as run:
         out, err = run.communicate()
