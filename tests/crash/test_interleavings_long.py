@@ -1,4 +1,4 @@
-"""Random orders of the steps of two processes with longer programs: 2,000 on the full budget, a third of them on the quick one, drawn anew.
+"""Random orders of the steps of two processes with longer programs: 2,000 on the full budget, a sixth of them on the quick one, drawn anew.
 
 An order is made from its seed alone, which a failure prints: `DMABUF_TEST_SEEDS=17,18 pytest …` runs just those.
 """
@@ -220,6 +220,6 @@ SCENARIOS: dict[type[Scenario], int] = {TwoDays: 500, BothCrossed: 600, TwoHeirs
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda s: s.__name__)
 def test_random_orders_of_two_processes(scenario: type[Scenario], world: World) -> None:
     made, count = scenario(world), SCENARIOS[scenario]
-    chosen = seeds(count, times(quick=count // 3, full=count))
+    chosen = seeds(count, times(quick=count // 6, full=count))
     assert step_through(made, seeds=chosen) == len(chosen)
     made.close()
