@@ -95,6 +95,7 @@ __all__ = [
     "missing_extra",
     "needing_descriptors",
     "rebuilt",
+    "text_of",
 ]
 
 
@@ -292,6 +293,14 @@ def rebuilt(errno_value: int, message: str, operation: str | None, remedy: str |
 
 
 errors_by(fail)
+
+
+def text_of(error: BaseException) -> str:
+    """Return ``str(error)``, or that it has no text: the ``__str__`` of a program's exception may itself raise."""
+    try:
+        return str(error)
+    except (Exception, SystemExit) as e:
+        return f"(its str() raised {type(e).__name__})"
 
 
 @contextlib.contextmanager

@@ -80,6 +80,60 @@ def test_exception_of_remote_op_is_a_contract_error_unless_oserror(
         there.do(do.end, TO)
 
 
+class Odd(Exception):
+    """An exception that can't say what it is."""
+
+    def __str__(self) -> str:
+        raise ValueError("no text")
+
+
+class OddError(OSError):
+    """The same with an errno."""
+
+    def __str__(self) -> str:
+        raise ValueError("no text")
+
+
+class Silent:
+    """An argument of an exception, with no text either."""
+
+    def __str__(self) -> str:
+        raise SystemExit("no text")
+
+
+def _ours(**fields: object) -> dmabuf.DmaBufError:
+    made = dmabuf.DmaBufError(errno.EBUSY, "busy")
+    vars(made).update(fields)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("raised", "came", "says"),
+    [
+        (Odd(), dmabuf.ContractError, "the exporter raised Odd: \\(its str\\(\\) raised ValueError\\)"),
+        (dmabuf.ContractError(Silent()), dmabuf.ContractError, "raised SystemExit"),
+        (OddError(), OSError, "raised ValueError"),
+        (OddError(errno.EBUSY, ""), OSError, "raised ValueError"),
+        (OSError(errno.EBUSY, Silent()), OSError, "raised SystemExit"),
+        (OSError(errno.EBUSY, 7), OSError, "7"),
+        (OSError("no number"), OSError, "no number"),
+        (_ours(operation=Silent(), remedy=b"wait"), dmabuf.DmaBufError, "^busy$"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
+)
+def test_exception_of_remote_op_without_text_reaches_the_caller(
+    child: Spawn, static: Static, monkeypatch: pytest.MonkeyPatch, raised: Exception, came: type[Exception], says: str
+) -> None:
+    monkeypatch.setattr("sys.unraisablehook", lambda info: None)
+    static.fails["begin"] = raised
+    with dmabuf.export(static, SIZE) as buf, Place(child, False).of(buf) as there:
+        with pytest.raises(came, match=says):
+            there.do(do.begin, TO)
+        static.fails.clear()
+        there.do(do.begin, TO)
+        there.do(do.end, TO)
+
+
 def test_an_error_with_a_long_text_has_its_errno_elsewhere_too(place: Place, static: Static) -> None:
     static.fails["begin"] = OSError(errno.EBUSY, "why " * 50_000)
     with dmabuf.export(static, SIZE) as buf, place.of(buf) as there, raises_errno(errno.EBUSY) as caught:

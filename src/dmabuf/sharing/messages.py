@@ -24,7 +24,7 @@ from dmabuf._native import OwnedFd, close_same, is_same, receive_message, send_m
 from dmabuf.domain import dispatcher, lives, place
 from dmabuf.domain.directory import bind_socket, socket_address
 from dmabuf.domain.domain import Domain
-from dmabuf.errors import ContractError, ContractWarning, DmaBufError, fail, rebuilt
+from dmabuf.errors import ContractError, ContractWarning, DmaBufError, fail, rebuilt, text_of
 from dmabuf.sharing.sealed import content, sealed
 
 VERSION: Final = 2
@@ -159,18 +159,20 @@ def close_all(fds: list[OwnedFd]) -> None:
 
 
 def encode_error(error: BaseException, kind: str) -> Body:
-    """Return an exception as a message."""
+    """Return an exception as a message. An exporter's exception may have anything in its fields, and its ``str()`` may raise."""
     if isinstance(error, OSError):
         number = error.errno if isinstance(error.errno, int) and 0 < error.errno < 4096 else errno.EIO
-        told: Body = {"errno": number, "text": (error.strerror or str(error))[:_TEXT]}
+        message = error.strerror if isinstance(error.strerror, str) and error.strerror else text_of(error)
+        told: Body = {"errno": int(number), "text": message[:_TEXT]}
         if isinstance(error, DmaBufError):
-            told |= {"ours": True, "operation": error.operation, "remedy": error.remedy}
+            parts = {"operation": error.operation, "remedy": error.remedy}
+            told |= {"ours": True, **{name: part for name, part in parts.items() if isinstance(part, str)}}
         return told
     for name, one in _OTHERS.items():
         if type(error) is one:
-            return {"error": name, "text": str(error)[:_TEXT]}
+            return {"error": name, "text": text_of(error)[:_TEXT]}
     dispatcher.report(error, kind)  # the code with the bug is in this process
-    return {"error": "ContractError", "text": f"{kind}: the exporter raised {type(error).__name__}: {error}"[:_TEXT]}
+    return {"error": "ContractError", "text": f"{kind}: the exporter raised {type(error).__name__}: {text_of(error)}"[:_TEXT]}
 
 
 _OTHERS: Final[dict[str, type[Exception]]] = {"ContractError": ContractError, "ContractWarning": ContractWarning, "TypeError": TypeError}

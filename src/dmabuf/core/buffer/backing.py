@@ -35,7 +35,7 @@ from dmabuf.core.resv.resv import resv_of
 from dmabuf.core.task.owner import current
 from dmabuf.domain.domain import Domain
 from dmabuf.domain.records import Record
-from dmabuf.errors import ContractError, contract_warning, fail
+from dmabuf.errors import ContractError, contract_warning, fail, text_of
 from dmabuf.uapi.call import OwnedFd
 
 
@@ -215,7 +215,7 @@ class Backing(ABC):
                     raise fail(errno.ENOMEM, "vmap", buf, what="its exporter returned no map")
             except OSError as e:
                 if tell:
-                    contract_warning(f"vmap: {buf!r}: its exporter failed: {e}", 5)
+                    contract_warning(f"vmap: {buf!r}: its exporter failed: {text_of(e)}", 5)
                 raise
             if debug.enabled:
                 made = CheckedMap.of(made, self.bracketed, debug.place(sys._getframe(1)))
