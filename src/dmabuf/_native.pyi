@@ -3,7 +3,7 @@
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from os import PathLike
 from types import TracebackType
-from typing import Any, Final, Generic, Literal, Self, SupportsIndex, TypeAlias, TypeVar, final, overload
+from typing import Any, Final, Generic, Literal, Self, SupportsIndex, TypeAlias, TypedDict, TypeVar, final, overload, type_check_only
 
 import numpy as np
 from _typeshed import ReadableBuffer, WriteableBuffer
@@ -116,6 +116,48 @@ def dup_same(fd: int, dev: int, ino: int, cloexec: bool, /) -> int: ...
 def errors_by(fail: Callable[..., OSError], /) -> None: ...
 def probe_fd(fd: int, /) -> tuple[int, int, int, int, bytes, int]: ...
 
+@type_check_only
+class RecordInfo(TypedDict):
+    """What a record says: of a buffer, or of a reservation object."""
+
+    gen: int
+    dev: int
+    ino: int
+    size: int
+    nonce: bytes
+    created: int
+    life: int
+    pid: int
+    kind: int
+    torn: int
+    torn_pid: int
+    absent: int
+    absent_ns: int
+    resv: int
+    resv_gen: int
+    name: bytes | None
+    exp_name: bytes
+    home: bytes
+
+@type_check_only
+class FenceInfo(TypedDict):
+    """What a fence's slot says."""
+
+    pending: bool
+    sync: bool
+    context: int
+    seqno: int
+    error: int
+    flags: int
+    owner: int
+    rec: int
+    rec_gen: int
+    timeline: int
+    created: int
+    deadline: int
+    timestamp: int
+    life: int
+
 class Shm:
     tick: Callable[[int, int], None] | None
     slow: Callable[[int, int], object] | None
@@ -162,7 +204,7 @@ class Shm:
     def rec_get(self, rec: int, gen: int, /) -> bool: ...
     def rec_put(self, rec: int, /) -> bool: ...
     def rec_free(self, rec: int, gen: int, /) -> bool: ...
-    def rec_info(self, rec: int, /) -> dict[str, Any] | None: ...
+    def rec_info(self, rec: int, /) -> RecordInfo | None: ...
     def rec_name(self, rec: int, name: bytes, /) -> None: ...
     def rec_set_absent(self, rec: int, gen: int, passes: int, ns: int, /) -> None: ...
     def rec_set_resv(self, rec: int, resv: int, gen: int, /) -> None: ...
@@ -194,7 +236,7 @@ class Shm:
     def fence_wait(self, handle: int, until: int, interruptible: bool, /) -> int: ...
     def fence_pending(self, handle: int, /) -> bool: ...
     def fence_is_here(self, handle: int, /) -> bool: ...
-    def fence_info(self, handle: int, /) -> dict[str, Any] | None: ...
+    def fence_info(self, handle: int, /) -> FenceInfo | None: ...
     def fence_share(self, handle: int, /) -> bool: ...
     def fence_watch(self, handle: int, /) -> bool: ...
     def fence_set_error(self, handle: int, error: int, /) -> bool: ...

@@ -21,7 +21,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Final, Self, TypeVar
+from typing import TYPE_CHECKING, Final, Self, TypeVar
 
 from dmabuf._native import OFF_ID, OwnedFd, Shm, WeakValues, close_at_exit, locks_seen, watch_add, watch_open, watch_read
 from dmabuf.domain.domain import TICK_NS, Domain
@@ -30,6 +30,9 @@ from dmabuf.domain.guards import finalizer
 from dmabuf.domain.local import Local
 from dmabuf.domain.weak_objects import WeakObjects
 from dmabuf.errors import fail, needing_descriptors
+
+if TYPE_CHECKING:
+    from dmabuf._native import RecordInfo
 
 KIND_BUFFER: Final = 0
 KIND_RESV: Final = 1
@@ -107,12 +110,12 @@ class Record:
         else:
             self.reference(name)
 
-    def info(self) -> dict[str, Any]:
+    def info(self) -> RecordInfo:
         """Return what the record says now."""
         self.ensure()
         return self.seen()
 
-    def seen(self) -> dict[str, Any]:
+    def seen(self) -> RecordInfo:
         """Return what the record says, without a reference of this process's present life to it."""
         found = self.shm.rec_info(self.index)
         if found is None or found["gen"] != self.gen:

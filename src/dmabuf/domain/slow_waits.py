@@ -11,9 +11,12 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from dmabuf._native import FF_ACCESS, FF_ANYBODY, FF_WRITE, TICK_FENCE, TICK_RESV, TICK_TABLE, Shm
+
+if TYPE_CHECKING:
+    from dmabuf._native import FenceInfo
 
 
 class Waited(Protocol):
@@ -113,7 +116,7 @@ def fence(domain: Waited, handle: int) -> str:
     return f"fence {info['context']}:{info['seqno']} of {f'timeline {name!r} of ' if name else ''}{who}"
 
 
-def _of_buffer(shm: Shm, info: dict[str, Any]) -> str:
+def _of_buffer(shm: Shm, info: FenceInfo) -> str:
     found = shm.rec_info(info["rec"] - 1) if info["rec"] else None
     if found is None or found["gen"] != info["rec_gen"]:
         return ""
@@ -121,6 +124,6 @@ def _of_buffer(shm: Shm, info: dict[str, Any]) -> str:
     return f", of buffer{name} ino {found['ino']}"
 
 
-def _timeline(shm: Shm, info: dict[str, Any]) -> str:
+def _timeline(shm: Shm, info: FenceInfo) -> str:
     found = shm.timeline_info(info["timeline"] - 1) if info["timeline"] else None
     return os.fsdecode(found[5] or found[4]) if found is not None and found[2] == info["context"] else ""

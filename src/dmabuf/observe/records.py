@@ -15,13 +15,16 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from dmabuf._native import FF_ACCESS, FF_GRANTED, FF_WRITE, LIFE_COMM, Shm
 from dmabuf.core.fence.fence import names_of
 from dmabuf.domain import lives, records
 from dmabuf.domain.domain import Domain
 from dmabuf.domain.holders import Holder, holders
+
+if TYPE_CHECKING:
+    from dmabuf._native import RecordInfo
 
 __all__ = ["BufferRecord", "FenceRecord", "Holder", "Torn", "buffers", "snapshots"]
 
@@ -124,7 +127,7 @@ def snapshots(domain: Domain) -> list[BufferSnapshot]:
     return [_snapshot(shm, names, i, info, held.get((info["dev"], info["ino"]), [])) for i, info in newest]
 
 
-def _consistent(shm: Shm, index: int) -> dict[str, Any] | None:
+def _consistent(shm: Shm, index: int) -> RecordInfo | None:
     """Return the fields of a record, None if it isn't a buffer's, or was given to another buffer meanwhile."""
     info = shm.rec_info(index)
     if info is None or info["kind"] != records.KIND_BUFFER or not info["ino"]:
@@ -132,7 +135,7 @@ def _consistent(shm: Shm, index: int) -> dict[str, Any] | None:
     return info if shm.rec_find(info["dev"], info["ino"]) == (index, info["gen"], info["nonce"]) else None
 
 
-def _unheld(infos: dict[int, dict[str, Any]], held: dict[tuple[int, int], list[Holder]]) -> set[int]:
+def _unheld(infos: dict[int, RecordInfo], held: dict[tuple[int, int], list[Holder]]) -> set[int]:
     """Return the records whose buffers are gone: their processes are dead, or closed them and have not collected the handle.
 
     /proc has shown most holders already, and only the rest need the reference locks: a pass over n of those costs the kernel n² steps.
@@ -146,7 +149,7 @@ def _unheld(infos: dict[int, dict[str, Any]], held: dict[tuple[int, int], list[H
     return gone
 
 
-def _snapshot(shm: Shm, names: _Names, index: int, info: dict[str, Any], held: list[Holder]) -> BufferSnapshot:
+def _snapshot(shm: Shm, names: _Names, index: int, info: RecordInfo, held: list[Holder]) -> BufferSnapshot:
     given = shm.rec_info(info["resv"] - 1) if info["resv"] else None  # None: it is gone, and the number may be another record's
     resv = info["resv"] - 1 if given is not None and given["gen"] == info["resv_gen"] else index
     fences: list[FenceRecord] = []

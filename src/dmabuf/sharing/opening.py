@@ -12,7 +12,7 @@ import errno
 import os
 from collections.abc import Callable, Iterator
 from functools import cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from dmabuf._native import LIFE_PID, fd_of, owned
 from dmabuf.core.buffer.identity import checked_name, identify, is_kernel_home, memfd_name
@@ -22,6 +22,9 @@ from dmabuf.domain import lives, records
 from dmabuf.domain.domain import Domain
 from dmabuf.errors import DmaBufError, fail, needing_descriptors
 from dmabuf.sharing import duplicate
+
+if TYPE_CHECKING:
+    from dmabuf._native import RecordInfo
 
 SHOWN = 5  # names or inodes in a message
 
@@ -99,7 +102,7 @@ def _by_name(domain: Domain, name: bytes) -> list[_Found]:
     return _matching(domain, lambda info: info["name"] == name)
 
 
-def _matching(domain: Domain, wanted: Callable[[dict[str, Any]], bool]) -> list[_Found]:
+def _matching(domain: Domain, wanted: Callable[[RecordInfo], bool]) -> list[_Found]:
     shm = domain.shm
     infos = ((index, shm.rec_info(index)) for index in shm.rec_list())
     return [

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol, TypeAlias
 
 from dmabuf._native import owned
 from dmabuf.core.buffer.handle import handle_of
@@ -37,18 +37,25 @@ from dmabuf.sharing.items import check_fence, directory_lost, timeline_place
 from dmabuf.sharing.remote_timeline import RemoteTimeline
 
 _MODULE = "multiprocessing.reduction"
+Reduced: TypeAlias = tuple[Callable[..., object], tuple[object, ...]]  # what a pickler calls in the receiver, with which arguments
+
+
+class _Sent(Protocol):
+    """A descriptor on its way, multiprocessing's ``DupFd``."""
+
+    def detach(self) -> int: ...
 
 
 # ---- in the sender ----
 
 
-def _reduce_buffer(buf: DmaBuf) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+def _reduce_buffer(buf: DmaBuf) -> Reduced:
     handle = handle_of(buf)
     fd = handle.descriptor("pickle")
     return _make_buffer, (sys.modules[_MODULE].DupFd(fd), buf.domain, handle.shared.info()["name"])
 
 
-def _reduce_domain(domain: Domain) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+def _reduce_domain(domain: Domain) -> Reduced:
     if domain.path is not None:
         with domain.directory() as directory:
             if directory is None:
@@ -57,7 +64,7 @@ def _reduce_domain(domain: Domain) -> tuple[Callable[..., Any], tuple[Any, ...]]
     return _make_domain, (domain.id, None, sys.modules[_MODULE].DupFd(domain.fileno()))
 
 
-def _reduce_fence(fence: DmaFence) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+def _reduce_fence(fence: DmaFence) -> Reduced:
     check_fence(fence, "pickle")
     structure = pack(fence)
     if structure is not None:
@@ -67,28 +74,28 @@ def _reduce_fence(fence: DmaFence) -> tuple[Callable[..., Any], tuple[Any, ...]]
     return _make_fence, (fence.domain, fence.handle, (fence.context, fence.seqno, fence.timeline_index))
 
 
-def _reduce_sync_file(sync_file: SyncFile) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+def _reduce_sync_file(sync_file: SyncFile) -> Reduced:
     sync_file.share("pickle")
     facts = sync_file.record().pack() if sync_file.domain.path is None and not sync_file.kernel else None
     return _make_sync_file, (sys.modules[_MODULE].DupFd(sync_file.fileno()), sync_file.domain, facts)
 
 
-def _reduce_shared(thing: SwSync | TimelineSemaphore) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+def _reduce_shared(thing: SwSync | TimelineSemaphore) -> Reduced:
     return _make_shared, (type(thing), sys.modules[_MODULE].DupFd(thing.fileno()), thing.domain)
 
 
-def _reduce_timeline(timeline: Timeline | RemoteTimeline) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+def _reduce_timeline(timeline: Timeline | RemoteTimeline) -> Reduced:
     return RemoteTimeline, (timeline.domain, *timeline_place(timeline, "pickle"))
 
 
 # ---- in the receiver ----
 
 
-def _make_buffer(there: Any, domain: Domain, name: bytes | None) -> DmaBuf:
+def _make_buffer(there: _Sent, domain: Domain, name: bytes | None) -> DmaBuf:
     return from_fd(owned(there.detach), domain, name=name)
 
 
-def _make_domain(identity: str, path: str | None, there: Any) -> Domain:
+def _make_domain(identity: str, path: str | None, there: _Sent) -> Domain:
     if path is None:
         return Domain.adopt(owned(there.detach))
     domain = known(identity) or Domain.open(Path(path))
@@ -103,17 +110,17 @@ def _make_fence(domain: Domain, handle: int, past: tuple[int, int, int]) -> DmaF
     return wrap(domain, handle, past)
 
 
-def _make_sync_file(there: Any, domain: Domain, facts: bytes | None) -> SyncFile:
+def _make_sync_file(there: _Sent, domain: Domain, facts: bytes | None) -> SyncFile:
     return SyncFile.from_owned_fd(owned(there.detach), domain, None if facts is None else SyncFileRecord.unpack(facts))
 
 
-def _make_shared(kind: type[SwSync] | type[TimelineSemaphore], there: Any, domain: Domain) -> SwSync | TimelineSemaphore:
+def _make_shared(kind: type[SwSync] | type[TimelineSemaphore], there: _Sent, domain: Domain) -> SwSync | TimelineSemaphore:
     return kind.from_owned_fd(owned(there.detach), domain)
 
 
 # ---- registration ----
 
-_REDUCERS: dict[type, Callable[[Any], tuple[Callable[..., Any], tuple[Any, ...]]]] = {
+_REDUCERS: dict[type, Callable[[Any], Reduced]] = {
     DmaBuf: _reduce_buffer,
     CustomFence: _reduce_fence,
     DmaFence: _reduce_fence,
@@ -142,7 +149,7 @@ def _by_forking_pickler(caller: FrameType | None) -> bool:
     return caller.f_code in (reduction.ForkingPickler.dumps.__func__.__code__, reduction.dump.__code__)
 
 
-def _reduce(thing: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+def _reduce(thing: Any) -> Reduced:
     """Reduce an object for any pickler. Once the reducers are registered, multiprocessing's own pickler doesn't call this."""
     if _by_forking_pickler(sys._getframe(1)):
         _register()

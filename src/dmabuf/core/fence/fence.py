@@ -21,7 +21,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from dmabuf._native import FF_ACCESS, FF_ANYBODY, FF_CONTAINER, FF_SEQNO64, Fence, Shm, TimelineSlot, WeakValues
 from dmabuf.core.task.waiting import pause
@@ -29,6 +29,9 @@ from dmabuf.domain.dispatcher import DISPATCHER, dispatcher
 from dmabuf.domain.domain import Domain
 from dmabuf.domain.local import Local
 from dmabuf.errors import contract_warning, fail
+
+if TYPE_CHECKING:
+    from dmabuf._native import FenceInfo
 
 MAX_ERRNO = 4095  # include/linux/err.h
 MAX_TIME = (1 << 63) - 1  # ns, include/linux/ktime.h
@@ -354,7 +357,7 @@ def register(fence: DmaFence, domain: Domain, timeline: Origin | None) -> None:
     (KNOWN.of(domain) if known is None else known)[fence.handle] = fence
 
 
-def names_of(shm: Shm, info: dict[str, Any]) -> tuple[str, str]:
+def names_of(shm: Shm, info: FenceInfo) -> tuple[str, str]:
     """Return the names of driver and timeline for an answer of ``Shm.fence_info``; "" when the timeline's slot was reused since.
 
     A timeline has the context of its fences. Accesses, containers and stubs have a context each, or none, and share a timeline of their
