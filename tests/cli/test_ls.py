@@ -208,6 +208,16 @@ def test_lines_fit_the_terminal(run: Run, child: Spawn, columns: int) -> None:
         assert ("HOME" in ran.out) == (columns == 140)
 
 
+def test_number_and_unit_of_an_age_stay_on_one_line(run: Run) -> None:
+    with dmabuf.allocate(4096) as buf:
+        fence = Timeline("capture").fence()
+        attach(buf.resv, fence, Usage.WRITE)
+        for columns in range(60, 100):
+            notes = [line for line in run("ls", columns=columns).lines if line.startswith("    ")]
+            assert re.search(r"(^| )[0-9.]+ (m?s|min|h)$", notes[-1]), (columns, notes)
+        fence.signal()
+
+
 def test_into_a_pipe_every_buffer_is_one_line_with_its_whole_name(run: Run, child: Spawn) -> None:
     child(holds, [b"\xff" * 31]).recv()
     assert sum("\\xff" * 31 in line and "(1 fd)" in line for line in run("ls").lines) == 1

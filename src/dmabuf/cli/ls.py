@@ -94,7 +94,7 @@ def _notes(buf: BufferRecord, monotonic: int) -> list[Text]:
 def blocker(fence: FenceRecord, monotonic: int) -> str:
     """Return a fence with its process and its age."""
     owner = f"{safe(fence.comm)} {fence.pid}".strip()
-    since = age(monotonic - fence.since)
+    since = age(monotonic - fence.since).replace(" ", show.GLUE)
     if fence.access is None:
         return f"fence {safe(fence.driver)} {safe(fence.timeline)} {fence.seqno} of {owner}, for {since}"
     waiting = "" if fence.granted else ", which waits itself"
