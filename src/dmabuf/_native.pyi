@@ -3,10 +3,12 @@
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from os import PathLike
 from types import TracebackType
-from typing import Any, Final, Generic, Literal, Self, SupportsIndex, TypeAlias, TypedDict, TypeVar, final, overload, type_check_only
+from typing import Any, Final, Generic, Literal, Self, SupportsIndex, TypeAlias, TypeVar, final, overload
 
 import numpy as np
 from _typeshed import ReadableBuffer, WriteableBuffer
+
+from dmabuf.answers import FenceInfo, RecordInfo
 
 _K = TypeVar("_K")
 _V = TypeVar("_V")
@@ -115,48 +117,6 @@ def close_same(fd: int, dev: int, ino: int, /) -> bool: ...
 def dup_same(fd: int, dev: int, ino: int, cloexec: bool, /) -> int: ...
 def errors_by(fail: Callable[..., OSError], /) -> None: ...
 def probe_fd(fd: int, /) -> tuple[int, int, int, int, bytes, int]: ...
-
-@type_check_only
-class RecordInfo(TypedDict):
-    """What a record says: of a buffer, or of a reservation object."""
-
-    gen: int
-    dev: int
-    ino: int
-    size: int
-    nonce: bytes
-    created: int
-    life: int
-    pid: int
-    kind: int
-    torn: int
-    torn_pid: int
-    absent: int
-    absent_ns: int
-    resv: int
-    resv_gen: int
-    name: bytes | None
-    exp_name: bytes
-    home: bytes
-
-@type_check_only
-class FenceInfo(TypedDict):
-    """What a fence's slot says."""
-
-    pending: bool
-    sync: bool
-    context: int
-    seqno: int
-    error: int
-    flags: int
-    owner: int
-    rec: int
-    rec_gen: int
-    timeline: int
-    created: int
-    deadline: int
-    timestamp: int
-    life: int
 
 class Shm:
     tick: Callable[[int, int], None] | None

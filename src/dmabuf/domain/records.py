@@ -32,7 +32,7 @@ from dmabuf.domain.weak_objects import WeakObjects
 from dmabuf.errors import fail, needing_descriptors
 
 if TYPE_CHECKING:
-    from dmabuf._native import RecordInfo
+    from dmabuf.answers import RecordInfo
 
 KIND_BUFFER: Final = 0
 KIND_RESV: Final = 1

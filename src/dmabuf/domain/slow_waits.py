@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 from dmabuf._native import FF_ACCESS, FF_ANYBODY, FF_WRITE, TICK_FENCE, TICK_RESV, TICK_TABLE, Shm
 
 if TYPE_CHECKING:
-    from dmabuf._native import FenceInfo
+    from dmabuf.answers import FenceInfo
 
 
 class Waited(Protocol):

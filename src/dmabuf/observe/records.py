@@ -24,7 +24,7 @@ from dmabuf.domain.domain import Domain
 from dmabuf.domain.holders import Holder, holders
 
 if TYPE_CHECKING:
-    from dmabuf._native import RecordInfo
+    from dmabuf.answers import RecordInfo
 
 __all__ = ["BufferRecord", "FenceRecord", "Holder", "Torn", "buffers", "snapshots"]
 

@@ -24,7 +24,7 @@ from dmabuf.errors import DmaBufError, fail, needing_descriptors
 from dmabuf.sharing import duplicate
 
 if TYPE_CHECKING:
-    from dmabuf._native import RecordInfo
+    from dmabuf.answers import RecordInfo
 
 SHOWN = 5  # names or inodes in a message
 

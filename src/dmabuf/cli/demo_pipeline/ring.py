@@ -42,7 +42,7 @@ import time
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
-from dmabuf import View
+from dmabuf._native import View
 from dmabuf.core.base.usage import Usage
 from dmabuf.core.buffer.handle import PAGE
 from dmabuf.core.dma_buf import DmaBuf

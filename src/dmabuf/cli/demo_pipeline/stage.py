@@ -20,7 +20,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, Final
 
-from dmabuf import View
+from dmabuf._native import View
 from dmabuf.cli.demo_pipeline import video
 from dmabuf.cli.demo_pipeline.counters import Counters
 from dmabuf.cli.demo_pipeline.ring import DRIVER, PeerEnded, Port, announce, find, get_header, put_header

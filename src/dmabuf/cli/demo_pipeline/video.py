@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from dmabuf import View
+from dmabuf._native import View
 from dmabuf.cli.demo_pipeline.ring import HEADER_BYTES
 from dmabuf.errors import missing_extra
 

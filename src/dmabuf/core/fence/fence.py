@@ -31,7 +31,7 @@ from dmabuf.domain.local import Local
 from dmabuf.errors import contract_warning, fail
 
 if TYPE_CHECKING:
-    from dmabuf._native import FenceInfo
+    from dmabuf.answers import FenceInfo
 
 MAX_ERRNO = 4095  # include/linux/err.h
 MAX_TIME = (1 << 63) - 1  # ns, include/linux/ktime.h

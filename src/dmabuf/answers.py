@@ -1,0 +1,45 @@
+"""The dicts with which the C extension answers, for type checkers. Nothing imports this module at run time."""
+
+from typing import TypedDict
+
+
+class RecordInfo(TypedDict):
+    """What a record says: of a buffer, or of a reservation object."""
+
+    gen: int
+    dev: int
+    ino: int
+    size: int
+    nonce: bytes
+    created: int
+    life: int
+    pid: int
+    kind: int
+    torn: int
+    torn_pid: int
+    absent: int
+    absent_ns: int
+    resv: int
+    resv_gen: int
+    name: bytes | None
+    exp_name: bytes
+    home: bytes
+
+
+class FenceInfo(TypedDict):
+    """What a fence's slot says."""
+
+    pending: bool
+    sync: bool
+    context: int
+    seqno: int
+    error: int
+    flags: int
+    owner: int
+    rec: int
+    rec_gen: int
+    timeline: int
+    created: int
+    deadline: int
+    timestamp: int
+    life: int
