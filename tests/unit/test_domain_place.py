@@ -19,6 +19,7 @@ from dmabuf import DmaBufError, _native
 from dmabuf.domain import domain as domain_module
 from dmabuf.domain import place, proved
 from dmabuf.errors import fail
+from tests.support.budget import some_of
 from tests.support.places import FILE, MIB, in_process, inhabitant, left, make, refused, visit
 from tests.support.waiting import Background
 
@@ -366,7 +367,7 @@ def test_random_bytes_without_a_process_are_set_aside_or_emptied(where: Path) ->
             warnings.simplefilter("ignore")
             visit(where)
 
-    for seed in range(40):
+    for seed in some_of(40, quick=15):
         rng = random.Random(seed)
         data = bytearray(whole) + rng.randbytes(rng.choice((0, 0, 1, 32768, 40000)))
         for _ in range(rng.choice((1, 8, 64))):
@@ -411,7 +412,7 @@ def test_random_bytes_under_a_living_process_never_hang_or_crash_an_opener(where
             buf.close()
             domain.leave()
 
-    for seed in range(20):
+    for seed in some_of(20, quick=8):
         rng = random.Random(seed)
         with inhabitant(where) as pid:
             with open(where / FILE, "r+b") as f:

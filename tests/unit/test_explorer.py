@@ -10,9 +10,10 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from tests.support.apart import Apart
+from tests.support.budget import times
 from tests.support.explorer import Program, explore, may_switch, outcome
 
-SEEDS = range(40)
+SEEDS = range(times(quick=20, full=40))
 
 
 class _Here(Program):
