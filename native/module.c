@@ -118,6 +118,7 @@ static int add_constants(PyObject *module) {
       VALUE(CH_CTX),
       VALUE(CH_SYNC),
       VALUE(CH_LEAF),
+      VALUE(CH_LAYOUT),
       VALUE(CTX_PER),
       VALUE(CTX_FIRST_IN_LIFE),
       VALUE(TIMELINES_PER),

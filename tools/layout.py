@@ -1,9 +1,9 @@
-"""Makes docs/layout.md, the layout of the domain's file, from native/domain/layout.h.
+"""Makes docs/layout.md, the layout of the domain's file, from native/domain/layout.h and its parts.
 
     python -m tools.layout            writes docs/layout.md
     python -m tools.layout --check    1 when it is not up to date
 
-What the header must look like:
+What the headers must look like:
 
 - A comment ``/* ---- Title ----`` begins a section, and the rest of that comment is the section's text.
 - A constant with a comment behind it, on one line, becomes a row of the section's table. Other macros are code and stay out.
@@ -21,7 +21,7 @@ from typing import NamedTuple
 from tools.pages import up_to_date
 
 ROOT = Path(__file__).resolve().parents[1]
-HEADER = ROOT / "native" / "domain" / "layout.h"
+HEADERS = tuple(ROOT / "native" / "domain" / name for name in ("layout.h", "layout_sync.h", "layout_buffers.h"))
 PAGE = ROOT / "docs" / "layout.md"
 BYTES = {"char": 1, "uint8_t": 1, "uint32_t": 4, "a32": 4, "ai32": 4, "a64": 8}
 
@@ -55,6 +55,11 @@ class Header(NamedTuple):
     values: dict[str, int | str]
     sizes: dict[str, int]
     offsets: dict[tuple[str, str], int]
+
+
+def text_of_headers() -> str:
+    """Return the text of the headers, one behind the other."""
+    return "".join(path.read_text(encoding="utf-8") for path in HEADERS)
 
 
 def read(text: str) -> Header:
@@ -108,7 +113,8 @@ def page(text: str) -> str:
         prose = re.sub(r"^ \* ?", "", section["text"], flags=re.M).strip()
         lines += ["", f"## {section['title']}"] + (["", *prose.splitlines()] if prose else [])
         lines += _tables(header, text[section.end() : following.start() if following else len(text)])
-    return "\n".join([*lines, "", "Made by `python -m tools.layout` from `native/domain/layout.h`.", ""])
+    parts = "`native/domain/layout.h`, `layout_sync.h` and `layout_buffers.h`"
+    return "\n".join([*lines, "", f"Made by `python -m tools.layout` from {parts}.", ""])
 
 
 def _tables(header: Header, body: str) -> Iterator[str]:
@@ -141,7 +147,7 @@ def _cell(text: str) -> str:
 
 def main(arguments: list[str]) -> int:
     """Write the page, or check it."""
-    return int(not up_to_date(PAGE, page(HEADER.read_text(encoding="utf-8")), arguments))
+    return int(not up_to_date(PAGE, page(text_of_headers()), arguments))
 
 
 if __name__ == "__main__":

@@ -64,6 +64,33 @@ MUTANTS = (
         ("tests/conformance/test_access_processes.py",),
     ),
     Mutant(
+        "layout-reset",
+        "the last process that leaves gives the layouts of buffers in flight back, too",
+        "native/domain/reset.c",
+        (Change("  if (type == CH_LAYOUT) return layouts_used(s, c);\n", ""),),
+        ("tests/crash/test_layouts.py",),
+    ),
+    Mutant(
+        "layout-early",
+        "a record is live before it has the layout that it is made with",
+        "native/domain/buffer_layout.c",
+        (Change("  atomic_store(&r->layout, i + 1);\n", "  if (atomic_load(&r->state) == REC_LIVE) atomic_store(&r->layout, i + 1);\n"),),
+        ("tests/crash/test_layouts.py",),
+    ),
+    Mutant(
+        "layout-generation",
+        "a process that copies a layout doesn't look whether the record is another buffer's by now",
+        "native/domain/records.c",
+        (
+            Change(
+                "  if (!rec_live(s, i, r) || atomic_load(&r->gen) != gen) Py_RETURN_NONE; /* last, as in rec_find() */\n"
+                '  return Py_BuildValue("Iy#"',
+                '  return Py_BuildValue("Iy#"',
+            ),
+        ),
+        ("tests/crash/test_reads_together.py",),
+    ),
+    Mutant(
         "rebuild",
         "a process that takes the table lock from a dead one leaves the table as it is",
         "native/domain/table.c",

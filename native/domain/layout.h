@@ -1,6 +1,6 @@
-/* layout.h - the layout of a domain's file, and nothing else: it needs no Python and has no code of its own.
- * docs/layout.md is made from this file by `python -m tools.layout`, which says what it expects of it. A change of the layout changes
- * DB_VERSION, which is part of the file's name.
+/* layout.h - the layout of a domain's file, and nothing else: it needs no Python and has no code of its own. The slots of sync files are
+ * in layout_sync.h, and those of buffers' layouts in layout_buffers.h. docs/layout.md is made from all three by `python -m tools.layout`,
+ * which says what it expects of them. A change of the layout changes DB_VERSION, which is part of the file's name.
  */
 #ifndef DMABUF_LAYOUT_H
 #define DMABUF_LAYOUT_H
@@ -20,7 +20,7 @@
  * All numbers are little-endian. The offsets of this table are from the start of the file.
  */
 #define DB_MAGIC        "DMABUFDM"
-#define DB_VERSION      4u                                  /* of the layout */
+#define DB_VERSION      5u                                  /* of the layout */
 #define DB_PAGE         4096u                               /* bytes of the header page */
 #define DB_CHUNK        32768u                              /* bytes of a chunk */
 #define DB_MAX_CHUNKS   16384u                              /* chunks at most, 512 MiB */
@@ -71,18 +71,18 @@ typedef struct {
   uint32_t lives;        /* DB_LIVES */
   uint32_t buckets;      /* DB_BUCKETS */
   a32 nchunks;           /* published chunks: never more than the file has memory for; fewer only after a reset */
-  a32 table_lock;        /* [waiters 1 | life id 31]: guards growth, records, blocks and the hash; also their futex */
+  a32 table_lock;        /* [waiters 1 | life id 31]: guards growth, records, blocks, layouts and the hash; their futex */
   a64 next_context;      /* the next fence context */
   a64 next_stamp;        /* the next stamp of a db_ctx: smaller is older */
   a64 sweep_ns;          /* when dead processes were last looked for, CLOCK_MONOTONIC ns; the process that moves it does so */
-  a32 spare1;
-  a32 rec_free;   /* first free record + 1, 0: none */
-  a32 life_high;  /* process slots below this one have been used */
-  a32 block_free; /* first free block + 1, 0: none */
-  a64 floor[16];  /* by chunk type: no generation of a slot at or below this one is used again; CH_CTX: of chunks of lives too */
-  char boot[16];  /* the boot in which processes last lived here (/proc/sys/kernel/random/boot_id) */
-  a64 dev;        /* st_dev and */
-  a64 ino;        /* st_ino of this file, which tell it from a copy of it, and from what another mount shows of it */
+  a32 layout_free;       /* first free layout + 1, 0: none */
+  a32 rec_free;          /* first free record + 1, 0: none */
+  a32 life_high;         /* process slots below this one have been used */
+  a32 block_free;        /* first free block + 1, 0: none */
+  a64 floor[16];         /* by chunk type: no generation of a slot at or below this one is used again; CH_CTX: of chunks of lives too */
+  char boot[16];         /* the boot in which processes last lived here (/proc/sys/kernel/random/boot_id) */
+  a64 dev;               /* st_dev and */
+  a64 ino;               /* st_ino of this file, which tell it from a copy of it, and from what another mount shows of it */
 } db_header;
 
 DB_SIZE(db_header, 272);
@@ -99,7 +99,7 @@ DB_AT(db_header, table_lock, 68);
 DB_AT(db_header, next_context, 72);
 DB_AT(db_header, next_stamp, 80);
 DB_AT(db_header, sweep_ns, 88);
-DB_AT(db_header, spare1, 96);
+DB_AT(db_header, layout_free, 96);
 DB_AT(db_header, rec_free, 100);
 DB_AT(db_header, life_high, 104);
 DB_AT(db_header, block_free, 108);
@@ -154,8 +154,8 @@ DB_AT(db_life, comm, 48);
 /* ---- Chunks ----
  *
  * A word of the chunk table is `[owner's life id 32 | unused 8 | ordinal 16 | type 8]`. The ordinal numbers the chunks of records. Chunks
- * of records and of blocks have no owner and change under the table lock. The others are written by the life that owns them. When their
- * owner is 0, the next life that needs a chunk of the type takes them.
+ * of records, blocks and layouts have no owner and change under the table lock. The others are written by the life that owns them. When
+ * their owner is 0, the next life that needs a chunk of the type takes them.
  */
 enum {
   CH_NONE,     /* given back, or not published */
@@ -167,6 +167,7 @@ enum {
   CH_CTX,      /* 512 db_ctx */
   CH_SYNC,     /* 256 db_sync */
   CH_LEAF,     /* 256 db_leaf */
+  CH_LAYOUT,   /* 120 db_layout */
   CH_TYPES,    /* how many there are */
 };
 
@@ -292,63 +293,6 @@ DB_AT(db_fence, past, 96);
 /* No time has this value and no other generation has it, so a compare-and-swap from it can only meet this generation. */
 #define STAMP_NONE(gen) (1ull << 63 | (gen))
 
-/* ---- Sync files ----
- *
- * A sync file has a slot, and a slot for each of its fences. Its descriptor is a socket whose abstract name has the domain's identity, the
- * slot and its generation. The slots are in use as long as some process has the socket, which only the kernel knows.
- */
-typedef struct {
-  a32 gen;       /* generation: one more with each use of the slot */
-  a32 count;     /* its fences; 0: it is being made */
-  a32 first;     /* slot of the first fence + 1 */
-  a32 at;        /* slot of the fence that it waits for + 1; a hint */
-  a64 waits;     /* handle of that fence, 0: the descriptor was made readable */
-  a64 net;       /* cookie of the network namespace that the socket is in (SO_NETNS_COOKIE), 0: not known */
-  char name[32]; /* its name, with a NUL */
-  a64 spare[8];
-} db_sync;
-
-DB_SIZE(db_sync, 128);
-DB_AT(db_sync, gen, 0);
-DB_AT(db_sync, count, 4);
-DB_AT(db_sync, first, 8);
-DB_AT(db_sync, at, 12);
-DB_AT(db_sync, waits, 16);
-DB_AT(db_sync, net, 24);
-DB_AT(db_sync, name, 32);
-DB_AT(db_sync, spare, 64);
-
-typedef struct {
-  a32 gen;         /* generation: one more with each use of the slot */
-  a32 next;        /* slot of the next fence + 1, 0: the last */
-  a64 head;        /* the sync file: [generation 32 | slot + 1 32]; 0: none */
-  a32 index;       /* its place among the fences */
-  a32 timeline;    /* slot of the fence's timeline + 1, 0: none */
-  a64 handle;      /* the fence */
-  a64 context;     /* its context */
-  a64 seqno;       /* and its number there */
-  a64 result;      /* [generation 32 | unused 19 | signaled 1 | -error 12], once it is known to be signaled */
-  a64 timestamp;   /* CLOCK_MONOTONIC ns of the signal, STAMP_NONE of the generation: not known */
-  char driver[32]; /* its driver's name, cut, with a NUL */
-  char name[32];   /* its timeline's name, cut, with a NUL */
-} db_leaf;
-
-DB_SIZE(db_leaf, 128);
-DB_AT(db_leaf, gen, 0);
-DB_AT(db_leaf, next, 4);
-DB_AT(db_leaf, head, 8);
-DB_AT(db_leaf, index, 16);
-DB_AT(db_leaf, timeline, 20);
-DB_AT(db_leaf, handle, 24);
-DB_AT(db_leaf, context, 32);
-DB_AT(db_leaf, seqno, 40);
-DB_AT(db_leaf, result, 48);
-DB_AT(db_leaf, timestamp, 56);
-DB_AT(db_leaf, driver, 64);
-DB_AT(db_leaf, name, 96);
-
-#define SYNC_MANY 0xffffffu /* in the sync word of a fence: several sync files may wait for it, or none */
-
 /* ---- Timelines ----
  *
  * What names it is there twice. Opening the slot writes the copy that does not count, and then switches. The names stay until then.
@@ -462,7 +406,8 @@ typedef struct {
   char name[2][32];    /* the name, twice: a rename writes the one that does not count, then switches */
   char exp_name[32];   /* the exporter's name */
   char home[32];       /* what kind of memory it is, `buf.home` */
-  a64 spare[2];
+  a32 layout;          /* slot of its layout + 1, 0: none; set once */
+  a32 spare[3];
   db_resv resv; /* the reservation object */
   a64 spare3[12];
 } db_rec;
@@ -492,7 +437,8 @@ DB_AT(db_rec, foreign_gen, 108);
 DB_AT(db_rec, name, 112);
 DB_AT(db_rec, exp_name, 176);
 DB_AT(db_rec, home, 208);
-DB_AT(db_rec, spare, 240);
+DB_AT(db_rec, layout, 240);
+DB_AT(db_rec, spare, 244);
 DB_AT(db_rec, resv, 256);
 DB_AT(db_rec, spare3, 416);
 

@@ -3,6 +3,7 @@
  * What changes a record under the table lock has crash points. A death between two of them leaves a state that table_rebuild() makes whole.
  */
 #include "domain/records.h"
+#include "domain/buffer_layout.h"
 #include "domain/step.h"
 #include "domain/table.h"
 
@@ -45,14 +46,32 @@ static db_rec *take_free(Shm *s, uint32_t *at, int64_t *failed) {
   return r;
 }
 
+/* With the table lock: give a record a layout, in a new chunk if it must be. -1: *failed is a reason for grow_failed(), or 0 if the file
+ * is corrupt. */
+static int give_layout(Shm *s, uint32_t i, db_rec *r, uint32_t part, const char *bytes, size_t n, int64_t *failed) {
+  *failed = 0;
+  if (layout_give(s, i, r, part, bytes, n)) return 0;
+  int64_t c = chunk_grow(s, CH_LAYOUT, 0);
+  if (c < 0) {
+    *failed = c;
+    return -1;
+  }
+  layouts_add(s, (uint32_t)c);
+  return layout_give(s, i, r, part, bytes, n) ? 0 : -1;
+}
+
 static PyObject *rec_create(Shm *s, PyObject *args) {
   unsigned long long dev, ino, size, created;
-  const char *nonce, *exp, *home, *name;
-  Py_ssize_t nnonce, nexp, nhome, nname;
-  unsigned kind, pid;
-  if (!PyArg_ParseTuple(args, "KKKy#y#y#z#IIK", &dev, &ino, &size, &nonce, &nnonce, &exp, &nexp, &home, &nhome, &name, &nname, &kind, &pid,
-                        &created))
+  const char *nonce, *exp, *home, *name, *layout = NULL;
+  Py_ssize_t nnonce, nexp, nhome, nname, nlayout = 0;
+  unsigned kind, pid, part = 0;
+  if (!PyArg_ParseTuple(args, "KKKy#y#y#z#IIK|Iz#", &dev, &ino, &size, &nonce, &nnonce, &exp, &nexp, &home, &nhome, &name, &nname, &kind,
+                        &pid, &created, &part, &layout, &nlayout))
     return NULL;
+  if (nlayout > (Py_ssize_t)LAYOUT_BYTES) {
+    PyErr_SetString(PyExc_ValueError, "rec_create: a layout must have at most 256 bytes");
+    return NULL;
+  }
   if (nnonce != 16 || nexp > NAME_MAX_BYTES || nhome > NAME_MAX_BYTES || (name && nname > NAME_MAX_BYTES)) {
     PyErr_SetString(PyExc_ValueError, "rec_create: a nonce must have 16 bytes, a name at most 31");
     return NULL;
@@ -102,6 +121,13 @@ static PyObject *rec_create(Shm *s, PyObject *args) {
   atomic_store(&r->absent, 0);
   atomic_store(&r->absent_ns, 0);
   atomic_store(&r->foreign_resv, 0);
+  atomic_store(&r->layout, 0);
+  if (layout && give_layout(s, i, r, part, layout, (size_t)nlayout, &failed)) {
+    rec_push(s, i, r);
+    table_unlock(s);
+    failed ? grow_failed(s, failed) : shm_corrupt(s, "a layout lies outside of it");
+    return NULL;
+  }
   STEP_OF(rec_filled, r, atomic_load(&r->gen)); /* FREE and in no list: table_rebuild() puts it into the free list */
   a64 *w = ref_word(s, LIFE_INDEX(me), i);
   if (!w) {
@@ -251,6 +277,38 @@ static PyObject *rec_name(Shm *s, PyObject *args) {
   Py_RETURN_NONE;
 }
 
+static PyObject *rec_layout(Shm *s, PyObject *args) {
+  unsigned i, gen;
+  if (!PyArg_ParseTuple(args, "II", &i, &gen)) return NULL;
+  db_rec *r = rec_at(s, i);
+  layout_copy copy;
+  if (!r || !layout_read(s, i, r, &copy)) Py_RETURN_NONE;
+  if (!rec_live(s, i, r) || atomic_load(&r->gen) != gen) Py_RETURN_NONE; /* last, as in rec_find() */
+  return Py_BuildValue("Iy#", copy.part, (const char *)copy.bytes, (Py_ssize_t)copy.length);
+}
+
+static PyObject *rec_set_layout(Shm *s, PyObject *args) {
+  unsigned i, gen, part;
+  const char *bytes;
+  Py_ssize_t n;
+  if (!PyArg_ParseTuple(args, "IIIy#", &i, &gen, &part, &bytes, &n)) return NULL;
+  if (n > (Py_ssize_t)LAYOUT_BYTES) {
+    PyErr_SetString(PyExc_ValueError, "rec_set_layout: a layout must have at most 256 bytes");
+    return NULL;
+  }
+  if (table_lock(s)) return NULL;
+  db_rec *r = rec_at(s, i);
+  int64_t failed = 0;
+  int live = r && atomic_load(&r->state) == REC_LIVE && atomic_load(&r->gen) == gen;
+  int none = live && !atomic_load(&r->layout), lacks = none && give_layout(s, i, r, part, bytes, (size_t)n, &failed);
+  table_unlock(s);
+  if (lacks) {
+    failed ? grow_failed(s, failed) : shm_corrupt(s, "a layout lies outside of it");
+    return NULL;
+  }
+  return PyBool_FromLong(none);
+}
+
 static PyObject *rec_set_absent(Shm *s, PyObject *args) {
   unsigned i, gen, passes;
   unsigned long long ns;
@@ -334,7 +392,7 @@ static PyObject *rec_list(Shm *s, PyObject *unused) { return list_live(s, number
 static PyObject *rec_orphans(Shm *s, PyObject *unused) { return list_live(s, orphan_of); }
 
 PyMethodDef record_methods[] = {
-    METHOD(rec_create, METH_VARARGS, "($self, dev, ino, size, nonce, exp_name, home, name, kind, pid, created, /)",
+    METHOD(rec_create, METH_VARARGS, "($self, dev, ino, size, nonce, exp_name, home, name, kind, pid, created, part=0, layout=None, /)",
            "Make or find the record of a buffer and reference it. Return (rec, gen, whether it was made)."),
     METHOD(rec_find, METH_VARARGS, "($self, dev, ino, /)",
            "Return (rec, gen, nonce) of the record of an inode, or None. Takes no lock: the record may be freed at any time."),
@@ -345,6 +403,10 @@ PyMethodDef record_methods[] = {
     METHOD(rec_info, METH_O, "($self, rec, /)",
            "Return what a record says, all of it of one buffer; None if it is free or another one by now."),
     METHOD(rec_name, METH_VARARGS, "($self, rec, name, /)", "Rename a buffer."),
+    METHOD(rec_layout, METH_VARARGS, "($self, rec, gen, /)",
+           "Return (which of a picture's buffers it is, the layout's bytes) of a buffer, None if it has no layout or is gone."),
+    METHOD(rec_set_layout, METH_VARARGS, "($self, rec, gen, part, layout, /)",
+           "Give a buffer its layout. Return False if it has one already, or is gone."),
     METHOD(rec_set_absent, METH_VARARGS, "($self, rec, gen, passes, ns, /)",
            "Note how many passes found no reference lock on the buffer, and when the last one was (CLOCK_MONOTONIC ns)."),
     METHOD(rec_set_resv, METH_VARARGS, "($self, rec, resv, gen, /)",

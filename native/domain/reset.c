@@ -9,6 +9,7 @@
  * The caller holds the lifecycle lock. Nobody lives, every slot is CLEAN, and nobody else maps the file.
  */
 #include "domain/reset.h"
+#include "domain/buffer_layout.h"
 #include "domain/bytes.h"
 #include "domain/fence.h"
 #include "domain/file.h"
@@ -30,6 +31,7 @@ static int rec_stays(db_rec *r) { return r && atomic_load(&r->state) == REC_LIVE
 static int chunk_stays(Shm *s, uint32_t c) {
   uint32_t type = CT_TYPE(atomic_load(chunk_entry(s, c)));
   if (type == CH_SYNC || type == CH_LEAF) return !sync_chunk_unused(s, c);
+  if (type == CH_LAYOUT) return layouts_used(s, c);
   for (uint32_t k = 0; k < RECS_PER; k++)
     if (rec_stays(rec_at(s, c * RECS_PER + k))) return 1;
   return 0;

@@ -12,7 +12,7 @@
 /* clang-format off */
 #define DB_STEPS(X) \
   X(rec_locked) X(rec_filled) X(rec_held) X(rec_live) X(rec_linked) X(rec_dying) X(rec_unlinked) X(rec_cleared) X(rec_freed) \
-  X(name_written) X(name_switched) \
+  X(name_written) X(name_switched) X(layout_filled) X(layout_named) X(read_layout) \
   X(timeline_half) X(timeline_filled) X(timeline_switched) X(ctx_read) \
   X(chunk_allocated) X(chunk_typed) X(chunk_published) X(chunk_owned) \
   X(block_taken) X(block_linked) \

@@ -5,6 +5,7 @@
  * here needs to be undone: whichever of a change's stores were done, table_rebuild() turns them into a whole table.
  */
 #include "domain/table.h"
+#include "domain/buffer_layout.h"
 #include "domain/sleep.h"
 #include "domain/step.h"
 #include "domain/ticker.h"
@@ -277,6 +278,7 @@ static void blocks_free(Shm *s, uint32_t rec, a32 *link) { /* Free the blocks of
 
 void rec_clear(Shm *s, uint32_t i, db_rec *r) {
   blocks_free(s, i, &r->resv.block);
+  layout_drop(s, i, r);
   uint32_t gen = atomic_load(&r->gen);
   bytes_follow(); /* a reader looks at the state and the generation after it has read the bytes */
   memset((char *)r + offsetof(db_rec, dev), 0, sizeof *r - offsetof(db_rec, dev));
@@ -343,6 +345,7 @@ void table_rebuild(Shm *s) {
     }
   }
   blocks_rebuild(s, n);
+  layouts_rebuild(s, n);
 }
 
 /* ---- blocks ---- */
@@ -418,8 +421,10 @@ static PyObject *table_audit(Shm *s, PyObject *unused) {
     }
     if (type == CH_BLOCK) blocks += BLOCKS_PER;
   }
+  uint32_t layouts, listed_layouts;
+  layouts_count(s, &layouts, &listed_layouts);
   table_unlock(s);
-  return Py_BuildValue("iii", (int)unused_recs - (int)listed, (int)hidden, (int)blocks - (int)linked);
+  return Py_BuildValue("iiii", (int)unused_recs - (int)listed, (int)hidden, (int)blocks - (int)linked, (int)layouts - (int)listed_layouts);
 }
 
 static PyObject *py_chunk_claim(Shm *s, PyObject *arg) {
@@ -441,8 +446,9 @@ static PyObject *py_life_current(Shm *s, PyObject *arg) {
 }
 
 PyMethodDef table_methods[] = {
-    METHOD(table_audit, METH_NOARGS, "($self, /)",
-           "Return how many (free records, live records, blocks) the derived parts of the table miss: all 0 in a whole table."),
+    METHOD(
+        table_audit, METH_NOARGS, "($self, /)",
+        "Return how many (free records, live records, blocks, free layouts) the derived parts of the table miss: all 0 in a whole table."),
     {"chunk_claim", (PyCFunction)py_chunk_claim, METH_O,
      "chunk_claim($self, type, /)\n--\n\nReturn a chunk of the type, which this life owns from now on."},
     {"life_current", (PyCFunction)py_life_current, METH_O,

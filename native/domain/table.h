@@ -1,20 +1,9 @@
-/* table.h - chunks, records and blocks: bounded addresses of slots, the table lock, and what changes under it. */
+/* table.h - chunks, records and blocks: the table lock, and what changes under it. */
 #ifndef DMABUF_TABLE_H
 #define DMABUF_TABLE_H
-#include "domain/shm.h"
+#include "domain/slots.h"
 
-/* ---- addresses; NULL: there is no such slot of that type ---- */
-#define SLOT_AT(name, type, kind, per)           \
-  static inline type *name(Shm *s, uint32_t i) { \
-    char *c = chunk_at(s, i / (per), kind);      \
-    return c ? (type *)c + i % (per) : NULL;     \
-  }
-SLOT_AT(rec_at, db_rec, CH_REC, RECS_PER)
-SLOT_AT(block_at, db_block, CH_BLOCK, BLOCKS_PER)
-SLOT_AT(timeline_at, db_timeline, CH_TIMELINE, TIMELINES_PER)
-SLOT_AT(fence_at, db_fence, CH_FENCE, FENCES_PER)
-SLOT_AT(sync_at, db_sync, CH_SYNC, SYNC_PER)
-SLOT_AT(leaf_at, db_leaf, CH_LEAF, SYNC_PER)
+/* ---- addresses of parts of slots; NULL: there is none ---- */
 db_ctx *ctx_at(Shm *s, uint32_t index);
 a64 *ref_word(Shm *s, uint32_t life_index, uint32_t rec); /* the word of that life's bitmap that has the record's bit */
 

@@ -3,6 +3,7 @@
 What a newcomer needs:
 
     buf = dmabuf.allocate(1 << 20, name="frame")    memory that other processes can have
+    buf = dmabuf.allocate(shape=(3, 224, 224), dtype="float32")    the same, and every process finds ``buf.layout``
     with buf.read() as view: ...                    waits for the writer; nobody writes during the block
     with buf.write() as view: ...                   waits for readers and writers; nobody else is in a block
     with dmabuf.access(read=[a], write=[b]) as (x, y): ...    several buffers, without a deadlock
@@ -59,7 +60,7 @@ if TYPE_CHECKING:
     from dmabuf.devices.disk import DiskDevice
     from dmabuf.domain.domain import Domain
     from dmabuf.errors import ContractError, ContractWarning, DmaBufError, KeptWarning
-    from dmabuf.heap.recommended import allocate, heaps
+    from dmabuf.heap.recommended import allocate, allocate_planes, heaps
     from dmabuf.heap.spill import SpillHeap
     from dmabuf.layout.color import Color
     from dmabuf.layout.formats import PixelFormat
@@ -108,6 +109,7 @@ __all__ = [
     "WwAcquireContext",
     "access",
     "allocate",
+    "allocate_planes",
     "buffers",
     "bufinfo",
     "export",
@@ -163,7 +165,7 @@ _PLACES = {
     "dmabuf.devices.disk": ("DiskDevice",),
     "dmabuf.domain.domain": ("Domain",),
     "dmabuf.errors": ("ContractError", "ContractWarning", "DmaBufError", "KeptWarning"),
-    "dmabuf.heap.recommended": ("allocate", "heaps"),
+    "dmabuf.heap.recommended": ("allocate", "allocate_planes", "heaps"),
     "dmabuf.heap.spill": ("SpillHeap",),
     "dmabuf.layout.color": ("Color",),
     "dmabuf.layout.formats": ("PixelFormat",),

@@ -130,6 +130,24 @@ def test_missing_lock_is_not_noted_of_the_next_buffer_with_the_record(domain: Do
     assert shm.rec_free(index, again[1])
 
 
+def test_layout_is_not_that_of_the_next_buffer_with_the_record(domain: Domain) -> None:
+    shm = domain.shm
+    index, gen, _ = shm.rec_create(1, 4711, 4096, b"n" * 16, b"memfd", b"memfd", None, 0, 1, 1, 0, b"first")
+    assert shm.rec_layout(index, gen) == (0, b"first")
+
+    def use_again() -> None:
+        shm.rec_put(index)
+        assert shm.rec_free(index, gen)
+        assert shm.rec_create(1, 4712, 4096, b"m" * 16, b"memfd", b"memfd", None, 0, 1, 1, 1, b"second")[0] == index
+
+    assert read_while(use_again, lambda: shm.rec_layout(index, gen), "read_layout") == "None"
+    again = shm.rec_find(1, 4712)
+    assert again is not None
+    assert shm.rec_layout(index, again[1]) == (1, b"second")
+    shm.rec_put(index)
+    assert shm.rec_free(index, again[1])
+
+
 def test_holders_are_of_one_process_each(monkeypatch: pytest.MonkeyPatch) -> None:
     """What follows the opening of /proc/PID fails once the process is gone, and never shows another."""
     with dmabuf.allocate(4096) as buf:

@@ -51,6 +51,15 @@ def allocate(_: Scene) -> None:
     dmabuf.allocate(8192, name="short-lived").close()
 
 
+def allocate_described(_: Scene) -> None:
+    dmabuf.allocate(shape=(4, 4), dtype="float32", name="short-lived").close()
+
+
+def describe(_: Scene) -> None:
+    with dmabuf.allocate(4096, name="short-lived") as buf:
+        buf.describe(dmabuf.TensorLayout("uint8", (64,)))
+
+
 def rename(scene: Scene) -> None:
     scene.buf.name = "after"
 
@@ -156,8 +165,8 @@ def reap_another(scene: Scene) -> None:
 
 
 SCENARIOS: list[Callable[[Scene], None]] = [
-    join, leave, allocate, rename, write, read, write_and_raise, access_both, fence, failed_fence, many_fences, copy_fences,
-    lock, lock_both, free_records, reap_another,
+    join, leave, allocate, allocate_described, describe, rename, write, read, write_and_raise, access_both, fence, failed_fence,
+    many_fences, copy_fences, lock, lock_both, free_records, reap_another,
 ]  # fmt: skip
 FEW = 45  # deaths of a scenario with the quick budget; those have more that do the same many times
 # Content may be torn by who dies while writing, and by nobody else.
@@ -208,7 +217,7 @@ def settled(scene: Scene) -> None:
         owner = shm.load64(_native.OFF_CHUNKTAB + 8 * chunk) >> 32
         assert owner == 0 or chunk in owned
     assert shm.load32(_native.OFF_TABLE_LOCK) == 0
-    assert shm.table_audit() == (0, 0, 0), "a record or block is lost to everybody"
+    assert shm.table_audit() == (0, 0, 0, 0), "a record or block is lost to everybody"
 
 
 def die_at_every_step(scenario: Callable[[Scene], None], scene: Scene) -> int:

@@ -149,6 +149,17 @@ def allocate(_: "World") -> None:
     dmabuf.allocate(4096).close()
 
 
+def allocate_described(_: "World") -> None:
+    for buf in dmabuf.allocate_planes(dmabuf.ImageLayout.linear("NV12", 64, 16, apart=True)):
+        buf.close()
+
+
+def describe(_: "World") -> None:
+    with dmabuf.allocate(4096) as buf:
+        buf.describe(dmabuf.TensorLayout("uint8", (64,)))
+        assert buf.layout is not None
+
+
 def allocate_and_drop(_: "World") -> None:
     dmabuf.allocate(4096)
 
@@ -322,9 +333,10 @@ def job(world: "World") -> None:
 LOCKS = (lock, trylock, locked, locked_under_a_context, lock_all, lock_all_with_back_off, signalling_section, add_a_fence)
 FENCES = (fence, custom_fence, dropped_fence, timeline_with_a_fence, array, chain, wait_for_any)
 OBJECTS = (
-    allocate, allocate_and_drop, get, open_by_name, name, send_and_receive, send_and_receive_several, send_and_receive_a_sync_file,
-    sync_file_and_merge, sync_file_of_a_buffer, semaphore, block_of_a_shared_file, sw_sync, mapping, attachment, cpu_access,
-    reservation_object, private_domain, new_domain, opened_again, send_what_needs_descriptors, who_holds, doctor, exporter,
+    allocate, allocate_described, describe, allocate_and_drop, get, open_by_name, name, send_and_receive, send_and_receive_several,
+    send_and_receive_a_sync_file, sync_file_and_merge, sync_file_of_a_buffer, semaphore, block_of_a_shared_file, sw_sync, mapping,
+    attachment, cpu_access, reservation_object, private_domain, new_domain, opened_again, send_what_needs_descriptors, who_holds, doctor,
+    exporter,
 )  # fmt: skip
 BLOCKS = (switched, mapped, map_again, attached, views, device_access, claim, attached_to_an_engine, job_of_a_buffer, job)
 OPERATIONS: tuple[Callable[["World"], None], ...] = (*LOCKS, *FENCES, *OBJECTS, *BLOCKS)

@@ -17,7 +17,7 @@ from tests.support.tracing import Entry
 Key: TypeAlias = tuple[int, int]  # the domain, and an object or a number in it
 
 _FENCE_ORDER: Final = {"fence_error": 1, "fence_stamped": 2, "fence_signaled": 3, "fence_woken": 4, "fence_rung": 5}
-_UNDER_TABLE_LOCK: Final = ("rec_", "name_", "block_", "chunk_allocated", "chunk_typed", "chunk_published")
+_UNDER_TABLE_LOCK: Final = ("rec_", "name_", "layout_", "block_", "chunk_allocated", "chunk_typed", "chunk_published")
 # A record: its state -> the steps that may come next.
 _RECORD: Final = {
     "free": ("rec_filled",),
@@ -76,6 +76,7 @@ class Machines:
         self.changing: dict[int, set[Key]] = {}  # domain -> the records that are not in a stable state
         self.record_gen: dict[Key, int] = {}
         self.naming: set[Key] = set()
+        self.describing: set[Key] = set()
         self.growing: dict[int, tuple[int, str]] = {}  # thread -> the chunk that it makes, and how far it is
         # Lives, by their slots.
         self.alive: dict[Key, int] = {}  # -> the life
@@ -299,6 +300,7 @@ class Machines:
         for key in self.changing.pop(e.domain, ()):
             self.records.pop(key, None)  # free or live, as the repair found it
         self.naming = {key for key in self.naming if key[0] != e.domain}
+        self.describing = {key for key in self.describing if key[0] != e.domain}
 
     def on_table_unlocking(self, e: Entry) -> None:
         if self.table.get(e.domain, e.thread) != e.thread:
@@ -351,6 +353,14 @@ class Machines:
         if (e.domain, e.object) not in self.naming:
             self.refuse(e, "a name is written before it counts")
         self.naming.discard((e.domain, e.object))
+
+    def on_layout_filled(self, e: Entry) -> None:
+        self.describing.add((e.domain, e.object))
+
+    def on_layout_named(self, e: Entry) -> None:
+        if (e.domain, e.object) not in self.describing:
+            self.refuse(e, "a layout is written before the record names it")
+        self.describing.discard((e.domain, e.object))
 
     # ---- chunks ----
 

@@ -1,11 +1,11 @@
-"""docs/layout.md says what native/domain/layout.h says, and a header that contradicts itself is refused."""
+"""docs/layout.md says what native/domain/layout.h and its parts say, and a header that contradicts itself is refused."""
 
 import pytest
 
 from dmabuf import _native
-from tools.layout import HEADER, PAGE, page, read
+from tools.layout import PAGE, page, read, text_of_headers
 
-TEXT = HEADER.read_text(encoding="utf-8")
+TEXT = text_of_headers()
 
 
 def test_layout_page_is_current() -> None:

@@ -14,15 +14,22 @@ NAMES = {
     "BufferRange", "Color", "ContractError", "ContractWarning", "Device", "Direction", "DiskDevice", "DmaBuf", "DmaBufAttachment",
     "DmaBufError", "DmaFence", "DmaFenceArray", "DmaFenceChain", "DmaResv", "Domain", "Exporter", "FenceOps", "ImageLayout", "Importer",
     "IosysMap", "KeptWarning", "PixelFormat", "Plane", "RemoteTimeline", "SgTable", "SpillHeap", "SwSync", "SyncFile", "TensorLayout",
-    "Timeline", "TimelineSemaphore", "Usage", "View", "WwAcquireContext", "access", "allocate", "buffers", "bufinfo", "export", "get",
-    "get_sync_file", "heaps", "lock_all", "merge", "open", "private_stub", "recv", "send", "signalling", "sim", "stub_fence", "sync_info",
-    "unwrap", "wait_any", "wait_semaphores",
+    "Timeline", "TimelineSemaphore", "Usage", "View", "WwAcquireContext", "access", "allocate", "allocate_planes", "buffers", "bufinfo",
+    "export", "get", "get_sync_file", "heaps", "lock_all", "merge", "open", "private_stub", "recv", "send", "signalling", "sim",
+    "stub_fence", "sync_info", "unwrap", "wait_any", "wait_semaphores",
 }  # fmt: skip
 
 METHODS = {
     "DmaBuf": "size ino exp_name name home resv closed fileno dup detach close write read begin_cpu_access end_cpu_access mmap vmap vunmap "
     "poll poll_fd readable writable lseek sync get_dma_buf put dma_mmap vmap_unlocked vunmap_unlocked fdinfo statistics "
-    "attach move_notify is_dynamic export_sync_file import_sync_file export_range",
+    "attach move_notify is_dynamic export_sync_file import_sync_file export_range layout layout_part describe",
+    "ImageLayout": "linear format is_linear fourcc width height memory_planes modifier coded_width coded_height crop_x crop_y color sizes "
+    "check specs planes pack unpack",
+    "Plane": "buffer offset stride size end",
+    "TensorLayout": "dtype shape strides offset itemsize is_contiguous sizes check specs array pack unpack",
+    "PixelFormat": "of from_v4l2 from_gstreamer from_ffmpeg from_opencv from_ros v4l2 v4l2_fourcc gstreamer ffmpeg opencv ros name fourcc "
+    "planes",
+    "Color": "primaries transfer matrix range",
     "BufferRange": "buf offset length of read write mmap",
     "DmaBufAttachment": "map unmap map_unlocked unmap_unlocked mapped pin unpin detach dev dmabuf importer peer2peer priv attached "
     "is_dynamic statistics",

@@ -176,7 +176,7 @@ def test_entries_run_out_with_enospc_and_the_list_stays(domain: dmabuf.Domain) -
         buf.close()
 
 
-@pytest.mark.parametrize("what", ["fence", "record", "entries", "timeline"])
+@pytest.mark.parametrize("what", ["fence", "record", "record with a layout", "layout", "entries", "timeline"])
 def test_a_file_that_cannot_grow_is_a_clear_error_and_nothing_is_lost(domain: dmabuf.Domain, what: str) -> None:
     shm = domain.shm
     buf = dmabuf.allocate(4096, domain=domain)
@@ -191,6 +191,12 @@ def test_a_file_that_cannot_grow_is_a_clear_error_and_nothing_is_lost(domain: dm
                     taken.append(shm.fence_alloc(0, 1, n, 0, 0, 0))
                 elif what == "record":
                     taken.append(shm.rec_create(*record_of(n)))
+                elif what == "record with a layout":
+                    taken.append(shm.rec_create(*record_of(n), 0, b"layout"))
+                elif what == "layout":
+                    made = dmabuf.allocate(4096, domain=domain)
+                    taken.append(made)
+                    made.describe(dmabuf.TensorLayout("uint8", (1,)))
                 elif what == "timeline":
                     taken.append(dmabuf.Timeline("more", domain=domain))
                 else:
@@ -201,6 +207,10 @@ def test_a_file_that_cannot_grow_is_a_clear_error_and_nothing_is_lost(domain: dm
     assert os.fstat(domain.fileno()).st_size == size
     shm.chunk_claim(_native.CH_TIMELINE)  # and now it can
     assert [f.handle for f in buf.resv.fences(Usage.BOOKKEEP)] == [fence.handle]
+    assert shm.table_audit() == (0, 0, 0, 0)
+    for one in taken:
+        if isinstance(one, dmabuf.DmaBuf):
+            one.close()
     fence.signal()
     buf.close()
 
@@ -249,7 +259,7 @@ def test_blocks_of_a_freed_list_are_used_again(domain: dmabuf.Domain) -> None:
         if not round_:
             before = chunks_of_blocks(shm)
         del lists
-        assert shm.table_audit() == (0, 0, 0)
+        assert shm.table_audit() == (0, 0, 0, 0)
     assert chunks_of_blocks(shm) == before
     assert kept.statistics().fences == 0
 

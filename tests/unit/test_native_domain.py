@@ -90,6 +90,8 @@ INDEX_CALLS: dict[str, Callable[[_native.Shm, int], object]] = {
     "rec_set_resv": lambda s, i: s.rec_set_resv(i, 1, 1),
     "rec_torn": lambda s, i: s.rec_torn(i),
     "rec_holders": lambda s, i: s.rec_holders(i),
+    "rec_layout": lambda s, i: s.rec_layout(i, i),
+    "rec_set_layout": lambda s, i: s.rec_set_layout(i, i, i, b"layout"),
     "chunks_of": lambda s, i: s.chunks_of(i),
     "locked": lambda s, i: s.locked(i),
     "life_current": lambda s, i: s.life_current(i),
@@ -161,7 +163,7 @@ class Inhabited:
     def __init__(self) -> None:
         self.domain = dmabuf.Domain.private()
         self.shm = self.domain.join()
-        self.bufs = [dmabuf.allocate(4096, name=f"buffer {i}", domain=self.domain) for i in range(3)]
+        self.bufs = [dmabuf.allocate(shape=(i + 1,), dtype="uint8", name=f"buffer {i}", domain=self.domain) for i in range(3)]
         self.timeline = dmabuf.Timeline("pending", domain=self.domain)
         self.fences = [self.timeline.fence() for _ in range(3)]
         others = [dmabuf.Timeline(f"other {i}", domain=self.domain) for i in range(40)]
@@ -200,6 +202,8 @@ class Inhabited:
             with dmabuf.allocate(4096, domain=domain) as buf:
                 buf.name = "another"
                 assert buf.name in ("another", None)
+                buf.describe(dmabuf.TensorLayout("uint8", (7,)))
+                assert buf.layout is not None
 
         def timeline() -> None:
             with dmabuf.Timeline("another", domain=domain) as made:
@@ -212,6 +216,7 @@ class Inhabited:
             lambda: setattr(a, "name", "renamed"), lambda: a.name, lambda: a.resv.fences(Usage.BOOKKEEP), lambda: repr(self.many[0]),
             lambda: a.resv.wait(Usage.BOOKKEEP, timeout=0), lambda: b.poll(1), lambda: dmabuf.get(a.fileno(), domain=domain).close(),
             lambda: self.fences[1].wait(0), lambda: a.resv.statistics(), lambda: records.present(domain), self.many[3].signal,
+            lambda: b.layout, lambda: c.describe(dmabuf.TensorLayout("uint8", (9,))),
             lambda: self.many[0].statistics(), lambda: self.domain.pid_of(self.shm.life), lambda: a.fdinfo(),
         ]  # fmt: skip
 
@@ -240,7 +245,7 @@ def regions(shm: _native.Shm) -> dict[str, list[tuple[int, int]]]:
     return found
 
 
-REGIONS = ("header", "lives", "chunk table", "buckets", "CH_LIFE", "CH_FENCE", "CH_REC", "CH_BLOCK", "CH_TIMELINE", "CH_CTX")
+REGIONS = ("header", "lives", "chunk table", "buckets", "CH_LIFE", "CH_FENCE", "CH_REC", "CH_BLOCK", "CH_TIMELINE", "CH_CTX", "CH_LAYOUT")
 
 
 def spoil(shm: _native.Shm, places: list[tuple[int, int]], rng: random.Random) -> None:

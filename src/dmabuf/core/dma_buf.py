@@ -32,7 +32,7 @@ from dmabuf.core.attach import attachment
 from dmabuf.core.attach.attachment import DmaBufAttachment
 from dmabuf.core.attach.importer import Importer
 from dmabuf.core.base.closing import Closing
-from dmabuf.core.buffer import fdinfo, mapping, statistics
+from dmabuf.core.buffer import description, fdinfo, mapping, statistics
 from dmabuf.core.buffer.handle import Face, Handle, face_of, open_face
 from dmabuf.core.memory.device import Device
 from dmabuf.core.memory.iosys_map import IosysMap
@@ -40,6 +40,7 @@ from dmabuf.core.resv.resv import DmaResv
 from dmabuf.core.sync.sync_file import SyncFile
 from dmabuf.domain.domain import Domain
 from dmabuf.domain.guards import numbered
+from dmabuf.layout.stored import Layout
 
 
 class DmaBuf(Face, Closing):
@@ -236,6 +237,25 @@ class DmaBuf(Face, Closing):
     @name.setter
     def name(self, value: str | bytes) -> None:
         self._handle.set_name(value)
+
+    @property
+    def layout(self) -> Layout | None:
+        """What the bytes mean, the same in every process: an ``ImageLayout`` or a ``TensorLayout``; None if nobody said so."""
+        return description.layout_of(self._handle)
+
+    @property
+    def layout_part(self) -> int:
+        """Which of the buffers of its layout this one is, if a picture is spread over several."""
+        return description.part_of(self._handle)
+
+    def describe(self, layout: Layout, part: int = 0) -> None:
+        """Say what the bytes mean, once: for a buffer of a driver, such as a camera's. ``allocate(layout=…)`` does it for new ones.
+
+        Raises:
+            InvalidError: The buffer is too small for it, or the layout has no such part (EINVAL).
+            ExistsError: It has another layout already (EEXIST).
+        """
+        description.describe(self._handle, layout, part)
 
     @property
     def resv(self) -> DmaResv:

@@ -60,8 +60,17 @@ def received(fd: OwnedFd, domain: Domain, dev: int, ino: int, nonce: bytes, name
     return from_fd(fd, domain, name=name) if found is None else new_handle(fd, found, name)
 
 
-def from_fd(fd: int | OwnedFd, domain: Domain, *, exp_name: bytes = MEMFD, home: bytes = MEMFD, name: bytes | None = None) -> DmaBuf:
-    """Return a handle that takes ``fd`` over; on an error it is closed."""
+def from_fd(
+    fd: int | OwnedFd,
+    domain: Domain,
+    *,
+    exp_name: bytes = MEMFD,
+    home: bytes = MEMFD,
+    name: bytes | None = None,
+    layout: bytes | None = None,
+    part: int = 0,
+) -> DmaBuf:
+    """Return a handle that takes ``fd`` over; on an error it is closed. ``layout``, ``part``: of a buffer that has no record yet."""
     try:
         number = fd if isinstance(fd, int) else fd.number
         taken = recognize_buffer(number, domain.id)
@@ -72,6 +81,8 @@ def from_fd(fd: int | OwnedFd, domain: Domain, *, exp_name: bytes = MEMFD, home:
             if found.kernel:
                 exp_name, home, name = described(number)
         buffer = shared.adopt(domain, *taken, exp_name, home)
+        if layout is not None:
+            buffer.layout = part, layout
     except BaseException:
         close_fd(fd)
         raise

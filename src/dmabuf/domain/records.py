@@ -46,7 +46,8 @@ class Record:
 
     ``handles``: the id() of each handle of this process that is open. ``last``: of a kernel dma-buf, tells whether a descriptor is the last
     reference anywhere. ``resv_ref``: the object that stands for the reservation object in this process. ``resv``: if the exporter gave the
-    buffer a reservation object, the number of that one's record + 1; ``resv_gen``: that record's generation.
+    buffer a reservation object, the number of that one's record + 1; ``resv_gen``: that record's generation. ``layout``: which of a
+    picture's buffers it is, and the bytes of the layout, once this process knows it.
     """
 
     def __init__(self, domain: Domain, dev: int, ino: int, size: int, nonce: bytes, exp_name: bytes, home: bytes, kind: int) -> None:
@@ -61,6 +62,7 @@ class Record:
         self.last: Callable[[int], bool] | None = None
         self.resv_ref: weakref.ref[object] | None = None
         self.resv = self.resv_gen = 0
+        self.layout: tuple[int, bytes] | None = None
 
     def reference(self, name: bytes | None = None) -> None:
         """Find or make the record, and set this process's bit. ``name``: the buffer's, for a record that has to be made."""
@@ -78,9 +80,10 @@ class Record:
 
     def _create(self, shm: Shm, name: bytes | None) -> tuple[int, int, bool]:
         arguments = (self.dev, self.ino, self.size, self.nonce, self.exp_name, self.home, name, self.kind, os.getpid(), time.time_ns())
+        described = self.layout or (0, None)
         for attempt in range(ABSENT_PASSES + 1):
             try:
-                return shm.rec_create(*arguments)
+                return shm.rec_create(*arguments, *described)
             except OSError as e:
                 if e.errno != errno.ENOSPC or attempt == ABSENT_PASSES or not shm.rec_orphans():
                     raise
@@ -122,6 +125,24 @@ class Record:
             what = "the domain file was changed from outside"
             raise fail(errno.EUCLEAN, "look up", "a buffer's record", "end the processes that use the domain", what=what)
         return found
+
+    def find_layout(self) -> tuple[int, bytes] | None:
+        """Return which of a picture's buffers it is, and the bytes of the layout; None if it has none. It has the first one for ever."""
+        if self.layout is None:
+            shm, index, gen = self._place()
+            self.layout = shm.rec_layout(index, gen)
+        return self.layout
+
+    def set_layout(self, part: int, layout: bytes) -> bool:
+        """Give the buffer its layout. Return False if it has another one already."""
+        shm, index, gen = self._place()
+        shm.rec_set_layout(index, gen, part, layout)
+        return self.find_layout() == (part, layout)
+
+    def _place(self) -> tuple[Shm, int, int]:
+        with self.lock:  # joining again may change all three
+            self._again()
+            return self.shm, self.index, self.gen
 
     def enter(self, handle: object, name: bytes | None = None) -> None:
         """Count a handle and take the reference that it needs, in one step: another thread may be closing the last handle.

@@ -40,12 +40,17 @@ def unavailable() -> str | None:
     return None if hasattr(os, "memfd_create") else "the kernel has no memfd_create"
 
 
-def allocate(size: int, *, name: str | bytes | None = None, domain: Domain | None = None) -> DmaBuf:
-    """Return a new zeroed buffer of ``size`` bytes, rounded up to pages. See :func:`dmabuf.allocate`."""
+def allocate(
+    size: int, *, name: str | bytes | None = None, domain: Domain | None = None, layout: bytes | None = None, part: int = 0
+) -> DmaBuf:
+    """Return a new zeroed buffer of ``size`` bytes, rounded up to pages. See :func:`dmabuf.allocate`.
+
+    ``layout``, ``part``: a layout that fits. Whoever finds the buffer finds it described.
+    """
     size, raw, domain = asked(size, name, domain)
     with budget.claim(size):
         fd = reserved(memfd_name(domain, secrets.token_bytes(16)), size)
-    return from_fd(fd, domain, exp_name=MEMFD, name=raw)
+    return from_fd(fd, domain, exp_name=MEMFD, name=raw, layout=layout, part=part)
 
 
 def asked(size: int, name: str | bytes | None, domain: Domain | None) -> tuple[int, bytes | None, Domain]:

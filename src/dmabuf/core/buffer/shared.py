@@ -17,6 +17,7 @@ from dmabuf.core.buffer.identity import is_kernel_home
 from dmabuf.domain import records
 from dmabuf.domain.domain import Domain
 from dmabuf.domain.records import KIND_BUFFER, Record
+from dmabuf.layout.stored import Layout
 
 MEMFD: Final = b"memfd"
 EXPORTED: Final = b"exported"
@@ -36,7 +37,7 @@ class SharedBuffer(Record):
     """One buffer in this process.
 
     ``backing``: whose ops every access asks; None for plain memory, which needs none. ``armed``: the directions of ``poll()`` that were
-    found busy, by event. ``message``: what ``send()`` prepared, which names the buffer.
+    found busy, by event. ``message``: what ``send()`` prepared, which names the buffer. ``described``: its layout, once it was asked for.
     """
 
     def __init__(self, domain: Domain, dev: int, ino: int, size: int, nonce: bytes, exp_name: bytes, home: bytes, kind: int) -> None:
@@ -44,6 +45,7 @@ class SharedBuffer(Record):
         self.backing: Backing | None = None
         self.armed: dict[int, ArmedPoll] = {}
         self.message: bytes | None = None
+        self.described: Layout | None = None
         self._plain: Backing | None = None
 
     def find_backing(self, fd: int) -> None:
