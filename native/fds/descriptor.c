@@ -158,7 +158,7 @@ static PyObject *owned_get_lock(OwnedFd *self, PyObject *args) {
 
 static PyObject *owned_size(OwnedFd *self, PyObject *unused) {
   struct stat st;
-  if (fstat(self->number, &st) || !stat_is(&st, &self->id)) {
+  if (fd_stat(self->number, &st) || !stat_is(&st, &self->id)) {
     errno = ESTALE;
     return fd_error("size", self->number);
   }

@@ -1,5 +1,6 @@
 /* probe.c - what is behind a descriptor, asked in one call; and the reference lock on it if it is a buffer. */
 #include "fds/fds.h"
+#include "fds/same.h"
 #include <fcntl.h>
 #include <sys/mman.h>
 #include <sys/vfs.h>
@@ -22,7 +23,7 @@ static dev_t memfd_device(void) {
 
 int buffer_is_sealed(int fd, struct stat *st) {
   int wanted = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL, seals = fcntl(fd, F_GET_SEALS);
-  if (seals < 0 || (seals & wanted) != wanted || fstat(fd, st)) return 0;
+  if (seals < 0 || (seals & wanted) != wanted || fd_stat(fd, st)) return 0;
   dev_t device = memfd_device();
   return !device || st->st_dev == device;
 }

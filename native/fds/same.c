@@ -11,9 +11,11 @@
 
 bool stat_is(const struct stat *st, const fd_id *id) { return st->st_dev == id->dev && st->st_ino == id->ino; }
 
+int fd_stat(int fd, struct stat *st) { return (int)syscall(SYS_fstat, fd, st); }
+
 int fd_identify(int fd, fd_id *id) {
   struct stat st;
-  if (fstat(fd, &st)) return -1;
+  if (fd_stat(fd, &st)) return -1;
   id->dev = (unsigned long long)st.st_dev;
   id->ino = (unsigned long long)st.st_ino;
   id->marked = false;
@@ -31,7 +33,7 @@ int fd_mark(int fd, fd_id *id) {
 
 bool fd_is(int fd, const fd_id *id) {
   struct stat st;
-  if (fd >= 0 && !syscall(SYS_fstat, fd, &st) && stat_is(&st, id) && (!id->marked || fcntl(fd, F_GETSIG) == MARK)) return true;
+  if (fd >= 0 && !fd_stat(fd, &st) && stat_is(&st, id) && (!id->marked || fcntl(fd, F_GETSIG) == MARK)) return true;
   errno = ESTALE;
   return false;
 }

@@ -15,8 +15,9 @@ typedef struct {
   bool marked; /* all eventfds, and all inotify descriptors, have one inode: these are told apart by a mark, see fd_mark() */
 } fd_id;
 
-int fd_identify(int fd, fd_id *id); /* 0, or -1 with errno */
-int fd_mark(int fd, fd_id *id);     /* Mark the description if its inode is not its own, and identify it. 0, or -1 with errno. */
+int fd_stat(int fd, struct stat *st); /* fstat(2) by the shorter system call: the C library's one takes a path as well */
+int fd_identify(int fd, fd_id *id);   /* 0, or -1 with errno */
+int fd_mark(int fd, fd_id *id);       /* Mark the description if its inode is not its own, and identify it. 0, or -1 with errno. */
 bool fd_is(int fd, const fd_id *id);
 bool stat_is(const struct stat *st, const fd_id *id);
 

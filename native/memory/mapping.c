@@ -69,7 +69,7 @@ Mapping *mapping_of(PyObject *object) {
 /* A memfd can be mapped beyond its end, and the touch there is SIGBUS. A kernel dma-buf is not a regular file, and checks the range itself
  * (semantics 2.17). id: the file that it must be, NULL for any. */
 static bool within_file(int fd, const fd_id *id, Py_ssize_t length, long long offset, long page, struct stat *st) {
-  if (fstat(fd, st) && !(id && errno == EBADF)) {
+  if (fd_stat(fd, st) && !(id && errno == EBADF)) {
     os_error(errno, "mmap: fd %d: %s", fd, strerror(errno));
     return false;
   }

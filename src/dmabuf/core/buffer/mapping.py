@@ -16,7 +16,8 @@ from dmabuf.errors import fail
 
 def mmap(handle: Handle, offset: int, length: int | None, writable: bool) -> Mapping:
     """Return the bare mapping."""
-    handle.check_unlocked("mmap")
+    if handle.fd < 0 or handle.known_resv is not None:
+        handle.check_unlocked("mmap")
     return map_range(handle, "mmap", offset, length, writable)
 
 
