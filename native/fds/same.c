@@ -75,7 +75,7 @@ int fd_set_lock(int fd, const fd_id *id, int kind, long long start, long long le
   struct flock lock = {.l_type = (short)kind, .l_whence = SEEK_SET, .l_start = start, .l_len = length};
   if (!fd_is(fd, id)) return -1;
   if (fcntl(fd, wait ? F_OFD_SETLKW : F_OFD_SETLK, &lock)) return errno == EAGAIN || errno == EACCES ? 0 : -1;
-  return fd_is(fd, id) ? 1 : -1; /* again: a lock on a file of somebody else proves nothing */
+  return kind == F_UNLCK || fd_is(fd, id) ? 1 : -1; /* again: a lock on a file of somebody else proves nothing */
 }
 
 int fd_get_lock(int fd, const fd_id *id, int kind, long long start, long long length) {

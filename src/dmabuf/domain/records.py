@@ -94,15 +94,15 @@ class Record:
 
     def ensure(self) -> int:
         """Return the record's index, referenced by this process's present life; a forked child takes a reference of its own."""
-        if self.life != self.shm.life or not self.life:
-            with self.lock:
-                self._again()
-        return self.index
+        return self.at()[1]
 
     def at(self) -> tuple[Shm, int]:
         """Return the mapped domain and the index, referenced by this process's present life. Joining may change both at once."""
-        index = self.ensure()
-        return self.shm, index
+        life, shm = self.life, self.shm
+        if not life or life != shm.life:
+            with self.lock:
+                self._again()
+        return self.shm, self.index
 
     def _again(self, name: bytes | None = None) -> None:
         shm = self.domain.join()

@@ -218,7 +218,8 @@ class SharedFile:
     def read(self, offset: int, n: int) -> bytes:
         """Return the bytes at an offset: fewer at the end of the file."""
         file = self._own or self._fd
-        data = bytearray(max(0, min(n, file.size() - offset)))  # no more than there is, whatever the file says of itself
+        # Of much, no more than there is, whatever the file says of itself.
+        data = bytearray(n if n <= RECORD_ROOM else max(0, min(n, file.size() - offset)))
         got = file.pread(data, offset) if data else 0
         return bytes(data[:got])
 
