@@ -57,6 +57,7 @@ static int put_private(Block *b) {
     munmap(fresh, whole);
     return -1;
   }
+  mapping_hide(start, whole);
   m->detached = true;
   return result;
 }

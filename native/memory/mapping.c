@@ -15,6 +15,7 @@
 #include "memory/mapping.h"
 #include "fds/same.h"
 #include <stdarg.h>
+#include <stdlib.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -24,6 +25,12 @@
 
 /* One interpreter (sub-interpreters are not supported), so one type. An object from before the module was loaded again is recognized. */
 static PyTypeObject *mapping_type;
+
+static bool dumped; /* Does the memory of buffers belong into a core dump of this process? */
+
+void mapping_hide(void *start, size_t length) {
+  if (!dumped) madvise(start, length, MADV_DONTDUMP); /* a kernel that can't do it dumps more */
+}
 
 /* ---- for this folder ---- */
 
@@ -122,6 +129,7 @@ static PyObject *mapped(int fd, const fd_id *id, Py_ssize_t length, long long of
     os_error(error, "mmap: fd %d: %s, for %zd %s bytes at %lld", fd, strerror(error), length, writable ? "writable" : "read-only", offset);
     return NULL;
   }
+  mapping_hide(base, (size_t)(lead + length));
   self->base = base + lead;
   self->length = length;
   self->lead = lead;
@@ -312,6 +320,8 @@ static PyMethodDef functions[] = {METHOD(buffer_address, METH_O, "($module, buff
                                   {0}};
 
 int mapping_register(PyObject *module) {
+  const char *wanted = getenv("DMABUF_CORE_DUMPS");
+  dumped = wanted && !strcmp(wanted, "1");
   if (!mapping_type && !(mapping_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &spec, NULL))) return -1;
   return PyModule_AddType(module, mapping_type) || PyModule_AddFunctions(module, functions) ? -1 : 0;
 }

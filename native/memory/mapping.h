@@ -30,6 +30,9 @@ bool mapping_is_open(const Mapping *self); /* false with ValueError set: it is c
 PyObject *mapping_subscript(PyObject *mapping, PyObject *key);
 int mapping_ass_subscript(PyObject *mapping, PyObject *key, PyObject *value);
 
+/* Keep memory out of core dumps, unless the process was told otherwise. */
+void mapping_hide(void *start, size_t length);
+
 /* Call *callable, if there is one, and clear it: once. An exception that is on its way stays as it is, and what the call raises is reported
  * to sys.unraisablehook. */
 void call_once(PyObject **callable);
