@@ -129,6 +129,42 @@ static PyObject *resv_busy(Shm *s, PyObject *args) {
   return PyLong_FromUnsignedLongLong(h);
 }
 
+/* Look from a cursor on. Return a pending handle up to the usage, and its place; 0: none, which says nothing about an instant. */
+static uint64_t look_on(Shm *s, cursor c, uint32_t usage, unsigned long long *place) {
+  for (cursor here = c;; here = c) {
+    a64 *p = entry_next(&c);
+    int pending = 0;
+    uint64_t e = p ? entry_read(s, p, &pending) : 0;
+    STEP(resv_read);
+    if (!e) return 0;
+    *place = (uint64_t)here.i << 32 | here.block;
+    if (E_USAGE(e) <= usage && pending) return E_HANDLE(e);
+  }
+}
+
+/* Look from an entry on, where an earlier look found a pending fence, and only then from the first. So a list whose fences end one after
+ * the other is read once, and not once for each. `place` is that entry and its block, and worth nothing but time: a block that belongs to
+ * another record by now ends the look. */
+static PyObject *resv_busy_from(Shm *s, PyObject *args) {
+  unsigned rec, usage;
+  unsigned long long place;
+  if (!PyArg_ParseTuple(args, "IIK", &rec, &usage, &place)) return NULL;
+  db_resv *r = resv_of(s, rec);
+  if (!r) return NULL;
+  cursor c = cursor_of(s, r, rec);
+  c.i = (uint32_t)(place >> 32);
+  c.block = (uint32_t)place;
+  c.blocks = c.i > INLINE_ENTRIES ? (c.i - INLINE_ENTRIES + BLOCK_ENTRIES - 1) / BLOCK_ENTRIES : 0;
+  uint64_t h = look_on(s, c, usage, &place);
+  if (!h && c.i) h = look_on(s, cursor_of(s, r, rec), usage, &place);
+  if (h && shm_notice_deaths(s) < 0) return NULL;
+  if (!h) {
+    h = first_pending(s, r, rec, usage, 0);
+    place = 0;
+  }
+  return Py_BuildValue("KK", (unsigned long long)h, (unsigned long long)place);
+}
+
 /* ---- changing, with the lock ---- */
 
 /* Every store into the list is one of these. A death between the two counts a change that did not come. */
@@ -319,6 +355,8 @@ static PyObject *resv_replace(Shm *s, PyObject *args) {
 PyMethodDef resv_methods[] = {
     METHOD(resv_entries, METH_VARARGS, "($self, rec, usage, pending_only, /)", "Return [(handle, usage)] of the entries up to a usage."),
     METHOD(resv_pending, METH_VARARGS, "($self, rec, usage, but, /)", "Return the pending handles up to a usage, except one."),
+    METHOD(resv_busy_from, METH_VARARGS, "($self, rec, usage, place, /)",
+           "Return (a pending handle up to a usage, its place), (0, 0): none. It begins at the place that an earlier call returned."),
     METHOD(resv_busy, METH_VARARGS, "($self, rec, usage, /)", "Return a pending handle up to a usage, 0: none."),
     METHOD(resv_reserve, METH_VARARGS, "($self, rec, n, /)", "With the lock: have room for n more entries. Return 0 or -errno."),
     METHOD(resv_add, METH_VARARGS, "($self, rec, handle, usage, room, /)",

@@ -28,6 +28,7 @@ def add(resv: DmaResv, fence: dmabuf.DmaFence) -> None:
 
 LOOKS = {
     "resv_busy": lambda shm, index: shm.resv_busy(index, Usage.READ),
+    "resv_busy_from": lambda shm, index: shm.resv_busy_from(index, Usage.READ, 0)[0],
     "resv_pending": lambda shm, index: sum(shm.resv_pending(index, Usage.READ, 0)),
     "resv_entries": lambda shm, index: sum(handle for handle, _ in shm.resv_entries(index, Usage.READ, True)),
 }

@@ -32,6 +32,7 @@ from dmabuf._native import (
     OwnedFd,
     Shm,
     TimelineSlot,
+    WeakValues,
     owned,
     probe_fd,
     unraisable,
@@ -48,6 +49,7 @@ from dmabuf.errors import fail, needing_descriptors
 _F_ADD_SEALS: Final = 1033  # linux/fcntl.h
 TICK_NS: Final = 40_000_000
 _ALL: WeakObjects[Domain] = WeakObjects()
+_BY_KEY: WeakValues[str | tuple[int, int], Domain] = WeakValues()  # by id, by directory, and by (st_dev, st_ino) of the file
 _lock = fork_lock()
 _default: Domain | None = None
 
@@ -85,6 +87,9 @@ class Domain:
         self.local: dict[object, Any] = {}
         self._wire(shm)
         _ALL.add(self)
+        for key in (identity, path and os.fspath(path), self.file):
+            if key:
+                _BY_KEY[key] = self
 
     # ---- opening ----
 
@@ -124,12 +129,12 @@ class Domain:
     @classmethod
     def _open(cls, where: Path, told: list[str]) -> Domain:
         with _lock:
-            known = _first(lambda domain: domain.path == where)
+            known = _BY_KEY.get(os.fspath(where))
             if known is not None:
                 return known
             with needing_descriptors("open domain", where), place.entered(where, told.append) as (fd, identity):
                 st = os.fstat(fd)
-                known = _first(lambda domain: domain.file == (st.st_dev, st.st_ino))
+                known = _BY_KEY.get((st.st_dev, st.st_ino))
                 if known is not None:  # by another name, such as one through a symbolic link
                     return known
                 shm = _shm_of(owned(fcntl.fcntl, fd, fcntl.F_DUPFD_CLOEXEC, 3))
@@ -163,8 +168,8 @@ class Domain:
             own.close()
             raise fail(errno.EINVAL, "open domain", "the received fd", "send a private Domain", what="not a private domain")
         with _lock:
-            known = _first(lambda domain: domain.id == identity.decode() and domain.path is None)
-            if known is not None:
+            known = _BY_KEY.get(identity.decode())
+            if known is not None and known.path is None:
                 own.close()
                 return known
             with needing_descriptors("open domain", "the received fd"), place.lifecycle_lock(fd):
@@ -398,11 +403,7 @@ class Domain:
 def known(identity: str) -> Domain | None:
     """Return the domain with this id, None if this process doesn't have it open."""
     with _lock:
-        return _first(lambda domain: domain.id == identity)
-
-
-def _first(wanted: Callable[[Domain], bool]) -> Domain | None:
-    return next(filter(wanted, _ALL), None)
+        return _BY_KEY.get(identity)
 
 
 def _warn(told: list[str]) -> None:

@@ -6,7 +6,7 @@ A ``weakref.WeakSet`` would do, but a thread that walks one gets RuntimeError wh
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
 from dmabuf.domain.guards import finalizer
@@ -36,6 +36,13 @@ class WeakObjects(Generic[T]):
         """Remove an object, if it is there."""
         for key, ref in list(self._refs.items()):
             if ref() is found:
+                self._refs.pop(key, None)
+
+    def discard_where(self, unwanted: Callable[[T], bool]) -> None:
+        """Remove the objects for which a function returns True, in one walk."""
+        for key, ref in list(self._refs.items()):
+            found = ref()
+            if found is not None and unwanted(found):
                 self._refs.pop(key, None)
 
     def __iter__(self) -> Iterator[T]:

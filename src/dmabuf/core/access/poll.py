@@ -108,6 +108,26 @@ def _blocking(handle: Handle, events: int) -> int:
     return shm.resv_busy(index, usage)
 
 
+class _Look:
+    """What one poll waits for. Each look goes on where the last one ended: fences that end one after the other cost one walk together."""
+
+    __slots__ = ("_events", "_handle", "_place")
+
+    def __init__(self, handle: Handle, events: int) -> None:
+        self._handle, self._events, self._place = handle, events, 0
+
+    def blocking(self) -> int:
+        """Return a pending fence as :func:`_blocking` does."""
+        usage = Usage.WRITE if self._events & select.POLLIN else Usage.READ
+        shm, index = record_of(self._handle.resv).at()
+        fence, self._place = shm.resv_busy_from(index, usage, self._place)
+        return fence
+
+    def quickly(self) -> int:
+        """Do the same after the first look, unless someone must be asked first. 0 says nothing then."""
+        return self.blocking() if self._place and not asks(self._handle.domain) else 0
+
+
 def _check(handle: Handle, events: int) -> int:
     """:func:`ready`, and arm what is busy: out first, then in, independently."""
     asked = 0
@@ -148,8 +168,9 @@ def _waited(shared: SharedBuffer, events: int) -> int:
 
 async def poll_async(handle: Handle, event: int) -> None:
     """Wait in a coroutine until the event is ready."""
-    while not ready(handle, event):
-        fence = _blocking(handle, event)
+    look = _Look(handle, event)
+    while (fence := look.quickly()) or not ready(handle, event):
+        fence = fence or look.blocking()
         if fence:
             await wrap(handle.domain, fence)
         elif (kernel := handle.kernel()) is not None:
@@ -190,6 +211,7 @@ class _PollFd:
         self._name = b"dmabuf/poll-" + os.urandom(16).hex().encode()
         self._token: int | None = None
         self._fence = 0
+        self._look = _Look(handle, self._events)
         self._done = False
 
     def done(self) -> bool:
@@ -210,12 +232,13 @@ class _PollFd:
     def next(self, _: int) -> None:
         """Make the descriptor readable if the condition is met, else watch the next fence that blocks it."""
         while not self.done():
-            if self._handle.closed or ready(self._handle, self._events):
+            fence = 0 if self._handle.closed else self._look.quickly()
+            if not fence and (self._handle.closed or ready(self._handle, self._events)):
                 self._done = True
                 if not self._wake():
                     self._handle.domain.retries.later(self._wake)
                 return
-            self._fence = _blocking(self._handle, self._events)
+            self._fence = fence or self._look.blocking()
             if self._fence:
                 self._token = dispatcher(self._handle.domain).watch(self._fence, self.next, foreign=True)
                 if self._token is not None:
@@ -244,6 +267,14 @@ class _PollFd:
             dispatcher(self._handle.domain).unwatch(self._fence, self._token)
 
 
+def _given_up(waiting: Cancelable) -> bool:
+    """Cancel a descriptor that no process has any more."""
+    gone = isinstance(waiting, _PollFd) and waiting.abandoned()
+    if gone:
+        waiting.cancel()
+    return gone
+
+
 class _PollFds(WeakObjects[Cancelable]):
     """The descriptors of a handle that aren't readable yet.
 
@@ -262,8 +293,5 @@ class _PollFds(WeakObjects[Cancelable]):
     def add(self, found: Cancelable) -> None:
         super().add(found)
         if len(self) > self._most:
-            for waiting in self:
-                if isinstance(waiting, _PollFd) and waiting.abandoned():
-                    waiting.cancel()
-                    self.discard(waiting)
+            self.discard_where(_given_up)
             self._most = max(2 * len(self), self.LEAST)
