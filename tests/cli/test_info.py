@@ -49,6 +49,13 @@ def test_an_inode_goes_before_a_name(run: Run) -> None:
         assert field(run("info", str(buf.ino)).out, "inode") == [str(buf.ino)]
 
 
+def test_info_says_what_the_bytes_are(run: Run) -> None:
+    with dmabuf.allocate(shape=(3, 4), dtype="float32") as buf, dmabuf.allocate(4096) as bare:
+        assert field(run("info", str(buf.ino)).out, "layout") == ["float32 (3, 4)"]
+        assert field(run("info", str(bare.ino)).out, "layout") == ["none"]
+        assert run("info", "--json", str(buf.ino)).json["buffer"]["layout"] == "float32 (3, 4)"
+
+
 def test_an_empty_name_is_a_name(run: Run) -> None:
     with dmabuf.allocate(4096), dmabuf.allocate(4096, name="") as buf:
         assert field(run("info", "").out, "inode") == [str(buf.ino)]

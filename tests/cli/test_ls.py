@@ -43,6 +43,7 @@ BUFFER = {
     "blocking_readers": [FENCE],
     "blocking_writers": [FENCE],
     "torn": (dict, type(None)),
+    "layout": (str, type(None)),
     "dev": int,
     "pid": int,
     "locked_by": int,

@@ -10,6 +10,7 @@ import pytest
 
 import dmabuf
 from dmabuf import Timeline, Usage
+from dmabuf.core.buffer.handle import handle_of
 from dmabuf.observe.records import BufferRecord, FenceRecord, Torn
 from tests.support.children import Parent, Spawn
 from tests.support.fences import attach
@@ -298,3 +299,13 @@ def test_another_domain_is_seen_by_itself(child: Spawn) -> None:
 def test_the_domain_is_keyword_only() -> None:
     with pytest.raises(TypeError):
         dmabuf.buffers(dmabuf.Domain.default())  # type: ignore[misc]
+
+
+def test_layout_is_shown_and_one_that_makes_no_sense_is_not() -> None:
+    layout = dmabuf.TensorLayout("uint8", (5,))
+    with dmabuf.allocate(layout=layout) as buf, dmabuf.allocate(4096) as bare:
+        assert there(buf).layout == layout
+        assert there(bare).layout is None
+        shared = handle_of(bare).shared
+        assert shared.shm.rec_set_layout(shared.index, shared.gen, 0, b"nonsense")
+        assert there(bare).layout is None

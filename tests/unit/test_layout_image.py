@@ -287,3 +287,16 @@ def test_image_layout_of_an_unknown_fourcc_has_no_format() -> None:
     assert ImageLayout.unpack(layout.pack()) == layout
     with pytest.raises(LookupError, match="0x1234"):
         _ = layout.format
+
+
+@pytest.mark.parametrize(
+    ("layout", "text"),
+    [
+        (ImageLayout.linear("NV12", 64, 4), "NV12 64×4"),
+        (ImageLayout.linear("NV12", 64, 4, apart=True), "NV12 64×4, in 2 buffers"),
+        (ImageLayout(0x34325258, 64, 4, PLANES[:1], modifier=TILED), "XRGB8888 64×4, modifier 0x200000000000001"),
+        (ImageLayout(int.from_bytes(b"ABCD", "little"), 64, 4, PLANES[:1]), "ABCD 64×4"),
+    ],
+)
+def test_image_layout_text_is_short(layout: ImageLayout, text: str) -> None:
+    assert str(layout) == text

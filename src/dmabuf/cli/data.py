@@ -60,6 +60,7 @@ def buffer_json(record: BufferRecord) -> dict[str, Any]:
         "blocking_readers": [fence_json(fence) for fence in record.blocking_readers],
         "blocking_writers": [fence_json(fence) for fence in record.blocking_writers],
         "torn": vars(record.torn) if record.torn else None,
+        "layout": None if record.layout is None else str(record.layout),
     }
 
 

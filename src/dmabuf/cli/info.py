@@ -102,6 +102,7 @@ def _print(out: Console, found: BufferSnapshot, path: Path) -> None:
     field("inode", str(buf.ino))
     field("name", name_of(buf))
     field("size", f"{size(buf.size)} ({buf.size} bytes)" if buf.size >= 1024 else f"{buf.size} bytes")
+    field("layout", "none" if buf.layout is None else str(buf.layout))
     field("home", f"{safe(buf.home)}, exported by {safe(buf.exp_name)}")
     field("created", f"{made} by process {buf.pid}, {age(time.time_ns() - buf.created)} ago")
     field("domain", safe(str(path)))

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 from dmabuf.layout import checks, packing
 from dmabuf.layout.arrays import ArraySpec, Views, arrays, bytes_of
 from dmabuf.layout.color import Color
-from dmabuf.layout.formats import PixelFormat, known
+from dmabuf.layout.formats import PixelFormat, known, text_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -144,6 +144,12 @@ class ImageLayout:
             if plane.size < least:
                 what = f"plane {index} has {least} bytes of pixels, and its size is {plane.size}"
                 raise checks.invalid("picture", what, f"pass a size of at least {least}")
+
+    def __str__(self) -> str:
+        shape = known(self.fourcc)
+        text = f"{shape.name if shape else text_of(self.fourcc)} {self.width}×{self.height}"
+        text += "" if self.is_linear else f", modifier {self.modifier:#x}"
+        return text + (f", in {len(self.sizes)} buffers" if len(self.sizes) > 1 else "")
 
     @classmethod
     def linear(

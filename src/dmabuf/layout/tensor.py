@@ -74,6 +74,9 @@ class TensorLayout:
         if self.sizes[0] >= checks.END:
             raise checks.invalid("tensor", f"its last byte is at {self.sizes[0] - 1}", "pass a shape and strides that fit into 63 bits")
 
+    def __str__(self) -> str:
+        return f"{self.dtype} {self.shape}"
+
     def _contiguous(self) -> tuple[int, ...]:
         strides, step = [], self.itemsize
         for count in reversed(self.shape):

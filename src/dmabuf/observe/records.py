@@ -22,6 +22,8 @@ from dmabuf.core.fence.fence import names_of
 from dmabuf.domain import lives, records
 from dmabuf.domain.domain import Domain
 from dmabuf.domain.holders import Holder, holders
+from dmabuf.errors import InvalidError
+from dmabuf.layout.stored import Layout, unpack
 
 if TYPE_CHECKING:
     from dmabuf.answers import RecordInfo
@@ -72,8 +74,8 @@ class BufferRecord:
     since the epoch. ``pid``: the process that made it, which may be gone. ``holders``: the processes that have it open or mapped, as far as
     /proc shows them, by pid; empty for a buffer in flight. ``accesses``: ``read()`` and ``write()`` blocks entered or waiting.
     ``blocking_readers``, ``blocking_writers``: the pending fences for which a new reader (usage up to WRITE) or writer (up to READ) would
-    wait, the oldest first. ``locked_by``: the pid of the process that holds the reservation lock, 0 if it is free. ``torn``: None if the
-    content is whole.
+    wait, the oldest first. ``layout``: what the bytes mean, None if nobody said. ``locked_by``: the pid of the process that holds the
+    reservation lock, 0 if it is free. ``torn``: None if the content is whole.
     """
 
     ino: int
@@ -90,6 +92,7 @@ class BufferRecord:
     dev: int
     pid: int
     locked_by: int
+    layout: Layout | None = None
 
 
 @dataclass(frozen=True)
@@ -173,8 +176,16 @@ def _snapshot(shm: Shm, names: _Names, index: int, info: RecordInfo, held: list[
         dev=info["dev"],
         pid=info["pid"],
         locked_by=names.owner(word) if word else 0,
+        layout=_layout(shm.rec_layout(index, info["gen"])),
     )
     return BufferSnapshot(record, fences)
+
+
+def _layout(found: tuple[int, bytes] | None) -> Layout | None:
+    try:
+        return None if found is None else unpack(found[1])
+    except InvalidError:
+        return None  # the file makes no sense, which whoever uses the buffer is told
 
 
 class _Names:
