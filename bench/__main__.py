@@ -51,9 +51,12 @@ def _plain() -> list[Spec]:
             "fence signal → wake round trip, two CPUs", partial(measures.fence_round_trip, True), _smart, "futex, spinning, in C, two CPUs"
         ),
         Spec("  the same, by the smallest C extension", floor.extension_round_trip, _futex, PING),
-        Spec("write() enter + exit, uncontended", measures.write_uncontended, _futex, PING, 4.0),
-        Spec("read() enter + exit, uncontended", measures.read_uncontended, _futex, PING),
-        Spec("write() of a 1 GiB buffer", partial(measures.write_uncontended, GIB), _futex, PING, 4.0),
+        Spec("write() enter + exit, uncontended", measures.write_uncontended, _futex, PING, 0.15),
+        Spec("read() enter + exit, uncontended", measures.read_uncontended, _futex, PING, 0.15),
+        Spec("view.array() in a read() block, above the block", measures.array_of_read, _futex, PING, 0.1),
+        Spec("write() of a 1 GiB buffer", partial(measures.write_uncontended, GIB), _futex, PING, 0.15),
+        Spec("a fence made, signaled and dropped", measures.fence_made, _futex, PING, 0.3),
+        Spec("a fence received in a message of many, and dropped", measures.fence_received, _futex, PING, 0.6),
         Spec("attach + map + unmap + detach, static", measures.attach_cycle, _futex, PING, 10.0),
         Spec("map + unmap of 1 GiB", partial(measures.map_cycle, GIB), partial(measures.map_cycle, MIB), "the same of 1 MiB", 1.2),
         Spec(
@@ -75,7 +78,7 @@ def _plain() -> list[Spec]:
 def _among(where: str) -> list[Spec]:
     return [
         Spec(f"fence round trip, one CPU, among {where}", partial(measures.fence_round_trip, False), _futex, PING, 1.5),
-        Spec(f"write() enter + exit, among {where}", measures.write_uncontended, _futex, PING, 4.0),
+        Spec(f"write() enter + exit, among {where}", measures.write_uncontended, _futex, PING, 0.15),
         Spec(f"hand-over of 1 MiB, one CPU, among {where}", partial(measures.hand_over, MIB, False), _scm(MIB, "same"), THE_SAME, 2.0),
     ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import socket
 import time
@@ -82,6 +83,58 @@ def read_uncontended(size: int = 4096) -> float:
                 pass
 
         return timed(once)
+
+
+def array_of_read() -> float:
+    """`view.array()` in a read() block, above the block alone."""
+    with dmabuf.allocate(4096) as buf, pinned(cpus(False)[0]):
+
+        def alone() -> None:
+            with buf.read():
+                pass
+
+        def with_array() -> None:
+            with buf.read() as view:
+                view.array()
+
+        return timed(with_array) - timed(alone)
+
+
+def fence_made() -> float:
+    """A fence that is made, signaled and dropped, in one process."""
+    timeline = dmabuf.Timeline("bench")
+    with pinned(cpus(False)[0]):
+
+        def once() -> None:
+            timeline.fence().signal()
+
+        return timed(once)
+
+
+def fence_received(count: int = 150, messages: int = 60) -> float:
+    """A fence of another process that is received among others in one message, and dropped; each."""
+    here, there = cpus(False)
+
+    def body(sock: socket.socket) -> None:
+        timeline = dmabuf.Timeline("bench")
+        fences = [timeline.fence() for _ in range(count)]
+        for _ in range(messages):
+            dmabuf.send(sock, *fences)
+            sock.recv(1)
+        for fence in fences:
+            fence.signal()
+
+    samples = []
+    clock = time.perf_counter_ns
+    with peer(body, there) as sock, pinned(here):
+        for _ in range(messages):
+            select.select([sock], [], [])
+            start = clock()
+            got = dmabuf.recv(sock)
+            del got
+            samples.append((clock() - start) // count)
+            sock.send(b"x")
+    return median_us(samples)
 
 
 def attach_cycle(size: int = 4096) -> float:

@@ -76,6 +76,25 @@ static PyObject *fence_info(Shm *s, PyObject *arg) {
   Py_RETURN_NONE;
 }
 
+static PyObject *fence_origin(Shm *s, PyObject *arg) {
+  uint64_t h;
+  if (arg_u64(arg, &h)) return NULL;
+  db_fence *f;
+  fence_pending(s, h, &f);
+  if (!f) Py_RETURN_NONE;
+  uint32_t timeline = atomic_load(&f->timeline), life = fence_owner(s, h);
+  uint64_t context = atomic_load(&f->context);
+  fence_pending(s, h, &f); /* the slot may have been used again during the reading */
+  if (!f) Py_RETURN_NONE;
+  PyObject *origin = PyTuple_New(3);
+  if (!origin) return NULL;
+  PyTuple_SET_ITEM(origin, 0, PyLong_FromUnsignedLong(timeline));
+  PyTuple_SET_ITEM(origin, 1, PyLong_FromUnsignedLongLong(context));
+  PyTuple_SET_ITEM(origin, 2, PyLong_FromUnsignedLong(life));
+  if (PyErr_Occurred()) Py_CLEAR(origin);
+  return origin;
+}
+
 /* ---- marks
  *
  * The slot of another process's fence may be used again between any two lines. A mark is for its generation, or does no harm in another.
@@ -183,6 +202,8 @@ PyMethodDef fence_methods[] = {
      "fence_pending($self, handle, /)\n--\n\nReturn True if the fence is pending, False if it is signaled or past."},
     METHOD(fence_is_here, METH_O, "($self, handle, /)",
            "Return True if a pending fence is that of an access of the running thread, or of a task that runs in it."),
+    METHOD(fence_origin, METH_O, "($self, handle, /)",
+           "Return (timeline slot + 1, context, life) of a fence; None when its slot was used again."),
     METHOD(fence_info, METH_O, "($self, handle, /)", "Return what the fence's slot says, None for a past generation."),
     METHOD(fence_share, METH_O, "($self, handle, /)", "Note that others than the owner may know a fence. Return whether it is pending."),
     METHOD(fence_watch, METH_O, "($self, handle, /)",

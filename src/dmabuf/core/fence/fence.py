@@ -21,7 +21,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
 
 from dmabuf._native import FF_ACCESS, FF_ANYBODY, FF_CONTAINER, FF_SEQNO64, Fence, Shm, TimelineSlot, WeakValues
 from dmabuf.core.task.waiting import pause
@@ -94,10 +94,22 @@ class DmaFence(Fence):
 
     def _look_up(self) -> tuple[str, str, int]:
         if self._names is None:
-            info, line = self.shm.fence_info(self.handle), self._timeline
-            pid = self.domain.pid_of(info["life"]) if info else 0
-            driver, name = (line.driver, line.name) if line is not None else names_of(self.shm, info) if info else ("", "")
-            self._names = driver, name, pid
+            # Fences of one timeline come many at a time, and have the same names.
+            known: dict[tuple[int, int, int], tuple[str, str, int]] = self.domain.local.get(_ORIGINS) or _ORIGINS.of(self.domain)
+            origin = self.shm.fence_origin(self.handle)
+            found = None if origin is None or self._timeline is not None else known.get(origin)
+            if found is None or origin is None or not self.shm.life_current(origin[2]):
+                info, line = self.shm.fence_info(self.handle), self._timeline
+                pid = self.domain.pid_of(info["life"]) if info else 0
+                driver, name = (line.driver, line.name) if line is not None else names_of(self.shm, info) if info else ("", "")
+                found = driver, name, pid
+                if (
+                    origin is not None and origin[1] and pid and driver and self.shm.fence_origin(self.handle) == origin
+                ):  # all of it was the same fence's
+                    if len(known) >= _MOST_ORIGINS:
+                        known.clear()
+                    known[origin] = found
+            self._names = found
         return self._names
 
     @property
@@ -345,6 +357,10 @@ class DmaFence(Fence):
 # The fences that this process knows, by handle.
 _Known: TypeAlias = WeakValues[int, DmaFence]
 KNOWN: Local[_Known] = Local(lambda _: WeakValues())
+
+# Names of a timeline and pid of its process, by what `Shm.fence_origin` says: a context is never used again.
+_ORIGINS: Local[dict[tuple[int, int, int], tuple[str, str, int]]] = Local(lambda _: {})
+_MOST_ORIGINS: Final = 1024
 
 # The timelines of this process for fences that belong to none, by their driver's names.
 _UNBOUND: Local[dict[str, TimelineSlot]] = Local(lambda _: {})
