@@ -11,22 +11,24 @@ import shutil
 import signal
 import socket
 import sys
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
-import av
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
 import dmabuf
 from dmabuf.cli.demo import command
-from dmabuf.cli.demo_pipeline import run as pipeline
-from dmabuf.cli.demo_pipeline import stage as program
-from dmabuf.cli.demo_pipeline import video as work
 from tests.support.budget import budget
-from tests.support.children import Parent, Spawn
+from tests.support.children import ENTRY, Nursery, Parent, Spawn
+from tests.support.lazy import Lazy
+from tests.support.zygote import Zygote
 
+av = Lazy("av")
+pipeline, program, work = (Lazy(f"dmabuf.cli.demo_pipeline.{name}") for name in ("run", "stage", "video"))
 STAGES = ("decode", "filter", "histogram", "encode")
 FRAMES = 20
 
@@ -98,6 +100,26 @@ class ForkedStage:
         return self.returncode
 
 
+@pytest.fixture(scope="module")
+def video_zygote(zygote: Zygote | None) -> Iterator[Zygote | None]:
+    """A zygote for this module alone: that of the run stays without FFmpeg."""
+    made = Zygote(ENTRY, f"{__name__}:prepare") if zygote else None
+    yield made
+    if made:
+        made.close()
+
+
+def prepare() -> None:
+    for module in (av, pipeline, program):
+        module()
+
+
+@pytest.fixture
+def child(video_zygote: Zygote | None) -> Iterator[Spawn]:
+    with Nursery(video_zygote) as nursery:
+        yield nursery
+
+
 @pytest.fixture
 def interpreters() -> None:
     """Start the stages as a user's demo does."""
@@ -106,7 +128,7 @@ def interpreters() -> None:
 @pytest.fixture(autouse=True)
 def _stages(request: pytest.FixtureRequest, child: Spawn, monkeypatch: pytest.MonkeyPatch) -> None:
     if budget() == "quick" and "interpreters" not in request.fixturenames:
-        monkeypatch.setattr(pipeline, "_spawned", lambda sock: ForkedStage(child, sock))
+        monkeypatch.setattr(pipeline(), "_spawned", lambda sock: ForkedStage(child, sock))
 
 
 def demo(*arguments: object) -> Result:
@@ -239,7 +261,7 @@ def test_a_kill_names_the_dead_stage_to_people(clip, output):
     assert "left behind: nothing" in result.stdout
 
 
-def plan_of(clip: Path, tmp_path: Path) -> pipeline.Plan:
+def plan_of(clip: Path, tmp_path: Path) -> Any:
     return pipeline.Plan(work.probe(clip), tmp_path / "part.mp4", None, None, 0)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import struct
 from typing import Any
@@ -10,8 +11,10 @@ import pytest
 
 from dmabuf import PixelFormat
 from dmabuf.layout.formats import Component, PlaneFormat, formats
+from tests.support.lazy import Lazy
 
-av = pytest.importorskip("av")
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("av") is None, reason="no PyAV")
+av = Lazy("av")
 NAMED = [pytest.param(one, id=one.name) for one in formats() if one.names["ffmpeg"]]
 SIDE = 16
 LEVELS = {"R": 200, "G": 100, "B": 40, "A": 255, "Y": 180, "Cb": 90, "Cr": 60}
