@@ -354,3 +354,13 @@ def test_bufinfo_lists_attached_devices_by_name(static: Static) -> None:
         for att in atts:
             att.detach()
         assert "Total 0 devices attached" in dmabuf.bufinfo()
+
+
+def test_mapping_that_an_exporter_returns_twice_is_a_contract_warning(static: Static) -> None:
+    kept = static.memory.mmap()
+    static.mmap = lambda buf, offset, length: kept  # type: ignore[method-assign]
+    with dmabuf.export(static, SIZE) as buf:
+        one = buf.mmap()
+        with pytest.warns(ContractWarning, match="its exporter returned a mapping that it had returned before; make a new one each time"):
+            assert buf.mmap() is one
+    kept.close()

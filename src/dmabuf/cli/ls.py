@@ -104,5 +104,5 @@ def blocker(fence: FenceRecord, monotonic: int) -> str:
 def torn_text(buf: BufferRecord) -> str:
     """Return why the content is torn."""
     assert buf.torn is not None
-    how = "died" if buf.torn.errno == errno.EOWNERDEAD else "raised an exception"
+    how = "died or left the domain" if buf.torn.errno == errno.EOWNERDEAD else "raised an exception"
     return f"torn: process {buf.torn.pid} {how} while writing ({errno_name(buf.torn.errno)}), until the next complete write()"

@@ -225,7 +225,8 @@ class ExporterOps(Generic[BufferT, AttachmentT]):
         """Return a mapping of the bytes, such as ``DmaBuf.mmap`` of a buffer that holds the memory returns.
 
         Optional; without it ``mmap()``, ``read()`` and ``write()`` are EINVAL. The lock is not held. The range lies within the size.
-        The buffer lives until the mapping is closed.
+        The buffer lives until the mapping is closed, so return a new one each time: one that the exporter keeps open is never closed,
+        and the buffer never released. A ``ContractWarning`` tells of one that is returned twice.
 
         Raises:
             OSError: Any.

@@ -326,6 +326,12 @@ def _stop(ref: weakref.ref[Dispatcher]) -> None:
 DISPATCHER: Local[Dispatcher] = Local(Dispatcher)
 
 
+def unwatch(domain: Domain, handle: int, token: int) -> bool:
+    """Remove a registration as :meth:`Dispatcher.unwatch` does. The process joins nothing for it, and a forked child has none."""
+    found = DISPATCHER.peek(domain)
+    return found is not None and not domain.shm.forked and found.unwatch(handle, token)
+
+
 def dispatcher(domain: Domain) -> Dispatcher:
     """Return the dispatcher of this process in a domain, made at first use and again after a fork."""
     domain.join()

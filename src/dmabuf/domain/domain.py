@@ -260,6 +260,8 @@ class Domain:
     def leave(self) -> None:
         """End this process's life in the domain. Its pending fences are signaled with -EOWNERDEAD. The last process empties the file.
 
+        Accesses end too, as if the process had died: what a ``write()`` block that is open has written so far is torn content (EOWNERDEAD).
+
         Without a free descriptor the life ends too, but the file isn't emptied. What this process still has of the domain, such as fences
         and records, it may look at as before, and the next operation that needs a life joins again.
         """

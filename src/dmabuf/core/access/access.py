@@ -149,7 +149,7 @@ class Rules:
         handle: Handle = part.handle
         seen = handle.shared.info()
         who = f"process {seen['torn_pid']}" if seen["torn"] == torn else "a process"  # else another write() has ended since
-        how = "died" if torn == errno.EOWNERDEAD else "raised an exception"
+        how = "died or left the domain" if torn == errno.EOWNERDEAD else "raised an exception"
         raise fail(
             torn,
             operation_of(part),

@@ -28,7 +28,7 @@ from dmabuf.core.fence.lazy import asks
 from dmabuf.core.resv.lock import record_of
 from dmabuf.core.resv.resv import pending
 from dmabuf.core.task import waiting as awaiting
-from dmabuf.domain.dispatcher import dispatcher
+from dmabuf.domain.dispatcher import dispatcher, unwatch
 from dmabuf.domain.forks import fork_lock
 from dmabuf.domain.weak_objects import WeakObjects
 from dmabuf.errors import fail, needing_descriptors
@@ -264,7 +264,7 @@ class _PollFd:
         """Stop watching: the buffer's handle is closed, or the descriptor."""
         self._done = True
         if self._token is not None:
-            dispatcher(self._handle.domain).unwatch(self._fence, self._token)
+            unwatch(self._handle.domain, self._fence, self._token)
 
 
 def _given_up(waiting: Cancelable) -> bool:

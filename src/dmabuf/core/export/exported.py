@@ -18,7 +18,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Final
 
-from dmabuf._native import Mapping, OwnedFd, finish
+from dmabuf._native import Mapping, OwnedFd, WeakValues, finish
 from dmabuf.core.base.registry import Registry
 from dmabuf.core.buffer.backing import Backing
 from dmabuf.core.buffer.shared import SharedBuffer
@@ -65,7 +65,7 @@ class Exported(Backing):
         self._last: DmaBuf | None = None  # the handle that the exporter is told with
         self.closing: set[int] = set()  # the id() of each handle that is being closed: its close() releases, and the thread doesn't
         self._once = fork_lock()  # a handle's __del__ may run in the middle
-        self._mappings: WeakObjects[Mapping] = WeakObjects()
+        self._mappings: WeakValues[int, Mapping] = WeakValues()  # by id()
 
     def check_reachable(self, operation: str) -> None:
         if self.pid != os.getpid():  # an attachment from before a fork, or a fork that Python didn't see
@@ -78,7 +78,12 @@ class Exported(Backing):
             )
 
     def keep(self, mapping: Mapping) -> None:
-        self._mappings.add(mapping)
+        if self._mappings.get(id(mapping)) is mapping:
+            remedy = "make a new one each time, or the buffer is never released"
+            contract_warning(
+                f"mmap: buffer ino {self.record.ino}: its exporter returned a mapping that it had returned before; {remedy}", 6
+            )
+        self._mappings[id(mapping)] = mapping
 
     def before_close(self, handle: object) -> None:
         if self.pid == os.getpid():  # in a forked child a thread that isn't there may hold the lock
@@ -111,7 +116,7 @@ class Exported(Backing):
 
     def _claimed(self) -> bool:
         """Return True if nobody holds it, and the caller is the one to release it. The lock is held."""
-        if self.released or self.lost or self.record.handles or any(not mapping.closed for mapping in list(self._mappings)):
+        if self.released or self.lost or self.record.handles or any(not mapping.closed for mapping in self._mappings.values()):
             return False
         me = threading.get_ident()
         try:

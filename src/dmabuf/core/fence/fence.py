@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
 
 from dmabuf._native import FF_ACCESS, FF_ANYBODY, FF_CONTAINER, FF_SEQNO64, Fence, Shm, TimelineSlot, WeakValues
 from dmabuf.core.task.waiting import pause
-from dmabuf.domain.dispatcher import DISPATCHER, dispatcher
+from dmabuf.domain.dispatcher import DISPATCHER, dispatcher, unwatch
 from dmabuf.domain.domain import Domain
 from dmabuf.domain.local import Local
 from dmabuf.errors import contract_warning, fail
@@ -223,7 +223,7 @@ class DmaFence(Fence):
 
         Kernel: dma_fence_remove_callback.
         """
-        return dispatcher(self.domain).unwatch(self.handle, handle)
+        return unwatch(self.domain, self.handle, handle)
 
     def enable_signaling(self) -> None:
         """Ask that the fence be signaled by itself. A fence without operations of its own always is (semantics 3.8).
