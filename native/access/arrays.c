@@ -90,7 +90,13 @@ static int complete(int n, Py_ssize_t *shape, Py_ssize_t *strides, bool given, P
     }
     shape[open] = room / known;
   }
-  for (int i = n; !given && i-- > 0;) strides[i] = i == n - 1 ? item : strides[i + 1] * (shape[i + 1] ? shape[i + 1] : 1);
+  for (int i = n; !given && i-- > 0;) {
+    strides[i] = item;
+    if (i < n - 1 && __builtin_mul_overflow(strides[i + 1], shape[i + 1] ? shape[i + 1] : 1, &strides[i])) {
+      PyErr_SetString(PyExc_ValueError, "array: the shape is too large"); /* with a dimension of 0 before */
+      return -1;
+    }
+  }
   return 0;
 }
 

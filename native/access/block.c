@@ -82,6 +82,17 @@ static void kept_remove(Block *b) {
 
 /* ---- how a use ends ---- */
 
+static void holds_forget(Block *b) {
+  hold *next;
+  for (hold *h = b->holds; h; h = next) {
+    next = h->next;
+    h->prev = h->next = NULL;
+    h->counted = false;
+  }
+  b->holds = NULL;
+  b->kept_count = 0;
+}
+
 /* Forget the use, whose fence has ended. */
 static void use_over(Block *b) {
   Path *path = b->path;
@@ -103,6 +114,7 @@ static void use_over(Block *b) {
     b->sibling_at = NULL;
   }
   kept_remove(b);
+  holds_forget(b); /* what is still held shows private memory, or a forked child's */
   b->use++;
   b->state = IDLE; /* before anything is dropped, which may run Python code */
   Py_XDECREF(mapping);
@@ -129,7 +141,9 @@ PyObject *block_end_bracket(Block *b) {
 /* End the exporter's bracket, and the fence. What the former raised, as an object, or NULL. */
 PyObject *block_end_use(Block *b) {
   PyObject *failed = NULL;
+  uint32_t use = b->use;
   if (b->asked && block_is_ours(b)) failed = block_end_bracket(b);
+  if (b->use != use) return failed; /* the exporter's code has ended it, and perhaps entered the block again */
   uint64_t fence = b->fence;
   if (fence && block_is_ours(b)) access_finish(b->shm, fence, b->rec, b->write, b->error);
   use_over(b);
@@ -152,14 +166,17 @@ void block_abandon(Block *b) {
   if (b->state == IDLE) return;
   PyObject *kind, *value, *trace;
   PyErr_Fetch(&kind, &value, &trace);
+  uint32_t use = b->use;
   if (b->asked && block_is_ours(b)) {
     PyObject *failed = block_end_bracket(b); /* the error to report is the one that made the access give up */
     Py_XDECREF(failed);
   }
-  uint64_t fence = b->fence;
-  b->fence = 0;
-  if (fence && block_is_ours(b)) fence_end(b->shm, fence, 0); /* nobody has seen the view, so nothing was written */
-  use_over(b);
+  if (b->use == use) {
+    uint64_t fence = b->fence;
+    b->fence = 0;
+    if (fence && block_is_ours(b)) fence_end(b->shm, fence, 0); /* nobody has seen the view, so nothing was written */
+    use_over(b);
+  }
   PyErr_Restore(kind, value, trace);
 }
 

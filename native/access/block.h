@@ -37,6 +37,17 @@ typedef struct block {
   char state, write;
 } Block;
 
+struct hold {
+  PyObject_HEAD
+  Block *block;
+  Mapping *mapping;  /* which stays mapped as long, also when the access is over */
+  hold *prev, *next; /* in block->holds */
+  char *base;
+  Py_ssize_t n, stride; /* bytes; stride: from one to the next */
+  bool readonly;
+  bool counted; /* it keeps the block's present use, whose end makes this false */
+};
+
 typedef struct { /* several that are granted together */
   PyObject_HEAD
   PyObject *parts; /* a tuple of Blocks */

@@ -15,8 +15,18 @@
 
 #define HUGE (2 << 20) /* from this many bytes on, huge pages make the copy cheaper */
 
-/* The range of bytes that anybody shows of a mapping: from *low to *high. */
-static void shown(Block *b, Py_ssize_t *low, Py_ssize_t *high) {
+/* Does anybody but blocks, what they left, and the handle refer to the mapping, as an exporter does that gives out one for all accesses?
+ * He would find the private copy there. */
+static bool is_others(Block *b) {
+  Mapping *m = b->mapping;
+  Py_ssize_t known = b->path && b->path->mapping == m;
+  for (Block *x = m->blocks; x; x = x->sibling) known += 1 + x->kept_count;
+  return m->exports || Py_REFCNT(m) > known;
+}
+
+/* The range of bytes that anybody shows of a mapping: from *low to *high. Returns whether a block is open. */
+static bool shown(Block *b, Py_ssize_t *low, Py_ssize_t *high) {
+  bool open = false;
   Mapping *m = b->mapping;
   *low = m->length;
   *high = 0;
@@ -24,9 +34,11 @@ static void shown(Block *b, Py_ssize_t *low, Py_ssize_t *high) {
     if (x->state == OPEN) { /* a reader, since an access that was left is in a writer's way: it shows whatever it likes */
       *low = 0;
       *high = m->length;
+      open = true;
     }
     for (hold *h = x->holds; h; h = h->next) {
-      Py_ssize_t first = h->base - m->base, last = first + (h->n ? (h->n - 1) * h->stride : 0);
+      if (!h->n) continue; /* it may lie at the very end */
+      Py_ssize_t first = h->base - m->base, last = first + (h->n - 1) * h->stride;
       if (first > last) {
         Py_ssize_t swap = first;
         first = last;
@@ -36,6 +48,7 @@ static void shown(Block *b, Py_ssize_t *low, Py_ssize_t *high) {
       if (last + 1 > *high) *high = last + 1;
     }
   }
+  return open;
 }
 
 static int put_private(Block *b) {
@@ -43,13 +56,11 @@ static int put_private(Block *b) {
   size_t page = (size_t)sysconf(_SC_PAGESIZE), whole = ((size_t)(m->lead + m->length) + page - 1) / page * page;
   char *start = m->base - m->lead, *fresh;
   Py_ssize_t low, high;
-  shown(b, &low, &high);
+  bool open = shown(b, &low, &high);
+  bool zeros = !open && high > low && high - low > DETACH_MOST; /* an open block must not find zeros */
   fresh = mmap(NULL, whole, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (fresh == MAP_FAILED) return -1;
-  int result = 0;
-  if (high > low && high - low > DETACH_MOST) {
-    result = 1;
-  } else if (high > low) {
+  if (high > low && !zeros) {
     if (high - low >= HUGE) madvise(fresh, whole, MADV_HUGEPAGE); /* where it can't, the pages are small */
     memcpy(fresh + m->lead + low, m->base + low, (size_t)(high - low));
   }
@@ -59,13 +70,13 @@ static int put_private(Block *b) {
   }
   mapping_hide(start, whole);
   m->detached = true;
-  return result;
+  return zeros;
 }
 
 int block_detach(Block *b) {
   Mapping *m = b->mapping;
   if (!m || !m->base || m->detached) return m && m->detached ? 0 : -1;
-  if (m->exports) return -1; /* somebody uses the mapping itself */
+  if (is_others(b)) return -1;
   int result = put_private(b);
   if (result < 0) return result;
   if (b->path && b->path->mapping == m) Py_CLEAR(b->path->mapping);
@@ -103,10 +114,11 @@ int kept_release(Shm *s, uint32_t target, uint64_t fence) {
       if (b->shm != s || b->target != target || (fence && b->fence != fence) || b->state != LEFT || !block_is_ours(b)) continue;
       if (b->forks != kept_forks) continue; /* a child shows it too, and nobody can take it away from there */
       Py_INCREF(b);
+      uint32_t use = b->use;
       int detached = block_detach(b);
       if (detached >= 0) {
+        if (b->use == use) block_end(b); /* else the mapping's hook has let go of what was kept */
         if (detached) block_left_zeros(b);
-        if (b->state == LEFT) block_end(b); /* the hook may have let go of what was kept */
         released++;
         again = true; /* Python code has run, and may have changed the list */
       }

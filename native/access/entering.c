@@ -14,6 +14,7 @@ typedef struct {
   PyObject *result;    /* of one that is done */
   PyObject *coroutine; /* NULL: not begun */
   PyObject *owner;     /* of the coroutine */
+  bool running;        /* somebody is inside of it */
 } Entering;
 
 static Block **blocks_of(PyObject **whole, Py_ssize_t *n) {
@@ -86,8 +87,7 @@ static int start(Entering *e, PyObject **view) {
   return -1;
 }
 
-static PySendResult entering_send(Entering *e, PyObject *value, PyObject **result) {
-  *result = NULL;
+static PySendResult go_on(Entering *e, PyObject *value, PyObject **result) {
   if (!e->whole) {
     if (!(*result = e->result)) {
       PyErr_SetString(PyExc_RuntimeError, "the block was awaited already");
@@ -100,20 +100,32 @@ static PySendResult entering_send(Entering *e, PyObject *value, PyObject **resul
     int got = start(e, result);
     if (got) return got > 0 ? PYGEN_RETURN : PYGEN_ERROR;
   }
-  PyObject *coroutine = Py_NewRef(e->coroutine), *given = NULL;
-  PySendResult sent = PyIter_Send(coroutine, value, &given);
-  Py_DECREF(coroutine);
+  PyObject *given = NULL;
+  PySendResult sent = PyIter_Send(e->coroutine, value, &given);
   if (sent == PYGEN_NEXT) {
     *result = given;
     return sent;
   }
   Py_XDECREF(given);
-  if (!e->whole) { /* it was closed meanwhile */
-    if (sent == PYGEN_RETURN) PyErr_SetString(PyExc_RuntimeError, "the block was abandoned");
-    return PYGEN_ERROR;
-  }
   *result = settle(e, sent == PYGEN_RETURN);
   return *result ? PYGEN_RETURN : PYGEN_ERROR;
+}
+
+/* Code that runs inside, as an exporter's, must not come in again. */
+static bool may_run(Entering *e) {
+  if (!e->running) return e->running = true;
+  PyErr_SetString(PyExc_ValueError, "the block is being entered by this awaitable already");
+  return false;
+}
+
+static PySendResult entering_send(Entering *e, PyObject *value, PyObject **result) {
+  *result = NULL;
+  if (!may_run(e)) return PYGEN_ERROR;
+  Py_INCREF(e); /* what runs inside may drop it */
+  PySendResult sent = go_on(e, value, result);
+  e->running = false;
+  Py_DECREF(e);
+  return sent;
 }
 
 /* For those who don't know the slot: what send() returned, or StopIteration with the result. */
@@ -138,7 +150,7 @@ static PyObject *entering_send_method(Entering *e, PyObject *value) {
   return given(sent, result);
 }
 
-static PyObject *entering_throw(Entering *e, PyObject *args) {
+static PyObject *throw_in(Entering *e, PyObject *args) {
   if (!e->whole || !e->coroutine) { /* nothing is entered */
     PyObject *kind, *value = NULL, *trace = NULL;
     if (!PyArg_UnpackTuple(args, "throw", 1, 3, &kind, &value, &trace)) return NULL;
@@ -150,15 +162,22 @@ static PyObject *entering_throw(Entering *e, PyObject *args) {
       PyErr_SetObject(kind, value && value != Py_None ? value : NULL);
     return NULL;
   }
-  PyObject *coroutine = Py_NewRef(e->coroutine), *method = PyObject_GetAttrString(coroutine, "throw");
-  PyObject *result = method ? PyObject_CallObject(method, args) : NULL;
+  PyObject *method = PyObject_GetAttrString(e->coroutine, "throw"), *result = method ? PyObject_CallObject(method, args) : NULL;
   Py_XDECREF(method);
-  Py_DECREF(coroutine);
-  if (result || !e->whole) return result;
+  if (result) return result;
   bool ended = PyErr_ExceptionMatches(PyExc_StopIteration);
   if (ended) PyErr_Clear();
   PyObject *view = settle(e, ended);
   return view ? given(PYGEN_RETURN, view) : NULL;
+}
+
+static PyObject *entering_throw(Entering *e, PyObject *args) {
+  if (!may_run(e)) return NULL;
+  Py_INCREF(e);
+  PyObject *result = throw_in(e, args);
+  e->running = false;
+  Py_DECREF(e);
+  return result;
 }
 
 static void give_up(Entering *e) {
@@ -170,13 +189,13 @@ static void give_up(Entering *e) {
 }
 
 static PyObject *entering_close(Entering *e, PyObject *unused) {
-  PyObject *coroutine = Py_XNewRef(e->coroutine), *result = NULL;
-  if (coroutine) result = PyObject_CallMethod(coroutine, "close", NULL);
+  if (!may_run(e)) return NULL;
+  PyObject *result = e->coroutine ? PyObject_CallMethod(e->coroutine, "close", NULL) : NULL;
+  bool failed = e->coroutine && !result;
   give_up(e);
   Py_CLEAR(e->result);
-  bool failed = coroutine && !result;
-  Py_XDECREF(coroutine);
   Py_XDECREF(result);
+  e->running = false;
   if (failed) return NULL;
   Py_RETURN_NONE;
 }

@@ -20,6 +20,7 @@ hold *hold_new(Block *b, char *base, Py_ssize_t n, Py_ssize_t stride, bool reado
   h->n = n;
   h->stride = stride;
   h->readonly = readonly;
+  h->counted = true;
   h->prev = NULL;
   h->next = b->holds;
   if (h->next) h->next->prev = h;
@@ -28,17 +29,22 @@ hold *hold_new(Block *b, char *base, Py_ssize_t n, Py_ssize_t stride, bool reado
   return h;
 }
 
-static void hold_dealloc(hold *h) {
-  PyTypeObject *type = Py_TYPE(h);
-  Block *b = h->block;
+static void unlist(hold *h) {
   if (h->prev)
     h->prev->next = h->next;
   else
-    b->holds = h->next;
+    h->block->holds = h->next;
   if (h->next) h->next->prev = h->prev;
+  h->block->kept_count--;
+}
+
+static void hold_dealloc(hold *h) {
+  PyTypeObject *type = Py_TYPE(h);
+  Block *b = h->block;
   Mapping *mapping = h->mapping;
   mapping->views--;
-  if (--b->kept_count == 0 && b->state == LEFT) {
+  if (h->counted) unlist(h);
+  if (h->counted && !b->kept_count && b->state == LEFT) {
     PyObject *kind, *value, *trace;
     PyErr_Fetch(&kind, &value, &trace);
     block_end(b);

@@ -3,16 +3,6 @@
 #define DMABUF_HOLDS_H
 #include "access/block.h"
 
-struct hold {
-  PyObject_HEAD
-  Block *block;
-  Mapping *mapping;  /* which stays mapped as long, also when the access is over */
-  hold *prev, *next; /* in block->holds */
-  char *base;
-  Py_ssize_t n, stride; /* bytes; stride: from one to the next */
-  bool readonly;
-};
-
 /* A new hold on an open block. NULL: an exception is set. */
 hold *hold_new(Block *b, char *base, Py_ssize_t n, Py_ssize_t stride, bool readonly);
 /* Fill in a buffer that refers to the hold, as PyObject_GetBuffer() wants it. 0; -1: an exception is set. */

@@ -13,6 +13,19 @@
 #include "domain/fence.h"
 #include "later.h"
 
+/* The first of two exceptions that is there. */
+static PyObject *first_of(PyObject *a, PyObject *b) {
+  if (!a) return b;
+  Py_XDECREF(b);
+  return a;
+}
+
+/* The exception that a rule makes, or that it raised. */
+static PyObject *rule_made(int which, Block *b) {
+  PyObject *made = rule(which, (PyObject *)b, NULL, NULL);
+  return made ? made : take_exception();
+}
+
 /* Something of the block is kept, and its exporter was asked: find out what its end can be called with later, or call it now. The exception
  * to raise, or NULL. */
 static PyObject *keep_bracket(Block *b) {
@@ -21,39 +34,36 @@ static PyObject *keep_bracket(Block *b) {
     b->kept = kept;
     return NULL;
   }
-  if (!kept) PyErr_Clear();
+  PyObject *raised = kept ? NULL : take_exception(); /* of a signal handler, since the rule itself raises nothing */
   Py_XDECREF(kept);
-  return b->asked && block_is_ours(b) ? block_end_bracket(b) : NULL;
+  return first_of(raised, b->asked && block_is_ours(b) ? block_end_bracket(b) : NULL);
+}
+
+/* Nothing was detached: the access lasts until what is kept is gone, or a writer wants the buffer. The exception to raise, or NULL. */
+static PyObject *keep_access(Block *b, bool failed) {
+  uint32_t use = b->use;
+  PyObject *error = b->asked ? keep_bracket(b) : NULL;
+  if (b->use != use || !block_is_ours(b)) return error;
+  if (b->write) return failed ? error : first_of(error, rule_made(RULE_IN_USE, b));
+  kept_add(b);
+  fence_watch_deadline(b->shm, b->fence);
+  return first_of(error, block_tell_kept(b, "read"));
 }
 
 /* Leave a block of which something is kept. The exception to raise, or NULL. */
 static PyObject *leave_kept(Block *b, bool failed) {
   if (b->path) b->path->open--;
   b->state = LEFT; /* from here on the last hold ends it */
-  PyObject *error = b->asked ? keep_bracket(b) : NULL;
-  if (b->state != LEFT || !block_is_ours(b)) return error;
-  if (!b->write && !failed) { /* it lasts until what is kept is gone, or a writer wants the buffer */
-    kept_add(b);
-    fence_watch_deadline(b->shm, b->fence);
-    PyObject *raised = block_tell_kept(b, "read");
-    if (!error) return raised;
-    Py_XDECREF(raised);
-    return error;
-  }
-  int detached = block_detach(b);
+  uint32_t use = b->use;
+  int detached = b->write || failed ? block_detach(b) : -1;
   bool whole = b->write && !failed && !detached;
-  if (b->write && !whole && !b->error) b->error = -ECANCELED;
-  PyObject *raised = NULL;
-  if (whole)
-    raised = block_tell_kept(b, "detached"); /* while what is kept can still be named */
-  else if (detached > 0)
-    block_left_zeros(b);
-  if (b->write && !failed && !whole) raised = rule(RULE_IN_USE, (PyObject *)b, NULL, NULL);
-  if (detached >= 0 && b->state == LEFT) block_end(b);
-  if (!raised && PyErr_Occurred()) raised = take_exception();
-  if (!error) return raised;
-  Py_XDECREF(raised);
-  return error;
+  if (b->use != use) return NULL; /* a hook of the mapping has let go of what was kept */
+  if (b->write && !whole) b->error = -ECANCELED;
+  if (detached < 0) return keep_access(b, failed);
+  PyObject *error = block_end_use(b); /* before Python code runs that may want the buffer */
+  if (whole) return first_of(error, block_tell_kept(b, "detached"));
+  if (detached) block_left_zeros(b);
+  return b->write && !failed ? first_of(error, rule_made(RULE_IN_USE, b)) : error;
 }
 
 int block_leave(Block *b, bool failed) {

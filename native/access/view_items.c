@@ -27,7 +27,7 @@ PyObject *view_subscript(PyObject *op, PyObject *key) {
     Py_ssize_t start, stop, step;
     if (PySlice_Unpack(key, &start, &stop, &step) < 0 || !view_is_open(v)) return NULL;
     Py_ssize_t n = PySlice_AdjustIndices(v->n, &start, &stop, step);
-    return view_new(v->block, v->base + start * v->stride, n, n > 1 ? v->stride * step : v->stride, v->readonly);
+    return view_new(v->block, n ? v->base + start * v->stride : v->base, n, n > 1 ? v->stride * step : v->stride, v->readonly);
   }
   if (!PyIndex_Check(key)) return wrong_key(key);
   Py_ssize_t i = PyNumber_AsSsize_t(key, PyExc_IndexError);

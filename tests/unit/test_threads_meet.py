@@ -171,8 +171,9 @@ def test_weak_objects_can_be_walked_while_others_come_and_go(switching: None) ->
 def test_weak_objects_forget_what_is_gone() -> None:
     found: WeakObjects[Thing] = WeakObjects()
     thing, other = Thing(), Thing()
-    found.add(thing)
-    found.add(other)
+    for added in (thing, other, thing):
+        found.add(added)
+    del added
     assert list(found) == [thing, other]
     del thing
     assert list(found) == [other]

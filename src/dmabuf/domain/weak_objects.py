@@ -20,23 +20,22 @@ class WeakObjects(Generic[T]):
     __slots__ = ("_refs",)
 
     def __init__(self) -> None:
-        self._refs: dict[int, weakref.ref[T]] = {}  # by the id of the reference, which is here as long as it is registered
+        self._refs: dict[int, weakref.ref[T]] = {}  # by the id of the object, which nobody else has before forget() has run
 
     def add(self, found: T) -> None:
-        """Add an object, once by each call."""
-        refs = self._refs
+        """Add an object. Adding it again has no effect."""
+        refs, key = self._refs, id(found)
+        if key in refs:
+            return
 
-        def forget(ref: weakref.ref[T]) -> None:
-            refs.pop(id(ref), None)
+        def forget(_: weakref.ref[T]) -> None:
+            refs.pop(key, None)
 
-        ref = weakref.ref(found, finalizer(forget))
-        refs[id(ref)] = ref
+        refs[key] = weakref.ref(found, finalizer(forget))
 
     def discard(self, found: T) -> None:
         """Remove an object, if it is there."""
-        for key, ref in list(self._refs.items()):
-            if ref() is found:
-                self._refs.pop(key, None)
+        self._refs.pop(id(found), None)
 
     def discard_where(self, unwanted: Callable[[T], bool]) -> None:
         """Remove the objects for which a function returns True, in one walk."""
