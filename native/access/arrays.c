@@ -140,6 +140,14 @@ PyObject *view_array(View *v, PyObject *args, PyObject *kwargs) {
   int n = 1;
   if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|OOnO:array", names, &dtype, &shape, &offset, &strides)) return NULL;
   if (!view_is_open(v)) return NULL;
+  Mapping *m = v->block->mapping;
+  if (dtype == Py_None && shape == Py_None && strides == Py_None && !offset && v->base == m->base && v->n == m->length && v->stride == 1 &&
+      block_is_described(v->block)) {
+    PyObject *rule = rule_method("array");
+    PyObject *described = rule ? PyObject_CallOneArg(rule, (PyObject *)v) : NULL;
+    Py_XDECREF(rule);
+    return described;
+  }
   if (need_numpy()) return NULL;
   if (v->stride != 1 && v->n > 1) {
     PyErr_SetString(PyExc_ValueError, "array: the slice has a step: take the array of the view, and slice the array");

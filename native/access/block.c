@@ -180,6 +180,11 @@ void block_abandon(Block *b) {
   PyErr_Restore(kind, value, trace);
 }
 
+bool block_is_described(Block *b) {
+  db_rec *x = block_is_ours(b) ? rec_at(b->shm, b->rec) : NULL;
+  return x && atomic_load(&x->layout);
+}
+
 /* ---- the rules ---- */
 
 static PyObject *set_access_rules(PyObject *module, PyObject *args) {

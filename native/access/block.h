@@ -104,5 +104,7 @@ void kept_add(Block *b);
 
 static inline bool block_is_ours(Block *b) { return b->life && my_life(b->shm) == b->life; } /* not a parent's, and not before leave() */
 
+bool block_is_described(Block *b); /* Does the domain know a layout of its buffer? */
+
 int block_register(PyObject *module);
 #endif

@@ -71,6 +71,8 @@ static PyObject *by_rule(View *v, const char *name, PyObject *args, PyObject *kw
   return result;
 }
 
+static PyObject *view_planes(View *v, PyObject *args, PyObject *kwargs) { return by_rule(v, "planes", args, kwargs); }
+
 static PyObject *view_tensor(View *v, PyObject *args, PyObject *kwargs) { return by_rule(v, "tensor", args, kwargs); }
 
 static PyObject *view_toreadonly(View *v, PyObject *unused) {
@@ -115,6 +117,7 @@ static PyMethodDef methods[] = {
     {"array", KEYWORDS(view_array),
      "array($self, /, dtype=None, shape=None, offset=0, strides=None)\n--\n\n"
      "Return a NumPy array of the bytes, which keeps the access as long as it lives. Use it without a name.\n\n"
+     "Without arguments it is what the buffer's layout says, or bytes.\n\n"
      "Args:\n"
      "    dtype: What numpy.dtype() takes; None for bytes.\n"
      "    shape: The dimensions, of which one may be -1; None for one dimension to the end.\n"
@@ -135,6 +138,13 @@ static PyMethodDef methods[] = {
      "    ValueError: The block is over, or the tensor would reach beyond the view.\n"
      "    BufferError: The view is read-only, and copy is False.\n"
      "    ImportError: torch is not installed."},
+    {"planes", KEYWORDS(view_planes),
+     "planes($self, /)\n--\n\n"
+     "Return a NumPy array for each plane of the picture that is in this buffer, as its layout says.\n\n"
+     "Raises:\n"
+     "    ValueError: The block is over, or the view is a part of another.\n"
+     "    DmaBufError: The buffer has no layout of a picture (ENODATA).\n"
+     "    ImportError: NumPy is not installed."},
     {"__dlpack__", KEYWORDS(view_dlpack),
      "__dlpack__($self, /, *, stream=None, max_version=None, dl_device=None, copy=None)\n--\n\n"
      "Return a DLPack capsule of the bytes, for `from_dlpack` of any library.\n\n"

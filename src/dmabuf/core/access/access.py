@@ -33,7 +33,7 @@ from dmabuf._native import (
     set_access_rules,
     step,
 )
-from dmabuf.core.access import kept
+from dmabuf.core.access import described, kept
 from dmabuf.core.access.tensor import tensor
 from dmabuf.core.base.clock import monotonic_deadline
 from dmabuf.core.base.usage import Direction, Usage
@@ -212,6 +212,8 @@ class Rules:
             kept.warn(part, zeros=how == "zeros")
 
     tensor = staticmethod(tensor)
+    array = staticmethod(described.array)
+    planes = staticmethod(described.planes)
 
     def in_use(self, part: Access) -> BufferError:
         """Return the error of a writer's block of which so much is kept that it can't be copied, or that can't be detached."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dmabuf._native import View
+from dmabuf.core.access.described import tensor_layout_of
 from dmabuf.errors import missing_extra
 
 
@@ -24,6 +25,11 @@ def tensor(
         torch = importlib.import_module("torch")
     except ImportError:
         raise missing_extra("torch", "torch") from None
+    if dtype is None and shape is None and strides is None and not offset and (layout := tensor_layout_of(view)) is not None:
+        spec = layout.specs()[0]
+        shape, strides, offset, dtype = spec.shape, spec.strides, spec.offset, getattr(torch, layout.dtype, None)
+        if dtype is None:
+            raise LookupError(f"tensor: torch has no {layout.dtype}; give a dtype")
     kind = torch.uint8 if dtype is None else dtype
     if not isinstance(kind, torch.dtype):
         raise TypeError(f"tensor: dtype is a torch.dtype, as torch.float32, not {type(dtype).__name__}")
