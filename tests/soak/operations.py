@@ -105,6 +105,15 @@ def allocate_spilled(worker: Worker) -> None:
 
 
 @operation(8)
+def describe(worker: Worker) -> None:
+    buf = worker.buf()
+    layout = dmabuf.TensorLayout("uint8", (buf.size,))  # the same from every worker
+    assert buf.layout in (None, layout), f"{buf} has the layout of another buffer: {buf.layout}"
+    buf.describe(layout)
+    assert buf.layout == layout
+
+
+@operation(8)
 def export(worker: Worker) -> None:
     worker.keep(dmabuf.export(Vram(4096 * worker.rng.randint(1, 4)), 4096, exp_name="soak"))
 
