@@ -11,6 +11,7 @@
 #include "domain/ticker.h"
 #include <fcntl.h>
 #include <stdlib.h>
+#include <sys/resource.h>
 
 _Static_assert(sizeof(db_header) <= DB_PAGE, "the header is one page");
 _Static_assert(OFF_CHUNKTAB == OFF_LIVES + DB_LIVES * sizeof(db_life), "the chunk table follows the process slots");
@@ -180,6 +181,10 @@ int grow_failed(Shm *s, int64_t reason) {
   if (reason == GROW_FULL)
     return shm_fail(s, ENOSPC, "allocate", "the domain", "every slot is in use",
                     "close buffers and drop fences, or use a second domain (DMABUF_DOMAIN)");
+  struct rlimit limit;
+  uint64_t wanted = DB_HEADER_BYTES + (uint64_t)(atomic_load(&hdr(s)->nchunks) + 1) * DB_CHUNK;
+  if (!getrlimit(RLIMIT_FSIZE, &limit) && limit.rlim_cur != RLIM_INFINITY && limit.rlim_cur < wanted)
+    return shm_fail(s, ENOMEM, "allocate", "the domain", "RLIMIT_FSIZE doesn't allow its file to become larger", "raise it (ulimit -f)");
   return shm_fail(s, reason == GROW_NO_ROOM ? ENOSPC : ENOMEM, "allocate", "the domain", "its file system has no room for a larger file",
                   "free space there, which is memory in a tmpfs");
 }

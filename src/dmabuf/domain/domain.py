@@ -20,11 +20,14 @@ from pathlib import Path
 from typing import Any, Final
 
 from dmabuf._native import (
+    CHUNK_BYTES,
     CTX_FIRST_IN_LIFE,
     CTX_PER,
+    HEADER_BYTES,
     LIFE_BYTE,
     LIFE_PID,
     LIVES,
+    MAX_CHUNKS,
     OFF_SWEEP,
     TICK_CHECK,
     TICK_POLL,
@@ -42,9 +45,10 @@ from dmabuf.domain.directory import remove_socket
 from dmabuf.domain.forks import fork_lock
 from dmabuf.domain.guards import finalizer
 from dmabuf.domain.hooks import Hooks
+from dmabuf.domain.limits import cant_map
 from dmabuf.domain.retries import Retries
 from dmabuf.domain.weak_objects import WeakObjects
-from dmabuf.errors import fail, needing_descriptors
+from dmabuf.errors import DmaBufError, fail, needing_descriptors
 
 _F_ADD_SEALS: Final = 1033  # linux/fcntl.h
 TICK_NS: Final = 40_000_000
@@ -418,6 +422,11 @@ def _shm_of(own: OwnedFd) -> Shm:
     """Map the file behind a descriptor, which the Shm closes at its end."""
     try:
         shm = Shm(own.number, fail)
+    except OSError as e:
+        own.close()
+        if isinstance(e, DmaBufError) or e.errno != errno.ENOMEM:
+            raise
+        raise cant_map("open domain", "its file", HEADER_BYTES + MAX_CHUNKS * CHUNK_BYTES) from None
     except BaseException:
         own.close()
         raise

@@ -55,6 +55,7 @@ from dmabuf._native import (
 from dmabuf.domain import proved
 from dmabuf.domain.directory import make_file, open_file, remove_socket
 from dmabuf.domain.directory import open_directory as open_directory
+from dmabuf.domain.limits import file_too_large
 from dmabuf.domain.ofd import OFD_SETLK as OFD_SETLK
 from dmabuf.domain.ofd import lock_holder, lock_within, reopen_owned
 from dmabuf.domain.ofd import ofd_lock as ofd_lock
@@ -169,9 +170,8 @@ def format_file(fd: int, identity: bytes) -> None:
     try:
         os.posix_fallocate(fd, 0, HEADER_BYTES)
     except OSError as e:
-        raise fail(
-            e.errno or errno.EIO, "make domain", "its file", "free memory or name a directory on another file system in DMABUF_DOMAIN"
-        ) from None
+        otherwise = "free memory or name a directory on another file system in DMABUF_DOMAIN"
+        raise file_too_large("make domain", "its file", e.errno or errno.EIO, otherwise) from None
     os.pwrite(fd, struct.pack("<II32s4I", VERSION, HEADER_BYTES, identity, *geometry()), 8)
     os.pwrite(fd, struct.pack("<QQ", 1, 1), OFF_CONTEXT)
     st = os.fstat(fd)

@@ -45,6 +45,7 @@ from contextlib import AbstractContextManager
 from typing import Final, NamedTuple
 
 from dmabuf._native import Bracket, owned
+from dmabuf.domain.limits import no_proc
 from dmabuf.errors import fail
 
 __all__ = ["Budget", "check", "claim", "left", "whole"]
@@ -221,7 +222,7 @@ class Budget:
         try:
             available = _field(_read(path), b"MemAvailable:")
         except OSError as error:
-            raise fail(error.errno or errno.ENOENT, "allocate", path, "mount /proc, which dmabuf needs") from error
+            raise no_proc("allocate", path, error.errno or errno.ENOENT) from error
         if available is None:
             raise fail(errno.ENODATA, "allocate", path, "use Linux 3.14 or newer", what="it has no MemAvailable")
         left = available << 10  # the file counts in KiB

@@ -28,6 +28,7 @@ from dmabuf.core.resv.lock import record_of
 from dmabuf.core.resv.resv import DmaResv, resv_of
 from dmabuf.domain.domain import Domain
 from dmabuf.domain.guards import finalizer, finished
+from dmabuf.domain.limits import cant_map
 from dmabuf.domain.records import Record, free_gone
 from dmabuf.domain.weak_objects import WeakObjects
 from dmabuf.errors import ClosedError, ContractError, DmaBufError, contract_warning, fail
@@ -345,6 +346,10 @@ class Handle(ABC):
             return map_same(fd, length, offset, writable, False, shared.dev, shared.ino)
         except ClosedError:
             raise self.lost(operation, fd) from None
+        except OSError as e:
+            if e.errno != errno.ENOMEM:
+                raise
+            raise cant_map(operation, self, length) from None
 
     # ---- its name ----
 

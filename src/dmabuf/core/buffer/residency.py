@@ -30,6 +30,7 @@ import os
 from dmabuf._native import Mapping, OwnedFd, map_same
 from dmabuf.core.buffer.identity import put_reference_lock
 from dmabuf.domain import place
+from dmabuf.domain.limits import cant_map
 from dmabuf.errors import fail
 
 F_GET_SEALS, F_SEAL_WRITE = 1034, 8  # linux/fcntl.h
@@ -74,7 +75,12 @@ def mapping(fd: int, inode: tuple[int, int], operation: str, obj: object, offset
         put_reference_lock(own.number)
         if not own.set_lock(fcntl.F_RDLCK, BYTE):
             raise fail(errno.EBUSY, operation, obj, "map it inside an access", what="its memory is moved out")
-        return map_same(own.number, length, offset, writable, False, own.dev, own.ino)
+        try:
+            return map_same(own.number, length, offset, writable, False, own.dev, own.ino)
+        except OSError as e:
+            if e.errno != errno.ENOMEM:
+                raise
+            raise cant_map(operation, obj, length) from None
 
 
 def is_evicted(fd: int) -> bool:

@@ -1,0 +1,49 @@
+"""The limits of a process that a failed system call doesn't name, for messages that do."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+from typing import Final
+
+from dmabuf.errors import fail
+
+_MAPS: Final = "/proc/sys/vm/max_map_count"
+
+
+def cant_map(operation: str, obj: object, length: int) -> OSError:
+    """Return the error for a mapping of so many bytes that mmap(2) refused with ENOMEM."""
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit != resource.RLIM_INFINITY:
+        what = f"RLIMIT_AS allows this process {limit} bytes of addresses, and {length} more are needed"
+        return fail(errno.ENOMEM, operation, obj, "close mappings, or raise it (ulimit -v)", what=what)
+    if _is_full():
+        what = "this process has as many mappings as it may (vm.max_map_count)"
+        return fail(errno.ENOMEM, operation, obj, f"close mappings, or raise {_MAPS}", what=what)
+    return fail(errno.ENOMEM, operation, obj, "close mappings, or free memory", what="the kernel has no room for the mapping")
+
+
+def _is_full() -> bool:
+    """Return True if the process has nearly as many mappings as the kernel gives one."""
+    try:
+        with open(_MAPS, "rb") as limit, open("/proc/self/maps", "rb") as maps:
+            return sum(1 for _ in maps) >= int(limit.read()) - 16
+    except (OSError, ValueError):
+        return False
+
+
+def file_too_large(operation: str, obj: object, number: int, otherwise: str) -> OSError:
+    """Return the error for a file that can't be made as large as it must be. ``otherwise``: what to do if no limit is the cause."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    if number == errno.EFBIG and limit != resource.RLIM_INFINITY:
+        return fail(number, operation, obj, "raise it (ulimit -f)", what=f"RLIMIT_FSIZE allows a file of {limit} bytes")
+    return fail(number, operation, obj, otherwise)
+
+
+def no_proc(operation: str, path: str, number: int) -> OSError:
+    """Return the error for a file of /proc that isn't there."""
+    if os.path.exists(f"{os.path.dirname(path)}/self/stat"):
+        remedy = "mount it without subset=pid (in a systemd unit ProcSubset=all)"
+        return fail(number, operation, path, remedy, what="/proc shows processes only")
+    return fail(number, operation, path, "mount /proc, which dmabuf needs")
