@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from dmabuf.core.sync.sync_file import SyncFile, get_sync_file
     from dmabuf.devices.disk import DiskDevice
     from dmabuf.domain.domain import Domain
+    from dmabuf.domain.peers import label
     from dmabuf.errors import ContractError, ContractWarning, DmaBufError, KeptWarning
     from dmabuf.heap.recommended import allocate, allocate_planes, heaps
     from dmabuf.heap.spill import SpillHeap
@@ -68,6 +69,7 @@ if TYPE_CHECKING:
     from dmabuf.layout.tensor import TensorLayout
     from dmabuf.observe.bufinfo import bufinfo
     from dmabuf.observe.records import buffers
+    from dmabuf.sharing.duplicate import serve
     from dmabuf.sharing.opening import open
     from dmabuf.sharing.passing import recv, send
     from dmabuf.sharing.remote_timeline import RemoteTimeline
@@ -116,12 +118,14 @@ __all__ = [
     "get",
     "get_sync_file",
     "heaps",
+    "label",
     "lock_all",
     "merge",
     "open",
     "private_stub",
     "recv",
     "send",
+    "serve",
     "signalling",
     "sim",
     "stub_fence",
@@ -164,6 +168,7 @@ _PLACES = {
     "dmabuf.core.sync.sync_file": ("SyncFile", "get_sync_file"),
     "dmabuf.devices.disk": ("DiskDevice",),
     "dmabuf.domain.domain": ("Domain",),
+    "dmabuf.domain.peers": ("label",),
     "dmabuf.errors": ("ContractError", "ContractWarning", "DmaBufError", "KeptWarning"),
     "dmabuf.heap.recommended": ("allocate", "allocate_planes", "heaps"),
     "dmabuf.heap.spill": ("SpillHeap",),
@@ -173,6 +178,7 @@ _PLACES = {
     "dmabuf.layout.tensor": ("TensorLayout",),
     "dmabuf.observe.bufinfo": ("bufinfo",),
     "dmabuf.observe.records": ("buffers",),
+    "dmabuf.sharing.duplicate": ("serve",),
     "dmabuf.sharing.opening": ("open",),
     "dmabuf.sharing.passing": ("recv", "send"),
     "dmabuf.sharing.remote_timeline": ("RemoteTimeline",),

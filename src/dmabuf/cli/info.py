@@ -17,6 +17,7 @@ from dmabuf._native import owned
 from dmabuf.cli import data, show
 from dmabuf.cli.ls import NOBODY, counted, name_of, torn_text
 from dmabuf.cli.show import safe
+from dmabuf.domain import naming
 from dmabuf.domain.domain import Domain
 from dmabuf.errors import fail
 from dmabuf.observe.records import BufferSnapshot, FenceRecord
@@ -106,7 +107,7 @@ def _print(out: Console, found: BufferSnapshot, path: Path) -> None:
     field("home", f"{safe(buf.home)}, exported by {safe(buf.exp_name)}")
     field("created", f"{made} by process {buf.pid}, {age(time.time_ns() - buf.created)} ago")
     field("domain", safe(str(path)))
-    held: list[Text | str] = [f"{safe(h.comm)} {h.pid}: {counted(descriptor=h.fds, mapping=h.maps)}" for h in buf.holders]
+    held: list[Text | str] = [f"{safe(h.comm)} {h.pid}: {counted(descriptor=h.fds, mapping=h.maps) or naming.UNSEEN}" for h in buf.holders]
     field("held by", *(held or [Text(NOBODY, "yellow")]))
     field("content", Text(torn_text(buf), "red") if buf.torn else "whole")
     field("accesses", f"{buf.accesses} entered or waiting" if buf.accesses else "none")

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from dmabuf.cli import data, show
 from dmabuf.cli.show import safe
+from dmabuf.domain import naming
 from dmabuf.errors import errno_name
 from dmabuf.observe.records import BufferRecord, FenceRecord
 from dmabuf.observe.units import age, size
@@ -69,7 +70,8 @@ def held_by(buf: BufferRecord) -> Text:
     """Return the processes that have it open or mapped, with counts."""
     if not buf.holders:
         return Text(NOBODY, "yellow")
-    return Text(", ".join(f"{safe(h.comm)} {h.pid} ({counted(fd=h.fds, map=h.maps)})".replace(" ", show.GLUE) for h in buf.holders))
+    holders = (f"{safe(h.comm)} {h.pid} ({counted(fd=h.fds, map=h.maps) or naming.UNSEEN})" for h in buf.holders)
+    return Text(", ".join(holder.replace(" ", show.GLUE) for holder in holders))
 
 
 def counted(**counts: int) -> str:

@@ -406,6 +406,12 @@ class Domain:
         return TimelineSlot(self.join(), self._free_timelines, self._closed_timelines, context, driver, name)
 
 
+def every() -> list[Domain]:
+    """Return the domains that this process has open."""
+    with _lock:
+        return list(_ALL)
+
+
 def known(identity: str) -> Domain | None:
     """Return the domain with this id, None if this process doesn't have it open."""
     with _lock:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import errno
 import os
+import struct
 import threading
 import time
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from dmabuf._native import (
     LIFE_ALIVE,
     LIFE_BYTE,
     LIFE_BYTES,
+    LIFE_COMM,
     LIFE_GEN,
     LIFE_PID,
     LIFE_START,
@@ -39,6 +41,8 @@ from dmabuf.errors import needing_descriptors
 FORK_GUARD = threading.RLock()
 
 _LIFE_ID_GEN = 0xFFFFF
+LABEL_BYTES = 15
+labels: list[bytes] = []  # what the program calls this process, if it does
 
 
 def slot_offset(index: int) -> int:
@@ -49,6 +53,11 @@ def slot_offset(index: int) -> int:
 def life_id(index: int, gen: int) -> int:
     """Return the id of the life with this slot and generation."""
     return (gen & _LIFE_ID_GEN) << 11 | index
+
+
+def life_at(shm: Shm, index: int) -> int:
+    """Return the id of the present life of a slot."""
+    return life_id(index, shm.load32(slot_offset(index) + LIFE_GEN))
 
 
 def index_of(life: int) -> int:
@@ -86,11 +95,23 @@ def begin(shm: Shm) -> int:
     """
     with needing_descriptors("join", "the domain"):
         try:
-            return shm.life_begin(os.getpid(), os.geteuid(), start_time(os.getpid()), time.time_ns(), comm())
+            return shm.life_begin(os.getpid(), os.geteuid(), start_time(os.getpid()), time.time_ns(), *(labels or [comm()]))
         except OSError as e:
             if e.errno != errno.ENOTSUP:
                 raise
             raise proved.lock_is_lost(shm.fd) from None
+
+
+def store_label(shm: Shm) -> None:
+    """Write this process's label into its slot. Its life must not end meanwhile.
+
+    A reader sees the old label or the new one, or for an instant the first half of one of them.
+    """
+    at = slot_offset(index_of(shm.life)) + LIFE_COMM
+    first, second = struct.unpack("=QQ", (labels[0] if labels else comm()).ljust(16, b"\0"))
+    shm.store64(at + 8, 0)
+    shm.store64(at, first)
+    shm.store64(at + 8, second)
 
 
 def reap(shm: Shm, index: int, remove: Callable[[int], None]) -> bool:
@@ -102,7 +123,7 @@ def reap(shm: Shm, index: int, remove: Callable[[int], None]) -> bool:
         remove: Called with the life's id, to remove what it left outside of the file.
     """
     at = slot_offset(index)
-    life = life_id(index, shm.load32(at + LIFE_GEN))
+    life = life_at(shm, index)
     return not _still_dies(shm, at, life) and shm.life_reap(life, remove)
 
 

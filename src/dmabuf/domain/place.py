@@ -129,6 +129,11 @@ def default_places() -> list[Path]:
     given = os.environ.get("DMABUF_DOMAIN")
     if given and not _secure():
         return [Path(given)]
+    return usual_places()
+
+
+def usual_places() -> list[Path]:
+    """Return the directories in which this user's default domain may be if the environment names none."""
     uid = os.geteuid()
     memory = Path(f"/dev/shm/dmabuf-{uid}")
     run = _runtime_directory(uid)

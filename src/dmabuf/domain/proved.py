@@ -116,10 +116,15 @@ def lock_is_lost(fd: int) -> OSError:
 
 
 class Process(NamedTuple):
-    """A process in proc_pid_stat(5). ``start``: its start time in clock ticks after boot; ``ended``: it is a zombie without threads."""
+    """A process in proc_pid_stat(5).
+
+    ``start``: its start time in clock ticks after boot. ``ended``: it is a zombie without threads. ``stopped``: a signal or a debugger
+    stopped it.
+    """
 
     start: int
     ended: bool
+    stopped: bool
 
 
 def process(pid: int) -> Process | None:
@@ -127,7 +132,7 @@ def process(pid: int) -> Process | None:
     try:
         with open(f"/proc/{pid}/stat", "rb") as f:
             fields = f.read().rpartition(b")")[2].split()
-        return Process(int(fields[19]), fields[0] in b"ZX" and int(fields[17]) <= 1)
+        return Process(int(fields[19]), fields[0] in b"ZX" and int(fields[17]) <= 1, fields[0] in b"Tt")
     except (OSError, IndexError, ValueError):
         return None
 

@@ -14,18 +14,16 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from dmabuf._native import FF_ACCESS, FF_ANYBODY, FF_WRITE, TICK_FENCE, TICK_RESV, TICK_TABLE, Shm
+from dmabuf.domain.naming import Named, process
 
 if TYPE_CHECKING:
     from dmabuf.answers import FenceInfo
 
 
-class Waited(Protocol):
+class Waited(Named, Protocol):
     """A domain, whose ``shm.slow_ns`` says how long a wait lasts that is logged."""
 
     id: str
-    shm: Shm
-
-    def pid_of(self, life: int) -> int: ...
 
 
 # What the fence of a wait for several fences stands for: their handles, by the domain's id and the fence's handle.
@@ -76,22 +74,6 @@ def named(domain: Waited, kind: int, value: int) -> str:
     if kind == TICK_TABLE:
         return f"the lock of the domain's table, which {process(domain, value)} holds"
     return "something"
-
-
-def process(domain: Waited, life: int) -> str:
-    """Return the process of a life in words."""
-    pid = domain.pid_of(life)
-    if not pid:
-        return "a process that has ended"
-    if life == domain.shm.life:
-        return f"this process ({pid})"
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as f:
-            head, _, rest = f.read().rpartition(b")")
-        name = os.fsdecode(head.partition(b"(")[2])
-        return f"process {pid} ({name}{', which is stopped' if rest.split()[:1] in ([b'T'], [b't']) else ''})"
-    except OSError:
-        return f"process {pid}"
 
 
 def fence(domain: Waited, handle: int) -> str:

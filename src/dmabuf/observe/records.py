@@ -17,9 +17,9 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dmabuf._native import FF_ACCESS, FF_GRANTED, FF_WRITE, LIFE_COMM, Shm
+from dmabuf._native import FF_ACCESS, FF_GRANTED, FF_WRITE, LIFE_PID, LIFE_START, Shm
 from dmabuf.core.fence.fence import names_of
-from dmabuf.domain import lives, records
+from dmabuf.domain import lives, naming, proved, records
 from dmabuf.domain.domain import Domain
 from dmabuf.domain.holders import Holder, holders
 from dmabuf.errors import InvalidError
@@ -72,10 +72,11 @@ class BufferRecord:
 
     ``ino``, ``dev``: the inode, the same for all its descriptors. ``name``: None if never set. ``size``: bytes. ``created``: nanoseconds
     since the epoch. ``pid``: the process that made it, which may be gone. ``holders``: the processes that have it open or mapped, as far as
-    /proc shows them, by pid; empty for a buffer in flight. ``accesses``: ``read()`` and ``write()`` blocks entered or waiting.
-    ``blocking_readers``, ``blocking_writers``: the pending fences for which a new reader (usage up to WRITE) or writer (up to READ) would
-    wait, the oldest first. ``layout``: what the bytes mean, None if nobody said. ``locked_by``: the pid of the process that holds the
-    reservation lock, 0 if it is free. ``torn``: None if the content is whole.
+    /proc shows them, by pid; empty for a buffer in flight. One with no descriptors and no mappings is in another PID namespace.
+    ``accesses``: ``read()`` and ``write()`` blocks entered or waiting. ``blocking_readers``, ``blocking_writers``: the pending fences for
+    which a new reader (usage up to WRITE) or writer (up to READ) would wait, the oldest first. ``layout``: what the bytes mean, None if
+    nobody said. ``locked_by``: the pid of the process that holds the reservation lock, 0 if it is free. ``torn``: None if the content is
+    whole.
     """
 
     ino: int
@@ -127,7 +128,7 @@ def snapshots(domain: Domain) -> list[BufferSnapshot]:
         del infos[i]
     names = _Names(domain)
     newest = sorted(infos.items(), key=lambda item: (item[1]["created"], item[0]), reverse=True)
-    return [_snapshot(shm, names, i, info, held.get((info["dev"], info["ino"]), [])) for i, info in newest]
+    return [_snapshot(shm, names, i, info, names.labeled(i, held.get((info["dev"], info["ino"]), []))) for i, info in newest]
 
 
 def _consistent(shm: Shm, index: int) -> RecordInfo | None:
@@ -195,6 +196,31 @@ class _Names:
         self.domain, self.shm = domain, domain.shm
         self._processes: dict[int, tuple[int, str]] = {}
         self._texts: dict[bytes, str] = {}
+        self._slots: dict[int, tuple[int, str, int]] = {}
+
+    def labeled(self, record: int, held: list[Holder]) -> list[Holder]:
+        """Return the holders of a record by their labels, and with those that the domain knows but /proc doesn't show."""
+        found, elsewhere = {holder.pid: holder for holder in held}, []
+        for index in self.shm.rec_holders(record):
+            pid, label, start = self._slot(index)
+            here = (
+                next((h for h in found if lives.start_time(h) == start), 0) if start else pid
+            )  # below this namespace it has another number
+            if here in found:
+                found[here] = found[here]._replace(comm=label)
+            elif start:
+                elsewhere.append(Holder(pid, label, 0, 0))
+        return [*found.values(), *elsewhere]
+
+    def _slot(self, index: int) -> tuple[int, str, int]:
+        """Return (pid, label, 0) of a slot, or its process's start time in place of the 0 if /proc doesn't show that pid."""
+        found = self._slots.get(index)
+        if found is None:
+            shm, at = self.shm, lives.slot_offset(index)
+            shown = naming.seen(shm, index) is not None or not lives.is_alive(shm, index)  # one that has ended just now isn't elsewhere
+            start = 0 if shown else shm.load64(at + LIFE_START) & (proved.BY_THREAD - 1)
+            found = self._slots[index] = (shm.load32(at + LIFE_PID), naming.label_of(shm, index), start)
+        return found
 
     def text(self, raw: bytes) -> str:
         """Return a name, which many records share."""
@@ -208,10 +234,10 @@ class _Names:
         found = self._processes.get(life)
         if found is None:
             pid = self.domain.pid_of(life)
-            comm = self.shm.read(lives.slot_offset(lives.index_of(life)) + LIFE_COMM, 16) if pid else b""
+            comm = naming.label_of(self.shm, lives.index_of(life)) if pid else ""
             if not self.shm.life_current(life):  # it ended meanwhile, and the slot may be another process's
-                pid, comm = 0, b""
-            found = self._processes[life] = (pid, os.fsdecode(comm.partition(b"\0")[0]))
+                pid, comm = 0, ""
+            found = self._processes[life] = (pid, comm)
         return found
 
     def owner(self, word: int) -> int:

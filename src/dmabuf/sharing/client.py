@@ -9,16 +9,18 @@ from __future__ import annotations
 import _thread
 import contextlib
 import errno
+import math
 import os
 import select
 import socket
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterable
 from typing import Final
 
 from dmabuf._native import OwnedFd, step
-from dmabuf.domain import slow_waits
+from dmabuf.domain import naming, slow_waits
 from dmabuf.domain.domain import TICK_NS, Domain
 from dmabuf.errors import DmaBufError, fail
 from dmabuf.sharing.lending import finish_shielded
@@ -94,11 +96,12 @@ class Client:
         obj: object = "a request",
         locked: bool = False,
         or_post: bool = False,
+        limit: float | None = None,
     ) -> tuple[Body, list[OwnedFd]]:
         """Make a remote call and wait for the answer. Return its body and its descriptors, which the caller owns.
 
         ``locked``: the call has the caller's reservation lock. ``or_post``: if no descriptor is left for a connection, in either process,
-        send the call as a :meth:`post`. If a signal handler raises during the call, its exception comes when the server has undone the
+        send the call as a :meth:`post`. ``limit``: seconds to wait for the other process, None for as long as it lives. If a signal handler raises during the call, its exception comes when the server has undone the
         call.
 
         Raises:
@@ -109,7 +112,7 @@ class Client:
         """
         operation = operation or kind
         try:
-            sock = self._take()
+            sock = self._take(limit)
         except (ConnectionError, FileNotFoundError, EOFError):
             self._reap()
             raise self.gone(operation, obj) from None
@@ -126,7 +129,7 @@ class Client:
         try:
             send(sock, {**body, "kind": kind}, fds)
             step("service_asked")
-            got = self._wait(sock)
+            got = self._wait(sock, limit)
             if got is None:
                 raise EOFError
             answer, came = got
@@ -205,19 +208,23 @@ class Client:
         with contextlib.suppress(OSError):
             self.domain.reap_dead()
 
-    def _wait(self, sock: socket.socket) -> tuple[Body, list[OwnedFd]] | None:
+    def _wait(self, sock: socket.socket, limit: float | None = None) -> tuple[Body, list[OwnedFd]] | None:
         """Wait for the next message. A fork of the other process may keep its end open, so its life is checked at each tick."""
-        poller, wait = select.poll(), slow_waits.Wait()
+        poller, wait, end = select.poll(), slow_waits.Wait(), math.inf if limit is None else time.monotonic() + limit
         poller.register(sock, select.POLLIN)
         while not poller.poll(TICK_NS // 1_000_000):
             self.domain.sweep_if_due()
             check_socket(sock)
             if not self.alive:
                 return None
-            wait.look(self.domain, lambda: f"an answer from {slow_waits.process(self.domain, self.peer)}")
+            if time.monotonic() >= end:
+                who = naming.process(self.domain, self.peer)
+                remedy = "continue that process (kill -CONT), or end it"
+                raise fail(errno.ETIMEDOUT, "request", who, remedy, what=f"it has not answered for {limit:g} s")
+            wait.look(self.domain, lambda: f"an answer from {naming.process(self.domain, self.peer)}")
         return receive_last(sock)
 
-    def _connect(self, hello: Body) -> tuple[socket.socket, Body]:
+    def _connect(self, hello: Body, limit: float | None) -> tuple[socket.socket, Body]:
         if not self.alive:
             raise ConnectionRefusedError
         sock = opened(lambda: socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC))
@@ -226,7 +233,7 @@ class Client:
             check_user(sock)
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the server refuses, and has sent the reason
                 send(sock, {"version": VERSION, "domain": self.domain.id, "to": self.peer, "life": self.life, **hello})
-            got = self._wait(sock)
+            got = self._wait(sock, limit)
             if got is None:
                 raise EOFError
             close_all(got[1])
@@ -237,20 +244,20 @@ class Client:
             shut(sock)
             raise
 
-    def _take(self) -> socket.socket:
+    def _take(self, limit: float | None) -> socket.socket:
         with _lock:
             if self._idle:
                 return self._idle.pop()
             token = self._token if self._main is not None else ""
         if not token:
-            main, answer = self._connect({})
+            main, answer = self._connect({}, limit)
             with _lock:
                 if self._main is None:
                     self._main, self._token = main, text(answer, "session")
                 else:
                     shut(main)  # another thread was faster
                 token = self._token
-        return self._connect({"session": token})[0]
+        return self._connect({"session": token}, limit)[0]
 
     def _give(self, sock: socket.socket) -> None:
         with _lock:

@@ -1,7 +1,8 @@
-"""Duplicates of kernel dma-bufs for ``dmabuf.open`` in another process of the domain.
+"""Duplicates of a process's descriptors, which it sends to the process of the domain that opens a buffer by name.
 
-A kernel dma-buf can't be reopened through ``/proc`` (ENXIO). So a process that has one open serves calls from its first one on, and sends a
-duplicate to the process that opens it by name.
+A kernel dma-buf can't be reopened through ``/proc`` (ENXIO), so a process that has one answers from its first one on. Any other buffer is
+asked for where ``/proc`` doesn't lead to its holders: in another PID namespace, or if a holder's ``/proc/PID/fd`` belongs to root. There too a
+process answers from its first buffer on, as far as it can know (``domain.peers.barred``). :func:`serve` is for the rest.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import errno
 import os
 
-from dmabuf._native import LIFE_GEN, dup_same
+from dmabuf._native import dup_same
 from dmabuf.core.buffer.backing import SERVERS
 from dmabuf.core.buffer.identity import identify
 from dmabuf.core.dma_buf import DmaBuf
@@ -17,13 +18,35 @@ from dmabuf.core.get import from_fd
 from dmabuf.domain import lives
 from dmabuf.domain.domain import Domain
 from dmabuf.domain.records import known
-from dmabuf.errors import fail
+from dmabuf.errors import DmaBufError, fail, needing_descriptors
 from dmabuf.sharing.client import client_of
-from dmabuf.sharing.messages import THERE, Body, no_room, number
-from dmabuf.sharing.server import Answer, Session, register, serve
+from dmabuf.sharing.messages import THERE, Body, close_all, no_room, number
+from dmabuf.sharing.server import Answer, Session, register
+from dmabuf.sharing.server import serve as answer_calls
 from dmabuf.uapi.call import OwnedFd
 
-_NOT_HERE = (errno.ENODEV, errno.ENOENT, errno.EPERM)
+ANSWER_S = 10.0  # seconds that a process has to answer; one that is stopped doesn't
+_NOT_HERE = (errno.ENODEV, errno.ENOENT, errno.EPERM, errno.ETIMEDOUT)
+
+
+def serve(*, domain: Domain | None = None) -> None:
+    """Let processes of the domain open this process's buffers by name also where they can't reach it through /proc.
+
+    A thread of this process then sends duplicates of its descriptors to processes of the same user, until it leaves the domain. A process
+    in a container whose domain was named on purpose, and one that has changed its user, do this by themselves. It is for a process of the
+    host whose buffers containers open. A forked child calls it again.
+
+    Args:
+        domain: The domain; None means the user's default domain.
+
+    Raises:
+        NoSpaceError: There is no room for the socket in the domain's directory (ENOSPC).
+        DmaBufError: No descriptor is free (EMFILE).
+    """
+    domain = domain or Domain.default()
+    domain.join()
+    with needing_descriptors("serve", domain):
+        answer_calls(domain)
 
 
 def _duplicate(session: Session, body: Body, fds: list[OwnedFd]) -> Answer:
@@ -49,22 +72,30 @@ def _duplicate(session: Session, body: Body, fds: list[OwnedFd]) -> Answer:
 
 def ask(domain: Domain, index: int, dev: int, ino: int, nonce: bytes) -> DmaBuf | None:
     """Return the buffer from the process with this slot, None if it doesn't send it. Without a free descriptor it fails with EMFILE."""
-    peer = lives.life_id(index, domain.shm.load32(lives.slot_offset(index) + LIFE_GEN))
-    client = client_of(domain, peer, ask)
+    client = client_of(domain, lives.life_at(domain.shm, index), ask)
     try:
-        _, came = client.call("duplicate", {"dev": dev, "ino": ino}, operation="open", obj=f"buffer ino {ino}")
+        _, came = client.call("duplicate", {"dev": dev, "ino": ino}, operation="open", obj=f"buffer ino {ino}", limit=ANSWER_S)
     except OSError as e:
         if e.errno in _NOT_HERE:
             return None
         raise
     finally:
         client.leave(ask)
-    for fd in came:
-        found = identify(fd.number, domain, "open")
-        if found.kernel and found.nonce == nonce:
-            return from_fd(fd, domain)
+    try:
+        while came:
+            fd = came.pop(0)
+            try:
+                same = identify(fd.number, domain, "open").nonce == nonce
+            except DmaBufError:
+                same = False  # something else
+            if same:
+                return from_fd(fd, domain)
+            fd.close()
+    finally:
+        close_all(came)
     return None
 
 
 register("duplicate", _duplicate)
-SERVERS.register("kernel", serve)
+SERVERS.register("kernel", answer_calls)
+SERVERS.register("memfd", answer_calls)

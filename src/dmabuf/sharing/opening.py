@@ -3,7 +3,7 @@
 The record in the domain says which processes have the buffer open. A memfd is reopened through ``/proc/PID/fd`` of such a process
 (proc(5)), which gives a new open file description with its own reference lock. A kernel dma-buf can't be reopened (ENXIO). There a process
 of the domain sends a duplicate (``duplicate``), and from a process outside of the domain it is taken with pidfd_getfd(2) if ptrace(2) is
-allowed. A buffer of which no process has a descriptor, because it is only in flight in a socket or only mapped, can't be opened.
+allowed. A process of the domain whose ``/proc/PID/fd`` can't be read here, or isn't shown, is asked for a duplicate too. A buffer of which no process has a descriptor, because it is only in flight in a socket or only mapped, can't be opened.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dmabuf._native import LIFE_PID, fd_of, owned
 from dmabuf.core.buffer.identity import checked_name, identify, is_kernel_home, memfd_name
 from dmabuf.core.dma_buf import DmaBuf
 from dmabuf.core.get import from_fd
-from dmabuf.domain import lives, records
+from dmabuf.domain import lives, naming, records
 from dmabuf.domain.domain import Domain
 from dmabuf.errors import DmaBufError, fail, needing_descriptors
 from dmabuf.sharing import duplicate
@@ -120,12 +120,12 @@ def _memfd_device() -> int:
 
 
 def _reopened(domain: Domain, wanted: _Found, asked: str) -> DmaBuf:
-    denied: list[int] = []
-    for i in domain.shm.rec_holders(wanted.record) if is_kernel_home(wanted.home) else ():
-        given = duplicate.ask(domain, i, wanted.dev, wanted.ino, wanted.nonce)
-        if given is not None:
-            return given
-    held_by = [domain.shm.load32(lives.slot_offset(i) + LIFE_PID) for i in domain.shm.rec_holders(wanted.record)]
+    shm, denied, holders = domain.shm, list[int](), domain.shm.rec_holders(wanted.record)
+    others = [i for i in holders if i != lives.index_of(shm.life)]
+    kernel = is_kernel_home(wanted.home)
+    if kernel and (given := _given(domain, wanted, others)) is not None:
+        return given
+    held_by = [shm.load32(lives.slot_offset(i) + LIFE_PID) for i in holders]
     for pid in held_by:
         buf = _from_process(domain, wanted, pid, denied)
         if buf is not None:
@@ -136,22 +136,35 @@ def _reopened(domain: Domain, wanted: _Found, asked: str) -> DmaBuf:
             buf = _from_process(domain, wanted, pid, denied)
             if buf is not None:
                 return buf
+    if not kernel and (given := _given(domain, wanted, others)) is not None:
+        return given
     if wanted.record not in _present(domain):
         raise _no_such(domain, asked)
-    if refused and is_kernel_home(wanted.home):
-        raise fail(
-            errno.EACCES, "open", asked, "have a holder send it with dmabuf.send()",
-            what=f"a kernel dma-buf can't be reopened, and the descriptor of process {refused[0]} may not be duplicated (ptrace(2))",
-        )  # fmt: skip
-    if refused:
-        raise fail(
-            errno.EACCES, "open", asked, "have a holder send it with dmabuf.send()",
-            what=f"/proc/{refused[0]}/fd is not readable (another user, or not dumpable)",
-        )  # fmt: skip
-    raise fail(
-        errno.ENODEV, "open", asked, "keep a handle open in some process, or receive it where it was sent",
-        what="no process has a descriptor of it: it is only in flight in a socket, or only mapped",
-    )  # fmt: skip
+    raise _unreachable(domain, wanted, asked, refused)
+
+
+def _given(domain: Domain, wanted: _Found, holders: list[int]) -> DmaBuf | None:
+    """Return the buffer as one of these slots' processes sends it; None if none of them does."""
+    found = (duplicate.ask(domain, i, wanted.dev, wanted.ino, wanted.nonce) for i in holders)
+    return next((buf for buf in found if buf is not None), None)
+
+
+def _unreachable(domain: Domain, wanted: _Found, asked: str, refused: list[int]) -> DmaBufError:
+    """Return the error for a buffer that exists, with the cause why it can't be opened."""
+    send_it = "have a holder send it with dmabuf.send(), or call dmabuf.serve()"
+    unseen = [i for i in domain.shm.rec_holders(wanted.record) if naming.seen(domain.shm, i) is None and lives.is_alive(domain.shm, i)]
+    if unseen:
+        who = naming.process(domain, lives.life_at(domain.shm, unseen[0]))
+        what = f"{who} has it open, can't be reached through /proc, and doesn't answer"
+        return fail(errno.ENODEV, "open", asked, send_it, what=what)
+    if not refused:
+        what = "no process has a descriptor of it: it is only in flight in a socket, or only mapped"
+        return fail(errno.ENODEV, "open", asked, "keep a handle open in some process, or receive it where it was sent", what=what)
+    if is_kernel_home(wanted.home):
+        what = f"a kernel dma-buf can't be reopened, and the descriptor of process {refused[0]} may not be duplicated (ptrace(2))"
+        return fail(errno.EACCES, "open", asked, "have a holder send it with dmabuf.send()", what=what)
+    what = f"/proc/{refused[0]}/fd is not readable (another user, or not dumpable), and that process doesn't answer"
+    return fail(errno.EACCES, "open", asked, send_it, what=what)
 
 
 def _own_processes() -> Iterator[int]:

@@ -252,6 +252,7 @@ class Backing(ABC):
 
 
 SERVERS: Final[Registry[Callable[[Domain], object]]] = Registry(
-    "server", {"exported": "dmabuf.sharing.serving", "kernel": "dmabuf.sharing.duplicate"}
+    "server",
+    {"exported": "dmabuf.sharing.serving", "kernel": "dmabuf.sharing.duplicate", "memfd": "dmabuf.sharing.duplicate"},
 )
 """Functions that have this process answer requests of others about one kind of buffer."""

@@ -9,13 +9,15 @@ another process often comes back.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Final, Protocol
 
 from dmabuf.core.base.registry import Registry
-from dmabuf.core.buffer.backing import Backing
+from dmabuf.core.buffer.backing import SERVERS, Backing
 from dmabuf.core.buffer.identity import is_kernel_home
 from dmabuf.domain import records
 from dmabuf.domain.domain import Domain
+from dmabuf.domain.peers import barred
 from dmabuf.domain.records import KIND_BUFFER, Record
 from dmabuf.layout.stored import Layout
 
@@ -47,6 +49,13 @@ class SharedBuffer(Record):
         self.message: bytes | None = None
         self.described: Layout | None = None
         self._plain: Backing | None = None
+
+    def reference(self, name: bytes | None = None) -> None:
+        """See ``Record``. A process whose descriptors others can't reach through /proc answers them from its first buffer on."""
+        super().reference(name)
+        if self.kind == KIND_BUFFER and barred(self.domain):
+            with suppress(OSError, RuntimeError):  # then it can't be asked, and the buffer is none the worse
+                SERVERS.find("memfd")(self.domain)
 
     def find_backing(self, fd: int) -> None:
         """Find the backing that this buffer's accesses must ask, if its home says that there is one. ``fd``: a descriptor of the buffer.
