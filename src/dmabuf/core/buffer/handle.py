@@ -258,12 +258,13 @@ class Handle(ABC):
     @property
     def resv(self) -> DmaResv:
         """The buffer's reservation object, the same object for every handle of this process."""
-        if self.known_resv is None:
+        found = self.known_resv  # which close() in another thread forgets
+        if found is None:
             self.check("resv")
             found = resv_of(self.shared)
             self.resv_record = record_of(found)
             self.known_resv = found
-        return self.known_resv
+        return found
 
     def kernel(self) -> KernelSide | None:
         """Return the kernel's side of a kernel dma-buf; None for every other buffer."""
@@ -290,7 +291,8 @@ class Handle(ABC):
             DeadlockError: The lock is held (EDEADLK, with a ``ContractWarning``).
         """
         self.check(operation)
-        if self.known_resv is not None and self.known_resv.held_here():
+        resv = self.known_resv
+        if resv is not None and resv.held_here():
             contract_warning(f"{operation}: {self!r}: its reservation lock is held by this thread or task", 4)
             what = "this thread or task holds its reservation lock"
             raise fail(errno.EDEADLK, operation, self, "unlock the reservation object first", what=what)
