@@ -23,6 +23,7 @@ from typing import Any
 from dmabuf._native import LIFE_DOORBELL, LIFE_SERVED, SLOT_MASK, TICK_POLL, finish, raise_later, unraisable
 from dmabuf.domain import lives
 from dmabuf.domain.domain import TICK_NS, Domain
+from dmabuf.domain.forks import fork_lock
 from dmabuf.domain.guards import finished
 from dmabuf.domain.local import Local
 from dmabuf.domain.native_thread import NativeThread
@@ -39,7 +40,7 @@ class Dispatcher:
         self.shm = domain.join()
         self.life = self.shm.life
         # Re-entrant, because a signal handler or the finalizer of a fence may run in the middle of what it guards.
-        self._lock = threading.RLock()
+        self._lock = fork_lock()
         self._watched: dict[int, dict[int, Callable[[int], object]]] = {}
         self._foreign: dict[int, int] = {}  # slot -> the handle watched there; a slot has one pending fence at a time
         self._past: list[int] = []
@@ -334,6 +335,10 @@ def unwatch(domain: Domain, handle: int, token: int) -> bool:
 
 def dispatcher(domain: Domain) -> Dispatcher:
     """Return the dispatcher of this process in a domain, made at first use and again after a fork."""
+    life = domain.shm.life
+    found: Dispatcher | None = domain.local.get(DISPATCHER)  # not of() alone: each await makes this call twice
+    if found is not None and life and found.life == life:
+        return found
     domain.join()
     found = DISPATCHER.of(domain)
     if found.life == domain.shm.life:
