@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from dmabuf.core.attach.attachment import DmaBufAttachment
     from dmabuf.core.attach.importer import Importer
     from dmabuf.core.base.usage import Direction, Usage
+    from dmabuf.core.buffer.ref import BufferRef
     from dmabuf.core.dma_buf import DmaBuf
     from dmabuf.core.export.export import export
     from dmabuf.core.export.exporter import Exporter
@@ -76,6 +77,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BufferRange",
+    "BufferRef",
     "Color",
     "ContractError",
     "ContractWarning",
@@ -145,6 +147,7 @@ _PLACES = {
     "dmabuf.core.attach.attachment": ("DmaBufAttachment",),
     "dmabuf.core.attach.importer": ("Importer",),
     "dmabuf.core.base.usage": ("Direction", "Usage"),
+    "dmabuf.core.buffer.ref": ("BufferRef",),
     "dmabuf.core.dma_buf": ("DmaBuf",),
     "dmabuf.core.export.export": ("export",),
     "dmabuf.core.export.exporter": ("Exporter",),

@@ -228,6 +228,23 @@ def layout(_: World) -> Target:
     return one
 
 
+def ref(world: World) -> Target:
+    """The bytes of a token, and what it opens."""
+    samples = [bytes(buf.ref()) for buf in (world.buf, world.exported)]
+
+    def one(rng: random.Random) -> None:
+        data = mutate.changed(rng, rng.choice(samples), samples)
+        with contextlib.suppress(DmaBufError):
+            found = dmabuf.BufferRef.from_bytes(data)
+            assert bytes(found) == data
+            str(found)
+            with contextlib.suppress(DmaBufError), dmabuf.open(found) as got:
+                assert bytes(got.ref())[8:16] == data[8:16]
+                assert (got.ino, got.ref().nonce) == (found.ino, found.nonce)
+
+    return one
+
+
 def semaphore(world: World) -> Target:
     """The file of a semaphore."""
     content = os.pread(world.semaphore.fileno(), 8192, 0)
@@ -471,6 +488,7 @@ TARGETS: dict[str, Callable[[World], Target]] = {
     "record": record,
     "state": state,
     "layout": layout,
+    "ref": ref,
     "semaphore": semaphore,
     "sw_sync": sw_sync,
     "domain_file": domain_file,

@@ -11,7 +11,8 @@ import dmabuf
 from tests.support.budget import budget
 
 NAMES = {
-    "BufferRange", "Color", "ContractError", "ContractWarning", "Device", "Direction", "DiskDevice", "DmaBuf", "DmaBufAttachment",
+    "BufferRange", "BufferRef", "Color", "ContractError", "ContractWarning", "Device", "Direction", "DiskDevice", "DmaBuf",
+    "DmaBufAttachment",
     "DmaBufError", "DmaFence", "DmaFenceArray", "DmaFenceChain", "DmaResv", "Domain", "Exporter", "FenceOps", "ImageLayout", "Importer",
     "IosysMap", "KeptWarning", "PixelFormat", "Plane", "RemoteTimeline", "SgTable", "SpillHeap", "SwSync", "SyncFile", "TensorLayout",
     "Timeline", "TimelineSemaphore", "Usage", "View", "WwAcquireContext", "access", "allocate", "allocate_planes", "buffers", "bufinfo",
@@ -22,7 +23,8 @@ NAMES = {
 METHODS = {
     "DmaBuf": "size ino exp_name name home resv closed fileno dup detach close write read begin_cpu_access end_cpu_access mmap vmap vunmap "
     "poll poll_fd readable writable lseek sync get_dma_buf put dma_mmap vmap_unlocked vunmap_unlocked fdinfo statistics "
-    "attach move_notify is_dynamic export_sync_file import_sync_file export_range layout layout_part describe",
+    "attach move_notify is_dynamic export_sync_file import_sync_file export_range layout layout_part describe ref",
+    "BufferRef": "from_bytes domain dev ino size nonce name",
     "ImageLayout": "linear format is_linear fourcc width height memory_planes modifier coded_width coded_height crop_x crop_y color sizes "
     "check specs planes pack unpack",
     "Plane": "buffer offset stride size end",

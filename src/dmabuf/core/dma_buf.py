@@ -34,6 +34,7 @@ from dmabuf.core.attach.importer import Importer
 from dmabuf.core.base.closing import Closing
 from dmabuf.core.buffer import description, fdinfo, mapping, statistics
 from dmabuf.core.buffer.handle import Face, Handle, face_of, open_face
+from dmabuf.core.buffer.ref import BufferRef, ref_of
 from dmabuf.core.memory.device import Device
 from dmabuf.core.memory.iosys_map import IosysMap
 from dmabuf.core.resv.resv import DmaResv
@@ -75,7 +76,7 @@ class DmaBuf(Face, Closing):
     def __reduce__(self) -> Any:
         raise TypeError(
             "a DmaBuf is a file descriptor and can't be pickled to bytes: pass it to a multiprocessing process or queue, "
-            "or send it with dmabuf.send()"
+            "send it with dmabuf.send(), or pickle buf.ref() and open that with dmabuf.open()"
         )
 
     def __array__(self, *_: object, **__: object) -> NoReturn:
@@ -183,6 +184,15 @@ class DmaBuf(Face, Closing):
             BusyError: A ``read()`` or ``write()`` block of this handle is open (EBUSY).
         """
         return self._handle.detach()
+
+    # ---- passing it on ----
+
+    def ref(self) -> BufferRef:
+        """Return a token that says which buffer this is, which any pickle carries, and which ``dmabuf.open`` opens again.
+
+        It doesn't keep the buffer alive: some process must have it open when the token is opened.
+        """
+        return ref_of(self._handle, self._handle.name())
 
     # ---- what it is ----
 

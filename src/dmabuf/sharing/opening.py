@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from dmabuf._native import LIFE_PID, fd_of, owned
 from dmabuf.core.buffer.identity import checked_name, identify, is_kernel_home, memfd_name
+from dmabuf.core.buffer.ref import BufferRef
 from dmabuf.core.dma_buf import DmaBuf
 from dmabuf.core.get import from_fd
-from dmabuf.domain import lives, naming, records
-from dmabuf.domain.domain import Domain
+from dmabuf.domain import lives, naming, place, records
+from dmabuf.domain.domain import Domain, known
 from dmabuf.errors import DmaBufError, fail, needing_descriptors
 from dmabuf.sharing import duplicate
 
@@ -39,24 +40,27 @@ class _Found(NamedTuple):
     home: bytes
 
 
-def open(name_or_ino: str | bytes | int, *, domain: Domain | None = None) -> DmaBuf:
+def open(name_or_ino: str | bytes | int | BufferRef, *, domain: Domain | None = None) -> DmaBuf:
     """Return a new handle of a buffer that a process of this user has open.
 
     Args:
-        name_or_ino: The whole name, or the inode number (``buf.ino``).
-        domain: The domain; None means the user's default domain.
+        name_or_ino: The whole name, the inode number (``buf.ino``), or a token (``buf.ref()``).
+        domain: The domain; None means the user's default domain, or for a token the domain of its buffer.
 
     Raises:
-        NotFoundError: There is no such buffer (ENOENT). The message has the names of the buffers.
+        NotFoundError: There is no such buffer (ENOENT). The message has the names of the buffers, or says what became of a token's.
+        CrossDomainError: The token's buffer belongs to a domain that this process doesn't have (EXDEV).
         NotUniqueError: Several buffers have this name (ENOTUNIQ). The message has their inode numbers.
         NoDeviceError: The buffer is only in flight in a socket, or only mapped (ENODEV).
         NotPermittedError: This process may not read /proc/PID/fd of those that have it open (EACCES).
         InvalidError: The name is longer than 31 bytes or has a NUL, or the inode number is negative (EINVAL).
-        TypeError: ``name_or_ino`` is neither a name nor a number.
-        DmaBufError: No descriptor is left (EMFILE).
+        TypeError: ``name_or_ino`` is neither a name nor a number nor a token.
+        DmaBufError: No descriptor is left (EMFILE), or the inode of the token's buffer is another buffer's now (ESTALE).
     """
+    if isinstance(name_or_ino, BufferRef):
+        return reopen(name_or_ino, domain)
     if isinstance(name_or_ino, bool) or not isinstance(name_or_ino, str | bytes | int):
-        raise TypeError(f"open: expected a name (str or bytes) or an inode number, not {type(name_or_ino).__name__}")
+        raise TypeError(f"open: expected a name (str or bytes), an inode number or a BufferRef, not {type(name_or_ino).__name__}")
     domain = domain or Domain.default()
     wanted: int | bytes
     if isinstance(name_or_ino, int):
@@ -71,6 +75,32 @@ def open(name_or_ino: str | bytes | int, *, domain: Domain | None = None) -> Dma
     domain.join()
     with needing_descriptors("open", asked):
         return _open(domain, asked, _by_ino(domain, wanted) if isinstance(wanted, int) else _by_name(domain, wanted))
+
+
+def reopen(ref: BufferRef, domain: Domain | None = None) -> DmaBuf:
+    """Return a new handle of the buffer of a token. Nothing that the token says is believed: its inode and its nonce must agree."""
+    asked = str(ref)
+    domain = domain or known(ref.domain) or Domain.default()
+    domain.join()
+    if domain.id != ref.domain:
+        place.check_set_aside(domain.path, ref.domain, "open", asked)
+        what = f"this process uses domain {domain.id}: the token is from another program's domain, from before a restart, or from elsewhere"
+        raise fail(errno.EXDEV, "open", asked, f"{place.SHARE_DOMAIN}, or make a new token", what=what)
+    with needing_descriptors("open", asked):
+        found = domain.shm.rec_find(ref.dev, ref.ino)
+        info = domain.shm.rec_info(found[0]) if found and found[2] == ref.nonce else None
+        index, home = (found[0], info["home"]) if found and info else (-1, b"")
+        return _reopened(domain, _Found(index, ref.dev, ref.ino, ref.nonce, home), asked, ref)
+
+
+def _gone(domain: Domain, ref: BufferRef) -> DmaBufError:
+    """Return the error for a token whose buffer no process has."""
+    found = domain.shm.rec_find(ref.dev, ref.ino)
+    if found and found[2] != ref.nonce:
+        what = "the buffer of this token is gone, and its inode is another buffer's now"
+        return fail(errno.ESTALE, "open", ref, "make a new token, and keep the buffer open until it was opened", what=what)
+    what = "the buffer of this token is gone: no process has it open any more"
+    return fail(errno.ENOENT, "open", ref, "keep the buffer open in some process until the token was opened", what=what)
 
 
 def _open(domain: Domain, asked: str, candidates: list[_Found]) -> DmaBuf:
@@ -119,8 +149,9 @@ def _memfd_device() -> int:
         return own.dev
 
 
-def _reopened(domain: Domain, wanted: _Found, asked: str) -> DmaBuf:
-    shm, denied, holders = domain.shm, list[int](), domain.shm.rec_holders(wanted.record)
+def _reopened(domain: Domain, wanted: _Found, asked: str, ref: BufferRef | None = None) -> DmaBuf:
+    shm, denied = domain.shm, list[int]()
+    holders = shm.rec_holders(wanted.record) if wanted.record >= 0 else []  # what a token names may be kept outside of the domain
     others = [i for i in holders if i != lives.index_of(shm.life)]
     kernel = is_kernel_home(wanted.home)
     if kernel and (given := _given(domain, wanted, others)) is not None:
@@ -139,7 +170,7 @@ def _reopened(domain: Domain, wanted: _Found, asked: str) -> DmaBuf:
     if not kernel and (given := _given(domain, wanted, others)) is not None:
         return given
     if wanted.record not in _present(domain):
-        raise _no_such(domain, asked)
+        raise _no_such(domain, asked) if ref is None else _gone(domain, ref)
     raise _unreachable(domain, wanted, asked, refused)
 
 
@@ -208,7 +239,8 @@ def _from_process(domain: Domain, wanted: _Found, pid: int, denied: list[int]) -
                 raise
             continue  # closed meanwhile
         try:
-            same = identify(fd.number, domain, "open").nonce == wanted.nonce
+            found = identify(fd.number, domain, "open")
+            same = (found.dev, found.ino, found.nonce) == (wanted.dev, wanted.ino, wanted.nonce)
         except DmaBufError:
             same = False  # the number was used again between the two looks
         if same:
