@@ -301,6 +301,9 @@ def test_camera_frames_reach_a_driver_and_a_process_uncopied(child: Spawn, node:
         assert picture.pixelformat == "RGB3"
         buffers = camera.start(4, name="frame")
         assert [buf.home for buf in buffers] == ["imported"] * 4
+        assert picture.layout is not None
+        assert [buf.layout for buf in buffers] == [picture.layout] * 4
+        assert picture.layout.format.name == "BGR888"
         inodes = {buf.ino for buf in buffers}
         with camera.frame(timeout=20) as frame:
             assert frame.buf.ino in inodes

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from dmabuf import Color, ImageLayout
 from dmabuf.core.buffer.backing_kernel import poll_until
 from dmabuf.drivers import drm
 from dmabuf.drivers.camera import Camera, fourcc, letters
@@ -192,6 +193,32 @@ def test_a_camera_in_a_big_endian_format_says_so(kernel: Kernel) -> None:
     with Camera(os.devnull) as camera:
         assert camera.picture.pixelformat == "Y16 -BE"
         assert camera.configure(320, 240, "XR15-BE").pixelformat == "XR15-BE"
+
+
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [
+        (
+            s.V4l2Format(1, 640, 480, fourcc("NV12"), 1, 768, 768 * 720, colorspace=3),
+            ImageLayout.linear("NV12", 640, 480, stride=768, color=Color.from_v4l2(3)),
+        ),
+        (
+            s.V4l2Format(1, 640, 480, fourcc("BGR3"), 4, 1920, 1 << 20, colorspace=8, quantization=2),
+            ImageLayout.linear("RGB888", 640, 480, stride=1920, color=Color.from_v4l2(8, quantization=2, rgb=True)),
+        ),
+        (s.V4l2Format(1, 640, 480, fourcc("GREY"), 1, 640, 640 * 480), ImageLayout.linear("R8", 640, 480, stride=640)),
+        (s.V4l2Format(1, 640, 480, fourcc("MJPG"), 1, 0, 1 << 20), None),
+        (s.V4l2Format(1, 640, 480, fourcc("Y16 -BE"), 1, 1280, 1 << 20), None),
+        (s.V4l2Format(1, 640, 480, fourcc("YUYV"), 5, 1280, 1 << 20), None),
+        (s.V4l2Format(1, 640, 480, fourcc("YUYV"), 1, 1279, 1 << 20), None),
+        (s.V4l2Format(1, 640, 480, fourcc("YUYV"), 1, 1280, 1280 * 480 - 1), None),
+        (s.V4l2Format(1, 0, 0, fourcc("YUYV"), 1, 1280, 1280 * 480), None),
+    ],
+)
+def test_a_camera_says_its_layout_if_there_is_one(kernel: Kernel, told: s.V4l2Format, expected: ImageLayout | None) -> None:
+    kernel.formats.append(told)
+    with Camera(os.devnull) as camera:
+        assert camera.picture.layout == expected
 
 
 # ---- waiting for the kernel ----

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 import struct
 from typing import Any
 
@@ -18,6 +19,7 @@ from dmabuf.layout import packing
 from dmabuf.layout.color import Matrix, Primaries, Range, Transfer
 from dmabuf.layout.formats import formats
 from tests.support.budget import times
+from tools import formats as tool
 
 NV12, ABGR8888 = (int.from_bytes(code, "little") for code in (b"NV12", b"AB24"))
 TILED = 0x0200000000000001
@@ -300,3 +302,45 @@ def test_image_layout_of_an_unknown_fourcc_has_no_format() -> None:
 )
 def test_image_layout_text_is_short(layout: ImageLayout, text: str) -> None:
     assert str(layout) == text
+
+
+# ---- V4L2's colors ----
+
+
+def in_header(name: str) -> int:
+    path = tool.header("videodev2.h", fetch=False)
+    if path is None:
+        pytest.skip("no videodev2.h here (Debian: linux-libc-dev)")
+    found = re.search(rf"\b{name}\s*=\s*(\d+)", path.read_text(encoding="utf-8"))
+    assert found is not None
+    return int(found[1])
+
+
+@pytest.mark.parametrize(
+    ("space", "expected"),
+    [
+        ("SMPTE170M", (Primaries.SMPTE170M, Transfer.BT709, Matrix.SMPTE170M, Range.LIMITED)),
+        ("REC709", (Primaries.BT709, Transfer.BT709, Matrix.BT709, Range.LIMITED)),
+        ("SRGB", (Primaries.BT709, Transfer.SRGB, Matrix.SMPTE170M, Range.LIMITED)),
+        ("JPEG", (Primaries.BT709, Transfer.SRGB, Matrix.SMPTE170M, Range.FULL)),
+        ("BT2020", (Primaries.BT2020, Transfer.BT709, Matrix.BT2020, Range.LIMITED)),
+        ("SMPTE240M", (Primaries.SMPTE240M, Transfer.SMPTE240M, Matrix.SMPTE240M, Range.LIMITED)),
+        ("DCI_P3", (Primaries.SMPTE431, Transfer.UNKNOWN, Matrix.BT709, Range.LIMITED)),
+        ("RAW", (Primaries.UNKNOWN, Transfer.LINEAR, Matrix.SMPTE170M, Range.LIMITED)),
+        ("DEFAULT", (Primaries.UNKNOWN, Transfer.UNKNOWN, Matrix.UNKNOWN, Range.UNKNOWN)),
+    ],
+)
+def test_color_of_v4l2_follows_from_its_color_space(space: str, expected: tuple[Any, ...]) -> None:
+    assert Color.from_v4l2(in_header(f"V4L2_COLORSPACE_{space}")) == Color(*expected)
+
+
+def test_color_of_v4l2_is_what_the_driver_says_beside_it() -> None:
+    numbers = [
+        in_header(f"V4L2_{name}") for name in ("COLORSPACE_BT2020", "XFER_FUNC_SMPTE2084", "YCBCR_ENC_709", "QUANTIZATION_FULL_RANGE")
+    ]
+    assert Color.from_v4l2(*numbers) == Color(Primaries.BT2020, Transfer.PQ, Matrix.BT709, Range.FULL)
+    assert Color.from_v4l2(numbers[0], rgb=True) == Color(Primaries.BT2020, Transfer.BT709, Matrix.RGB, Range.FULL)
+
+
+def test_color_of_v4l2_that_has_no_name_is_unknown() -> None:
+    assert Color.from_v4l2(99, 99, 99, 99) == Color()

@@ -31,7 +31,7 @@ METHODS = {
     "TensorLayout": "dtype shape strides offset itemsize is_contiguous sizes check specs array pack unpack",
     "PixelFormat": "of from_v4l2 from_gstreamer from_ffmpeg from_opencv from_ros v4l2 v4l2_fourcc gstreamer ffmpeg opencv ros name fourcc "
     "planes",
-    "Color": "primaries transfer matrix range",
+    "Color": "primaries transfer matrix range from_v4l2",
     "BufferRange": "buf offset length of read write mmap",
     "DmaBufAttachment": "map unmap map_unlocked unmap_unlocked mapped pin unpin detach dev dmabuf importer peer2peer priv attached "
     "is_dynamic statistics",

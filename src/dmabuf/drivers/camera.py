@@ -30,12 +30,16 @@ from dmabuf.core.dma_buf import DmaBuf
 from dmabuf.core.get import from_fd
 from dmabuf.domain.domain import Domain
 from dmabuf.domain.guards import finished
-from dmabuf.errors import fail
+from dmabuf.errors import InvalidError, fail
+from dmabuf.layout.color import Color
+from dmabuf.layout.formats import PixelFormat
+from dmabuf.layout.image import ImageLayout
 from dmabuf.uapi import call
 from dmabuf.uapi import v4l2 as uapi
-from dmabuf.uapi.structures import V4l2Buffer
+from dmabuf.uapi.structures import V4l2Buffer, V4l2Format
 
 _BIG_ENDIAN = 1 << 31  # v4l2_fourcc_be, include/uapi/linux/videodev2.h
+_FIELDS_APART = (5, 6)  # V4L2_FIELD_SEQ_TB and SEQ_BT: one field behind the other
 
 
 def fourcc(code: str) -> int:
@@ -59,13 +63,32 @@ def letters(number: int) -> str:
 
 @dataclass(frozen=True)
 class Picture:
-    """The format of frames. ``pixelformat``: four letters. ``pitch``: bytes from line to line. ``size``: bytes of a frame."""
+    """The format of frames. ``pixelformat``: four letters. ``pitch``: bytes from line to line. ``size``: bytes of a frame. ``layout``: the
+    same as a layout, which the buffers have in every process; None if the format has no DRM code, or its fields are apart.
+    """
 
     width: int
     height: int
     pixelformat: str
     pitch: int
     size: int
+    layout: ImageLayout | None = None
+
+
+def _layout_of(told: V4l2Format) -> ImageLayout | None:
+    try:
+        shape = PixelFormat.from_v4l2(told.pixelformat)
+    except LookupError:
+        return None
+    if told.field in _FIELDS_APART:
+        return None
+    rgb = any(part.name == "G" for part in shape.planes[0].components)
+    color = Color.from_v4l2(told.colorspace, told.xfer_func, told.ycbcr_enc, told.quantization, rgb=rgb)
+    try:
+        layout = ImageLayout.linear(shape, told.width, told.height, stride=told.bytesperline, color=color)
+    except InvalidError:  # the driver's numbers don't fit together
+        return None
+    return layout if layout.sizes[0] <= told.sizeimage else None
 
 
 class Frame:
@@ -147,7 +170,7 @@ class Camera(Closing):
     def picture(self) -> Picture:
         """The present format of frames."""
         told = uapi.get_format(self.fileno())
-        return Picture(told.width, told.height, letters(told.pixelformat), told.bytesperline, told.sizeimage)
+        return Picture(told.width, told.height, letters(told.pixelformat), told.bytesperline, told.sizeimage, _layout_of(told))
 
     def configure(self, width: int, height: int, pixelformat: str) -> Picture:
         """Ask for a format. Return the nearest one that the driver has.
@@ -174,11 +197,14 @@ class Camera(Closing):
         fd = self.fileno()
         if self.buffers:
             raise fail(errno.EBUSY, "start", f"camera {self.path}", "stop it first", what="it is started already")
+        layout = self.picture.layout
         try:
             self._requested = True
             for index in range(uapi.request_buffers(fd, count)):
                 buf = from_fd(uapi.export_buffer(fd, index), self.domain)
                 self.buffers.append(buf)
+                if layout is not None and layout.sizes[0] <= buf.size:
+                    buf.describe(layout)
                 if name is not None:
                     buf.name = f"{name}-{index}"
                 self._queue(index, None)
