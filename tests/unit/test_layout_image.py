@@ -335,9 +335,8 @@ def test_color_of_v4l2_follows_from_its_color_space(space: str, expected: tuple[
 
 
 def test_color_of_v4l2_is_what_the_driver_says_beside_it() -> None:
-    numbers = [
-        in_header(f"V4L2_{name}") for name in ("COLORSPACE_BT2020", "XFER_FUNC_SMPTE2084", "YCBCR_ENC_709", "QUANTIZATION_FULL_RANGE")
-    ]
+    names = ("COLORSPACE_BT2020", "XFER_FUNC_SMPTE2084", "YCBCR_ENC_709", "QUANTIZATION_FULL_RANGE")
+    numbers = [in_header(f"V4L2_{name}") for name in names]
     assert Color.from_v4l2(*numbers) == Color(Primaries.BT2020, Transfer.PQ, Matrix.BT709, Range.FULL)
     assert Color.from_v4l2(numbers[0], rgb=True) == Color(Primaries.BT2020, Transfer.BT709, Matrix.RGB, Range.FULL)
 
