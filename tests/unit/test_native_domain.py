@@ -274,7 +274,7 @@ def test_random_bytes_in_a_living_domain_give_clear_errors(where: str, seed: int
     operations, found = there.operations(), regions(there.shm)
     places = found.get(where) or found["CH_LIFE"]  # contexts live in there too
     try:
-        for _ in range(times(quick=3, full=9)):
+        for _ in range(times(quick=2, full=9)):
             spoil(there.shm, places, rng)
             rng.shuffle(operations)
             for operation in operations:
