@@ -62,6 +62,7 @@ if TYPE_CHECKING:
     from dmabuf.domain.domain import Domain
     from dmabuf.domain.peers import label
     from dmabuf.errors import ContractError, ContractWarning, DmaBufError, KeptWarning
+    from dmabuf.heap.named import open_or_allocate
     from dmabuf.heap.recommended import allocate, allocate_planes, heaps
     from dmabuf.heap.spill import SpillHeap
     from dmabuf.layout.color import Color
@@ -124,6 +125,7 @@ __all__ = [
     "lock_all",
     "merge",
     "open",
+    "open_or_allocate",
     "private_stub",
     "recv",
     "send",
@@ -173,6 +175,7 @@ _PLACES = {
     "dmabuf.domain.domain": ("Domain",),
     "dmabuf.domain.peers": ("label",),
     "dmabuf.errors": ("ContractError", "ContractWarning", "DmaBufError", "KeptWarning"),
+    "dmabuf.heap.named": ("open_or_allocate",),
     "dmabuf.heap.recommended": ("allocate", "allocate_planes", "heaps"),
     "dmabuf.heap.spill": ("SpillHeap",),
     "dmabuf.layout.color": ("Color",),

@@ -27,6 +27,7 @@ import struct
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from zlib import crc32
 
 from dmabuf._native import (
     BUCKETS,
@@ -68,6 +69,7 @@ SHARE_DOMAIN = (
     "dmabuf.send(sock, domain, …)"
 )  # what to do about an object of another domain
 LIFECYCLE_S = 30.0  # seconds that a process waits for the lifecycle lock, which others hold for milliseconds
+NAME_BYTE = 1 << 43  # the first of 2**32 bytes of the domain's file, far behind its end, for the locks of names
 FILE = f"domain-{VERSION}"
 SOCKET = "server-"  # and the life's id in 8 hexadecimal digits: the socket of a process that serves others
 _SOCKET_NAME = re.compile(SOCKET + "[0-9a-f]{8}")
@@ -86,33 +88,46 @@ class lifecycle_lock(Bracket):
         DmaBufTimeout: Another process has held it for :data:`LIFECYCLE_S`, because it is stopped (ETIMEDOUT).
     """
 
-    __slots__ = ("_fd", "_own")
+    __slots__ = ("_byte", "_called", "_fd", "_own")
 
     def __init__(self, fd: int) -> None:
-        self._fd = fd
+        self._fd, self._byte, self._called = fd, LIFECYCLE_BYTE, "lifecycle lock"
         self._own: OwnedFd | None = None
 
     def enter(self) -> int:
         """Take the lock, with a description of its own, because forked children share the domain's."""
         self._own = own = reopen_owned(self._fd)
-        if not ofd_lock(own.number, fcntl.F_WRLCK, LIFECYCLE_BYTE):
+        if not ofd_lock(own.number, fcntl.F_WRLCK, self._byte):
             step("~lifecycle_lock")
             self._wait(own.number)
         return own.number
 
     def _wait(self, own: int) -> None:
-        if not lock_within(LIFECYCLE_S, lambda: ofd_lock(own, fcntl.F_WRLCK, LIFECYCLE_BYTE)):
-            who = lock_holder(own, LIFECYCLE_BYTE)
-            what = f"{f'process {who}' if who else 'another process'} has held its lifecycle lock for {LIFECYCLE_S:g} s"
-            raise fail(errno.ETIMEDOUT, "lifecycle lock", "the domain", "continue that process (kill -CONT), or end it", what=what)
+        if not lock_within(LIFECYCLE_S, lambda: ofd_lock(own, fcntl.F_WRLCK, self._byte)):
+            who = lock_holder(own, self._byte)
+            what = f"{f'process {who}' if who else 'another process'} has held its {self._called} for {LIFECYCLE_S:g} s"
+            raise fail(errno.ETIMEDOUT, self._called, "the domain", "continue that process (kill -CONT), or end it", what=what)
 
     def leave(self) -> None:
         """Release it."""
         own = self._own
         if own is not None and own.number >= 0:
             # A child that was forked meanwhile shares the description, so closing it here would not free the lock.
-            ofd_lock(own.number, fcntl.F_UNLCK, LIFECYCLE_BYTE)
+            ofd_lock(own.number, fcntl.F_UNLCK, self._byte)
             own.close()
+
+
+class name_lock(lifecycle_lock):
+    """Hold the lock of a buffer's name for a block, as a lifecycle lock: of several processes, one makes the buffer.
+
+    It is a byte behind all others, by the checksum of the name. Two names that share it wait for each other.
+    """
+
+    __slots__ = ()
+
+    def __init__(self, fd: int, name: bytes) -> None:
+        super().__init__(fd)
+        self._byte, self._called = NAME_BYTE + crc32(name), "lock of a name"
 
 
 def _secure() -> bool:

@@ -38,13 +38,16 @@ class _Found(NamedTuple):
     ino: int
     nonce: bytes
     home: bytes
+    created: int
 
 
-def open(name_or_ino: str | bytes | int | BufferRef, *, domain: Domain | None = None) -> DmaBuf:
+def open(name_or_ino: str | bytes | int | BufferRef, *, newest: bool = False, domain: Domain | None = None) -> DmaBuf:
     """Return a new handle of a buffer that a process of this user has open.
 
     Args:
         name_or_ino: The whole name, the inode number (``buf.ino``), or a token (``buf.ref()``).
+        newest: Of several buffers with this name, open the one that was made last: after a restart of its program, a process that is slow
+            to notice may still have the old one.
         domain: The domain; None means the user's default domain, or for a token the domain of its buffer.
 
     Raises:
@@ -74,7 +77,7 @@ def open(name_or_ino: str | bytes | int | BufferRef, *, domain: Domain | None = 
         wanted = checked_name(name_or_ino, "open")
     domain.join()
     with needing_descriptors("open", asked):
-        return _open(domain, asked, _by_ino(domain, wanted) if isinstance(wanted, int) else _by_name(domain, wanted))
+        return _open(domain, asked, _by_ino(domain, wanted) if isinstance(wanted, int) else _by_name(domain, wanted), newest)
 
 
 def reopen(ref: BufferRef, domain: Domain | None = None) -> DmaBuf:
@@ -90,7 +93,7 @@ def reopen(ref: BufferRef, domain: Domain | None = None) -> DmaBuf:
         found = domain.shm.rec_find(ref.dev, ref.ino)
         info = domain.shm.rec_info(found[0]) if found and found[2] == ref.nonce else None
         index, home = (found[0], info["home"]) if found and info else (-1, b"")
-        return _reopened(domain, _Found(index, ref.dev, ref.ino, ref.nonce, home), asked, ref)
+        return _reopened(domain, _Found(index, ref.dev, ref.ino, ref.nonce, home, 0), asked, ref)
 
 
 def _gone(domain: Domain, ref: BufferRef) -> DmaBufError:
@@ -103,13 +106,16 @@ def _gone(domain: Domain, ref: BufferRef) -> DmaBufError:
     return fail(errno.ENOENT, "open", ref, "keep the buffer open in some process until the token was opened", what=what)
 
 
-def _open(domain: Domain, asked: str, candidates: list[_Found]) -> DmaBuf:
+def _open(domain: Domain, asked: str, candidates: list[_Found], newest: bool) -> DmaBuf:
     if len(candidates) > 1:
         there = _present(domain)
         candidates = [found for found in candidates if found.record in there]
+        if newest:
+            candidates = sorted(candidates, key=lambda found: found.created)[-1:]
         if len(candidates) > 1:
             inodes = ", ".join(str(found.ino) for found in candidates[:SHOWN]) + (", …" if len(candidates) > SHOWN else "")
-            raise fail(errno.ENOTUNIQ, "open", asked, "open it by inode number", what=f"{len(candidates)} buffers have it: inodes {inodes}")
+            what = f"{len(candidates)} buffers have it: inodes {inodes}"
+            raise fail(errno.ENOTUNIQ, "open", asked, "open it by inode number, or the last one with newest=True", what=what)
     if not candidates:
         raise _no_such(domain, asked)
     return _reopened(domain, candidates[0], asked)
@@ -124,7 +130,7 @@ def _present(domain: Domain) -> set[int]:
 def _by_ino(domain: Domain, ino: int) -> list[_Found]:
     shm = domain.shm
     found = shm.rec_find(_memfd_device(), ino)
-    plain = [_Found(found[0], _memfd_device(), ino, found[2], b"")] if found else []
+    plain = [_Found(found[0], _memfd_device(), ino, found[2], b"", 0)] if found else []
     return plain + _matching(domain, lambda info: info["ino"] == ino and is_kernel_home(info["home"]))
 
 
@@ -136,7 +142,7 @@ def _matching(domain: Domain, wanted: Callable[[RecordInfo], bool]) -> list[_Fou
     shm = domain.shm
     infos = ((index, shm.rec_info(index)) for index in shm.rec_list())
     return [
-        _Found(index, info["dev"], info["ino"], info["nonce"], info["home"])
+        _Found(index, info["dev"], info["ino"], info["nonce"], info["home"], info["created"])
         for index, info in infos
         if info is not None and info["kind"] == records.KIND_BUFFER and wanted(info)
     ]
