@@ -7,7 +7,7 @@ buffer's own memfd (`core.buffer.residency`).
 
 *What stays in memory.* A buffer inside of an access (``read``, ``write``, ``begin_cpu_access`` until ``end_cpu_access``); a buffer with a
 pending fence; a *pinned* buffer. These pin: a bare mapping until no process maps it, a vmap, a device that is attached without an importer,
-a mapping made through an importer (with ``MOVE_NOTIFY`` only ``pin`` does), and ``pin``.
+and ``pin``; with ``MOVE_NOTIFY`` off a mapping made through an importer too.
 
 *Room.* A caller that needs memory moves other buffers out until there is enough. It waits for buffers in use (accesses, fences, mappings,
 devices) ``memory_timeout`` seconds at most, and then gets ENOMEM; at once if only the caller's own accesses keep them, because waiting

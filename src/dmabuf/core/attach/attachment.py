@@ -8,11 +8,11 @@ dynamic are matched with the exporter (semantics 2.13a, Linux 6.8):
 | static | static | – | op, wait for KERNEL fences; kept if the exporter caches | op; nothing if kept | op if kept |
 | static | dynamic | op BIDIRECTIONAL, kept | the kept table | nothing | op |
 | dynamic | static | pin, op BIDIRECTIONAL, wait for KERNEL fences, kept | the kept table | nothing | op, unpin |
-| dynamic | dynamic | – | pin, op | op, unpin | – |
-| dynamic | dynamic, ``MOVE_NOTIFY`` on | – | op | op | – |
+| dynamic | dynamic | – | op | op | – |
+| dynamic | dynamic, ``MOVE_NOTIFY`` off | – | pin, op | op, unpin | – |
 
-``MOVE_NOTIFY`` is the kernel's experimental CONFIG_DMABUF_MOVE_NOTIFY, off by default. ``DMABUF_MOVE_NOTIFY=1`` at the start of the
-process, or :func:`moving`, turns it on. A failure at any step undoes the steps before it.
+``MOVE_NOTIFY`` is the kernel's option CONFIG_DMABUF_MOVE_NOTIFY, which Linux 7.1 has for good. ``DMABUF_MOVE_NOTIFY=0`` at the start of the
+process, or :func:`moving`, turns it off. A failure at any step undoes the steps before it.
 
 With the buffer's reservation lock held: ``map``, ``unmap``, ``pin``, ``unpin`` (else ``ContractError``). Without it: ``attach``,
 ``detach``, ``map_unlocked``, ``unmap_unlocked``, ``mapped`` (else ``ContractWarning`` and EDEADLK). An attachment keeps its handle of the
@@ -45,7 +45,7 @@ from dmabuf.core.resv.resv import DmaResv, resv_of, wait_until
 from dmabuf.domain import dispatcher
 from dmabuf.errors import ContractError, contract_warning, fail
 
-MOVE_NOTIFY = os.environ.get("DMABUF_MOVE_NOTIFY") == "1"
+MOVE_NOTIFY = os.environ.get("DMABUF_MOVE_NOTIFY") != "0"
 
 
 def moving(on: bool = True) -> AbstractContextManager[None]:
