@@ -187,9 +187,11 @@ class Handle(ABC):
         """Close the handle; closing twice has no effect."""
         if self.left:
             return
-        if self.fd >= 0 and (self.accesses or self.polls):
-            self._leave("close")
-        self._forget_path()
+        if self.path is not None or self.polls:  # else nobody has looked through this handle, as where it is only passed on
+            if self.fd >= 0 and (self.accesses or self.polls):
+                self._leave("close")
+            self._forget_path()
+        self.device_view = self.known_resv = None
         shared = self.shared
         if self.leaving or shared.backing is not None or shared.resv_ref is not None:
             self._close()
