@@ -9,9 +9,12 @@ import pytest
 
 import dmabuf
 from dmabuf._native import CH_TIMELINE, CHUNK_BYTES, HEADER_BYTES, OFF_NCHUNKS, TICK_CHECK
+from dmabuf.core.buffer.handle import handle_of
 from dmabuf.domain import lives, place
 from dmabuf.domain.domain import Domain
+from dmabuf.errors import ClosedError
 from tests.support.children import Parent, Spawn
+from tests.support.errnos import raises_errno
 from tests.support.lost import replaced, untouched
 
 LOST: list[Callable[[int], None]] = [os.close, replaced]
@@ -140,3 +143,14 @@ def sees_chunks(parent: Parent) -> tuple[bool, bool]:
     except dmabuf.DmaBufError as e:
         return seen, e.errno == errno.EUCLEAN
     return seen, False
+
+
+def test_mapping_beside_a_close_in_another_thread_says_that_the_buffer_is_closed() -> None:
+    buf = dmabuf.allocate(4096)
+    handle = handle_of(buf)
+    buf.close()  # after the other thread had checked the handle
+    with raises_errno(errno.EBADF) as caught:
+        handle._map("write", 0, 4096, True)
+    assert isinstance(caught.value, ClosedError)
+    assert "write" in str(caught.value)
+    assert "the buffer is closed" in str(caught.value)

@@ -31,7 +31,7 @@ from dmabuf.domain.guards import finalizer, finished
 from dmabuf.domain.limits import cant_map
 from dmabuf.domain.records import Record, free_gone
 from dmabuf.domain.weak_objects import WeakObjects
-from dmabuf.errors import ClosedError, ContractError, DmaBufError, contract_warning, fail
+from dmabuf.errors import ContractError, DmaBufError, contract_warning, fail
 from dmabuf.uapi.call import OwnedFd
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -348,12 +348,13 @@ class Handle(ABC):
         fd, shared = self.fd, self.shared
         try:
             return map_same(fd, length, offset, writable, False, shared.dev, shared.ino)
-        except ClosedError:
-            raise self.lost(operation, fd) from None
         except OSError as e:
-            if e.errno != errno.ENOMEM:
-                raise
-            raise cant_map(operation, self, length) from None
+            if e.errno == errno.EBADF:
+                self.check(operation)  # another thread closed the buffer meanwhile
+                raise self.lost(operation, fd) from None
+            if e.errno == errno.ENOMEM:
+                raise cant_map(operation, self, length) from None
+            raise
 
     # ---- its name ----
 
