@@ -281,6 +281,10 @@ def doctor(_: "World") -> None:
     machine._inotify()
 
 
+def detached_descriptor(world: "World") -> None:
+    world.numbers.extend(map(DmaBuf.detach, (world.buf.get_dma_buf(),)))
+
+
 def exporter(_: "World") -> None:
     dmabuf.export(Static(), 4096).close()
 
@@ -336,6 +340,7 @@ OBJECTS = (
     allocate, allocate_described, describe, allocate_and_drop, get, open_by_name, name, send_and_receive, send_and_receive_several,
     send_and_receive_a_sync_file, sync_file_and_merge, sync_file_of_a_buffer, semaphore, block_of_a_shared_file, sw_sync, mapping,
     attachment, cpu_access, reservation_object, private_domain, new_domain, opened_again, send_what_needs_descriptors, who_holds, doctor,
+    detached_descriptor,
     exporter,
 )  # fmt: skip
 BLOCKS = (switched, mapped, map_again, attached, views, device_access, claim, attached_to_an_engine, job_of_a_buffer, job)
@@ -352,6 +357,7 @@ class World:
         dmabuf.export(Static(), 4096)  # released by the thread
         self.until_released()
         self.resvs = [DmaResv() for _ in range(3)]
+        self.numbers: list[int] = []  # of descriptors that are the program's
         self.kept: list[DmaFence] = []  # a fence that others wait for is not dropped
         self.timeline = Timeline("interrupted")
         self.buf = dmabuf.allocate(4096, name="interrupted")
@@ -386,6 +392,8 @@ class World:
             if not left.is_signaled():
                 left.signal()
         self.kept.clear()
+        while self.numbers:
+            os.close(self.numbers.pop())
         self.settle_blocks()
         gc.collect()
         self.until_released()

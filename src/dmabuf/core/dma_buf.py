@@ -177,7 +177,8 @@ class DmaBuf(Face, Closing):
         """
         return self._handle.dup_owned(cloexec)
 
-    def detach(self) -> int:
+    @numbered
+    def detach(self) -> OwnedFd:
         """Close the handle but keep its file descriptor, and return it: the caller owns it from now on.
 
         Raises:

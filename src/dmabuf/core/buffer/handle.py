@@ -17,7 +17,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from operator import attrgetter
-from typing import Protocol, TypeVar
+from typing import Final, Protocol, TypeVar
 
 from dmabuf._native import AccessPath, Mapping, close_attribute, dup_same, is_same, map_same, owned, take_attribute
 from dmabuf.core.buffer.backing import Backing, KernelSide
@@ -35,6 +35,9 @@ from dmabuf.errors import ContractError, DmaBufError, contract_warning, fail
 from dmabuf.uapi.call import OwnedFd
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+_OPEN: Final = (-1).__lt__
 
 
 class Cancelable(Protocol):
@@ -173,14 +176,14 @@ class Handle(ABC):
         """Return another handle of the buffer, with a descriptor and a close of its own."""
         return open_face(Face, type(self), self.dup_owned(), self.shared)._handle
 
-    def detach(self) -> int:
-        """Close the handle but keep its descriptor, which the caller owns from now on."""
+    def detach(self) -> OwnedFd:
+        """Close the handle but keep its descriptor, which the object owns from now on."""
         self.descriptor("detach")
         self._leave("detach")
-        fd = self._close(given=True)
-        if fd < 0:  # another thread closed the handle, or detached the descriptor
+        given = self._close(given=True)
+        if not given:  # another thread closed the handle, or detached the descriptor
             self.check("detach")
-        return fd
+        return given[0]
 
     @finished
     def close(self) -> None:
@@ -204,9 +207,9 @@ class Handle(ABC):
             watch.free_gone()
         self.left = True
 
-    def _close(self, given: bool = False, quiet: bool = False) -> int:
+    def _close(self, given: bool = False, quiet: bool = False) -> list[OwnedFd]:
         """Do all that follows. What a signal handler interrupts is called again. ``given``: return the descriptor instead of closing it."""
-        taken = -1
+        taken: list[OwnedFd] = []
         again, self.leaving = self.leaving, True
         shared, watch = self.shared, None
         backing = self.ending = self.ending or shared.backing  # which a release takes out of the record
@@ -220,7 +223,7 @@ class Handle(ABC):
         else:
             watch = shared.leave(self, self.fd, closing=not given)
         if given:
-            taken, watch = take_attribute(self, "fd"), None
+            taken, watch = list(map(OwnedFd, filter(_OPEN, map(take_attribute, (self,), ("fd",))))), None  # one call of C
         else:
             close_attribute(self, "fd", shared.dev, shared.ino)  # if somebody else closed it, nothing is left to close
         if watch is not None:
