@@ -24,6 +24,7 @@ from dmabuf import (
     DmaResv,
     Domain,
     FenceOps,
+    IosysMap,
     SgTable,
     SwSync,
     SyncFile,
@@ -285,6 +286,10 @@ def detached_descriptor(world: "World") -> None:
     world.numbers.extend(map(DmaBuf.detach, (world.buf.get_dma_buf(),)))
 
 
+def vmapped(world: "World") -> None:
+    world.maps.extend(map(DmaBuf.vmap_unlocked, (world.exported,)))
+
+
 def exporter(_: "World") -> None:
     dmabuf.export(Static(), 4096).close()
 
@@ -340,8 +345,7 @@ OBJECTS = (
     allocate, allocate_described, describe, allocate_and_drop, get, open_by_name, name, send_and_receive, send_and_receive_several,
     send_and_receive_a_sync_file, sync_file_and_merge, sync_file_of_a_buffer, semaphore, block_of_a_shared_file, sw_sync, mapping,
     attachment, cpu_access, reservation_object, private_domain, new_domain, opened_again, send_what_needs_descriptors, who_holds, doctor,
-    detached_descriptor,
-    exporter,
+    detached_descriptor, vmapped, exporter,
 )  # fmt: skip
 BLOCKS = (switched, mapped, map_again, attached, views, device_access, claim, attached_to_an_engine, job_of_a_buffer, job)
 OPERATIONS: tuple[Callable[["World"], None], ...] = (*LOCKS, *FENCES, *OBJECTS, *BLOCKS)
@@ -357,6 +361,7 @@ class World:
         dmabuf.export(Static(), 4096)  # released by the thread
         self.until_released()
         self.resvs = [DmaResv() for _ in range(3)]
+        self.maps: list[IosysMap] = []
         self.numbers: list[int] = []  # of descriptors that are the program's
         self.kept: list[DmaFence] = []  # a fence that others wait for is not dropped
         self.timeline = Timeline("interrupted")
@@ -392,6 +397,10 @@ class World:
             if not left.is_signaled():
                 left.signal()
         self.kept.clear()
+        while self.maps:
+            self.exported.vunmap_unlocked(self.maps.pop())
+        backing = handle_of(self.exported).shared.ensure_backing()
+        assert (backing.vmaps, backing.mapped) == (0, None)
         while self.numbers:
             os.close(self.numbers.pop())
         self.settle_blocks()

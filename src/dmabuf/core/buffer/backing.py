@@ -221,8 +221,13 @@ class Backing(ABC):
                 made = CheckedMap.of(made, self.bracketed, debug.place(sys._getframe(1)))
             self.mapped = made
         assert self.mapped is not None
-        given = self.mapped.copy()
-        self.vmaps += 1
+        try:
+            given = self.mapped.copy()
+            self.vmaps += 1
+        except BaseException:  # a signal handler raised, and nobody knows of the map
+            if not self.vmaps:
+                self._end_vmap(buf, self.mapped)
+            raise
         return given
 
     def vunmap(self, buf: Buffer, map: IosysMap) -> None:
@@ -234,11 +239,15 @@ class Backing(ABC):
             raise ContractError(f"vunmap: {buf!r}: this is not the map that vmap() gave; pass that one")
         self.vmaps -= 1
         if not self.vmaps:
-            kept, self.mapped = self.mapped, None
-            try:
-                if "vunmap" in self.ops:
-                    self.exporter.vunmap(buf, map)
-            finally:
+            self._end_vmap(buf, map)
+
+    def _end_vmap(self, buf: Buffer, map: IosysMap) -> None:
+        kept, self.mapped = self.mapped, None
+        try:
+            if "vunmap" in self.ops:
+                self.exporter.vunmap(buf, map)
+        finally:
+            if kept is not None:
                 kept.clear()
 
     def bracketed(self) -> bool:

@@ -76,8 +76,15 @@ def vmap_unlocked(handle: Handle, into: IosysMap | None) -> IosysMap:
     if into is not None:
         into.clear()
     handle.check_unlocked("vmap_unlocked")
-    with handle.resv.locked():
-        return _vmap(handle, into)
+    made: list[IosysMap] = []
+    try:
+        with handle.resv.locked():
+            made.append(_vmap(handle, into))
+    except BaseException:
+        while made:  # a signal handler raised when the lock was free again
+            vunmap_unlocked(handle, made.pop())
+        raise
+    return made[0]
 
 
 def _vmap(handle: Handle, into: IosysMap | None) -> IosysMap:
