@@ -74,6 +74,7 @@ if TYPE_CHECKING:
     from dmabuf.sharing.duplicate import serve
     from dmabuf.sharing.opening import open
     from dmabuf.sharing.passing import recv, send
+    from dmabuf.sharing.passing_async import arecv, asend
     from dmabuf.sharing.remote_timeline import RemoteTimeline
 
 __all__ = [
@@ -115,6 +116,8 @@ __all__ = [
     "access",
     "allocate",
     "allocate_planes",
+    "arecv",
+    "asend",
     "buffers",
     "bufinfo",
     "export",
@@ -187,6 +190,7 @@ _PLACES = {
     "dmabuf.sharing.duplicate": ("serve",),
     "dmabuf.sharing.opening": ("open",),
     "dmabuf.sharing.passing": ("recv", "send"),
+    "dmabuf.sharing.passing_async": ("arecv", "asend"),
     "dmabuf.sharing.remote_timeline": ("RemoteTimeline",),
 }
 _MODULE_OF = {name: module for module, names in _PLACES.items() for name in names}

@@ -136,8 +136,9 @@ def receive(world: World) -> Target:
         (world.domain,),
         (world.exported,),
     ]
-    for one in things:
-        data, fds, _, opened = items.pack_objects(one)
+    metas: list[Any] = [None, {"seq": [1, 2.5, None]}, b"x" * 100, "y" * 2000]
+    for one, meta in [*((one, None) for one in things), *(((world.buf,), meta) for meta in metas[1:]), ((), metas[1])]:
+        data, fds, _, opened = items.pack_objects(one, meta)
         samples.append((data, [os.dup(fd) for fd in fds]))
         for own in opened:
             own.close()

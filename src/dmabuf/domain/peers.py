@@ -60,8 +60,9 @@ _REACH: Final[Local[_Reach]] = Local(_Reach)
 def barred(domain: Domain) -> bool:
     """Return True if other processes of the domain may have no way to this process's descriptors in /proc.
 
-    That is a process whose /proc/PID/fd belongs to root, because it changed its user (PR_GET_DUMPABLE(2const)). And it is a process in a PID
-    namespace other than the machine's, in a domain whose directory was named on purpose: processes of other containers are expected there.
+    That is a process whose /proc/PID/fd belongs to root, because it changed its user (PR_GET_DUMPABLE(2const)). And it is a process in a
+    PID namespace other than the machine's, in a domain whose directory was named on purpose: there processes of other containers are
+    expected.
     """
     found = _REACH.of(domain)
     if found.life != domain.life:

@@ -29,10 +29,10 @@ def open_or_allocate(
     heap: str | None = None,
     domain: Domain | None = None,
 ) -> DmaBuf:
-    """Return a new handle of the buffer with this name, which is allocated if there is none. Processes that come at once get the same buffer.
+    """Return a new handle of the buffer with this name, which is allocated if there is none.
 
-    A buffer exists as long as a process has it open. If the process that made it is killed and no other has it, the next one makes a new
-    buffer. A name that :func:`allocate` gave, or that was set later, counts too.
+    Processes that come at once get the same buffer. A buffer exists as long as a process has it open. If the process that made it is killed
+    and no other has it, the next one makes a new buffer. A name that :func:`allocate` gave, or that was set later, counts too.
 
     Args:
         name: The name, at most 31 bytes.

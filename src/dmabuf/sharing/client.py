@@ -101,8 +101,8 @@ class Client:
         """Make a remote call and wait for the answer. Return its body and its descriptors, which the caller owns.
 
         ``locked``: the call has the caller's reservation lock. ``or_post``: if no descriptor is left for a connection, in either process,
-        send the call as a :meth:`post`. ``limit``: seconds to wait for the other process, None for as long as it lives. If a signal handler raises during the call, its exception comes when the server has undone the
-        call.
+        send the call as a :meth:`post`. ``limit``: seconds to wait for the other process, None for as long as
+        it lives. If a signal handler raises during the call, its exception comes when the server has undone the call.
 
         Raises:
             NoDeviceError: The other process is gone, has left the domain, or serves nothing (ENODEV).

@@ -1,8 +1,8 @@
 """Duplicates of a process's descriptors, which it sends to the process of the domain that opens a buffer by name.
 
 A kernel dma-buf can't be reopened through ``/proc`` (ENXIO), so a process that has one answers from its first one on. Any other buffer is
-asked for where ``/proc`` doesn't lead to its holders: in another PID namespace, or if a holder's ``/proc/PID/fd`` belongs to root. There too a
-process answers from its first buffer on, as far as it can know (``domain.peers.barred``). :func:`serve` is for the rest.
+asked for where ``/proc`` doesn't lead to its holders: in another PID namespace, or if a holder's ``/proc/PID/fd`` belongs to root. There
+too a process answers from its first buffer on, as far as it can know (``domain.peers.barred``). :func:`serve` is for the rest.
 """
 
 from __future__ import annotations

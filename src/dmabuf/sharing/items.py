@@ -1,13 +1,15 @@
 """The items of a message of ``send``, and the objects that the receiver makes of them.
 
 A message has 16 bytes (``dmabuf``, version, number of items, number of descriptors) and 80 bytes for each item, in native byte order. Most
-objects are one item. A range is a second item after its buffer's, and the record of a sync file of a private domain is as many as it needs.
+objects are one item. A range is a second item after its buffer's. The record of a sync file of a private domain, and what is sent along
+(``meta``), are as many as they need; more than :data:`INLINE_META` bytes of meta are in a sealed memfd.
 The receiver trusts nothing in it: numbers are bounded, and a message that ``send`` does not make is EBADMSG.
 """
 
 from __future__ import annotations
 
 import errno
+import json
 import os
 import socket
 import struct
@@ -46,16 +48,28 @@ _PART: Final = struct.Struct("=QQ48x")  # of a range: offset, length
 _FENCE: Final = struct.Struct("=QQQ40x")  # handle, context, seqno
 _TIMELINE: Final = struct.Struct("=QQ48x")  # number of the slot's use, context
 _SYNC: Final = struct.Struct("=I60x")  # of a sync file: bytes of its record, in the items that follow
+_META_BODY: Final = struct.Struct("=IB59x")  # of meta: its bytes, and whether they are JSON
+
+INLINE_META: Final = 1024
+MAX_META: Final = 1 << 20  # bytes
+_NO_DOMAIN: Final = bytes(8)
 
 _BUFFER, _FENCE_KIND, _TIMELINE_KIND, _PRIVATE_DOMAIN, _DIRECTORY = 1, 2, 3, 4, 5
 _CONTAINER, _SYNC_FILE, _MORE, _SW_SYNC = 6, 7, 8, 9
 _RANGE: Final = 10  # of the buffer in the item before
 _SEMAPHORE: Final = 11
-WITH_FD: Final = frozenset((_BUFFER, _PRIVATE_DOMAIN, _DIRECTORY, _CONTAINER, _SYNC_FILE, _SW_SYNC, _SEMAPHORE))
+_META, _META_FD = 12, 13  # in the items that follow, or in a memfd
+WITH_FD: Final = frozenset((_BUFFER, _PRIVATE_DOMAIN, _DIRECTORY, _CONTAINER, _SYNC_FILE, _SW_SYNC, _SEMAPHORE, _META_FD))
 _IS_PRIVATE, HAS_NAME = 1, 2  # flags of an item
 
 # By id, as in the commonest message, whose domain is found here without the registry.
 domains: WeakValues[bytes, Domain] = WeakValues()
+
+
+class Received(list[Any]):
+    """The objects of one message. ``meta``: what was sent along with them, None if nothing was."""
+
+    meta: Any = None
 
 
 # ---- errors ----
@@ -93,10 +107,36 @@ def message_of(shared: SharedBuffer) -> bytes:
     return shared.message
 
 
-def pack_objects(objects: tuple[Any, ...]) -> tuple[bytes, list[int], list[DmaFence], list[OwnedFd]]:
+def pack_meta(meta: Any) -> tuple[bytes, bool]:
+    """Return what is sent along as (bytes, whether they are JSON).
+
+    Raises:
+        TypeError: It is neither bytes nor what JSON has.
+        DmaBufError: It is more than :data:`MAX_META` bytes (EMSGSIZE).
+    """
+    as_json = not isinstance(meta, (bytes, bytearray, memoryview))
+    if as_json:
+        try:
+            data = json.dumps(meta, separators=(",", ":")).encode()
+        except (TypeError, ValueError, RecursionError) as e:
+            raise TypeError(f"send: meta is bytes, or what JSON has (dict, list, str, numbers, bool, None): {e}") from None
+    else:
+        data = bytes(meta)
+    if len(data) > MAX_META:
+        remedy = f"send at most {MAX_META}, or put it into a buffer"
+        raise fail(errno.EMSGSIZE, "send", "meta", remedy, what=f"it has {len(data)} bytes")
+    return data, as_json
+
+
+def _pieces(data: bytes) -> list[bytes]:
+    """Return items of bytes that didn't fit into an item before them."""
+    return [ITEM.pack(_MORE, 0, 0, 0, _NO_DOMAIN, data[at : at + 64]) for at in range(0, len(data), 64)]
+
+
+def pack_objects(objects: tuple[Any, ...], meta: Any = None) -> tuple[bytes, list[int], list[DmaFence], list[OwnedFd]]:
     """Return (message, its descriptors, its fences, descriptors to close afterwards). Everything is checked first."""
-    if not objects:
-        remedy = "pass at least one buffer, fence, timeline or domain"
+    if not objects and meta is None:
+        remedy = "pass at least one buffer, fence, timeline or domain, or meta"
         raise fail(errno.EINVAL, "send", "an empty message", remedy, what="there is nothing to send")
     if len(objects) > MAX_OBJECTS:
         limit = f"send at most {MAX_OBJECTS} at once"
@@ -143,9 +183,20 @@ def pack_objects(objects: tuple[Any, ...]) -> tuple[bytes, list[int], list[DmaFe
             items.append(_item(_DIRECTORY, one, b""))
         else:
             raise TypeError(f"send: expected buffers, ranges, fences, sync files, timelines or domains, not {type(one).__name__}")
+    if meta is not None:
+        data, as_json = pack_meta(meta)
+        pieces = _pieces(data) if len(data) <= INLINE_META and len(items) + 1 + -(-len(data) // 64) <= MAX_OBJECTS else []
+        if data and not pieces:
+            structures.append((len(fds), data))
+            fds.append(-1)
+        items.append(
+            ITEM.pack(_META if pieces or not data else _META_FD, 0, 0, len(pieces), _NO_DOMAIN, _META_BODY.pack(len(data), as_json))
+        )
+        items += pieces
     if len(items) > MAX_OBJECTS:
         remedy = "send fewer at once, or merge fewer fences into one, or use a domain that has a directory"
-        raise fail(errno.EMSGSIZE, "send", f"{len(objects)} objects", remedy, what="their fences don't fit into a message")
+        what = "with their fences and meta they don't fit into a message"
+        raise fail(errno.EMSGSIZE, "send", f"{len(objects)} objects", remedy, what=what)
     try:
         try:
             for at, one in directories:
@@ -160,10 +211,10 @@ def pack_objects(objects: tuple[Any, ...]) -> tuple[bytes, list[int], list[DmaFe
             raise fail(e.errno or errno.EIO, "send", "a domain", "don't remove or rename its directory", what=e.strerror) from None
         try:
             for at, structure in structures:
-                opened.append(sealed("dmabuf-fence", structure))
+                opened.append(sealed("dmabuf-sent", structure))
                 fds[at] = opened[-1].number
         except OSError as e:
-            raise fail(e.errno or errno.EIO, "send", "a container of fences", "close descriptors, or free memory") from None
+            raise fail(e.errno or errno.EIO, "send", "a container of fences, or meta", "close descriptors, or free memory") from None
     except BaseException:
         for own in opened:
             own.close()
@@ -218,7 +269,20 @@ def name_in(body: bytes) -> bytes:
     return body[:NAME_BYTES].partition(b"\0")[0]
 
 
-def objects_of(sock: socket.socket, items: list[tuple[Any, ...]], fds: list[OwnedFd], made: list[Any]) -> list[Any]:
+def _meta_of(sock: socket.socket, made: Received, data: bytes, as_json: int) -> None:
+    """Give the objects of a message what was sent along with them."""
+    if made.meta is not None:
+        raise foreign(sock, "meta twice")
+    if not as_json:
+        made.meta = data
+        return
+    try:
+        made.meta = json.loads(data)
+    except (ValueError, RecursionError) as e:
+        raise foreign(sock, f"meta that is not JSON: {e}") from None
+
+
+def objects_of(sock: socket.socket, items: list[tuple[Any, ...]], fds: list[OwnedFd], made: Received) -> Received:
     """Return the objects of some items, in their order. A descriptor that belongs to an object is then taken from ``fds``."""
     order = iter(range(len(fds)))
     places = [next(order) if item[0] in WITH_FD else -1 for item in items]
@@ -233,9 +297,14 @@ def objects_of(sock: socket.socket, items: list[tuple[Any, ...]], fds: list[Owne
         if at in own:
             made.append(own[at])
             continue
-        domain = domain_of(identity, flags)
         if kind == _MORE:
             continue
+        if kind in (_META, _META_FD):
+            length, as_json = _META_BODY.unpack(body)
+            data = _pieces_at(sock, items, at, index, length) if kind == _META else _in_memory(sock, fds[places[at]], length)
+            _meta_of(sock, made, data, as_json)
+            continue
+        domain = domain_of(identity, flags)
         if kind == _BUFFER:
             fd = fds[places[at]]
             dev, ino, nonce, name = _BODY.unpack(body)
@@ -264,6 +333,23 @@ def objects_of(sock: socket.socket, items: list[tuple[Any, ...]], fds: list[Owne
         else:
             raise foreign(sock, f"an object of kind {kind}, which this version doesn't know")
     return made
+
+
+def _pieces_at(sock: socket.socket, items: list[tuple[Any, ...]], at: int, count: int, length: int) -> bytes:
+    """Return bytes that are in the items after one."""
+    pieces = items[at + 1 : at + 1 + count]
+    if count != -(-length // 64) or len(pieces) != count or any(piece[0] != _MORE for piece in pieces):
+        raise foreign(sock, f"{length} bytes in {len(pieces)} items")
+    return b"".join(piece[5] for piece in pieces)[:length]
+
+
+def _in_memory(sock: socket.socket, fd: OwnedFd, length: int) -> bytes:
+    """Return the meta behind a descriptor, which is consumed."""
+    with fd as memory:
+        try:
+            return content(memory, length, min(length, MAX_META))
+        except ValueError as e:
+            raise foreign(sock, f"something that is not meta: its memory {e}") from None
 
 
 def _container(sock: socket.socket, domain: Domain, fd: OwnedFd) -> DmaFence:

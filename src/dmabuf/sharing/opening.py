@@ -3,7 +3,8 @@
 The record in the domain says which processes have the buffer open. A memfd is reopened through ``/proc/PID/fd`` of such a process
 (proc(5)), which gives a new open file description with its own reference lock. A kernel dma-buf can't be reopened (ENXIO). There a process
 of the domain sends a duplicate (``duplicate``), and from a process outside of the domain it is taken with pidfd_getfd(2) if ptrace(2) is
-allowed. A process of the domain whose ``/proc/PID/fd`` can't be read here, or isn't shown, is asked for a duplicate too. A buffer of which no process has a descriptor, because it is only in flight in a socket or only mapped, can't be opened.
+allowed. A process of the domain whose ``/proc/PID/fd`` can't be read here, or isn't shown, is asked for a duplicate too. A buffer of which
+no process has a descriptor, because it is only in flight in a socket or only mapped, can't be opened.
 """
 
 from __future__ import annotations

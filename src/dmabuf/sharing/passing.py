@@ -13,6 +13,8 @@ a ``Timeline``          its number; the receiver gets a ``RemoteTimeline``: its 
 a ``Domain``            the descriptor of a private domain, or of another domain's directory
 ======================  ========================================================================================
 
+Values are sent along as bytes or JSON (``meta``).
+
 Buffers and fences belong to a domain that the receiver must have: the user's own domain, one that it inherited by fork or received before,
 or one in the same message. A message arrives whole or not at all: an error closes every descriptor that came with it.
 
@@ -35,7 +37,7 @@ import socket
 import struct
 import time
 import weakref
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable, Sequence
 from typing import Any, Final, NamedTuple
 
 from dmabuf._native import OwnedFd, owned_rights, recv_one, send_one
@@ -61,6 +63,7 @@ from dmabuf.sharing.items import (
     MAX_OBJECTS,
     ONE,
     WITH_FD,
+    Received,
     domain_of,
     domains,
     foreign,
@@ -83,7 +86,7 @@ _REST_S: Final = 10.0  # seconds for the rest of a message on a non-blocking soc
 _CTRUNC: Final = int(socket.MSG_CTRUNC)
 
 
-class _Peer(NamedTuple):
+class Peer(NamedTuple):
     """What is known of a socket. ``first``: bytes to read at once; ``asks``: whether each message has its sender's credentials."""
 
     first: int
@@ -92,18 +95,21 @@ class _Peer(NamedTuple):
 
 
 # By id(socket). An entry is removed with its socket, before the id can be reused.
-_peers: dict[int, tuple[_Peer, weakref.ref[socket.socket]]] = {}
+_peers: dict[int, tuple[Peer, weakref.ref[socket.socket]]] = {}
 
+Beginning = tuple[bytes, list[OwnedFd], Iterable[tuple[int, int, bytes]], int]  # of a message: data, descriptors, control part, flags
 Sent = DmaBuf | BufferRange | DmaFence | SwSync | SyncFile | Timeline | TimelineSemaphore | RemoteTimeline | Domain
 
 
-def send(sock: socket.socket, *objects: Sent) -> None:
+def send(sock: socket.socket, *objects: Sent, meta: Any = None) -> None:
     """Send objects as one message over a connected AF_UNIX socket. They stay usable in this process.
 
     Args:
         sock: The socket. Its timeout counts.
-        *objects: 1 to 253 buffers, ranges, fences, sync files, timelines, semaphores or domains. The kernel passes at most 253 descriptors
-            with a message.
+        *objects: Up to 253 buffers, ranges, fences, sync files, timelines, semaphores or domains; at least one if there is no ``meta``. The
+            kernel passes at most 253 descriptors with a message.
+        meta: What is sent along, and is ``meta`` of what :func:`recv` returns: bytes, or anything that JSON has. Of a tuple JSON makes a
+            list, and keys become str. At most 1 MiB.
 
     Raises:
         InvalidError: There is nothing, or too much, to send, or the socket is not an AF_UNIX socket (EINVAL).
@@ -111,13 +117,13 @@ def send(sock: socket.socket, *objects: Sent) -> None:
         ClosedError: A buffer, a timeline or the socket is closed (EBADF).
         NotPermittedError: The other end belongs to another user, or a timeline or fence is from before a fork (EPERM).
         BrokenConnectionError: The other end is closed (EPIPE).
-        DmaBufError: More descriptors are in flight than RLIMIT_NOFILE allows (ETOOMANYREFS).
+        DmaBufError: More descriptors are in flight than RLIMIT_NOFILE allows (ETOOMANYREFS), or meta is too long (EMSGSIZE).
         DmaBufTimeout: The socket timed out (ETIMEDOUT).
         WouldBlockError: The socket is non-blocking and full; nothing was sent (EAGAIN).
     """
-    entry = _peers.get(id(sock))
-    peer = entry[0] if entry else _look_at(sock, "send")
-    handle = handle_behind(objects[0]) if len(objects) == 1 and type(objects[0]) is DmaBuf else None
+    entry = _peers.get(id(sock))  # not peer_of() alone: each call less is worth it here
+    peer = entry[0] if entry else peer_of(sock, "send")
+    handle = handle_behind(objects[0]) if len(objects) == 1 and type(objects[0]) is DmaBuf and meta is None else None
     if handle is not None and handle.fd >= 0 and not peer.asks and sock.gettimeout() is None:
         # The commonest message on the commonest socket, in one native call.
         data = handle.shared.message or message_of(handle.shared)
@@ -127,34 +133,49 @@ def send(sock: socket.socket, *objects: Sent) -> None:
         if sent == -errno.ESTALE:
             raise handle.lost("send", handle.fd)
         if sent < 0:
-            raise _translated(OSError(-sent, ""), "send", sock)
+            raise translated(OSError(-sent, ""), "send", sock)
         _send_rest(sock, data[sent:])
         return
-    fences: list[DmaFence] | tuple[()] = ()
-    opened: list[OwnedFd] | tuple[()] = ()
+    rest, fences = begin_send(sock, peer, objects, meta, "send")
+    if rest:
+        try:
+            _send_rest(sock, rest)
+        except OSError as e:
+            raise translated(e, "send", sock) from None
+    sent_all(fences)
+
+
+def begin_send(sock: socket.socket, peer: Peer, objects: tuple[Sent, ...], meta: Any, operation: str) -> tuple[bytes, Sequence[DmaFence]]:
+    """Send the beginning of a message, with its descriptors. Return the bytes that are left, and the fences for :func:`sent_all`."""
+    handle = handle_behind(objects[0]) if len(objects) == 1 and type(objects[0]) is DmaBuf and meta is None else None
+    fences: Sequence[DmaFence] = ()
+    opened: Sequence[OwnedFd] = ()
     if handle is not None and handle.fd >= 0:
         data = handle.shared.message or message_of(handle.shared)
         control = [(_SOL_SOCKET, _SCM_RIGHTS, _FD.pack(handle.descriptor("send")))]
     else:
-        data, fds, fences, opened = pack_objects(objects)
+        data, fds, fences, opened = pack_objects(objects, meta)
         control = [(_SOL_SOCKET, _SCM_RIGHTS, struct.pack(f"={len(fds)}i", *fds))] if fds else []
     if peer.asks:
         control.append((_SOL_SOCKET, _SCM_CREDENTIALS, _UCRED.pack(os.getpid(), os.geteuid(), os.getegid())))
     try:
         sent = sock.sendmsg((data,), control, _NOSIGNAL)
-        if sent != len(data):
-            _send_rest(sock, data[sent:])
     except OSError as e:
-        raise _translated(e, "send", sock) from None
+        raise translated(e, operation, sock) from None
     finally:
         for own in opened:
             own.close()
+    return data[sent:], fences
+
+
+def sent_all(fences: Iterable[DmaFence]) -> None:
+    """Mark the fences of a message that was sent: from now on a warning comes if one is dropped unsignaled."""
     for fence in fences:
-        fence.shm.fence_share(fence.handle)  # from now on a warning comes if it is dropped unsignaled
+        fence.shm.fence_share(fence.handle)
 
 
-def recv(sock: socket.socket) -> list[Any]:
-    """Receive one message, and return the list of the objects that one ``send`` sent.
+def recv(sock: socket.socket) -> Received:
+    """Receive one message, and return the list of the objects that one ``send`` sent, whose ``meta`` is what was sent along.
 
     Each buffer is a new handle, which the caller closes.
 
@@ -173,11 +194,11 @@ def recv(sock: socket.socket) -> list[Any]:
         WouldBlockError: The socket is non-blocking, and there is no message; nothing is lost (EAGAIN).
     """
     entry = _peers.get(id(sock))
-    peer = entry[0] if entry else _look_at(sock, "recv")
+    peer = entry[0] if entry else peer_of(sock, "recv")
     if not peer.asks and sock.gettimeout() is None:
         got = recv_one(sock.fileno(), peer.first, MAGIC)
         if type(got) is int:
-            raise _translated(OSError(-got, ""), "recv", sock)
+            raise translated(OSError(-got, ""), "recv", sock)
         assert isinstance(got, tuple)
         if len(got) == 4:
             return _take(sock, peer, *got)
@@ -190,20 +211,27 @@ def recv(sock: socket.socket) -> list[Any]:
         except BaseException:
             fd.close()
             raise
-        return [from_fd(fd, domain, name=name) if shared is None else new_handle(fd, shared, name)]
+        return Received((from_fd(fd, domain, name=name) if shared is None else new_handle(fd, shared, name),))
+    return _take(sock, peer, *begin_recv(sock, peer, "recv"))
+
+
+def begin_recv(sock: socket.socket, peer: Peer, operation: str) -> Beginning:
+    """Receive the beginning of a message, with its descriptors."""
     try:
         # From the system call to the owners of the descriptors, all of this is C.
-        data, fds, control, flags = next(map(owned_rights, map(sock.recvmsg, (peer.first,), (_CONTROL,), (_CLOEXEC,))))
+        return next(map(owned_rights, map(sock.recvmsg, (peer.first,), (_CONTROL,), (_CLOEXEC,))))
     except OSError as e:
-        raise _translated(e, "recv", sock) from None
-    return _take(sock, peer, data, fds, control, flags)
+        raise translated(e, operation, sock) from None
 
 
 # ---- the socket ----
 
 
-def _look_at(sock: socket.socket, operation: str) -> _Peer:
-    """Check a socket at its first use."""
+def peer_of(sock: socket.socket, operation: str) -> Peer:
+    """Return what is known of a socket. It is checked at its first use."""
+    entry = _peers.get(id(sock))
+    if entry:
+        return entry[0]
     if not isinstance(sock, socket.socket):
         raise TypeError(f"{operation}: expected a socket as the first argument, not {type(sock).__name__}")
     if sock.fileno() < 0:
@@ -222,7 +250,7 @@ def _look_at(sock: socket.socket, operation: str) -> _Peer:
         raise fail(errno.ENOTCONN, operation, socket_name(sock), "connect it, or use what accept() returned")
     else:
         _same_user(uid, operation, sock)
-    peer = _Peer(ONE.size if stream else _LONGEST, stream, asks)
+    peer = Peer(ONE.size if stream else _LONGEST, stream, asks)
     at = id(sock)
     _peers[at] = (peer, weakref.ref(sock, finalizer(lambda _: _peers.pop(at, None))))
     return peer
@@ -236,7 +264,7 @@ def _same_user(uid: int, operation: str, sock: socket.socket) -> None:
         )  # fmt: skip
 
 
-def _translated(error: OSError, operation: str, sock: socket.socket) -> OSError:
+def translated(error: OSError, operation: str, sock: socket.socket) -> OSError:
     """Return an error of the socket with a message. An error of this library stays as it is."""
     if isinstance(error, DmaBufError):
         return error
@@ -304,10 +332,24 @@ def _receive_rest(sock: socket.socket, missing: int) -> bytes:
 
 
 def _take(
-    sock: socket.socket, peer: _Peer, data: bytes, fds: list[OwnedFd], control: Iterable[tuple[int, int, bytes]], flags: int
-) -> list[Any]:
+    sock: socket.socket, peer: Peer, data: bytes, fds: list[OwnedFd], control: Iterable[tuple[int, int, bytes]], flags: int
+) -> Received:
     """Return the objects of a message whose beginning and control part were received. Other descriptors of it are closed."""
-    made: list[Any] = []
+    with contextlib.closing(taking(sock, peer, data, fds, control, flags)) as steps:
+        try:
+            missing = next(steps)
+            while True:
+                missing = steps.send(_receive_rest(sock, missing))
+        except StopIteration as e:
+            made: Received = e.value
+            return made
+
+
+def taking(
+    sock: socket.socket, peer: Peer, data: bytes, fds: list[OwnedFd], control: Iterable[tuple[int, int, bytes]], flags: int
+) -> Generator[int, bytes, Received]:
+    """Do what :func:`_take` does. Yields how many more bytes it needs, and is sent them; so the caller decides how to wait."""
+    made = Received()
     uid = -1
     for level, kind, raw in control:
         if level == _SOL_SOCKET and kind == _SCM_CREDENTIALS:
@@ -317,7 +359,7 @@ def _take(
             raise EOFError("recv: the other end of the socket is closed")
         if peer.asks:
             _same_user(uid, "recv", sock)
-        items = _items(sock, peer, data, flags, fds)
+        items = yield from _items(sock, peer, data, flags, fds)
         return objects_of(sock, items, fds, made)
     except BaseException:
         _close(fds, made)
@@ -334,10 +376,10 @@ def _close(fds: list[OwnedFd], made: list[Any]) -> None:
             one.close()
 
 
-def _items(sock: socket.socket, peer: _Peer, data: bytes, flags: int, fds: list[OwnedFd]) -> list[tuple[Any, ...]]:
-    """Receive the rest of a message, check its numbers, and return its items."""
+def _items(sock: socket.socket, peer: Peer, data: bytes, flags: int, fds: list[OwnedFd]) -> Generator[int, bytes, list[tuple[Any, ...]]]:
+    """Ask for the rest of a message, check its numbers, and return its items."""
     if peer.stream and len(data) < ONE.size and MAGIC.startswith(data[: len(MAGIC)]):
-        data += _receive_rest(sock, ONE.size - len(data))
+        data += yield ONE.size - len(data)
     if len(data) < ONE.size or not data.startswith(MAGIC):
         raise foreign(sock, f"{len(data)} bytes that are not a message of dmabuf.send()")
     _, objects, count, _ = HEADER.unpack_from(data)
@@ -345,7 +387,7 @@ def _items(sock: socket.socket, peer: _Peer, data: bytes, flags: int, fds: list[
     if not 1 <= objects <= MAX_OBJECTS or count > objects:
         raise foreign(sock, f"a message of {objects} objects and {count} descriptors, which send() does not make")
     if peer.stream:
-        data += _receive_rest(sock, length - len(data))
+        data += yield length - len(data)
     if len(data) != length:
         raise foreign(sock, f"a message of {len(data)} bytes that should have {length}")
     if flags & _CTRUNC and len(fds) < count:
