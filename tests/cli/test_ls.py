@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,37 @@ def test_an_empty_domain(run: Run) -> None:
     ran = run("ls")
     assert (ran.status, ran.err) == (0, "")
     assert ran.out == f"No buffers in {os.environ['DMABUF_DOMAIN']}.\n"
+
+
+def _link(path: Path) -> None:
+    path.symlink_to("/nowhere")
+
+
+@pytest.mark.parametrize("make", [Path.touch, Path.mkdir, _link, None])
+def test_where_allocate_fails_ls_fails_too(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[Path], object] | None
+) -> None:
+    where = tmp_path / "none" / "domain"
+    if make is not None:
+        where.parent.mkdir()
+        make(where)
+        if where.is_dir():
+            where.chmod(0o755)
+    monkeypatch.setenv("DMABUF_DOMAIN", str(where))
+    for command in ("ls", "info 1"):
+        ran = run(*command.split())
+        assert ran.status == 1
+        assert ran.err.startswith(f"dmabuf: open domain: {where}: ")
+    with pytest.raises(dmabuf.DmaBufError):
+        dmabuf.Domain.open(where)
+
+
+def test_where_a_domain_can_be_made_there_are_no_buffers(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for where in (tmp_path / "new", tmp_path / "empty"):
+        monkeypatch.setenv("DMABUF_DOMAIN", str(where))
+        (tmp_path / "empty").mkdir(mode=0o700, exist_ok=True)
+        assert run("ls").out == f"No buffers in {where}.\n"
+    assert not (tmp_path / "new").exists()
 
 
 def test_json_of_an_empty_domain(run: Run) -> None:

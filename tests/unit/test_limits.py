@@ -14,6 +14,7 @@ from dmabuf.domain import limits
 from dmabuf.errors import DmaBufError
 from dmabuf.heap.budget import Budget
 from tests.support.places import in_process
+from tests.support.seccomp import needs_filters, refuse
 from tests.support.steps import fork, reap
 
 MIB = 1 << 20
@@ -80,3 +81,91 @@ def test_proc_that_shows_processes_only_is_named(tmp_path: Path) -> None:
     (tmp_path / "proc" / "self").mkdir(parents=True)
     (tmp_path / "proc" / "self" / "stat").touch()
     refused(errno.ENOENT, "/proc shows processes only.*subset=pid", lambda: Budget(tmp_path / "proc", tmp_path).check(1))
+
+
+# ---- system calls that a sandbox refuses ----
+
+
+class Memory(dmabuf.Exporter):
+    def map(self, attachment: object, direction: object) -> None:
+        return None
+
+    def unmap(self, attachment: object, sgt: object, direction: object) -> None:
+        pass
+
+    def release(self, buf: object) -> None:
+        pass
+
+
+@needs_filters
+@pytest.mark.parametrize("number", [errno.EPERM, errno.ENOSYS])
+def test_refused_memfd_create_is_named(where: Path, number: int) -> None:
+    def look() -> None:
+        domain = Domain.open(where)
+        refuse("memfd_create", number)
+        says = "a filter of system calls .seccomp. refuses memfd_create.*allow memfd_create in the sandbox"
+        for call in (
+            lambda: dmabuf.allocate(4096, domain=domain),
+            Domain.private,
+            lambda: dmabuf.SwSync("x", domain=domain).close(),
+            lambda: dmabuf.TimelineSemaphore(domain=domain).close(),
+        ):
+            refused(number, says, call)
+        refused(number, "export.*seccomp. refuses memfd_create, ftruncate or fcntl", lambda: dmabuf.export(Memory(), 4096, domain=domain))
+
+    in_process(look)
+
+
+@needs_filters
+@pytest.mark.parametrize("call", ["fallocate", "socket"])
+def test_refused_call_of_a_new_domain_is_named(where: Path, call: str) -> None:
+    def look() -> None:
+        refuse(call, errno.EPERM)
+        refused(errno.ENOTSUP, "or a filter of system calls .seccomp., can't .*: EPERM", lambda: Domain.open(where))
+
+    assert reap(fork(look)) == 0
+
+
+@needs_filters
+def test_refused_ftruncate_is_named(where: Path) -> None:
+    def look() -> None:
+        domain = Domain.open(where)
+        refuse("ftruncate", errno.EPERM)
+        refused(errno.EPERM, "refuses ftruncate, fallocate or fcntl", lambda: dmabuf.allocate(4096, domain=domain))
+
+    in_process(look)
+
+
+def test_setting_that_refuses_memfds_is_named() -> None:
+    assert "vm.memfd_noexec" in str(limits.no_memfd("allocate", "4096 bytes", errno.EACCES))
+    assert "RLIMIT_NOFILE" in str(limits.no_memfd("allocate", "4096 bytes", errno.EMFILE))
+
+
+def test_spill_file_beyond_the_limit_of_sizes_names_it(where: Path, tmp_path: Path) -> None:
+    def look() -> None:
+        domain, heap = Domain.open(where), dmabuf.SpillHeap(budget=4 * MIB, directory=tmp_path)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (MIB,) * 2)
+        refused(errno.EFBIG, "RLIMIT_FSIZE allows a file of 1048576 bytes.*ulimit -f", lambda: heap.allocate(2 * MIB, domain=domain))
+        heap.close()
+
+    in_process(look)
+
+
+# ---- paths ----
+
+
+@pytest.mark.parametrize("path", ["x" * 300, "/".join(["xxxxxxxxx"] * 500)])
+def test_path_that_is_too_long_says_how_long(where: Path, path: str) -> None:
+    where.mkdir()
+    refused(
+        errno.ENAMETOOLONG, f"its path has {len(str(where)) + 1 + len(path)} bytes, and a name in it", lambda: Domain.open(where / path)
+    )
+
+
+def test_path_without_a_parent_names_it(where: Path) -> None:
+    refused(errno.ENOENT, f"its parent directory doesn't exist.*make {where}/none", lambda: Domain.open(where / "none" / "domain"))
+
+
+@pytest.mark.parametrize("path", ["a\0b", b"a\0b"])
+def test_path_with_a_nul_is_refused(path: str) -> None:
+    refused(errno.EINVAL, "the path has a NUL", lambda: Domain.open(path))

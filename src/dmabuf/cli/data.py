@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -35,7 +36,7 @@ def snapshots_at(path: Path | None) -> tuple[Domain | None, list[BufferSnapshot]
         DmaBufError: The domain can't be opened.
     """
     where = domain_path(path)
-    if not (where / place.FILE).exists():
+    if not _exists(where):
         if path is not None:
             raise fail(
                 errno.ENOENT, "open domain", where, "name the directory that its processes have in DMABUF_DOMAIN", what="no domain there"
@@ -43,6 +44,19 @@ def snapshots_at(path: Path | None) -> tuple[Domain | None, list[BufferSnapshot]
         return None, []
     domain = Domain.open(where)
     return domain, snapshots(domain)
+
+
+def _exists(where: Path) -> bool:
+    """Return True if there is a domain in a directory. It fails if there can't be one, as ``dmabuf.allocate()`` does."""
+    try:
+        with place.open_directory(where, make=False) as directory:
+            return place.has_file(directory.number)
+    except FileNotFoundError:
+        if os.access(where.parent, os.W_OK | os.X_OK):
+            return False
+        remedy = "make it, or name another directory in DMABUF_DOMAIN"
+        what = f"it doesn't exist, and can't be made in {where.parent}"
+        raise fail(errno.ENOENT, "open domain", where, remedy, what=what) from None
 
 
 def heading(domain: Domain | None, path: Path | None) -> dict[str, Any]:

@@ -40,14 +40,14 @@ def open_directory(path: Path, *, make: bool = True) -> OwnedFd:
     except FileExistsError:
         pass
     except OSError as e:
-        raise fail(e.errno or errno.EIO, "open domain", path, "name another directory in DMABUF_DOMAIN") from None
+        raise _unusable(path, e.errno or errno.EIO, "name another directory in DMABUF_DOMAIN") from None
     try:
         with needing_descriptors("open domain", path):
             own = owned(os.open, path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except DmaBufError:
         raise
     except OSError as e:
-        raise fail(e.errno or errno.EIO, "open domain", path, "name a directory, not a link or a file, in DMABUF_DOMAIN") from None
+        raise _unusable(path, e.errno or errno.EIO, "name a directory, not a link or a file, in DMABUF_DOMAIN") from None
     st = os.fstat(own.number)
     if st.st_uid != os.geteuid() or stat.S_IMODE(st.st_mode) & ~stat.S_ISGID != 0o700:
         own.close()
@@ -59,6 +59,19 @@ def open_directory(path: Path, *, make: bool = True) -> OwnedFd:
             what=f"it belongs to uid {st.st_uid} with mode {stat.S_IMODE(st.st_mode):04o}",
         )
     return own
+
+
+def _unusable(path: Path, number: int, remedy: str) -> DmaBufError:
+    """Return the error for a directory that can't be opened or made."""
+    raw = os.fsencode(path)
+    if number == errno.ENAMETOOLONG:
+        longest = max(len(name) for name in raw.split(b"/"))
+        what = f"its path has {len(raw)} bytes, and a name in it {longest}"
+        remedy = "name one of fewer than 4096 and 256 bytes in DMABUF_DOMAIN"
+        return fail(number, "open domain", f"{os.fsdecode(raw[:48])}…", remedy, what=what)
+    if number == errno.ENOENT and not path.parent.is_dir():
+        return fail(number, "open domain", path, f"make {path.parent}, or {remedy}", what="its parent directory doesn't exist")
+    return fail(number, "open domain", path, remedy)
 
 
 def open_at(directory: int, name: str, flags: int, mode: int = 0o777) -> OwnedFd:

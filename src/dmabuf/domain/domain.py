@@ -45,7 +45,7 @@ from dmabuf.domain.directory import remove_socket
 from dmabuf.domain.forks import fork_lock
 from dmabuf.domain.guards import finalizer
 from dmabuf.domain.hooks import Hooks
-from dmabuf.domain.limits import cant_map
+from dmabuf.domain.limits import cant_map, no_memfd
 from dmabuf.domain.retries import Retries
 from dmabuf.domain.weak_objects import WeakObjects
 from dmabuf.errors import DmaBufError, fail, needing_descriptors
@@ -126,6 +126,8 @@ class Domain:
     def open(cls, path: str | os.PathLike[str]) -> Domain:
         """Return the domain in a directory, which is made if it doesn't exist. While the domain is in use, the object is the same."""
         told: list[str] = []
+        if "\0" in os.fsdecode(path):
+            raise fail(errno.EINVAL, "open domain", repr(path), "name a directory without a NUL", what="the path has a NUL")
         found = cls._open(Path(path).absolute(), told)
         _warn(told)
         return found
@@ -150,8 +152,10 @@ class Domain:
     def private(cls) -> Domain:
         """Return a new domain without a name. It ends with its last process."""
         identity = place.new_identity()
-        with needing_descriptors("make domain", "a private domain"):
+        try:
             own = owned(os.memfd_create, f"dmabuf-domain:{identity.decode()}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        except OSError as e:
+            raise no_memfd("make domain", "a private domain", e.errno or errno.EIO) from None
         try:
             place.format_file(own.number, identity)
             fcntl.fcntl(own.number, _F_ADD_SEALS, fcntl.F_SEAL_SHRINK)  # a file that gets shorter ends every process that maps it

@@ -38,6 +38,24 @@ def file_too_large(operation: str, obj: object, number: int, otherwise: str) -> 
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
     if number == errno.EFBIG and limit != resource.RLIM_INFINITY:
         return fail(number, operation, obj, "raise it (ulimit -f)", what=f"RLIMIT_FSIZE allows a file of {limit} bytes")
+    return refused(operation, obj, number, "ftruncate, fallocate or fcntl", otherwise)
+
+
+def no_memfd(operation: str, obj: object, number: int) -> OSError:
+    """Return the error for memfd_create(2), which needs no right: a filter of system calls or a setting of the machine refused it."""
+    if number == errno.EACCES:
+        what = "the machine allows no memfd that could be executed (vm.memfd_noexec = 2)"
+        return fail(number, operation, obj, "set vm.memfd_noexec to 1", what=what)
+    return refused(operation, obj, number, "memfd_create", "close buffers, or raise RLIMIT_NOFILE")
+
+
+def refused(operation: str, obj: object, number: int, call: str, otherwise: str) -> OSError:
+    """Return the error for a system call that needs no right, so that EPERM and ENOSYS come from a filter (seccomp(2)).
+
+    ``otherwise``: what to do about any other errno.
+    """
+    if number in (errno.EPERM, errno.ENOSYS):
+        return fail(number, operation, obj, f"allow {call} in the sandbox", what=f"a filter of system calls (seccomp) refuses {call}")
     return fail(number, operation, obj, otherwise)
 
 

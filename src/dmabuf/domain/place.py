@@ -470,6 +470,11 @@ def check_set_aside(path: Path | None, identity: str, operation: str, obj: objec
         raise fail(errno.ESTALE, operation, obj, "make a new one", what=what)
 
 
+def has_file(directory: int) -> bool:
+    """Return True if there is a domain's file in a directory."""
+    return os.access(FILE, os.F_OK, dir_fd=directory, follow_symlinks=False)
+
+
 def is_current(fd: int, directory: int) -> bool:
     """Return True if the directory still has the file behind ``fd``."""
     here = os.fstat(fd)

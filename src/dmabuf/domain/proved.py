@@ -176,7 +176,9 @@ def prove(directory: int, path: Path) -> Proof:
                 if e.errno in (errno.EMFILE, errno.ENFILE, errno.EDQUOT, errno.ENOSPC, errno.ENOMEM, errno.EROFS, errno.EACCES):
                     raise fail(e.errno, "open domain", path, _REMEDIES.get(e.errno) or remedy(), what=_SAID.get(e.errno)) from None
                 why = f": {errno_name(e.errno)}" if e.errno else ""
-                raise fail(errno.ENOTSUP, "open domain", path, remedy(), what=f"its file system ({found}) {what}{why}") from None
+                filtered = e.errno in (errno.EPERM, errno.ENOSYS)
+                by = f"its file system ({found}), or a filter of system calls (seccomp)," if filtered else f"its file system ({found})"
+                raise fail(errno.ENOTSUP, "open domain", path, remedy(), what=f"{by} {what}{why}") from None
     finally:
         for own in fds:
             own.close()

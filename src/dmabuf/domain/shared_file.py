@@ -25,6 +25,7 @@ from contextlib import AbstractContextManager
 from dmabuf._native import Bracket, OwnedFd, Points, WeakValues, owned, step
 from dmabuf.domain.domain import Domain, known
 from dmabuf.domain.forks import fork_lock, is_mine
+from dmabuf.domain.limits import no_memfd
 from dmabuf.domain.ofd import lock_holder, lock_within
 from dmabuf.domain.place import SHARE_DOMAIN
 from dmabuf.domain.weak_objects import WeakObjects
@@ -156,7 +157,7 @@ class SharedFile:
             flags = os.MFD_CLOEXEC | (os.MFD_ALLOW_SEALING if sealed else 0)
             fd = next(map(OwnedFd, map(os.memfd_create, (name,), (flags,))))
         except OSError as e:
-            raise fail(e.errno or errno.EIO, kind, "memfd", "raise RLIMIT_NOFILE or close descriptors") from None
+            raise no_memfd(kind, "memfd", e.errno or errno.EIO) from None
         try:
             fd.pwrite(content, 0)
             if sealed:

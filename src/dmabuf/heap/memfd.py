@@ -21,6 +21,7 @@ from dmabuf.core.buffer.shared import MEMFD
 from dmabuf.core.dma_buf import DmaBuf
 from dmabuf.core.get import from_fd
 from dmabuf.domain.domain import Domain
+from dmabuf.domain.limits import file_too_large, no_memfd
 from dmabuf.errors import fail
 from dmabuf.heap import budget
 from dmabuf.uapi.call import OwnedFd
@@ -88,7 +89,7 @@ def reserved(name: str, size: int, *, filled: bool = False) -> OwnedFd:
     try:
         fd = next(map(OwnedFd, map(os.memfd_create, (name,), (os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING,))))
     except OSError as e:
-        raise fail(e.errno or errno.EIO, "allocate", f"{size} bytes", "close buffers or raise RLIMIT_NOFILE") from None
+        raise no_memfd("allocate", f"{size} bytes", e.errno or errno.EIO) from None
     try:
         os.ftruncate(fd.number, size)
         for start in range(0, size, _SLICE):
@@ -100,5 +101,6 @@ def reserved(name: str, size: int, *, filled: bool = False) -> OwnedFd:
         fcntl.fcntl(fd.number, _F_ADD_SEALS, SEALS)
     except OSError as e:
         fd.close()
-        raise fail(e.errno or errno.EIO, "allocate", f"{size} bytes", "free memory, or raise the limit of the tmpfs or cgroup") from None
+        otherwise = "free memory, or raise the limit of the tmpfs or cgroup"
+        raise file_too_large("allocate", f"{size} bytes", e.errno or errno.EIO, otherwise) from None
     return fd

@@ -34,6 +34,7 @@ from dmabuf.core.export.export import make
 from dmabuf.domain.domain import Domain
 from dmabuf.domain.forks import fork_lock
 from dmabuf.domain.guards import finished
+from dmabuf.domain.limits import file_too_large
 from dmabuf.domain.weak_objects import WeakObjects
 from dmabuf.errors import fail
 from dmabuf.heap import budget
@@ -141,6 +142,8 @@ class SpillHeap:
         try:
             at = self._file.take(size)
         except OSError as e:
+            if e.errno == errno.EFBIG:
+                raise file_too_large("allocate", f"the spill file in {self.directory}", e.errno, "use another file system") from None
             remedy = "free space there, or name another directory (DMABUF_SPILL_DIRECTORY)"
             what = f"no room in the spill file in {self.directory}: {os.strerror(e.errno or errno.EIO)}"
             raise fail(e.errno or errno.EIO, "allocate", f"{size} bytes", remedy, what=what) from None

@@ -23,6 +23,7 @@ from dmabuf.core.get import from_fd
 from dmabuf.core.resv.lock import record_of
 from dmabuf.core.resv.resv import DmaResv
 from dmabuf.domain.domain import Domain
+from dmabuf.domain.limits import refused
 from dmabuf.errors import DmaBufError, contract_warning, fail
 
 EXP_NAME_BYTES = 31  # what a record has room for
@@ -139,7 +140,8 @@ def make(
             private.close()
         if isinstance(e, DmaBufError) or not isinstance(e, OSError):
             raise
-        raise fail(e.errno or errno.EIO, "export", f"{size} bytes", "close buffers or raise RLIMIT_NOFILE") from None
+        calls = "memfd_create, ftruncate or fcntl"
+        raise refused("export", f"{size} bytes", e.errno or errno.EIO, calls, "close buffers, or raise RLIMIT_NOFILE") from None
     shared = handle_of(buf).shared
     exported: Exported | None = None
     try:
