@@ -116,6 +116,13 @@ def test_a_process_stopped_while_it_allocates_is_named(child: Spawn, monkeypatch
     other.kill()
 
 
+def test_a_thread_of_this_process_that_allocates_for_long_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(place, "LIFECYCLE_S", 0.1)
+    with place.name_lock(dmabuf.Domain.default().fileno(), b"frame"), raises_errno(errno.ETIMEDOUT) as caught:
+        dmabuf.open_or_allocate("frame", SIZE)
+    assert "another thread of this process has held" in str(caught.value)
+
+
 def test_another_size_is_refused_and_nothing_stays_open(buf: dmabuf.DmaBuf) -> None:
     with raises_errno(errno.EEXIST, FileExistsError) as caught:
         dmabuf.open_or_allocate("shared", 3 * SIZE)

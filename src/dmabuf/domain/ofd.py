@@ -64,8 +64,13 @@ def lock_within(seconds: float, take: Callable[[], bool]) -> bool:
     return True
 
 
-def lock_holder(fd: int, byte: int) -> int:
-    """Return the pid of a process that has a lock on a byte of this file, 0 if /proc doesn't show it (proc_pid_fdinfo(5))."""
+def lock_holder(fd: int, byte: int) -> str:
+    """Return who has a lock on a byte of this file, in words: a process by its pid, if /proc shows it (proc_pid_fdinfo(5))."""
+    pid = _holder_pid(fd, byte)
+    return "another thread of this process" if pid == os.getpid() else f"process {pid}" if pid else "another process"
+
+
+def _holder_pid(fd: int, byte: int) -> int:
     wanted = b":%d %d %d\n" % (os.fstat(fd).st_ino, byte, byte)
     for pid in filter(str.isdigit, os.listdir("/proc")):
         try:

@@ -104,8 +104,7 @@ class lifecycle_lock(Bracket):
 
     def _wait(self, own: int) -> None:
         if not lock_within(LIFECYCLE_S, lambda: ofd_lock(own, fcntl.F_WRLCK, self._byte)):
-            who = lock_holder(own, self._byte)
-            what = f"{f'process {who}' if who else 'another process'} has held its {self._called} for {LIFECYCLE_S:g} s"
+            what = f"{lock_holder(own, self._byte)} has held its {self._called} for {LIFECYCLE_S:g} s"
             raise fail(errno.ETIMEDOUT, self._called, "the domain", "continue that process (kill -CONT), or end it", what=what)
 
     def leave(self) -> None:

@@ -82,8 +82,7 @@ class _Locked(Bracket):
 
     def _wait(self, own: OwnedFd) -> None:
         if not lock_within(LOCK_S, lambda: set_lock(own, fcntl.F_WRLCK, _LOCK)):
-            who = lock_holder(own.fileno(), _LOCK)
-            what = f"{f'process {who}' if who else 'another process'} has held its lock for {LOCK_S:g} s"
+            what = f"{lock_holder(own.fileno(), _LOCK)} has held its lock for {LOCK_S:g} s"
             raise fail(errno.ETIMEDOUT, "lock", "shared state", "continue that process (kill -CONT), or end it", what=what)
 
     def leave(self) -> None:
