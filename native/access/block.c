@@ -3,6 +3,10 @@
 #include "domain/access.h"
 #include "domain/fence.h"
 #include "later.h"
+#include <frameobject.h>
+#include <opcode.h>
+
+#define MOST_CALLS 100 /* of a rule that signal handlers interrupt each time */
 
 PyTypeObject *Block_Type, *Group_Type;
 static PyObject *block_rules, *sections; /* sections: a set, empty unless somebody is in a signalling section */
@@ -35,17 +39,67 @@ PyObject *rule(int which, PyObject *block, PyObject *a, PyObject *b) {
   return rule_call(which, args, a ? b ? 3 : 2 : 1);
 }
 
+PyObject *block_begun(Block *b, PyObject *const *call, Py_ssize_t n) {
+  PyObject *result = PyObject_Vectorcall(call[0], call + 1, (size_t)n - 1, NULL);
+  if (result) b->begun = true;
+  return result;
+}
+
+/* Did a signal handler raise the exception that is set before the first act of the function in Python that was called? */
+static bool is_before_first_act(void) {
+  PyObject *kind, *value, *trace;
+  PyErr_Fetch(&kind, &value, &trace);
+  bool result = false;
+  if (trace && ((PyTracebackObject *)trace)->tb_next) { /* the handler's frame is below */
+    PyCodeObject *code = PyFrame_GetCode(((PyTracebackObject *)trace)->tb_frame);
+    PyObject *bytes = PyCode_GetCode(code);
+    int at = ((PyTracebackObject *)trace)->tb_lasti;
+    if (bytes) result = at >= 0 && at < PyBytes_GET_SIZE(bytes) && (unsigned char)PyBytes_AS_STRING(bytes)[at] == RESUME;
+    Py_XDECREF(bytes);
+    Py_DECREF(code);
+    PyErr_Clear();
+  }
+  PyErr_Restore(kind, value, trace);
+  return result;
+}
+
+PyObject *block_told(Block *b, PyObject *const *call, Py_ssize_t n) {
+  PyObject *result = PyObject_Vectorcall(call[0], call + 1, (size_t)n - 1, NULL);
+  if (result || !is_before_first_act()) b->told = true;
+  return result;
+}
+
+/* The block was given up while another thread, or an exporter, was in its begin: end that at once. */
+static void end_unasked(Block *b, PyObject *backing, uint64_t fence) {
+  PyObject *kind, *value, *trace;
+  PyErr_Fetch(&kind, &value, &trace);
+  bool idle = b->state == IDLE;
+  if (idle) b->fence = fence; /* it names the bracket in the exporter's process */
+  PyObject *result = rule(RULE_END, (PyObject *)b, backing, Py_None);
+  if (!result) report_later((PyObject *)b);
+  Py_XDECREF(result);
+  if (idle && b->state == IDLE) b->fence = 0;
+  PyErr_Restore(kind, value, trace);
+}
+
 int block_ask(Block *b, PyObject *backing) {
   Py_INCREF(backing);
-  PyObject *begun = rule(RULE_BEGIN, (PyObject *)b, backing, NULL);
-  Py_XDECREF(begun);
-  if (begun && b->state != IDLE && !b->asked) {
-    b->asked = backing;
-    return 0;
-  }
+  uint32_t use = b->use;
+  uint64_t fence = b->fence;
+  Shm *shm = (Shm *)Py_NewRef(b->shm);
+  uint32_t life = b->life;
+  b->begun = false;
+  PyObject *result = rule(RULE_BEGIN, (PyObject *)b, backing, NULL);
+  bool begun = result || b->begun, mine = b->use == use && !b->asked, raised = !result;
+  Py_XDECREF(result);
+  if (begun && mine)
+    b->asked = Py_NewRef(backing); /* its end is to be called, also if a signal handler raised since */
+  else if (begun && my_life(shm) == life)
+    end_unasked(b, backing, fence);
+  if (!raised && !mine) PyErr_SetString(PyExc_RuntimeError, "the block was given up meanwhile");
+  Py_DECREF(shm);
   Py_DECREF(backing);
-  if (begun) PyErr_SetString(PyExc_RuntimeError, "the block was given up meanwhile");
-  return -1;
+  return raised || !mine ? -1 : 0;
 }
 
 void block_waited(PyObject *owner) {
@@ -129,8 +183,13 @@ static void use_over(Block *b) {
 PyObject *block_end_bracket(Block *b) {
   PyObject *backing = b->asked, *kept = b->kept;
   b->asked = b->kept = NULL;
-  PyObject *result = rule(RULE_END, (PyObject *)b, backing, kept ? kept : Py_None);
-  PyObject *failed = result ? NULL : take_exception();
+  b->told = false;
+  PyObject *result = NULL, *failed = NULL;
+  for (int calls = 0; !result && !b->told && calls < MOST_CALLS; calls++) { /* again if a signal handler raised before the op */
+    PyErr_Clear();
+    result = rule(RULE_END, (PyObject *)b, backing, kept ? kept : Py_None);
+    if (!result) Py_XSETREF(failed, take_exception());
+  }
   Py_XDECREF(result);
   Py_DECREF(backing);
   Py_XDECREF(kept);
@@ -153,9 +212,11 @@ PyObject *block_end_use(Block *b) {
 void block_end(Block *b) {
   Py_INCREF(b);
   PyObject *failed = block_end_use(b);
-  if (failed) { /* what was kept outlived the block, so that nobody can catch it */
+  if (failed && !PyErr_GivenExceptionMatches(failed, PyExc_Exception) && raise_later(failed))
+    failed = NULL; /* of a signal handler, as Ctrl-C is */
+  if (failed) {    /* what was kept outlived the block, so that nobody can catch it */
     PyObject *result = rule(RULE_REPORT, (PyObject *)b, failed, NULL);
-    if (!result) PyErr_WriteUnraisable((PyObject *)b);
+    if (!result) report_later((PyObject *)b);
     Py_XDECREF(result);
     Py_DECREF(failed);
   }

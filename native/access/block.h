@@ -35,6 +35,7 @@ typedef struct block {
   uint32_t use;   /* counts the uses: a view belongs to one */
   int error;      /* what the fence ends with */
   char state, write;
+  bool begun, told; /* the exporter's begin has returned; its end was called */
 } Block;
 
 struct hold {
@@ -83,6 +84,9 @@ PyObject *rule_call(int which, PyObject *const *args, Py_ssize_t n);
 PyObject *rule_method(const char *name); /* one that has no number above */
 bool rules_check(void);                  /* Is RULE_CHECK needed though the owner holds no lock? */
 
+/* Call an op of the exporter for a rule. Between the op and this note of it no signal handler runs. */
+PyObject *block_begun(Block *b, PyObject *const *call, Py_ssize_t n);
+PyObject *block_told(Block *b, PyObject *const *call, Py_ssize_t n);
 /* Call the exporter's begin_cpu_access, and note that its end is to be called. 0, or -1 with an exception set. */
 int block_ask(Block *b, PyObject *backing);
 /* A wait of this owner raised: whatever it was, the owner waits for nothing any more. The exception that is set stays. */

@@ -45,6 +45,16 @@ static PyObject *block_begin(Block *b, PyObject *backing) {
   Py_RETURN_NONE;
 }
 
+static PyObject *op_begun(Block *b, PyObject *const *a, Py_ssize_t n) {
+  if (n < 1) return PyErr_Format(PyExc_TypeError, "a function is required");
+  return block_begun(b, a, n);
+}
+
+static PyObject *op_told(Block *b, PyObject *const *a, Py_ssize_t n) {
+  if (n < 1) return PyErr_Format(PyExc_TypeError, "a function is required");
+  return block_told(b, a, n);
+}
+
 static PyObject *block_arrive(Block *b, PyObject *args) {
   PyObject *owner, *pending;
   long long until;
@@ -111,6 +121,10 @@ static PyMethodDef block_methods[] = {
     {"__aexit__", (PyCFunction)(void *)block_aexit, METH_FASTCALL, NULL},
     {"begin", (PyCFunction)block_begin, METH_O,
      "begin($self, backing, /)\n--\n\nCall the exporter's op now, in the middle of an entering."},
+    {"begun", (PyCFunction)(void *)op_begun, METH_FASTCALL,
+     "begun($self, function, /, *args)\n--\n\nCall the exporter's begin, and note at once that its end is to be called."},
+    {"told", (PyCFunction)(void *)op_told, METH_FASTCALL,
+     "told($self, function, /, *args)\n--\n\nCall the exporter's end, and note that it isn't to be called again, whatever it raises."},
     {"arrive", (PyCFunction)block_arrive, METH_VARARGS,
      "arrive($self, owner, until, /)\n--\n\nAdd the fence of the access, in the middle of an entering.\n\n"
      "Returns:\n    The handles of the fences that block it."},

@@ -14,6 +14,7 @@
  */
 #include "memory/mapping.h"
 #include "fds/same.h"
+#include "later.h"
 #include <stdarg.h>
 #include <stdlib.h>
 #include <sys/mman.h>
@@ -53,7 +54,12 @@ void call_once(PyObject **callable) {
   PyObject *type, *value, *traceback;
   PyErr_Fetch(&type, &value, &traceback);
   PyObject *result = PyObject_CallNoArgs(call);
-  if (!result) PyErr_WriteUnraisable(call);
+  if (!result) {
+    if (PyErr_ExceptionMatches(PyExc_Exception))
+      PyErr_WriteUnraisable(call);
+    else
+      report_later(call); /* of a signal handler, as Ctrl-C is */
+  }
   Py_XDECREF(result);
   Py_DECREF(call);
   PyErr_Restore(type, value, traceback);

@@ -6,7 +6,7 @@ import threading
 from enum import Enum
 from typing import Final, Protocol
 
-from dmabuf._native import Mapping, OwnedFd
+from dmabuf._native import Mapping, OwnedFd, finish
 from dmabuf.core.attach.attachment import DmaBufAttachment
 from dmabuf.core.base.usage import Direction
 from dmabuf.core.buffer import residency
@@ -37,11 +37,14 @@ class Residents(Protocol):
     def lock(self) -> threading.RLock:
         """The lock of all fields of the heap's buffers."""
 
-    def enter(self, b: SpillBuffer, *, write: bool, pin: bool = False, locked: bool = False) -> None:
-        """Count a use, or a pin, and have the buffer in memory."""
+    def enter(self, b: SpillBuffer, *, write: bool, pin: bool = False, locked: bool = False, counted: bool = False) -> None:
+        """Count a use, or a pin, and have the buffer in memory. ``counted``: the caller has counted the use."""
 
     def leave(self, b: SpillBuffer, pin: bool = False) -> None:
         """Uncount it."""
+
+    def less_used(self) -> None:
+        """Note that a buffer has a use less."""
 
     def released(self, b: SpillBuffer) -> None:
         """The framework has released the buffer."""
@@ -97,10 +100,17 @@ class SpillBuffer(Exporter):
         residency.evict(private)
 
     def begin_cpu_access(self, buf: DmaBuf, direction: Direction) -> None:
-        self.residents.enter(self, write=direction not in _CPU_READS)
+        self.uses += 1  # here, since a signal handler may raise after any call, and never before the next line
+        try:
+            self.residents.enter(self, write=direction not in _CPU_READS, counted=True)
+        except BaseException:
+            self.uses -= 1
+            self.residents.less_used()
+            raise
 
     def end_cpu_access(self, buf: DmaBuf, direction: Direction) -> None:
-        self.residents.leave(self)
+        self.uses -= self.uses > 0  # first of all, and without a call. The framework allows an end without a begin
+        finish(self.residents.less_used)
 
     def attach(self, attachment: DmaBufAttachment) -> None:
         attachment.priv = handle_of(attachment.dmabuf).any_view()

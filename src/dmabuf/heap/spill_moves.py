@@ -83,19 +83,20 @@ class ResidentSet:
 
     # ---- uses ----
 
-    def enter(self, b: SpillBuffer, *, write: bool, pin: bool = False, locked: bool = False) -> None:
+    def enter(self, b: SpillBuffer, *, write: bool, pin: bool = False, locked: bool = False, counted: bool = False) -> None:
         """Count a use, or a pin, and move the buffer in if need be. ``locked``: whether its reservation lock is held for this call.
+        ``counted``: the caller has counted the use, so that the one counted here is only for this call.
 
         Raises:
             NoMemoryError: The budget has no room for it in time (ENOMEM).
             DeadlockError: The caller is inside a move of the buffer (EDEADLK).
             DmaBufError: The file can't be read or written (EIO and the like).
         """
-        counted = entered = False
+        inside = entered = False
         try:
             with self.lock:
                 b.uses += 1  # from here on no thread begins to move it out
-                counted = True
+                inside = True
             if b.residency is not Residency.IN_MEMORY:
                 owner = current(b.resv.domain).word
                 run_shielded(lambda: self._bring(b, owner, locked))
@@ -107,7 +108,7 @@ class ResidentSet:
                 self.order.move_to_end(b)
                 entered = True
         finally:
-            if counted and (pin or not entered):
+            if inside and (pin or counted or not entered):
                 with self.lock:  # not in a function, because a signal handler may raise as a function is entered
                     b.uses = b.uses - 1 if b.uses else 0
                     self.changed.notify_all()
@@ -119,6 +120,11 @@ class ResidentSet:
                 b.pins = max(0, b.pins - 1)
             else:
                 b.uses = max(0, b.uses - 1)
+            self.changed.notify_all()
+
+    def less_used(self) -> None:
+        """Note that a buffer has a use less."""
+        with self.lock:
             self.changed.notify_all()
 
     def _bring(self, b: SpillBuffer, owner: int, locked: bool) -> None:

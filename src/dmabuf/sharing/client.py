@@ -15,7 +15,6 @@ import select
 import socket
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterable
 from typing import Final
 
@@ -50,22 +49,21 @@ class Client:
 
     def __init__(self, domain: Domain, peer: int) -> None:
         self.domain, self.peer, self.life = domain, peer, domain.life
-        self._users: Counter[int] = Counter()
+        self._users: set[int] = set()  # by id()
         self._main: socket.socket | None = None
         self._token = ""
         self._idle: list[socket.socket] = []
         self._late: list[Body] = []  # messages without an answer for which the socket had no room
 
     def use(self, user: object) -> None:
-        """Take a reference for ``user``."""
+        """Take a reference for ``user``. Doing so again has no effect, since a signal handler may raise before the user knows."""
         with _lock:
-            self._users[id(user)] += 1
+            self._users.add(id(user))
 
     def leave(self, user: object) -> None:
-        """Drop one reference of ``user``. When no user is left, the server frees everything it kept for this process."""
+        """Drop the reference of ``user``. When no user is left, the server frees everything it kept for this process."""
         with _lock:
-            self._users[id(user)] -= 1
-            self._users = +self._users  # without zeros
+            self._users.discard(id(user))
             if not self._users:
                 self._hang_up()
                 if _clients.get((self.domain.id, self.peer)) is self:

@@ -48,7 +48,7 @@ class ClientBuffer:
         self.buf, self.live = buf, live
         self.users = 0  # running calls
         self.mappings: dict[int, Mapping] = {}
-        self.brackets: list[Direction] = []
+        self.brackets: list[tuple[int, Direction]] = []  # each with the fence of the client's block, 0 if it is for none
         self.attachments: dict[int, DmaBufAttachment] = {}
         self.pins: Counter[int] = Counter()  # by attachment
         self.tables: dict[int, tuple[DmaBufAttachment, SgTable, Direction]] = {}
@@ -83,7 +83,7 @@ class ClientBuffer:
         for attachment in self.attachments.values():
             _quietly(partial(detach, attachment))
         while self.brackets:
-            direction = self.brackets.pop()
+            _, direction = self.brackets.pop()
             if "end_cpu_access" in self.live.ops:  # not by live.end(), which this process may no longer call once it has left the domain
                 _quietly(partial(exporter.end_cpu_access, self.buf, direction))
         for mapping in self.mappings.values():

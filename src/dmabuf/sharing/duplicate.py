@@ -72,7 +72,8 @@ def _duplicate(session: Session, body: Body, fds: list[OwnedFd]) -> Answer:
 
 def ask(domain: Domain, index: int, dev: int, ino: int, nonce: bytes) -> DmaBuf | None:
     """Return the buffer from the process with this slot, None if it doesn't send it. Without a free descriptor it fails with EMFILE."""
-    client = client_of(domain, lives.life_at(domain.shm, index), ask)
+    user = object()
+    client = client_of(domain, lives.life_at(domain.shm, index), user)
     try:
         _, came = client.call("duplicate", {"dev": dev, "ino": ino}, operation="open", obj=f"buffer ino {ino}", limit=ANSWER_S)
     except OSError as e:
@@ -80,7 +81,7 @@ def ask(domain: Domain, index: int, dev: int, ino: int, nonce: bytes) -> DmaBuf 
             return None
         raise
     finally:
-        client.leave(ask)
+        client.leave(user)
     try:
         while came:
             fd = came.pop(0)

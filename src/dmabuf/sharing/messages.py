@@ -24,6 +24,7 @@ from dmabuf._native import OwnedFd, close_same, is_same, receive_message, send_m
 from dmabuf.domain import dispatcher, lives, place
 from dmabuf.domain.directory import bind_socket, socket_address
 from dmabuf.domain.domain import Domain
+from dmabuf.domain.guards import WeakKeys
 from dmabuf.errors import ContractError, ContractWarning, DmaBufError, fail, rebuilt, text_of
 from dmabuf.sharing.sealed import content, sealed
 
@@ -199,7 +200,9 @@ def check_user(sock: socket.socket) -> None:
         )
 
 
-_sockets: dict[socket.socket, tuple[int, int]] = {}  # every open socket, with its (st_dev, st_ino); a forked child closes them
+# Every open socket, with its (st_dev, st_ino): a forked child closes them. Weak, since a signal handler may raise before a socket has an
+# owner, and the garbage collector then closes it.
+_sockets: WeakKeys[socket.socket, tuple[int, int]] = WeakKeys()
 
 
 def _inode(sock: socket.socket) -> tuple[int, int]:

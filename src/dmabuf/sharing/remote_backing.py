@@ -19,19 +19,21 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterable
-from typing import Final
+from typing import Final, cast
 
-from dmabuf._native import OwnedFd
+from dmabuf._native import Access, OwnedFd, finish
 from dmabuf.core.attach.attachment import DmaBufAttachment, resv_at
+from dmabuf.core.base.usage import Direction
 from dmabuf.core.buffer import residency
-from dmabuf.core.buffer.backing import Backing
+from dmabuf.core.buffer.backing import Backing, Descriptor
 from dmabuf.core.buffer.shared import BACKINGS, SharedBuffer, known
-from dmabuf.core.contract import OPS
+from dmabuf.core.contract import OPS, Buffer
 from dmabuf.core.dma_buf import DmaBuf
 from dmabuf.core.export.exported import OF_PARENT
 from dmabuf.core.resv.lock import lent, record_of
 from dmabuf.core.resv.resv import resv_of
 from dmabuf.domain import dispatcher
+from dmabuf.domain.guards import finalizer
 from dmabuf.domain.weak_objects import WeakObjects
 from dmabuf.errors import DmaBufError, fail
 from dmabuf.sharing.client import Client, client_of
@@ -51,12 +53,13 @@ class RemoteBacking(Backing):
     record: SharedBuffer
 
     def __init__(self, record: SharedBuffer, peer: int, in_file: bool) -> None:
-        super().__init__(RemoteExporter(self), frozenset(), record, False)
+        self.remote = RemoteExporter(self)
+        super().__init__(self.remote, frozenset(), record, False)
         self.peer, self.in_file = peer, in_file
         self.life = record.shm.life  # 0: a forked child that has none yet
         self.client: Client | None = None
         self.asked = False
-        self.mappings = 0  # mappings of this process's
+        self.mappings: set[int] = set()  # numbers of this process's mappings of the exporter's memory
         _all.add(self)
 
     @classmethod
@@ -129,6 +132,23 @@ class RemoteBacking(Backing):
             if e.errno != errno.ENODEV:
                 raise
 
+    # ---- CPU access ----
+
+    def begin(self, buf: Buffer, direction: Direction, access: Access | None = None) -> None:
+        if access is None:
+            return super().begin(buf, direction)
+        self.check_reachable("begin_cpu_access")
+        if "begin_cpu_access" in self.ops:
+            access.begun(int)  # noted before it has begun, since its end is asked for in any case, and then does nothing there
+            self.remote.begin(cast("DmaBuf", buf), direction, access.fence)
+
+    def end(self, buf: Descriptor, direction: Direction, access: Access | None = None) -> None:
+        if access is None:
+            return super().end(buf, direction)
+        self.check_reachable("end_cpu_access")
+        if "end_cpu_access" in self.ops:
+            access.told(finish, self.remote.end, buf, direction, access.fence)
+
     # ---- the end ----
 
     def before_close(self, handle: object) -> None:
@@ -144,15 +164,16 @@ class RemoteBacking(Backing):
             self.client = None
             client.leave(self)
 
-    def count_mapping(self) -> None:
+    def count_mapping(self, mapping: int) -> None:
         """A mapping of this process shows the exporter's memory."""
-        self.mappings += 1
+        self.mappings.add(mapping)
 
+    @finalizer
     def unmapped(self, mapping: int) -> None:
-        """Uncount a mapping, which is closed, perhaps by its finalizer."""
+        """Uncount a mapping, which is closed, perhaps by its finalizer. Doing so twice has no effect."""
         if self.life != self.record.shm.life:
             return  # the parent's
-        self.mappings -= 1
+        self.mappings.discard(mapping)
         if self.client is not None:
             self.client.post("unmapped", {"dev": self.record.dev, "ino": self.record.ino, "mapping": mapping})
         self.close_if_unused()

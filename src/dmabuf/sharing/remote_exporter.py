@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Final, Protocol
 
 from dmabuf._native import Mapping, OwnedFd
@@ -38,7 +39,7 @@ class Calls(Protocol):
     def give_back(self, kind: str, buf: DmaBuf, body: Body, *, locked: bool) -> None:
         """Make a call that has no errors."""
 
-    def count_mapping(self) -> None:
+    def count_mapping(self, mapping: int) -> None:
         """A mapping of this process exists from now on."""
 
     def unmapped(self, mapping: int) -> None:
@@ -129,23 +130,31 @@ class RemoteExporter(Exporter):
     # ---- CPU access ----
 
     def begin_cpu_access(self, buf: DmaBuf, direction: Direction) -> None:
-        self.calls.call("begin", buf, {"direction": int(direction)}, operation="begin_cpu_access")
+        self.begin(buf, direction, 0)
 
     def end_cpu_access(self, buf: DmaBuf, direction: Direction) -> None:
-        self.calls.call("end", buf, {"direction": int(direction)}, operation="end_cpu_access")
+        self.end(buf, direction, 0)
+
+    def begin(self, buf: DmaBuf, direction: Direction, block: int) -> None:
+        """Begin an access there. ``block``: the fence of the block that it is for, whose end may be asked for more than once; else 0."""
+        self.calls.call("begin", buf, {"direction": int(direction), "block": block}, operation="begin_cpu_access")
+
+    def end(self, buf: DmaBuf, direction: Direction, block: int) -> None:
+        """End it."""
+        self.calls.call("end", buf, {"direction": int(direction), "block": block}, operation="end_cpu_access")
 
     def mmap(self, buf: DmaBuf, offset: int, length: int) -> Mapping:
         calls = self.calls
         answer, fds = calls.call("mmap", buf, {"offset": offset, "length": length})
         n = number(answer, "mapping")
-        calls.count_mapping()
         try:
+            calls.count_mapping(n)
             return memory.mapped(
                 _first(fds),
                 number(answer, "length", _MOST),
                 number(answer, "offset", _MOST),
                 flag(answer, "writable"),
-                lambda: calls.unmapped(n),
+                partial(calls.unmapped, n),
             )
         except BaseException:
             calls.unmapped(n)

@@ -48,18 +48,21 @@ def _exporter(session: Session, body: Body, fds: list[OwnedFd]) -> Answer:
 
 
 def _begin(session: Session, body: Body, fds: list[OwnedFd]) -> Answer:
-    way, state = direction_of(body), session.state(ClientState)
+    way, block, state = direction_of(body), number(body, "block"), session.state(ClientState)
     with state.using(body, fds) as entry:
         entry.live.begin(entry.buf, way)
-        entry.brackets.append(way)
+        entry.brackets.append((block, way))
     return Answer(undo=lambda _: _end(session, body, []))
 
 
 def _end(session: Session, body: Body, fds: list[OwnedFd]) -> Answer:
-    way = direction_of(body)
+    way, block = direction_of(body), number(body, "block")
     with session.state(ClientState).using(body, fds) as entry:
-        if entry.brackets:  # nothing pairs ends with begins, except their number
-            at = next((i for i in reversed(range(len(entry.brackets))) if entry.brackets[i] is way), -1)
+        of_block = [i for i, (found, _) in enumerate(entry.brackets) if found == block]
+        if block and not of_block:
+            return Answer()  # it was ended, or has never begun: a client that a signal handler interrupts asks in any case
+        if of_block:  # without a block nothing pairs ends with begins, except their number
+            at = next((i for i in reversed(of_block) if entry.brackets[i][1] is way), of_block[-1])
             del entry.brackets[at]
         entry.live.end(entry.buf, way)
     return Answer()

@@ -32,6 +32,9 @@ system: Callable[..., Any] = fcntl.ioctl
 
 _PAUSE_MOST = 0.001  # seconds between two tries of a call that says EAGAIN
 
+Noted = Callable[..., Any]
+"""Calls a function with its arguments, and notes that it was called."""
+
 Remedy = str | tuple[str, str]
 """What to do, or what happened and what to do."""
 
@@ -70,7 +73,7 @@ def _descriptor(fd: int) -> None:
         raise OSError(errno.EBADF, os.strerror(errno.EBADF))
 
 
-def perform(fd: int, ioctl: Ioctl[T], value: T, *, restart: bool = True, interruptible: bool = False) -> T:
+def perform(fd: int, ioctl: Ioctl[T], value: T, *, restart: bool = True, interruptible: bool = False, noted: Noted | None = None) -> T:
     """Make an ioctl with a structure, and return the structure as the kernel left it.
 
     Args:
@@ -79,15 +82,19 @@ def perform(fd: int, ioctl: Ioctl[T], value: T, *, restart: bool = True, interru
         value: The structure.
         restart: Whether EAGAIN means "again".
         interruptible: Whether EINTR ends the call.
+        noted: What calls the system call, and notes that in the same step.
 
     Raises:
         OSError: The kernel's answer, not yet a DmaBufError; :func:`told` makes one.
         InvalidError: A field doesn't fit into the structure (EINVAL).
     """
-    return ioctl.layout.unpack(perform_raw(fd, ioctl.number, ioctl.layout.pack(value), restart=restart, interruptible=interruptible))
+    argument = ioctl.layout.pack(value)
+    return ioctl.layout.unpack(perform_raw(fd, ioctl.number, argument, restart=restart, interruptible=interruptible, noted=noted))
 
 
-def perform_raw(fd: int, number: int, argument: Any = 0, *, restart: bool = True, interruptible: bool = False) -> Any:
+def perform_raw(
+    fd: int, number: int, argument: Any = 0, *, restart: bool = True, interruptible: bool = False, noted: Noted | None = None
+) -> Any:
     """Make an ioctl with bytes (returned as the kernel left them), a number, or a buffer that the kernel changes.
 
     It fails as `perform` does.
@@ -98,7 +105,7 @@ def perform_raw(fd: int, number: int, argument: Any = 0, *, restart: bool = True
     tried = 0
     while True:
         try:
-            return system(fd, number, argument)
+            return system(fd, number, argument) if noted is None else noted(system, fd, number, argument)
         except OSError as e:
             if interruptible and e.errno == errno.EINTR:
                 raise

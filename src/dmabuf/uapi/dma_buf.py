@@ -18,16 +18,16 @@ NAME_BYTES: Final = 32  # DMA_BUF_NAME_LEN, with its NUL
 _NO_SYNC_FILE: dict[int, call.Remedy] = {errno.ENOTTY: ("the kernel can't do this", "use Linux 6.0 or newer, with CONFIG_SYNC_FILE")}
 
 
-def sync(fd: int, flags: int, *, interruptible: bool = False, of: object = None) -> None:
+def sync(fd: int, flags: int, *, interruptible: bool = False, of: object = None, noted: call.Noted | None = None) -> None:
     """Begin or end a CPU access: START waits for the kernel's fences, END for nothing (DMA_BUF_IOCTL_SYNC, semantics 5.3).
 
-    EINTR and EAGAIN restart the call, EINTR only if not ``interruptible``.
+    EINTR and EAGAIN restart the call, EINTR only if not ``interruptible``. ``noted``: what calls the system call, and notes it.
 
     Raises:
         InvalidError: There are flags beyond READ, WRITE and END, or neither READ nor WRITE, or the exporter says so (EINVAL).
     """
     try:
-        call.perform(fd, t.DMA_BUF_SYNC, Sync(flags), interruptible=interruptible)
+        call.perform(fd, t.DMA_BUF_SYNC, Sync(flags), interruptible=interruptible, noted=noted)
     except OSError as e:
         raise told(
             e, "sync", of or f"fd {fd}", {errno.EINVAL: ("bad flags", "pass READ 1, WRITE 2 or RW 3, plus END 4 for the end")}

@@ -194,11 +194,11 @@ class Rules:
 
     def begin(self, part: Access, backing: Backing) -> None:
         """Call the exporter's op, granted and before the block. The fences were waited for already."""
-        backing.begin(part.buf, _direction(part))
+        backing.begin(part.buf, _direction(part), part)
 
     def end(self, part: Access, backing: Backing, kept: Descriptor | None) -> None:
         """Call the exporter's op, before the fence ends."""
-        backing.end(kept or part.buf, _direction(part))
+        backing.end(kept or part.buf, _direction(part), part)
 
     def keep(self, part: Access, backing: Backing) -> Descriptor | None:
         """Return what :meth:`end` can be called with once the handle may be closed; None: nothing."""

@@ -35,7 +35,7 @@ def begin_cpu_access(handle: Handle, direction: int, timeout: float | None, inte
         if until >= 0 and not kernel.wait_kernel(handle, usage == Usage.READ, until):
             what = f"timed out after {timeout} s, blocked by a kernel fence"
             raise fail(errno.ETIMEDOUT, "begin_cpu_access", handle, "wait for the device that uses it", what=what)
-        kernel.begin(handle, way, interruptible)
+        kernel.begin(handle, way, interruptible=interruptible)
     elif backing is not None:
         backing.begin(handle.face(), way)
     resv, shm = handle.resv, handle.shared.shm

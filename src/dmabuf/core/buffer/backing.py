@@ -22,7 +22,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Final, Protocol
 
-from dmabuf._native import Mapping
+from dmabuf._native import Access, Mapping
 from dmabuf.core.base import debug
 from dmabuf.core.base.registry import Registry
 from dmabuf.core.base.usage import Direction
@@ -49,11 +49,11 @@ class KernelSide(ABC):
     """What a kernel dma-buf has in addition: fences, a name and answers of the kernel's own."""
 
     @abstractmethod
-    def begin(self, buf: Descriptor, direction: Direction, interruptible: bool = False) -> None:
-        """Start the bracket of a CPU access, which waits for the kernel's fences too."""
+    def begin(self, buf: Descriptor, direction: Direction, access: Access | None = None, *, interruptible: bool = False) -> None:
+        """Start the bracket of a CPU access, which waits for the kernel's fences too. ``access``: see :meth:`Backing.begin`."""
 
     @abstractmethod
-    def end(self, buf: Descriptor, direction: Direction) -> None:
+    def end(self, buf: Descriptor, direction: Direction, access: Access | None = None) -> None:
         """End the bracket."""
 
     @abstractmethod
@@ -136,17 +136,25 @@ class Backing(ABC):
 
     # ---- CPU access ----
 
-    def begin(self, buf: Buffer, direction: Direction) -> None:
-        """Start a CPU access."""
+    def begin(self, buf: Buffer, direction: Direction, access: Access | None = None) -> None:
+        """Start a CPU access. ``access``: the block that it is for, which notes the op in the same step that calls it."""
         self.check_reachable("begin_cpu_access")
-        if "begin_cpu_access" in self.ops:
+        if "begin_cpu_access" not in self.ops:
+            return
+        if access is None:
             self.exporter.begin_cpu_access(buf, direction)
+        else:
+            access.begun(self.exporter.begin_cpu_access, buf, direction)
 
-    def end(self, buf: Descriptor, direction: Direction) -> None:
+    def end(self, buf: Descriptor, direction: Direction, access: Access | None = None) -> None:
         """End a CPU access. ``buf``: the handle, or what :meth:`keep_open` gave."""
         self.check_reachable("end_cpu_access")
-        if "end_cpu_access" in self.ops:
+        if "end_cpu_access" not in self.ops:
+            return
+        if access is None:
             self.exporter.end_cpu_access(buf, direction)
+        else:
+            access.told(self.exporter.end_cpu_access, buf, direction)
 
     def keep_open(self, buf: Buffer) -> Descriptor | None:
         """Return what :meth:`end` can be called with once the handle may be closed; None: nothing, so it must be called before."""

@@ -20,7 +20,7 @@ import os
 import select
 import time
 
-from dmabuf._native import Mapping, is_same, map_same
+from dmabuf._native import Access, Mapping, is_same, map_same
 from dmabuf.core.base.usage import Direction
 from dmabuf.core.buffer.backing import SERVERS, Backing, Descriptor, KernelSide
 from dmabuf.core.buffer.backing_memfd import FILE_EXPORTER, FILE_OPS
@@ -73,13 +73,14 @@ class KernelBacking(Backing, KernelSide):
 
     # ---- the bracket ----
 
-    def begin(self, buf: Descriptor, direction: Direction, interruptible: bool = False) -> None:
+    def begin(self, buf: Descriptor, direction: Direction, access: Access | None = None, *, interruptible: bool = False) -> None:
         """START, which waits for the kernel's fences too."""
-        uapi.sync(buf.fileno(), uapi.START | self._flags(direction), of=buf, interruptible=interruptible)
+        flags = uapi.START | self._flags(direction)
+        uapi.sync(buf.fileno(), flags, of=buf, interruptible=interruptible, noted=None if access is None else access.begun)
 
-    def end(self, buf: Descriptor, direction: Direction) -> None:
+    def end(self, buf: Descriptor, direction: Direction, access: Access | None = None) -> None:
         """END."""
-        uapi.sync(buf.fileno(), uapi.END | self._flags(direction), of=buf)
+        uapi.sync(buf.fileno(), uapi.END | self._flags(direction), of=buf, noted=None if access is None else access.told)
 
     def _flags(self, direction: Direction) -> int:
         return _SYNC.get(direction, uapi.READ)  # NONE waits as a reader does (semantics 2.15)
