@@ -173,6 +173,16 @@ def open_by_name(_: "World") -> None:
     dmabuf.open("interrupted").close()
 
 
+def open_the_newest(_: "World") -> None:
+    with dmabuf.allocate(4096, name="interrupted"):
+        dmabuf.open("interrupted", newest=True).close()
+
+
+def open_or_allocate(_: "World") -> None:
+    dmabuf.open_or_allocate("interrupted", 4096).close()
+    dmabuf.open_or_allocate("somebody else's", 4096).close()
+
+
 def name(world: "World") -> None:
     world.buf.name = "interrupted"
 
@@ -187,6 +197,13 @@ def send_and_receive_several(world: "World") -> None:
         dmabuf.send(world.ours, world.buf, semaphore, world.buf)
     for made in dmabuf.recv(world.theirs):
         made.close()
+
+
+def send_and_receive_meta(world: "World") -> None:
+    dmabuf.send(world.ours, world.buf, meta=["x" * 100])
+    dmabuf.recv(world.theirs)[0].close()
+    dmabuf.send(world.ours, meta=b"x" * 5000)
+    dmabuf.recv(world.theirs)
 
 
 def send_and_receive_a_sync_file(world: "World") -> None:
@@ -342,8 +359,8 @@ def job(world: "World") -> None:
 LOCKS = (lock, trylock, locked, locked_under_a_context, lock_all, lock_all_with_back_off, signalling_section, add_a_fence)
 FENCES = (fence, custom_fence, dropped_fence, timeline_with_a_fence, array, chain, wait_for_any)
 OBJECTS = (
-    allocate, allocate_described, describe, allocate_and_drop, get, open_by_name, name, send_and_receive, send_and_receive_several,
-    send_and_receive_a_sync_file, sync_file_and_merge, sync_file_of_a_buffer, semaphore, block_of_a_shared_file, sw_sync, mapping,
+    allocate, allocate_described, describe, allocate_and_drop, get, open_by_name, open_the_newest, open_or_allocate, name,
+    send_and_receive, send_and_receive_several, send_and_receive_meta, send_and_receive_a_sync_file, sync_file_and_merge, sync_file_of_a_buffer, semaphore, block_of_a_shared_file, sw_sync, mapping,
     attachment, cpu_access, reservation_object, private_domain, new_domain, opened_again, send_what_needs_descriptors, who_holds, doctor,
     detached_descriptor, vmapped, exporter,
 )  # fmt: skip
