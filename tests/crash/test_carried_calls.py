@@ -245,7 +245,7 @@ def balanced(exporter: Dynamic, buf: DmaBuf) -> bool:
         and not exporter.tables
         and not live.attachments
         and not live.vmaps
-        and all(mapping.closed for mapping in list(live._mappings))
+        and all(mapping.closed for mapping in live._mappings.values())
     )
 
 
