@@ -124,7 +124,8 @@ static void fill_chunk(Shm *s, uint32_t type, char *c) {
   memset(c, 0, DB_CHUNK);
   if (type == CH_FENCE)
     for (uint32_t i = 0; i < FENCES_PER; i++) {
-      atomic_store(&((db_fence *)c)[i].end, END_OPEN(floor & GEN_MASK));
+      /* Until its first use a slot answers for the fence of the floor's generation, and nobody knows how that one ended. */
+      atomic_store(&((db_fence *)c)[i].end, END_OPEN(floor & GEN_MASK) | END_DECIDED | EOWNERDEAD);
       atomic_store(&((db_fence *)c)[i].word, WORD_OF(floor) | FW_SIGNALED);
     }
   else if (type == CH_TIMELINE)

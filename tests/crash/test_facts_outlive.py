@@ -270,20 +270,23 @@ def test_fence_of_before_a_reset_is_eownerdead_to_a_newcomer(where: Path, pair: 
     def send() -> None:
         domain = dmabuf.Domain.open(where)
         timeline = dmabuf.Timeline("work", domain=domain)
-        fence = timeline.fence()
-        dmabuf.send(pair[0], fence)
-        fence.signal()
+        ended, failed = timeline.fence(), timeline.fence()
+        dmabuf.send(pair[0], ended, failed)
+        ended.signal()
+        failed.set_error(-errno.EIO)
+        failed.signal()
         domain.leave()
         assert domain.shm.copied
-        assert fence.status == 1  # this process looks at how things stood
+        assert (ended.status, failed.status) == (1, -errno.EIO)  # this process looks at how things stood
 
     def look() -> None:
         domain = dmabuf.Domain.open(where)
         timeline = dmabuf.Timeline("other", domain=domain)
-        mine = timeline.fence()  # perhaps in the same slot
-        (fence,) = dmabuf.recv(pair[1])
-        assert fence.wait(0) > 0
-        assert fence.error == -errno.EOWNERDEAD
+        mine = timeline.fence()  # in the slot of the first; the second's slot has a new chunk, and is not used
+        before = dmabuf.recv(pair[1])
+        for fence in before:
+            assert fence.wait(0) > 0
+            assert fence.error == -errno.EOWNERDEAD
         assert not mine.is_signaled()
         mine.signal()
         domain.leave()
