@@ -8,7 +8,7 @@ What a newcomer needs:
     with buf.write() as view: ...                   waits for readers and writers; nobody else is in a block
     with dmabuf.access(read=[a], write=[b]) as (x, y): ...    several buffers, without a deadlock
     dmabuf.send(sock, buf); (buf,) = dmabuf.recv(sock)        to another process; multiprocessing takes buffers too
-    buf = dmabuf.open("frame")                      a buffer of another process, by its name
+    buf = dmabuf.open("frame")                      a buffer of another process, by its name; open_or_allocate() makes it if need be
     buf.close()                                     the memory goes with its last holder
     $ dmabuf ls                                     who has which buffer, and what blocks it
 

@@ -202,6 +202,13 @@ def test_the_limits_of_udmabuf_are_told(tmp_path: Path, size_limit: str | None, 
     assert says in named(checks(dev=tmp_path, parameters=tmp_path), "udmabuf").detail
 
 
+def test_a_pid_namespace_is_recognised(tmp_path: Path) -> None:
+    assert named(checks(proc=tmp_path), "pid namespace").detail == "the kernel has none"
+    (tmp_path / "self/ns").mkdir(parents=True)
+    (tmp_path / "self/ns/pid").touch()
+    assert "a separate one" in named(checks(proc=tmp_path), "pid namespace").detail
+
+
 def test_a_user_namespace_is_recognised(tmp_path: Path) -> None:
     (tmp_path / "self").mkdir()
     (tmp_path / "self" / "uid_map").write_text("         0       1000          1\n")

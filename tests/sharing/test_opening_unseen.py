@@ -220,6 +220,44 @@ def test_setuid_worker_sends_its_buffer(child: Spawn, nobodys: str, undumpable: 
     holder.result()
 
 
+_FORK = """
+import os
+import dmabuf
+buf = dmabuf.allocate(4096, name="forked")
+child = os.fork()
+if child:
+    os.write(1, b"%d\\n" % buf.ino)
+    os.waitpid(child, 0)
+else:
+    with buf.write():
+        os.write(1, b"joined\\n")
+    input()
+    os.write(1, b"closed\\n")
+    buf.close()
+"""
+
+
+def test_forked_child_in_a_container_is_asked_too() -> None:
+    with program(_FORK) as holder:
+        assert sorted((holder.line(), holder.line()))[1] == "joined"
+        with program(_SERVERS) as lister:
+            assert lister.line() == "2 2"
+
+
+_SERVERS = """
+import os
+from pathlib import Path
+import dmabuf
+from dmabuf.domain import lives, place
+domain = dmabuf.Domain.default()
+domain.sweep()
+(record,) = (i for i in domain.shm.rec_list() if domain.shm.rec_info(i)["name"] == b"forked")
+holders = domain.shm.rec_holders(record)
+names = [place.socket_name(lives.life_at(domain.shm, i)) for i in holders]
+print(len(holders), sum((domain.path / name).exists() for name in names))
+"""
+
+
 def test_serve_of_something_else_is_a_type_error() -> None:
     with pytest.raises(TypeError):
         dmabuf.serve(domain="/tmp")  # type: ignore[arg-type]

@@ -360,9 +360,9 @@ LOCKS = (lock, trylock, locked, locked_under_a_context, lock_all, lock_all_with_
 FENCES = (fence, custom_fence, dropped_fence, timeline_with_a_fence, array, chain, wait_for_any)
 OBJECTS = (
     allocate, allocate_described, describe, allocate_and_drop, get, open_by_name, open_the_newest, open_or_allocate, name,
-    send_and_receive, send_and_receive_several, send_and_receive_meta, send_and_receive_a_sync_file, sync_file_and_merge, sync_file_of_a_buffer, semaphore, block_of_a_shared_file, sw_sync, mapping,
-    attachment, cpu_access, reservation_object, private_domain, new_domain, opened_again, send_what_needs_descriptors, who_holds, doctor,
-    detached_descriptor, vmapped, exporter,
+    send_and_receive, send_and_receive_several, send_and_receive_meta, send_and_receive_a_sync_file, sync_file_and_merge,
+    sync_file_of_a_buffer, semaphore, block_of_a_shared_file, sw_sync, mapping, attachment, cpu_access, reservation_object,
+    private_domain, new_domain, opened_again, send_what_needs_descriptors, who_holds, doctor, detached_descriptor, vmapped, exporter,
 )  # fmt: skip
 BLOCKS = (switched, mapped, map_again, attached, views, device_access, claim, attached_to_an_engine, job_of_a_buffer, job)
 OPERATIONS: tuple[Callable[["World"], None], ...] = (*LOCKS, *FENCES, *OBJECTS, *BLOCKS)

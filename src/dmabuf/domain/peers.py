@@ -11,7 +11,7 @@ from dmabuf.domain.domain import Domain, every
 from dmabuf.domain.local import Local
 from dmabuf.errors import fail
 
-_FIRST_NAMESPACE: Final = 0xEFFFFFFC  # the inode of the PID namespace of the machine (PROC_PID_INIT_INO, include/linux/proc_ns.h)
+FIRST_NAMESPACE: Final = 0xEFFFFFFC  # the inode of the PID namespace of the machine (PROC_PID_INIT_INO, include/linux/proc_ns.h)
 
 
 # ---- labels ----
@@ -74,7 +74,7 @@ def _is_barred(domain: Domain) -> bool:
     try:
         if os.stat("/proc/self/fd").st_uid != os.geteuid():
             return True
-        if os.stat("/proc/self/ns/pid").st_ino == _FIRST_NAMESPACE:
+        if os.stat("/proc/self/ns/pid").st_ino == FIRST_NAMESPACE:
             return False
     except OSError:
         return False

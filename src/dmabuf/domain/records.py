@@ -77,6 +77,10 @@ class Record:
         else:
             self.index, self.gen, _ = self._create(shm, name)
         self.shm, self.life, self.unwatched = shm, shm.life, False
+        self.referenced()
+
+    def referenced(self) -> None:
+        """Do what the first reference of a life to the record needs."""
 
     def _create(self, shm: Shm, name: bytes | None) -> tuple[int, int, bool]:
         arguments = (self.dev, self.ino, self.size, self.nonce, self.exp_name, self.home, name, self.kind, os.getpid(), time.time_ns())
@@ -110,6 +114,7 @@ class Record:
             return
         if shm is self.shm and self.gen and shm.rec_get(self.index, self.gen):
             self.life = shm.life
+            self.referenced()
         else:
             self.reference(name)
 

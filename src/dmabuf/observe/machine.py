@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dmabuf._native import OwnedFd, owned, watch_add, watch_open, watch_read
-from dmabuf.domain import place, proved
+from dmabuf.domain import peers, place, proved
 from dmabuf.domain.records import reference_locks
 from dmabuf.errors import DmaBufError, errno_name
 from dmabuf.heap import budget, devices, udmabuf
@@ -57,7 +57,7 @@ def checks(
     ``domain_path``: None for this user's domain. ``dev``, ``proc``, ``parameters``: for tests.
     """
     found = [_kernel(), _proc(proc), _memfd(), _locks(proc), _domain(domain_path) if domain_path else _default_domain(), *_memory()]
-    found += [_descriptors(), _inotify(), _namespace(proc), _cpus()]
+    found += [_descriptors(), _inotify(), _namespace(proc), _pid_namespace(proc), _cpus()]
     found.append(_udmabuf(dev / "udmabuf", parameters))
     found.extend(_devices(dev, "dma_heap", "dma_heap/*", "dma-buf heaps", "use a kernel with CONFIG_DMABUF_HEAPS_SYSTEM"))
     found.extend(_devices(dev, "dri", "dri/card*", "GPU buffers", "load a GPU's driver, or: modprobe vgem", "dri/renderD*"))
@@ -231,6 +231,19 @@ def _namespace(proc: Path) -> Check:
     if inside:
         return Check("user namespace", OK, False, "a separate one: buffers are shared with processes of the same uid outside of it, too")
     return Check("user namespace", OK, False, "the machine's")
+
+
+def _pid_namespace(proc: Path) -> Check:
+    """Check whether processes of the domain can reach each other through /proc."""
+    try:
+        inside = os.stat(proc / "self/ns/pid").st_ino != peers.FIRST_NAMESPACE
+    except OSError:
+        return Check("pid namespace", OK, False, "the kernel has none")
+    if inside:
+        return Check(
+            "pid namespace", OK, False, "a separate one: processes outside of it open buffers by name by asking this one (a thread)"
+        )
+    return Check("pid namespace", OK, False, "the machine's; a process whose buffers containers open by name calls dmabuf.serve()")
 
 
 def _cpus() -> Check:

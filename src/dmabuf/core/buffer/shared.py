@@ -50,9 +50,8 @@ class SharedBuffer(Record):
         self.described: Layout | None = None
         self._plain: Backing | None = None
 
-    def reference(self, name: bytes | None = None) -> None:
+    def referenced(self) -> None:
         """See ``Record``. A process whose descriptors others can't reach through /proc answers them from its first buffer on."""
-        super().reference(name)
         if self.kind == KIND_BUFFER and barred(self.domain):
             with suppress(OSError, RuntimeError):  # then it can't be asked, and the buffer is none the worse
                 SERVERS.find("memfd")(self.domain)
