@@ -6,6 +6,7 @@
 #   make fuzz [COUNT=1000000] [SEED=7]          random messages, descriptors and files
 #   make mutants [ARGS='--seeds 1 torn-mark']   known faults, which the tests must find
 #   make test-kernel [KERNEL=uml|debian|full]   the tests that ask a real kernel, in a guest
+#   make test-interop [TORCH=torch==2.13.0+cpu]  what other libraries do with a view, in an environment of its own
 #   make test-model                             the models of the shared memory's protocol, with Spin
 #   make lint   make types   make format        make sanitize   make bench   make wheel   make clean
 #
@@ -21,6 +22,7 @@ KERNEL ?= uml
 SECONDS ?= 3600
 COUNT ?= 1000000
 SEED   ?=
+TORCH  ?= torch
 
 # Hundreds of tests start fresh interpreters: without cached bytecode each would compile all it imports again.
 unexport PYTHONDONTWRITEBYTECODE
@@ -29,13 +31,16 @@ NATIVE := $(wildcard native/*.[ch] native/*/*.[ch])
 ASAN   := .build-asan
 SANITIZED = $(wildcard tests/unit/test_native*.py tests/unit/test_mapping*.py)
 
+INTEROP := $(VENV)-interop
+CONSUMERS = $(TORCH) opencv-python-headless pillow pyarrow cffi numba
+
 # The stamps form a chain, so that `make -j` never runs two pips in one environment.
 BASE := $(VENV)/.stamp-base
 DEMO := $(VENV)/.stamp-demo
 DEV  := $(VENV)/.stamp-dev
 EXT  := $(VENV)/.stamp-ext
 
-.PHONY: demo test test-long mutants soak fuzz test-kernel test-model lint types format sanitize bench wheel dev clean
+.PHONY: demo test test-long mutants soak fuzz test-interop test-kernel test-model lint types format sanitize bench wheel dev clean
 .DEFAULT_GOAL := test
 
 demo: $(DEMO) $(EXT)
@@ -60,6 +65,16 @@ soak: $(DEV) $(EXT)
 # Random messages, descriptors and files. ARGS='receive message' for some of the targets.
 fuzz: $(DEV) $(EXT)
 	$(PY) -m tests.fuzz --count $(COUNT) $(if $(SEED),--seed $(SEED)) $(ARGS)
+
+# What other libraries do with a view (docs/views.md). Each is installed if it can be, and the tests of the others are skipped: some have no
+# wheel for some Pythons, and a torch for GPUs takes gigabytes.
+test-interop: $(DEV) $(EXT)
+	$(PYTHON) -m venv --system-site-packages $(INTEROP)
+	echo "$(CURDIR)/$(VENV)/lib/$$($(PY) -c 'import sys; print(f"python{sys.version_info[0]}.{sys.version_info[1]}")')/site-packages" > \
+	  "$$($(INTEROP)/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/everyday.pth"
+	for package in $(CONSUMERS); do \
+	  $(INTEROP)/bin/python -m pip --disable-pip-version-check --quiet install "$$package" || echo "without $$package"; done
+	PYTHONPATH=$(CURDIR)/src $(INTEROP)/bin/python -m pytest -n0 tests/interop $(ARGS)
 
 # The models of the shared memory's protocol, with Spin (apt-get install spin). ARGS='-k facts'
 test-model: $(DEV) $(EXT)
@@ -107,7 +122,7 @@ wheel: $(DEV)
 dev: $(DEV) $(EXT)
 
 clean:
-	rm -rf $(VENV) $(ASAN) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
+	rm -rf $(VENV) $(INTEROP) $(ASAN) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
 	rm -f src/dmabuf/_native*.so
 	find src tests tools bench examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 

@@ -23,6 +23,6 @@ PyObject *view_new(Block *b, char *base, Py_ssize_t n, Py_ssize_t stride, bool r
   v->use = b->use;
   v->readonly = readonly;
   v->released = false;
-  v->asked = 0;
+  v->asked = v->wanted = 0;
   return (PyObject *)v;
 }

@@ -10,7 +10,8 @@ typedef struct {
   Py_ssize_t n, stride;
   uint32_t use; /* of the block */
   bool readonly, released;
-  unsigned long asked; /* the thread that has just asked as np.ndarray(buffer=view) asks first */
+  unsigned long asked;  /* the thread that has just asked as np.ndarray(buffer=view) asks first */
+  unsigned long wanted; /* the thread that has just asked for a writable buffer, in vain */
 } View;
 
 extern PyTypeObject *View_Type;

@@ -1,10 +1,12 @@
 /* view_type.c - the methods of View.
  *
- * `asked`: np.ndarray(buffer=view) keeps neither the buffer nor its object, only the view, and would show memory that is gone. It asks for
- * a writable buffer without gaps first, then for a readable one; nobody else asks for these two in this order, and both are refused.
+ * Two consumers are refused, whom only the flags of their requests tell. Each asks for a writable buffer first, then for a readable one.
+ * `np.ndarray(buffer=view)` keeps neither the buffer nor its object, only the view, and would show memory that is gone. Nobody else asks
+ * for these two buffers without gaps in this order. `torch.frombuffer` of a read() view would make a tensor that can be written.
  */
 #include "access/view_type.h"
 #include "access/arrays.h"
+#include "access/callers.h"
 #include "access/dlpack.h"
 #include "access/holds.h"
 #include "access/view.h"
@@ -14,6 +16,14 @@ static void view_dealloc(View *v) {
   Py_DECREF(v->block);
   PyObject_Free(v);
   Py_DECREF(type);
+}
+
+static int refuse_torch(void) {
+  static const char text[] = "the view is read-only, and torch would write it all the same: use view.tensor(copy=True), or a write() block";
+  /* torch raises an error of its own instead of this one, so that the remedy must come as a warning. */
+  PyErr_Clear(); /* of its first request, which it leaves */
+  if (!PyErr_WarnEx(PyExc_RuntimeWarning, text, 1)) PyErr_SetString(PyExc_BufferError, text);
+  return -1;
 }
 
 static int view_getbuffer(View *v, Py_buffer *buffer, int flags) {
@@ -29,7 +39,10 @@ static int view_getbuffer(View *v, Py_buffer *buffer, int flags) {
       return -1;
     }
   } else {
+    bool second = flags == PyBUF_SIMPLE && v->wanted && v->wanted == PyThread_get_thread_ident();
     v->asked = 0;
+    v->wanted = flags == PyBUF_WRITABLE && v->readonly ? PyThread_get_thread_ident() : 0;
+    if (second && called_by_torch()) return refuse_torch();
   }
   hold *h = hold_new(v->block, v->base, v->n, v->stride, v->readonly);
   if (!h) return -1;

@@ -44,6 +44,8 @@ def tensor(
     if shape is None and strides is None:
         return flat
     sizes = [shape] if isinstance(shape, int) else [len(flat)] if shape is None else list(shape)
+    if min(sizes, default=0) < -1 or sizes.count(-1) > (strides is None):
+        raise ValueError(f"tensor: the shape {tuple(sizes)} has negative dimensions: give the whole shape")
     if strides is None:
         count = 1
         for size in sizes:
