@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from dmabuf import _native
-from dmabuf.domain import proved
+from dmabuf.domain import limits, proved
+from dmabuf.heap import budget
 from dmabuf.observe import machine
 from dmabuf.observe.machine import MISSING, OK, WARNING, Check, checks
 from dmabuf.observe.units import age, size
@@ -200,6 +201,24 @@ def test_the_limits_of_udmabuf_are_told(tmp_path: Path, size_limit: str | None, 
         (tmp_path / "size_limit_mb").write_text(size_limit + "\n")
         (tmp_path / "list_limit").write_text(list_limit + "\n")
     assert says in named(checks(dev=tmp_path, parameters=tmp_path), "udmabuf").detail
+
+
+def test_a_proc_that_shows_processes_only_is_named(tmp_path: Path) -> None:
+    (tmp_path / "self").mkdir()
+    check = named(checks(proc=tmp_path), "OFD locks")
+    assert (check.status, check.detail) == ("missing", f"{tmp_path} shows processes only, and not locks")
+    assert "subset=pid" in check.remedy
+
+
+def test_memory_that_cannot_be_read_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    def least(_: object) -> object:
+        raise limits.no_proc("allocate", "/proc/meminfo", errno.ENOENT)
+
+    monkeypatch.setattr(budget.Budget, "least", least)
+    check = named(checks(), "memory")
+    assert (check.status, check.required) == ("missing", True)
+    assert "subset=pid" in check.remedy
+    assert "subset=pid" not in check.detail
 
 
 def test_a_pid_namespace_is_recognised(tmp_path: Path) -> None:

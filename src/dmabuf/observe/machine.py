@@ -104,6 +104,8 @@ def _memfd() -> Check:
 
 def _locks(proc: Path) -> Check:
     def attempt() -> str:
+        if not os.path.exists(proc / "locks") and os.path.exists(proc / "self"):
+            raise OSError(f"{proc} shows processes only, and not locks")
         with owned(os.memfd_create, "dmabuf-doctor", os.MFD_CLOEXEC) as own:
             os.ftruncate(own.number, 4096)
             if not own.set_lock(fcntl.F_RDLCK, 0):
@@ -116,7 +118,7 @@ def _locks(proc: Path) -> Check:
                 raise OSError(f"a lock is not seen in {proc}/locks")
         return f"open-file-description locks, seen in {proc}/locks"
 
-    return _tried("OFD locks", attempt, "use Linux 3.15 or newer with CONFIG_FILE_LOCKING, and a /proc that shows locks")
+    return _tried("OFD locks", attempt, "use Linux 3.15 or newer with CONFIG_FILE_LOCKING, and a /proc without subset=pid")
 
 
 def _default_domain() -> Check:
@@ -201,7 +203,8 @@ def _memory() -> Iterator[Check]:
     try:
         room, rooms = here.least(), here.groups()
     except OSError as e:
-        yield Check("memory", MISSING, True, str(e), "mount /proc")
+        remedy = e.remedy if isinstance(e, DmaBufError) and e.remedy else "mount /proc"
+        yield Check("memory", MISSING, True, str(e).removesuffix(f"; {remedy}"), remedy)
         return
     status = OK if room.left >= 64 * _MIB else WARNING
     yield Check("memory", status, False, f"{size(max(0, room.left))} can be allocated: {room.limit}", "" if status == OK else room.remedy)
