@@ -244,7 +244,7 @@ def test_a_failing_end_of_a_write_leaves_the_content_torn(place: Place, static: 
 
 def live_mappings(exporter: Static) -> int:
     (exported,) = (e for e in EXPORTS.of(dmabuf.Domain.default()).buffers.values() if e.exporter is exporter)
-    return sum(not mapping.closed for mapping in list(exported._mappings))
+    return sum(not mapping.closed for mapping in exported._mappings.values())
 
 
 def test_the_exporters_mapping_lives_as_long_as_the_one_elsewhere(child: Spawn, static: Static) -> None:

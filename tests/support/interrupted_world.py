@@ -268,8 +268,8 @@ def private_domain(_: "World") -> None:
 
 
 def new_domain(world: "World") -> None:
-    shutil.rmtree(world.new, ignore_errors=True)
-    Domain.open(world.new).leave()
+    world.names += 1
+    Domain.open(world.new / str(world.names)).leave()
 
 
 def opened_again(_: "World") -> None:
@@ -393,6 +393,7 @@ class World:
         self.queue = self.engine.queue()
         self.attached = self.engine.attach(self.buf)
         self.queue.fill(self.attached, 1).wait()  # its threads stay
+        self.names = 0  # of directories made in `new`
         self.new = Path(tempfile.mkdtemp(dir="/dev/shm", prefix="dmabuf-interrupted-"))
         self.ours, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 

@@ -83,17 +83,22 @@ def ask(domain: Domain, index: int, dev: int, ino: int, nonce: bytes) -> DmaBuf 
     finally:
         client.leave(user)
     try:
-        while came:
-            fd = came.pop(0)
-            try:
-                same = identify(fd.number, domain, "open").nonce == nonce
-            except DmaBufError:
-                same = False  # something else
-            if same:
-                return from_fd(fd, domain)
-            fd.close()
+        return _first_of(domain, came, nonce)
     finally:
         close_all(came)
+
+
+def _first_of(domain: Domain, came: list[OwnedFd], nonce: bytes) -> DmaBuf | None:
+    """Return the buffer with this nonce from the first descriptor of it, which is taken from the list, as are those before it."""
+    while came:
+        fd = came.pop(0)
+        try:
+            same = identify(fd.number, domain, "open").nonce == nonce
+        except DmaBufError:
+            same = False  # something else
+        if same:
+            return from_fd(fd, domain)
+        fd.close()
     return None
 
 

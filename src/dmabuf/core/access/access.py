@@ -331,22 +331,9 @@ async def _ended_within(owner: Owner, fence: int, seconds: float | None) -> bool
 
 async def wait_async(parts: Sequence[Access], owner: Owner, pending: Sequence[int], until: int) -> None:
     """:func:`wait` in a coroutine."""
-    shm = owner.domain.shm
     ask(owner.domain, pending)
     try:
-        for fence in pending:
-            if not shm.fence_pending(fence):
-                continue
-            left = None if until < 0 else max(0.0, (until - time.monotonic_ns()) / 1e9)
-            soon = kept.WAIT_NS / 1e9
-            if left is not None and left <= soon:
-                ended = await _ended_within(owner, fence, left)
-            elif not (ended := await _ended_within(owner, fence, soon)):
-                for part in parts:
-                    kept.ask(owner.domain, part, fence)
-                ended = await _ended_within(owner, fence, None if left is None else left - soon)
-            if not ended:
-                raise timed_out(parts[0])
+        await _stop_until(parts, owner, pending, until)
     finally:
         if owner.wait_stamp:
             publish(owner, 0)
@@ -354,6 +341,23 @@ async def wait_async(parts: Sequence[Access], owner: Owner, pending: Sequence[in
         kernel = part.handle.kernel()
         if kernel is not None and not await kernel.wait_kernel_async(part.handle, part.write, until):
             raise timed_out(part, "a kernel fence")
+
+
+async def _stop_until(parts: Sequence[Access], owner: Owner, pending: Sequence[int], until: int) -> None:
+    """Stop the task until the fences are signaled."""
+    shm, soon = owner.domain.shm, kept.WAIT_NS / 1e9
+    for fence in pending:
+        if not shm.fence_pending(fence):
+            continue
+        left = None if until < 0 else max(0.0, (until - time.monotonic_ns()) / 1e9)
+        if left is not None and left <= soon:
+            ended = await _ended_within(owner, fence, left)
+        elif not (ended := await _ended_within(owner, fence, soon)):
+            for part in parts:
+                kept.ask(owner.domain, part, fence)
+            ended = await _ended_within(owner, fence, None if left is None else left - soon)
+        if not ended:
+            raise timed_out(parts[0])
 
 
 async def arrive_async(blocks: Blocks, owner: Owner, until: int) -> list[int]:

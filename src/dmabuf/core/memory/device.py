@@ -186,14 +186,17 @@ class Device:
                     raise ContractError(
                         f"unmap_sgtable: {sgt!r}: this thread is inside views() of it, which it would wait for; leave that block first"
                     )
-                for iova in made:
-                    at = bisect.bisect_left(self._ranges, iova)
-                    if self._ranges[at : at + 1] == [iova]:  # else a signal handler interrupted this call before, after this step
-                        del self._ranges[at]
+                self._forget(made)
                 set_mapping(sgt, None, ())
                 self._calm.wait_for(lambda: not any(iova.serial in self._users for iova in made))
         finally:
             finish(_release_unless_mapped, sgt, made)  # also when a signal handler ended the wait: no access begins
+
+    def _forget(self, made: list[IovaRange]) -> None:
+        for iova in made:
+            at = bisect.bisect_left(self._ranges, iova)
+            if self._ranges[at : at + 1] == [iova]:  # else a signal handler interrupted this call before, after this step
+                del self._ranges[at]
 
     def _place(self, sgt: SgTable, views: list[memoryview]) -> list[int]:
         """Return addresses for the pieces, side by side by whole pages. The lock is held."""
