@@ -112,6 +112,14 @@ def test_name_that_is_not_in_the_table_is_lookuperror(find: Any, given: Any, say
         find(given)
 
 
+@pytest.mark.parametrize(
+    ("given", "system"), [("GREY", "v4l2"), ("GRAY8", "gstreamer"), ("gray", "ffmpeg"), ("GRAY", "opencv"), ("mono8", "ros")]
+)
+def test_name_of_another_system_is_lookuperror_that_says_what_to_call(given: str, system: str) -> None:
+    with pytest.raises(LookupError, match=re.escape(f"if it is the name of another system, pass PixelFormat.from_{system}({given!r})")):
+        PixelFormat.of(given)
+
+
 @pytest.mark.parametrize("given", [None, 1.5, b"NV12"])
 def test_format_of_another_type_is_typeerror(given: Any) -> None:
     with pytest.raises(TypeError):

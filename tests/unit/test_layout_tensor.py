@@ -62,6 +62,14 @@ def test_tensor_layout_takes_types_of_numpy() -> None:
     assert TensorLayout(numpy.float32, (2,)) == TensorLayout(numpy.dtype("float32"), (numpy.int64(2),)) == TensorLayout("float32", (2,))
 
 
+@pytest.mark.parametrize("name", [name for name in DTYPES if not name.startswith(("bfloat", "float8"))])
+def test_tensor_layout_takes_numpys_code_of_a_type(name: str) -> None:
+    numpy = pytest.importorskip("numpy")
+    code = numpy.dtype(name).str
+    assert code[0] in "<|"
+    assert TensorLayout(code, (2,)) == TensorLayout(code[1:], (2,)) == TensorLayout("=" + code[1:], (2,)) == TensorLayout(name, (2,))
+
+
 def test_tensor_layout_takes_a_type_that_prints_as_torch_does() -> None:
     class Type:
         def __str__(self) -> str:
@@ -82,6 +90,8 @@ def test_tensor_layout_sizes_of_types_are_those_of_numpy() -> None:
     [
         (("float", (2,)), "no dtype 'float'"),
         (("", (2,)), "no dtype ''"),
+        (("<f3", (2,)), "no dtype '<f3'"),
+        ((">f4", (2,)), "'>f4' is big-endian"),
         (("uint8", (-1,)), "shape is -1"),
         (("uint8", (1 << 63,)), "shape is"),
         (("uint8", (1 << 32, 1 << 32)), "last byte"),

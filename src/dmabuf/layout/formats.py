@@ -97,7 +97,7 @@ class PixelFormat:
         if isinstance(given, cls):
             return given
         if isinstance(given, str):
-            return _found(by_name(), given.removeprefix(_DRM_PREFIX), "DRM format", given)
+            return _found(by_name(), given.removeprefix(_DRM_PREFIX), "DRM format", given, _elsewhere(given))
         return _found(_by_fourcc(), operator.index(given), "DRM fourcc", text_of(operator.index(given)))  # type: ignore[arg-type]
 
     @classmethod
@@ -219,11 +219,20 @@ def _plane(text: str) -> PlaneFormat:
     )
 
 
-def _found(table: Mapping[str, PixelFormat] | Mapping[int, PixelFormat], key: str | int, what: str, shown: str) -> PixelFormat:
+def _found(
+    table: Mapping[str, PixelFormat] | Mapping[int, PixelFormat], key: str | int, what: str, shown: str, remedy: str = ""
+) -> PixelFormat:
     try:
         return table[key]  # type: ignore[index]
     except KeyError:
-        raise LookupError(f"look up: {what} {shown!r}: the table has no such format; docs/formats.md lists those it has") from None
+        remedy = remedy or "docs/formats.md lists those it has"
+        raise LookupError(f"look up: {what} {shown!r}: the table has no such format; {remedy}") from None
+
+
+def _elsewhere(name: str) -> str:
+    """Return what to call if a name that was given as DRM's is another system's. A user who has FFmpeg's name may not know DRM's."""
+    calls = [f"PixelFormat.from_{system}({name!r})" for system in SYSTEMS if name in _by(system)]
+    return f"if it is the name of another system, pass {' or '.join(calls)}" if calls else ""
 
 
 @cache

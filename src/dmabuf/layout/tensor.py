@@ -35,6 +35,22 @@ DTYPES: Final = {
     "float8_e5m2": 1,
 }
 _ORDER: Final = tuple(DTYPES)
+_SHORT: Final = {  # numpy's codes, which view.array() takes too
+    "b1": "bool",
+    "u1": "uint8",
+    "i1": "int8",
+    "u2": "uint16",
+    "i2": "int16",
+    "u4": "uint32",
+    "i4": "int32",
+    "u8": "uint64",
+    "i8": "int64",
+    "f2": "float16",
+    "f4": "float32",
+    "f8": "float64",
+    "c8": "complex64",
+    "c16": "complex128",
+}
 _TENSOR: Final = struct.Struct("<BBHIQ")  # type, dimensions, zero, zero, offset
 _DIMENSION: Final = struct.Struct("<QQ")  # how many, bytes from one to the next
 
@@ -43,9 +59,9 @@ _DIMENSION: Final = struct.Struct("<QQ")  # how many, bytes from one to the next
 class TensorLayout:
     """The layout of a tensor in one buffer.
 
-    ``dtype``: the name of a type, as ``"float32"``, or a type of numpy or torch, which becomes its name. ``shape``: how many elements in
-    each dimension. ``strides``: the bytes from one element to the next, in each dimension, as numpy counts them; None means without gaps,
-    the last dimension innermost. ``offset``: the first byte.
+    ``dtype``: the name of a type, as ``"float32"`` or ``"<f4"``, or a type of numpy or torch, which becomes its name. ``shape``: how many
+    elements in each dimension. ``strides``: the bytes from one element to the next, in each dimension, as numpy counts them; None means
+    without gaps, the last dimension innermost. ``offset``: the first byte.
 
     Raises:
         InvalidError: The type is unknown, a number is out of bounds, or there are too many dimensions (EINVAL).
@@ -157,9 +173,12 @@ def dtype_name(dtype: object) -> str:
     Raises:
         InvalidError: It is not one of those that a layout can have (EINVAL).
     """
-    name = dtype if isinstance(dtype, str) else getattr(dtype, "name", None) or getattr(dtype, "__name__", None) or str(dtype)
-    name = str(name).removeprefix("torch.")
-    byte_order = getattr(dtype, "byteorder", "=")
+    if isinstance(dtype, str):
+        byte_order = ">" if dtype.startswith(">") else "="
+        name = _SHORT.get(dtype[1:] if dtype.startswith(("<", "=", "|")) else dtype, dtype)
+    else:
+        byte_order = getattr(dtype, "byteorder", "=")
+        name = str(getattr(dtype, "name", None) or getattr(dtype, "__name__", None) or dtype).removeprefix("torch.")
     if name in DTYPES and byte_order != ">":
         return name
     what = f"there is no dtype {dtype!r}" if byte_order != ">" else f"{dtype!r} is big-endian"
