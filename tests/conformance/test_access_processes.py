@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import errno
 import os
+import re
 import signal
 from typing import Any
 
@@ -287,6 +288,17 @@ def test_a_timeout_adds_nothing_and_leaves_the_other_alone(child: Spawn, buf: Dm
     leaves(writer, last=2)
     with buf.read(timeout=60) as view:
         assert view[0] == 2
+
+
+def test_timeout_names_blocker_that_is_stopped(child: Spawn, buf: DmaBuf) -> None:
+    (writer,) = cast(child, 1, buf)
+    enters(writer, "write")
+    writer.stop()
+    with raises_errno(errno.ETIMEDOUT) as caught, buf.read(timeout=0):
+        pass
+    writer.resume()
+    assert re.search(rf"blocked by write\(\) in process {writer.pid} \(.+, which is stopped\) \(ETIMEDOUT\)", str(caught.value))
+    leaves(writer, last=2)
 
 
 def test_what_a_read_left_in_another_process_gives_way_to_a_writer_that_has_waited(child: Spawn, buf: DmaBuf) -> None:

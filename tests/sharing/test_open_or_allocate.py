@@ -250,7 +250,7 @@ def test_label_names_a_process_and_its_forks(child: Spawn, label: str | bytes) -
         assert record.blocking_readers[0].comm == text
         with raises_errno(errno.ETIMEDOUT) as caught, buf.read(timeout=0):
             pass
-        assert str(other.pid) in str(caught.value)
+        assert f"blocked by write() in process {other.pid} ({text})" in str(caught.value)
         other.send()
         pid = other.recv()
         (record,) = dmabuf.buffers()

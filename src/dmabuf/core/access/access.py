@@ -48,7 +48,7 @@ from dmabuf.core.resv.until_free import until_free
 from dmabuf.core.resv.ww_mutex import lock_all_until
 from dmabuf.core.task import waiting as awaiting
 from dmabuf.core.task.owner import Owner, acting, current, publish, thread_of
-from dmabuf.domain import place
+from dmabuf.domain import naming, place
 from dmabuf.domain.dispatcher import dispatcher, report
 from dmabuf.domain.local import Local
 from dmabuf.errors import DmaBufTimeout, contract_warning, fail
@@ -259,7 +259,7 @@ def _blocker(part: Access) -> str:
     for fence in pending_on(handle.resv, _READ if part.write else _WRITE):
         if fence != part.fence and (info := shm.fence_info(fence)) is not None:
             kind = ("read()", "write()")[bool(info["flags"] & FF_WRITE)] if info["flags"] & FF_ACCESS else "a fence"
-            return f"{kind} in process {handle.domain.pid_of(info['life'])}"
+            return f"{kind} in {naming.process(handle.domain, info['life'])}"
     return ""
 
 
