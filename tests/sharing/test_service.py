@@ -133,7 +133,7 @@ def test_answer_that_is_too_long_is_undone_and_emsgsize(monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("kind", "more", "number"),
     [
-        ("begin", {"direction": 1}, 0),
+        ("begin", {"direction": 1, "block": 0}, 0),
         ("detach", {"attachment": 7}, errno.EINVAL),
         ("map", {"holder": 12345 << 32 | 99, "direction": 1, "attachment": 1}, errno.EPERM),
         ("vunmap", {"holder": (1 << 64) - 1}, errno.EPERM),
@@ -163,7 +163,7 @@ def test_a_descriptor_of_something_else_is_refused(exporter: Static) -> None:
         sock.send(hello(session=answer(main)["session"]))
         answer(sock)
         st = os.fstat(buf.fileno())
-        body = {"kind": "begin", "dev": st.st_dev, "ino": st.st_ino, "direction": 1}
+        body = {"kind": "begin", "dev": st.st_dev, "ino": st.st_ino, "direction": 1, "block": 0}
         socket.send_fds(sock, [json.dumps(body).encode()], [other.fileno()])
         assert answer(sock)["errno"] == errno.EINVAL
         with dmabuf.allocate(PAGE) as plain:
