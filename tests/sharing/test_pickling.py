@@ -9,8 +9,6 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Iterator
-from multiprocessing import resource_sharer
 from multiprocessing.context import BaseContext
 from typing import Any
 
@@ -22,13 +20,6 @@ from tests.support.errnos import raises_errno
 
 METHODS = ["fork", "forkserver", "spawn"]
 KINDS = ["buffer", "private buffer", "fence", "timeline", "private domain", "default domain"]
-
-
-@pytest.fixture(autouse=True)
-def sharer_ends() -> Iterator[None]:
-    """multiprocessing keeps a thread and a socket for descriptors on their way; end them with the test."""
-    yield
-    resource_sharer.stop()
 
 
 @pytest.fixture(params=METHODS)
@@ -231,11 +222,9 @@ with dmabuf.allocate(4096) as buf:
     import multiprocessing.reduction
     if {spawned}:
         with open("/dev/null", "wb") as f:
-            try:
-                multiprocessing.reduction.dump(buf, f)
-            finally:
-                from multiprocessing import resource_sharer
-                resource_sharer.stop()
+            multiprocessing.reduction.dump(buf, f)
+        from dmabuf.sharing import keeping
+        keeping.TABLE.forget()
     else:
         blob = multiprocessing.reduction.ForkingPickler.dumps([buf, buf])
         one, two = pickle.loads(blob)

@@ -24,7 +24,7 @@ from collections.abc import Coroutine
 from functools import partial
 from typing import Any, NoReturn, Self
 
-from dmabuf._native import Access, Mapping, OwnedFd, access_block
+from dmabuf._native import Access, OwnedFd, access_block
 from dmabuf.core.access import access as _rules  # noqa: F401  (C calls its rules)
 from dmabuf.core.access import cpu_access, implicit, poll
 from dmabuf.core.access.range import BufferRange
@@ -32,11 +32,11 @@ from dmabuf.core.attach import attachment
 from dmabuf.core.attach.attachment import DmaBufAttachment
 from dmabuf.core.attach.importer import Importer
 from dmabuf.core.base.closing import Closing
-from dmabuf.core.buffer import description, fdinfo, mapping, statistics
+from dmabuf.core.buffer import description, fdinfo, statistics
 from dmabuf.core.buffer.handle import Face, Handle, face_of, open_face
+from dmabuf.core.buffer.mappable import Mappable
 from dmabuf.core.buffer.ref import BufferRef, ref_of
 from dmabuf.core.memory.device import Device
-from dmabuf.core.memory.iosys_map import IosysMap
 from dmabuf.core.resv.resv import DmaResv
 from dmabuf.core.sync.sync_file import SyncFile
 from dmabuf.domain.domain import Domain
@@ -44,7 +44,7 @@ from dmabuf.domain.guards import numbered
 from dmabuf.layout.stored import Layout
 
 
-class DmaBuf(Face, Closing):
+class DmaBuf(Face, Mappable, Closing):
     """A buffer: memory that processes and devices share, and that is a file descriptor.
 
     The eight things to know:
@@ -72,12 +72,6 @@ class DmaBuf(Face, Closing):
 
     def __repr__(self) -> str:
         return repr(self._handle)
-
-    def __reduce__(self) -> Any:
-        raise TypeError(
-            "a DmaBuf is a file descriptor and can't be pickled to bytes: pass it to a multiprocessing process or queue, "
-            "send it with dmabuf.send(), or pickle buf.ref() and open that with dmabuf.open()"
-        )
 
     def __array__(self, *_: object, **__: object) -> NoReturn:
         raise TypeError("a DmaBuf is reached inside a block: with buf.read() as view: view.array()")
@@ -188,6 +182,24 @@ class DmaBuf(Face, Closing):
 
     # ---- passing it on ----
 
+    def give(self) -> DmaBuf:
+        """Close this handle, and return one that closes itself when multiprocessing has pickled it: ``queue.put(buf.give())``.
+
+        So nothing has to stay open here, and the buffer arrives although this process has closed it, or has ended in order.
+
+        Raises:
+            BusyError: A ``read()`` or ``write()`` block of this handle is open (EBUSY).
+            DmaBufError: The process has no descriptor left (EMFILE). The handle stays open.
+        """
+        handle = self._handle
+        made = open_face(DmaBuf, GivenHandle, handle.dup_owned(), handle.shared)
+        try:
+            handle.close()
+        except BaseException:
+            made.close()
+            raise
+        return made
+
     def ref(self) -> BufferRef:
         """Return a token that says which buffer this is, which any pickle carries, and which ``dmabuf.open`` opens again.
 
@@ -287,97 +299,6 @@ class DmaBuf(Face, Closing):
             InvalidError: The range is empty, or not within the buffer (EINVAL).
         """
         return BufferRange(self, offset, length)
-
-    # ---- mapping ----
-
-    def mmap(self, offset: int = 0, length: int | None = None, writable: bool = True) -> Mapping:
-        """Return the bare mapping, MAP_SHARED, which waits for nobody and excludes nobody (semantics 2.17, 5.2).
-
-        The mapping outlives ``close()``; close it yourself.
-
-        Args:
-            offset: A multiple of the page size.
-            length: The number of bytes; None means the rest of the buffer. Only whole pages can be mapped.
-            writable: The mapping can be written through.
-
-        Raises:
-            InvalidError: The range is out of bounds, unaligned or empty, or the exporter offers no mmap (EINVAL).
-            DmaBufError: The offset is negative (EOVERFLOW, as in the kernel).
-            NotPermittedError: The descriptor, or the exporter's memory, is read-only (EACCES).
-            NoMemoryError: The process can't map more (ENOMEM).
-            DeadlockError: The caller holds the lock (EDEADLK, with a ``ContractWarning``).
-            OSError: What the exporter raised.
-        """
-        return mapping.mmap(self._handle, offset, length, writable)
-
-    def dma_mmap(self, offset: int, length: int) -> Mapping:
-        """Return the mapping for an importer that redirects its own mmap to the buffer (semantics 2.17).
-
-        Raises:
-            DmaBufError: ``offset + length`` passes the address range (EOVERFLOW).
-            OSError: As :meth:`mmap`.
-
-        Kernel: dma_buf_mmap.
-        """
-        return mapping.dma_mmap(self._handle, offset, length)
-
-    def lseek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Answer as the kernel's lseek on a dma-buf: (0, SEEK_SET) is 0, (0, SEEK_END) the size. No position moves (semantics 5.2).
-
-        Raises:
-            InvalidError: Any other offset or whence (EINVAL).
-        """
-        return mapping.lseek(self._handle, offset, whence)
-
-    def vmap(self, into: IosysMap | None = None) -> IosysMap:
-        """Return the whole buffer as a kernel mapping, counted: n calls need n ``vunmap`` (semantics 2.18). The reservation lock is held.
-
-        Args:
-            into: A map to fill and return; it is NULL after every failure.
-
-        Raises:
-            ContractError: The lock isn't held.
-            InvalidError: The exporter offers no vmap (EINVAL).
-            OSError: What the exporter raised, with a ``ContractWarning``.
-
-        Kernel: dma_buf_vmap.
-        """
-        return mapping.vmap(self._handle, into)
-
-    def vmap_unlocked(self, into: IosysMap | None = None) -> IosysMap:
-        """Take the lock, and :meth:`vmap`.
-
-        Raises:
-            DeadlockError: The caller holds the lock (EDEADLK, with a ``ContractWarning``).
-            OSError: As :meth:`vmap`.
-
-        Kernel: dma_buf_vmap_unlocked.
-        """
-        return mapping.vmap_unlocked(self._handle, into)
-
-    def vunmap(self, map: IosysMap) -> None:
-        """End one ``vmap``. The reservation lock is held.
-
-        Args:
-            map: A map that is equal to what ``vmap`` gave.
-
-        Raises:
-            ContractError: The lock isn't held; ``map`` is another map; or the buffer is not mapped (semantics 2.18: BUG).
-
-        Kernel: dma_buf_vunmap.
-        """
-        mapping.vunmap(self._handle, map)
-
-    def vunmap_unlocked(self, map: IosysMap) -> None:
-        """Take the lock, and :meth:`vunmap`.
-
-        Raises:
-            DeadlockError: The caller holds the lock (EDEADLK, with a ``ContractWarning``).
-            ContractError: As :meth:`vunmap`.
-
-        Kernel: dma_buf_vunmap_unlocked.
-        """
-        mapping.vunmap_unlocked(self._handle, map)
 
     # ---- devices ----
 
@@ -555,6 +476,12 @@ class _BufHandle(Handle):
 
     def face(self) -> DmaBuf:
         return face_of(DmaBuf, self)
+
+
+class GivenHandle(_BufHandle):
+    """A handle that its pickler closes, because the receiver owns the buffer then."""
+
+    __slots__ = ()
 
 
 new_handle = partial(open_face, DmaBuf, _BufHandle)

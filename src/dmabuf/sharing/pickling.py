@@ -1,58 +1,89 @@
 """Buffers, fences, sync files, timelines and domains through multiprocessing: as arguments of a Process, in a Queue, a Pipe or a Pool.
 
-Only multiprocessing's own pickler (``ForkingPickler``) can pass a descriptor, so every other pickler gets a TypeError. This module doesn't
-import multiprocessing. The reducers are registered when both are imported, in whichever order.
+Only multiprocessing's own pickler (``ForkingPickler``) can pass a descriptor, so every other pickler gets a TypeError. A child that is
+being started gets its descriptors at once, as multiprocessing does it. Every other receiver asks the sender for them (``keeping``,
+``fetching``).
 
-A descriptor travels as multiprocessing's ``DupFd``. A child that is being started gets it at once. Otherwise a thread of the sender keeps
-it until the receiver has fetched it, so the sender must live until then.
+A ``multiprocessing.Queue`` pickles in a thread of the sender, which prints what a reducer raises and drops the item: its receiver would
+wait for ever. There a reducer raises nothing, but returns what raises in the receiver.
 """
 
 from __future__ import annotations
 
 import copyreg
 import errno
+import os
 import sys
 from collections.abc import Callable
+from functools import partial
+from multiprocessing import context, process
+from multiprocessing.reduction import DupFd, ForkingPickler
 from pathlib import Path
-from types import FrameType
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, TypeVar
 
-from dmabuf._native import owned
-from dmabuf.core.buffer.handle import handle_of
-from dmabuf.core.dma_buf import DmaBuf
+from dmabuf._native import OwnedFd, owned
+from dmabuf.core.buffer.handle import Handle, handle_of
+from dmabuf.core.buffer.ref import BufferRef, ref_of
+from dmabuf.core.dma_buf import DmaBuf, GivenHandle
 from dmabuf.core.fence.array import DmaFenceArray
 from dmabuf.core.fence.chain import DmaFenceChain
 from dmabuf.core.fence.fence import DmaFence, wrap
 from dmabuf.core.fence.lazy import CustomFence
 from dmabuf.core.fence.timeline import Timeline
 from dmabuf.core.fence.travel import pack, unpack
-from dmabuf.core.get import from_fd
+from dmabuf.core.get import received
 from dmabuf.core.sync.semaphore import TimelineSemaphore
 from dmabuf.core.sync.sw_sync import SwFence, SwSync
 from dmabuf.core.sync.sync_file import SyncFile
 from dmabuf.domain.domain import Domain, known
 from dmabuf.domain.sync_files import SyncFileRecord
-from dmabuf.errors import fail
+from dmabuf.errors import DmaBufError, fail, needing_descriptors, rebuilt
+from dmabuf.sharing import opening
+from dmabuf.sharing.fetching import fetch, said, sender_name
 from dmabuf.sharing.items import check_fence, directory_lost, timeline_place
+from dmabuf.sharing.keeping import TABLE, Place, with_room
 from dmabuf.sharing.remote_timeline import RemoteTimeline
 
-_MODULE = "multiprocessing.reduction"
 Reduced: TypeAlias = tuple[Callable[..., object], tuple[object, ...]]  # what a pickler calls in the receiver, with which arguments
 
 
-class _Sent(Protocol):
-    """A descriptor on its way, multiprocessing's ``DupFd``."""
+class _Inherited(Protocol):
+    """A descriptor that a child inherits, multiprocessing's ``DupFd``."""
 
     def detach(self) -> int: ...
+
+
+Where: TypeAlias = _Inherited | Place
+T = TypeVar("T")
 
 
 # ---- in the sender ----
 
 
+def _place(fileno: Callable[[], int], make: Callable[[], OwnedFd]) -> Where:
+    """Return where the receiver finds a descriptor.
+
+    Args:
+        fileno: Returns the descriptor, for a child that is being started and inherits it.
+        make: Returns a descriptor to keep for every other receiver.
+    """
+    if context.get_spawning_popen() is not None:
+        return DupFd(fileno())
+    with needing_descriptors("pickle", "a descriptor"):
+        return TABLE.add(make)
+
+
+def _copy(fd: int) -> OwnedFd:
+    return owned(os.dup, fd)
+
+
 def _reduce_buffer(buf: DmaBuf) -> Reduced:
     handle = handle_of(buf)
-    fd = handle.descriptor("pickle")
-    return _make_buffer, (sys.modules[_MODULE].DupFd(fd), buf.domain, handle.shared.info()["name"])
+    handle.check("pickle")
+    name = handle.shared.info()["name"]
+    make = partial(owned, handle.detach) if isinstance(handle, GivenHandle) else handle.dup_owned
+    ref = bytes(ref_of(handle, name))
+    return _make_buffer, (_place(partial(handle.descriptor, "pickle"), make), buf.domain, ref, name)
 
 
 def _reduce_domain(domain: Domain) -> Reduced:
@@ -61,7 +92,7 @@ def _reduce_domain(domain: Domain) -> Reduced:
             if directory is None:
                 raise directory_lost("pickle", domain)
         return _make_domain, (domain.id, str(domain.path), None)
-    return _make_domain, (domain.id, None, sys.modules[_MODULE].DupFd(domain.fileno()))
+    return _make_domain, (domain.id, None, _place(domain.fileno, lambda: _copy(domain.fileno())))
 
 
 def _reduce_fence(fence: DmaFence) -> Reduced:
@@ -77,27 +108,105 @@ def _reduce_fence(fence: DmaFence) -> Reduced:
 def _reduce_sync_file(sync_file: SyncFile) -> Reduced:
     sync_file.share("pickle")
     facts = sync_file.record().pack() if sync_file.domain.path is None and not sync_file.kernel else None
-    return _make_sync_file, (sys.modules[_MODULE].DupFd(sync_file.fileno()), sync_file.domain, facts)
+    return _make_sync_file, (_place(sync_file.fileno, lambda: _copy(sync_file.fileno())), sync_file.domain, facts)
 
 
 def _reduce_shared(thing: SwSync | TimelineSemaphore) -> Reduced:
-    return _make_shared, (type(thing), sys.modules[_MODULE].DupFd(thing.fileno()), thing.domain)
+    return _make_shared, (type(thing), _place(thing.fileno, lambda: _copy(thing.fileno())), thing.domain)
 
 
 def _reduce_timeline(timeline: Timeline | RemoteTimeline) -> Reduced:
     return RemoteTimeline, (timeline.domain, *timeline_place(timeline, "pickle"))
 
 
+# ---- what a queue's thread can't raise ----
+
+
+def _in_feeder() -> bool:
+    """Return True in the thread of a ``multiprocessing.Queue`` that only prints an error. Queues of executors tell their callers."""
+    queue: Any = getattr(sys.modules.get("multiprocessing.queues"), "Queue", None)
+    # Nobody promises these two. Without them, an error is printed as before.
+    feed, prints = getattr(queue, "_feed", None), getattr(queue, "_on_queue_feeder_error", None)
+    code = getattr(feed, "__code__", None)
+    frame = None if code is None else sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is code:
+            return frame.f_locals.get("onerror") is prints
+        frame = frame.f_back
+    return False
+
+
+def _told(thing: Any, error: Exception) -> Reduced:
+    """Return what raises in the receiver of something that can't be pickled. An open handle of the buffer elsewhere will do."""
+    sender = sender_name(os.getpid(), process.current_process().name)
+    ref: bytes | None = None
+    what = f"a {type(thing).__name__}"
+    if isinstance(thing, DmaBuf):
+        handle = handle_of(thing)
+        token = ref_of(handle, _name_of(handle))
+        ref, what = bytes(token), str(token)
+    if isinstance(thing, DmaBuf) and thing.closed:
+        told = fail(
+            errno.EBADF, "unpickle", what, "put buf.give() into the queue instead of buf, or close it once it was received",
+            what=f"{sender} closed it before the thread of its queue had pickled it",
+        )  # fmt: skip
+    elif isinstance(error, DmaBufError):
+        told = fail(error.errno or errno.EIO, "unpickle", what, error.remedy, what=f"{sender} could not pickle it: {said(error)}")
+    else:
+        number = getattr(error, "errno", None) or errno.EIO
+        told = fail(number, "unpickle", what, what=f"{sender} could not pickle it: {type(error).__name__}: {error}")
+    return _tell, (ref, told.errno, str(told), told.operation, told.remedy)
+
+
+def _name_of(handle: Handle) -> bytes | None:
+    try:
+        found: bytes | None = handle.shared.seen()["name"]
+    except OSError:
+        return None
+    return found
+
+
+def _tell(ref: bytes | None, number: int, text: str, operation: str | None, remedy: str | None) -> DmaBuf:
+    """Raise in the receiver what happened in the sender, unless another process has the buffer open."""
+    return _otherwise(ref, rebuilt(number, text, operation, remedy))
+
+
+def _otherwise(ref: bytes | None, error: DmaBufError) -> DmaBuf:
+    """Return the buffer from another process that has it open, and raise the error if none has."""
+    if ref is not None:
+        try:
+            return opening.reopen(BufferRef.from_bytes(ref))
+        except DmaBufError:
+            pass
+    raise error
+
+
 # ---- in the receiver ----
 
 
-def _make_buffer(there: _Sent, domain: Domain, name: bytes | None) -> DmaBuf:
-    return from_fd(owned(there.detach), domain, name=name)
+def _taken(there: Where, what: str, make: Callable[[OwnedFd], T]) -> T:
+    """Return what is made of a descriptor, which was inherited, or is fetched from its sender."""
+    return fetch(there, what, make) if isinstance(there, tuple) else make(owned(there.detach))
 
 
-def _make_domain(identity: str, path: str | None, there: _Sent) -> Domain:
+def _make_buffer(there: Where, domain: Domain, ref: bytes, name: bytes | None) -> DmaBuf:
+    token = BufferRef.from_bytes(ref)
+
+    def make(fd: OwnedFd) -> DmaBuf:
+        return received(fd, domain, token.dev, token.ino, token.nonce, name)
+
+    try:
+        return _taken(there, str(token), make)
+    except DmaBufError as e:
+        if e.errno not in (errno.EOWNERDEAD, errno.ENOENT):
+            raise
+        return _otherwise(ref, e)
+
+
+def _make_domain(identity: str, path: str | None, there: Where | None) -> Domain:
     if path is None:
-        return Domain.adopt(owned(there.detach))
+        assert there is not None
+        return _taken(there, f"domain {identity}", Domain.adopt)
     domain = known(identity) or Domain.open(Path(path))
     if domain.id != identity:
         what = f"its directory has another domain now, {domain.id}"
@@ -110,12 +219,13 @@ def _make_fence(domain: Domain, handle: int, past: tuple[int, int, int]) -> DmaF
     return wrap(domain, handle, past)
 
 
-def _make_sync_file(there: _Sent, domain: Domain, facts: bytes | None) -> SyncFile:
-    return SyncFile.from_owned_fd(owned(there.detach), domain, None if facts is None else SyncFileRecord.unpack(facts))
+def _make_sync_file(there: Where, domain: Domain, facts: bytes | None) -> SyncFile:
+    record = None if facts is None else SyncFileRecord.unpack(facts)
+    return _taken(there, "a sync file", lambda fd: SyncFile.from_owned_fd(fd, domain, record))
 
 
-def _make_shared(kind: type[SwSync] | type[TimelineSemaphore], there: _Sent, domain: Domain) -> SwSync | TimelineSemaphore:
-    return kind.from_owned_fd(owned(there.detach), domain)
+def _make_shared(kind: type[SwSync] | type[TimelineSemaphore], there: Where, domain: Domain) -> SwSync | TimelineSemaphore:
+    return _taken(there, f"a {kind.__name__}", lambda fd: kind.from_owned_fd(fd, domain))
 
 
 # ---- registration ----
@@ -136,32 +246,32 @@ _REDUCERS: dict[type, Callable[[Any], Reduced]] = {
 }
 
 
-def _register() -> None:
-    for kind, reducer in _REDUCERS.items():
-        sys.modules[_MODULE].ForkingPickler.register(kind, reducer)
-
-
-def _by_forking_pickler(caller: FrameType | None) -> bool:
-    """Return True if multiprocessing runs the pickler, which it does in two functions of one module."""
-    reduction: Any = sys.modules.get(_MODULE)
-    if caller is None or not hasattr(reduction, "ForkingPickler"):
-        return False
-    return caller.f_code in (reduction.ForkingPickler.dumps.__func__.__code__, reduction.dump.__code__)
-
-
 def _reduce(thing: Any) -> Reduced:
-    """Reduce an object for any pickler. Once the reducers are registered, multiprocessing's own pickler doesn't call this."""
-    if _by_forking_pickler(sys._getframe(1)):
-        _register()
+    """Reduce an object for multiprocessing's pickler."""
+    try:
         return _REDUCERS[type(thing)](thing)
+    except Exception as e:
+        if not _in_feeder():
+            raise
+        error = e
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        try:
+            return with_room(lambda: _REDUCERS[type(thing)](thing))
+        except Exception as e:
+            error = e
+    return _told(thing, error)
+
+
+def _refuse(thing: Any) -> Reduced:
+    """Reduce an object for any other pickler."""
     name = type(thing).__name__
+    token = ", or pickle buf.ref() and open that with dmabuf.open()" if isinstance(thing, DmaBuf) else ""
     raise TypeError(
         f"a {name} belongs to living processes and can't be pickled to bytes: pass it through multiprocessing "
-        "(an argument of a Process, a Queue, a Pipe, a Pool), or send it with dmabuf.send()"
+        f"(an argument of a Process, a Queue, a Pipe, a Pool), or send it with dmabuf.send(){token}"
     )
 
 
 for _kind in _REDUCERS:
-    copyreg.pickle(_kind, _reduce)
-if hasattr(sys.modules.get(_MODULE), "ForkingPickler"):
-    _register()
+    copyreg.pickle(_kind, _refuse)
+    ForkingPickler.register(_kind, _reduce)
