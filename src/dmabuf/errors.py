@@ -279,7 +279,9 @@ def fail(errno_value: int, operation: str, obj: object, remedy: str | None = Non
     """
     if errno_value <= 0:
         raise ValueError(f"fail: errno {errno_value}: not a positive number; negate the errors of fences")
-    message = f"{operation}: {obj}: {what or os.strerror(errno_value)} ({errno_name(errno_value)})"
+    if what is None:  # what a program passes says what; this is an answer of the kernel that is passed on
+        what = "the kernel refuses an argument" if errno_value == _errno.EINVAL else os.strerror(errno_value)
+    message = f"{operation}: {obj}: {what} ({errno_name(errno_value)})"
     if remedy:
         message += f"; {remedy}"
     return rebuilt(errno_value, message, operation, remedy)

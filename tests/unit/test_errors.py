@@ -203,3 +203,7 @@ def test_every_einval_says_what_is_wrong() -> None:
                 if ast.unparse(node.args[0]) == "errno.EINVAL" and "what" not in {keyword.arg for keyword in node.keywords}:
                     silent.append(f"{path.name}:{node.lineno}")
     assert silent == []
+
+
+def test_einval_of_the_kernel_says_who_refuses() -> None:
+    assert str(errors.fail(errno.EINVAL, "begin", "a buffer")) == "begin: a buffer: the kernel refuses an argument (EINVAL)"

@@ -127,6 +127,15 @@ def test_refused_call_of_a_new_domain_is_named(where: Path, call: str) -> None:
 
 
 @needs_filters
+def test_refused_fchmod_is_named(where: Path) -> None:
+    def look() -> None:
+        refuse("fchmod", errno.EPERM)
+        refused(errno.EPERM, "seccomp. refuses open or fchmod", lambda: Domain.open(where))
+
+    assert reap(fork(look)) == 0
+
+
+@needs_filters
 def test_refused_ftruncate_is_named(where: Path) -> None:
     def look() -> None:
         domain = Domain.open(where)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Final
 
 from dmabuf._native import OwnedFd, owned, rename_new, step
+from dmabuf.domain.limits import refused
 from dmabuf.errors import DmaBufError, fail, needing_descriptors
 
 _FLAGS: Final = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY  # a FIFO or a device must not make the caller wait
@@ -186,7 +187,8 @@ def _refused(directory: int, name: str, number: int) -> DmaBufError:
         kind = None
     shown = _path_of(directory, name)
     if kind is None:
-        return fail(number, "open domain", shown, "free space there, or name another directory in DMABUF_DOMAIN")
+        otherwise = "free space there, or name another directory in DMABUF_DOMAIN"
+        return refused("open domain", shown, number, "open or fchmod", otherwise)
     number = number if number in (errno.ELOOP, errno.EISDIR) else errno.EUCLEAN
     return fail(number, "open domain", shown, _REMEDY, what=f"not a file but {kind}")
 

@@ -7,12 +7,12 @@ import os
 import resource
 from typing import Final
 
-from dmabuf.errors import fail
+from dmabuf.errors import DmaBufError, fail
 
 _MAPS: Final = "/proc/sys/vm/max_map_count"
 
 
-def cant_map(operation: str, obj: object, length: int) -> OSError:
+def cant_map(operation: str, obj: object, length: int) -> DmaBufError:
     """Return the error for a mapping of so many bytes that mmap(2) refused with ENOMEM."""
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     if limit != resource.RLIM_INFINITY:
@@ -33,7 +33,7 @@ def _is_full() -> bool:
         return False
 
 
-def file_too_large(operation: str, obj: object, number: int, otherwise: str) -> OSError:
+def file_too_large(operation: str, obj: object, number: int, otherwise: str) -> DmaBufError:
     """Return the error for a file that can't be made as large as it must be. ``otherwise``: what to do if no limit is the cause."""
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
     if number == errno.EFBIG and limit != resource.RLIM_INFINITY:
@@ -41,7 +41,7 @@ def file_too_large(operation: str, obj: object, number: int, otherwise: str) -> 
     return refused(operation, obj, number, "ftruncate, fallocate or fcntl", otherwise)
 
 
-def no_memfd(operation: str, obj: object, number: int) -> OSError:
+def no_memfd(operation: str, obj: object, number: int) -> DmaBufError:
     """Return the error for memfd_create(2), which needs no right: a filter of system calls or a setting of the machine refused it."""
     if number == errno.EACCES:
         what = "the machine allows no memfd that could be executed (vm.memfd_noexec = 2)"
@@ -49,7 +49,7 @@ def no_memfd(operation: str, obj: object, number: int) -> OSError:
     return refused(operation, obj, number, "memfd_create", "close buffers, or raise RLIMIT_NOFILE")
 
 
-def refused(operation: str, obj: object, number: int, call: str, otherwise: str) -> OSError:
+def refused(operation: str, obj: object, number: int, call: str, otherwise: str) -> DmaBufError:
     """Return the error for a system call that needs no right, so that EPERM and ENOSYS come from a filter (seccomp(2)).
 
     ``otherwise``: what to do about any other errno.
@@ -59,7 +59,7 @@ def refused(operation: str, obj: object, number: int, call: str, otherwise: str)
     return fail(number, operation, obj, otherwise)
 
 
-def no_proc(operation: str, path: str, number: int) -> OSError:
+def no_proc(operation: str, path: str, number: int) -> DmaBufError:
     """Return the error for a file of /proc that isn't there."""
     if os.path.exists(f"{os.path.dirname(path)}/self/stat"):
         remedy = "mount it without subset=pid (in a systemd unit ProcSubset=all)"

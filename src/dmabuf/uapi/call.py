@@ -54,8 +54,6 @@ def told(error: OSError, operation: str, obj: object, remedies: Mapping[int, Rem
     number = error.errno or errno.EIO
     found = (remedies or {}).get(number) or REMEDIES.get(number)
     what, remedy = found if isinstance(found, tuple) else (None, found)
-    if number == errno.EINVAL and what is None:
-        what = "the kernel refuses an argument"
     return fail(number, operation, obj, remedy, what=what)
 
 
