@@ -189,3 +189,15 @@ out:
   Py_XDECREF(type);
   return array;
 }
+
+PyObject *view_as_array(View *v, PyObject *args, PyObject *kwargs) {
+  static char *names[] = {"dtype", "copy", NULL};
+  PyObject *dtype = Py_None, *copy = Py_None, *bytes = Py_BuildValue("(s)", "u1");
+  if (!bytes) return NULL;
+  PyObject *array = PyArg_ParseTupleAndKeywords(args, kwargs, "|OO:__array__", names, &dtype, &copy) ? view_array(v, bytes, NULL) : NULL;
+  Py_DECREF(bytes);
+  if (!array || (dtype == Py_None && copy != Py_True)) return array;
+  PyObject *other = dtype == Py_None ? PyObject_CallMethod(array, "copy", NULL) : PyObject_CallMethod(array, "astype", "O", dtype);
+  Py_DECREF(array);
+  return other;
+}

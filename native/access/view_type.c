@@ -140,6 +140,7 @@ static PyMethodDef methods[] = {
      "    ValueError: The block is over, or the array would reach beyond the view.\n"
      "    TypeError: The dtype has objects.\n"
      "    ImportError: NumPy is not installed."},
+    {"__array__", KEYWORDS(view_as_array), "__array__($self, /, dtype=None, copy=None)\n--\n\nReturn a NumPy array of the bytes."},
     {"tensor", KEYWORDS(view_tensor),
      "tensor($self, /, dtype=None, shape=None, offset=0, strides=None, *, copy=False)\n--\n\n"
      "Return a tensor of torch of the bytes, which keeps the access as long as it lives. Use it without a name.\n\n"

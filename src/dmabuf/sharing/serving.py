@@ -52,7 +52,7 @@ def _begin(session: Session, body: Body, fds: list[OwnedFd]) -> Answer:
     with state.using(body, fds) as entry:
         entry.live.begin(entry.buf, way)
         entry.brackets.append((block, way))
-    return Answer(undo=lambda _: _end(session, body, []))
+    return Answer(undo=lambda _: _end_unless_gone(session, body))
 
 
 def _end(session: Session, body: Body, fds: list[OwnedFd]) -> Answer:
@@ -66,6 +66,12 @@ def _end(session: Session, body: Body, fds: list[OwnedFd]) -> Answer:
             del entry.brackets[at]
         entry.live.end(entry.buf, way)
     return Answer()
+
+
+def _end_unless_gone(session: Session, body: Body) -> None:
+    """Undo a begin. The client may have asked for its end already, and closed the buffer."""
+    with contextlib.suppress(OSError):
+        _end(session, body, [])
 
 
 def _mmap(session: Session, body: Body, fds: list[OwnedFd]) -> Answer:
