@@ -67,8 +67,8 @@ def produce(frames: int, path: str, kill_at: int) -> None:
     recorder = SPAWN.Process(target=record, args=(theirs, ring, path, kill_at), daemon=True)
     recorder.start()
     theirs.close()
-    pipe.recv()
-    given, made, due = set(), 0, time.monotonic()  # the slots that the recorder has not given to the disk
+    pipe.poll(None)  # until it is ready, or dead
+    given, made, due = {"ready"}, 0, time.monotonic()  # what the recorder has to answer
     for number in range(frames):
         while wait([] if pipe.closed else [pipe], max(0.0, due - time.monotonic())):
             try:
@@ -115,5 +115,6 @@ if __name__ == "__main__":
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         file = options.file or f"{folder}/frames"
+        Path(f"{file}.index").write_text("")
         produce(options.frames, file, options.frames // 2 if options.kill else -1)
         asyncio.run(play(file))
