@@ -81,7 +81,7 @@ def _reduce_buffer(buf: DmaBuf) -> Reduced:
     handle = handle_of(buf)
     handle.check("pickle")
     name = handle.shared.info()["name"]
-    make = partial(owned, handle.detach) if isinstance(handle, GivenHandle) else handle.dup_owned
+    make = handle.detach if isinstance(handle, GivenHandle) else handle.dup_owned
     ref = bytes(ref_of(handle, name))
     return _make_buffer, (_place(partial(handle.descriptor, "pickle"), make), buf.domain, ref, name)
 
