@@ -86,6 +86,7 @@ class Worker:
 
 
 def serve(options: argparse.Namespace, ring: str) -> None:
+    dmabuf.label("camera")
     slots = [dmabuf.allocate(layout=LAYOUT, name=f"{ring} {slot}") for slot in range(SLOTS)]
     workers = [Worker(name, ring) for name in WORK]
     for worker in workers:
