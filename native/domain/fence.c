@@ -61,7 +61,7 @@ void fence_wake_dispatcher(db_life *l, uint64_t handle) {
   word_wake(&l->doorbell, INT32_MAX);
 }
 
-static void wake_dispatchers(Shm *s, uint64_t mask, uint64_t handle) {
+static void wake_dispatchers(Shm *s, uint64_t mask, uint64_t handle, int run) {
   uint32_t me = my_life(s);
   for (uint32_t i = 0, high = life_high(s); i < high; i++) {
     db_life *l = life_at(s, i);
@@ -73,7 +73,7 @@ static void wake_dispatchers(Shm *s, uint64_t mask, uint64_t handle) {
     if (s->ending->me && mask >> (LIFE_INDEX(s->ending->me) & 63) & 1) list_handle(&s->ending->local, handle);
     return;
   }
-  if (!me || !(mask >> (LIFE_INDEX(me) & 63) & 1) || !s->on_local) return;
+  if (!run || !me || !(mask >> (LIFE_INDEX(me) & 63) & 1) || !s->on_local) return;
   fence_run_local(s, handle);
 }
 
@@ -120,7 +120,7 @@ int fence_finish(Shm *s, uint64_t handle, db_fence *f, int error, uint64_t stamp
   if (w & FW_WAITERS) word_wake(&f->word, INT32_MAX);
   STEP_OF(fence_woken, f, handle); /* signaled: dispatchers look again at their next tick, and the reaper wakes the sync files */
   uint64_t mask = atomic_load(&f->wake_mask);
-  if (mask) wake_dispatchers(s, mask, handle);
+  if (mask) wake_dispatchers(s, mask, handle, shared != FENCE_QUIET);
   STEP_OF(fence_rung, f, handle); /* signaled: the reaper wakes the sync files */
   if (w & FW_SYNC) fence_wake_sync_files(s, handle, f);
   return !decided;

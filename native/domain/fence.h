@@ -41,6 +41,8 @@ void fence_watch_deadline(Shm *s, uint64_t handle);
 /* A new pending fence of this life. 0: an exception is set. */
 uint64_t fence_make(Shm *s, uint32_t timeline, uint64_t context, uint64_t seqno, uint32_t flags, uint64_t owner, uint32_t rec);
 
+#define FENCE_QUIET 2 /* shared, and the caller holds a lock: it runs the callbacks of this process once that is free */
+
 /* Signal a fence. shared: other processes may signal it at this moment (fence_for_all). 0; 1: it was signaled before, or otherwise. */
 int fence_finish(Shm *s, uint64_t handle, db_fence *f, int error, uint64_t stamp, int shared);
 

@@ -23,14 +23,14 @@ static PyObject *fence_signal(Shm *s, PyObject *args) {
 
 static PyObject *fence_end_any(Shm *s, PyObject *args) {
   unsigned long long h;
-  int error;
-  if (!PyArg_ParseTuple(args, "Ki", &h, &error)) return NULL;
+  int error, quiet = 0;
+  if (!PyArg_ParseTuple(args, "Ki|p", &h, &error, &quiet)) return NULL;
   if (shm_need_life(s, "signal")) return NULL;
   db_fence *f;
   int pending = fence_pending(s, h, &f);
   if (!pending || !f || !fence_for_all(f)) Py_RETURN_FALSE;
   fence_note_cpu(s);
-  return PyBool_FromLong(!fence_finish(s, h, f, error, 0, 1));
+  return PyBool_FromLong(!fence_finish(s, h, f, error, 0, quiet ? FENCE_QUIET : 1));
 }
 
 static PyObject *fence_wait(Shm *s, PyObject *args) {
@@ -195,7 +195,12 @@ PyMethodDef fence_methods[] = {
            "    rec: Of an access, its record + 1; else 0."),
     METHOD(fence_signal, METH_VARARGS, "($self, handle, error, drop, timestamp=0, /)",
            "Signal a fence of this life; drop: free its slot too. Return whether it was pending."),
-    METHOD(fence_end_any, METH_VARARGS, "($self, handle, error, /)", "Signal a fence of FF_ANYBODY. Return whether it was pending."),
+    METHOD(fence_end_any, METH_VARARGS, "($self, handle, error, quiet=False, /)",
+           "Signal a fence of FF_ANYBODY. Return whether it was pending.\n\n"
+           "Args:\n"
+           "    handle: The fence.\n"
+           "    error: 0, or a negative errno.\n"
+           "    quiet: The caller holds a lock, and calls on_local(handle) once that is free."),
     METHOD(fence_wait, METH_VARARGS, "($self, handle, until, interruptible, /)",
            "Wait until the time, CLOCK_MONOTONIC ns, or -1 for no limit. Return 1: signaled, 0: out of time, -EINTR: interrupted."),
     {"fence_pending", (PyCFunction)py_fence_pending, METH_O,

@@ -14,6 +14,7 @@ import pytest
 import dmabuf
 from dmabuf import DmaBuf, SwSync, SyncFile, _native
 from dmabuf.core.sync import sw_sync
+from dmabuf.core.sync.sw_pending import PendingFences
 from dmabuf.domain import shared_file
 from dmabuf.domain.place import ofd_lock, reopen
 from dmabuf.domain.shared_file import SharedFile
@@ -156,19 +157,43 @@ def test_what_has_ended_outlives_the_timeline(sw: SwSync) -> None:
     assert statuses(sf) == FACTS["swsync/fence-outlives"].ret
 
 
-def test_another_handle_in_the_middle_of_a_call_is_edeadlk(sw: SwSync) -> None:
-    found: list[int | None] = []
-    fence = sw.create_fence(1).fence
-    with SwSync.from_fd(sw.fileno()) as other:
+def test_another_handle_in_the_middle_of_a_call_is_edeadlk(sw: SwSync, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a signal handler finds it."""
+    found: list[str] = []
+    with SwSync.from_fd(sw.fileno()) as other, monkeypatch.context() as patched:
+        settle = PendingFences.settle
 
-        def ended(_: object) -> None:
+        def interrupted(self: PendingFences) -> None:
+            patched.undo()
             with raises_errno(errno.EDEADLK):
                 other.inc()
-            found.append(fence.status)
+            found.append("refused")
+            settle(self)
 
-        fence.add_callback(ended)
+        patched.setattr(PendingFences, "settle", interrupted)
         sw.inc()
-        assert (found, other.value) == ([1], 1)
+        assert (found, other.value) == (["refused"], 1)
+
+
+@pytest.mark.parametrize("end", ["inc", "close"])
+def test_callbacks_run_when_the_lock_is_free(sw: SwSync, end: str) -> None:
+    """Else another process waits for them, and a thread that a callback waits for never gets the lock."""
+    found: list[object] = []
+    files = [sw.create_fence(value) for value in (1, 2)]
+    file = reopen(sw.fileno())
+
+    def ended(fence: dmabuf.DmaFence) -> None:
+        free = ofd_lock(file, fcntl.F_WRLCK, 0)
+        found.append((fence.status, free, *statuses(*files)))
+        ofd_lock(file, fcntl.F_UNLCK, 0)
+        if end == "inc" and free:
+            with Background(lambda: sw.value) as job:
+                found.append(job.result())
+
+    files[0].fence.add_callback(ended)
+    sw.inc(2) if end == "inc" else sw.close()
+    os.close(file)
+    assert found == ([(1, True, 1, 1), 2] if end == "inc" else [(-errno.ENOENT, True, -errno.ENOENT, -errno.ENOENT)])
 
 
 def test_a_signal_handler_that_raises_at_the_lock_leaves_it_free(sw: SwSync, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,7 +69,7 @@ class _Locked(Bracket):
         """Take the lock."""
         mutex = self._process_lock.mutex
         if is_mine(mutex):
-            remedy = "don't call it from a signal handler, a fence's callback, or a garbage collector's callback"
+            remedy = "don't call it from a signal handler or a garbage collector's callback"
             raise fail(errno.EDEADLK, "lock", "shared state", remedy, what="this thread is in the middle of another call")
         own = self._file._description()
         self._own = own  # from here on leave() undoes what is done

@@ -254,7 +254,7 @@ class DmaResv(ResvLock):
             fence.set_deadline(ns)
 
     def wait(self, usage: int, timeout: float | None = None, *, interruptible: bool = False) -> float:
-        """Wait for every fence up to ``usage`` (semantics 4.7). A fence's own error is not raised.
+        """Wait for every fence up to ``usage`` that is there when the call begins (semantics 4.7). A fence's own error is not raised.
 
         Args:
             usage: The highest level to wait for.

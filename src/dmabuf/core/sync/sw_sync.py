@@ -27,7 +27,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Final
 
-from dmabuf._native import FF_ANYBODY, OFF_CONTEXT, step
+from dmabuf._native import FF_ANYBODY, OFF_CONTEXT, Bracket, step
 from dmabuf.core.fence.fence import KNOWN, DmaFence, Origin, flagged, register, wrap
 from dmabuf.core.fence.timeline import Timeline, inherited, slot_of
 from dmabuf.core.sync.shared_object import SharedObject
@@ -74,6 +74,34 @@ class SwFence(DmaFence):
                 again = SwFence(self.shm, self.handle, True)
                 self.disown()
                 self._keep[self.handle] = _complete(again, self.domain, self._timeline, self._keep)  # another process references it
+
+
+class _Ended(Bracket):
+    """A block that signals fences while it holds a lock. Their callbacks, which are the program's, run after it, when the lock is free."""
+
+    __slots__ = ("_domain", "_handles")
+
+    def __init__(self, domain: Domain) -> None:
+        self._domain = domain
+        self._handles: deque[int] = deque()
+
+    def enter(self) -> _Ended:
+        """Begin it."""
+        return self
+
+    def end(self, handle: int, error: int) -> None:
+        """Signal a fence."""
+        self._handles.append(handle)  # first: a signal handler may raise after the next line
+        self._domain.join().fence_end_any(handle, error, True)
+
+    def leave(self) -> None:
+        """Run the callbacks of those that are signaled."""
+        shm = self._domain.shm
+        while self._handles:
+            handle = self._handles[0]
+            if (on_local := shm.on_local) is not None and not shm.fence_pending(handle):
+                on_local(handle)
+            self._handles.popleft()
 
 
 def _complete(fence: SwFence, domain: Domain, timeline: Origin | None, keep: dict[int, SwFence]) -> SwFence:
@@ -169,11 +197,11 @@ class SwSync(SharedObject):
         return self._own
 
     def _signal_all(self) -> None:
-        with self._file.locked():
+        with _Ended(self.domain) as ended, self._file.locked():
             self._file.write(_CLOSED, U32.pack(1))
             value = self._pending.count()
             for handle, _ in sorted(self._pending.all(self.domain.join()), key=lambda entry: ahead(entry[1], value)):
-                self.domain.join().fence_end_any(handle, -errno.ENOENT)
+                ended.end(handle, -errno.ENOENT)
         self._keep.clear()
 
     def _signal_later(self) -> bool:
@@ -259,17 +287,17 @@ class SwSync(SharedObject):
         """
         if not 0 <= n <= UINT_MAX:
             raise fail(errno.EINVAL, "inc", f"by {n}", f"pass 0 to {UINT_MAX}", what="it is not a number of 32 bits")
-        with self._locked("inc"):
+        with _Ended(self.domain) as ended, self._locked("inc"):
             if n > INT_MAX:
-                self._step(INT_MAX)
+                self._step(INT_MAX, ended)
                 n -= INT_MAX
             if n > INT_MAX:  # at most twice what a step can do, and one
-                self._step(INT_MAX)
+                self._step(INT_MAX, ended)
                 n -= INT_MAX
-            self._step(n)
+            self._step(n, ended)
             self._forget_signaled()
 
-    def _step(self, n: int) -> None:
+    def _step(self, n: int, ended: _Ended) -> None:
         shm = self.domain.shm
         target = self._pending.count() + n & UINT_MAX
         due = self._pending.due(shm, n)
@@ -279,7 +307,7 @@ class SwSync(SharedObject):
             if distance > 0:
                 self._file.write(VALUE, U32.pack(at))
                 step("sw_counted")  # this one is due and pending: the next inc of any holder signals it, or its owner's death
-            shm.fence_end_any(handle, 0)
+            ended.end(handle, 0)
             step("sw_ended")  # as after an inc by less
         self._file.write(VALUE, U32.pack(target))
         self._pending.settle()
