@@ -77,6 +77,7 @@ def soak(count: int, seed: int) -> Alarm:
                 _spin()
             except Raised:
                 alarm.arrived += 1
+            world.drain()
             if operation in UNPAIRED and world.resvs[0].held_here():
                 world.resvs[0].unlock()  # the handler ran when lock() had returned: the caller has the lock
             assert alarm.arrived == alarm.handled, f"an exception was lost in {operation.__name__}, seed {seed}: {unraisable}"

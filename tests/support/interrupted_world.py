@@ -405,12 +405,16 @@ class World:
                 return
             select.select([], [], [], 0.01)
 
-    def settle(self) -> None:
-        """Give back what an interrupted operation leaves to its caller, and see that everything is usable and nothing is locked."""
+    def drain(self) -> None:
+        """Receive what was sent before an operation was interrupted, which the next one would take for its own."""
         while select.select([self.theirs], [], [], 0)[0]:
             for made in dmabuf.recv(self.theirs):
                 if isinstance(made, DmaBuf | SyncFile | TimelineSemaphore):
                     made.close()
+
+    def settle(self) -> None:
+        """Give back what an interrupted operation leaves to its caller, and see that everything is usable and nothing is locked."""
+        self.drain()
         for left in (*self.kept, *self.timeline.pending()):
             if not left.is_signaled():
                 left.signal()
