@@ -121,6 +121,8 @@ int kept_release(Shm *s, uint32_t target, uint64_t fence) {
         if (detached) block_left_zeros(b);
         released++;
         again = true; /* Python code has run, and may have changed the list */
+      } else {
+        fence_ignore_deadline(s, b->fence); /* it doesn't give way, so it may be in a cycle of waits */
       }
       Py_DECREF(b);
       if (again) break;

@@ -279,3 +279,8 @@ void fence_watch_deadline(Shm *s, uint64_t handle) {
   db_fence *f;
   if (fence_pending(s, handle, &f) && f) atomic_fetch_or(&f->flags, FF_WATCH_DEADLINE);
 }
+
+void fence_ignore_deadline(Shm *s, uint64_t handle) {
+  db_fence *f;
+  if (fence_pending(s, handle, &f) && f) atomic_fetch_and(&f->flags, ~FF_WATCH_DEADLINE);
+}

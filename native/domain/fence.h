@@ -35,6 +35,7 @@ int fence_flag(uint64_t handle, db_fence *f, uint32_t bit);
 
 /* From now on this life is woken when another process sets a deadline for its pending fence. It may have one already. */
 void fence_watch_deadline(Shm *s, uint64_t handle);
+void fence_ignore_deadline(Shm *s, uint64_t handle); /* the opposite */
 
 /* ---- its life ---- */
 

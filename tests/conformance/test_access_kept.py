@@ -10,6 +10,7 @@ import pytest
 
 import dmabuf
 from dmabuf import DmaBuf
+from tests.support.children import Parent, Spawn
 from tests.support.errnos import raises_errno
 from tests.support.fences import keys
 from tests.support.waiting import Background, until
@@ -159,3 +160,47 @@ def test_a_slice_that_is_kept_keeps_nothing(buf: DmaBuf) -> None:
     with pytest.raises(ValueError, match="released"):
         part[0]
     assert keys(buf.resv) == []
+
+
+def test_reader_that_keeps_something_and_comes_again_is_in_no_circle(buf: DmaBuf) -> None:
+    """The writer waits for what the reader kept, and the reader for the writer: what is kept gives way, and nobody fails."""
+    for _ in range(3):
+        with buf.read() as view:
+            kept = memoryview(view)
+        with Background(lambda: use(buf, "write", LONG)) as job:
+            until(lambda: len(keys(buf.resv)) == 2)
+            with buf.read(timeout=LONG) as view:
+                assert view[0] == kept[0]
+            assert job.result() == "in"
+        del kept
+
+
+def keeps_and_comes_again(parent: Parent, rounds: int) -> None:
+    (buf,) = dmabuf.recv(parent.sock)
+    kept = None
+    with buf:
+        for _ in range(rounds):
+            with buf.read(timeout=LONG) as view:
+                kept = memoryview(view)
+        del kept
+
+
+def test_reader_of_another_process_keeps_its_last_frame_and_never_fails(buf: DmaBuf, child: Spawn) -> None:
+    other = child(keeps_and_comes_again, 12)
+    dmabuf.send(other.sock, buf)
+    for _ in range(12):
+        with buf.write(timeout=LONG) as view:
+            view[0] = 1
+    other.result()
+
+
+def test_reader_that_a_writer_asked_before_it_left_gives_way(buf: DmaBuf) -> None:
+    block = buf.read()
+    view = block.__enter__()
+    shm = buf.domain.shm
+    with Background(lambda: use(buf, "write", LONG)) as job:
+        until(lambda: (info := shm.fence_info(block.fence)) is not None and info["deadline"])
+        kept = memoryview(view)
+        block.__exit__(None, None, None)
+        assert job.result() == "in"
+    assert kept[0] == 0

@@ -245,7 +245,7 @@ def array(machine: Machine, thing: Thing) -> Thing | None:
         return None
     n = len(thing.where)
     offset, count, stride = machine.choose.randint(0, n), machine.choose.randint(0, 50), machine.choose.choice([1, 1, 3, -1, -2])
-    fits = not count or 0 <= offset + (count - 1) * stride < n
+    fits = not count or (offset < n and 0 <= offset + (count - 1) * stride < n)
     if not thing.it.contiguous or not fits:
         with pytest.raises(ValueError, match="reaches beyond|has a step|released"):
             thing.it.array("u1", (count,), offset, (stride,))

@@ -55,9 +55,8 @@ def ask(domain: Domain, part: Access, fence: int) -> None:
     info = shm.fence_info(fence)
     if info is None or not info["flags"] & FF_ACCESS or info["flags"] & FF_WRITE:
         return
-    if info["life"] == shm.life:
-        release_kept(shm, part.target, fence)
-    else:
+    # The block of a reader of this process may be open still: then the deadline is found when it is left.
+    if info["life"] != shm.life or not release_kept(shm, part.target, fence):
         shm.fence_set_deadline(fence, time.monotonic_ns())
 
 

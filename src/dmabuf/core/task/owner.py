@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable
 from functools import partial
 
-from dmabuf._native import OFF_STAMP, TICK_FENCE, Context
+from dmabuf._native import FF_ACCESS, FF_WATCH_DEADLINE, OFF_STAMP, TICK_FENCE, Context
 from dmabuf.core.task import waiting
 from dmabuf.core.task.pause import Pause
 from dmabuf.domain import slow_waits
@@ -23,6 +23,7 @@ from dmabuf.domain.weak_objects import WeakObjects
 from dmabuf.errors import fail
 
 _CYCLE_LIMIT = 256
+_GIVES_WAY = FF_ACCESS | FF_WATCH_DEADLINE
 
 
 class Owner(Context):
@@ -159,6 +160,8 @@ def youngest_in_cycle(owner: Owner) -> bool:
         fence = shm.fence_info(context[4])
         if fence is None or not fence["pending"] or not fence["owner"]:
             return False
+        if fence["flags"] & _GIVES_WAY == _GIVES_WAY:
+            return False  # what a read() block has left: it ends soon, though its owner waits
         word = fence["owner"]
         youngest = max(youngest, context[5])
         if word == owner.word or (owner.blocked and (found := shm.ctx_info(word)) is not None and found[:2] == (owner.life, owner.blocked)):
