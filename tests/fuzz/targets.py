@@ -22,13 +22,15 @@ from dmabuf import DmaFenceArray, DmaFenceChain, SwSync, SyncFile, Timeline, Tim
 from dmabuf._native import OwnedFd
 from dmabuf.core.buffer.handle import handle_of
 from dmabuf.core.fence import travel
+from dmabuf.core.get import from_fd
 from dmabuf.core.sync import semaphore_state
 from dmabuf.domain import place
 from dmabuf.domain.domain import Domain
 from dmabuf.domain.sync_files import Leaf, SyncFileRecord
 from dmabuf.errors import ContractError, DmaBufError
 from dmabuf.layout.stored import unpack as unpack_layout
-from dmabuf.sharing import items, messages, server, serving
+from dmabuf.sharing import items, keeping, kept, messages, server, serving
+from dmabuf.sharing.fetching import fetch
 from dmabuf.sharing.remote_exporter import RemoteExporter
 from dmabuf.sharing.sealed import sealed
 from tests.fuzz import mutate
@@ -242,6 +244,29 @@ def ref(world: World) -> Target:
             with contextlib.suppress(DmaBufError), dmabuf.open(found) as got:
                 assert bytes(got.ref())[8:16] == data[8:16]
                 assert (got.ino, got.ref().nonce) == (found.ino, found.nonce)
+
+    return one
+
+
+def kept_descriptors(world: World) -> Target:
+    """Messages to the socket of descriptors that wait for receivers, and what a pickle says of where one is."""
+
+    def one(rng: random.Random) -> None:
+        name, key, _, label = place = keeping.TABLE.add(handle_of(world.buf).dup_owned)
+        samples = [kept.MESSAGE.pack(kept.MAGIC, kind, key) for kind in (kept.FETCH, kept.WAKE, kept.HERE)]
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            if rng.random() < 0.5:
+                sock.bind("")
+            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("=i", sock.fileno()))] if rng.random() < 0.3 else []
+            sock.sendmsg([mutate.changed(rng, rng.choice(samples), samples)], rights, 0, name)
+        lies = [mutate.changed(rng, name), mutate.changed(rng, key), mutate.value(rng), label]
+        with contextlib.suppress(DmaBufError):
+            fetch(
+                tuple(lie if rng.random() < 0.3 else true for lie, true in zip(lies, place, strict=True)),
+                "it",
+                lambda fd: from_fd(fd, world.domain),
+            ).close()
+        keeping.TABLE.drop()
 
     return one
 
@@ -490,6 +515,7 @@ TARGETS: dict[str, Callable[[World], Target]] = {
     "state": state,
     "layout": layout,
     "ref": ref,
+    "kept": kept_descriptors,
     "semaphore": semaphore,
     "sw_sync": sw_sync,
     "domain_file": domain_file,

@@ -224,7 +224,7 @@ with dmabuf.allocate(4096) as buf:
         with open("/dev/null", "wb") as f:
             multiprocessing.reduction.dump(buf, f)
         from dmabuf.sharing import keeping
-        keeping.TABLE.forget()
+        keeping.TABLE.drop()
     else:
         blob = multiprocessing.reduction.ForkingPickler.dumps([buf, buf])
         one, two = pickle.loads(blob)

@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from types import FrameType
@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 
 import dmabuf
-from dmabuf.sharing import keeping, kept
+from dmabuf.sharing import fetching, keeping, kept
 from dmabuf.sharing.fetching import fetch
 from tests.sharing.conftest import SIZE
 from tests.support.errnos import raises_errno
@@ -65,7 +65,7 @@ def queue() -> Iterator[Any]:
     yield made
     made.close()
     made.join_thread()
-    keeping.TABLE.forget()
+    keeping.TABLE.drop()
 
 
 @contextlib.contextmanager
@@ -345,15 +345,16 @@ def test_consumer_without_descriptors_is_told_and_loses_nothing(kind: str, argum
     answers.close()
 
 
-def _consume_pairs(queue: Any, answers: Any) -> None:
-    dmabuf.allocate(SIZE).close()
+def _consume_pairs(queue: Any, answers: Any, opened: bool) -> None:
+    if opened:
+        dmabuf.allocate(SIZE).close()
     resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
-    for room in (2, 3):
+    for room in (2, 20) if opened else (0, 30):
         taken = []
         with contextlib.suppress(OSError):
             while True:
                 taken.append(os.open("/dev/null", os.O_RDONLY))
-        for fd in taken[-room:]:
+        for fd in taken[len(taken) - room :]:
             os.close(fd)
         try:
             pair = queue.get()
@@ -361,15 +362,16 @@ def _consume_pairs(queue: Any, answers: Any) -> None:
             answers.put(e.errno)
         else:
             answers.put(list(map(_stamp, pair)))
-        for fd in taken[:-room]:
+        for fd in taken[: len(taken) - room]:
             os.close(fd)
 
 
-def test_message_with_several_buffers_is_received_whole_after_emfile() -> None:
+@pytest.mark.parametrize("opened", [True, False])
+def test_message_with_several_buffers_is_received_whole_after_emfile(opened: bool) -> None:
     context = multiprocessing.get_context("spawn")
     queue, answers = context.SimpleQueue(), context.SimpleQueue()
     bufs = [_stamped(i) for i in range(2)]
-    with running(context.Process(target=_consume_pairs, args=(queue, answers))):
+    with running(context.Process(target=_consume_pairs, args=(queue, answers, opened))):
         queue.put(bufs)
         assert answers.get() == errno.EMFILE
         assert answers.get() == [0, 1]
@@ -449,6 +451,81 @@ def test_results_of_executor_workers_that_have_ended_arrive() -> None:
     assert [_stamp(future.result()) for future in futures] == list(range(6))
 
 
+def _late(i: int) -> dmabuf.DmaBuf:
+    return _stamped(i, "late")
+
+
+def _asks() -> bool:
+    """Whether a thread of this process asks a sender for a descriptor."""
+    for frame in sys._current_frames().values():
+        while frame is not None:
+            if frame.f_code is fetching._asked.__code__:
+                return True
+            frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
+def _without_answers() -> None:
+    """In a worker: what is kept is never handed out."""
+    kept.answer = lambda *_: threading.Event().wait()  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_result_of_a_killed_pool_worker_names_it_when_it_is_used(method: str) -> None:
+    # A worker that is killed while it waits for a task would keep the pool's lock, and the pool could not end.
+    with multiprocessing.get_context(method).Pool(1, _without_answers, maxtasksperchild=1) as pool:
+        result = pool.apply_async(_late, (1,))
+        until(_asks)
+        os.kill(pool._pool[0].pid, signal.SIGKILL)  # type: ignore[attr-defined]
+        got = result.get()
+        uses: list[Callable[[], Any]] = [got.read().__enter__, got.fileno, lambda: got.size, got.ref, got.mmap, got.give]
+        for use in uses:
+            with raises_errno(errno.EOWNERDEAD) as caught:
+                use()
+            assert "PoolWorker-" in str(caught.value)
+            assert "), which sent it, ended before it was received" in str(caught.value)
+        got.close()
+        with raises_errno(errno.EBADF):
+            got.read().__enter__()
+
+
+def _hoard(_: int) -> int:
+    """Take all descriptors of a worker but some, for its next task."""
+    _hoarded.clear()
+    dmabuf.allocate(SIZE).close()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+    with contextlib.suppress(OSError):
+        while True:
+            _hoarded.append(os.open("/dev/null", os.O_RDONLY))
+    return len(_hoarded)
+
+
+_hoarded: list[int] = []
+
+
+def _use_with_room(buf: dmabuf.DmaBuf) -> tuple[int | None, int]:
+    try:
+        buf.fileno()
+    except OSError as e:
+        first = e.errno
+    else:
+        first = None
+    while _hoarded:
+        os.close(_hoarded.pop())
+    return first, _stamp(buf)
+
+
+def test_argument_of_a_pool_worker_without_descriptors_is_received_when_there_is_room(buf: dmabuf.DmaBuf) -> None:
+    with buf.write() as view:
+        view[0] = 4
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert pool.apply(_hoard, (0,))
+        assert pool.apply(_use_with_room, (buf,)) == (errno.EMFILE, 4)
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as executor:
+        assert executor.submit(_hoard, 0).result()
+        assert executor.submit(_use_with_room, buf).result() == (errno.EMFILE, 4)
+
+
 # ---- two programs ----
 
 _PROGRAM = """
@@ -499,7 +576,7 @@ def test_forking_pickler_that_another_library_drives(buf: dmabuf.DmaBuf) -> None
 def place(buf: dmabuf.DmaBuf) -> Iterator[Any]:
     """Where a descriptor of a buffer is kept."""
     yield keeping.TABLE.add(buf._handle.dup_owned)
-    keeping.TABLE.forget() if len(keeping.TABLE) else None
+    keeping.TABLE.drop()
 
 
 def _count() -> int:
@@ -559,7 +636,7 @@ def test_descriptor_of_something_else_is_refused(place: Any, buf: dmabuf.DmaBuf)
     entries[key] = keeping.owned(os.open, "/dev/null", os.O_RDONLY)
     with raises_errno(errno.EINVAL):
         pickle.loads(pickled)
-    keeping.TABLE.forget()
+    keeping.TABLE.drop()
 
 
 def test_forked_child_has_nothing_of_the_table(place: Any) -> None:

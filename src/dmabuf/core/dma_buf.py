@@ -469,7 +469,7 @@ class DmaBuf(Face, Mappable, Closing):
         return statistics.statistics(self._handle)
 
 
-class _BufHandle(Handle):
+class BufHandle(Handle):
     """A handle whose face is a ``DmaBuf``."""
 
     __slots__ = ()
@@ -478,11 +478,11 @@ class _BufHandle(Handle):
         return face_of(DmaBuf, self)
 
 
-class GivenHandle(_BufHandle):
+class GivenHandle(BufHandle):
     """A handle that its pickler closes, because the receiver owns the buffer then."""
 
     __slots__ = ()
 
 
-new_handle = partial(open_face, DmaBuf, _BufHandle)
+new_handle = partial(open_face, DmaBuf, BufHandle)
 """Return a new handle of a buffer, which owns a descriptor: ``new_handle(fd, shared, name=None)``."""

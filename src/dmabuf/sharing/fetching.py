@@ -13,7 +13,7 @@ import resource
 import select
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Final, TypeVar
 
 from dmabuf._native import OwnedFd, owned_rights
@@ -48,22 +48,27 @@ def fetch(place: Any, what: str, make: Callable[[OwnedFd], T]) -> T:
     found = recall(key)
     if found is not None:
         return found  # type: ignore[no-any-return]
+    with or_put_back(key, what), needing_descriptors("unpickle", what), _asking() as sock:
+        fd = _asked(sock, name, key, what, sender)
+        made = make(fd)
+        with contextlib.suppress(OSError):  # the sender has ended since, and keeps nothing
+            sock.sendto(kept.MESSAGE.pack(kept.MAGIC, kept.DONE, key), name)
+    remember(key, made)
+    return made
+
+
+@contextlib.contextmanager
+def or_put_back(key: bytes, what: str) -> Iterator[None]:
+    """Put the message that is being unpickled back if the block fails for now. ``key``: something that is in it and in no other."""
     try:
-        with needing_descriptors("unpickle", what), _asking() as sock:
-            fd = _asked(sock, name, key, what, sender)
-            made = make(fd)
-            with contextlib.suppress(OSError):  # the sender has ended since, and keeps nothing
-                sock.sendto(kept.MESSAGE.pack(kept.MAGIC, kept.DONE, key), name)
+        yield
     except BaseException as e:
         if isinstance(e, OSError) and e.errno not in _FOR_NOW:
             raise
         if put_back(key) and isinstance(e, DmaBufError):
-            raise fail(
-                e.errno or errno.EIO, "unpickle", what, f"{e.remedy}; the next get() or recv() gives it again", what=said(e)
-            ) from None
+            remedy = f"{e.remedy}; the next get() or recv() gives it again"
+            raise fail(e.errno or errno.EIO, "unpickle", what, remedy, what=said(e)) from None
         raise
-    remember(key, made)
-    return made
 
 
 def said(error: DmaBufError) -> str:

@@ -137,18 +137,26 @@ class Table:
             self.received.clear()
             if self._entries and not self.received.wait(_AGAIN_S):
                 break
-        with self._lock:
-            sock, thread, self._ending = self._socket, self._thread, True
+        self._end_thread()
         try:
-            if thread is not None and sock is not None:
-                # If its queue of messages is full, the thread wakes up anyway.
-                with contextlib.suppress(OSError):
-                    sock.sendto(kept.MESSAGE.pack(kept.MAGIC, kept.WAKE, bytes(kept.KEY_BYTES)), socket.MSG_DONTWAIT, sock.getsockname())
-                thread.join()
-            if self._entries and sock is not None:
-                _start_keeper(sock, {key: fd.number for key, fd in self._entries.items()})
+            if self._entries and self._socket is not None:
+                _start_keeper(self._socket, {key: fd.number for key, fd in self._entries.items()})
         finally:
             self.forget()
+
+    def drop(self) -> None:
+        """Close what is in the table; its receivers are told that it is gone."""
+        self._end_thread()
+        self.forget()
+
+    def _end_thread(self) -> None:
+        with self._lock:
+            sock, thread, self._ending = self._socket, self._thread, True
+        if thread is not None and sock is not None:
+            # If its queue of messages is full, the thread wakes up anyway.
+            with contextlib.suppress(OSError):
+                sock.sendto(kept.MESSAGE.pack(kept.MAGIC, kept.WAKE, bytes(kept.KEY_BYTES)), socket.MSG_DONTWAIT, sock.getsockname())
+            thread.join()
 
     def forget(self) -> None:
         """Close everything: of a forked child, whose parent has the table, or of a process that has handed it on."""

@@ -39,9 +39,11 @@ from dmabuf.domain.domain import Domain, known
 from dmabuf.domain.sync_files import SyncFileRecord
 from dmabuf.errors import DmaBufError, fail, needing_descriptors, rebuilt
 from dmabuf.sharing import opening
-from dmabuf.sharing.fetching import fetch, said, sender_name
+from dmabuf.sharing.fetching import fetch, or_put_back, said, sender_name
 from dmabuf.sharing.items import check_fence, directory_lost, timeline_place
 from dmabuf.sharing.keeping import TABLE, Place, with_room
+from dmabuf.sharing.pending import pending
+from dmabuf.sharing.put_back import for_pool
 from dmabuf.sharing.remote_timeline import RemoteTimeline
 
 Reduced: TypeAlias = tuple[Callable[..., object], tuple[object, ...]]  # what a pickler calls in the receiver, with which arguments
@@ -195,23 +197,32 @@ def _make_buffer(there: Where, domain: Domain, ref: bytes, name: bytes | None) -
     def make(fd: OwnedFd) -> DmaBuf:
         return received(fd, domain, token.dev, token.ino, token.nonce, name)
 
+    def receive() -> DmaBuf:
+        try:
+            return _taken(there, str(token), make)
+        except DmaBufError as e:
+            if e.errno not in (errno.EOWNERDEAD, errno.ENOENT):
+                raise
+            return _otherwise(ref, e)
+
     try:
-        return _taken(there, str(token), make)
-    except DmaBufError as e:
-        if e.errno not in (errno.EOWNERDEAD, errno.ENOENT):
+        return receive()
+    except DmaBufError:
+        if not for_pool():
             raise
-        return _otherwise(ref, e)
+        return pending(domain, token, receive)
 
 
 def _make_domain(identity: str, path: str | None, there: Where | None) -> Domain:
     if path is None:
         assert there is not None
         return _taken(there, f"domain {identity}", Domain.adopt)
-    domain = known(identity) or Domain.open(Path(path))
+    what = f"domain {identity}"
+    with or_put_back(identity.encode(), what), needing_descriptors("unpickle", what):
+        domain = known(identity) or Domain.open(Path(path))
     if domain.id != identity:
-        what = f"its directory has another domain now, {domain.id}"
         remedy = "keep the sender running until it is received, or start it again if its directory was removed"
-        raise fail(errno.EXDEV, "unpickle", f"domain {identity}", remedy, what=what)
+        raise fail(errno.EXDEV, "unpickle", what, remedy, what=f"its directory has another domain now, {domain.id}")
     return domain
 
 

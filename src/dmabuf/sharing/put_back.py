@@ -14,6 +14,7 @@ import io
 import sys
 import weakref
 from collections import deque
+from collections.abc import Container
 from types import CodeType, FrameType
 from typing import Any, Final
 
@@ -21,6 +22,12 @@ from dmabuf._native import WeakValues
 
 _FRONT: Final = "_dmabuf_front"
 _RECEIVE, _POLL, _PLACES = "_recv_bytes", "_poll", "_sem"  # what multiprocessing calls them
+_POOLS: Final = (  # the functions of pools that read messages: module, class, name
+    ("multiprocessing.pool", "Pool", "_handle_results"),
+    ("multiprocessing.pool", "", "worker"),
+    ("concurrent.futures.process", "", "_process_worker"),
+    ("concurrent.futures.process", "_ExecutorManagerThread", "wait_result_broken_or_wakeup"),
+)
 
 # What was received lately, by its key, and what of it waits for its message to be unpickled again. A message may have several objects, of
 # which only one is there no descriptor for.
@@ -83,11 +90,31 @@ def _readers() -> dict[CodeType, tuple[str, str]]:
     return found
 
 
+def _reading(frame: FrameType | None, readers: Container[CodeType]) -> FrameType | None:
+    """Return the frame of the innermost reader, which is unpickling."""
+    while frame is not None and frame.f_code not in readers:
+        frame = frame.f_back
+    return frame
+
+
+def for_pool() -> bool:
+    """Return True if a function of a pool has called the reader. No error may come up there: its thread or its process would end."""
+    frame = _reading(sys._getframe(1), _readers())
+    caller = None if frame is None else frame.f_back
+    if caller is None:
+        return False
+    for module, owner, name in _POOLS:
+        place: Any = sys.modules.get(module)
+        function = getattr(getattr(place, owner, None) if owner else place, name, None)
+        if getattr(function, "__code__", None) is caller.f_code:
+            return True
+    return False
+
+
 def _found(frame: FrameType | None) -> tuple[Any, Any, bytes] | None:
     """Return (who reads, the connection, the message) of the innermost reader that is unpickling."""
     readers = _readers()
-    while frame is not None and frame.f_code not in readers:
-        frame = frame.f_back
+    frame = _reading(frame, readers)
     if frame is None:
         return None
     name, attribute = readers[frame.f_code]
@@ -105,7 +132,7 @@ def put_back(key: bytes) -> bool:
     """Put back the message that is being unpickled in this thread, and has this key. Returns whether that was possible."""
     try:
         found = _found(sys._getframe(1))
-        if found is None or key not in found[2]:
+        if found is None or key not in found[2] or for_pool():
             return False
         reader, connection, message = found
         front = vars(connection).get(_FRONT)
