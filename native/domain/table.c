@@ -123,11 +123,8 @@ static void fill_chunk(Shm *s, uint32_t type, char *c) {
   uint64_t floor = atomic_load(&hdr(s)->floor[type == CH_LIFE ? CH_CTX : type]);
   memset(c, 0, DB_CHUNK);
   if (type == CH_FENCE)
-    for (uint32_t i = 0; i < FENCES_PER; i++) {
-      /* Until its first use a slot answers for the fence of the floor's generation, and nobody knows how that one ended. */
-      atomic_store(&((db_fence *)c)[i].end, END_OPEN(floor & GEN_MASK) | END_DECIDED | EOWNERDEAD);
-      atomic_store(&((db_fence *)c)[i].word, WORD_OF(floor) | FW_SIGNALED);
-    }
+    /* Of generation 0, which no handle has. One of the floor's generation would be the handle of a fence from before. */
+    for (uint32_t i = 0; i < FENCES_PER; i++) atomic_store(&((db_fence *)c)[i].word, FW_SIGNALED);
   else if (type == CH_TIMELINE)
     for (uint32_t i = 0; i < TIMELINES_PER; i++) atomic_store(&((db_timeline *)c)[i].gen, (uint32_t)floor);
   else if (type == CH_CTX || type == CH_LIFE)

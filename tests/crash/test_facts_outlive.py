@@ -287,6 +287,8 @@ def test_fence_of_before_a_reset_is_eownerdead_to_a_newcomer(where: Path, pair: 
         for fence in before:
             assert fence.wait(0) > 0
             assert fence.error == -errno.EOWNERDEAD
+        assert [f.seqno for f in before] == [1, 2]
+        assert before[0].context == before[1].context
         assert not mine.is_signaled()
         mine.signal()
         domain.leave()
