@@ -1,0 +1,127 @@
+"""Buffers as arguments and results of pools: they arrive, or their first use says what happened."""
+
+import concurrent.futures
+import contextlib
+import errno
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+import dmabuf
+from dmabuf.sharing import fetching, kept
+from tests.sharing.conftest import SIZE
+from tests.support.errnos import raises_errno
+from tests.support.queues import METHODS, no_keepers, stamp, stamped
+from tests.support.waiting import until
+
+
+@pytest.fixture(autouse=True)
+def keepers_are_reaped() -> Iterator[None]:
+    """A keeper is a child of whoever looks after orphans, in a test run the run itself."""
+    yield
+    until(no_keepers)
+
+
+@pytest.fixture(params=METHODS)
+def context(request: pytest.FixtureRequest) -> Any:
+    return multiprocessing.get_context(request.param)
+
+
+def _made(i: int) -> dmabuf.DmaBuf:
+    return stamped(i).give()
+
+
+def test_results_of_pool_workers_that_have_ended_arrive(context: Any) -> None:
+    with context.Pool(2, maxtasksperchild=1) as pool:
+        assert list(map(stamp, pool.map(_made, range(6), chunksize=1))) == list(range(6))
+        pool.close()
+        pool.join()
+
+
+def test_results_of_executor_workers_that_have_ended_arrive() -> None:
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(2, mp_context=spawn) as pool:
+        futures = [pool.submit(_made, i) for i in range(6)]
+    assert [stamp(future.result()) for future in futures] == list(range(6))
+
+
+def _late(i: int) -> dmabuf.DmaBuf:
+    return stamped(i, "late")
+
+
+def _asks() -> bool:
+    """Whether a thread of this process asks a sender for a descriptor."""
+    for frame in sys._current_frames().values():
+        while frame is not None:
+            if frame.f_code is fetching._asked.__code__:
+                return True
+            frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
+def _without_answers() -> None:
+    """In a worker: what is kept is never handed out."""
+    kept.answer = lambda *_: threading.Event().wait()  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_result_of_a_killed_pool_worker_names_it_when_it_is_used(method: str) -> None:
+    # A worker that is killed while it waits for a task would keep the pool's lock, and the pool could not end.
+    with multiprocessing.get_context(method).Pool(1, _without_answers, maxtasksperchild=1) as pool:
+        result = pool.apply_async(_late, (1,))
+        until(_asks)
+        os.kill(pool._pool[0].pid, signal.SIGKILL)  # type: ignore[attr-defined]
+        got = result.get()
+        uses: list[Callable[[], Any]] = [got.read().__enter__, got.fileno, lambda: got.size, got.ref, got.mmap, got.give]
+        for use in uses:
+            with raises_errno(errno.EOWNERDEAD) as caught:
+                use()
+            assert "PoolWorker-" in str(caught.value)
+            assert "), which sent it, ended before it was received" in str(caught.value)
+        got.close()
+        with raises_errno(errno.EBADF):
+            got.read().__enter__()
+
+
+def _hoard(_: int) -> int:
+    """Take all descriptors of a worker but some, for its next task."""
+    _hoarded.clear()
+    dmabuf.allocate(SIZE).close()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+    with contextlib.suppress(OSError):
+        while True:
+            _hoarded.append(os.open("/dev/null", os.O_RDONLY))
+    return len(_hoarded)
+
+
+_hoarded: list[int] = []
+
+
+def _use_with_room(buf: dmabuf.DmaBuf) -> tuple[int | None, int]:
+    try:
+        buf.fileno()
+    except OSError as e:
+        first = e.errno
+    else:
+        first = None
+    while _hoarded:
+        os.close(_hoarded.pop())
+    return first, stamp(buf)
+
+
+def test_argument_of_a_pool_worker_without_descriptors_is_received_when_there_is_room(buf: dmabuf.DmaBuf) -> None:
+    with buf.write() as view:
+        view[0] = 4
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert pool.apply(_hoard, (0,))
+        assert pool.apply(_use_with_room, (buf,)) == (errno.EMFILE, 4)
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as executor:
+        assert executor.submit(_hoard, 0).result()
+        assert executor.submit(_use_with_room, buf).result() == (errno.EMFILE, 4)
