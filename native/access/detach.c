@@ -111,8 +111,13 @@ int kept_release(Shm *s, uint32_t target, uint64_t fence) {
   for (bool again = true; again;) {
     again = false;
     for (Block *b = kept_first; b; b = b->kept_next) {
-      if (b->shm != s || b->target != target || (fence && b->fence != fence) || b->state != LEFT || !block_is_ours(b)) continue;
-      if (b->forks != kept_forks) continue; /* a child shows it too, and nobody can take it away from there */
+      if (b->shm != s || (target != ANY_TARGET && b->target != target) || (fence && b->fence != fence) || b->state != LEFT ||
+          !block_is_ours(b))
+        continue;
+      if (b->forks != kept_forks) { /* a child shows it too, and nobody can take it away from there */
+        fence_ignore_deadline(s, b->fence);
+        continue;
+      }
       Py_INCREF(b);
       uint32_t use = b->use;
       int detached = block_detach(b);
@@ -149,7 +154,7 @@ static PyMethodDef functions[] = {
     METHOD(release_kept, METH_VARARGS, "($module, shm, target, fence, /)",
            "Detach what read() blocks that were left keep, and end their accesses.\n\n"
            "Args:\n"
-           "    target: The record whose reservation object counts for them.\n"
+           "    target: The record whose reservation object counts for them; ANY_TARGET for all.\n"
            "    fence: Of one access; 0 for all of this process.\n\n"
            "Returns:\n"
            "    The number of accesses that ended."),

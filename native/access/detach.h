@@ -13,7 +13,10 @@ void block_left_zeros(Block *b);
 /* Call RULE_KEPT until it ends. What it, or a signal handler in its middle, raised; NULL: nothing. */
 PyObject *block_tell_kept(Block *b, const char *how);
 
-/* Detach and end the kept read() blocks of a buffer that hold this fence; fence 0: all of them that this reservation object counts for.
+#define ANY_TARGET UINT32_MAX
+
+/* Detach and end the kept read() blocks of a buffer, or with ANY_TARGET of all, that hold this fence; fence 0: all of them that this
+ * reservation object counts for.
  * The number of blocks that were ended. */
 int kept_release(Shm *s, uint32_t target, uint64_t fence);
 

@@ -204,3 +204,16 @@ def test_reader_that_a_writer_asked_before_it_left_gives_way(buf: DmaBuf) -> Non
         block.__exit__(None, None, None)
         assert job.result() == "in"
     assert kept[0] == 0
+
+
+def test_what_a_read_left_is_a_copy_once_its_process_left_the_domain() -> None:
+    domain = dmabuf.Domain.private()
+    with dmabuf.allocate(4096, domain=domain) as buf:
+        with buf.read() as view:
+            kept = memoryview(view)
+        domain.leave()
+        with buf.write(timeout=0) as view:
+            view[0] = 7
+        assert kept[0] == 0
+        del kept
+    domain.leave()

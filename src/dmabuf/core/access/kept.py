@@ -24,6 +24,7 @@ from dmabuf.errors import KeptWarning
 WAIT_NS: Final = 50_000_000
 """How long a writer waits for what a ``read()`` block left, before that is detached."""
 
+_ANY_TARGET: Final = (1 << 32) - 1
 _MOST: Final = 1000  # entries of a container, and locals of a frame, that are looked through for a name
 _DEPTH: Final = 8  # from an array to the object that its memory is of
 
@@ -44,6 +45,7 @@ def yields(part: Access) -> None:
         elif info["deadline"]:
             release_kept(shm, target, fence)
 
+    domain.leave_hooks.ensure("kept", lambda: release_kept(shm, _ANY_TARGET, 0))  # its fences end then, and others write
     watcher = dispatcher(domain)
     watcher.watch_deadline(fence, look)
     look()  # the deadline may have come before anybody watched
