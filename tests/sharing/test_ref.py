@@ -29,6 +29,13 @@ def test_ref_survives_any_pickle(buf: dmabuf.DmaBuf, protocol: int) -> None:
         assert got == buf
 
 
+def test_ref_is_pickled_by_the_name_of_a_function(buf: dmabuf.DmaBuf) -> None:
+    """A pickler that takes functions by value if need be, as cloudpickle does, needn't."""
+    function, arguments = buf.ref().__reduce__()
+    assert getattr(sys.modules[function.__module__], function.__qualname__) is function
+    assert arguments == (bytes(buf.ref()),)
+
+
 def test_ref_says_which_buffer_it_is(buf: dmabuf.DmaBuf) -> None:
     ref = buf.ref()
     assert (ref.domain, ref.ino, ref.size, ref.name) == (buf.domain.id, buf.ino, SIZE, "shared")

@@ -19,6 +19,7 @@ from functools import partial
 from multiprocessing import context, process
 from multiprocessing.reduction import DupFd, ForkingPickler
 from pathlib import Path
+from types import FrameType
 from typing import Any, Protocol, TypeAlias, TypeVar
 
 from dmabuf._native import OwnedFd, owned
@@ -273,8 +274,19 @@ def _reduce(thing: Any) -> Reduced:
     return _told(thing, error)
 
 
-def _refuse(thing: Any) -> Reduced:
+def _for_worker(caller: FrameType | None) -> bool:
+    """Return True if the caller of a reducer is loky's pickler (joblib's too), which is a subclass of cloudpickle's.
+
+    It pickles what goes to a worker or comes from one, as multiprocessing's does, but doesn't know its reducers.
+    """
+    frames = (caller, None if caller is None else caller.f_back)
+    return any(frame is not None and frame.f_globals.get("__name__", "").endswith("loky.backend.reduction") for frame in frames)
+
+
+def _reduce_elsewhere(thing: Any) -> Reduced:
     """Reduce an object for any other pickler."""
+    if _for_worker(sys._getframe(1)):
+        return _reduce(thing)
     name = type(thing).__name__
     token = ", or pickle buf.ref() and open that with dmabuf.open()" if isinstance(thing, DmaBuf) else ""
     raise TypeError(
@@ -284,5 +296,5 @@ def _refuse(thing: Any) -> Reduced:
 
 
 for _kind in _REDUCERS:
-    copyreg.pickle(_kind, _refuse)
+    copyreg.pickle(_kind, _reduce_elsewhere)
     ForkingPickler.register(_kind, _reduce)

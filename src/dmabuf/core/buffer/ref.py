@@ -74,7 +74,12 @@ class BufferRef:
         return f"buffer{name} (inode {self.ino} of domain {self.domain})"
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return BufferRef.from_bytes, (bytes(self),)
+        return unpickled, (bytes(self),)
+
+
+def unpickled(data: bytes) -> BufferRef:
+    """Return a token from its pickle. It is a function of the module, because cloudpickle would take a method's code along."""
+    return BufferRef.from_bytes(data)
 
 
 def ref_of(handle: Handle, name: bytes | None) -> BufferRef:
