@@ -185,6 +185,8 @@ class DmaFence(Fence):
     def add_callback(self, fn: Callable[[DmaFence], object]) -> int:
         """Call ``fn(fence)`` once, when the fence is signaled (semantics 3.7).
 
+        If a signal handler raises in the middle of ``fn``, it is called again: it may not have begun.
+
         Returns:
             A number for :meth:`remove_callback`.
 
