@@ -291,3 +291,27 @@ def test_forking_pickler_that_another_library_drives(buf: dmabuf.DmaBuf) -> None
     assert one is two
     assert one == buf
     one.close()
+
+
+# ---- everything else that has a descriptor ----
+
+
+def test_every_kind_with_a_descriptor_arrives_through_a_queue(queue: Any, buf: dmabuf.DmaBuf, tl: dmabuf.Timeline) -> None:
+    domain = dmabuf.Domain.private()
+    fence = tl.fence()
+    things = [
+        buf.export_range(0, 10),
+        dmabuf.SwSync("sw"),
+        dmabuf.TimelineSemaphore(),
+        dmabuf.SyncFile(fence, "sync"),
+        dmabuf.allocate(SIZE, name="secret", domain=domain),
+        domain,
+    ]
+    queue.put(things)
+    part, sw, semaphore, sync_file, secret, same = queue.get()
+    assert (part.buf, part.length, sw.name, semaphore.query(), sync_file.name) == (buf, 10, "sw", 0, "sync")
+    assert (secret, same) == (things[4], domain)
+    fence.signal()
+    assert sync_file.status == 1
+    for one in (part.buf, sw, semaphore, sync_file, secret, *things[1:5]):
+        one.close()
