@@ -288,7 +288,7 @@ gevent.socket.wait_read(sock.fileno())
 ended = gevent.event.Event()
 fence.add_callback(lambda _: ended.set())
 sock.send(b"waits")
-ended.wait()
+ended.wait(3600)  # with a limit: gevent takes a wait that only another thread can end for one without an end
 print("called")
 """
 

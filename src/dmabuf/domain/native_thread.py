@@ -6,6 +6,7 @@ thread, and with them perhaps the one that would wake it.
 
 from __future__ import annotations
 
+import _thread
 import sys
 import threading
 from collections.abc import Callable
@@ -17,7 +18,7 @@ class NativeThread(threading.Thread):
     def __init__(self, task: Callable[[], object], name: str) -> None:
         super().__init__(target=self._work, name=name, daemon=True)
         self._task, self._here = task, 0
-        self._over: threading.Event | None = None  # of a thread that isn't one of the threading module's
+        self._over: _thread.LockType | None = None  # held by a thread that isn't one of the threading module's, until it ends
 
     def start(self) -> None:
         """Start the thread. Raises RuntimeError if none can be started."""
@@ -25,7 +26,9 @@ class NativeThread(threading.Thread):
         if monkey is None or not monkey.is_module_patched("threading"):
             super().start()
             return
-        self._over = threading.Event()
+        over: _thread.LockType = monkey.get_original("_thread", "allocate_lock")()
+        over.acquire()
+        self._over = over
         monkey.get_original("_thread", "start_new_thread")(self._work, ())
 
     def _work(self) -> None:
@@ -34,7 +37,7 @@ class NativeThread(threading.Thread):
             self._task()
         finally:
             if self._over is not None:
-                self._over.set()
+                self._over.release()
 
     def is_here(self) -> bool:
         """Return True in this thread."""
@@ -44,5 +47,5 @@ class NativeThread(threading.Thread):
         """Wait until the thread has ended."""
         if self._over is None:
             super().join(timeout)
-        else:
-            self._over.wait(timeout)
+        elif self._over.acquire(timeout=-1 if timeout is None else timeout):
+            self._over.release()
