@@ -38,7 +38,12 @@ bool fd_is(int fd, const fd_id *id) {
   return false;
 }
 
-int fd_close(int fd, const fd_id *id) { return fd_is(fd, id) ? close(fd) : -1; }
+int fd_close(int fd, const fd_id *id) {
+  struct stat st;
+  /* The directory of a process in /proc can't be asked any more once that process has ended. It is no file of somebody else. */
+  if (fd >= 0 && fd_stat(fd, &st) && (errno == ENOENT || errno == ESRCH)) return close(fd);
+  return fd_is(fd, id) ? close(fd) : -1;
+}
 
 /* A descriptor that was just made from a number: was it the right one? The new one is nobody else's, so this is certain. */
 static int made(int fd, const fd_id *id) {

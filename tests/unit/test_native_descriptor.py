@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from dmabuf import _native
-from dmabuf._native import OwnedFd
+from dmabuf._native import OwnedFd, owned
 
 
 def is_open(fd: int) -> bool:
@@ -120,3 +120,21 @@ def test_another_processs_descriptor_that_is_not_there_is_an_error() -> None:
             _native.fd_of(me.number, 99999)
         with pytest.raises(OSError):
             _native.fd_of(-1, 0)
+
+
+@pytest.mark.parametrize("name", ["fd", "task", "."])
+def test_directory_of_a_process_that_has_ended_is_closed(name: str) -> None:
+    """The kernel answers no fstat(2) for it any more: ENOENT, where it counts the descriptors."""
+    ours, theirs = os.pipe()
+    pid = os.fork()
+    if not pid:
+        os.close(theirs)
+        os.read(ours, 1)
+        os._exit(0)
+    os.close(ours)
+    own = owned(os.open, f"/proc/{pid}/{name}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    number = own.number
+    os.close(theirs)
+    os.waitpid(pid, 0)
+    own.close()
+    assert not is_open(number)
