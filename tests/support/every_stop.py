@@ -15,6 +15,7 @@ import ctypes
 import dis
 import gc
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -172,7 +173,7 @@ def at_every_stop(
     gc.collect()
     faults: list[str] = []
     before = holdings(where)
-    n, last = 0, ""
+    n, last = -random.randrange(step), ""  # so that what has fewer stops than a step is interrupted somewhere, one run in a few
     with nothing_unraisable() as unraisable:
         while n < most:
             n += step
