@@ -17,15 +17,14 @@ import dmabuf
 from dmabuf.sharing import keeping, kept
 from dmabuf.sharing.fetching import fetch
 from tests.support.errnos import raises_errno
-from tests.support.queues import no_keepers
+from tests.support.queues import keepers_reaped
 from tests.support.waiting import until
 
 
 @pytest.fixture(autouse=True)
 def keepers_are_reaped() -> Iterator[None]:
-    """A keeper is a child of whoever looks after orphans, in a test run the run itself."""
-    yield
-    until(no_keepers)
+    with keepers_reaped():
+        yield
 
 
 class Got:

@@ -21,15 +21,14 @@ import dmabuf
 from dmabuf.sharing import keeping
 from tests.sharing.conftest import SIZE
 from tests.support.errnos import raises_errno
-from tests.support.queues import METHODS, no_keepers, running, stamp, stamped
+from tests.support.queues import METHODS, keepers_reaped, running, stamp, stamped
 from tests.support.waiting import until
 
 
 @pytest.fixture(autouse=True)
 def keepers_are_reaped() -> Iterator[None]:
-    """A keeper is a child of whoever looks after orphans, in a test run the run itself."""
-    yield
-    until(no_keepers)
+    with keepers_reaped():
+        yield
 
 
 @pytest.fixture(params=METHODS)

@@ -14,15 +14,13 @@ import dmabuf
 from dmabuf.sharing import keeping
 from tests.sharing.conftest import SIZE
 from tests.support.errnos import raises_errno
-from tests.support.queues import no_keepers, running, stamp, stamped
-from tests.support.waiting import until
+from tests.support.queues import keepers_reaped, running, stamp, stamped
 
 
 @pytest.fixture(autouse=True)
 def keepers_are_reaped() -> Iterator[None]:
-    """A keeper is a child of whoever looks after orphans, in a test run the run itself."""
-    yield
-    until(no_keepers)
+    with keepers_reaped():
+        yield
 
 
 def _produce(queue: Any, count: int, limit: int, end: Any) -> None:

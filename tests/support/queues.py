@@ -8,6 +8,7 @@ from typing import Any
 
 import dmabuf
 from tests.sharing.conftest import SIZE
+from tests.support.waiting import until
 
 METHODS = ["fork", "forkserver", "spawn"]
 
@@ -32,10 +33,35 @@ def stamp(buf: dmabuf.DmaBuf) -> int:
         return int(view[0])
 
 
-def no_keepers() -> bool:
-    """Reap the keepers that have ended, and return True if none is left. A test run looks after orphans."""
-    with contextlib.suppress(ChildProcessError):
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
-    children = subprocess.run(["/bin/ps", "-o", "args=", "--ppid", str(os.getpid())], capture_output=True, text=True, check=False).stdout
-    return not [line for line in children.splitlines() if "kept.py" in line or "defunct" in line]
+_STAY = ("multiprocessing.forkserver", "multiprocessing.resource_tracker", "tests.support.zygote")
+
+
+def family() -> dict[str, str]:
+    """Return the arguments of every process that descends from this one, by pid."""
+    listed = subprocess.run(["/bin/ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=False)
+    processes = [line.split(maxsplit=2) for line in listed.stdout.splitlines()]
+    found: dict[str, str] = {}
+    parents = {str(os.getpid())}
+    while parents:
+        new = {pid: " ".join(args) for pid, parent, *args in processes if parent in parents and pid not in found}
+        found |= new
+        parents = set(new)
+    return {pid: args for pid, args in found.items() if not args.startswith("/bin/ps ")}
+
+
+@contextlib.contextmanager
+def keepers_reaped() -> Iterator[None]:
+    """Wait at the end until what the block started has ended, and reap it.
+
+    A keeper is a child of whoever looks after orphans, in a test run the run itself, from the end of its parent on.
+    """
+    before = family()
+
+    def gone() -> bool:
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        return not any(pid not in before and not any(name in args for name in _STAY) for pid, args in family().items())
+
+    yield
+    until(gone)
