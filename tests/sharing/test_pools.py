@@ -23,7 +23,7 @@ from dmabuf.sharing import fetching, kept
 from tests.sharing.conftest import SIZE
 from tests.support.errnos import raises_errno
 from tests.support.queues import METHODS, keepers_reaped, stamp, stamped
-from tests.support.waiting import until
+from tests.support.waiting import until, until_asleep
 
 
 @pytest.fixture(autouse=True)
@@ -80,7 +80,9 @@ def test_result_of_a_killed_pool_worker_names_it_when_it_is_used(method: str) ->
     with multiprocessing.get_context(method).Pool(1, _without_answers, maxtasksperchild=1) as pool:
         result = pool.apply_async(_late, (1,))
         until(_asks)
-        os.kill(pool._pool[0].pid, signal.SIGKILL)  # type: ignore[attr-defined]
+        worker = pool._pool[0].pid  # type: ignore[attr-defined]
+        until_asleep(worker)  # it may still have the lock of the results, with which the pool could not end either
+        os.kill(worker, signal.SIGKILL)
         got = result.get()
         uses: list[Callable[[], Any]] = [got.read().__enter__, got.fileno, lambda: got.size, got.ref, got.mmap, got.give]
         for use in uses:
