@@ -173,7 +173,11 @@ def at_every_stop(
     gc.collect()
     faults: list[str] = []
     before = holdings(where)
-    n, last = -random.randrange(step), ""  # so that what has fewer stops than a step is interrupted somewhere, one run in a few
+    n, most_seen, last = (
+        -random.randrange(step),
+        0,
+        "",
+    )  # so that what has fewer stops than a step is interrupted somewhere, one run in a few
     with nothing_unraisable() as unraisable:
         while n < most:
             n += step
@@ -183,6 +187,7 @@ def at_every_stop(
                 trip.run(operation)
             except Exception as e:
                 error = f"{type(e).__name__}: {e}"
+            most_seen = max(most_seen, trip.seen)
             if trip.seen < n and not trip.arrived:
                 break
             if error:
@@ -204,4 +209,4 @@ def at_every_stop(
             if unraisable:
                 faults.append(f"{n} at {trip.where}: unraisable {unraisable[0]}")
                 unraisable.clear()
-    return n, faults
+    return max(n, most_seen), faults
