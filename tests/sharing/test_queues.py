@@ -151,8 +151,8 @@ def test_given_buffer_that_is_dropped_goes(queue: Any) -> None:
 def test_given_buffer_in_two_queues_is_told_to_the_second(queue: Any) -> None:
     given = dmabuf.allocate(SIZE).give()
     queue.put(given)
-    queue.put(given)
     queue.get().close()
+    queue.put(given)
     with raises_errno(errno.EBADF):
         queue.get()
 
