@@ -78,7 +78,7 @@ def _plain() -> list[Spec]:
 def _among(where: str) -> list[Spec]:
     return [
         Spec(f"fence round trip, one CPU, among {where}", partial(measures.fence_round_trip, False), _futex, PING, 1.5),
-        Spec(f"write() enter + exit, among {where}", measures.write_uncontended, _futex, PING, 0.15),
+        Spec(f"write() enter + exit, among {where}", measures.write_uncontended, _futex, PING, 0.25),
         Spec(f"hand-over of 1 MiB, one CPU, among {where}", partial(measures.hand_over, MIB, False), _scm(MIB, "same"), THE_SAME, 2.0),
     ]
 
