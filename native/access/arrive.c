@@ -77,7 +77,7 @@ static bool path_serves(Path *p, Block *b) {
 }
 
 static int begin(Block *b) {
-  if (b->state != IDLE) { return refused(b, EBUSY); }
+  if (b->state != IDLE) return refused(b, EBUSY);
   PyObject *path = PyObject_GetAttr(b->handle, s_path);
   if (!path) return -1;
   if (!Py_IS_TYPE(path, Path_Type) || !path_serves((Path *)path, b)) {
@@ -160,9 +160,14 @@ PyObject *accesses_add(Block **blocks, Py_ssize_t n, PyObject *owner) {
   return list;
 }
 
-/* Several locks, without waiting. 1: one isn't free; 0: all accesses are added. */
+/* Several locks, without waiting. 1: one isn't free; 0: all accesses are added, or *failed.
+ *
+ * A lock that isn't free has the process look for deaths, which runs Python code. If that leaves the domain, the contexts of all locks are
+ * closed, and what is at their addresses may be another mapping's. */
 static int arrive_at_once(Block **blocks, Py_ssize_t n, uint64_t me, handles *pending, int *failed, Block **where) {
   db_resv *few[8], **locks = n <= 8 ? few : PyMem_New(db_resv *, (size_t)n);
+  Shm *s = blocks[0]->shm; /* of all of them */
+  uint32_t moves = s->moves;
   Py_ssize_t held = 0;
   int result = 0;
   if (!locks) {
@@ -175,19 +180,21 @@ static int arrive_at_once(Block **blocks, Py_ssize_t n, uint64_t me, handles *pe
     bool again = false;
     for (Py_ssize_t k = 0; k < held; k++) again |= locks[k] == r;
     if (again) continue;
-    int got = r ? resv_take(blocks[i]->shm, r, me, 0, 0, 1, -1) : RAISED;
+    int got = r ? resv_take(s, r, me, 0, 0, 1, -1) : RAISED;
     if (got >= 0)
       locks[held++] = r;
     else if (got == RAISED)
       *failed = RAISED;
     else
       result = 1;
+    if (!block_is_ours(blocks[i])) break;
   }
+  if (!*failed && still_ours(blocks[0])) *failed = RAISED;
   for (Py_ssize_t i = 0; i < n && !result && !*failed; i++) {
     *where = blocks[i];
     *failed = add(blocks[i], resv_of(blocks[i]->shm, blocks[i]->target), me, pending);
   }
-  while (held) resv_release(locks[--held], me);
+  while (held && s->moves == moves) resv_release(locks[--held], me);
   if (locks != few) PyMem_Free(locks);
   return result;
 }

@@ -112,6 +112,7 @@ def test_a_slow_importer_is_waited_for(child: Spawn, dynamic: Dynamic) -> None:
                 buf.move_notify()
 
         there.start(wait_for_nothing)
+        assert there.other.recv() == "waits"
         with Background(move) as job:
             assert there.other.recv() == "told"
             job.until_blocked()
@@ -124,7 +125,8 @@ def test_a_slow_importer_is_waited_for(child: Spawn, dynamic: Dynamic) -> None:
 
 
 def wait_for_nothing(state: Any) -> None:
-    """Keeps the main thread of the other process from reading what is for the importer."""
+    """Keeps the main thread of the other process from reading what is for the importer, from the answer on."""
+    state.parent.send("waits")
     until(lambda: state.mover.moved)
 
 

@@ -19,7 +19,7 @@ from dmabuf import _native
 from dmabuf.domain import lives
 from tests.support.apart import Apart
 from tests.support.steps import fork, reap
-from tests.support.waiting import Background, until
+from tests.support.waiting import Background, held_by_another_thread, until
 
 pytestmark = [pytest.mark.crash, pytest.mark.timeout(200)]
 
@@ -223,3 +223,29 @@ def child_of_one_that_left() -> None:
 
 def test_child_of_a_process_that_left_forgets_what_is_the_parents(apart: Apart) -> None:
     apart(child_of_one_that_left)
+
+
+def leaves_amid_an_arrival() -> None:
+    domain = dmabuf.Domain.default()
+    first, second = dmabuf.allocate(4096), dmabuf.allocate(4096)
+    with first.read(), second.read():
+        pass
+    left = []
+
+    def leave(_: int, __: int) -> None:
+        if not left:
+            left.append(True)
+            domain.leave()
+
+    with held_by_another_thread(second.resv.locked()):
+        domain.shm.store64(_native.OFF_SWEEP, 0)  # so that who finds the lock taken looks for deaths
+        domain.on_tick("leave", leave)
+        with pytest.raises(OSError, match=r"this process left the domain meanwhile .*EOWNERDEAD"):
+            dmabuf.access(read=[first], write=[second]).__enter__()
+    assert left
+    with dmabuf.access(read=[first], write=[second], timeout=0) as (x, y):
+        assert x == y
+
+
+def test_leaving_while_several_locks_are_taken_takes_no_access(apart: Apart) -> None:
+    apart(leaves_amid_an_arrival)

@@ -211,7 +211,7 @@ def recv(sock: socket.socket) -> Received:
         except BaseException:
             fd.close()
             raise
-        return Received((from_fd(fd, domain, name=name) if shared is None else new_handle(fd, shared, name),))
+        return Received([from_fd(fd, domain, name=name) if shared is None else new_handle(fd, shared, name)])
     return _take(sock, peer, *begin_recv(sock, peer, "recv"))
 
 
