@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -115,14 +116,86 @@ def _models() -> Iterator[Run]:
     yield Run(facts, "two join, one dies", "KILLS=1 FORK=0 TWO=1", long=True)
     yield Run(facts, "other buffers come and go, two die", "KILLS=2 FORK=0 TWO=0 OWN=1", long=True)
 
+    yield from _stream_models()
+
     proc_locks = "proc_locks"
     yield Run(proc_locks, "six locks, three changes", "")
     yield Run(proc_locks, "six locks, four changes", "CHANGES=4", long=True)
 
 
+def _stream_models() -> Iterator[Run]:
+    stream = "stream"
+    yield Run(stream, "queue reader, three frames", "QUEUE=1 FRAMES=3", cycles=True)
+    yield Run(stream, "queue reader, three slots, four frames", "QUEUE=1 FRAMES=4 N=3")
+    yield Run(stream, "latest reader, three frames", "LATEST=1 FRAMES=3", cycles=True)
+    yield Run(stream, "queue and latest reader", "QUEUE=1 LATEST=1")
+    yield Run(stream, "queue and latest reader, no run without an end", "QUEUE=1 LATEST=1 FRAMES=1", cycles=True)
+    yield Run(stream, "queue reader; one dies, no run without an end", "QUEUE=1 KILLS=1", cycles=True)
+    yield Run(stream, "latest reader; one dies, no run without an end", "LATEST=1 KILLS=1", cycles=True)
+    yield Run(stream, "queue reader; one dies, and the reaper", "QUEUE=1 KILLS=1 REAPER_KILLS=1")
+    yield Run(stream, "latest reader; one dies, and the reaper", "LATEST=1 KILLS=1 REAPER_KILLS=1")
+    yield Run(stream, "queue reader, two producers; one dies", "QUEUE=1 FRAMES=1 FRAMES2=1 KILLS=1")
+    yield Run(stream, "latest reader, two producers; one dies", "LATEST=1 FRAMES=1 FRAMES2=1 KILLS=1")
+    yield Run(stream, "two producers; both die, and the reaper", "FRAMES=1 FRAMES2=1 KILLS=2 REAPER_KILLS=1")
+    yield Run(stream, "queue reader and a foreign program", "QUEUE=1 FOREIGN=1")
+    yield Run(stream, "latest reader and a foreign program", "LATEST=1 FOREIGN=1")
+    yield Run(stream, "latest reader and a foreign program, no run without an end", "LATEST=1 FOREIGN=1 FRAMES=1", cycles=True)
+    yield Run(stream, "a foreign program, the producer raises; one dies", "FOREIGN=1 ABORT=1 KILLS=1")
+    yield Run(stream, "two foreign programs", "FOREIGN=2")
+    yield Run(stream, "two foreign programs, no run without an end", "FOREIGN=2 FRAMES=1", cycles=True, long=True)
+    yield Run(stream, "two foreign programs without a producer; both die", "FOREIGN=2 FRAMES=0 KILLS=2")
+    yield Run(stream, "a foreign program; two die, and the reaper", "FOREIGN=1 KILLS=2 REAPER_KILLS=1", long=True)
+    yield Run(stream, "queue reader and a foreign program; one dies", "QUEUE=1 FOREIGN=1 FRAMES=1 KILLS=1", long=True)
+    yield Run(stream, "latest reader and a foreign program; one dies", "LATEST=1 FOREIGN=1 FRAMES=1 KILLS=1", long=True)
+    yield Run(stream, "queue and latest reader; one dies", "QUEUE=1 LATEST=1 KILLS=1", long=True)
+    yield Run(stream, "queue and latest reader, two producers", "QUEUE=1 LATEST=1 FRAMES=1 FRAMES2=1", long=True)
+    yield Run(stream, "queue and latest reader and a foreign program", "QUEUE=1 LATEST=1 FOREIGN=1 FRAMES=1", long=True)
+    yield Run(stream, "queue reader and two foreign programs", "QUEUE=1 FOREIGN=2 FRAMES=1", long=True)
+    yield Run(stream, "queue reader, two producers; two die", "QUEUE=1 FRAMES=1 FRAMES2=1 KILLS=2", long=True)
+
+
+def _control(model: str, number: int, name: str, defines: str, finds: str, cycles: bool = False) -> Run:
+    return Run(model, f"{number:2} {name}", f"{defines} BUG={number}", finds, cycles)
+
+
+def _stream_controls() -> Iterator[Run]:
+    control = partial(_control, "stream")
+    foreign_writer = "FOREIGN=1 FOREIGN_READ=0"
+    writer_dies = f"{foreign_writer} FOREIGN_SLOT=0 KILLS=1 MORTAL=32 FRAMES=1"
+    yield control(1, "the newest frame's slot may be chosen", "LATEST=1", ASSERTION)
+    yield control(2, "the producer doesn't look at cursors", "QUEUE=1 FRAMES=3", ASSERTION)
+    yield control(3, "the producer doesn't look at claims", "LATEST=1 FRAMES=3", ASSERTION)
+    yield control(4, "the wake bit is set before the count is read", "QUEUE=1", BLOCKED)
+    yield control(5, "the producer doesn't look for foreign accesses", "FOREIGN=1", ASSERTION)
+    yield control(6, "a producer that gives way wakes nobody", "FOREIGN=1", BLOCKED)
+    yield control(7, "the head before the frame is whole", "QUEUE=1", ASSERTION)
+    yield control(8, "joining doesn't look at the head again", "QUEUE=1 FRAMES=3", ASSERTION)
+    yield control(9, "joining doesn't look for a foreign writer", f"QUEUE=1 {foreign_writer}", ASSERTION)
+    yield control(10, "a latest reader doesn't look at the head again", "LATEST=1 FRAMES=3", ASSERTION)
+    yield control(11, "a latest reader doesn't look for a foreign writer", f"LATEST=1 {foreign_writer}", ASSERTION)
+    yield control(12, "a foreign program doesn't wait for the producer", "FOREIGN=1", ASSERTION)
+    yield control(13, "a foreign writer doesn't wait for cursors", f"QUEUE=1 {foreign_writer}", ASSERTION)
+    yield control(14, "a foreign writer doesn't wait for claims", f"LATEST=1 {foreign_writer}", ASSERTION)
+    yield control(15, "the reaper leaves a dead producer's mark", "KILLS=1", ASSERTION)
+    yield control(16, "the reaper leaves the cursor", "QUEUE=1 KILLS=1", ASSERTION)
+    yield control(17, "the reaper leaves claims", "LATEST=1 KILLS=1", ASSERTION)
+    yield control(18, "the reaper doesn't mark what a foreign writer left", "FOREIGN=1 KILLS=1 FRAMES=1", ASSERTION)
+    yield control(19, "the state says written before the head does", f"QUEUE=1 {foreign_writer}", ASSERTION)
+    yield control(20, "the foreign bits are cleared without the reservation lock", "FOREIGN=2 FRAMES=1", ASSERTION)
+    yield control(21, "the foreign bits are cleared whatever is pending", "FOREIGN=1", ASSERTION)
+    yield control(22, "a producer that raises leaves no torn mark", "FOREIGN=1 ABORT=1 FOREIGN_WRITE=0", ASSERTION)
+    yield control(23, "joining doesn't look at the torn mark", f"QUEUE=1 {writer_dies}", ASSERTION)
+    yield control(24, "at the end a reader doesn't look at the head again", "QUEUE=1", ASSERTION)
+    yield control(25, "a latest reader doesn't look at the torn mark", f"LATEST=1 {writer_dies}", ASSERTION)
+    yield control(26, "the foreign bit before the fence is in the list", "FOREIGN=1", ASSERTION)
+    yield control(27, "making room in the list drops the stream's entry", "FOREIGN=1", ASSERTION)
+    yield control(28, "the reaper doesn't mark what a producer left", "KILLS=1", ASSERTION)
+    yield control(29, "the foreign writer's fence ends before the torn mark", "FOREIGN=2 FRAMES=0 KILLS=1", ASSERTION)
+
+
 def _controls() -> Iterator[Run]:
-    def control(model: str, number: int, name: str, defines: str, finds: str, cycles: bool = False) -> Run:
-        return Run(model, f"{number:2} {name}", f"{defines} BUG={number}", finds, cycles)
+    control = _control
+    yield from _stream_controls()
 
     yield control("lock", 1, "unlocking wakes nobody", "N=3", BLOCKED)
     yield control("lock", 2, "unlocking looks for waiters first", "N=3", BLOCKED)
@@ -212,14 +285,15 @@ def check_all(runs: Iterable[Run], jobs: int = JOBS) -> Iterator[Outcome]:
 
 def _search(run: Run, where: Path) -> tuple[str, int, str]:
     """The error that Spin found, the number of states, and what went wrong otherwise."""
-    shutil.copy(HERE / f"{run.model}.pml", where)
+    for source in HERE.glob("*.pml"):
+        shutil.copy(source, where)
     spin = ["spin", *(f"-D{define}" for define in run.defines.split()), "-a", f"{run.model}.pml"]
     made = _output(spin, where)
     if not (where / "pan.c").exists():
         return "", 0, f"spin: {made}"
     memory, seconds = (LONG_MEMORY_MB, LONG_RUN_S) if run.long else (MEMORY_MB, RUN_S)
-    # Optimizing costs more than it saves in a search that ends at its first error.
-    flags = [f"-DMEMLIM={memory}", "-DNOFAIR", "-DVECTORSZ=1024", "-DCOLLAPSE", "-O0" if run.finds else "-O2" if run.long else "-O1"]
+    # Optimizing costs more than it saves in a search that ends at its first error, and more than a little does in a short one.
+    flags = [f"-DMEMLIM={memory}", "-DNOFAIR", "-DVECTORSZ=1024", "-DCOLLAPSE", "-O0" if run.finds else "-O2" if run.long else "-Og"]
     made = _output(["gcc", *flags, "-w", "-DNP" if run.cycles else "-DSAFETY", "-o", "pan", "pan.c"], where)
     if not (where / "pan").exists():
         return "", 0, f"gcc: {made}"
