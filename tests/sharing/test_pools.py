@@ -1,16 +1,13 @@
 """Buffers as arguments and results of pools: they arrive, or their first use says what happened."""
 
 import concurrent.futures
-import contextlib
 import errno
 import multiprocessing
 import os
 import pickle
-import resource
 import signal
 import subprocess
 import sys
-import threading
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,10 +16,8 @@ from typing import Any
 import pytest
 
 import dmabuf
-from dmabuf.sharing import fetching, kept
-from tests.sharing.conftest import SIZE
 from tests.support.errnos import raises_errno
-from tests.support.queues import METHODS, keepers_reaped, stamp, stamped
+from tests.support.queues import METHODS, asks_sender, hoard, keepers_reaped, leave_room, stamp, stamped, without_answers
 from tests.support.waiting import until, until_asleep
 
 
@@ -59,27 +54,12 @@ def _late(i: int) -> dmabuf.DmaBuf:
     return stamped(i, "late")
 
 
-def _asks() -> bool:
-    """Whether a thread of this process asks a sender for a descriptor."""
-    for frame in sys._current_frames().values():
-        while frame is not None:
-            if frame.f_code is fetching._asked.__code__:
-                return True
-            frame = frame.f_back  # type: ignore[assignment]
-    return False
-
-
-def _without_answers() -> None:
-    """In a worker: what is kept is never handed out."""
-    kept.answer = lambda *_: threading.Event().wait()  # type: ignore[assignment]
-
-
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
 def test_result_of_a_killed_pool_worker_names_it_when_it_is_used(method: str) -> None:
     # A worker that is killed while it waits for a task would keep the pool's lock, and the pool could not end.
-    with multiprocessing.get_context(method).Pool(1, _without_answers, maxtasksperchild=1) as pool:
+    with multiprocessing.get_context(method).Pool(1, without_answers, maxtasksperchild=1) as pool:
         result = pool.apply_async(_late, (1,))
-        until(_asks)
+        until(asks_sender)
         worker = pool._pool[0].pid  # type: ignore[attr-defined]
         until_asleep(worker)  # it may still have the lock of the results, with which the pool could not end either
         os.kill(worker, signal.SIGKILL)
@@ -96,17 +76,7 @@ def test_result_of_a_killed_pool_worker_names_it_when_it_is_used(method: str) ->
 
 
 def _hoard(_: int) -> int:
-    """Take all descriptors of a worker but some, for its next task."""
-    _hoarded.clear()
-    dmabuf.allocate(SIZE).close()
-    resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
-    with contextlib.suppress(OSError):
-        while True:
-            _hoarded.append(os.open("/dev/null", os.O_RDONLY))
-    return len(_hoarded)
-
-
-_hoarded: list[int] = []
+    return hoard()  # not hoard itself: the worker has imported this file before it has no descriptor left
 
 
 def _use_with_room(buf: dmabuf.DmaBuf) -> tuple[int | None, int]:
@@ -116,8 +86,7 @@ def _use_with_room(buf: dmabuf.DmaBuf) -> tuple[int | None, int]:
         first = e.errno
     else:
         first = None
-    while _hoarded:
-        os.close(_hoarded.pop())
+    leave_room()
     return first, stamp(buf)
 
 

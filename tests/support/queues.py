@@ -2,11 +2,15 @@
 
 import contextlib
 import os
+import resource
 import subprocess
+import sys
+import threading
 from collections.abc import Iterator
 from typing import Any
 
 import dmabuf
+from dmabuf.sharing import fetching, kept
 from tests.sharing.conftest import SIZE
 from tests.support.waiting import until
 
@@ -65,3 +69,38 @@ def keepers_reaped() -> Iterator[None]:
 
     yield
     until(gone)
+
+
+def asks_sender() -> bool:
+    """Whether a thread of this process asks a sender for a descriptor."""
+    for frame in sys._current_frames().values():
+        while frame is not None:
+            if frame.f_code is fetching._asked.__code__:
+                return True
+            frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
+def without_answers() -> None:
+    """In a worker: what is kept is never handed out."""
+    kept.answer = lambda *_: threading.Event().wait()  # type: ignore[assignment]
+
+
+_hoarded: list[int] = []
+
+
+def hoard() -> int:
+    """Take all descriptors of a worker, for its next task."""
+    _hoarded.clear()
+    dmabuf.allocate(SIZE).close()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+    with contextlib.suppress(OSError):
+        while True:
+            _hoarded.append(os.open("/dev/null", os.O_RDONLY))
+    return len(_hoarded)
+
+
+def leave_room() -> None:
+    """Give back what hoard() took."""
+    while _hoarded:
+        os.close(_hoarded.pop())

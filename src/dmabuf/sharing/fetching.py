@@ -24,7 +24,7 @@ from dmabuf.sharing.put_back import put_back, recall, remember
 PATIENCE_S: Final = 30.0  # for a sender that lives and doesn't answer: it is stopped, or one thread of it keeps the others from running
 _AGAIN_S: Final = 0.2  # until the question is asked again: the answer was lost if this end was full
 # An error after which it may go well, or what a signal handler raised, which need not have an errno.
-_FOR_NOW: Final = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ETIMEDOUT, errno.EINTR, None)
+FOR_NOW: Final = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ETIMEDOUT, errno.EINTR, None)
 
 T = TypeVar("T")
 
@@ -63,7 +63,7 @@ def or_put_back(key: bytes, what: str) -> Iterator[None]:
     try:
         yield
     except BaseException as e:
-        if isinstance(e, OSError) and e.errno not in _FOR_NOW:
+        if isinstance(e, OSError) and e.errno not in FOR_NOW:
             raise
         if put_back(key) and isinstance(e, DmaBufError):
             remedy = f"{e.remedy}; the next get() or recv() gives it again"

@@ -20,9 +20,10 @@ from multiprocessing import context, process
 from multiprocessing.reduction import DupFd, ForkingPickler
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol, TypeAlias, TypeVar
+from typing import Any, Final, Protocol, TypeAlias, TypeVar
 
 from dmabuf._native import OwnedFd, owned
+from dmabuf.core.access.range import BufferRange
 from dmabuf.core.buffer.handle import Handle, handle_of
 from dmabuf.core.buffer.ref import BufferRef, ref_of
 from dmabuf.core.dma_buf import DmaBuf, GivenHandle
@@ -38,13 +39,13 @@ from dmabuf.core.sync.sw_sync import SwFence, SwSync
 from dmabuf.core.sync.sync_file import SyncFile
 from dmabuf.domain.domain import Domain, known
 from dmabuf.domain.sync_files import SyncFileRecord
-from dmabuf.errors import DmaBufError, fail, needing_descriptors, rebuilt
+from dmabuf.errors import ClosedError, DmaBufError, fail, needing_descriptors, rebuilt
 from dmabuf.sharing import opening
-from dmabuf.sharing.fetching import fetch, or_put_back, said, sender_name
+from dmabuf.sharing.fetching import FOR_NOW, fetch, or_put_back, said, sender_name
 from dmabuf.sharing.items import check_fence, directory_lost, timeline_place
 from dmabuf.sharing.keeping import TABLE, Place, with_room
-from dmabuf.sharing.pending import pending
-from dmabuf.sharing.put_back import for_pool
+from dmabuf.sharing.pending import Pickled, pending, pickled_again, settled, stand_in, stand_in_class
+from dmabuf.sharing.put_back import for_call, for_pool
 from dmabuf.sharing.remote_timeline import RemoteTimeline
 
 Reduced: TypeAlias = tuple[Callable[..., object], tuple[object, ...]]  # what a pickler calls in the receiver, with which arguments
@@ -82,18 +83,38 @@ def _copy(fd: int) -> OwnedFd:
 
 def _reduce_buffer(buf: DmaBuf) -> Reduced:
     handle = handle_of(buf)
-    handle.check("pickle")
-    name = handle.shared.info()["name"]
-    make = handle.detach if isinstance(handle, GivenHandle) else handle.dup_owned
-    ref = bytes(ref_of(handle, name))
-    return _make_buffer, (_place(partial(handle.descriptor, "pickle"), make), buf.domain, ref, name)
+    try:
+        handle.check("pickle")
+        name = handle.shared.info()["name"]
+        make = handle.detach if isinstance(handle, GivenHandle) else handle.dup_owned
+        ref = bytes(ref_of(handle, name))
+        return _make_buffer, (_place(partial(handle.descriptor, "pickle"), make), buf.domain, ref, name)
+    except ClosedError:
+        if not handle.closed:
+            raise
+        raise fail(
+            errno.EBADF, "pickle", handle, "pass buf.give(), or close it later", what="it was closed before it was pickled"
+        ) from None
+
+
+def _reduce_range(part: BufferRange) -> Reduced:
+    return _make_range, (part.buf, part.offset, part.length)
+
+
+def _reduce_stand_in(thing: Any) -> Reduced:
+    made = settled(thing)
+    return _REDUCERS[type(made)](made)
 
 
 def _reduce_domain(domain: Domain) -> Reduced:
     if domain.path is not None:
-        with domain.directory() as directory:
-            if directory is None:
-                raise directory_lost("pickle", domain)
+        try:
+            with domain.directory() as directory:
+                if directory is None:
+                    raise directory_lost("pickle", domain)
+        except OSError as e:
+            if e.errno not in (errno.EMFILE, errno.ENFILE):  # without a free descriptor only the receiver can look
+                raise
         return _make_domain, (domain.id, str(domain.path), None)
     return _make_domain, (domain.id, None, _place(domain.fileno, lambda: _copy(domain.fileno())))
 
@@ -102,7 +123,7 @@ def _reduce_fence(fence: DmaFence) -> Reduced:
     check_fence(fence, "pickle")
     structure = pack(fence)
     if structure is not None:
-        return unpack, (fence.domain, structure)
+        return _make_container, (type(fence), fence.domain, structure)
     fence.publish()
     fence.shm.fence_share(fence.handle)  # from now on a warning comes if it is dropped unsignaled
     return _make_fence, (fence.domain, fence.handle, (fence.context, fence.seqno, fence.timeline_index))
@@ -119,7 +140,7 @@ def _reduce_shared(thing: SwSync | TimelineSemaphore) -> Reduced:
 
 
 def _reduce_timeline(timeline: Timeline | RemoteTimeline) -> Reduced:
-    return RemoteTimeline, (timeline.domain, *timeline_place(timeline, "pickle"))
+    return _make_timeline, (timeline.domain, *timeline_place(timeline, "pickle"))
 
 
 # ---- what a queue's thread can't raise ----
@@ -144,11 +165,11 @@ def _told(thing: Any, error: Exception) -> Reduced:
     sender = sender_name(os.getpid(), process.current_process().name)
     ref: bytes | None = None
     what = f"a {type(thing).__name__}"
-    if isinstance(thing, DmaBuf):
+    if type(thing) is DmaBuf:
         handle = handle_of(thing)
         token = ref_of(handle, _name_of(handle))
         ref, what = bytes(token), str(token)
-    if isinstance(thing, DmaBuf) and thing.closed:
+    if type(thing) is DmaBuf and thing.closed:
         told = fail(
             errno.EBADF, "unpickle", what, "put buf.give() into the queue instead of buf, or close it once it was received",
             what=f"{sender} closed it before the thread of its queue had pickled it",
@@ -192,13 +213,28 @@ def _taken(there: Where, what: str, make: Callable[[OwnedFd], T]) -> T:
     return fetch(there, what, make) if isinstance(there, tuple) else make(owned(there.detach))
 
 
+def _or_later(kind: type[T], what: str, receive: Callable[[], T], pickled: Pickled) -> T:
+    """Return what ``receive`` returns. Where its error would end a pool or a manager's call, return what asks for it when it is used."""
+    try:
+        return receive()
+    except OSError as e:
+        if not _must_not_fail(e):
+            raise
+        return stand_in(kind, what, receive, pickled)
+
+
+def _must_not_fail(error: OSError) -> bool:
+    return for_pool() or (error.errno in FOR_NOW and for_call())
+
+
 def _make_buffer(there: Where, domain: Domain, ref: bytes, name: bytes | None) -> DmaBuf:
     token = BufferRef.from_bytes(ref)
 
     def make(fd: OwnedFd) -> DmaBuf:
-        return received(fd, domain, token.dev, token.ino, token.nonce, name)
+        return received(fd, settled(domain), token.dev, token.ino, token.nonce, name)
 
     def receive() -> DmaBuf:
+        settled(domain)
         try:
             return _taken(there, str(token), make)
         except DmaBufError as e:
@@ -208,41 +244,73 @@ def _make_buffer(there: Where, domain: Domain, ref: bytes, name: bytes | None) -
 
     try:
         return receive()
-    except DmaBufError:
-        if not for_pool():
+    except OSError as e:
+        if not _must_not_fail(e):
             raise
-        return pending(domain, token, receive)
+        return pending(domain, token, receive, (_make_buffer, (there, domain, ref, name)))
+
+
+def _make_range(buf: DmaBuf, offset: int, length: int) -> BufferRange:
+    return _or_later(BufferRange, "a range of a buffer", lambda: BufferRange(buf, offset, length), (_make_range, (buf, offset, length)))
 
 
 def _make_domain(identity: str, path: str | None, there: Where | None) -> Domain:
-    if path is None:
-        assert there is not None
-        return _taken(there, f"domain {identity}", Domain.adopt)
     what = f"domain {identity}"
-    with or_put_back(identity.encode(), what), needing_descriptors("unpickle", what):
-        domain = known(identity) or Domain.open(Path(path))
-    if domain.id != identity:
-        remedy = "keep the sender running until it is received, or start it again if its directory was removed"
-        raise fail(errno.EXDEV, "unpickle", what, remedy, what=f"its directory has another domain now, {domain.id}")
-    return domain
+
+    def receive() -> Domain:
+        if path is None:
+            assert there is not None
+            return _taken(there, what, Domain.adopt)
+        with or_put_back(identity.encode(), what), needing_descriptors("unpickle", what):
+            domain = known(identity) or Domain.open(Path(path))
+        if domain.id != identity:
+            remedy = "keep the sender running until it is received, or start it again if its directory was removed"
+            raise fail(errno.EXDEV, "unpickle", what, remedy, what=f"its directory has another domain now, {domain.id}")
+        return domain
+
+    return _or_later(Domain, what, receive, (_make_domain, (identity, path, there)))
 
 
 def _make_fence(domain: Domain, handle: int, past: tuple[int, int, int]) -> DmaFence:
-    return wrap(domain, handle, past)
+    return _or_later(DmaFence, "a fence", lambda: wrap(settled(domain), handle, past), (_make_fence, (domain, handle, past)))
+
+
+def _make_container(kind: type[DmaFence], domain: Domain, structure: bytes) -> DmaFence:
+    what = f"a {kind.__name__}"
+    return _or_later(kind, what, lambda: unpack(settled(domain), structure), (_make_container, (kind, domain, structure)))
+
+
+def _make_timeline(domain: Domain, index: int, number: int, past: int) -> RemoteTimeline:
+    arguments = domain, index, number, past
+    return _or_later(
+        RemoteTimeline, "a timeline", lambda: RemoteTimeline(settled(domain), index, number, past), (_make_timeline, arguments)
+    )
 
 
 def _make_sync_file(there: Where, domain: Domain, facts: bytes | None) -> SyncFile:
-    record = None if facts is None else SyncFileRecord.unpack(facts)
-    return _taken(there, "a sync file", lambda fd: SyncFile.from_owned_fd(fd, domain, record))
+    what = "a sync file"
+
+    def receive() -> SyncFile:
+        in_domain, record = settled(domain), None if facts is None else SyncFileRecord.unpack(facts)
+        return _taken(there, what, lambda fd: SyncFile.from_owned_fd(fd, in_domain, record))
+
+    return _or_later(SyncFile, what, receive, (_make_sync_file, (there, domain, facts)))
 
 
 def _make_shared(kind: type[SwSync] | type[TimelineSemaphore], there: Where, domain: Domain) -> SwSync | TimelineSemaphore:
-    return _taken(there, f"a {kind.__name__}", lambda fd: kind.from_owned_fd(fd, domain))
+    what = f"a {kind.__name__}"
+
+    def receive() -> SwSync | TimelineSemaphore:
+        in_domain = settled(domain)
+        return _taken(there, what, lambda fd: kind.from_owned_fd(fd, in_domain))
+
+    return _or_later(kind, what, receive, (_make_shared, (kind, there, domain)))
 
 
 # ---- registration ----
 
 _REDUCERS: dict[type, Callable[[Any], Reduced]] = {
+    BufferRange: _reduce_range,
     DmaBuf: _reduce_buffer,
     CustomFence: _reduce_fence,
     DmaFence: _reduce_fence,
@@ -256,10 +324,14 @@ _REDUCERS: dict[type, Callable[[Any], Reduced]] = {
     Timeline: _reduce_timeline,
     TimelineSemaphore: _reduce_shared,
 }
+_REDUCERS.update((stand_in_class(kind), _reduce_stand_in) for kind in tuple(_REDUCERS))
 
 
 def _reduce(thing: Any) -> Reduced:
     """Reduce an object for multiprocessing's pickler."""
+    again = pickled_again(thing)
+    if again is not None:
+        return again
     try:
         return _REDUCERS[type(thing)](thing)
     except Exception as e:
@@ -274,19 +346,24 @@ def _reduce(thing: Any) -> Reduced:
     return _told(thing, error)
 
 
-def _for_worker(caller: FrameType | None) -> bool:
-    """Return True if the caller of a reducer is loky's pickler (joblib's too), which is a subclass of cloudpickle's.
+_DRIVERS: Final = ("loky.backend.reduction", "joblib.pool")  # the modules, of which joblib has copies
 
-    It pickles what goes to a worker or comes from one, as multiprocessing's does, but doesn't know its reducers.
+
+def _for_worker(caller: FrameType | None) -> bool:
+    """Return True if the caller of a reducer is loky's pickler, which is a subclass of cloudpickle's, or that of joblib's pools.
+
+    They pickle what goes to a worker or comes from one, as multiprocessing's does, but don't know its reducers.
     """
     frames = (caller, None if caller is None else caller.f_back)
-    return any(frame is not None and frame.f_globals.get("__name__", "").endswith("loky.backend.reduction") for frame in frames)
+    return any(frame is not None and frame.f_globals.get("__name__", "").endswith(_DRIVERS) for frame in frames)
 
 
 def _reduce_elsewhere(thing: Any) -> Reduced:
     """Reduce an object for any other pickler."""
     if _for_worker(sys._getframe(1)):
         return _reduce(thing)
+    if isinstance(thing, BufferRange):
+        return BufferRange, (thing.buf, thing.offset, thing.length)  # what has no buffer can be copied in its process
     name = type(thing).__name__
     token = ", or pickle buf.ref() and open that with dmabuf.open()" if isinstance(thing, DmaBuf) else ""
     raise TypeError(

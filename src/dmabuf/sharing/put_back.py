@@ -14,7 +14,7 @@ import io
 import sys
 import weakref
 from collections import deque
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from types import CodeType, FrameType
 from typing import Any, Final
 
@@ -22,12 +22,22 @@ from dmabuf._native import WeakValues
 
 _FRONT: Final = "_dmabuf_front"
 _RECEIVE, _POLL, _PLACES = "_recv_bytes", "_poll", "_sem"  # what multiprocessing calls them
+_EXECUTORS: Final = ("concurrent.futures.process", "loky.process_executor", "joblib.externals.loky.process_executor")
 _POOLS: Final = (  # the functions of pools that read messages: module, class, name
     ("multiprocessing.pool", "Pool", "_handle_results"),
+    ("multiprocessing.pool", "Pool", "_help_stuff_finish"),
     ("multiprocessing.pool", "", "worker"),
-    ("concurrent.futures.process", "", "_process_worker"),
-    ("concurrent.futures.process", "_ExecutorManagerThread", "wait_result_broken_or_wakeup"),
+    *((module, "", "_process_worker") for module in _EXECUTORS),
+    *((module, "_ExecutorManagerThread", "wait_result_broken_or_wakeup") for module in _EXECUTORS),
 )
+_CALLS: Final = (  # and those of managers, whose messages are calls and their answers
+    ("multiprocessing.managers", "Server", "serve_client"),
+    ("multiprocessing.managers", "Server", "_handle_request"),
+    ("multiprocessing.managers", "Server", "handle_request"),
+    ("multiprocessing.managers", "BaseProxy", "_callmethod"),
+    ("multiprocessing.managers", "", "dispatch"),
+)
+_BETWEEN: Final = "joblib.pool"  # its queue has a function between the pool's and the reader
 
 # What was received lately, by its key, and what of it waits for its message to be unpickled again. A message may have several objects, of
 # which only one is there no descriptor for.
@@ -97,18 +107,30 @@ def _reading(frame: FrameType | None, readers: Container[CodeType]) -> FrameType
     return frame
 
 
-def for_pool() -> bool:
-    """Return True if a function of a pool has called the reader. No error may come up there: its thread or its process would end."""
-    frame = _reading(sys._getframe(1), _readers())
+def _called_by(functions: Iterable[tuple[str, str, str]]) -> bool:
+    """Return True if one of the functions has called the reader that is unpickling."""
+    frame = _reading(sys._getframe(2), _readers())
     caller = None if frame is None else frame.f_back
+    while caller is not None and caller.f_globals.get("__name__") == _BETWEEN:
+        caller = caller.f_back
     if caller is None:
         return False
-    for module, owner, name in _POOLS:
+    for module, owner, name in functions:
         place: Any = sys.modules.get(module)
         function = getattr(getattr(place, owner, None) if owner else place, name, None)
         if getattr(function, "__code__", None) is caller.f_code:
             return True
     return False
+
+
+def for_pool() -> bool:
+    """Return True if a function of a pool has called the reader. No error may come up there: its thread or its process would end."""
+    return _called_by(_POOLS)
+
+
+def for_call() -> bool:
+    """Return True if a manager or a proxy has called the reader. An error ends the call; what was put back would answer the next one."""
+    return _called_by(_CALLS)
 
 
 def _found(frame: FrameType | None) -> tuple[Any, Any, bytes] | None:
@@ -132,7 +154,7 @@ def put_back(key: bytes) -> bool:
     """Put back the message that is being unpickled in this thread, and has this key. Returns whether that was possible."""
     try:
         found = _found(sys._getframe(1))
-        if found is None or key not in found[2] or for_pool():
+        if found is None or key not in found[2] or for_pool() or for_call():
             return False
         reader, connection, message = found
         front = vars(connection).get(_FRONT)
