@@ -92,9 +92,8 @@ def _reduce_buffer(buf: DmaBuf) -> Reduced:
     except ClosedError:
         if not handle.closed:
             raise
-        raise fail(
-            errno.EBADF, "pickle", handle, "pass buf.give(), or close it later", what="it was closed before it was pickled"
-        ) from None
+        remedy = "pass buf.give(), or close it once it was received"
+        raise fail(errno.EBADF, "pickle", handle, remedy, what="the buffer was closed before it was pickled") from None
 
 
 def _reduce_range(part: BufferRange) -> Reduced:
