@@ -53,13 +53,15 @@ static PyObject *guarded_call(PyObject *callable, PyObject *const *args, size_t 
 
 /* ---- finished, finalizer ---- */
 
+bool guard_is_own(void) { return PyErr_ExceptionMatches(own_errors); }
+
 PyObject *guard_finish(PyObject *fn, PyObject *const *args, size_t nargsf, PyObject *names, bool later) {
   PyObject *result = PyObject_Vectorcall(fn, args, nargsf, names);
   if (result || !in_main_thread()) return result;
   PyObject *error = NULL; /* the last one that a signal handler may have raised */
   int same = 0, by_itself = 0;
   for (int calls = 1; !result; calls++) {
-    by_itself = PyErr_ExceptionMatches(own_errors) || same == MOST_SAME || calls == MOST_CALLS;
+    by_itself = guard_is_own() || same == MOST_SAME || calls == MOST_CALLS;
     if (by_itself && !error) return NULL; /* as it is */
     if (by_itself) {
       PyErr_Clear();

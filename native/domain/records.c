@@ -161,9 +161,10 @@ static PyObject *rec_find(Shm *s, PyObject *args) {
   return Py_BuildValue("IIy#", i, gen, nonce, (Py_ssize_t)16);
 }
 
-static PyObject *rec_get(Shm *s, PyObject *args) {
-  unsigned i, gen;
-  if (!PyArg_ParseTuple(args, "II", &i, &gen)) return NULL;
+static PyObject *rec_get(Shm *s, PyObject *const *a, Py_ssize_t n) {
+  uint32_t i, gen;
+  if (n != 2) return PyErr_Format(PyExc_TypeError, "rec_get(rec, gen)");
+  if (arg_u32(a[0], &i) || arg_u32(a[1], &gen)) return NULL;
   if (shm_need_life(s, "reference")) return NULL;
   db_rec *r = rec_at(s, i);
   a64 *w = r ? ref_word(s, LIFE_INDEX(my_life(s)), i) : NULL;
@@ -396,7 +397,8 @@ PyMethodDef record_methods[] = {
            "Make or find the record of a buffer and reference it. Return (rec, gen, whether it was made)."),
     METHOD(rec_find, METH_VARARGS, "($self, dev, ino, /)",
            "Return (rec, gen, nonce) of the record of an inode, or None. Takes no lock: the record may be freed at any time."),
-    METHOD(rec_get, METH_VARARGS, "($self, rec, gen, /)", "Reference a record for this life. Return False if it is another record by now."),
+    METHOD(rec_get, METH_FASTCALL, "($self, rec, gen, /)",
+           "Reference a record for this life. Return False if it is another record by now."),
     METHOD(rec_put, METH_O, "($self, rec, /)", "Drop this life's reference. Return True if a living process still references the record."),
     METHOD(rec_free, METH_VARARGS, "($self, rec, gen, /)",
            "Free a record unless a living process references it. Return whether it was freed."),

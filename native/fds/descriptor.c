@@ -89,9 +89,17 @@ static PyObject *owned_fileno(OwnedFd *self, PyObject *unused) {
 }
 
 static PyObject *owned_take(OwnedFd *self, PyObject *unused) {
-  int number = self->number;
-  self->number = -1;
-  return PyLong_FromLong(number);
+  PyObject *number = PyLong_FromLong(self->number);
+  if (number) self->number = -1;
+  return number;
+}
+
+PyObject *owned_take_number(PyObject *object, fd_id *id) {
+  if (Py_IS_TYPE(object, owned_type)) {
+    *id = ((OwnedFd *)object)->id;
+    return owned_take((OwnedFd *)object, NULL);
+  }
+  return PyErr_Format(PyExc_TypeError, "an OwnedFd is required, not %s", Py_TYPE(object)->tp_name);
 }
 
 static PyObject *owned_close(OwnedFd *self, PyObject *unused) {

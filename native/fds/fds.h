@@ -1,6 +1,7 @@
 /* fds.h - what the files of this folder share, and what each adds to the module. */
 #ifndef DMABUF_FDS_H
 #define DMABUF_FDS_H
+#include "fds/same.h"
 #include "python.h"
 #include <sys/stat.h>
 
@@ -17,6 +18,8 @@ PyObject *owned_fd_of(int number, const struct stat *st);
 PyObject *owned_fds(const void *numbers, Py_ssize_t count);
 /* The descriptor of an OwnedFd, compared just now; -1 with an exception set. */
 int owned_checked(PyObject *object, const char *op);
+/* The number of an OwnedFd, which the caller owns from now on, and which file it is. NULL: an exception is set. */
+PyObject *owned_take_number(PyObject *object, fd_id *id);
 
 int probe_register(PyObject *module);
 int passing_register(PyObject *module);

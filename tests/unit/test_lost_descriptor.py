@@ -150,7 +150,7 @@ def test_mapping_beside_a_close_in_another_thread_says_that_the_buffer_is_closed
     handle = handle_of(buf)
     buf.close()  # after the other thread had checked the handle
     with raises_errno(errno.EBADF) as caught:
-        handle._map("write", 0, 4096, True)
+        handle.map_file("write", 0, 4096, True)
     assert isinstance(caught.value, ClosedError)
     assert "write" in str(caught.value)
     assert "the buffer is closed" in str(caught.value)

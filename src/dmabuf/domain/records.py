@@ -159,8 +159,9 @@ class Record:
             life, shm = self.life, self.shm
             if not life or life != shm.life:
                 try:
-                    if not life and self.gen and shm is self.domain.shm and shm.life and shm.rec_get(self.index, self.gen):
-                        self.life = shm.life  # the buffer comes back: what _again() does, in fewer steps
+                    now = shm.life
+                    if not life and self.gen and shm is self.domain.shm and now and shm.rec_get(self.index, self.gen):
+                        self.life = now  # the buffer comes back: what _again() does, in fewer steps
                     else:
                         self._again(name)
                 except BaseException:
@@ -173,30 +174,28 @@ class Record:
         The caller then closes ``fd``, or gives it away if not ``closing``. Returns the watch that the caller must check after closing.
         """
         with self.lock:
-            handles = self.handles
-            handles.discard(id(handle))
-            return None if handles else self._drop(fd, closing)
+            self.handles.discard(id(handle))
+            if self.handles:
+                return None
+            shm, domain = self.shm, self.domain
+            if self.life and shm.life == self.life:
+                # Keep the object for a while without a reference: a buffer that circulates comes back, and is then found in one step.
+                warm: deque[Record] | None = domain.local.get(_WARM)  # not of() alone: each last handle makes this call
+                (_WARM.of(domain) if warm is None else warm).append(self)
+                self.unwatched, self.life = True, 0
+                held = shm.rec_put(self.index)
+            elif self.unwatched and not self.life and shm.life:  # a signal handler raised when the reference had been dropped
+                held = bool(shm.rec_holders(self.index))
+            else:
+                return None
+            found = None if held else self._after_last(shm, fd, closing)
+            self.unwatched = False
+            return found
 
     def forget(self, handle: object) -> None:
         """Count a handle no more, and keep the reference for the reservation object alone."""
         with self.lock:
             self.handles.discard(id(handle))
-
-    def _drop(self, fd: int, closing: bool) -> InodeWatch | None:
-        shm, domain = self.shm, self.domain
-        if self.life and shm.life == self.life:
-            # Keep the object for a while without a reference: a buffer that circulates comes back, and is then found in one step.
-            warm: deque[Record] | None = domain.local.get(_WARM)  # not of() alone: each last handle makes this call
-            (_WARM.of(domain) if warm is None else warm).append(self)
-            self.unwatched, self.life = True, 0
-            held = shm.rec_put(self.index)
-        elif self.unwatched and not self.life and shm.life:  # a signal handler raised when the reference had been dropped
-            held = bool(shm.rec_holders(self.index))
-        else:
-            return None
-        found = None if held else self._after_last(shm, fd, closing)
-        self.unwatched = False
-        return found
 
     def _after_last(self, shm: Shm, fd: int, closing: bool) -> InodeWatch | None:
         """Do what follows when no process has the buffer open. Returns the watch of its inode, if it has one."""

@@ -40,11 +40,11 @@ import weakref
 from collections.abc import Generator, Iterable, Sequence
 from typing import Any, Final, NamedTuple
 
-from dmabuf._native import OwnedFd, owned_rights, recv_one, send_one
+from dmabuf._native import OwnedFd, one_of, owned_rights, recv_one, send_one
 from dmabuf.core.access.range import BufferRange
-from dmabuf.core.buffer.handle import handle_behind
+from dmabuf.core.buffer.handle import handle_behind, open_face
 from dmabuf.core.buffer.shared import SharedBuffer
-from dmabuf.core.dma_buf import DmaBuf, new_handle
+from dmabuf.core.dma_buf import BufHandle, DmaBuf
 from dmabuf.core.fence.fence import DmaFence
 from dmabuf.core.fence.timeline import Timeline
 from dmabuf.core.get import from_fd
@@ -197,9 +197,8 @@ def recv(sock: socket.socket) -> Received:
     peer = entry[0] if entry else peer_of(sock, "recv")
     if not peer.asks and sock.gettimeout() is None:
         got = recv_one(sock.fileno(), peer.first, MAGIC)
-        if type(got) is int:
+        if isinstance(got, int):
             raise translated(OSError(-got, ""), "recv", sock)
-        assert isinstance(got, tuple)
         if len(got) == 4:
             return _take(sock, peer, *got)
         fd, identity, dev, ino, nonce, size, item_flags, body = got
@@ -207,11 +206,12 @@ def recv(sock: socket.socket) -> Received:
         name = name_in(body) if item_flags & HAS_NAME else None
         try:
             shared = None if domain is None else confirmed(SharedBuffer, domain, dev, ino, size, nonce)
-            domain = domain or domain_of(identity, item_flags)
+            if domain is None:
+                domain = domain_of(identity, item_flags)
         except BaseException:
             fd.close()
             raise
-        return Received([from_fd(fd, domain, name=name) if shared is None else new_handle(fd, shared, name)])
+        return one_of(Received, from_fd(fd, domain, name=name) if shared is None else open_face(DmaBuf, BufHandle, fd, shared, name))
     return _take(sock, peer, *begin_recv(sock, peer, "recv"))
 
 

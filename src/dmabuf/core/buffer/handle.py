@@ -13,13 +13,12 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from operator import attrgetter
 from typing import Final, Protocol, TypeVar
 
-from dmabuf._native import AccessPath, Mapping, close_attribute, dup_same, is_same, map_same, owned, take_attribute
+from dmabuf._native import AccessPath, HandleBase, Mapping, close_attribute, dup_same, is_same, map_same, open_handle, owned, take_attribute
 from dmabuf.core.buffer.backing import Backing, KernelSide
 from dmabuf.core.buffer.identity import checked_name
 from dmabuf.core.buffer.shared import MEMFD, SharedBuffer
@@ -27,11 +26,11 @@ from dmabuf.core.contract import Buffer
 from dmabuf.core.resv.lock import record_of
 from dmabuf.core.resv.resv import DmaResv, resv_of
 from dmabuf.domain.domain import Domain
-from dmabuf.domain.guards import finalizer, finished
+from dmabuf.domain.guards import finished
 from dmabuf.domain.limits import cant_map
 from dmabuf.domain.records import Record, free_gone
 from dmabuf.domain.weak_objects import WeakObjects
-from dmabuf.errors import ContractError, DmaBufError, contract_warning, fail
+from dmabuf.errors import ContractError, contract_warning, fail
 from dmabuf.uapi.call import OwnedFd
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -46,7 +45,7 @@ class Cancelable(Protocol):
     def cancel(self) -> None: ...
 
 
-class Handle(ABC):
+class Handle(HandleBase, ABC):
     """An owned descriptor of a buffer.
 
     ``fd``: -1 once closed. ``shared``: the buffer; of a closed handle perhaps only who it was. ``path``: what accesses of this handle need,
@@ -54,22 +53,7 @@ class Handle(ABC):
     makes descriptors of ``poll_fd`` readable.
     """
 
-    __slots__ = (
-        "__weakref__",
-        "_life",
-        "device_view",
-        "domain",
-        "ending",
-        "fd",
-        "known_resv",
-        "leaving",
-        "left",
-        "path",
-        "polls",
-        "resv_record",
-        "shared",
-        "size",
-    )
+    __slots__ = ()
 
     domain: Domain
     fd: int
@@ -186,26 +170,14 @@ class Handle(ABC):
         return given[0]
 
     @finished
-    def close(self) -> None:
-        """Close the handle; closing twice has no effect."""
+    def close_all(self) -> None:
+        """Do what ``close()`` does if more is left of the handle than its descriptor, or if a signal handler interrupted it."""
         if self.left:
             return
-        if self.path is not None or self.polls:  # else nobody has looked through this handle, as where it is only passed on
-            if self.fd >= 0 and (self.accesses or self.polls):
-                self._leave("close")
-            self._forget_path()
-        self.device_view = self.known_resv = None
-        shared = self.shared
-        if self.leaving or shared.backing is not None or shared.resv_ref is not None:
-            self._close()
-            return
-        # Memory whose reservation object was never asked for: the same as _close(), of which nothing else is left.
-        self.leaving = True
-        watch = shared.leave(self, self.fd)
-        close_attribute(self, "fd", shared.dev, shared.ino)
-        if watch is not None:
-            watch.free_gone()
-        self.left = True
+        if self.fd >= 0 and (self.accesses or self.polls):
+            self._leave("close")
+        self._forget_path()
+        self._close()
 
     def _close(self, given: bool = False, quiet: bool = False) -> list[OwnedFd]:
         """Do all that follows. What a signal handler interrupts is called again. ``given``: return the descriptor instead of closing it."""
@@ -252,11 +224,10 @@ class Handle(ABC):
         self._forget_path()
         self.polls = None
 
-    @finalizer
-    def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:  # bound: at the interpreter's end modules are empty
-        if not getattr(self, "left", True) and not ending():
-            self._forget_path()
-            self._close(quiet=True)
+    def drop(self) -> None:
+        """Close the handle, which nobody has any more. Its end calls this if it isn't closed, and again until it ends (``HandleBase``)."""
+        self._forget_path()
+        self._close(quiet=True)
 
     # ---- what stands behind it ----
 
@@ -320,12 +291,12 @@ class Handle(ABC):
     def _new_view(self, operation: str, write: bool) -> Mapping:
         size = self.size if self.shared.backing is None else self.size // PAGE * PAGE or self.size
         try:
-            return self._map(operation, 0, size, True)
+            return self.map_file(operation, 0, size, True)
         except PermissionError:
             if write:
                 what = "its descriptor is read-only"
                 raise fail(errno.EACCES, "write", self, "receive a descriptor that is open for writing", what=what) from None
-            return self._map(operation, 0, size, False)
+            return self.map_file(operation, 0, size, False)
 
     def any_view(self) -> Mapping:
         """Return a mapping for devices, writable if the descriptor is, since they learn the direction when they map.
@@ -340,24 +311,20 @@ class Handle(ABC):
 
     def map_file(self, operation: str, offset: int, length: int, writable: bool) -> Mapping:
         """Return a mapping of the buffer's own file."""
+        shared = self.shared
         try:
-            return self._map(operation, offset, length, writable)
-        except DmaBufError:
-            raise
+            return map_same(self.fd, length, offset, writable, False, shared.dev, shared.ino)
         except OSError as e:
-            raise fail(e.errno or errno.EIO, operation, self) from None
+            raise self.not_mapped(e, operation, length) from None
 
-    def _map(self, operation: str, offset: int, length: int, writable: bool) -> Mapping:
-        fd, shared = self.fd, self.shared
-        try:
-            return map_same(fd, length, offset, writable, False, shared.dev, shared.ino)
-        except OSError as e:
-            if e.errno == errno.EBADF:
-                self.check(operation)  # another thread closed the buffer meanwhile
-                raise self.lost(operation, fd) from None
-            if e.errno == errno.ENOMEM:
-                raise cant_map(operation, self, length) from None
-            raise
+    def not_mapped(self, error: OSError, operation: str, length: int) -> OSError:
+        """Return the error for a mapping that failed."""
+        if error.errno == errno.EBADF:
+            self.check(operation)  # another thread closed the buffer meanwhile
+            return self.lost(operation, self.fd)
+        if error.errno == errno.ENOMEM:
+            return cant_map(operation, self, length)
+        return fail(error.errno or errno.EIO, operation, self)
 
     # ---- its name ----
 
@@ -406,15 +373,8 @@ def open_face(face: type[FaceT], kind: type[Handle], fd: int | OwnedFd, shared: 
 
     ``name``: the buffer's, if its record has to be made again. One function, since every buffer that is received comes this way.
     """
-    handle = object.__new__(kind)
-    handle.shared, handle.size, handle.domain = shared, shared.size, shared.domain
-    handle.path = handle.device_view = handle.known_resv = handle.polls = None
-    handle.leaving, handle.ending = False, None
-    if isinstance(fd, int):
-        handle.fd, handle.left = fd, False
-    else:  # no signal handler can raise between the two: one of them closes the descriptor, and once
-        handle.fd, handle.left = fd.number, False
-        fd.take()
+    made = open_handle(face, kind, fd, shared)
+    handle = made._handle
     try:
         shared.enter(handle, name)
     except BaseException:
@@ -423,8 +383,6 @@ def open_face(face: type[FaceT], kind: type[Handle], fd: int | OwnedFd, shared: 
     handle._life = shared.shm.life
     if shared.backing is None and shared.home != MEMFD:
         shared.find_backing(handle.fd)
-    made = object.__new__(face)
-    made._handle = handle
     return made
 
 
