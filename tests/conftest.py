@@ -19,8 +19,8 @@ from tests.support.watchdog import LastResort, Watchdog
 
 # The debug layer is on in every test and in the processes that it starts; conftests of directories import dmabuf before `pytest_configure`.
 os.environ["DMABUF_DEBUG"] = "1"
-# Semantics 2.8 to 2.14 are those of Linux 6.8 as it is built by default; tests of moving memory turn the option on.
-os.environ.setdefault("DMABUF_MOVE_NOTIFY", "0")
+# On, as it is by default; what depends on it is tried with it on and off (`move_notify` in tests/conformance/conftest.py).
+os.environ.pop("DMABUF_MOVE_NOTIFY", None)
 
 _WATCHDOG = Watchdog()
 _LAST_RESORT = pytest.StashKey[LastResort]()

@@ -11,12 +11,13 @@ and the state of the random generators. The exit status is 0 if all mutants are 
 import argparse
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 SEEDS = 5
@@ -318,6 +319,17 @@ MUTANTS = (
 )
 
 
+def run(command: Sequence[str], directory: Path, environment: dict[str, str], output: IO[str]) -> int:
+    """Return the exit status. What the process leaves behind ends with it: a fault may let a forked child hang, with the output open."""
+    process = subprocess.Popen(command, cwd=directory, env=environment, stdout=output, stderr=subprocess.STDOUT, process_group=0)
+    try:
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)  # the number is nobody else's until the process is waited for
+        status = process.wait()
+    return status
+
+
 class Tree:
     """A copy of the tree, with an extension of its own."""
 
@@ -351,10 +363,12 @@ class Tree:
             f"timeout={_WATCHDOG}",
         ]
         environment = os.environ | {"PYTHONPATH": str(self.root / "src"), "DMABUF_TEST_BUDGET": "quick"}
-        done = subprocess.run([*command, *tests], cwd=self.root, env=environment, capture_output=True, text=True, errors="replace")
-        lines = (done.stdout + done.stderr).splitlines()
+        with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
+            status = run([*command, *tests], self.root, environment, output)
+            output.seek(0)
+            lines = output.read().splitlines()
         failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
-        return done.returncode, (failed or lines or ["no output"])[-1]
+        return status, (failed or lines or ["no output"])[-1]
 
 
 def hunt(mutants: Sequence[Mutant], seeds: Sequence[int]) -> list[str]:

@@ -7,6 +7,7 @@ from multiprocessing import resource_sharer
 import pytest
 
 import dmabuf
+from dmabuf.core.attach.attachment import moving
 from tests.support.children import Spawn
 from tests.support.drivers import Bare, Dynamic, Static
 from tests.support.elsewhere import Place
@@ -97,6 +98,14 @@ def dev() -> dmabuf.Device:
 def place(request: pytest.FixtureRequest, child: Spawn) -> Place:
     """Where a buffer is used: in this process, and in another one."""
     return Place(child, request.param == "here")
+
+
+@pytest.fixture(params=[True, False], ids=["move notify on", "move notify off"])
+def move_notify(request: pytest.FixtureRequest) -> Iterator[bool]:
+    """CONFIG_DMABUF_MOVE_NOTIFY in this process, and in the children that the test starts: semantics 2.13a has a row for each."""
+    on: bool = request.param
+    with moving(on):
+        yield on
 
 
 @pytest.fixture

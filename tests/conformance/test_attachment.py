@@ -81,30 +81,31 @@ def test_dynamic_exporter_pins_and_maps_when_static_attaches(dynamic: Dynamic, d
         assert dynamic.calls[3:] == [("unmap", BIDIR), "unpin", "detach"]
 
 
-@pytest.mark.parametrize("option", [False, True], ids=["option off", "option on"])
 def test_dynamic_with_dynamic_maps_at_map_and_pins_only_without_the_option(
-    dynamic: Dynamic, dev: Device, tl: Timeline, option: bool
+    dynamic: Dynamic, dev: Device, tl: Timeline, move_notify: bool
 ) -> None:
-    with dmabuf.export(dynamic, SIZE) as buf, attachments.moving(option):
+    with dmabuf.export(dynamic, SIZE) as buf:
         fence = tl.fence()
         add(buf.resv, fence, Usage.KERNEL)  # not waited for
         att = buf.attach(dev, Mover())
         assert dynamic.calls == ["attach"]
         with att.mapped(FROM):
-            assert dynamic.calls[1:] == ([] if option else ["pin"]) + [("map", FROM)]
-        assert dynamic.calls[-1:] == ([("unmap", FROM)] if option else ["unpin"])
+            assert dynamic.calls[1:] == ([] if move_notify else ["pin"]) + [("map", FROM)]
+        assert dynamic.calls[-1:] == ([("unmap", FROM)] if move_notify else ["unpin"])
         assert dynamic.pins == 0
         att.detach()
         fence.signal()
 
 
-def test_what_was_mapped_with_a_pin_is_unpinned_though_the_option_changed(dynamic: Dynamic, dev: Device) -> None:
+def test_what_was_mapped_with_a_pin_or_without_is_unmapped_so_though_the_option_changed(
+    dynamic: Dynamic, dev: Device, move_notify: bool
+) -> None:
     with dmabuf.export(dynamic, SIZE) as buf:
         att = buf.attach(dev, Mover())
         sgt = att.map_unlocked(TO)
-        with attachments.moving():
+        with attachments.moving(not move_notify):
             att.unmap_unlocked(sgt, TO)
-        assert dynamic.pins == 0
+        assert (dynamic.count("pin"), dynamic.pins) == (not move_notify, 0)
         att.detach()
 
 
@@ -220,8 +221,8 @@ def test_a_failing_attach_undoes_what_came_before(dynamic: Dynamic, dev: Device,
         assert not buf.resv.is_locked()
 
 
-@pytest.mark.parametrize("op", ["pin", "map"])
-def test_a_failing_map_undoes_what_came_before(dynamic: Dynamic, dev: Device, op: str) -> None:
+@pytest.mark.parametrize(("op", "move_notify"), [("pin", False), ("map", False), ("map", True)], indirect=["move_notify"])
+def test_a_failing_map_undoes_what_came_before(dynamic: Dynamic, dev: Device, op: str, move_notify: bool) -> None:
     with dmabuf.export(dynamic, SIZE) as buf:
         att = buf.attach(dev, Mover())
         before = state(buf, dynamic, dev)
@@ -229,7 +230,7 @@ def test_a_failing_map_undoes_what_came_before(dynamic: Dynamic, dev: Device, op
         dynamic.fails[op] = errno.ENOSPC
         with raises_errno(errno.ENOSPC):
             att.map_unlocked(TO)
-        assert dynamic.calls == {"pin": ["pin"], "map": ["pin", ("map", TO), "unpin"]}[op]
+        assert dynamic.calls == ([("map", TO)] if move_notify else {"pin": ["pin"], "map": ["pin", ("map", TO), "unpin"]}[op])
         dynamic.fails.clear()
         dynamic.calls[:] = ["attach"]
         assert state(buf, dynamic, dev) == before

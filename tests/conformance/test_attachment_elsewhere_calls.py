@@ -72,7 +72,8 @@ UNDONE = {
     "mmap": ([], (do.map_bytes,), ["mmap"]),
     "attach": ([], (do.attach, True), ["attach", "detach"]),
     "pin": ([(do.attach, True)], (do.pin,), ["attach", "pin", "unpin"]),
-    "map": ([(do.attach, True)], (do.mapped, TO), ["attach", "pin", "map", "unmap", "unpin"]),
+    "map": ([(do.attach, True)], (do.mapped, TO), ["attach", "map", "unmap"]),
+    "pin and map": ([(do.attach, True)], (do.mapped, TO), ["attach", "pin", "map", "unmap", "unpin"]),
     "vmap": ([], (do.vmap,), ["vmap", "vunmap"]),
 }
 
@@ -96,9 +97,9 @@ def test_a_call_that_a_signal_ends_is_undone_in_the_exporters_process(child: Spa
 
 
 @pytest.mark.parametrize("times", [1, 3])
-@pytest.mark.parametrize("op", ["pin", "map", "vmap"])
-def test_locked_call_is_undone_before_handlers_exception_is_raised(child: Spawn, op: str, times: int) -> None:
-    before, (call, *arguments), want = UNDONE[op]
+@pytest.mark.parametrize(("op", "move_notify"), [("pin", True), ("map", True), ("map", False), ("vmap", True)], indirect=["move_notify"])
+def test_locked_call_is_undone_before_handlers_exception_is_raised(child: Spawn, op: str, move_notify: bool, times: int) -> None:
+    before, (call, *arguments), want = UNDONE[op if move_notify else f"pin and {op}"]
     with do.exported(child) as (ask, here):
         buf = here.state.buf
         for function, *more in before:
@@ -113,8 +114,10 @@ def test_locked_call_is_undone_before_handlers_exception_is_raised(child: Spawn,
             here.do(do.detach)
 
 
-@pytest.mark.parametrize("op", ["unpin", "unmap", "vunmap"])
-def test_what_gives_back_is_seen_through_too(child: Spawn, op: str) -> None:
+@pytest.mark.parametrize(
+    ("op", "move_notify"), [("unpin", True), ("unmap", True), ("unmap", False), ("vunmap", True)], indirect=["move_notify"]
+)
+def test_what_gives_back_is_seen_through_too(child: Spawn, op: str, move_notify: bool) -> None:
     made: dict[str, list[Any]] = {
         "unpin": [(do.attach, True), (do.pin,)],
         "unmap": [(do.attach, True), (do.mapped, TO)],
@@ -128,6 +131,7 @@ def test_what_gives_back_is_seen_through_too(child: Spawn, op: str) -> None:
         with poked(lambda: ask(calls)[-1:] == [op], lambda: ask(goes_on)), pytest.raises(Interrupt):
             here.do(back)
         assert ask(calls).count(op) == 1
+        assert ask(calls).count("unpin") == (op == "unpin" or not move_notify)
         assert not here.state.buf.resv.is_locked()
         if op != "vunmap":
             here.state.att.detach()

@@ -148,6 +148,7 @@ UNLOCKED = {
 
 
 @pytest.mark.parametrize("call", list(LOCKED))
+@pytest.mark.usefixtures("move_notify")
 def test_locked_call_without_the_lock_is_a_contract_error(dynamic: Dynamic, dev: Device, call: str) -> None:
     with dmabuf.export(dynamic, SIZE) as buf:
         att = buf.attach(dev, Mover())
@@ -161,6 +162,7 @@ def test_locked_call_without_the_lock_is_a_contract_error(dynamic: Dynamic, dev:
 
 
 @pytest.mark.parametrize("call", list(UNLOCKED))
+@pytest.mark.usefixtures("move_notify")
 def test_with_the_lock_an_unlocked_call_warns_and_is_edeadlk(dynamic: Dynamic, dev: Device, call: str) -> None:
     with dmabuf.export(dynamic, SIZE) as buf:
         att = buf.attach(dev, Mover())

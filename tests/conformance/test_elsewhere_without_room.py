@@ -76,9 +76,15 @@ def calls(state: Any) -> list[Any]:
 NEEDS_ONE: dict[str, tuple[list[Any], Any, list[str]]] = {
     "attach": ([], (do.attach, True), []),
     "mmap": ([(do.attach, True)], (do.map_bytes,), ["mmap"]),
-    "map": ([(do.attach, True)], (do.mapped, TO), ["pin", "map", "unmap", "unpin"]),
+    "map": ([(do.attach, True)], (do.mapped, TO), ["map", "unmap"]),
+    "pin and map": ([(do.attach, True)], (do.mapped, TO), ["pin", "map", "unmap", "unpin"]),
     "vmap": ([(do.attach, True)], (do.vmap,), ["vmap", "vunmap"]),
 }
+
+
+# With MOVE_NOTIFY off, a mapping pins.
+CASES = [("attach", True), ("mmap", True), ("map", True), ("pin and map", False), ("vmap", True)]
+SENT = [case for case in CASES if case[0] != "attach"]
 
 
 def works(here: do.Here, op: str) -> None:
@@ -88,13 +94,14 @@ def works(here: do.Here, op: str) -> None:
     here.state.__dict__.pop("mapping", None)
     if op == "vmap":
         here.do(do.vunmap)
-    if op == "map":
+    if call is do.mapped:
         here.do(do.unmapped)
     here.do(do.detach)
 
 
 @pytest.mark.filterwarnings("ignore::dmabuf.ContractWarning")  # a vmap that fails, as of every exporter
-@pytest.mark.parametrize("op", list(NEEDS_ONE))
+@pytest.mark.parametrize(("op", "move_notify"), CASES, indirect=["move_notify"])
+@pytest.mark.usefixtures("move_notify")
 def test_what_the_exporter_has_no_descriptor_for_is_emfile_and_undone(child: Spawn, op: str) -> None:
     before, (call, *arguments), seen = NEEDS_ONE[op]
     with do.exported(child) as (ask, here):
@@ -112,7 +119,7 @@ def test_what_the_exporter_has_no_descriptor_for_is_emfile_and_undone(child: Spa
         works(here, op)
 
 
-def test_what_needs_no_descriptor_goes_on(child: Spawn) -> None:
+def test_what_needs_no_descriptor_goes_on(child: Spawn, move_notify: bool) -> None:
     with do.exported(child) as (ask, here):
         here.do(do.attach, True)
         here.do(do.mapped, TO)
@@ -130,7 +137,8 @@ def test_what_needs_no_descriptor_goes_on(child: Spawn) -> None:
         here.do(do.vunmap)
         here.do(do.detach)
         here.state.__dict__.pop("mapping")
-        assert ask(calls)[had:] == ["pin", "begin", "end", "end", "unpin", "unmap", "unpin", "vunmap", "detach"]
+        unpin = [] if move_notify else ["unpin"]
+        assert ask(calls)[had:] == ["pin", "begin", "end", "end", "unpin", "unmap", *unpin, "vunmap", "detach"]
         ask(gives_way)
 
 
@@ -146,13 +154,13 @@ def test_call_to_process_without_descriptors_is_emfile(child: Spawn) -> None:
         assert ask(calls) == ["begin", "end"]
 
 
-def test_long_answer_without_a_descriptor_is_emfile_and_undone(child: Spawn) -> None:
+def test_long_answer_without_a_descriptor_is_emfile_and_undone(child: Spawn, move_notify: bool) -> None:
     with do.exported(child, Scattered) as (ask, here):
         here.do(do.attach, True)
         ask(has_none)
         with no_room(THERE):
             here.do(do.mapped, TO)
-        assert ask(calls) == ["attach", "pin", "map", "unmap", "unpin"]
+        assert ask(calls) == ["attach", *NEEDS_ONE["map" if move_notify else "pin and map"][2]]
         assert not here.state.buf.resv.is_locked()
         ask(gives_way)
         assert len(here.do(do.mapped, TO)) == ENTRIES
@@ -161,7 +169,7 @@ def test_long_answer_without_a_descriptor_is_emfile_and_undone(child: Spawn) -> 
 
 
 @pytest.mark.parametrize("full", ["here", "there"])
-def test_what_gives_back_needs_no_connection(child: Spawn, full: str) -> None:
+def test_what_gives_back_needs_no_connection(child: Spawn, full: str, move_notify: bool) -> None:
     with do.exported(child) as (ask, here):
         here.do(do.attach, True)
         here.do(do.mapped, TO)
@@ -177,12 +185,14 @@ def test_what_gives_back_needs_no_connection(child: Spawn, full: str) -> None:
             here.do(do.detach)
         finally:
             gives_way(mine) if full == "here" else ask(gives_way)
-        until(lambda: sorted(ask(calls)[-4:]) == ["detach", "unmap", "unpin", "vunmap"])
+        done = ["detach", "unmap", "vunmap"] if move_notify else ["detach", "unmap", "unpin", "vunmap"]
+        until(lambda: sorted(ask(calls)[-len(done) :]) == done)
         until(lambda: not here.state.buf.resv.is_locked())
 
 
 @pytest.mark.filterwarnings("ignore::dmabuf.ContractWarning")
-@pytest.mark.parametrize("op", ["mmap", "map", "vmap"])
+@pytest.mark.parametrize(("op", "move_notify"), SENT, indirect=["move_notify"])
+@pytest.mark.usefixtures("move_notify")
 def test_what_the_caller_has_no_descriptor_for_is_emfile_and_undone(child: Spawn, op: str) -> None:
     _, (call, *arguments), seen = NEEDS_ONE[op]
     with do.exported(child) as (ask, here):

@@ -167,6 +167,7 @@ def test_F46_importers_see_no_pages_in_debug_mode(static: Static, dev: Device) -
     assert seen == [1]
 
 
+@pytest.mark.usefixtures("move_notify")
 def test_F48_static_map_is_ready_and_dynamic_importers_wait(static: Static, dynamic: Dynamic, dev: Device, tl: Timeline) -> None:
     clear = tl.fence()
     with dmabuf.export(static, SIZE) as buf:

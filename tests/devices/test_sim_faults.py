@@ -326,7 +326,7 @@ def test_closing_with_the_lock_of_a_buffer_held_is_refused(engine: sim.Engine, b
 def test_buffers_that_spill_are_worked_on_one_after_the_other(tmp_path: Path) -> None:
     """Ten times the budget: a buffer is in memory while a job has it mapped, and may go afterwards."""
     heap = SpillHeap(budget=3 * SIZE, directory=tmp_path)
-    with moving(), sim.Engine("e") as engine, dmabuf.allocate(SIZE) as plain:
+    with sim.Engine("e") as engine, dmabuf.allocate(SIZE) as plain:
         queue = engine.queue()
         bufs = [heap.allocate(SIZE) for _ in range(30)]
         attached = [engine.attach(buf) for buf in bufs[:2]]
@@ -411,7 +411,7 @@ def test_a_submission_broken_off_in_the_middle_ends_its_job_in_its_turn(
 
 
 def test_after_a_move_the_next_job_maps_anew(engine: sim.Engine, queue: sim.EngineQueue, dynamic: Dynamic) -> None:
-    with dmabuf.export(dynamic, SIZE) as buf, moving():
+    with dmabuf.export(dynamic, SIZE) as buf:
         attached = engine.attach(buf)
         queue.fill(attached, 1).wait()
         (old,) = dynamic.tables
@@ -429,7 +429,7 @@ def test_after_a_move_the_next_job_maps_anew(engine: sim.Engine, queue: sim.Engi
 def test_a_job_under_way_keeps_the_old_place_until_it_ends(
     engine: sim.Engine, queue: sim.EngineQueue, dynamic: Dynamic, tl: Timeline
 ) -> None:
-    with dmabuf.export(dynamic, SIZE) as buf, moving():
+    with dmabuf.export(dynamic, SIZE) as buf:
         attached, gate = engine.attach(buf), tl.fence()
         before = queue.fill(attached, 1, wait=[gate])
         with buf.resv.locked():
@@ -445,7 +445,7 @@ def test_a_job_under_way_keeps_the_old_place_until_it_ends(
 
 
 def test_without_move_notify_the_memory_is_pinned_while_mapped(engine: sim.Engine, queue: sim.EngineQueue, dynamic: Dynamic) -> None:
-    with dmabuf.export(dynamic, SIZE) as buf:
+    with dmabuf.export(dynamic, SIZE) as buf, moving(False):
         attached = engine.attach(buf)
         assert dynamic.pins == 0
         queue.fill(attached, 1).wait()

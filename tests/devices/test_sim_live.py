@@ -8,7 +8,6 @@ import pytest
 
 import dmabuf
 from dmabuf import sim
-from dmabuf.core.attach.attachment import moving
 from tests.support.children import Parent, Spawn
 from tests.support.drivers import Dynamic
 from tests.support.engines import SIZE
@@ -18,7 +17,7 @@ from tests.support.waiting import until
 
 
 def fills_and_sums(parent: Parent) -> tuple[int, int, int]:
-    with take(parent) as buf, sim.Engine("elsewhere") as engine, moving():
+    with take(parent) as buf, sim.Engine("elsewhere") as engine:
         queue, attached = engine.queue(), engine.attach(buf)
         assert queue.fill(attached, 7).wait() == SIZE
         parent.send("filled")
@@ -30,7 +29,7 @@ def fills_and_sums(parent: Parent) -> tuple[int, int, int]:
 
 
 def test_device_of_another_process_uses_exporters_memory_across_moves(child: Spawn, dynamic: Dynamic) -> None:
-    with dmabuf.export(dynamic, SIZE) as buf, moving():
+    with dmabuf.export(dynamic, SIZE) as buf:
         other = child(fills_and_sums)
         give(other, buf)
         assert other.recv() == "filled"

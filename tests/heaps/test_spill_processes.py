@@ -112,12 +112,12 @@ def does(parent: Parent, how: str) -> Any:
         buf.end_cpu_access(Direction.FROM_DEVICE)
         buf.vunmap_unlocked(made)
         del made
-    elif how in ("static device", "mapped importer", "pin"):
+    elif how in ("static device", "mapping that pins", "pin"):
         att = buf.attach(Device("npu0"), None if how == "static device" else Mover())
         if how == "pin":
             with buf.resv.locked():
                 att.pin()
-        with att.mapped(Direction.TO_DEVICE) if how != "pin" else contextlib.nullcontext():
+        with moving(False), att.mapped(Direction.TO_DEVICE) if how != "pin" else contextlib.nullcontext():
             parent.send("in")
             parent.recv()
             with att.mapped(Direction.TO_DEVICE) as sgt:
@@ -131,7 +131,7 @@ def does(parent: Parent, how: str) -> Any:
     return shown
 
 
-WAYS = ["read", "bracket", "mmap", "part of it, read-only", "vmap", "static device", "mapped importer", "pin"]
+WAYS = ["read", "bracket", "mmap", "part of it, read-only", "vmap", "static device", "mapping that pins", "pin"]
 
 
 @pytest.mark.parametrize("how", WAYS)
@@ -177,23 +177,22 @@ def imports(parent: Parent) -> Any:
             super().move_notify(attachment)
             told.append(True)
 
-    with moving():
-        att = buf.attach(Device("npu0"), importer := Told())
-        sgt = att.map_unlocked(Direction.TO_DEVICE)
-        entry = next(iter(sgt))
-        looks = [att.dev.read(*entry) == pattern(0, SIZE)]
-        parent.send("in")
-        parent.recv()
-        try:
-            looks.append(att.dev.read(*entry) == pattern(0, SIZE))
-            late = 0
-        except OSError as e:
-            late = e.errno or -1
-        att.unmap_unlocked(sgt, Direction.TO_DEVICE)
-        with att.mapped(Direction.TO_DEVICE) as again:
-            looks.append(b"".join(att.dev.read(*entry) for entry in again) == pattern(0, SIZE))
-        parent.send((looks, late, len(told), importer.locked))
-        att.detach()
+    att = buf.attach(Device("npu0"), importer := Told())
+    sgt = att.map_unlocked(Direction.TO_DEVICE)
+    entry = next(iter(sgt))
+    looks = [att.dev.read(*entry) == pattern(0, SIZE)]
+    parent.send("in")
+    parent.recv()
+    try:
+        looks.append(att.dev.read(*entry) == pattern(0, SIZE))
+        late = 0
+    except OSError as e:
+        late = e.errno or -1
+    att.unmap_unlocked(sgt, Direction.TO_DEVICE)
+    with att.mapped(Direction.TO_DEVICE) as again:
+        looks.append(b"".join(att.dev.read(*entry) for entry in again) == pattern(0, SIZE))
+    parent.send((looks, late, len(told), importer.locked))
+    att.detach()
     return att.dev.statistics().windows
 
 
@@ -222,13 +221,12 @@ def maps_in_its_callback(parent: Parent) -> Any:
             except OSError as e:
                 answers.append(e.errno)
 
-    with moving():
-        att = buf.attach(Device("npu0"), Nosy())
-        with att.mapped(Direction.TO_DEVICE):
-            pass
-        parent.send("in")
-        parent.recv()
-        att.detach()
+    att = buf.attach(Device("npu0"), Nosy())
+    with att.mapped(Direction.TO_DEVICE):
+        pass
+    parent.send("in")
+    parent.recv()
+    att.detach()
     return answers
 
 

@@ -12,6 +12,7 @@ import pytest
 
 import dmabuf
 from dmabuf import Device, Direction, DmaBuf, SpillHeap, Timeline, Usage
+from dmabuf.core.attach.attachment import moving
 from tests.support.drivers import Mover
 from tests.support.errnos import raises_errno
 from tests.support.fences import attach as add
@@ -75,9 +76,9 @@ def a_static_device(buf: DmaBuf) -> Iterator[None]:
 
 
 @contextmanager
-def a_mapped_importer(buf: DmaBuf) -> Iterator[None]:
+def a_mapping_that_pins(buf: DmaBuf) -> Iterator[None]:
     att = buf.attach(Device("npu0"), Mover())
-    with att.mapped(TO):
+    with moving(False), att.mapped(TO):
         yield
     att.detach()
 
@@ -124,14 +125,14 @@ STAY: list[Callable[[DmaBuf], AbstractContextManager[Any]]] = [
     a_view_of_a_vmap_that_ended,
     an_array_that_outlives_its_block,
     a_static_device,
-    a_mapped_importer,
+    a_mapping_that_pins,
     a_pin,
     its_lock,
     a_mapping_of_a_forked_child,
 ]
 NAMES = [
     "read", "write", "access", "a bracket", "a fence", "mmap", "a read-only mmap of a part", "vmap", "a view of a vmap that ended",
-    "an array that outlives its block", "a static device", "a mapped importer", "pin", "its lock", "a forked child's mapping",
+    "an array that outlives its block", "a static device", "an importer's mapping that pins", "pin", "its lock", "a forked child's mapping",
 ]  # fmt: skip
 
 

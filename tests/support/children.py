@@ -12,10 +12,11 @@
         assert other.recv() == "mapped"
         other.kill()                      # or other.send("go on"), and other.result() == "done"
 
-A child inherits nothing by accident: it is a fork of the zygote (tests/support/zygote.py) or a fresh interpreter. It has a process group of
-its own. Messages are pickled as multiprocessing does; `sock` is a SOCK_SEQPACKET socket pair for descriptors. There is no timeout:
-`recv()` from a dead child raises EOFError at once, and the test's watchdog ends the rest. At the end of the test every child, and
-whatever it forked, is killed and reaped; an exception that the test didn't ask about fails the test.
+A child inherits nothing by accident: it is a fork of the zygote (tests/support/zygote.py) or a fresh interpreter. Whether mapped memory may
+move (`moving`) is in it as it is in the test. It has a process group of its own. Messages are pickled as multiprocessing does; `sock` is a
+SOCK_SEQPACKET socket pair for descriptors. There is no timeout: `recv()` from a dead child raises EOFError at once, and the test's watchdog
+ends the rest. At the end of the test every child, and whatever it forked, is killed and reaped; an exception that the test didn't ask about
+fails the test.
 """
 
 import contextlib
@@ -110,7 +111,7 @@ class Child(_Link):
             other.close()
         # The key lets buffers be pickled both ways, as between a multiprocessing parent and its child.
         key = bytes(multiprocessing.current_process().authkey)
-        self._messages.send((key, function.__module__, function.__qualname__, arguments, keywords))
+        self._messages.send((key, _moves(), function.__module__, function.__qualname__, arguments, keywords))
 
     @property
     def pid(self) -> int:
@@ -224,6 +225,22 @@ class Nursery:
             raise ChildFailed("\n".join(texts))
 
 
+# The module is imported by what attaches a device, and by nothing else.
+_ATTACHMENT = "dmabuf.core.attach.attachment"
+
+
+def _moves() -> bool | None:
+    """The switch of this process; None if nobody can have set it."""
+    module: Any = sys.modules.get(_ATTACHMENT)
+    return None if module is None else module.MOVE_NOTIFY
+
+
+def _set_moves(moves: bool | None) -> None:
+    if moves is not None and moves != (os.environ.get("DMABUF_MOVE_NOTIFY") != "0"):
+        module: Any = importlib.import_module(_ATTACHMENT)
+        module.MOVE_NOTIFY = moves
+
+
 def prepare() -> None:
     """Import all of dmabuf, which imports a name's module at the first use. It opens nothing and starts no thread."""
     import dmabuf
@@ -237,8 +254,9 @@ def run(messages_fd: int, sock_fd: int) -> None:
     for fd in (messages_fd, sock_fd):
         os.set_inheritable(fd, False)
     messages: Connection[Any, Any] = Connection(messages_fd)
-    key, module, name, arguments, keywords = messages.recv()
+    key, moves, module, name, arguments, keywords = messages.recv()
     multiprocessing.current_process().authkey = key
+    _set_moves(moves)
     function: Any = importlib.import_module(module)
     for part in name.split("."):
         function = getattr(function, part)

@@ -1,11 +1,14 @@
 """Each mutant still fits the sources; whether the tests find it is what `make mutants` shows."""
 
+import os
 import shutil
+import signal
+import sys
 from pathlib import Path
 
 import pytest
 
-from tools.mutants import MUTANTS, ROOT, Mutant, main
+from tools.mutants import MUTANTS, ROOT, Mutant, main, run
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
@@ -34,3 +37,11 @@ def test_unknown_mutant_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
         main(["no-such"])
     assert caught.value.code == 2
     assert "no such mutant: no-such" in capsys.readouterr().err
+
+
+def test_process_that_mutants_tests_leave_behind_ends_with_them(tmp_path: Path) -> None:
+    leaves = "import os, signal\npid = os.fork()\nif not pid:\n    signal.pause()\nprint(pid, flush=True)\nos._exit(3)\n"
+    with (tmp_path / "output").open("w+") as output:
+        assert run([sys.executable, "-c", leaves], tmp_path, dict(os.environ), output) == 3
+    _, status = os.waitpid(int((tmp_path / "output").read_text()), 0)  # the test run is a subreaper
+    assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL
