@@ -6,6 +6,7 @@
  * Other code of the program may close the number, and open a file of its own that gets it: a library that closes what it was lent, a daemon
  * that closes all descriptors. So each method compares the inode in the same call (same.h), and a file of somebody else stays as it is.
  */
+#include "errors.h"
 #include "fds/fds.h"
 #include "fds/same.h"
 #include <fcntl.h>
@@ -129,17 +130,23 @@ static PyObject *owned_dup(OwnedFd *self, PyObject *unused) {
   return fd < 0 ? fd_error("dup", self->number) : owned_fd(fd, false);
 }
 
+static PyObject *reopen_error(const char *op, int fd) {
+  if (errno != ENOENT) return fd_error(op, fd);
+  raise_error(ENOSYS, op, "/proc", "there is no /proc", "mount it");
+  return NULL;
+}
+
 static PyObject *owned_reopen(OwnedFd *self, PyObject *args) {
   int flags = O_RDWR;
   if (!PyArg_ParseTuple(args, "|i:reopen", &flags)) return NULL;
   int fd = fd_reopen(self->number, &self->id, flags);
-  return fd < 0 ? fd_error("reopen", self->number) : owned_fd(fd, false);
+  return fd < 0 ? reopen_error("reopen", self->number) : owned_fd(fd, false);
 }
 
 static PyObject *owned_renew(OwnedFd *self, PyObject *args) {
   long long byte;
   if (!PyArg_ParseTuple(args, "L:renew", &byte)) return NULL;
-  if (fd_renew(self->number, &self->id, byte)) return fd_error("renew", self->number);
+  if (fd_renew(self->number, &self->id, byte)) return reopen_error("renew", self->number);
   Py_RETURN_NONE;
 }
 
@@ -194,8 +201,15 @@ static PyObject *moved(OwnedFd *self, PyObject *args, bool write, const char *op
   } while (n < 0 && error == EINTR && !PyErr_CheckSignals());
   PyBuffer_Release(&data);
   if (PyErr_Occurred()) return NULL;
+  if (n >= 0) return PyLong_FromSsize_t(n);
+  if (!write && (error == EPERM || error == ENOSYS)) { /* to read needs no right: a filter of system calls refuses it */
+    char name[24];
+    snprintf(name, sizeof name, "fd %d", self->number);
+    raise_error(error, op, name, "a filter of system calls (seccomp) refuses pread64", "allow pread64 in the sandbox");
+    return NULL;
+  }
   errno = error;
-  return n < 0 ? fd_error(op, self->number) : PyLong_FromSsize_t(n);
+  return fd_error(op, self->number);
 }
 
 static PyObject *owned_pwrite(OwnedFd *self, PyObject *args) { return moved(self, args, true, "write"); }

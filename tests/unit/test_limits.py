@@ -1,8 +1,10 @@
 """A limit of the process that is in the way is named, with what to do."""
 
+import ctypes
 import errno
 import os
 import resource
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from dmabuf import Domain
 from dmabuf.domain import limits
 from dmabuf.errors import DmaBufError
 from dmabuf.heap.budget import Budget
+from dmabuf.observe import machine
 from tests.support.places import in_process
 from tests.support.seccomp import needs_filters, refuse
 from tests.support.steps import fork, reap
@@ -143,6 +146,80 @@ def test_refused_ftruncate_is_named(where: Path) -> None:
         refused(errno.EPERM, "refuses ftruncate, fallocate or fcntl", lambda: dmabuf.allocate(4096, domain=domain))
 
     in_process(look)
+
+
+@needs_filters
+@pytest.mark.parametrize("number", [errno.EPERM, errno.ENOSYS])
+@pytest.mark.parametrize("call", ["getdents64", "pread64"])
+def test_refused_reading_of_a_new_domain_is_named(where: Path, call: str, number: int) -> None:
+    def look() -> None:
+        refuse(call, number)
+        refused(number, f"open domain.*seccomp. refuses {call}.*allow {call} in the sandbox", lambda: Domain.open(where))
+
+    assert reap(fork(look)) == 0
+
+
+@needs_filters
+def test_refused_getdents64_is_named_where_processes_are_looked_for(where: Path) -> None:
+    def look() -> None:
+        domain = Domain.open(where)
+        with dmabuf.allocate(4096, name="camera", domain=domain):
+            dmabuf.buffers(domain=domain)  # imports what it needs, which the importer lists directories for
+            refuse("getdents64", errno.EPERM)
+            for call in (lambda: dmabuf.buffers(domain=domain), lambda: dmabuf.open("camera", domain=domain)):
+                refused(errno.EPERM, "/proc: .*seccomp. refuses getdents64", call)
+
+    in_process(look)
+
+
+@needs_filters
+def test_refused_pread64_is_named_by_what_reads_files(where: Path) -> None:
+    def look() -> None:
+        domain = Domain.open(where)
+        ours, theirs = socket.socketpair()
+        dmabuf.send(ours, meta=b"x" * MIB)
+        timeline = dmabuf.SwSync(domain=domain)
+        refuse("pread64", errno.EPERM)
+        says = "read: fd .*seccomp. refuses pread64.*allow pread64 in the sandbox"
+        refused(errno.EPERM, says, lambda: dmabuf.recv(theirs))
+        refused(errno.EPERM, says, lambda: timeline.value)
+
+    in_process(look)
+
+
+@needs_filters
+def test_refused_prlimit64_is_no_limit(where: Path) -> None:
+    def look() -> None:
+        domain = Domain.open(where)
+        refuse("prlimit64", errno.EPERM)
+        dmabuf.allocate(4096, domain=domain).close()
+        assert limits.limit_of(resource.RLIMIT_FSIZE) == resource.RLIM_INFINITY
+        assert limits.descriptor_limit() == "unknown"
+        (check,) = [check for check in machine.checks() if check.name == "descriptors"]
+        assert (check.status, check.remedy) == (machine.WARNING, "allow prlimit64 in the sandbox")
+
+    in_process(look)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can unmount /proc")
+def test_what_needs_a_proc_that_is_gone_says_to_mount_it(where: Path, tmp_path: Path) -> None:
+    def look() -> None:
+        domain = Domain.open(where)
+        buf = dmabuf.allocate(4096, domain=domain)
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.unshare(0x20000) or libc.mount(b"none", b"/", None, 0x44000, None) or libc.umount2(b"/proc", 2):
+            os._exit(77)  # CLONE_NEWNS; MS_REC | MS_PRIVATE; MNT_DETACH
+        for call in (lambda: dmabuf.SwSync(domain=domain), lambda: dmabuf.TimelineSemaphore(domain=domain), Domain.private):
+            refused(errno.ENOSYS, "there is no /proc .ENOSYS.; mount it", call)
+        refused(errno.ENOSYS, "there is no /proc .ENOSYS.; mount it", lambda: dmabuf.export(Memory(), 4096, domain=domain))
+        refused(errno.ENOENT, "/proc/self/mountinfo.*mount /proc", lambda: dmabuf.SpillHeap(budget=MIB, directory=tmp_path))
+        refused(errno.ENOENT, "/proc/meminfo.*mount /proc", dmabuf.SpillHeap)
+        with buf.write() as view:
+            view[0] = 1
+        buf.close()
+
+    if reap(fork(look)) == 77:
+        pytest.skip("the namespace can't be unshared here")
 
 
 def test_setting_that_refuses_memfds_is_named() -> None:

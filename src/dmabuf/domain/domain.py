@@ -46,6 +46,7 @@ from dmabuf.domain.forks import fork_lock
 from dmabuf.domain.guards import finalizer
 from dmabuf.domain.hooks import Hooks
 from dmabuf.domain.limits import cant_map, no_memfd
+from dmabuf.domain.ofd import no_proc_at_all
 from dmabuf.domain.retries import Retries
 from dmabuf.domain.weak_objects import WeakObjects
 from dmabuf.errors import DmaBufError, fail, needing_descriptors
@@ -434,6 +435,8 @@ def _shm_of(own: OwnedFd) -> Shm:
         shm = Shm(own.number, fail)
     except OSError as e:
         own.close()
+        if e.errno == errno.ENOENT:
+            raise no_proc_at_all("open domain") from None
         if isinstance(e, DmaBufError) or e.errno != errno.ENOMEM:
             raise
         raise cant_map("open domain", "its file", HEADER_BYTES + MAX_CHUNKS * CHUNK_BYTES) from None

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from dmabuf._native import owned
 from dmabuf.domain.directory import open_at
+from dmabuf.domain.limits import listed
 from dmabuf.errors import needing_descriptors
 
 
@@ -31,7 +32,7 @@ def holders(wanted: Collection[tuple[int, int]]) -> dict[tuple[int, int], list[H
 
 
 def _walk(wanted: Collection[tuple[int, int]], found: dict[tuple[int, int], list[Holder]]) -> None:
-    for pid in filter(str.isdigit, os.listdir("/proc")):
+    for pid in filter(str.isdigit, listed("look up holders", "/proc")):
         try:
             # What is read through this descriptor is of one process. A path would lead to the next process with its number.
             with owned(os.open, f"/proc/{pid}", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC) as process:

@@ -9,12 +9,53 @@ from typing import Final
 
 from dmabuf.errors import DmaBufError, fail
 
+UNKNOWN: Final = "unknown"
 _MAPS: Final = "/proc/sys/vm/max_map_count"
+
+
+def limit_of(which: int) -> int:
+    """Return a limit of this process, RLIM_INFINITY if a filter of system calls (seccomp(2)) hides it; the kernel checks it anyway."""
+    try:
+        return resource.getrlimit(which)[0]
+    except OSError:
+        return resource.RLIM_INFINITY
+
+
+def descriptor_limit() -> str:
+    """Return RLIMIT_NOFILE for a message."""
+    limit = limit_of(resource.RLIMIT_NOFILE)
+    return UNKNOWN if limit == resource.RLIM_INFINITY else str(limit)
+
+
+def listed(operation: str, directory: str | int) -> list[str]:
+    """Return the names in a directory, a path or a descriptor.
+
+    Raises:
+        NotPermittedError, DmaBufError: A filter of system calls refuses it (EPERM, ENOSYS).
+        OSError: As os.listdir(), without a message of this library.
+    """
+    try:
+        return os.listdir(directory)
+    except OSError as e:
+        if e.errno not in (errno.EPERM, errno.ENOSYS):
+            raise
+        obj = directory if isinstance(directory, str) else "the domain's directory"
+        raise refused(operation, obj, e.errno, "getdents64", "") from None
+
+
+def read_at(operation: str, obj: object, fd: int, count: int, offset: int) -> bytes:
+    """Return bytes of a file at an offset. If a filter of system calls refuses pread(2), the error says so."""
+    try:
+        return os.pread(fd, count, offset)
+    except OSError as e:
+        if e.errno not in (errno.EPERM, errno.ENOSYS):
+            raise
+        raise refused(operation, obj, e.errno, "pread64", "") from None
 
 
 def cant_map(operation: str, obj: object, length: int) -> DmaBufError:
     """Return the error for a mapping of so many bytes that mmap(2) refused with ENOMEM."""
-    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    limit = limit_of(resource.RLIMIT_AS)
     if limit != resource.RLIM_INFINITY:
         what = f"RLIMIT_AS allows this process {limit} bytes of addresses, and {length} more are needed"
         return fail(errno.ENOMEM, operation, obj, "close mappings, or raise it (ulimit -v)", what=what)
@@ -35,7 +76,7 @@ def _is_full() -> bool:
 
 def file_too_large(operation: str, obj: object, number: int, otherwise: str) -> DmaBufError:
     """Return the error for a file that can't be made as large as it must be. ``otherwise``: what to do if no limit is the cause."""
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    limit = limit_of(resource.RLIMIT_FSIZE)
     if number == errno.EFBIG and limit != resource.RLIM_INFINITY:
         return fail(number, operation, obj, "raise it (ulimit -f)", what=f"RLIMIT_FSIZE allows a file of {limit} bytes")
     return refused(operation, obj, number, "ftruncate, fallocate or fcntl", otherwise)

@@ -37,6 +37,11 @@ def ofd_locked(fd: int, start: int, length: int = 1, *, kind: int = fcntl.F_WRLC
     return bool(struct.unpack(_FLOCK, answer)[0] != fcntl.F_UNLCK)
 
 
+def no_proc_at_all(operation: str) -> OSError:
+    """Return the error for a file that can't be opened again, because there is no /proc."""
+    return fail(errno.ENOSYS, operation, "/proc", "mount it", what="there is no /proc")
+
+
 def reopen(fd: int) -> int:
     """Open the file behind a descriptor again, and return the new description's descriptor."""
     return reopen_owned(fd).take()
@@ -47,7 +52,7 @@ def reopen_owned(fd: int) -> OwnedFd:
     try:
         return owned(os.open, f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
-        raise fail(errno.ENOSYS, "open domain", "/proc", "mount it", what="there is no /proc") from None
+        raise no_proc_at_all("open domain") from None
 
 
 def lock_within(seconds: float, take: Callable[[], bool]) -> bool:
@@ -72,7 +77,11 @@ def lock_holder(fd: int, byte: int) -> str:
 
 def _holder_pid(fd: int, byte: int) -> int:
     wanted = b":%d %d %d\n" % (os.fstat(fd).st_ino, byte, byte)
-    for pid in filter(str.isdigit, os.listdir("/proc")):
+    try:
+        pids = list(filter(str.isdigit, os.listdir("/proc")))
+    except OSError:
+        return 0  # a sandbox hides it, and the message is about something else
+    for pid in pids:
         try:
             for name in os.listdir(f"/proc/{pid}/fdinfo"):
                 with open(f"/proc/{pid}/fdinfo/{name}", "rb") as f:

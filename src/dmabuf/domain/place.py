@@ -56,7 +56,7 @@ from dmabuf._native import (
 from dmabuf.domain import proved
 from dmabuf.domain.directory import make_file, open_file, remove_socket
 from dmabuf.domain.directory import open_directory as open_directory
-from dmabuf.domain.limits import file_too_large
+from dmabuf.domain.limits import file_too_large, listed, read_at
 from dmabuf.domain.ofd import OFD_SETLK as OFD_SETLK
 from dmabuf.domain.ofd import lock_holder, lock_within, reopen_owned
 from dmabuf.domain.ofd import ofd_lock as ofd_lock
@@ -204,10 +204,13 @@ def geometry() -> tuple[int, int, int, int]:
     return (CHUNK_BYTES, MAX_CHUNKS, LIVES, BUCKETS)
 
 
+_read = functools.partial(read_at, "open domain", "its file")
+
+
 def read_header(fd: int) -> tuple[bytes, str]:
     """Return (identity, what is wrong). The identity is 16 hexadecimal digits, empty if something is wrong."""
-    head = os.pread(fd, 64, 0)
-    count = os.pread(fd, 4, OFF_NCHUNKS)
+    head = _read(fd, 64, 0)
+    count = _read(fd, 4, OFF_NCHUNKS)
     # Read the size after the count. A process that adds a chunk makes the file longer first, and increments the count then.
     size = os.fstat(fd).st_size
     if len(head) < 64 or size < HEADER_BYTES:
@@ -249,7 +252,7 @@ def _corrupt(path: Path | None, wrong: str) -> OSError:
 def _is_itself(fd: int) -> bool:
     """Return True if the file is the one that its header names, and not a copy of it, or what another mount shows of it."""
     st = os.fstat(fd)
-    return struct.unpack("<QQ", os.pread(fd, 16, OFF_DEV)) == (st.st_dev, st.st_ino)
+    return struct.unpack("<QQ", _read(fd, 16, OFF_DEV)) == (st.st_dev, st.st_ino)
 
 
 def _used_elsewhere(fd: int) -> bool:
@@ -257,9 +260,9 @@ def _used_elsewhere(fd: int) -> bool:
 
     An overlay shows the same bytes as the layer below it, under the same inode number of another device. A copy has another inode number.
     """
-    if struct.unpack("<Q", os.pread(fd, 8, OFF_DEV + 8))[0] != os.fstat(fd).st_ino:
+    if struct.unpack("<Q", _read(fd, 8, OFF_DEV + 8))[0] != os.fstat(fd).st_ino:
         return False
-    slots = os.pread(fd, LIVES * LIFE_BYTES, OFF_LIVES)
+    slots = _read(fd, LIVES * LIFE_BYTES, OFF_LIVES)
     for at in range(0, len(slots), LIFE_BYTES):
         state, pid = (int.from_bytes(slots[at + word : at + word + 4], "little") for word in (LIFE_STATE, LIFE_PID))
         start = int.from_bytes(slots[at + LIFE_START : at + LIFE_START + 8], "little")
@@ -305,7 +308,7 @@ def replace_file(directory: int, identity: bytes) -> None:
 
     What a domain that was set aside has left in the directory is removed first: no process can end its sync files any more.
     """
-    for old in os.listdir(directory):
+    for old in listed("open domain", directory):
         if _SOCKET_NAME.fullmatch(old):
             remove_socket(directory, old)
     name = FILE + ".new"

@@ -30,6 +30,7 @@ from typing import Final, NamedTuple
 from dmabuf._native import OwnedFd, allocate_range, hold_drop, hold_keep, punch, step
 from dmabuf.domain.directory import open_at
 from dmabuf.domain.guards import finalizer
+from dmabuf.domain.limits import listed
 from dmabuf.domain.ofd import ofd_lock, ofd_locked, reopen_owned
 from dmabuf.errors import errno_name, fail
 
@@ -190,7 +191,7 @@ def prove(directory: int, path: Path) -> Proof:
 
 def tidy(directory: int) -> None:
     """Remove what a process left that died in `prove`. The caller has the lifecycle lock of the domain that is made here."""
-    for name in os.listdir(directory):
+    for name in listed("open domain", directory):
         if _LEFT.fullmatch(name):
             os.unlink(name, dir_fd=directory)
 

@@ -45,7 +45,7 @@ from contextlib import AbstractContextManager
 from typing import Final, NamedTuple
 
 from dmabuf._native import Bracket, owned
-from dmabuf.domain.limits import no_proc
+from dmabuf.domain.limits import limit_of, no_proc
 from dmabuf.errors import fail
 
 __all__ = ["Budget", "check", "claim", "left", "whole"]
@@ -123,7 +123,7 @@ class Budget:
         root: str | os.PathLike[str] = "/",
         *,
         clock: Callable[[], int] = time.monotonic_ns,
-        file_limit: Callable[[], int] = lambda: resource.getrlimit(resource.RLIMIT_FSIZE)[0],
+        file_limit: Callable[[], int] = lambda: limit_of(resource.RLIMIT_FSIZE),
     ) -> None:
         self._proc = os.fspath(proc)
         self._root = os.fspath(root)

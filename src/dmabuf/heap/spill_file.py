@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Final
 
 from dmabuf._native import OwnedFd
+from dmabuf.domain.limits import no_proc
 from dmabuf.errors import DmaBufError, fail, needing_descriptors
 
 SLICE: Final = 8 << 20  #: bytes of one read or write: between two of them signals are served
@@ -179,7 +180,10 @@ def in_memory(directory: str, mountinfo: str = "/proc/self/mountinfo") -> bool:
     device = os.stat(directory).st_dev
     wanted = f"{os.major(device)}:{os.minor(device)}".encode()
     with needing_descriptors("spill", directory):
-        mounts = Path(mountinfo).read_bytes().splitlines()
+        try:
+            mounts = Path(mountinfo).read_bytes().splitlines()
+        except FileNotFoundError:
+            raise no_proc("spill", mountinfo, errno.ENOENT) from None
     for line in mounts:
         before, _, after = line.partition(b" - ")
         if before.split()[2:3] == [wanted]:

@@ -17,6 +17,7 @@ from dmabuf.core.dma_buf import DmaBuf
 from dmabuf.core.get import from_fd
 from dmabuf.domain import lives
 from dmabuf.domain.domain import Domain
+from dmabuf.domain.limits import listed
 from dmabuf.domain.records import known
 from dmabuf.errors import DmaBufError, fail, needing_descriptors
 from dmabuf.sharing.client import client_of
@@ -54,7 +55,9 @@ def _duplicate(session: Session, body: Body, fds: list[OwnedFd]) -> Answer:
     key = (number(body, "dev"), number(body, "ino"))
     record = known(session.domain, *key)
     try:
-        names = os.listdir("/proc/self/fd") if record is not None and record.handles else ()
+        names = listed("open", "/proc/self/fd") if record is not None and record.handles else ()
+    except DmaBufError:
+        raise
     except OSError as e:
         raise no_room("open", f"buffer ino {key[1]}", THERE, e.errno or errno.EMFILE) from None
     for name in names:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import resource
 import select
 import socket
 import time
@@ -17,6 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Final, TypeVar
 
 from dmabuf._native import OwnedFd, owned_rights
+from dmabuf.domain.limits import descriptor_limit
 from dmabuf.errors import DmaBufError, fail, needing_descriptors
 from dmabuf.sharing import kept
 from dmabuf.sharing.put_back import put_back, recall, remember
@@ -153,9 +153,9 @@ def _answer(sock: socket.socket, key: bytes, what: str, sender: str) -> OwnedFd 
         if not fds:
             if not flags & socket.MSG_CTRUNC:
                 return None
-            limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
             remedy = "raise RLIMIT_NOFILE (ulimit -n) or close descriptors"
-            raise fail(errno.EMFILE, "unpickle", what, remedy, what=f"no descriptor is left in this process, RLIMIT_NOFILE is {limit}")
+            lost = f"no descriptor is left in this process, RLIMIT_NOFILE is {descriptor_limit()}"
+            raise fail(errno.EMFILE, "unpickle", what, remedy, what=lost)
         return fds.pop(0)
     finally:
         for fd in fds:

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from dmabuf._native import Mapping, OwnedFd, buffer_address, dup_same, probe_fd
+from dmabuf.domain.limits import listed
 from dmabuf.errors import DmaBufError, fail
 from dmabuf.sharing.messages import THERE, no_room
 
@@ -130,7 +131,9 @@ def _descriptor(dev: int, ino: int, writable: bool) -> OwnedFd | None:
     if hint is not None and (found := _try(hint, dev, ino, writable)) is not None:
         return found
     try:
-        names = os.listdir("/proc/self/fd")
+        names = listed("show memory", "/proc/self/fd")
+    except DmaBufError:
+        raise
     except OSError as e:
         raise no_room("show memory", f"inode {ino}", THERE, e.errno or errno.EMFILE) from None
     for name in names:

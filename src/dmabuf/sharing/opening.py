@@ -22,6 +22,7 @@ from dmabuf.core.dma_buf import DmaBuf
 from dmabuf.core.get import from_fd
 from dmabuf.domain import lives, naming, place, records
 from dmabuf.domain.domain import Domain, known
+from dmabuf.domain.limits import listed
 from dmabuf.errors import DmaBufError, fail, needing_descriptors
 from dmabuf.sharing import duplicate
 
@@ -208,7 +209,7 @@ def _unreachable(domain: Domain, wanted: _Found, asked: str, refused: list[int])
 def _own_processes() -> Iterator[int]:
     """Yield the pids of this user's processes (for root, of all)."""
     me = os.geteuid()
-    for name in os.listdir("/proc"):
+    for name in listed("open", "/proc"):
         if name.isdigit():
             try:
                 if not me or os.stat(f"/proc/{name}").st_uid == me:

@@ -31,7 +31,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import resource
 import select
 import socket
 import struct
@@ -53,6 +52,7 @@ from dmabuf.core.sync.sw_sync import SwSync
 from dmabuf.core.sync.sync_file import SyncFile
 from dmabuf.domain.domain import Domain
 from dmabuf.domain.guards import finalizer
+from dmabuf.domain.limits import descriptor_limit
 from dmabuf.domain.records import confirmed
 from dmabuf.errors import DmaBufError, fail
 from dmabuf.sharing.items import (
@@ -276,7 +276,7 @@ def translated(error: OSError, operation: str, sock: socket.socket) -> OSError:
         errno.ECONNRESET: ("connect again", "the other end was closed without reading what was sent to it"),
         errno.ETOOMANYREFS: (
             "let the other end receive before more is sent, or raise RLIMIT_NOFILE",
-            f"more descriptors are in flight than RLIMIT_NOFILE ({resource.getrlimit(resource.RLIMIT_NOFILE)[0]}) allows",
+            f"more descriptors are in flight than RLIMIT_NOFILE ({descriptor_limit()}) allows",
         ),
         errno.EMSGSIZE: ("send fewer objects at once, or raise SO_SNDBUF", None),
         errno.EBADF: ("open it again", "the socket, or a descriptor to send, is closed"),
@@ -391,10 +391,9 @@ def _items(sock: socket.socket, peer: Peer, data: bytes, flags: int, fds: list[O
     if len(data) != length:
         raise foreign(sock, f"a message of {len(data)} bytes that should have {length}")
     if flags & _CTRUNC and len(fds) < count:
-        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         raise fail(
             errno.EMFILE, "recv", socket_name(sock), "raise RLIMIT_NOFILE (ulimit -n) or close descriptors, and have it sent again",
-            what=f"{count - len(fds)} of {count} descriptors were lost, RLIMIT_NOFILE is {limit}",
+            what=f"{count - len(fds)} of {count} descriptors were lost, RLIMIT_NOFILE is {descriptor_limit()}",
         )  # fmt: skip
     items = list(ITEM.iter_unpack(data[HEADER.size :]))
     if len(fds) != count or sum(item[0] in WITH_FD for item in items) != count:

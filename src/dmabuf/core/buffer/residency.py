@@ -31,6 +31,7 @@ from dmabuf._native import Mapping, OwnedFd, map_same
 from dmabuf.core.buffer.identity import put_reference_lock
 from dmabuf.domain import place
 from dmabuf.domain.limits import cant_map
+from dmabuf.domain.ofd import no_proc_at_all
 from dmabuf.errors import fail
 
 F_GET_SEALS, F_SEAL_WRITE = 1034, 8  # linux/fcntl.h
@@ -66,6 +67,8 @@ def mapping(fd: int, inode: tuple[int, int], operation: str, obj: object, offset
     try:
         flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC
         own = next(map(OwnedFd, map(os.open, (f"/proc/self/fd/{fd}",), (flags,))))
+    except FileNotFoundError:
+        raise no_proc_at_all(operation) from None
     except OSError as e:
         raise fail(e.errno or errno.EIO, operation, obj, "close descriptors, or raise RLIMIT_NOFILE") from None
     with own:  # afterwards only the mapping keeps the description, and with it the locks
