@@ -6,7 +6,7 @@
 #   make fuzz [COUNT=1000000] [SEED=7]          random messages, descriptors and files
 #   make mutants [ARGS='--seeds 1 torn-mark']   known faults, which the tests must find
 #   make test-kernel [KERNEL=uml|debian|full]   the tests that ask a real kernel, in a guest
-#   make test-interop [TORCH=torch==2.13.0+cpu]  what other libraries do with a view, in an environment of its own
+#   make test-interop [TORCH=torch==2.13.0+cpu]  what other libraries do with views and tokens, in an environment of its own
 #   make test-model                             the models of the shared memory's protocol, with Spin
 #   make lint   make types   make format        make sanitize   make bench   make wheel   make clean
 #
@@ -32,7 +32,7 @@ ASAN   := .build-asan
 SANITIZED = $(wildcard tests/unit/test_native*.py tests/unit/test_mapping*.py)
 
 INTEROP := $(VENV)-interop
-CONSUMERS = $(TORCH) opencv-python-headless pillow pyarrow cffi numba
+CONSUMERS = $(TORCH) opencv-python-headless pillow pyarrow cffi numba joblib loky cloudpickle 'dask[distributed]' celery
 
 # The stamps form a chain, so that `make -j` never runs two pips in one environment.
 BASE := $(VENV)/.stamp-base
@@ -66,7 +66,7 @@ soak: $(DEV) $(EXT)
 fuzz: $(DEV) $(EXT)
 	$(PY) -m tests.fuzz --count $(COUNT) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
-# What other libraries do with a view (docs/views.md). Each is installed if it can be, and the tests of the others are skipped: some have no
+# What other libraries do with views and tokens (docs/views.md, docs/sharing.md). Each is installed if it can be, and the tests of the others are skipped: some have no
 # wheel for some Pythons, and a torch for GPUs takes gigabytes.
 test-interop: $(DEV) $(EXT)
 	$(PYTHON) -m venv --system-site-packages $(INTEROP)

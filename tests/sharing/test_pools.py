@@ -6,11 +6,8 @@ import multiprocessing
 import os
 import pickle
 import signal
-import subprocess
-import sys
 import types
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -99,33 +96,6 @@ def test_argument_of_a_pool_worker_without_descriptors_is_received_when_there_is
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as executor:
         assert executor.submit(_hoard, 0).result()
         assert executor.submit(_use_with_room, buf).result() == (errno.EMFILE, 4)
-
-
-_JOBLIB = """
-import dmabuf, joblib
-def job(ref, given):
-    with dmabuf.open(ref) as buf, buf.read() as view, given, given.read() as other:
-        made = dmabuf.allocate(4096, name=f"{view[0]} {other[0]}")
-        return made.give()
-def stamped(i):
-    buf = dmabuf.allocate(4096)
-    with buf.write() as view:
-        view[0] = i
-    return buf
-if __name__ == "__main__":
-    with stamped(4) as buf:
-        for got in joblib.Parallel(2)(joblib.delayed(job)(buf.ref(), stamped(i).give()) for i in range(3)):
-            with got:
-                print(got.name)
-"""
-
-
-def test_joblib_passes_buffers_and_tokens(tmp_path: Path) -> None:
-    pytest.importorskip("joblib")
-    program = tmp_path / "program.py"
-    program.write_text(_JOBLIB)
-    done = subprocess.run([sys.executable, program], capture_output=True, text=True, check=True)
-    assert done.stdout == "4 0\n4 1\n4 2\n"
 
 
 def loky_dump(thing: Any) -> bytes:
