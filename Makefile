@@ -66,8 +66,8 @@ soak: $(DEV) $(EXT)
 fuzz: $(DEV) $(EXT)
 	$(PY) -m tests.fuzz --count $(COUNT) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
-# What other libraries do with views and tokens (docs/views.md, docs/sharing.md). Each is installed if it can be, and the tests of the others are skipped: some have no
-# wheel for some Pythons, and a torch for GPUs takes gigabytes.
+# What other libraries do with views and tokens (docs/views.md, docs/sharing.md). Each is installed if it can be, and the tests of the others
+# are skipped: some have no wheel for some Pythons, and a torch for GPUs takes gigabytes.
 test-interop: $(DEV) $(EXT)
 	$(PYTHON) -m venv --system-site-packages $(INTEROP)
 	echo "$(CURDIR)/$(VENV)/lib/$$($(PY) -c 'import sys; print(f"python{sys.version_info[0]}.{sys.version_info[1]}")')/site-packages" > \
