@@ -45,6 +45,30 @@ def failed(call, *arguments):
         print(type(e).__name__, e)
 """
 
+_HOARD = """
+import os, resource
+# Functions go to the workers by value, with globals of their own, so what they share is in sys.
+
+def hoard():
+    sys.kept = []
+    dmabuf.allocate(4096).close()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+    try:
+        while True:
+            sys.kept.append(os.open("/dev/null", os.O_RDONLY))
+    except OSError:
+        return len(sys.kept)
+
+def use_with_room(buf):
+    try:
+        said = buf.fileno()
+    except OSError as e:
+        said = e
+    while sys.kept:
+        os.close(sys.kept.pop())
+    return f"{said} then {stamp(buf)}"
+"""
+
 GONE = "NotFoundError open: buffer 'frame 9' (inode … the buffer of this token is gone: no process has it open any more (ENOENT)"
 REFUSED = "can't be pickled to bytes: … or pickle buf.ref() and open that with dmabuf.open()"
 
@@ -102,31 +126,27 @@ def test_joblib_passes_buffers_and_tokens(tmp_path: Path, backend: str, imports:
     assert says(gone, GONE)
 
 
+_JOBLIB_POOL = """
+import multiprocessing
+if __name__ == "__main__":
+    with joblib.pool.MemmappingPool(1, context=multiprocessing.get_context("spawn")) as pool:
+        pool.apply(hoard)
+        with made(2) as buf:
+            print(pool.apply_async(use_with_room, (buf,)).get())
+        print(pool.apply(abs, (-3,)))
+"""
+
+
+def test_pool_of_joblib_without_a_free_descriptor_goes_on(tmp_path: Path) -> None:
+    pytest.importorskip("joblib")
+    used, after = run(tmp_path, "import dmabuf, joblib.pool", _HOARD + _JOBLIB_POOL)
+    assert says(used, "fileno: buffer 'frame 2' … (EMFILE) … then 2")
+    assert after == "3"
+
+
 # ---- loky ----
 
 _LOKY = """
-import os, resource
-# Functions go to the workers by value, with globals of their own, so what they share is in sys.
-
-def hoard():
-    sys.kept = []
-    dmabuf.allocate(4096).close()
-    resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
-    try:
-        while True:
-            sys.kept.append(os.open("/dev/null", os.O_RDONLY))
-    except OSError:
-        return len(sys.kept)
-
-def use_with_room(buf):
-    try:
-        said = buf.fileno()
-    except OSError as e:
-        said = e
-    while sys.kept:
-        os.close(sys.kept.pop())
-    return f"{said} then {stamp(buf)}"
-
 if __name__ == "__main__":
     with loky.ProcessPoolExecutor(1) as executor:
         print(executor.submit(by_token, made(1).ref()).exception() is not None)  # no handle is left
@@ -142,7 +162,7 @@ if __name__ == "__main__":
 
 def test_loky_passes_buffers_also_without_a_free_descriptor(tmp_path: Path) -> None:
     pytest.importorskip("loky")
-    gone, passed, used, *closed, after = run(tmp_path, "import dmabuf, loky", _LOKY)
+    gone, passed, used, *closed, after = run(tmp_path, "import dmabuf, loky", _HOARD + _LOKY)
     assert (gone, passed, after) == ("True", "2 12", "3")
     assert says(used, "fileno: buffer 'frame 2' … (EMFILE) … then 2")
     assert says(" ".join(closed), "ClosedError: pickle: … the buffer was closed before it was pickled (EBADF); pass buf.give()")
