@@ -153,9 +153,31 @@ def _stream_models() -> Iterator[Run]:
     yield Run(stream, "queue reader and two foreign programs", "QUEUE=1 FOREIGN=2 FRAMES=1", long=True)
     yield Run(stream, "queue reader, two producers; two die", "QUEUE=1 FRAMES=1 FRAMES2=1 KILLS=2", long=True)
 
+    history = "QUEUE=1 HISTORY=2"
+    yield Run(stream, "joining at an older frame", f"{history} N=3 FRAMES=4", cycles=True)
+    yield Run(stream, "joining at an older frame; one dies", f"{history} KILLS=1")
+    yield Run(stream, "joining at an older frame, a foreign program", f"{history} FOREIGN=1")
+    yield Run(stream, "joining at an older frame, a latest reader", f"{history} FRAMES=3 LATEST=1")
+    yield Run(stream, "joining at any frame, a latest reader", "QUEUE=1 HISTORY=4 N=3 FRAMES=4 LATEST=1", long=True)
+    yield Run(stream, "joining at an older frame, two producers; one dies", f"{history} FRAMES=3 FRAMES2=1 KILLS=1", long=True)
+    keep = "QUEUE=1 KEEP=1 N=3"
+    yield Run(stream, "keeping a frame", f"{keep} FRAMES=4", cycles=True)
+    yield Run(stream, "keeping a frame; one dies", f"{keep} KILLS=1")
+    yield Run(stream, "keeping a frame, a foreign writer", f"{keep} FOREIGN=1 FOREIGN_READ=0")
+    yield Run(stream, "keeping a frame, a latest reader", f"{keep} FRAMES=3 LATEST=1", long=True)
+    yield Run(stream, "frames with fences, queue reader", "QUEUE=1 FENCES=1", cycles=True)
+    yield Run(stream, "frames with fences, latest reader", "LATEST=1 FENCES=1", cycles=True)
+    yield Run(stream, "frames with fences, queue reader; one dies", "QUEUE=1 FENCES=1 FRAMES=1 KILLS=1")
+    yield Run(stream, "frames with fences, latest reader; one dies", "LATEST=1 FENCES=1 FRAMES=1 KILLS=1")
+    yield Run(stream, "frames with fences, a foreign program", "FOREIGN=1 FENCES=1", cycles=True)
+    yield Run(stream, "frames with fences, a foreign program; one dies", "FOREIGN=1 FENCES=1 FRAMES=1 KILLS=1")
+    yield Run(stream, "frames with fences, queue reader; one dies, two frames", "QUEUE=1 FENCES=1 KILLS=1", long=True)
+    yield Run(stream, "frames with fences, latest reader; one dies, two frames", "LATEST=1 FENCES=1 KILLS=1", long=True)
+    yield Run(stream, "frames with fences, queue reader and a foreign program", "QUEUE=1 FENCES=1 FOREIGN=1", long=True)
 
-def _control(model: str, number: int, name: str, defines: str, finds: str, cycles: bool = False) -> Run:
-    return Run(model, f"{number:2} {name}", f"{defines} BUG={number}", finds, cycles)
+
+def _control(model: str, number: int, name: str, defines: str, finds: str, cycles: bool = False, long: bool = False) -> Run:
+    return Run(model, f"{number:2} {name}", f"{defines} BUG={number}", finds, cycles, long)
 
 
 def _stream_controls() -> Iterator[Run]:
@@ -191,6 +213,23 @@ def _stream_controls() -> Iterator[Run]:
     yield control(27, "making room in the list drops the stream's entry", "FOREIGN=1", ASSERTION)
     yield control(28, "the reaper doesn't mark what a producer left", "KILLS=1", ASSERTION)
     yield control(29, "the foreign writer's fence ends before the torn mark", "FOREIGN=2 FRAMES=0 KILLS=1", ASSERTION)
+    history, keep = "QUEUE=1 HISTORY=2", "QUEUE=1 KEEP=1 N=3"
+    taken_over = f"{history} FRAMES=3 FRAMES2=1 KILLS=1 MORTAL=2 KILL_FROM=2"
+    yield control(30, "the producer looks at cursors only before its mark", f"{history} N=3 FRAMES=4", ASSERTION)
+    yield control(31, "joining at an older frame doesn't look at its state", f"{history} N=3 FRAMES=4", ASSERTION)
+    yield control(32, "joining checks the oldest frame alone", "QUEUE=1 HISTORY=4 N=3 FRAMES=4 LATEST=1", ASSERTION, long=True)
+    yield control(33, "joining at an older frame doesn't look for a foreign writer", f"{history} N=3 {foreign_writer}", ASSERTION)
+    yield control(34, "joining checks up to the head that it saw first", f"{history} FRAMES=5", ASSERTION)
+    yield control(35, "keeping moves the cursor before the claim", f"{keep} FRAMES=4", ASSERTION)
+    yield control(36, "a foreign writer looks at claims before cursors", f"{keep} {foreign_writer}", ASSERTION)
+    yield control(37, "the state doesn't say when writing begins", "KILLS=1", ASSERTION)
+    yield control(38, "the mark has the new frame's number", taken_over, ASSERTION, long=True)
+    yield control(39, "a foreign writer doesn't wait for a frame that is kept", f"{keep} {foreign_writer}", ASSERTION)
+    yield control(40, "the producer doesn't wait for a frame's fence", "FENCES=1 FRAMES=3", ASSERTION)
+    yield control(41, "the fence is stored after the head", "QUEUE=1 FENCES=1", ASSERTION)
+    yield control(42, "a foreign program doesn't wait for a frame's fence", "FOREIGN=1 FENCES=1", ASSERTION)
+    yield control(43, "a queue reader doesn't wait for a frame's fence", "QUEUE=1 FENCES=1", ASSERTION)
+    yield control(44, "a latest reader doesn't wait for a frame's fence", "LATEST=1 FENCES=1", ASSERTION)
 
 
 def _controls() -> Iterator[Run]:
@@ -293,7 +332,7 @@ def _search(run: Run, where: Path) -> tuple[str, int, str]:
         return "", 0, f"spin: {made}"
     memory, seconds = (LONG_MEMORY_MB, LONG_RUN_S) if run.long else (MEMORY_MB, RUN_S)
     # Optimizing costs more than it saves in a search that ends at its first error, and more than a little does in a short one.
-    flags = [f"-DMEMLIM={memory}", "-DNOFAIR", "-DVECTORSZ=1024", "-DCOLLAPSE", "-O0" if run.finds else "-O2" if run.long else "-Og"]
+    flags = [f"-DMEMLIM={memory}", "-DNOFAIR", "-DVECTORSZ=1024", "-DCOLLAPSE", "-O2" if run.long else "-O0" if run.finds else "-Og"]
     made = _output(["gcc", *flags, "-w", "-DNP" if run.cycles else "-DSAFETY", "-o", "pan", "pan.c"], where)
     if not (where / "pan").exists():
         return "", 0, f"gcc: {made}"

@@ -38,19 +38,38 @@
 #define ABORT 0    /* 1: a producer may raise in its block once */
 #endif
 
+#ifndef KILL_FROM
+#define KILL_FROM 0 /* the first producer dies after so many frames */
+#endif
+#ifndef HISTORY
+#define HISTORY 0  /* more than 0: the queue reader starts at the oldest of so many frames */
+#endif
+#ifndef KEEP
+#define KEEP 0     /* 1: the queue reader may keep a frame while it reads others */
+#endif
+#ifndef FENCES
+#define FENCES 0   /* 1: frames may be published with a fence, which another process signals */
+#endif
+
 #define P1 1
 #define P2 2
 #define QR 3
 #define LR 4
 #define F1 5
 #define F2 6
-#define PROCESSES 7
+#define WK 7       /* signals the fences of frames */
+#define KEPT 8     /* no process: the frame that the queue reader keeps, in `inuse` */
+#define PROCESSES 9
 #define MOVE_NEWS  moved[QR] = 1; moved[LR] = 1
 #define MOVE_SPACE moved[P1] = 1; moved[P2] = 1
 #define MOVE_ASK   moved[F1] = 1; moved[F2] = 1
 #define SWAPPED_LISTEN (BUG == 4)
+#define KILLED(i) if :: i == QR -> inuse[KEPT] = 0 :: else fi
 #include "stream_words.pml"
 
+#define PENDING 1  /* a frame's fence; 0: none */
+#define SIGNALED 2
+#define FAILED 3
 #define GONE 9     /* `producer` after close or death */
 #define READS   1  /* the bits of `foreign`; the fence of a foreign program is pending */
 #define WRITES  2
@@ -64,20 +83,33 @@ bit entry[N] = 1;                            /* the permanent entry in the reser
 byte fence[2], fence_at[2];                  /* the fence of each foreign program, 0: none or ended; the list that has it */
 byte head, head_slot; byte order[M];         /* head: [frame | slot] */
 byte producer; bit closed;                   /* closed: nobody will take over */
-byte cursor = NONE; bit claim[N];            /* of the queue reader; of the latest reader */
+byte cursor = NONE; bit kept[N]; bit claim[N]; /* cursor and claims of the queue reader; claims of the latest reader */
+byte job[N];                                 /* the slot's fence */
 bit aborted;
 byte from;                                   /* ghost: the next frame that the queue reader must get */
 
 #define FENCE_AT(i, k, kinds) (fence[i] && fence_at[i] == (k) && ((kinds) == (READS | WRITES) || fence[i] >= WRITES))
 #define PENDING_AT(k, kinds)  (FENCE_AT(0, k, kinds) || FENCE_AT(1, k, kinds))
-#define USED(k)    (inuse[QR] == k + 1 || inuse[LR] == k + 1 || inuse[F1] == k + 1 || inuse[F2] == k + 1)
+#define USED(k)    (inuse[QR] == k + 1 || inuse[LR] == k + 1 || inuse[F1] == k + 1 || inuse[F2] == k + 1 || inuse[KEPT] == k + 1)
 #define OVER       (producer == GONE && closed)
-#define PROMISED(k) (seq[k] && cursor <= seq[k])
-#define FREE(k)    (!(head && k == head_slot) && !PROMISED(k) && !claim[k] && !PENDING_AT(k, READS | WRITES))
+#define PROMISED_AT(k, frame) ((frame) && cursor <= (frame))
+#define PROMISED(k) PROMISED_AT(k, seq[k])
+#define FREE(k)    (!(head && k == head_slot) && !PROMISED(k) && !claim[k] && !kept[k] && !PENDING_AT(k, READS | WRITES))
 #define UNDISTURBED (foreign[head_slot] < WRITES || !PENDING_AT(head_slot, WRITES))
 /* What a foreign program waits for: the permanent entry */
 #define BLOCKED_READ(k)  (entry[k] && writing[k])
-#define BLOCKED_WRITE(k) (entry[k] && (writing[k] || PROMISED(k) || claim[k]))
+#define BLOCKED_WRITE(k) (entry[k] && (writing[k] || PROMISED(k) || claim[k] || kept[k]))
+
+#if BUG == 38 /* the mark has the new frame's number */
+#define MARK atomic { seq[k] = n; writing[k] = 1 }
+#else
+#define MARK writing[k] = 1
+#endif
+#if FENCES
+#define BUSY_0 busy = 0
+#else
+#define BUSY_0 skip
+#endif
 
 /* A process that holds nothing finds bits of ended accesses, and clears them under the reservation lock. */
 inline clear_foreign(k, kinds) {
@@ -102,12 +134,16 @@ inline clear_foreign(k, kinds) {
 
 proctype Producer(byte me; byte left) {
   byte n, k, old, w;
+#if FENCES
+  byte busy;
+#endif
   { if
     :: atomic { me == P1 && producer == 0 -> producer = P1; n = head + 1 }
     :: atomic { me == P2 && producer == GONE -> producer = P2; n = head + 1 }
     fi;
 acquire:
     LISTEN(SPACE);
+next_slot:
     do
     :: atomic { k == N -> k = 0; break }
     :: atomic { k < N && head && k == head_slot && BUG != 1 -> k++ }         /* the newest frame stays */
@@ -116,20 +152,44 @@ acquire:
        if
        :: atomic { claim[k] && BUG != 3 -> k++; old = 0 }
        :: else ->
+#if KEEP
+          if
+          :: atomic { kept[k] -> k++; old = 0; goto next_slot }
+          :: else
+          fi;
+#endif
+#if FENCES
+          if
+          :: atomic { job[k] == PENDING && BUG != 40 -> busy = k + 1; k++; old = 0; goto next_slot }
+          :: else
+          fi;
+#endif
           clear_foreign(k, READS | WRITES);
           if
           :: atomic { foreign[k] && BUG != 5 -> k++; old = 0 }
           :: else ->
-             atomic { seq[k] = n; writing[k] = 1 };                          /* the mark; then the second look */
+             MARK;                                                           /* the mark; then the second look */
+#if HISTORY
              if
-             :: claim[k] && BUG != 3
-             :: else ->
-                if
-                :: foreign[k] && BUG != 5
-                :: else -> goto granted
-                fi
+             :: PROMISED_AT(k, old) && BUG != 30 -> goto give_way
+             :: else
              fi;
-             atomic { seq[k] = old; writing[k] = 0; old = 0 };               /* nothing was written */
+#endif
+             if
+             :: claim[k] && BUG != 3 -> goto give_way
+             :: else
+             fi;
+#if KEEP
+             if
+             :: kept[k] -> goto give_way
+             :: else
+             fi;
+#endif
+             if
+             :: !foreign[k] || BUG == 5 -> goto granted
+             :: else
+             fi;
+give_way:    atomic { seq[k] = old; writing[k] = 0; old = 0 };               /* nothing was written */
 #if BUG != 6
              wake(ASK);
 #endif
@@ -137,10 +197,22 @@ acquire:
           fi
        fi
     od;
+#if FENCES
+    if
+    :: busy -> atomic { job[busy - 1] != PENDING -> busy = 0; moved[me] = 1 }; goto acquire
+    :: else
+    fi;
+#endif
     SLEEP(FREE(0) || FREE(1) || (N > 2 && FREE(N - 1)));
     goto acquire;
 granted:
-    atomic { assert(!USED(k)); content[k] = GARBAGE; old = 0; moved[me] = 1 };
+#if BUG != 37
+    seq[k] = n;
+#endif
+    atomic { assert(!USED(k) && job[k] != PENDING); content[k] = GARBAGE; old = 0; BUSY_0; moved[me] = 1 };
+#if BUG == 37 /* the state doesn't say when writing begins */
+    seq[k] = n;
+#endif
     if
     :: atomic { ABORT && !aborted -> aborted = 1 };
 #if BUG != 22
@@ -158,13 +230,25 @@ granted:
     torn[k] = 0;
     writing[k] = 0;
 #else
+#if FENCES
+#if BUG == 41 /* the fence after the head */
+    atomic { order[n % M] = k; job[k] = 0 };
+#else
+    if :: job[k] = (dead[WK] -> FAILED : PENDING) :: atomic { job[k] = 0; content[k] = n } fi;      /* with a fence, or without */
+    order[n % M] = k;
+#endif
+#else
     atomic { assert(!USED(k)); content[k] = n; order[n % M] = k };
+#endif
     if :: torn[k] -> torn[k] = 0 :: else fi;
 #if BUG == 19 /* the state before the head */
     writing[k] = 0;
     atomic { head = n; head_slot = k };
 #else
     atomic { head = n; head_slot = k };
+#if BUG == 41
+    job[k] = PENDING;
+#endif
     writing[k] = 0;
 #endif
 #endif
@@ -176,116 +260,7 @@ granted:
   } unless { dead[me] }
 }
 
-proctype Queue() {
-  byte h, k, w, me = QR;
-  { skip;
-join:
-    atomic { h = head; k = head_slot };
-    if
-    :: h -> clear_foreign(k, WRITES)
-    :: else
-    fi;
-    atomic { cursor = (h -> h : 1); from = cursor };
-    if
-    :: head == h || BUG == 8
-    :: else -> goto join
-    fi;
-    if
-    :: h ->
-       if
-       :: (foreign[k] & WRITES) && BUG != 9 -> goto next_frame                /* a foreign writer may have it */
-       :: else ->
-          if
-          :: torn[k] && BUG != 23 ->
-next_frame:  atomic { cursor = h + 1; from = cursor };
-             wake(ASK)
-          :: else
-          fi
-       fi
-    :: else
-    fi;
-    atomic { h = 0; k = 0 };
-look:
-    LISTEN(NEWS);
-    if
-    :: atomic { head >= cursor -> k = order[cursor % M]; inuse[QR] = k + 1; moved[QR] = 1 };
-       atomic { assert(cursor == from && content[k] == cursor); from++; inuse[QR] = 0; cursor++; k = 0 };
-       wake(SPACE | ASK);
-       goto look
-    :: else ->
-       if
-       :: OVER ->                                                            /* what was published before the end comes first */
-          if
-          :: head >= cursor && BUG != 24 -> goto look
-          :: else -> moved[QR] = 1; assert(head < cursor)
-          fi
-       :: else -> SLEEP(head >= cursor || OVER); goto look
-       fi
-    fi;
-    cursor = NONE;                                                           /* leave */
-    wake(SPACE | ASK);
-    finished[QR] = 1
-  } unless { dead[QR] }
-}
-
-proctype Latest() {
-  byte h, k, last, w, me = LR;
-  { skip;
-look:
-    LISTEN(NEWS);
-    atomic { h = head; k = head_slot };
-    if
-    :: h > last ->
-       clear_foreign(k, WRITES);
-       if
-       :: foreign[k] & WRITES -> goto wait
-       :: else
-       fi;
-       claim[k] = 1;                                                         /* the claim; then the second look */
-       if
-       :: head != h && BUG != 10 -> goto unclaim
-       :: else
-       fi;
-       if
-       :: (foreign[k] & WRITES) && BUG != 11 -> goto unclaim
-       :: else
-       fi;
-       if
-       :: torn[k] && BUG != 25 ->
-          claim[k] = 0;
-          wake(SPACE | ASK);
-wait:     if
-          :: OVER ->
-             if
-             :: atomic { head == h && torn[k] -> moved[LR] = 1; goto over }    /* the last frame is torn */
-             :: else
-             fi
-          :: else
-          fi;
-          atomic { h = 0; k = 0 };
-          SLEEP(head && (head > last) && (UNDISTURBED || OVER));
-          goto look
-       :: else
-       fi;
-       atomic { assert(content[k] == h && h > last); inuse[LR] = k + 1; last = h; moved[LR] = 1 };
-       atomic { assert(content[k] == h); inuse[LR] = 0; claim[k] = 0; h = 0; k = 0 };
-       wake(SPACE | ASK);
-       goto look;
-unclaim:
-       atomic { claim[k] = 0; h = 0; k = 0 };
-       wake(SPACE | ASK);
-       goto look
-    :: else ->
-       atomic { h = 0; k = 0 };
-       if
-       :: OVER -> if :: head > last -> goto look :: else -> moved[LR] = 1 fi
-       :: else -> SLEEP(head > last || OVER); goto look
-       fi
-    fi;
-over:
-    finished[LR] = 1
-  } unless { dead[LR] }
-}
+#include "stream_readers.pml"
 
 /* read() or write() of a buffer that happens to be a slot's */
 proctype Foreign(byte me) {
@@ -316,24 +291,42 @@ look:
     :: w -> atomic { w = 0; q = 0 }; goto sleep
     :: else
     fi;
+#if FENCES
+    if
+    :: job[k] == PENDING && BUG != 42 -> q = 0; job[k] != PENDING; moved[me] = 1; goto look
+    :: else
+    fi;
+#endif
     if
     :: kind == READS ->
        if
-       :: torn[k] -> moved[me] = 1                                           /* an error */
+       :: torn[k] || job[k] == FAILED -> moved[me] = 1                                           /* an error */
        :: else ->
           atomic { assert(content[k] != GARBAGE); inuse[me] = k + 1; moved[me] = 1 }
        fi
     :: else ->
+#if BUG == 36 /* claims before cursors */
+       if
+       :: atomic { kept[k] -> q = 0 }; goto sleep
+       :: else
+       fi;
+#endif
        if
        :: atomic { q && cursor <= q && entry[k] && BUG != 13 -> q = 0 }; goto sleep
        :: else
        fi;
+#if KEEP && BUG != 36
+       if
+       :: atomic { kept[k] && BUG != 39 -> q = 0 }; goto sleep
+       :: else
+       fi;
+#endif
        if
        :: atomic { claim[k] && entry[k] && BUG != 14 -> q = 0 }; goto sleep
        :: else
        fi;
        atomic { fence[me - F1] = GRANTED; moved[me] = 1 };
-       atomic { assert(!USED(k) && (content[k] != GARBAGE || torn[k])); content[k] = GARBAGE };
+       atomic { assert(!USED(k) && (content[k] != GARBAGE || torn[k] || job[k] == FAILED)); content[k] = GARBAGE };
        atomic { assert(!USED(k) && content[k] == GARBAGE); content[k] = q };
        if :: torn[k] -> torn[k] = 0 :: else fi
     fi;
@@ -346,6 +339,18 @@ sleep:
 over:
     finished[me] = 1
   } unless { dead[me] }
+}
+
+/* Does the work of a frame, and signals its fence. Once it has died, later fences fail from the start. */
+#define DO_JOB(k) atomic { k < N && job[k] == PENDING -> content[k] = seq[k]; assert(!USED(k)); job[k] = SIGNALED }
+proctype Worker() {
+  { skip;
+end:
+    do
+    :: DO_JOB(0)
+    :: DO_JOB(1)
+    od
+  } unless { dead[WK] }
 }
 
 #define TODO(i) (dead[i] && !finished[i])
@@ -361,6 +366,7 @@ end:
     :: atomic { TODO(LR) -> i = LR }
     :: atomic { TODO(F1) -> i = F1 }
     :: atomic { TODO(F2) -> i = F2 }
+    :: atomic { TODO(WK) -> i = WK }
     fi;
     if
     :: i <= P2 ->
@@ -369,7 +375,7 @@ end:
           do
           :: atomic { k < N && writing[k] && BUG != 15 };
              if
-             :: head == seq[k] && head_slot == k -> writing[k] = 0            /* published */
+             :: (seq[k] <= head && BUG != 38) || (head == seq[k] && head_slot == k) -> writing[k] = 0 /* published, or only marked */
              :: else ->
 #if BUG != 28
                 torn[k] = 1;
@@ -386,6 +392,9 @@ end:
                 if :: i == P2 || !FRAMES2 -> closed = 1 :: else fi };
        wake(NEWS | ASK)
     :: i == QR ->
+#if KEEP
+       atomic { kept[0] = 0; kept[1] = 0; kept[N - 1] = 0 };                  /* one word */
+#endif
        if :: BUG != 16 -> cursor = NONE :: else fi;
        wake(SPACE | ASK)
     :: i == LR ->
@@ -394,7 +403,13 @@ end:
        :: atomic { k == N || BUG == 17 -> k = 0; break }
        od;
        wake(SPACE | ASK)
-    :: i >= F1 ->
+    :: i == WK ->
+       do
+       :: atomic { k < N && job[k] == PENDING -> job[k] = FAILED; k++ }
+       :: atomic { k < N && job[k] != PENDING -> k++ }
+       :: atomic { k == N -> k = 0; break }
+       od
+    :: i == F1 || i == F2 ->
 #if BUG == 29 /* the fence before the mark */
        w = (fence[i - F1] == GRANTED);
        fence[i - F1] = 0;
@@ -421,12 +436,13 @@ end:
 proctype Killer() {
 end:
   do
-  :: KILL(P1, 1)
+  :: KILL(P1, head >= KILL_FROM)
   :: KILL(P2, FRAMES2)
   :: KILL(QR, QUEUE)
   :: KILL(LR, LATEST)
   :: KILL(F1, FOREIGN)
   :: KILL(F2, FOREIGN > 1)
+  :: KILL(WK, FENCES)
   :: KILL_REAPER
   od
 }
@@ -436,7 +452,7 @@ proctype Last() {
   timeout -> /* a process that is not at its end waits for ever */
   finished[P1] && (!FRAMES2 || finished[P2]) && (!QUEUE || finished[QR]) && (!LATEST || finished[LR]) && (!FOREIGN || finished[F1]) && (FOREIGN < 2 || finished[F2]);
   do
-  :: k < N -> assert(!writing[k] && !claim[k] && !lock[k] && (content[k] != GARBAGE || torn[k])); k++
+  :: k < N -> assert(!writing[k] && !claim[k] && !lock[k] && !kept[k] && job[k] != PENDING && (content[k] != GARBAGE || torn[k] || job[k] == FAILED)); k++
   :: else -> break
   od;
   assert(producer == GONE && closed && cursor == NONE && !fence[0] && !fence[1])
@@ -449,5 +465,6 @@ init { atomic {
   if :: LATEST -> run Latest() :: else fi;
   if :: FOREIGN -> run Foreign(F1) :: else fi;
   if :: FOREIGN > 1 -> run Foreign(F2) :: else fi;
+  if :: FENCES -> run Worker() :: else fi;
   if :: KILLS -> run Killer(); run Reaper() :: else fi;
   run Last() } }

@@ -54,6 +54,9 @@ inline wake(bits) {
   fi
 }
 
+#ifndef KILLED
+#define KILLED(i) skip
+#endif
 #ifndef SWAPPED_LISTEN
 #define SWAPPED_LISTEN 0
 #endif
@@ -66,5 +69,5 @@ inline wake(bits) {
 /* The tick comes after a death only, and only if the process would then go on. */
 #define SLEEP(found) if :: atomic { moved[me] } :: atomic { deaths && (found) -> moved[me] = 1 } fi
 
-#define KILL(i, is) atomic { (is) && (MORTAL & (1 << (i))) && deaths < KILLS && !dead[i] && !finished[i] -> dead[i] = 1; inuse[i] = 0; deaths++ }
+#define KILL(i, is) atomic { (is) && (MORTAL & (1 << (i))) && deaths < KILLS && !dead[i] && !finished[i] -> dead[i] = 1; inuse[i] = 0; KILLED(i); deaths++ }
 #define KILL_REAPER atomic { REAPER_KILLS && deaths && !reaper_died -> reaper_dead = 1; reaper_died = 1 }
