@@ -79,7 +79,7 @@ static int complete(int n, Py_ssize_t *shape, Py_ssize_t *strides, bool given, P
     if (shape[i] == -1 && open < 0) {
       open = i;
     } else if (shape[i] < 0 || __builtin_mul_overflow(known, shape[i], &known)) {
-      PyErr_Format(PyExc_ValueError, "array: the shape has a dimension of %zd", shape[i]);
+      PyErr_Format(PyExc_ValueError, "array: the shape has a dimension of %zd: give the whole shape", shape[i]);
       return -1;
     }
   }
@@ -93,7 +93,7 @@ static int complete(int n, Py_ssize_t *shape, Py_ssize_t *strides, bool given, P
   for (int i = n; !given && i-- > 0;) {
     strides[i] = item;
     if (i < n - 1 && __builtin_mul_overflow(strides[i + 1], shape[i + 1] ? shape[i + 1] : 1, &strides[i])) {
-      PyErr_SetString(PyExc_ValueError, "array: the shape is too large"); /* with a dimension of 0 before */
+      PyErr_SetString(PyExc_ValueError, "array: the shape is too large: give a smaller one"); /* with a dimension of 0 before */
       return -1;
     }
   }
@@ -170,18 +170,19 @@ PyObject *view_array(View *v, PyObject *args, PyObject *kwargs) {
   if (shape != Py_None && (n = numbers(shape, "shape", sizes)) < 0) goto out;
   if (strides != Py_None) {
     int m = numbers(strides, "strides", ways);
-    if (m >= 0 && m != n) PyErr_Format(PyExc_ValueError, "array: %d strides for %d dimensions", m, n);
+    if (m >= 0 && m != n) PyErr_Format(PyExc_ValueError, "array: %d strides for %d dimensions: give one for each", m, n);
     if (m != n) goto out;
   }
   if (!view_is_open(v)) goto out; /* numbers may be objects whose methods leave the block */
   if (offset < 0 || offset > v->n) {
-    PyErr_Format(PyExc_ValueError, "array: the offset %zd is not within the %zd bytes of the view", offset, v->n);
+    PyErr_Format(PyExc_ValueError, "array: the offset %zd is not within the %zd bytes of the view: give one that is", offset, v->n);
     goto out;
   }
   if (complete(n, sizes, ways, strides != Py_None, item, v->n - offset)) goto out;
   Py_ssize_t low, high;
   if (extent(n, sizes, ways, item, &low, &high) || low < -offset || high > v->n - offset) {
-    PyErr_Format(PyExc_ValueError, "array: this shape, with its strides, reaches beyond the %zd bytes of the view", v->n);
+    PyErr_Format(PyExc_ValueError, "array: this shape, with its strides, reaches beyond the %zd bytes of the view: give a smaller one",
+                 v->n);
     goto out;
   }
   array = make(v, type, n, sizes, ways, offset, low, high);

@@ -162,7 +162,7 @@ class Attached:
             behind.check_reachable("attach")  # of an exporter in another process, what it can do is known from here on
             self.dynamic = behind.dynamic if dynamic is None else dynamic
             self.resv = self.buf.resv
-            self.size, self._ino = self.buf.size, self.buf.ino
+            self.size = self.buf.size
             self._kernel = handle_of(self.buf).kernel()
             self._attachment = self.buf.attach(device, _Moves(self) if self.dynamic else None)
         except BaseException:
@@ -171,7 +171,7 @@ class Attached:
 
     def __repr__(self) -> str:
         state = "detached" if self._gone else "dynamic" if self.dynamic else "static"
-        return f"<dmabuf Attached {self.device.name} on ino {self._ino} {state}>"
+        return f"<dmabuf Attached {self.device.name} on {handle_of(self.buf).shared} {state}>"
 
     def range(self, offset: int = 0, length: int | None = None) -> Range:
         """Return a range of ``length`` bytes from ``offset``, with None the rest of the buffer.

@@ -127,6 +127,10 @@ class Domain:
     def open(cls, path: str | os.PathLike[str]) -> Domain:
         """Return the domain in a directory, which is made if it doesn't exist. While the domain is in use, the object is the same."""
         told: list[str] = []
+        if not isinstance(path, str | bytes | os.PathLike):
+            raise TypeError(f"open domain: expected the path of a directory, not {type(path).__name__}")
+        if not os.fspath(path):
+            raise fail(errno.EINVAL, "open domain", repr(path), "name a directory", what="the path is empty")
         if "\0" in os.fsdecode(path):
             raise fail(errno.EINVAL, "open domain", repr(path), "name a directory without a NUL", what="the path has a NUL")
         found = cls._open(Path(path).absolute(), told)

@@ -64,6 +64,18 @@ class Record:
         self.resv = self.resv_gen = 0
         self.layout: tuple[int, bytes] | None = None
 
+    def known_name(self) -> bytes | None:
+        """Return the buffer's name, for messages: it joins nothing, waits for nobody, and is None if the record is gone."""
+        try:
+            found = self.shm.rec_info(self.index) if self.gen else None
+        except OSError:  # the file makes no sense any more, which is not what the message is about
+            return None
+        return found["name"] if found is not None and found["gen"] == self.gen else None
+
+    def __str__(self) -> str:
+        name = self.known_name()
+        return f"buffer ino {self.ino}" if name is None else f"buffer {os.fsdecode(name)!r} ino {self.ino}"
+
     def reference(self, name: bytes | None = None) -> None:
         """Find or make the record, and set this process's bit. ``name``: the buffer's, for a record that has to be made."""
         shm = self.domain.join()
@@ -313,6 +325,11 @@ def known(domain: Domain, dev: int, ino: int) -> Record | None:
     return None if table is None else table.get((dev, ino))
 
 
+def in_words(domain: Domain, dev: int, ino: int) -> str:
+    """Return what a message calls a buffer of which only the inode is known."""
+    return str(known(domain, dev, ino) or f"buffer ino {ino}")
+
+
 def adopt(kind: type[R], domain: Domain, dev: int, ino: int, size: int, nonce: bytes, exp_name: bytes, home: bytes) -> R:
     """Return the record of a buffer whose fd this process has, as a ``kind``; made if nobody has one.
 
@@ -380,7 +397,7 @@ def foreign_resv(record: Record) -> Record | None:
 
 def _resv_gone(record: Record) -> OSError:
     what = "its reservation object is gone"
-    return fail(errno.ENODEV, "resv", f"buffer ino {record.ino}", "ask its exporter for a new buffer", what=what)
+    return fail(errno.ENODEV, "resv", record, "ask its exporter for a new buffer", what=what)
 
 
 def reference_locks() -> set[tuple[int, int]] | None:

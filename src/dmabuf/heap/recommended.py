@@ -99,7 +99,9 @@ def allocate(
         DmaBufError: No descriptor is left (EMFILE).
     """
     if layout is None and shape is None and dtype is None:
-        return _allocate(size, heap, name, domain, None)  # type: ignore[arg-type]  # what isn't a number is refused there
+        if size is None:
+            raise TypeError("allocate: pass a number of bytes, or shape= and dtype=, or layout=")
+        return _allocate(size, heap, name, domain, None)
     size, layout = wanted(size, layout, shape, dtype)
     return _allocate(size, heap, name, domain, layout)
 

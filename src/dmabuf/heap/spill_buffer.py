@@ -92,7 +92,8 @@ class SpillBuffer(Exporter):
         self.vmapped: Mapping | None = None
 
     def __repr__(self) -> str:
-        return f"<spill buffer ino {self.ino} {self.size} bytes {self.residency.value}>"
+        called = getattr(self, "shared", None) or f"buffer ino {self.ino}"  # prepare() comes first
+        return f"<spill {called} {self.size} bytes {self.residency.value}>"
 
     def prepare(self, private: OwnedFd) -> None:
         """Keep the memfd from being mapped before it has memory."""

@@ -34,6 +34,9 @@ def wanted(size: int | None, layout: Layout | None, shape: Sequence[int] | int |
             "a layout", "call dmabuf.allocate_planes(), which makes one for each", f"it is spread over {len(layout.sizes)} buffers"
         )
     need = layout.sizes[0]
+    if need == 0 and size is None:
+        what = "it has no elements, and a buffer has a byte at least"
+        raise _refused(f"shape {getattr(layout, 'shape', ())}", "give each dimension at least 1, or pass a size too", what)
     if size is None:
         return need, layout
     size = budget.whole(size, "allocate: size")

@@ -35,6 +35,7 @@ DTYPES: Final = {
     "float8_e5m2": 1,
 }
 _ORDER: Final = tuple(DTYPES)
+_PYTHON: Final = {"int": "int64", "float": "float64", "complex": "complex128"}
 _SHORT: Final = {  # numpy's codes, which view.array() takes too
     "b1": "bool",
     "u1": "uint8",
@@ -181,5 +182,8 @@ def dtype_name(dtype: object) -> str:
         name = str(getattr(dtype, "name", None) or getattr(dtype, "__name__", None) or dtype).removeprefix("torch.")
     if name in DTYPES and byte_order != ">":
         return name
+    if name in _PYTHON:
+        what = f"{dtype!r} doesn't say how many bits it has"
+        raise checks.invalid("tensor", what, f"pass {_PYTHON[name]!r}, which numpy takes it for, or another of: {', '.join(DTYPES)}")
     what = f"there is no dtype {dtype!r}" if byte_order != ">" else f"{dtype!r} is big-endian"
     raise checks.invalid("tensor", what, f"pass one of: {', '.join(DTYPES)}")

@@ -33,6 +33,7 @@ from dmabuf.core.get import from_fd
 from dmabuf.core.memory.iosys_map import IosysMap
 from dmabuf.core.memory.scatterlist import SgTable
 from dmabuf.domain import dispatcher
+from dmabuf.domain.records import in_words
 from dmabuf.errors import fail
 from dmabuf.sharing.messages import LOST, THERE, Body, no_room, number, text
 from dmabuf.sharing.remote_importer import RemoteImporter
@@ -147,7 +148,7 @@ class ClientState:
 
     def _made(self, key: Key, body: Body, fds: list[OwnedFd]) -> ClientBuffer:
         if body.get(LOST):
-            raise no_room(text(body, "kind"), f"buffer ino {key[1]}", THERE)
+            raise no_room(text(body, "kind"), in_words(self.domain, *key), THERE)
         if not fds:
             raise unknown(key)
         buf = from_fd(fds.pop(0), self.domain)

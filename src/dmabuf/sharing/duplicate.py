@@ -18,7 +18,7 @@ from dmabuf.core.get import from_fd
 from dmabuf.domain import lives
 from dmabuf.domain.domain import Domain
 from dmabuf.domain.limits import listed
-from dmabuf.domain.records import known
+from dmabuf.domain.records import in_words, known
 from dmabuf.errors import DmaBufError, fail, needing_descriptors
 from dmabuf.sharing.client import client_of
 from dmabuf.sharing.messages import THERE, Body, close_all, no_room, number
@@ -59,7 +59,7 @@ def _duplicate(session: Session, body: Body, fds: list[OwnedFd]) -> Answer:
     except DmaBufError:
         raise
     except OSError as e:
-        raise no_room("open", f"buffer ino {key[1]}", THERE, e.errno or errno.EMFILE) from None
+        raise no_room("open", in_words(session.domain, *key), THERE, e.errno or errno.EMFILE) from None
     for name in names:
         try:
             st = os.stat(f"/proc/self/fd/{name}")
@@ -68,9 +68,9 @@ def _duplicate(session: Session, body: Body, fds: list[OwnedFd]) -> Answer:
             return Answer(fds=list(map(OwnedFd, map(dup_same, (int(name),), key[:1], key[1:], (True,)))))
         except OSError as e:
             if e.errno in (errno.EMFILE, errno.ENFILE):
-                raise no_room("open", f"buffer ino {key[1]}", THERE, e.errno) from None
+                raise no_room("open", in_words(session.domain, *key), THERE, e.errno) from None
             continue  # closed meanwhile, and the number perhaps used again
-    raise fail(errno.ENOENT, "open", f"buffer ino {key[1]}", "open it again", what=f"process {os.getpid()} has closed it")
+    raise fail(errno.ENOENT, "open", in_words(session.domain, *key), "open it again", what=f"process {os.getpid()} has closed it")
 
 
 def ask(domain: Domain, index: int, dev: int, ino: int, nonce: bytes) -> DmaBuf | None:
@@ -78,7 +78,7 @@ def ask(domain: Domain, index: int, dev: int, ino: int, nonce: bytes) -> DmaBuf 
     user = object()
     client = client_of(domain, lives.life_at(domain.shm, index), user)
     try:
-        _, came = client.call("duplicate", {"dev": dev, "ino": ino}, operation="open", obj=f"buffer ino {ino}", limit=ANSWER_S)
+        _, came = client.call("duplicate", {"dev": dev, "ino": ino}, operation="open", obj=in_words(domain, dev, ino), limit=ANSWER_S)
     except OSError as e:
         if e.errno in _NOT_HERE:
             return None

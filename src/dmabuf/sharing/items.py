@@ -182,7 +182,8 @@ def pack_objects(objects: tuple[Any, ...], meta: Any = None) -> tuple[bytes, lis
             fds.append(-1)
             items.append(_item(_DIRECTORY, one, b""))
         else:
-            raise TypeError(f"send: expected buffers, ranges, fences, sync files, timelines or domains, not {type(one).__name__}")
+            remedy = "; pass its items one by one, as send(sock, *objects)" if isinstance(one, list | tuple) else ""
+            raise TypeError(f"send: expected buffers, ranges, fences, sync files, timelines or domains, not {type(one).__name__}{remedy}")
     if meta is not None:
         data, as_json = pack_meta(meta)
         pieces = _pieces(data) if len(data) <= INLINE_META and len(items) + 1 + -(-len(data) // 64) <= MAX_OBJECTS else []

@@ -86,7 +86,7 @@ class RemoteBacking(Backing):
 
     @property
     def about(self) -> str:
-        return f"buffer ino {self.record.ino}"
+        return str(self.record)
 
     def _client(self) -> Client:
         if self.client is None:

@@ -25,7 +25,10 @@ def _buffers(which: str, given: object) -> tuple[Face | BufferRange, ...]:
 
 
 def access(
-    *, read: Sequence[Buffer | BufferRange] = (), write: Sequence[Buffer | BufferRange] = (), timeout: float | None = None
+    *positional: object,
+    read: Sequence[Buffer | BufferRange] = (),
+    write: Sequence[Buffer | BufferRange] = (),
+    timeout: float | None = None,
 ) -> AccessGroup:
     """Read and write several buffers at once, without a deadlock whatever other processes do.
 
@@ -33,6 +36,7 @@ def access(
     ``async with`` works too. The errors come when the block is entered.
 
     Args:
+        *positional: Nothing: whether a buffer is read or written must be said.
         read: Buffers to read, or ranges, whose views show their part.
         write: Buffers or ranges to write, which includes reading.
         timeout: Seconds to wait; None waits forever.
@@ -47,6 +51,8 @@ def access(
         OwnerDeadError, CanceledError: The last writer of a buffer to read died or raised (EOWNERDEAD, ECANCELED).
         TypeError: ``read`` or ``write`` is no list of buffers.
     """
+    if positional:
+        raise TypeError("access: say which buffers are read and which are written, as access(read=[a], write=[b])")
     reads, writes = _buffers("read", read), _buffers("write", write)
     parts = [_part(buf, False, timeout) for buf in reads] + [_part(buf, True, timeout) for buf in writes]
     if len({part.buf for part in parts}) != len(parts):

@@ -15,7 +15,7 @@ from typing import Any, Self
 
 from dmabuf._native import Access, Mapping, View, access_block
 from dmabuf.core.access import access as _rules  # noqa: F401  (C calls its rules)
-from dmabuf.core.buffer.handle import PAGE, handle_of
+from dmabuf.core.buffer.handle import PAGE, Face, handle_of
 from dmabuf.core.contract import AnyBuffer
 from dmabuf.domain.guards import finished
 from dmabuf.errors import fail
@@ -41,6 +41,9 @@ class BufferRange:
             ClosedError: The handle is closed (EBADF).
             InvalidError: The range is empty, or not within the buffer (EINVAL).
         """
+        given: object = buf
+        if not isinstance(given, Face):
+            raise TypeError(f"range: buf is a DmaBuf, not {type(given).__name__}")
         size = buf.size
         length = size - offset if length is None else length
         if not (offset >= 0 and length > 0 and offset + length <= size):

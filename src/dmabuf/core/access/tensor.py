@@ -36,7 +36,7 @@ def tensor(
     if view.readonly and not copy:
         raise BufferError("tensor: the view is read-only, and torch has no read-only tensors: pass copy=True, or use a write() block")
     if not 0 <= offset <= view.nbytes:
-        raise ValueError(f"tensor: the offset {offset} is not within the {view.nbytes} bytes of the view")
+        raise ValueError(f"tensor: the offset {offset} is not within the {view.nbytes} bytes of the view: give one that is")
     flat = torch.frombuffer(bytearray(view), dtype=torch.uint8) if copy else torch.from_dlpack(view)
     item = kind.itemsize
     # torch wants an offset in items of the type, and whole items; the bytes before and behind are none of the tensor's.
@@ -53,13 +53,13 @@ def tensor(
         if -1 in sizes:
             return flat.reshape(sizes)
         if not 0 <= count <= len(flat):
-            raise ValueError(f"tensor: the shape {tuple(sizes)} reaches beyond the {view.nbytes} bytes of the view")
+            raise ValueError(f"tensor: the shape {tuple(sizes)} reaches beyond the {view.nbytes} bytes of the view: give a smaller one")
         return flat[:count].reshape(sizes)
     ways = [strides] if isinstance(strides, int) else list(strides)
     if len(ways) != len(sizes):
-        raise ValueError(f"tensor: {len(ways)} strides for {len(sizes)} dimensions")
+        raise ValueError(f"tensor: {len(ways)} strides for {len(sizes)} dimensions: give one for each")
     if any(way % item or way < 0 for way in ways):
         raise ValueError(f"tensor: torch takes strides that are positive multiples of the {item} bytes of an item; take view.array()")
     if all(sizes) and sum((size - 1) * (way // item) for size, way in zip(sizes, ways, strict=True)) >= len(flat):
-        raise ValueError(f"tensor: this shape, with its strides, reaches beyond the {view.nbytes} bytes of the view")
+        raise ValueError(f"tensor: this shape, with its strides, reaches beyond the {view.nbytes} bytes of the view: give a smaller one")
     return flat.as_strided(sizes, [way // item for way in ways])

@@ -91,7 +91,7 @@ class DmaBufAttachment:
 
     def __repr__(self) -> str:
         kind = "static" if self.importer is None else "dynamic"
-        return f"<dmabuf.DmaBufAttachment {self.dev.name} on ino {self._backing.record.ino} {kind}{'' if self.attached else ' detached'}>"
+        return f"<dmabuf.DmaBufAttachment {self.dev.name} on {self._backing.record} {kind}{'' if self.attached else ' detached'}>"
 
     @property
     def is_dynamic(self) -> bool:
@@ -488,7 +488,7 @@ def notify_moves(backing: Backing) -> None:
         ContractError: The lock isn't held.
     """
     if not resv_of(backing.record).held_here():
-        raise ContractError(f"move_notify: buffer ino {backing.record.ino}: its reservation lock is not held; hold it")
+        raise ContractError(f"move_notify: {backing.record}: its reservation lock is not held; hold it")
     for att in list(backing.attachments):
         if att.importer is not None:
             try:

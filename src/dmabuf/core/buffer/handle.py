@@ -71,7 +71,9 @@ class Handle(HandleBase, ABC):
 
     def __repr__(self) -> str:
         where = "closed" if self.fd < 0 else f"fd {self.fd}"
-        return f"<dmabuf.DmaBuf {where} ino {self.shared.ino} {self.size} bytes {os.fsdecode(self.shared.home)}>"
+        name = self.shared.known_name()
+        called = "" if name is None else f"{os.fsdecode(name)!r} "
+        return f"<dmabuf.DmaBuf {called}{where} ino {self.shared.ino} {self.size} bytes {os.fsdecode(self.shared.home)}>"
 
     @abstractmethod
     def face(self) -> Buffer:

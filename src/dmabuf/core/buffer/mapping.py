@@ -6,6 +6,7 @@ Each function is the verb of its name on ``DmaBuf``, which documents it.
 from __future__ import annotations
 
 import errno
+import operator
 import os
 
 from dmabuf._native import Mapping, map_same
@@ -38,6 +39,8 @@ def dma_mmap(handle: Handle, offset: int, length: int) -> Mapping:
 
 def map_range(handle: Handle, operation: str, offset: int, length: int | None, writable: bool) -> Mapping:
     """Return a mapping of whole pages; ``length``: None for the rest. The handle is open, and no lock is checked."""
+    offset = _whole(operation, "offset", offset)
+    length = None if length is None else _whole(operation, "length", length)
     if offset < 0 and offset % PAGE == 0:
         raise fail(errno.EOVERFLOW, operation, handle, "use an offset that is not negative", what=f"the offset is {offset}")
     room = handle.size // PAGE * PAGE
@@ -54,6 +57,13 @@ def map_range(handle: Handle, operation: str, offset: int, length: int | None, w
     if backing is not None:
         return backing.mmap(handle.face(), operation, offset, end - offset, writable)
     return handle.map_file(operation, offset, end - offset, writable)
+
+
+def _whole(operation: str, what: str, value: int) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{operation}: {what} is a number of bytes, an int, not {type(value).__name__}") from None
 
 
 def lseek(handle: Handle, offset: int, whence: int) -> int:

@@ -72,7 +72,7 @@ class Exported(Backing):
             raise fail(
                 errno.ENODEV,
                 operation,
-                f"buffer ino {self.record.ino}",
+                self.record,
                 "attach again; what a forked child inherits is the parent's",
                 what="its exporter lives in the parent process",
             )
@@ -80,9 +80,7 @@ class Exported(Backing):
     def keep(self, mapping: Mapping) -> None:
         if self._mappings.get(id(mapping)) is mapping:
             remedy = "make a new one each time, or the buffer is never released"
-            contract_warning(
-                f"mmap: buffer ino {self.record.ino}: its exporter returned a mapping that it had returned before; {remedy}", 6
-            )
+            contract_warning(f"mmap: {self.record}: its exporter returned a mapping that it had returned before; {remedy}", 6)
         self._mappings[id(mapping)] = mapping
 
     def before_close(self, handle: object) -> None:
@@ -164,11 +162,11 @@ class Exported(Backing):
         self._releaser, self._last = 0, None
         if bug:
             raise ContractError(
-                f"release: buffer ino {record.ino}: {bug} vmap() without vunmap(), so its exporter was not asked to release it; "
+                f"release: {record}: {bug} vmap() without vunmap(), so its exporter was not asked to release it; "
                 "call vunmap() once for each vmap()"
             )
         if left:
-            contract_warning(f"release: buffer ino {record.ino}: still attached: {', '.join(left)}; detach before closing", 2)
+            contract_warning(f"release: {record}: still attached: {', '.join(left)}; detach before closing", 2)
 
 
 def outside() -> bool:

@@ -36,6 +36,8 @@ def wait_any(fences: Iterable[DmaFence], timeout: float | None = None, *, interr
     """
     if isinstance(fences, DmaFence):
         raise TypeError("wait_any: fences is a list of fences, as [a, b], not one DmaFence: that is fence.wait()")
+    if not isinstance(fences, Iterable):
+        raise TypeError(f"wait_any: fences is a list of fences, as [a, b], not {type(fences).__name__}")
     found = tuple(fences)
     if not found:
         contract_warning("wait_any: no fences; pass at least one", 2)

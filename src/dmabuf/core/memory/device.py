@@ -86,6 +86,8 @@ class Device:
     """
 
     def __init__(self, name: str, *, dma_mask: int = ALL_ADDRESSES, max_segment: int = MAX_SEGMENT, iommu: bool = True) -> None:
+        if not isinstance(name, str):
+            raise TypeError(f"device: a name is a str, not {type(name).__name__}")
         if not name or "\0" in name:
             raise fail(errno.EINVAL, "device", repr(name), "use a name without a NUL", what="the name is empty or has a NUL")
         if dma_mask & (dma_mask + 1) or not 2 * PAGE <= dma_mask <= ALL_ADDRESSES:

@@ -56,7 +56,7 @@ class DmaResv(ResvLock):
         self._record.resv_ref = weakref.ref(self)
 
     def __repr__(self) -> str:
-        return f"<dmabuf.DmaResv {'of buffer ino ' + str(self._record.ino) if self._record.ino else 'of its own'}>"
+        return f"<dmabuf.DmaResv {f'of {self._record}' if self._record.ino else 'of its own'}>"
 
     # ---- the list, lock held ----
 
