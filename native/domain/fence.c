@@ -121,7 +121,7 @@ int fence_finish(Shm *s, uint64_t handle, db_fence *f, int error, uint64_t stamp
   STEP_OF(fence_woken, f, handle); /* signaled: dispatchers look again at their next tick, and the reaper wakes the sync files */
   uint64_t mask = atomic_load(&f->wake_mask);
   if (mask) wake_dispatchers(s, mask, handle, shared != FENCE_QUIET);
-  STEP_OF(fence_rung, f, handle); /* signaled: the reaper wakes the sync files */
+  STEP_OF(fence_dispatchers_woken, f, handle); /* signaled: the reaper wakes the sync files */
   if (w & FW_SYNC) fence_wake_sync_files(s, handle, f);
   return !decided;
 }

@@ -32,7 +32,7 @@ static PyObject *resv_borrow(Shm *s, PyObject *args) {
   if (!c || atomic_load(&c->return_to)) Py_RETURN_FALSE;
   atomic_store(&c->return_rec, rec);
   atomic_store(&c->return_to, from & ~CTX_WAITERS);
-  STEP(resv_heir); /* it names what it does not have: returning looks at the lock */
+  STEP(resv_return_to); /* it names what it does not have: returning looks at the lock */
   int borrowed = resv_transfer(s, r, from, me);
   if (!borrowed)
     atomic_store(&c->return_to, 0);
@@ -61,7 +61,7 @@ void resv_return_dead(Shm *s, db_ctx *c, uint64_t word) {
   db_rec *rec = to ? rec_at(s, atomic_load(&c->return_rec)) : NULL;
   if (!rec) return;
   resv_transfer(s, &rec->resv, word, to);
-  STEP(reap_heir); /* it names what it no longer has: the next reaper looks at the lock */
+  STEP(reap_lock_returned); /* it names what it no longer has: the next reaper looks at the lock */
   atomic_store(&c->return_to, 0);
 }
 

@@ -18,15 +18,15 @@
   X(block_taken) X(block_linked) \
   X(table_stolen) X(table_rebuilt) X(table_left) \
   X(fence_filled) X(fence_published) X(fence_dropped) X(fence_marking) X(fence_ending) X(fence_error) X(fence_stamped) \
-  X(fence_signaled) X(fence_woken) X(fence_rung) \
+  X(fence_signaled) X(fence_woken) X(fence_dispatchers_woken) \
   X(resv_locked) X(resv_next) X(resv_looked) X(resv_waiting) X(resv_stolen) X(resv_passed) X(resv_unlocked) \
-  X(resv_heir) X(resv_borrowed) X(resv_returned) \
+  X(resv_return_to) X(resv_borrowed) X(resv_returned) \
   X(resv_read) X(resv_added) X(resv_copied) X(resv_cut) \
   X(access_fence) X(access_added) X(access_granted) X(access_torn) X(access_whole) X(access_ended) \
   X(sem_pointed) X(sem_left) \
-  X(sync_bound) X(sync_written) X(sync_registered) X(sync_marked) X(sync_moved) X(sync_done) X(sync_rung) X(sync_over) \
+  X(sync_bound) X(sync_written) X(sync_registered) X(sync_marked) X(sync_moved) X(sync_done) X(sync_readable) X(sync_over) \
   X(life_locked) X(life_alive) X(life_chunk) \
-  X(reap_locked) X(reap_torn) X(reap_fence) X(reap_fences_done) X(reap_heir) X(reap_ctx) X(reap_contexts_done) X(reap_outside) \
+  X(reap_locked) X(reap_torn) X(reap_fence) X(reap_fences_done) X(reap_lock_returned) X(reap_ctx) X(reap_contexts_done) X(reap_outside) \
   X(reap_chunk) X(reap_returned) X(reap_clean) \
   X(boot_begun) X(left_copied) X(left_absent) \
   X(reset_begun) X(reset_judged) X(reset_rebuilt) X(reset_floors) X(reset_lists) X(reset_chunk) X(reset_counted) \

@@ -105,7 +105,7 @@ static int finish(file *x, uint64_t waits) {
   int r = pollable_wake(&n, atomic_load(&x->f->net));
   if (r == -EREMOTE) return 0; /* a process of that network namespace does it: one that has the SyncFile, or the next that sweeps */
   if (r < 0) return r;
-  STEP(sync_rung); /* readable, unless no process has it; it is done again */
+  STEP(sync_readable); /* readable, unless no process has it; it is done again */
   if (waits) atomic_compare_exchange_strong(&x->f->waits, &waits, 0);
   STEP(sync_over);
   return 0;

@@ -364,7 +364,7 @@ def test_wherever_an_inc_is_killed_the_count_and_the_fences_agree() -> None:
 
 
 @pytest.mark.crash
-@pytest.mark.parametrize("step", ["sw_counted", "fence_signaled", "fence_rung", "sync_done", "sync_rung", "sw_ended"])
+@pytest.mark.parametrize("step", ["sw_counted", "fence_signaled", "fence_dispatchers_woken", "sync_done", "sync_readable", "sw_ended"])
 def test_an_inc_that_is_killed_leaves_no_bare_descriptor_to_the_next_one(step: str) -> None:
     with SwSync() as sw:
         with sw.create_fence(1) as sf:

@@ -1,8 +1,8 @@
 """kill -9 of the exporter or of the caller in every carried call, at every step of it, with the other side going on.
 
-Steps: `service_asked` the caller has asked; `resv_heir` the exporter has named the heir of the lock; `resv_passed` the lock has gone
-from one owner to the next; `resv_borrowed`, `service_locked` the exporter is about to act under it; `resv_returned` it has given the lock
-back; `service_answered` the op is done, the answer not yet sent. And "the op": in the middle of the exporter's op.
+Steps: `service_asked` the caller has asked; `resv_return_to` the exporter has named to whom the lock returns; `resv_passed` the lock has
+gone from one owner to the next; `resv_borrowed`, `service_locked` the exporter is about to act under it; `resv_returned` it has given the
+lock back; `service_answered` the op is done, the answer not yet sent. And "the op": in the middle of the exporter's op.
 """
 
 import contextlib
@@ -58,7 +58,7 @@ POINTS = [
         "the op",
         "answered",
         *(["lent", "passed", "locked", "taken back"] if locked else []),
-        *(["heir", "borrowed", "returned"] if name in LENDING else []),
+        *(["return_to", "borrowed", "returned"] if name in LENDING else []),
     ]
 ]
 BY_CALL = pytest.mark.parametrize(("name", "point"), POINTS, ids=[f"{name}-{point}" for name, point in POINTS])
@@ -91,7 +91,7 @@ def exporter_dies(state: SimpleNamespace, op: str, step: str) -> None:
             "the op",
             "service_answered",
             *(["resv_passed", "service_locked"] if locked else []),
-            *(["resv_heir", "resv_borrowed", "resv_returned"] if name in LENDING else []),
+            *(["resv_return_to", "resv_borrowed", "resv_returned"] if name in LENDING else []),
         ]
     ],
 )
@@ -167,11 +167,12 @@ def pins(state: SimpleNamespace) -> tuple[int, bool, int, bool]:
     return number, held, by, state.buf.resv.held_here()
 
 
-STANDS = ["resv_heir", "resv_passed", "resv_borrowed", "service_locked", "the op", "resv_returned", "service_answered"]
+STANDS = ["resv_return_to", "resv_passed", "resv_borrowed", "service_locked", "the op", "resv_returned", "service_answered"]
 
 
 @pytest.mark.parametrize(
-    ("step", "reaper"), [*((step, "") for step in STANDS), ("the op", "reap_outside"), ("the op", "reap_heir"), ("the op", "reap_ctx")]
+    ("step", "reaper"),
+    [*((step, "") for step in STANDS), ("the op", "reap_outside"), ("the op", "reap_lock_returned"), ("the op", "reap_ctx")],
 )
 def test_caller_has_its_lock_back_before_a_third_process(child: Spawn, step: str, reaper: str) -> None:
     other = child(exporting_step_by_step)
@@ -258,7 +259,7 @@ def test_the_caller_dies_in_the_call_and_the_exporter_goes_on(child: Spawn, dyna
         for function, *more in before:
             away.do(function, *more)
         steps = {
-            "heir": "resv_heir",
+            "return_to": "resv_return_to",
             "passed": "resv_passed",
             "borrowed": "resv_borrowed",
             "locked": "service_locked",

@@ -144,7 +144,7 @@ def test_wherever_who_closes_dies_the_descriptor_goes_on() -> None:
     left[0].signal()
 
 
-@pytest.mark.parametrize("step", ["sync_moved", "sync_done", "sync_rung", "sync_over"])
+@pytest.mark.parametrize("step", ["sync_moved", "sync_done", "sync_readable", "sync_over"])
 def test_two_who_go_on_at_once_ring_once(step: str) -> None:
     """The signaller stands in the middle while another process goes on with the same sync file, and then it goes on itself."""
     here, there = socket.socketpair()
@@ -179,7 +179,7 @@ def next_in(slot: int, fences: list[DmaFence]) -> SyncFile:
     return made
 
 
-@pytest.mark.parametrize("step", ["fence_rung", "sync_moved", "sync_marked", "sync_done", "sync_rung"])
+@pytest.mark.parametrize("step", ["fence_dispatchers_woken", "sync_moved", "sync_marked", "sync_done", "sync_readable"])
 def test_signaler_that_stopped_does_nothing_to_the_next_use_of_the_slot(step: str) -> None:
     """It stands in the middle of an old sync file, while its slots become those of another one, which waits for another fence."""
     fences = [Timeline(f"t{i}").fence() for i in range(2)]

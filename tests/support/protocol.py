@@ -16,7 +16,7 @@ from tests.support.tracing import Entry
 
 Key: TypeAlias = tuple[int, int]  # the domain, and an object or a number in it
 
-_FENCE_ORDER: Final = {"fence_error": 1, "fence_stamped": 2, "fence_signaled": 3, "fence_woken": 4, "fence_rung": 5}
+_FENCE_ORDER: Final = {"fence_error": 1, "fence_stamped": 2, "fence_signaled": 3, "fence_woken": 4, "fence_dispatchers_woken": 5}
 _UNDER_TABLE_LOCK: Final = ("rec_", "name_", "layout_", "block_", "chunk_allocated", "chunk_typed", "chunk_published")
 # A record: its state -> the steps that may come next.
 _RECORD: Final = {

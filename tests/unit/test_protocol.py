@@ -35,7 +35,7 @@ def table(*steps: str) -> tuple[str, ...]:
 
 
 FENCE = ("1 fence_filled SLOT FIRST", "1 fence_published SLOT FIRST")
-ENDED = ("1 fence_stamped SLOT FIRST", "1 fence_signaled SLOT FIRST", "1 fence_woken SLOT FIRST", "1 fence_rung SLOT FIRST")
+ENDED = ("1 fence_stamped SLOT FIRST", "1 fence_signaled SLOT FIRST", "1 fence_woken SLOT FIRST", "1 fence_dispatchers_woken SLOT FIRST")
 LISTED = (*FENCE, "1 resv_locked LOCK 7", "1 resv_added LIST FIRST", "1 resv_unlocking LOCK 7")
 WRITES = (*LISTED, "1 access_writing RECORD FIRST", "1 access_granted RECORD FIRST")
 MADE = table("rec_filled RECORD 1", "rec_held RECORD 1", "rec_live RECORD 1", "rec_linked RECORD 1")
