@@ -1,6 +1,7 @@
 """Every test of the project has a domain of its own run, the debug layer, and a look at what it left behind."""
 
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from functools import partial
@@ -15,6 +16,7 @@ from pytest_timeout import Settings, timeout_timer  # type: ignore[import-untype
 from tests.support.apart import Apart
 from tests.support.apart import apart as process
 from tests.support.children import Spawn
+from tests.support.queues import keepers_reaped
 from tests.support.watchdog import LastResort, Watchdog
 
 # The debug layer is on in every test and in the processes that it starts; conftests of directories import dmabuf before `pytest_configure`.
@@ -87,6 +89,15 @@ def apart(child: Spawn) -> Iterator[Apart]:
     base = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix="apart-", dir=base) as directory:
         yield process(child, directory)
+
+
+@pytest.fixture
+def keepers_are_reaped() -> Iterator[None]:
+    """Wait until the processes have ended that keep what a test's queues have pickled, and keep nothing here either."""
+    with keepers_reaped():
+        yield
+    if (keeping := sys.modules.get("dmabuf.sharing.keeping")) is not None:
+        keeping.TABLE.drop()
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -5,12 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-from tests.support.queues import keepers_reaped
 
 _COMMON = """
 import sys
@@ -73,10 +70,7 @@ GONE = "NotFoundError open: buffer 'frame 9' (inode … the buffer of this token
 REFUSED = "can't be pickled to bytes: … or pickle buf.ref() and open that with dmabuf.open()"
 
 
-@pytest.fixture(autouse=True)
-def processes_are_reaped() -> Iterator[None]:
-    with keepers_reaped():
-        yield
+pytestmark = pytest.mark.usefixtures("keepers_are_reaped")
 
 
 def run(tmp_path: Path, imports: str, body: str, *arguments: str, **environment: str) -> list[str]:

@@ -11,9 +11,7 @@ import pytest
 
 import dmabuf
 from dmabuf import DmaBuf, Usage, View
-
-SIZE = 4096
-BYTES = bytes(i * 7 % 256 for i in range(SIZE))
+from tests.support.views import BYTES, SIZE, filled, written
 
 
 @pytest.fixture
@@ -23,17 +21,14 @@ def torch() -> Any:
 
 @pytest.fixture
 def buf() -> Iterator[DmaBuf]:
-    with dmabuf.allocate(SIZE) as made:
-        with made.write() as view:
-            view[:] = BYTES
+    with filled() as made:
         yield made
 
 
 @pytest.fixture
 def view(buf: DmaBuf) -> Iterator[View]:
-    with buf.write() as made:
+    with written(buf) as made:
         yield made
-        gc.collect()
 
 
 def test_tensor_is_the_memory_as_bytes(torch: Any, view: View) -> None:

@@ -17,14 +17,9 @@ import dmabuf
 from dmabuf.sharing import keeping, kept
 from dmabuf.sharing.fetching import fetch
 from tests.support.errnos import raises_errno
-from tests.support.queues import keepers_reaped
 from tests.support.waiting import until
 
-
-@pytest.fixture(autouse=True)
-def keepers_are_reaped() -> Iterator[None]:
-    with keepers_reaped():
-        yield
+pytestmark = pytest.mark.usefixtures("keepers_are_reaped")
 
 
 class Got:

@@ -5,23 +5,16 @@ import errno
 import multiprocessing
 import os
 import resource
-from collections.abc import Iterator
 from multiprocessing.managers import RemoteError, SyncManager
 from typing import Any
 
 import pytest
 
 import dmabuf
-from dmabuf.sharing import keeping
 from tests.support.errnos import raises_errno
-from tests.support.queues import METHODS, hoard, keepers_reaped, leave_room, running, stamp, stamped
+from tests.support.queues import METHODS, hoard, leave_room, running, stamp, stamped
 
-
-@pytest.fixture(autouse=True)
-def keepers_are_reaped() -> Iterator[None]:
-    with keepers_reaped():
-        yield
-    keeping.TABLE.drop()
+pytestmark = pytest.mark.usefixtures("keepers_are_reaped")
 
 
 def _limited() -> None:

@@ -7,21 +7,17 @@ import os
 import pickle
 import signal
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 import dmabuf
 from tests.support.errnos import raises_errno
-from tests.support.queues import METHODS, asks_sender, hoard, keepers_reaped, leave_room, stamp, stamped, without_answers
+from tests.support.queues import METHODS, asks_sender, hoard, leave_room, stamp, stamped, without_answers
 from tests.support.waiting import until, until_asleep
 
-
-@pytest.fixture(autouse=True)
-def keepers_are_reaped() -> Iterator[None]:
-    with keepers_reaped():
-        yield
+pytestmark = pytest.mark.usefixtures("keepers_are_reaped")
 
 
 @pytest.fixture(params=METHODS)

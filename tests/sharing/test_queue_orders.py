@@ -2,20 +2,14 @@
 
 import errno
 import multiprocessing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from dmabuf.sharing import keeping
-from tests.support.queues import keepers_reaped, running, stamp, stamped
+from tests.support.queues import running, stamp, stamped
 
-
-@pytest.fixture(autouse=True)
-def keepers_are_reaped() -> Iterator[None]:
-    with keepers_reaped():
-        yield
-    keeping.TABLE.drop()
+pytestmark = pytest.mark.usefixtures("keepers_are_reaped")
 
 
 def _produce(channel: Any, kind: str, how: str, flushed: Any, end: Any) -> None:

@@ -21,14 +21,10 @@ import dmabuf
 from dmabuf.sharing import keeping
 from tests.sharing.conftest import SIZE
 from tests.support.errnos import raises_errno
-from tests.support.queues import METHODS, keepers_reaped, running, stamp, stamped
+from tests.support.queues import METHODS, running, stamp, stamped
 from tests.support.waiting import until
 
-
-@pytest.fixture(autouse=True)
-def keepers_are_reaped() -> Iterator[None]:
-    with keepers_reaped():
-        yield
+pytestmark = pytest.mark.usefixtures("keepers_are_reaped")
 
 
 @pytest.fixture(params=METHODS)

@@ -5,7 +5,6 @@ import errno
 import multiprocessing
 import os
 import resource
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,13 +13,9 @@ import dmabuf
 from dmabuf.sharing import keeping
 from tests.sharing.conftest import SIZE
 from tests.support.errnos import raises_errno
-from tests.support.queues import keepers_reaped, running, stamp, stamped
+from tests.support.queues import running, stamp, stamped
 
-
-@pytest.fixture(autouse=True)
-def keepers_are_reaped() -> Iterator[None]:
-    with keepers_reaped():
-        yield
+pytestmark = pytest.mark.usefixtures("keepers_are_reaped")
 
 
 def _produce(queue: Any, count: int, limit: int, end: Any) -> None:

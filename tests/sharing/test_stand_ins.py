@@ -12,19 +12,13 @@ from typing import Any
 import pytest
 
 import dmabuf
-from dmabuf.sharing import keeping
 from dmabuf.sharing.pending import stand_in
 from tests.sharing.conftest import SIZE
 from tests.support.errnos import raises_errno
-from tests.support.queues import asks_sender, hoard, keepers_reaped, leave_room, without_answers
+from tests.support.queues import asks_sender, hoard, leave_room, without_answers
 from tests.support.waiting import until, until_asleep
 
-
-@pytest.fixture(autouse=True)
-def keepers_are_reaped() -> Iterator[None]:
-    with keepers_reaped():
-        yield
-    keeping.TABLE.drop()
+pytestmark = pytest.mark.usefixtures("keepers_are_reaped")
 
 
 class World:

@@ -16,24 +16,19 @@ from typing import Any
 
 import pytest
 
-import dmabuf
 from dmabuf import DmaBuf, View
-
-SIZE = 4096
-BYTES = bytes(i * 7 % 256 for i in range(SIZE))
+from tests.support.views import BYTES, SIZE, filled, written
 
 
 @pytest.fixture
 def buf() -> Iterator[DmaBuf]:
-    with dmabuf.allocate(SIZE) as made:
-        with made.write() as view:
-            view[:] = BYTES
+    with filled() as made:
         yield made
 
 
 @pytest.fixture
 def view(buf: DmaBuf) -> Iterator[View]:
-    with buf.write() as made:
+    with written(buf) as made:
         yield made
 
 

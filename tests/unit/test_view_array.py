@@ -14,17 +14,14 @@ import pytest
 
 import dmabuf
 from dmabuf import DmaBuf, Usage, View
+from tests.support.views import BYTES, SIZE, filled, written
 
 np = pytest.importorskip("numpy")
-SIZE = 4096
-BYTES = bytes(i * 7 % 256 for i in range(SIZE))
 
 
 @pytest.fixture
 def buf() -> Iterator[DmaBuf]:
-    with dmabuf.allocate(SIZE) as made:
-        with made.write() as view:
-            view[:] = BYTES
+    with filled() as made:
         yield made
         gc.collect()
         assert made.resv.fences(Usage.BOOKKEEP) == []
@@ -32,9 +29,8 @@ def buf() -> Iterator[DmaBuf]:
 
 @pytest.fixture
 def view(buf: DmaBuf) -> Iterator[View]:
-    with buf.write() as made:
+    with written(buf) as made:
         yield made
-        gc.collect()
 
 
 # ---- array() ----
