@@ -88,7 +88,7 @@ def test_tensor_layout_sizes_of_types_are_those_of_numpy() -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("float", (2,)), "no dtype 'float'"),
+        (("float", (2,)), "'float' doesn't say how many bits"),
         (("", (2,)), "no dtype ''"),
         (("<f3", (2,)), "no dtype '<f3'"),
         ((">f4", (2,)), "'>f4' is big-endian"),
