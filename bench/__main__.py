@@ -29,6 +29,7 @@ SPINNING = "futex, spinning, in C, two CPUs"
 THE_SAME = "the same in C"
 IMPORT_BOUND_MS = 40.0  # of `import dmabuf`, above the bare interpreter
 KILL = "SIGKILL of a fence's owner → its waiter is awake"
+IDLE = "wake-ups a second of a process that waits while nothing happens"
 IMPORT = "import dmabuf"
 
 
@@ -120,7 +121,7 @@ def main() -> None:
         print("\n".join(spec.what for group in table for spec in group.rows))
         return
     machine = {"cpus": os.cpu_count(), "machine": platform.machine(), "kernel": platform.release(), "python": platform.python_version()}
-    kill = None
+    kill = idle = None
     try:
         if not given.json:
             print(f"{machine['cpus']} CPUs {machine['machine']}, Linux {machine['kernel']}, Python {machine['python']}; ", end="")
@@ -133,16 +134,18 @@ def main() -> None:
         if not given.rows:
             killed = measures.wake_after_kill(10 if given.quick else 100)
             kill = {"p50_ms": round(killed[len(killed) // 2], 1), "p99_ms": round(killed[int(len(killed) * 0.99)], 1)}
+            idle = round(measures.idle_wakes(1 if given.quick else 10), 1)
     finally:
         floor.clean()
     if given.json:
-        print(json.dumps({"machine": machine, "rows": as_json(rows), "wake_after_kill": kill}, indent=1))
+        print(json.dumps({"machine": machine, "rows": as_json(rows), "wake_after_kill": kill, "idle_wakes": idle}, indent=1))
         return
     for row in rows:
         if row.what.startswith(IMPORT + ","):
             print(f"\n{IMPORT}: {row.us / 1000:.1f} ms of CPU above the bare interpreter (bound: {IMPORT_BOUND_MS:.0f} ms)")
     if kill is not None:
         print(f"\n{KILL}: median {kill['p50_ms']} ms, p99 {kill['p99_ms']} ms (promise: 100 ms)")
+        print(f"{IDLE}: {idle} (bound: 5)")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import os
 import select
 import signal
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -304,3 +305,34 @@ def wake_after_kill(kills: int = 100) -> list[float]:
         ours.close()
         theirs.close()
     return sorted(found)
+
+
+def idle_wakes(seconds: float) -> float:
+    """How often a second the threads of a process wake up, of which one waits for a fence while nothing happens."""
+
+    def body(sock: socket.socket) -> None:
+        timeline = dmabuf.Timeline("idle")
+        fence = timeline.fence()
+        dmabuf.send(sock, fence)
+        sock.recv(1)
+        fence.signal()
+
+    def wakes() -> int:
+        found = 0
+        for tid in os.listdir("/proc/self/task"):
+            with open(f"/proc/self/task/{tid}/status") as status:
+                found += sum(int(line.split()[1]) for line in status if line.startswith("voluntary_ctxt_switches"))
+        return found
+
+    with ExitStack() as stack:
+        sock = stack.enter_context(peer(body))
+        (fence,) = dmabuf.recv(sock)
+        waiter = threading.Thread(target=fence.wait)
+        waiter.start()
+        select.select([], [], [], 1)  # the first ticks of a wait are more frequent
+        before, start = wakes(), time.monotonic()
+        select.select([], [], [], seconds)
+        found = (wakes() - before - 1) / (time.monotonic() - start)  # this thread's one is not the waiter's
+        sock.send(b"e")
+        waiter.join()
+    return found

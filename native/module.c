@@ -152,7 +152,7 @@ static int (*const parts[])(PyObject *) = {
     block_register,         objects_register,    entering_register,    holds_register,     view_type_register, passing_register,
     messages_register,      descriptor_register, probe_register,       file_register,      ending_register,    hold_register,
     same_register,          errors_register,     held_register,        pollable_register,  points_register,    guard_register,
-    timeline_slot_register, later_register,      weak_values_register, fork_lock_register, handle_register,
+    timeline_slot_register, later_register,      weak_values_register, fork_lock_register, handle_register,    sleep_register,
 };
 
 PyMODINIT_FUNC PyInit__native(void) {

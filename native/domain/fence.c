@@ -248,7 +248,7 @@ static int spin(Shm *s, db_fence *f, uint32_t owner, int64_t until) {
   return 0;
 }
 
-int fence_wait_for(Shm *s, uint64_t handle, int64_t until, int interruptible) {
+int fence_wait_for(Shm *s, uint64_t handle, int64_t until, int interruptible, int one_tick) {
   db_fence *f;
   if (!fence_pending(s, handle, &f)) return 1;
   if (until >= 0 && now_ns() >= until) {
@@ -271,6 +271,7 @@ int fence_wait_for(Shm *s, uint64_t handle, int64_t until, int interruptible) {
       return RAISED;
     }
     if (r == SLEEP_TICK && shm_lasts(s, &since, TICK_FENCE, handle)) return RAISED;
+    if (r == SLEEP_TICK && one_tick) return !fence_pending(s, handle, NULL);
     if (r == SLEEP_SIGNAL && interruptible && fence_pending(s, handle, NULL)) return -EINTR;
   }
 }

@@ -60,8 +60,9 @@ void fence_note_cpu(Shm *s);
 
 /* ---- waiting and waking ---- */
 
-/* Wait until `until` (CLOCK_MONOTONIC ns, -1: no limit). 1: signaled; 0: out of time; -EINTR, if interruptible; RAISED. */
-int fence_wait_for(Shm *s, uint64_t handle, int64_t until, int interruptible);
+/* Wait until `until` (CLOCK_MONOTONIC ns, -1: no limit). 1: signaled; 0: out of time, or with one_tick a tick is over; -EINTR, if
+ * interruptible; RAISED. */
+int fence_wait_for(Shm *s, uint64_t handle, int64_t until, int interruptible, int one_tick);
 
 void fence_wake_dispatcher(db_life *l, uint64_t handle);          /* wake the dispatcher of that process to look at the fence */
 void fence_run_local(Shm *s, uint64_t handle);                    /* call the callbacks that this process has with the signaled fence */

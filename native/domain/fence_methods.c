@@ -36,9 +36,9 @@ static PyObject *fence_end_any(Shm *s, PyObject *args) {
 static PyObject *fence_wait(Shm *s, PyObject *args) {
   unsigned long long h;
   long long until;
-  int interruptible;
-  if (!PyArg_ParseTuple(args, "KLp", &h, &until, &interruptible)) return NULL;
-  int r = fence_wait_for(s, h, until, interruptible);
+  int interruptible, one_tick = 0;
+  if (!PyArg_ParseTuple(args, "KLp|p", &h, &until, &interruptible, &one_tick)) return NULL;
+  int r = fence_wait_for(s, h, until, interruptible, one_tick);
   return r == RAISED ? NULL : PyLong_FromLong(r);
 }
 
@@ -201,8 +201,9 @@ PyMethodDef fence_methods[] = {
            "    handle: The fence.\n"
            "    error: 0, or a negative errno.\n"
            "    quiet: The caller holds a lock, and calls on_local(handle) once that is free."),
-    METHOD(fence_wait, METH_VARARGS, "($self, handle, until, interruptible, /)",
-           "Wait until the time, CLOCK_MONOTONIC ns, or -1 for no limit. Return 1: signaled, 0: out of time, -EINTR: interrupted."),
+    METHOD(fence_wait, METH_VARARGS, "($self, handle, until, interruptible, one_tick=False, /)",
+           "Wait until the time, CLOCK_MONOTONIC ns, or -1 for no limit; with one_tick at most until a tick is over.\n\n"
+           "Return 1: signaled, 0: out of time, -EINTR: interrupted."),
     {"fence_pending", (PyCFunction)py_fence_pending, METH_O,
      "fence_pending($self, handle, /)\n--\n\nReturn True if the fence is pending, False if it is signaled or past."},
     METHOD(fence_is_here, METH_O, "($self, handle, /)",

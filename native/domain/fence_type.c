@@ -191,7 +191,7 @@ static PyObject *fence_wait(Fence *x, PyObject *const *args, Py_ssize_t n, PyObj
   }
   int64_t until;
   if (parse_timeout(x->s, timeout, &until, "wait")) return NULL;
-  int r = refresh(x) ? 1 : fence_wait_for(x->s, x->handle, until, interruptible);
+  int r = refresh(x) ? 1 : fence_wait_for(x->s, x->handle, until, interruptible, 0);
   if (r == RAISED) return NULL;
   if (r == -EINTR) {
     shm_fail(x->s, EINTR, "wait", "fence", "a signal arrived", "wait again");

@@ -17,33 +17,51 @@ static int signal_pending(const sigset_t *blocked) {
   return 0;
 }
 
+#define LIGHT_SLEEPS 4 /* a sleep that follows so many on the same word, all ended by ticks, is deep (ticker.c) */
+
+/* The last sleep of this thread, if nothing had changed when it ended, and how many such a tick has ended, one after another. */
+static _Thread_local struct {
+  a32 *word;
+  int ticks;
+  int64_t since; /* about when the first of these ticks came */
+} last;
+
+/* When a sleep ticks by itself, -1: never. alone: the ticker does not know of it. */
+static int64_t own_tick(Shm *s, int ticks, int alone) {
+  if (!alone && ticks < LIGHT_SLEEPS) return -1; /* the time costs something */
+  int64_t now = now_ns();
+  if (alone) return now + TICK_NS;
+  /* The wait is to be logged then (shm_lasts), and among many sleepers a turn comes rarely. */
+  int64_t left = s->slow_ns - (now - last.since);
+  return left > -TICK_NS && left < 1ll << 60 ? now + left + TICK_NS : -1;
+}
+
 int shm_sleep(Shm *s, a32 *word, uint32_t expected, int64_t until, int kind, uint64_t value) {
-  int64_t limit = -1;
-  if (until >= 0) {
-    limit = until - now_ns();
-    if (limit <= 0) return SLEEP_AGAIN;
-  }
-  uint32_t before = ticker_ticks();
-  int slot = sleeper_enter(word), alone = 0;
-  if (slot < 0 && (limit < 0 || limit > TICK_NS)) { /* the ticker does not know of this sleep: it ticks by itself */
-    limit = TICK_NS;
-    alone = 1;
-  }
-  struct timespec t = {limit / 1000000000, limit % 1000000000};
+  if (until >= 0 && now_ns() >= until) return SLEEP_AGAIN;
+  int ticks = last.word == word ? last.ticks : 0, alone;
+  ticker_file file = {s->fd, s->id.dev, s->id.ino};
+  int slot = sleeper_enter(word, expected, &file, ticks < LIGHT_SLEEPS, &alone);
+  int64_t own = own_tick(s, ticks, alone);
+  alone = own >= 0 && (until < 0 || own < until);
+  if (alone) until = own;
+  struct timespec t = {until / 1000000000, until % 1000000000};
   long r;
   int err, tick, signaled;
+  uint32_t moves = s->moves;
   sigset_t all, old;
   Py_BEGIN_ALLOW_THREADS
-  r = futex(word, FUTEX_WAIT, expected, limit < 0 ? NULL : &t);
+  r = syscall(SYS_futex, word, FUTEX_WAIT_BITSET, expected, until < 0 ? NULL : &t, NULL, sleeper_bits(slot));
   err = errno;
   signaled = r < 0 && err == EINTR;
-  tick = ticker_ticks() != before || (alone && r < 0 && err == ETIMEDOUT);
+  tick = (slot >= 0 && sleeper_leave(slot)) || (alone && r < 0 && err == ETIMEDOUT);
   if (tick && !signaled) { /* The GIL may take long to come: a signal in that time must end the sleep like one before it. */
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &old);
   }
   Py_END_ALLOW_THREADS
-  if (slot >= 0) sleeper_leave(slot);
+  if (tick && !ticks) last.since = now_ns();
+  last.ticks = ticks + (tick && ticks < LIGHT_SLEEPS);
+  last.word = s->moves == moves && atomic_load(word) == expected ? word : NULL;
   if (tick && !signaled) {
     signaled = signal_pending(&old);
     pthread_sigmask(SIG_SETMASK, &old, NULL);
@@ -96,3 +114,36 @@ double remaining_s(int64_t until) {
   int64_t left = until - now_ns();
   return left > 0 ? left / 1e9 : 1e-9;
 }
+
+/* ---- functions ---- */
+
+static PyObject *closes_heard(PyObject *module, PyObject *unused) { return PyLong_FromUnsignedLong(ticker_closes()); }
+
+static PyObject *hurry(PyObject *module, PyObject *unused) {
+  ticker_hurry();
+  Py_RETURN_NONE;
+}
+
+static PyObject *hears_closes(PyObject *module, PyObject *arg) {
+  uint32_t fd;
+  int error, r;
+  if (arg_u32(arg, &fd)) return NULL;
+  Py_BEGIN_ALLOW_THREADS
+  r = ticker_try((int)fd, &error);
+  Py_END_ALLOW_THREADS
+  if (!r && error) {
+    errno = error;
+    return PyErr_SetFromErrno(PyExc_OSError);
+  }
+  return PyBool_FromLong(r);
+}
+
+static PyMethodDef functions[] = {
+    METHOD(closes_heard, METH_NOARGS, "($module, /)",
+           "Return a number that changes with each tick that came because the kernel told of the end of a life."),
+    METHOD(hurry, METH_NOARGS, "($module, /)", "Let the threads that wait tick soon, because no close will tell what they wait for."),
+    METHOD(hears_closes, METH_O, "($module, fd, /)",
+           "Return whether a thread hears that the file is closed, as the one that ticks does. OSError: what it needs is refused."),
+    {0}};
+
+int sleep_register(PyObject *module) { return PyModule_AddFunctions(module, functions); }

@@ -32,4 +32,6 @@ int parse_timeout(Shm *s, PyObject *obj, int64_t *until, const char *op);
 
 /* Seconds until then, never 0: what a successful wait returns. */
 double remaining_s(int64_t until);
+
+int sleep_register(PyObject *module);
 #endif

@@ -86,8 +86,8 @@ def waits(parent: Parent, beside: Callable[[TimelineSemaphore, Parent], Any], ti
     (sem,) = dmabuf.recv(parent.sock)
     real = semaphores.nobody_left
 
-    def look(file: SharedFile, domain: dmabuf.Domain) -> bool:
-        answer = real(file, domain)
+    def look(file: SharedFile, domain: dmabuf.Domain, listening: int) -> bool:
+        answer = real(file, domain, listening)
         parent.send(answer)
         return answer
 
@@ -124,10 +124,10 @@ def waits_beside(parent: Parent) -> str:
     (sem,) = dmabuf.recv(parent.sock)
     real = semaphores.nobody_left
 
-    def look(file: SharedFile, domain: dmabuf.Domain) -> bool:
+    def look(file: SharedFile, domain: dmabuf.Domain, listening: int) -> bool:
         parent.send("looks")
         parent.recv()
-        return real(file, domain)
+        return real(file, domain, listening)
 
     semaphores.nobody_left = look  # type: ignore[attr-defined]
     sem.wait(1, for_submit=True)

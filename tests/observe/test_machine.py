@@ -110,6 +110,22 @@ def test_inotify_that_is_refused_is_missing_but_not_required(monkeypatch: pytest
     assert named(checks(), "inotify").status == MISSING
 
 
+def test_deaths_that_nobody_can_hear_of_are_looked_for_more_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = named(checks(), "deaths")
+    assert (found.status, found.required, found.remedy) == (OK, False, "")
+
+    def refused(fd: int) -> bool:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(machine, "hears_closes", refused)
+    found = named(checks(), "deaths")
+    assert (found.status, found.required) == (WARNING, False)
+    assert "25 times a second, because it can't hear of them (EMFILE" in found.detail
+    assert "fs.inotify.max_user_instances" in found.remedy
+    monkeypatch.setattr(machine, "hears_closes", lambda fd: False)
+    assert named(checks(), "deaths").status == WARNING
+
+
 def test_a_directory_that_others_may_read_is_no_domain(tmp_path: Path) -> None:
     tmp_path.chmod(0o755)
     check = named(checks(domain_path=tmp_path), "domain")

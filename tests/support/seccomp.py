@@ -7,10 +7,21 @@ import struct
 
 import pytest
 
-_CALLS = ("memfd_create", "fallocate", "ftruncate", "socket", "fchmod", "getdents64", "prlimit64", "pread64")
+_CALLS = (
+    "memfd_create",
+    "fallocate",
+    "ftruncate",
+    "socket",
+    "fchmod",
+    "getdents64",
+    "prlimit64",
+    "pread64",
+    "inotify_init1",
+    "close_range",
+)
 _NUMBERS = {  # asm/unistd.h
-    "x86_64": dict(zip(_CALLS, (319, 285, 77, 41, 91, 217, 302, 17), strict=True)),
-    "aarch64": dict(zip(_CALLS, (279, 47, 46, 198, 52, 61, 261, 67), strict=True)),
+    "x86_64": dict(zip(_CALLS, (319, 285, 77, 41, 91, 217, 302, 17, 294, 436), strict=True)),
+    "aarch64": dict(zip(_CALLS, (279, 47, 46, 198, 52, 61, 261, 67, 26, 436), strict=True)),
 }
 _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS, _FILTER = 22, 38, 2
 _LOAD, _JUMP_EQUAL, _RETURN = 0x20, 0x15, 0x06  # linux/bpf_common.h

@@ -36,6 +36,8 @@ from dmabuf._native import (
     Shm,
     TimelineSlot,
     WeakValues,
+    closes_heard,
+    hurry,
     owned,
     probe_fd,
     unraisable,
@@ -86,6 +88,7 @@ class Domain:
         self._free_ctx: list[int] = []
         self._free_timelines: list[int] = []
         self._closed_timelines: list[int] = []
+        self._heard = closes_heard()
         me = weakref.ref(self)
         self.retries = Retries(lambda: domain.shm.life if (domain := me()) is not None else 0, TICK_NS / 1e9)
         # What the layers above keep for this domain in this process (domain/local.py). A forked child starts with nothing.
@@ -347,7 +350,7 @@ class Domain:
         self.leave_hooks.add(name, hook)
 
     def tick(self, kind: int, value: int) -> None:
-        """Reap the dead and call the hooks, because a wait has lasted another 40 ms or a poll came after that time. A hook may raise."""
+        """Reap the dead and call the hooks: a wait has ticked, or a poll came long after the last look. A hook may raise."""
         with contextlib.suppress(OSError):  # the error has nothing to do with the wait; the next tick, or another process, tries again
             if kind == TICK_CHECK:  # value: a life that the waiter is about to yield to
                 index = lives.index_of(value)
@@ -361,12 +364,16 @@ class Domain:
         self.tick_hooks(kind, value)
 
     def sweep_if_due(self) -> None:
-        """Reap the dead if no process has done so within this tick. The process that moves the shared time forward does it."""
+        """Reap the dead if no process has done so within this tick. The process that moves the shared time forward does it.
+
+        After news of a death each process looks by itself: the death may have come after the last look.
+        """
         shm = self.shm
-        last, now = shm.load64(OFF_SWEEP), time.monotonic_ns()  # in this order: time only grows
-        if 0 <= now - last < TICK_NS * 9 // 10:
+        last, now, heard = shm.load64(OFF_SWEEP), time.monotonic_ns(), closes_heard()  # in this order: time only grows
+        if heard == self._heard and 0 <= now - last < TICK_NS * 9 // 10:
             return
-        if shm.cas64(OFF_SWEEP, last, now):
+        if shm.cas64(OFF_SWEEP, last, now) or heard != self._heard:
+            self._heard = heard
             self.reap_dead()
             shm.sync_wake_missed()
 
@@ -374,7 +381,10 @@ class Domain:
         """Reap every life whose process is gone. Return how many."""
         shm = self.shm
         mine = lives.index_of(shm.life) if shm.life else -1
-        count = sum(lives.reap(shm, i, self.forget_socket) for i in lives.alive_slots(shm) if i != mine and not lives.is_alive(shm, i))
+        dead = [i for i in lives.alive_slots(shm) if i != mine and not lives.is_alive(shm, i)]
+        count = sum(lives.reap(shm, i, self.forget_socket) for i in dead)
+        if count < len(dead):  # another process reaps it, a thread of it still runs, or something could not be done now
+            hurry()
         if count:
             self.wake_sync_files()
         return count

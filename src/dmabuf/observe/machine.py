@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dmabuf._native import OwnedFd, owned, watch_add, watch_open, watch_read
+from dmabuf._native import OwnedFd, hears_closes, owned, watch_add, watch_open, watch_read
 from dmabuf.domain import peers, place, proved
 from dmabuf.domain.limits import listed
 from dmabuf.domain.records import reference_locks
@@ -58,7 +58,7 @@ def checks(
     ``domain_path``: None for this user's domain. ``dev``, ``proc``, ``parameters``: for tests.
     """
     found = [_kernel(), _proc(proc), _memfd(), _locks(proc), _domain(domain_path) if domain_path else _default_domain(), *_memory()]
-    found += [_descriptors(), _inotify(), _namespace(proc), _pid_namespace(proc), _cpus()]
+    found += [_descriptors(), _inotify(), _deaths(), _namespace(proc), _pid_namespace(proc), _cpus()]
     found.append(_udmabuf(dev / "udmabuf", parameters))
     found.extend(_devices(dev, "dma_heap", "dma_heap/*", "dma-buf heaps", "use a kernel with CONFIG_DMABUF_HEAPS_SYSTEM"))
     found.extend(_devices(dev, "dri", "dri/card*", "GPU buffers", "load a GPU's driver, or: modprobe vgem", "dri/renderD*"))
@@ -193,6 +193,20 @@ def _inotify() -> Check:
     if not noticed:
         return Check("inotify", MISSING, False, "the end of a buffer is noticed later (no event comes)", remedy)
     return Check("inotify", OK, False, "the end of a buffer is noticed at once")
+
+
+def _deaths() -> Check:
+    """Check how a waiter hears that a process died. The file system of the domain may still make a difference."""
+    slow = "a waiting process looks for deaths 25 times a second, because it can't hear of them"
+    remedy = "allow close_range and inotify in the sandbox, or raise fs.inotify.max_user_instances"
+    try:
+        with owned(os.memfd_create, "dmabuf-doctor", os.MFD_CLOEXEC) as own:
+            heard = hears_closes(own.number)
+    except OSError as e:
+        return Check("deaths", WARNING, False, f"{slow} ({errno_name(e.errno or 0)}: {e.strerror})", remedy)
+    if not heard:
+        return Check("deaths", WARNING, False, f"{slow} (no event comes)", "use a kernel with CONFIG_INOTIFY_USER")
+    return Check("deaths", OK, False, "a waiting process hears of them at once (inotify), and looks for them twice a second")
 
 
 # ---- limits ----

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import time
 from collections.abc import Callable, Iterable
 
 from dmabuf._native import OFF_CONTEXT, Fence
@@ -49,18 +50,25 @@ def wait_any(fences: Iterable[DmaFence], timeout: float | None = None, *, interr
     if timeout == 0:
         index = next((i for i, fence in enumerate(found) if fence.is_signaled()), None)
         return index, 0.0 if index is None else 1e-9
+    index = wait_until(found, until, interruptible)
+    return (None, 0.0) if index is None else (index, seconds_left(until))
+
+
+def wait_until(found: tuple[DmaFence, ...], until: int, interruptible: bool, go_on: Callable[[], bool] | None = None) -> int | None:
+    """Wait as :func:`wait_any` does, until a CLOCK_MONOTONIC time in ns (-1: no limit). Return the index, None when the time is over.
+
+    ``go_on``: called at each tick of the wait, which ends when it returns False. It may raise.
+    """
     check_callbacks(found, found[0].domain, "wait_any", f"{len(found)} fences")
     index, answer = None, 1
     while index is None and answer > 0:  # again if this process has left the domain meanwhile, which ends the fence that it sleeps on
-        index, answer = _sleep(found, until, interruptible)
-    if index is not None:
-        return index, seconds_left(until)
-    if answer < 0:
+        index, answer = _sleep(found, until, interruptible, go_on)
+    if answer < 0 and index is None:
         raise fail(errno.EINTR, "wait_any", f"{len(found)} fences", "wait again", what="interrupted by a signal")
-    return None, 0.0
+    return index
 
 
-def _sleep(found: tuple[DmaFence, ...], until: int, interruptible: bool) -> tuple[int | None, int]:
+def _sleep(found: tuple[DmaFence, ...], until: int, interruptible: bool, go_on: Callable[[], bool] | None) -> tuple[int | None, int]:
     """Return the index of the first fence that is signaled, if one is, and what ``Shm.fence_wait`` returned."""
     # It sleeps on a fence of this process, which whichever of the others comes first signals. So the sleep is one futex, and everything
     # that ends a sleep ends this one.
@@ -79,7 +87,9 @@ def _sleep(found: tuple[DmaFence, ...], until: int, interruptible: bool) -> tupl
         ended = _listen(found, wake, watched)
         if ended is not None:
             return ended, 1
-        answer = shm.fence_wait(first.handle, until, interruptible)
+        answer = shm.fence_wait(first.handle, until, interruptible, go_on is not None)
+        while not answer and go_on is not None and (until < 0 or time.monotonic_ns() < until) and go_on():
+            answer = shm.fence_wait(first.handle, until, interruptible, True)
     finally:
         _forget(watched, stands_for)
     return next((i for i, fence in enumerate(found) if answer and _signaled(fence)), None), answer

@@ -7,19 +7,14 @@ and the holder, who needs one before it unlocks, would wait for them.
 
 from __future__ import annotations
 
-import errno
 import os
 import threading
-import time
-from functools import partial
 
-from dmabuf._native import TICK_RESV
+from dmabuf._native import hurry
 from dmabuf.core.resv.lock import ResvLock, record_of
 from dmabuf.core.task.owner import current
 from dmabuf.core.task.pause import Pause
 from dmabuf.core.task.waiting import pause
-from dmabuf.domain import slow_waits
-from dmabuf.domain.domain import TICK_NS
 from dmabuf.domain.forks import fork_lock
 
 _guard = fork_lock()
@@ -29,8 +24,8 @@ _waiting: dict[ResvLock, dict[Pause, None]] = {}  # the locks that have a thread
 async def until_free(resv: ResvLock, timeout: float | None) -> bool:
     """Sleep until the lock was free for a moment, at most ``timeout`` seconds. Return False when the time was over first.
 
-    A canceled task leaves nothing registered. If no other task waits, the thread then ends within a tick. Raises RuntimeError if no thread
-    can be started.
+    A canceled task leaves nothing registered. If no other task waits, the thread then ends at a tick. Raises RuntimeError if no thread can
+    be started.
     """
     stop = pause()
     with _guard:
@@ -47,26 +42,47 @@ async def until_free(resv: ResvLock, timeout: float | None) -> bool:
     finally:
         with _guard:
             stops.pop(stop, None)
+            if not stops:
+                hurry()
+
+
+class _Unwanted(Exception):
+    """No task waits for the lock any more."""
+
+
+class _Thread(threading.local):
+    """The tasks for which the running thread waits."""
+
+    stops: dict[Pause, None] | None = None
+
+
+_thread = _Thread()
+
+
+def _look(_: int, __: int) -> None:
+    if _thread.stops is not None and not _thread.stops:
+        raise _Unwanted
 
 
 def _wait(resv: ResvLock, stops: dict[Pause, None]) -> None:
-    """Take the lock and release it, in slices of a tick until no task waits for it."""
+    """Take the lock and release it, unless a tick finds that no task waits for it."""
     error: BaseException | None = None
     ended: list[Pause] = []
-    over, wait = False, slow_waits.Wait()
+    over, _thread.stops = False, stops
+    resv.domain.tick_hooks.ensure("locks", _look)
     while not over:
+        over = True
         try:
             owner = current(resv.domain)
             shm, index = record_of(resv).at()
-            answer = shm.resv_lock(index, owner.word, 0, False, False, time.monotonic_ns() + TICK_NS)
-            if answer >= 0:
+            if shm.resv_lock(index, owner.word, 0, False, False, -1) >= 0:
                 shm.resv_unlock(index, owner.word)
-            else:
-                wait.look(resv.domain, partial(_holder, resv))
+        except _Unwanted:
+            over = False
         except BaseException as e:
-            error, answer = e, 0
+            error = e
         with _guard:
-            over = answer != -errno.ETIMEDOUT or not stops
+            over = over or not stops
             if over:
                 if _waiting.get(resv) is stops:
                     del _waiting[resv]
@@ -74,11 +90,6 @@ def _wait(resv: ResvLock, stops: dict[Pause, None]) -> None:
     for stop in ended:
         stop.end(error)
     del error
-
-
-def _holder(resv: ResvLock) -> str:
-    shm, index = record_of(resv).at()
-    return slow_waits.named(resv.domain, TICK_RESV, shm.resv_owner(index))
 
 
 os.register_at_fork(after_in_child=_waiting.clear)  # a fork takes no thread along

@@ -17,11 +17,11 @@ from __future__ import annotations
 import builtins
 import contextlib
 import errno
-import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 from dmabuf._native import FF_ANYBODY, OFF_CONTEXT, finish
@@ -30,7 +30,7 @@ from dmabuf.core.fence.array import DmaFenceArray
 from dmabuf.core.fence.fence import DmaFence, unbound_timeline, wrap
 from dmabuf.core.fence.stub import private_stub
 from dmabuf.core.fence.unwrap import leaves_of
-from dmabuf.core.fence.wait_any import wait_any
+from dmabuf.core.fence.wait_any import wait_until
 from dmabuf.core.sync.eventfd_notice import EventfdNotice, deferring, duplicate
 from dmabuf.core.sync.semaphore_file import CONTENT, SemaphoreFile
 from dmabuf.core.sync.semaphore_state import TIMELINE, Leaf, checked_point, leaves_at
@@ -135,8 +135,8 @@ class TimelineSemaphore(SharedObject):
         """Return True if a fence that :meth:`_blocking` returned stands for a submission."""
         return bool(fence.flags & FF_ANYBODY) and fence.handle == self._event()
 
-    def _nobody_left(self) -> bool:
-        return nobody_left(self._file, self.domain)
+    def _nobody_left(self, listening: int = 0) -> bool:
+        return nobody_left(self._file, self.domain, listening)
 
     def _blocking(self, point: int, operation: str, *, for_submit: bool, available: bool) -> DmaFence | None:
         """Return the fence to wait for next, None when there is none. Raises EINVAL if the point has no fence, EBADF if it was closed."""
@@ -354,15 +354,15 @@ class TimelineSemaphore(SharedObject):
         """
         self._check("wait")
         until = -1 if timeout is None else monotonic_deadline(timeout, "wait", self)
-        shm, wait, looks = self.domain.join(), self._points.wait, None
+        shm, wait, looks, goes_on = self.domain.join(), self._points.wait, None, True
         while True:
-            left = wait(shm, point, until, for_submit or available, interruptible)
+            left = wait(shm, point, until if goes_on else 1, for_submit or available, interruptible)  # 1 is past
             if left:  # until then, the fence doesn't have to be asked for
-                return left
-            if left is not None or self._points.value() < 0:
+                return left if goes_on else seconds_left(until)
+            if (goes_on and left is not None) or self._points.value() < 0:
                 break  # the record says more
             self._check("wait")
-            (looks := looks or Looks(self.domain)).look([self._nobody_left], self)
+            goes_on = (looks := looks or Looks(self.domain)).look([self._nobody_left], self)
         if timeout is not None:
             timeout = max(0.0, (until - time.monotonic_ns()) / 1e9)
         return wait_semaphores([self], [point], timeout, for_submit=for_submit, available=available, interruptible=interruptible)[1]
@@ -480,13 +480,20 @@ def wait_semaphores(
             blocking.append((semaphore, fence))
         if not blocking:
             return 0, seconds_left(until)
-        left = math.inf if until < 0 else max(0.0, (until - time.monotonic_ns()) / 1e9)
-        if not left:
+        if 0 <= until <= time.monotonic_ns():
             raise fail(errno.ETIME, "wait", named, "wait longer, or see with query() which one is late", what="timed out")
         waits = blocking[:1] if all else blocking
+        go_on = None
         if looks is not None and builtins.all(semaphore._is_submission(fence) for semaphore, fence in waits):
-            left = min(left, looks.look([semaphore._nobody_left for semaphore, _ in waits], waits[0][0] if all else named))
-        wait_any([fence for _, fence in waits], None if left == math.inf else left, interruptible=interruptible)
+            look = partial(_look, looks, [semaphore for semaphore, _ in waits], waits[0][0] if all else named)
+            if not look(0):
+                continue
+            go_on = partial(look, len(waits))
+        wait_until(tuple(fence for _, fence in waits), until, interruptible, go_on)
+
+
+def _look(looks: Looks, semaphores: list[TimelineSemaphore], what: object, listening: int) -> bool:
+    return looks.look([partial(semaphore._nobody_left, listening) for semaphore in semaphores], what)
 
 
 def _held(semaphore: TimelineSemaphore, operation: str) -> TimelineSemaphore:

@@ -27,7 +27,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Final
 
-from dmabuf._native import FF_ANYBODY, OFF_CONTEXT, Bracket, step
+from dmabuf._native import FF_ANYBODY, OFF_CONTEXT, Bracket, hurry, step
 from dmabuf.core.fence.fence import KNOWN, DmaFence, Origin, flagged, register, wrap
 from dmabuf.core.fence.timeline import Timeline, inherited, slot_of
 from dmabuf.core.sync.shared_object import SharedObject
@@ -378,6 +378,7 @@ class _Guard:
 
     def tick(self, _: int, __: int) -> None:
         """Signal the fences if no process has a descriptor of the timeline."""
+        hurry()  # who closes it may live on
         self._do(self._signal_if_last)
 
     def _do(self, step: Callable[[], None]) -> None:
