@@ -109,7 +109,6 @@ static int add_constants(PyObject *module) {
       VALUE(LIFE_ALIVE),
       HEADER(OFF_FLOOR, floor),
       HEADER(OFF_BOOT, boot),
-      VALUE(TL_NOBODY),
       VALUE(CH_NONE),
       VALUE(CH_LIFE),
       VALUE(CH_FENCE),
@@ -137,7 +136,6 @@ static int add_constants(PyObject *module) {
       VALUE(TICK_FENCE),
       VALUE(TICK_RESV),
       VALUE(TICK_TABLE),
-      VALUE(TICK_DOORBELL),
       VALUE(TICK_POLL),
       VALUE(TICK_CHECK),
   };
