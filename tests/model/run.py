@@ -175,6 +175,36 @@ def _stream_models() -> Iterator[Run]:
     yield Run(stream, "frames with fences, latest reader; one dies, two frames", "LATEST=1 FENCES=1 KILLS=1", long=True)
     yield Run(stream, "frames with fences, queue reader and a foreign program", "QUEUE=1 FENCES=1 FOREIGN=1", long=True)
 
+    group = "stream_group"
+    yield Run(group, "two members, three frames", "FRAMES=3")
+    yield Run(group, "two members, no run without an end", "FRAMES=2", cycles=True)
+    yield Run(group, "two members and a foreign writer", "FRAMES=2 FOREIGN=1")
+    yield Run(group, "two members join", "JOIN=1 FRAMES=3")
+    yield Run(group, "an in-order reader of a stream that drops, no run without an end", "DROP=1 FRAMES=3", cycles=True)
+    yield Run(group, "an in-order reader, three slots, five frames", "DROP=1 N=3 FRAMES=5")
+    yield Run(group, "an in-order reader and a foreign writer", "DROP=1 FRAMES=2 FOREIGN=1")
+    yield Run(group, "an in-order reader; one dies", "DROP=1 FRAMES=2 KILLS=1")
+    yield Run(group, "redelivery, no run without an end", "REDELIVER=1 FRAMES=2", cycles=True)
+    yield Run(group, "redelivery; a member dies with a frame", "REDELIVER=1 FRAMES=2 KILLS=1 MORTAL=2 KILL_USING=1")
+    yield Run(
+        group, "redelivery; a member dies with a frame, three frames", "REDELIVER=1 FRAMES=3 KILLS=1 MORTAL=2 KILL_USING=1", long=True
+    )
+    yield Run(group, "redelivery; a member dies", "REDELIVER=1 FRAMES=2 KILLS=1 MORTAL=2", long=True)
+    yield Run(group, "redelivery; the producer dies", "REDELIVER=1 FRAMES=2 KILLS=1 MORTAL=1", long=True)
+    yield Run(group, "two members join; one dies, and the reaper", "JOIN=1 FRAMES=2 KILLS=1 MORTAL=2 REAPER_KILLS=1", long=True)
+    yield Run(group, "two members join, redelivery; one dies", "JOIN=1 REDELIVER=1 FRAMES=2 KILLS=1 MORTAL=2", long=True)
+    yield Run(group, "two members; one dies", "FRAMES=2 KILLS=1", long=True)
+    yield Run(group, "an in-order reader and a foreign writer; one dies", "DROP=1 FRAMES=2 FOREIGN=1 KILLS=1", long=True)
+
+    asked = "stream_asked"
+    yield Run(asked, "one asks, one awaits", "ASKERS=1 FRAMES=1")
+    yield Run(asked, "two ask, no run without an end", "AWAIT=0 TURNS=0", cycles=True)
+    yield Run(asked, "two ask, another user wakes", "AWAIT=0")
+    yield Run(asked, "two ask; one dies", "AWAIT=0 TURNS=0 FRAMES=1 KILLS=1")
+    yield Run(asked, "one asks, one awaits; one dies", "ASKERS=1 FRAMES=1 KILLS=1", long=True)
+    yield Run(asked, "two ask, one awaits", "FRAMES=1", long=True)
+    yield Run(asked, "two ask; two die", "AWAIT=0 TURNS=0 FRAMES=2 KILLS=2", long=True)
+
 
 def _control(model: str, number: int, name: str, defines: str, finds: str, cycles: bool = False, long: bool = False) -> Run:
     return Run(model, f"{number:2} {name}", f"{defines} BUG={number}", finds, cycles, long)
@@ -230,6 +260,39 @@ def _stream_controls() -> Iterator[Run]:
     yield control(42, "a foreign program doesn't wait for a frame's fence", "FOREIGN=1 FENCES=1", ASSERTION)
     yield control(43, "a queue reader doesn't wait for a frame's fence", "QUEUE=1 FENCES=1", ASSERTION)
     yield control(44, "a latest reader doesn't wait for a frame's fence", "LATEST=1 FENCES=1", ASSERTION)
+
+    control = partial(_control, "stream_group")
+    dies = "KILLS=1 MORTAL=2"
+    uses = f"REDELIVER=1 {dies} KILL_USING=1"
+    yield control(1, "the producer looks at claims before cursors", "FRAMES=4", ASSERTION)
+    yield control(2, "the claim after the cursor has moved", "FRAMES=4", ASSERTION)
+    yield control(3, "the reaper leaves a member's place", "KILLS=1 FRAMES=1", ASSERTION)
+    yield control(4, "an in-order reader doesn't look at the state", "DROP=1 N=3 FRAMES=5", ASSERTION)
+    yield control(5, "the producer doesn't look at claims after its mark", "DROP=1 N=3 FRAMES=5", ASSERTION)
+    yield control(6, "joining without the lock", "JOIN=1 FRAMES=2", ASSERTION)
+    yield control(7, "joining looks for others, and then takes its place", "JOIN=1 FRAMES=3", ASSERTION)
+    yield control(8, "the reaper unlocks before it clears the place", f"JOIN=1 FRAMES=1 {dies} KILL_JOINING=1 REDELIVER=1", ASSERTION)
+    yield control(9, "joining doesn't look at the head again", "JOIN=1 FRAMES=3", ASSERTION)
+    yield control(10, "the reaper drops claims before it keeps their frames", f"{uses} FRAMES=2", ASSERTION)
+    yield control(11, "a frame is taken for redelivery before it is claimed", f"{uses} FRAMES=3", ASSERTION)
+    yield control(12, "the producer doesn't compare the count of hops", f"{uses} FRAMES=3", ASSERTION)
+    yield control(13, "a frame that is taken for redelivery isn't counted", f"{uses} FRAMES=3", ASSERTION)
+    yield control(14, "a member ends while another one holds a frame", f"{uses} FRAMES=2", ASSERTION)
+    yield control(16, "releasing doesn't wake members that wait for the end", "REDELIVER=1 FRAMES=2", BLOCKED)
+    yield control(20, "an in-order reader doesn't look for a foreign writer", "DROP=1 FOREIGN=1 FRAMES=3", ASSERTION)
+
+    control = partial(_control, "stream_asked")
+    yield control(1, "the bit isn't set again for a fence that stays pending", "ASKERS=1 AWAIT=0", BLOCKED)
+    yield control(2, "the bit is set again, without another look", "ASKERS=1 AWAIT=0", BLOCKED)
+    yield control(3, "an asker doesn't look again", "ASKERS=1 AWAIT=0", BLOCKED)
+    yield control(4, "an asker sets the bit before its fence can be found", "ASKERS=1 AWAIT=0", BLOCKED)
+    yield control(5, "the dispatcher's bit after the wake word's", "ASKERS=0", BLOCKED)
+    yield control(6, "the doorbell is read after the bits are set", "ASKERS=0", BLOCKED)
+    yield control(7, "a fence is stored over one that is pending", "AWAIT=0 TURNS=0", BLOCKED)
+    yield control(8, "a fence for another frame is shared", "AWAIT=0 TURNS=0", ASSERTION)
+    yield control(9, "nobody asks again when the owner has died", "AWAIT=0 TURNS=0 FRAMES=1 KILLS=1", ASSERTION)
+    yield control(10, "a tick doesn't look at the slot", "ASKERS=1 AWAIT=0 TURNS=0 FRAMES=1 KILLS=1", BLOCKED)
+    yield control(11, "the reaper leaves a dead asker's fence", "AWAIT=0 TURNS=0 FRAMES=1 KILLS=1", ASSERTION)
 
 
 def _controls() -> Iterator[Run]:
@@ -359,7 +422,7 @@ def _output(command: Sequence[str], where: Path, seconds: float = RUN_S) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.model.run", description="Check the models of the domain's protocol with Spin.")
     parser.add_argument("models", nargs="*", metavar="MODEL", help=f"only these, of {', '.join(MODELS)}")
-    parser.add_argument("--long", action="store_true", help="the larger searches too, which take about ten minutes more")
+    parser.add_argument("--long", action="store_true", help="the larger searches too, which take about half an hour more")
     parser.add_argument("--jobs", type=int, default=JOBS, metavar="N", help="searches at a time")
     options = parser.parse_args()
     if unknown := set(options.models) - set(MODELS):
