@@ -99,7 +99,6 @@ static int add_constants(PyObject *module) {
       LIFE(LIFE_DOORBELL, doorbell),
       LIFE(LIFE_SERVED, served),
       LIFE(LIFE_UID, uid),
-      LIFE(LIFE_JOINED, joined),
       LIFE(LIFE_COMM, comm),
       NAMED(LIFE_BYTES, sizeof(db_life)),
       VALUE(LIFE_BYTE),

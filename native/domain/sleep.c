@@ -124,6 +124,11 @@ static PyObject *hurry(PyObject *module, PyObject *unused) {
   Py_RETURN_NONE;
 }
 
+static PyObject *rest(PyObject *module, PyObject *unused) {
+  ticker_stop();
+  Py_RETURN_NONE;
+}
+
 static PyObject *hears_closes(PyObject *module, PyObject *arg) {
   uint32_t fd;
   int error, r;
@@ -142,6 +147,7 @@ static PyMethodDef functions[] = {
     METHOD(closes_heard, METH_NOARGS, "($module, /)",
            "Return a number that changes with each tick that came because the kernel told of the end of a life."),
     METHOD(hurry, METH_NOARGS, "($module, /)", "Let the threads that wait tick soon, because no close will tell what they wait for."),
+    METHOD(rest, METH_NOARGS, "($module, /)", "End the thread that ticks, unless a thread waits. The next wait starts it again."),
     METHOD(hears_closes, METH_O, "($module, fd, /)",
            "Return whether a thread hears that the file is closed, as the one that ticks does. OSError: what it needs is refused."),
     {0}};

@@ -24,6 +24,7 @@
 #include <sys/inotify.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
+#include <sys/signalfd.h>
 #include <sys/stat.h>
 
 #ifndef SYS_close_range
@@ -62,6 +63,9 @@ static sleeper sleepers[SLEEPERS];
 static a32 being_filled;
 static file files[FILES]; /* those that the ticker listens to */
 static a32 closes, parked;
+static a32 ends; /* the thread is to end */
+static pthread_t thread;
+static ai32 thread_id;
 static a32 deep;  /* the ticker is in a deep sleep, or about to be */
 static a32 light; /* a sleep is light, and the ticker has not seen that yet */
 
@@ -236,7 +240,7 @@ static void park(void) {
   int busy = 0;
   atomic_store(&parked, 1);
   for (int i = 0; i < SLEEPERS; i++) busy |= atomic_load(&sleepers[i].word) != NULL;
-  while (!busy && atomic_load(&parked)) futex(&parked, FUTEX_WAIT_PRIVATE, 1, NULL);
+  while (!busy && !atomic_load(&ends) && atomic_load(&parked)) futex(&parked, FUTEX_WAIT_PRIVATE, 1, NULL);
   atomic_store(&parked, 0);
 }
 
@@ -270,18 +274,27 @@ static int listen_anew(int inotify) {
   return listen_alone();
 }
 
+/* Ends a poll: SIGURG, which this thread blocks, and which only ticker_stop() sends to it. -1: only the time ends one. */
+static int listen_to_stop(int inotify) {
+  sigset_t urgent;
+  sigemptyset(&urgent);
+  sigaddset(&urgent, SIGURG);
+  return inotify < 0 ? -1 : signalfd(-1, &urgent, SFD_CLOEXEC); /* without inotify the table may be that of all */
+}
+
 static void *ticker(void *unused) {
   (void)unused;
   prctl(PR_SET_NAME, "dmabuf-tick");
-  int idle = 0, added, inotify = listen_anew(-1);
+  atomic_store(&thread_id, (int)syscall(SYS_gettid));
+  int idle = 0, added, inotify = listen_anew(-1), stop = listen_to_stop(inotify);
   int64_t due = clock_ns() + TICK_NS;
   looks after = {.due = INT64_MAX};
   listen_for_sleepers(inotify, &added);
-  for (;;) {
-    struct pollfd p = {.fd = inotify, .events = POLLIN};
+  while (!atomic_load(&ends)) {
+    struct pollfd p[] = {{.fd = inotify, .events = POLLIN}, {.fd = stop, .events = POLLIN}};
     int64_t left = (due < after.due ? due : after.due) - clock_ns();
     struct timespec t = {left > 0 ? left / 1000000000 : 0, left > 0 ? left % 1000000000 : 0};
-    int k = ppoll(&p, 1, &t, NULL) > 0 ? heard(inotify) : 0;
+    int k = ppoll(p, 2, &t, NULL) > 0 && p[0].revents ? heard(inotify) : 0;
     int64_t now = clock_ns();
     if (k < 0) { /* nobody knows what has come: listen again, and tick */
       inotify = listen_anew(inotify);
@@ -314,18 +327,17 @@ static void *ticker(void *unused) {
     }
     due = clock_ns() + (atomic_load(&deep) ? DEEP_NS : TICK_NS);
   }
-  return NULL;
+  return NULL; /* what is in a table of its own goes with it */
 }
 
-static int thread_start(pthread_t *thread, void *(*run)(void *), void *arg, int detached) {
+static int thread_start(pthread_t *started, void *(*run)(void *), void *arg) {
   pthread_attr_t attr;
   sigset_t all, old;
   sigfillset(&all);
   pthread_attr_init(&attr);
-  if (detached) pthread_attr_setdetachstate(&attr, PTHREAD_CREATE_DETACHED);
   pthread_attr_setstacksize(&attr, 65536);
   pthread_sigmask(SIG_SETMASK, &all, &old); /* signals are for Python's threads */
-  int r = pthread_create(thread, &attr, run, arg);
+  int r = pthread_create(started, &attr, run, arg);
   pthread_sigmask(SIG_SETMASK, &old, NULL);
   pthread_attr_destroy(&attr);
   return r;
@@ -338,8 +350,9 @@ static int ticker_start(void) {                                             /* T
   atomic_store(&deep, 0);
   atomic_store(&light, 0);
   state->number = (unsigned)getpid() * 2654435761u >> 16; /* a namespace's numbers may be those of another, in turn */
-  pthread_t thread;
-  int r = thread_start(&thread, ticker, NULL, 1);
+  atomic_store(&ends, 0);
+  atomic_store(&thread_id, 0);
+  int r = thread_start(&thread, ticker, NULL);
   if (!r) atomic_store(&state->running, 1);
   return r;
 }
@@ -374,16 +387,32 @@ static void *try_to_hear(void *arg) {
 int ticker_try(int fd, int *error) {
   trial x = {.fd = fd};
   char path[40];
-  pthread_t thread;
-  *error = thread_start(&thread, try_to_hear, &x, 0);
+  pthread_t trying;
+  *error = thread_start(&trying, try_to_hear, &x);
   if (*error) return 0;
   while (!atomic_load(&x.listens)) futex(&x.listens, FUTEX_WAIT_PRIVATE, 0, NULL);
   snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
   int own = open(path, O_RDWR | O_CLOEXEC);
   if (own >= 0) close(own);
-  pthread_join(thread, NULL);
+  pthread_join(trying, NULL);
   *error = x.error;
   return x.heard;
+}
+
+void ticker_stop(void) {
+  if (!atomic_load(&state->running)) return;
+  for (int i = 0; i < SLEEPERS; i++)
+    if (atomic_load(&sleepers[i].word)) return;
+  atomic_store(&ends, 1);
+  atomic_store(&parked, 0);
+  futex(&parked, FUTEX_WAKE_PRIVATE, 1, NULL);
+  int id = atomic_load(&thread_id);
+  if (id) syscall(SYS_tgkill, getpid(), id, SIGURG); /* before that it hasn't looked at `ends` yet */
+  pthread_join(thread, NULL);
+  id = atomic_load(&thread_id);
+  /* The kernel counts it for a moment longer, or on a busy machine for some milliseconds. */
+  for (int i = 0; i < 2000 && !syscall(SYS_tgkill, getpid(), id, 0); i++) usleep(50);
+  atomic_store(&state->running, 0);
 }
 
 uint32_t ticker_closes(void) { return atomic_load(&closes); }

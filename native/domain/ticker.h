@@ -24,6 +24,7 @@ typedef struct {
 int ticker_prepare(void);       /* before anything else here, once a process: 0, or -1 with errno */
 uint32_t ticker_closes(void);   /* how often sleepers were woken because a life had ended */
 void ticker_hurry(void);        /* something is in the way that no close will tell of: tick soon */
+void ticker_stop(void);         /* end the thread unless something sleeps; the next sleeper starts one. The caller holds the GIL */
 int ticker_try(int fd, int *e); /* Does a thread hear that a file is closed? 1; 0 with the errno of what is refused, 0: nothing came */
 
 /* Be woken at every tick. A slot, or -1: no room or no thread. `alone` says whether the caller must wake by itself after TICK_NS.

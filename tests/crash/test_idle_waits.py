@@ -17,7 +17,7 @@ from dmabuf._native import closes_heard
 from tests.support.children import Child, Parent, Spawn
 from tests.support.namespaces import program
 from tests.support.seccomp import needs_filters, refuse
-from tests.support.waiting import thread_state, until
+from tests.support.waiting import thread_state, until, until_asleep
 
 WINDOW_S = 1.5
 A_SECOND = 5  # wake-ups of all threads of a process that waits
@@ -239,3 +239,34 @@ def test_waiter_in_a_pid_namespace_hears_of_a_death_outside(child: Spawn) -> Non
         until_idle(pid)
         owner.kill()
         assert inside.line() == "well True"
+
+
+def ticks() -> bool:
+    """Whether the thread runs that ticks."""
+    return any(Path(f"/proc/self/task/{tid}/comm").read_text() == "dmabuf-tick\n" for tid in os.listdir("/proc/self/task"))
+
+
+def forks_between_waits(parent: Parent) -> list[bool]:
+    found = []
+    for _ in range(2):
+        (fence,) = dmabuf.recv(parent.sock)
+        parent.send("waits")
+        fence.wait()
+        found.append(ticks())
+        if not (pid := os.fork()):
+            os._exit(0)
+        found.append(ticks())
+        os.waitpid(pid, 0)
+    return found
+
+
+def test_fork_after_a_wait_finds_no_thread_of_the_wait(child: Spawn) -> None:
+    """Of which Python 3.12 would warn. The next wait starts it again."""
+    timeline, waiter = dmabuf.Timeline("here"), child(forks_between_waits)
+    for _ in range(2):
+        fence = timeline.fence()
+        dmabuf.send(waiter.sock, fence)
+        assert waiter.recv() == "waits"
+        until_asleep(waiter.pid)
+        fence.signal()
+    assert waiter.result() == [True, False] * 2

@@ -40,6 +40,7 @@ from dmabuf._native import (
     hurry,
     owned,
     probe_fd,
+    rest,
     unraisable,
 )
 from dmabuf.domain import lives, place, slow_waits
@@ -482,4 +483,5 @@ def _after_fork() -> None:
 
 
 atexit.register(_leave_all)
+os.register_at_fork(before=rest)  # Python warns of a fork with other threads, as this one is
 os.register_at_fork(before=lives.FORK_GUARD.acquire, after_in_parent=lives.FORK_GUARD.release, after_in_child=_after_fork)
