@@ -38,16 +38,19 @@ def counting_ticks() -> Iterator[list[int]]:
 
 
 def woken(once: Callable[[list[int]], int]) -> bool:
-    """Whether a wait ends without a tick. ``once`` waits once, and returns the number of ticks that came before what ends the wait."""
+    """Whether a wait ends without a tick. ``once`` waits once, and returns the number of ticks that came before the wait was seen."""
     with counting_ticks() as ticks:
         return any(once(ticks) == len(ticks) for _ in range(ROUNDS))
 
 
 def ended(wait: Callable[[], object], by: Callable[[], object], ticks: list[int]) -> int:
-    """Let a thread wait, and end the wait. Return the number of ticks that came before that."""
+    """Let a thread wait, and end the wait. Return the number of ticks that came before the thread was seen to sleep.
+
+    One that comes later counts as the end of the wait: the thread may still be busy with it, and look once more before it sleeps again.
+    """
     with Background(wait) as job:
-        job.until_blocked()
         before = len(ticks)
+        job.until_blocked()
         by()
         job.result()
     return before
@@ -90,8 +93,8 @@ def test_dispatcher_is_woken_by_the_signal_of_another_process(child: Spawn) -> N
         (fence,) = dmabuf.recv(other.sock)
         called = threading.Event()
         fence.add_callback(lambda _: called.set())
+        before = len(ticks)  # as in `ended`
         until_others_sleep()
-        before = len(ticks)
         other.send()
         called.wait()
         return before
