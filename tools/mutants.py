@@ -314,7 +314,7 @@ MUTANTS = (
             Change("  atomic_store(&s->own->life, 0);\n  s->own->hold.address", "  s->own->hold.address"),
             Change("  life_clean(s, life); /* if", "  atomic_store(&s->own->life, 0);\n  life_clean(s, life); /* if"),
         ),
-        ("tests/crash/test_schedules.py::test_orders_of_threads[LeavesBesideAccess]",),
+        ("tests/crash/test_leaving.py::test_access_beside_leave_is_in_a_life_of_its_own",),
     ),
 )
 

@@ -1,5 +1,7 @@
 """Descriptors that wait for their receivers, and peers that are not to be believed."""
 
+from __future__ import annotations
+
 import array
 import errno
 import os

@@ -1,5 +1,7 @@
 """Buffers through multiprocessing: every start method, every way; and no other pickle."""
 
+from __future__ import annotations
+
 import concurrent.futures
 import copy
 import errno

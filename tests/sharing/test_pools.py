@@ -1,5 +1,7 @@
 """Buffers as arguments and results of pools: they arrive, or their first use says what happened."""
 
+from __future__ import annotations
+
 import concurrent.futures
 import errno
 import multiprocessing

@@ -1,5 +1,7 @@
 """Buffers in the queues and pipes of multiprocessing: each arrives, or its receiver is told what happened."""
 
+from __future__ import annotations
+
 import concurrent.futures
 import errno
 import io

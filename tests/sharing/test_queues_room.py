@@ -1,5 +1,7 @@
 """Queues of multiprocessing between processes that run out of descriptors."""
 
+from __future__ import annotations
+
 import contextlib
 import errno
 import multiprocessing
