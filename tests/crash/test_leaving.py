@@ -165,14 +165,17 @@ def leave_beside_an_access() -> None:
         real = domain.forget_socket
         with contextlib.ExitStack() as stack:
 
+            job = Background(access)
+
             def forget_socket(life: int) -> None:  # called in the middle of leave(), between the two parts of the life's end
-                stack.enter_context(Background(access)).until_blocked()
+                stack.enter_context(job).until_blocked()
                 real(life)
 
             domain.forget_socket = forget_socket  # type: ignore[method-assign]
             domain.leave()
             del domain.forget_socket
-            inside.wait()
+            until(lambda: inside.is_set() or job.done)
+            assert inside.is_set(), "the access failed"
             assert domain.shm.life  # the access joined again
             assert pending_in_free_chunks(domain.shm) == 0
             go.set()
