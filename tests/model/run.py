@@ -178,7 +178,8 @@ def _stream_models() -> Iterator[Run]:
     group = "stream_group"
     yield Run(group, "two members, three frames", "FRAMES=3")
     yield Run(group, "two members, no run without an end", "FRAMES=2", cycles=True)
-    yield Run(group, "two members and a foreign writer", "FRAMES=2 FOREIGN=1")
+    yield Run(group, "two members and a foreign writer", "FRAMES=1 FOREIGN=1", long=True)
+    yield Run(group, "two members and a foreign writer, two frames", "FRAMES=2 FOREIGN=1", long=True)
     yield Run(group, "two members join", "JOIN=1 FRAMES=3")
     yield Run(group, "an in-order reader of a stream that drops, no run without an end", "DROP=1 FRAMES=3", cycles=True)
     yield Run(group, "an in-order reader, three slots, five frames", "DROP=1 N=3 FRAMES=5")
@@ -279,6 +280,7 @@ def _stream_controls() -> Iterator[Run]:
     yield control(13, "a frame that is taken for redelivery isn't counted", f"{uses} FRAMES=3", ASSERTION)
     yield control(14, "a member ends while another one holds a frame", f"{uses} FRAMES=2", ASSERTION)
     yield control(16, "releasing doesn't wake members that wait for the end", "REDELIVER=1 FRAMES=2", BLOCKED)
+    yield control(19, "a new group finds old frames to hand out again", f"JOIN=1 {uses} FRAMES=3", ASSERTION, long=True)
     yield control(20, "an in-order reader doesn't look for a foreign writer", "DROP=1 FOREIGN=1 FRAMES=3", ASSERTION)
 
     control = partial(_control, "stream_asked")
