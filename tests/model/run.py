@@ -214,7 +214,7 @@ def _control(model: str, number: int, name: str, defines: str, finds: str, cycle
 def _stream_controls() -> Iterator[Run]:
     control = partial(_control, "stream")
     foreign_writer = "FOREIGN=1 FOREIGN_READ=0"
-    writer_dies = f"{foreign_writer} FOREIGN_SLOT=0 KILLS=1 MORTAL=32 FRAMES=1"
+    writer_dies = f"{foreign_writer} FOREIGN_SLOT=0 KILLS=1 MORTAL=32 KILL_GRANTED=1 FRAMES=1"
     yield control(1, "the newest frame's slot may be chosen", "LATEST=1", ASSERTION)
     yield control(2, "the producer doesn't look at cursors", "QUEUE=1 FRAMES=3", ASSERTION)
     yield control(3, "the producer doesn't look at claims", "LATEST=1 FRAMES=3", ASSERTION)

@@ -38,6 +38,9 @@
 #define ABORT 0    /* 1: a producer may raise in its block once */
 #endif
 
+#ifndef KILL_GRANTED
+#define KILL_GRANTED 0 /* 1: the first foreign program dies while it writes */
+#endif
 #ifndef KILL_FROM
 #define KILL_FROM 0 /* the first producer dies after so many frames */
 #endif
@@ -440,7 +443,7 @@ end:
   :: KILL(P2, FRAMES2)
   :: KILL(QR, QUEUE)
   :: KILL(LR, LATEST)
-  :: KILL(F1, FOREIGN)
+  :: KILL(F1, FOREIGN && (!KILL_GRANTED || fence[0] == GRANTED))
   :: KILL(F2, FOREIGN > 1)
   :: KILL(WK, FENCES)
   :: KILL_REAPER
