@@ -164,7 +164,6 @@ def leave_beside_an_access() -> None:
 
         real = domain.forget_socket
         with contextlib.ExitStack() as stack:
-
             job = Background(access)
 
             def forget_socket(life: int) -> None:  # called in the middle of leave(), between the two parts of the life's end
