@@ -24,7 +24,7 @@ def test_interrupted_access_is_not_held(backing: str, kind: Callable[[Bench], No
             assert not on.held()
 
         kind(on)
-        stops, faults = at_every_stop(lambda: kind(on), check, step=times(quick=19, full=1))
+        stops, faults = at_every_stop(lambda: kind(on), check, step=times(quick=37, full=1))
     assert stops >= 1
     # The connection of a call that was cut short is closed, and the next call makes another.
     faults = [fault for fault in faults if not CONNECTION.search(fault)]

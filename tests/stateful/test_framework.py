@@ -40,7 +40,7 @@ from tests.stateful.model import (
 from tests.support.budget import times
 
 SEEDS = (1, 2, 3, 4, 5, 6, 7, 8)
-STEPS = times(quick=1_600, full=20_000)
+STEPS = times(quick=1_200, full=20_000)
 STEPS_LONG = 100_000
 EXAMPLE = 50  # steps of one program
 BUFFERS, REMOTES = 2, 2
