@@ -20,7 +20,7 @@ def world() -> Iterator[World]:
 
 
 def check(world: World, operation: Operation) -> None:
-    stops, faults = at_every_stop(lambda: operation(world), world.settle, step=times(quick=9, full=1))
+    stops, faults = at_every_stop(lambda: operation(world), world.settle, step=times(quick=19, full=1))
     assert stops > 2
     assert not faults, "\n".join(faults)
 
