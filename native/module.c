@@ -24,6 +24,7 @@
 #include "domain/resv_lock.h"
 #include "domain/sleep.h"
 #include "domain/step.h"
+#include "domain/stream_methods.h"
 #include "domain/sync.h"
 #include "domain/table.h"
 #include "domain/ticker.h"
@@ -36,6 +37,9 @@
 #include "fork_lock.h"
 #include "later.h"
 #include "memory/mapping.h"
+#include "stream/making.h"
+#include "stream/port.h"
+#include "stream/port_type.h"
 #include "weak_values.h"
 
 /* Python code can't call sys.unraisablehook itself: the default hook takes only a structure that the interpreter makes. */
@@ -60,9 +64,9 @@ static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT,
                                         NULL,
                                         NULL,
                                         NULL};
-static PyMethodDef *const shm_methods[] = {
-    word_methods,   file_methods, table_methods, record_methods, pool_methods, fence_methods, resv_lock_methods, resv_methods,
-    access_methods, lend_methods, held_methods,  life_methods,   sync_methods, reset_methods, ending_methods,    NULL};
+static PyMethodDef *const shm_methods[] = {word_methods,      file_methods, table_methods,  record_methods, pool_methods, fence_methods,
+                                           resv_lock_methods, resv_methods, stream_methods, access_methods, lend_methods, held_methods,
+                                           life_methods,      sync_methods, reset_methods,  ending_methods, NULL};
 
 static int add_constants(PyObject *module) {
   static const struct {
@@ -118,6 +122,7 @@ static int add_constants(PyObject *module) {
       VALUE(CH_SYNC),
       VALUE(CH_LEAF),
       VALUE(CH_LAYOUT),
+      VALUE(CH_STREAM),
       VALUE(CTX_PER),
       VALUE(CTX_FIRST_IN_LIFE),
       VALUE(TIMELINES_PER),
@@ -132,11 +137,28 @@ static int add_constants(PyObject *module) {
       VALUE(FF_CONTAINER),
       VALUE(FF_WATCH_DEADLINE),
       VALUE(FF_ANYBODY),
+      VALUE(FF_ASKED),
       VALUE(TICK_FENCE),
       VALUE(TICK_RESV),
       VALUE(TICK_TABLE),
       VALUE(TICK_POLL),
       VALUE(TICK_CHECK),
+      VALUE(TICK_STREAM),
+      VALUE(SP_WAIT),
+      VALUE(SP_DROP),
+      VALUE(SD_NEVER),
+      VALUE(SD_ALIVE),
+      VALUE(SD_CLOSED),
+      VALUE(SD_DIED),
+      VALUE(SR_QUEUE),
+      VALUE(SR_LATEST),
+      VALUE(SR_MEMBER),
+      VALUE(SW_NEWS),
+      VALUE(SW_SPACE),
+      VALUE(SW_ASK),
+      VALUE(STREAM_SLOTS),
+      VALUE(STREAM_READERS),
+      VALUE(STREAM_GROUPS),
   };
   for (size_t i = 0; i < sizeof table / sizeof *table; i++)
     if (PyModule_AddIntConstant(module, table[i].name, (long)table[i].value)) return -1;
@@ -150,6 +172,7 @@ static int (*const parts[])(PyObject *) = {
     messages_register,      descriptor_register, probe_register,       file_register,      ending_register,    hold_register,
     same_register,          errors_register,     held_register,        pollable_register,  points_register,    guard_register,
     timeline_slot_register, later_register,      weak_values_register, fork_lock_register, handle_register,    sleep_register,
+    frame_register,         port_register,       making_register,      port_type_register,
 };
 
 PyMODINIT_FUNC PyInit__native(void) {

@@ -36,6 +36,7 @@ NAMED: dict[tuple[str, str], str] = {
     ("core/buffer/backing.py", "dmabuf.sharing.serving"): "the registry of servers imports a server when a buffer first needs one",
     ("core/buffer/backing.py", "dmabuf.sharing.duplicate"): "the same",
     ("core/buffer/shared.py", "dmabuf.sharing.remote_backing"): "the registry of backings imports a backing when a buffer first has it",
+    ("sharing/items.py", "dmabuf.stream.stream"): "the registry of composed objects imports streams when one is received",
     ("core/export/exported.py", "dmabuf.sharing.remote_backing"): "a forked child has its parent's buffers by the same backing",
 }
 

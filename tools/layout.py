@@ -21,7 +21,7 @@ from typing import NamedTuple
 from tools.pages import up_to_date
 
 ROOT = Path(__file__).resolve().parents[1]
-HEADERS = tuple(ROOT / "native" / "domain" / name for name in ("layout.h", "layout_sync.h", "layout_buffers.h"))
+HEADERS = tuple(ROOT / "native" / "domain" / name for name in ("layout.h", "layout_sync.h", "layout_buffers.h", "layout_streams.h"))
 PAGE = ROOT / "docs" / "layout.md"
 BYTES = {"char": 1, "uint8_t": 1, "uint32_t": 4, "a32": 4, "ai32": 4, "a64": 8}
 
@@ -113,7 +113,7 @@ def page(text: str) -> str:
         prose = re.sub(r"^ \* ?", "", section["text"], flags=re.M).strip()
         lines += ["", f"## {section['title']}"] + (["", *prose.splitlines()] if prose else [])
         lines += _tables(header, text[section.end() : following.start() if following else len(text)])
-    parts = "`native/domain/layout.h`, `layout_sync.h` and `layout_buffers.h`"
+    parts = "`native/domain/layout.h`, `layout_sync.h`, `layout_buffers.h` and `layout_streams.h`"
     return "\n".join([*lines, "", f"Made by `python -m tools.layout` from {parts}.", ""])
 
 

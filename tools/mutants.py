@@ -208,7 +208,7 @@ MUTANTS = (
         "src/dmabuf/domain/place.py",
         (
             Change("    size = os.fstat(fd).st_size\n    if len(head)", "    if len(head)"),
-            Change("    count = os.pread(fd, 4,", "    size = os.fstat(fd).st_size\n    count = os.pread(fd, 4,"),
+            Change("    count = _read(fd, 4,", "    size = os.fstat(fd).st_size\n    count = _read(fd, 4,"),
         ),
         ("tests/unit/test_domain_end.py",),
     ),

@@ -335,6 +335,17 @@ PyObject *accesses_show(Block **blocks, Py_ssize_t n, PyObject *whole) {
   return views;
 }
 
+PyObject *bare_open(Block *b) {
+  PyObject *view = NULL;
+  if (begin(b)) return NULL;
+  if (show_one(b, &view)) {
+    Py_XDECREF(view);
+    block_abandon(b);
+    return NULL;
+  }
+  return view;
+}
+
 /* ---- all of it ---- */
 
 int64_t accesses_until(PyObject *whole, PyObject *timeout) {

@@ -25,6 +25,8 @@ PyObject *accesses_add(Block **blocks, Py_ssize_t n, PyObject *owner);
 PyObject *accesses_show(Block **blocks, Py_ssize_t n, PyObject *whole);
 void accesses_abandon(Block **blocks, Py_ssize_t n);
 bool accesses_are_plain(Block **blocks, Py_ssize_t n); /* Is it plain memory, so that no Python code is asked? */
+/* Enter a bare block, and show its bytes. NULL: an exception is set, and it isn't entered. */
+PyObject *bare_open(Block *b);
 
 int arrive_register(PyObject *module);
 #endif

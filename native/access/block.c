@@ -113,6 +113,19 @@ void block_waited(PyObject *owner) {
   PyErr_Restore(kind, value, trace);
 }
 
+Block *block_bare(PyObject *buf, PyObject *handle, bool write, void (*over)(Block *, void *), void *with) {
+  Block *b = (Block *)Block_Type->tp_alloc(Block_Type, 0);
+  if (!b) return NULL;
+  b->buf = Py_NewRef(buf);
+  b->handle = Py_NewRef(handle);
+  b->timeout = Py_NewRef(Py_None);
+  b->write = write;
+  b->length = -1;
+  b->over = over;
+  b->with = with;
+  return b;
+}
+
 /* ---- what is kept, in this process ---- */
 
 Block *kept_first;
@@ -176,6 +189,7 @@ static void use_over(Block *b) {
   Py_XDECREF(asked);
   Py_XDECREF(kept);
   Py_XDECREF(shm);
+  if (b->over) b->over(b, b->with);
 }
 
 /* Call the exporter's end, before the fence ends. What it raises, as an object; NULL: nothing. A write that the exporter could not complete

@@ -35,7 +35,9 @@ typedef struct block {
   uint32_t use;   /* counts the uses: a view belongs to one */
   int error;      /* what the fence ends with */
   char state, write;
-  bool begun, told; /* the exporter's begin has returned; its end was called */
+  bool begun, told;                         /* the exporter's begin has returned; its end was called */
+  void (*over)(struct block *, void *with); /* of a stream's frame, which has no fence: called when the use is over; NULL: an access */
+  void *with;
 } Block;
 
 struct hold {
@@ -100,6 +102,9 @@ PyObject *block_end_bracket(Block *b);
 PyObject *block_end_use(Block *b);
 /* The same, when nothing is kept any more and nobody can catch what is raised, which is reported. */
 void block_end(Block *b);
+
+/* A block without a fence, whose memory something else keeps others out of. */
+Block *block_bare(PyObject *buf, PyObject *handle, bool write, void (*over)(Block *, void *), void *with);
 
 /* A block that was left, and that something keeps, comes on this list of the process. Its end takes it off. */
 extern Block *kept_first;

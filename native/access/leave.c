@@ -46,6 +46,7 @@ static PyObject *keep_access(Block *b, bool failed) {
   if (b->use != use || !block_is_ours(b)) return error;
   if (b->write) return failed ? error : first_of(error, rule_made(RULE_IN_USE, b));
   kept_add(b);
+  if (b->over) return error; /* whoever needs the slot of the frame is told by the stream */
   fence_watch_deadline(b->shm, b->fence);
   return first_of(error, block_tell_kept(b, "read"));
 }

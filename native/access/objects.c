@@ -3,6 +3,7 @@
 #include "access/arrive.h"
 #include "access/entering.h"
 #include "access/leave.h"
+#include "domain/access.h"
 
 /* ---- Access ---- */
 
@@ -62,6 +63,23 @@ static PyObject *block_arrive(Block *b, PyObject *args) {
   if (b->state != ENTERED || b->fence) return PyErr_Format(PyExc_ValueError, "the block is not being entered");
   if (accesses_arrive(&b, 1, owner, until, true, &pending)) return NULL;
   return pending ? pending : PyList_New(0);
+}
+
+static PyObject *block_blocked(Block *b, PyObject *unused) {
+  if (b->state != ENTERED || !b->fence || !block_is_ours(b)) return PyList_New(0);
+  handles pending;
+  handles_begin(&pending);
+  int failed = access_blocked(b->shm, b->target, b->write, &pending);
+  PyObject *list = NULL;
+  if (failed && failed != RAISED) {
+    PyObject *number = PyLong_FromLong(-failed), *result = number ? rule(RULE_REFUSED, (PyObject *)b, number, NULL) : NULL;
+    Py_XDECREF(number);
+    Py_XDECREF(result);
+  } else if (!failed) {
+    list = handles_list(&pending);
+  }
+  handles_end(&pending);
+  return list;
 }
 
 static int block_traverse(Block *b, visitproc visit, void *arg) {
@@ -128,6 +146,8 @@ static PyMethodDef block_methods[] = {
     {"arrive", (PyCFunction)block_arrive, METH_VARARGS,
      "arrive($self, owner, until, /)\n--\n\nAdd the fence of the access, in the middle of an entering.\n\n"
      "Returns:\n    The handles of the fences that block it."},
+    {"blocked", (PyCFunction)block_blocked, METH_NOARGS,
+     "blocked($self, /)\n--\n\nReturn the handles that block the access still, after its waits, because its buffer is a stream's."},
     {0}};
 static PyMemberDef block_members[] = {
     {"buf", T_OBJECT, offsetof(Block, buf), READONLY, "The buffer."},

@@ -8,6 +8,7 @@
 #include "domain/resv.h"
 #include "domain/resv_lock.h"
 #include "domain/step.h"
+#include "domain/streams.h"
 #include <unistd.h>
 
 void handles_begin(handles *x) {
@@ -55,7 +56,7 @@ uint64_t access_add(Shm *s, db_resv *r, uint32_t target, uint32_t rec, uint64_t 
     uint64_t e = atomic_load(p);
     if (!e) break;
     db_fence *f;
-    if (E_USAGE(e) > (write ? 2u : 1u) || !fence_pending(s, E_HANDLE(e), &f)) continue;
+    if (E_USAGE(e) > (write ? 2u : 1u) || !fence_pending(s, E_HANDLE(e), &f)) continue; /* a stream's entries come last */
     if (f && atomic_load(&f->owner) == me) { /* the access would wait for its own thread or task */
       *error = EDEADLK;
       return 0;
@@ -74,7 +75,25 @@ uint64_t access_add(Shm *s, db_resv *r, uint32_t target, uint32_t rec, uint64_t 
   STEP_OF(access_fence, rec_at(s, rec), h); /* pending, and in no list: the reaper signals it */
   entries_add(s, r, target, h, write ? 1 : 2, 1);
   STEP_OF(access_added, rec_at(s, rec), h); /* WAITING: the content is whole */
-  return h;
+  /* Only now: a stream's producer looks whether there is such a fence after it has marked its slot. One of the two sees the other. */
+  int failed = access_blocked(s, target, write, pending);
+  if (!failed) return h;
+  fence_end(s, h, 0);
+  if (failed != RAISED) *error = -failed;
+  return 0;
+}
+
+int access_blocked(Shm *s, uint32_t rec, int write, handles *pending) {
+  db_rec *x = rec_at(s, rec);
+  if (!x || !atomic_load(&x->stream)) return 0;
+  for (int kind = ENTRY_WRITE; kind <= (write ? ENTRY_READ : ENTRY_WRITE); kind++) {
+    uint64_t entry = stream_entry_of(s, x, kind);
+    if (!entry || !stream_pending(s, entry)) continue;
+    if (stream_is_own(s, entry)) return -EDEADLK;
+    uint64_t fence = stream_ask(s, entry);
+    if (fence ? handles_add(pending, fence) : PyErr_Occurred() != NULL) return RAISED;
+  }
+  return 0;
 }
 
 int access_let_in(Shm *s, uint64_t handle, uint32_t rec, int write) {

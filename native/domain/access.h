@@ -24,6 +24,8 @@ uint64_t access_add(Shm *s, db_resv *r, uint32_t target, uint32_t rec, uint64_t 
                     int *error);
 /* WAITING -> GRANTED. 0; or the errno of a torn write(), which keeps a reader out. */
 int access_let_in(Shm *s, uint64_t handle, uint32_t rec, int write);
+/* After its waits: append the handles that block the access still, of a stream that has the buffer. 0, -errno, or RAISED. */
+int access_blocked(Shm *s, uint32_t rec, int write, handles *pending);
 /* End it. error: 0, or a negative errno, and the content is torn. */
 void access_finish(Shm *s, uint64_t handle, uint32_t rec, int write, int error);
 

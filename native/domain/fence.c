@@ -20,6 +20,8 @@
 #define SPIN_NS     20000ll /* a wait spins at most this long before it sleeps */
 #define SPIN_GIL_NS 1000ll  /* and this long of it with the GIL */
 
+void (*fence_wake_streams)(Shm *s, uint32_t rec);
+
 /* ---- state ---- */
 
 int fence_past_error(Shm *s, uint64_t handle, uint32_t timeline, uint64_t seqno) {
@@ -123,6 +125,7 @@ int fence_finish(Shm *s, uint64_t handle, db_fence *f, int error, uint64_t stamp
   if (mask) wake_dispatchers(s, mask, handle, shared != FENCE_QUIET);
   STEP_OF(fence_dispatchers_woken, f, handle); /* signaled: the reaper wakes the sync files */
   if (w & FW_SYNC) fence_wake_sync_files(s, handle, f);
+  if (__builtin_expect(atomic_load(&f->flags) & FF_STREAM, 0)) fence_wake_streams(s, atomic_load(&f->rec));
   return !decided;
 }
 

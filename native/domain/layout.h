@@ -1,6 +1,7 @@
 /* layout.h - the layout of a domain's file, and nothing else: it needs no Python and has no code of its own. The slots of sync files are
- * in layout_sync.h, and those of buffers' layouts in layout_buffers.h. docs/layout.md is made from all three by `python -m tools.layout`,
- * which says what it expects of them. A change of the layout changes DB_VERSION, which is part of the file's name.
+ * in layout_sync.h, those of buffers' layouts in layout_buffers.h, and those of streams in layout_streams.h. docs/layout.md is made from
+ * all of them by `python -m tools.layout`, which says what it expects of them. A change of the layout changes DB_VERSION, which is part of
+ * the file's name.
  */
 #ifndef DMABUF_LAYOUT_H
 #define DMABUF_LAYOUT_H
@@ -20,7 +21,7 @@
  * All numbers are little-endian. The offsets of this table are from the start of the file.
  */
 #define DB_MAGIC        "DMABUFDM"
-#define DB_VERSION      5u                                  /* of the layout */
+#define DB_VERSION      6u                                  /* of the layout */
 #define DB_PAGE         4096u                               /* bytes of the header page */
 #define DB_CHUNK        32768u                              /* bytes of a chunk */
 #define DB_MAX_CHUNKS   16384u                              /* chunks at most, 512 MiB */
@@ -154,8 +155,8 @@ DB_AT(db_life, comm, 48);
 /* ---- Chunks ----
  *
  * A word of the chunk table is `[owner's life id 32 | unused 8 | ordinal 16 | type 8]`. The ordinal numbers the chunks of records. Chunks
- * of records, blocks and layouts have no owner and change under the table lock. The others are written by the life that owns them. When
- * their owner is 0, the next life that needs a chunk of the type takes them.
+ * of records, blocks, layouts and streams have no owner and are given out under the table lock. The others are written by the life that
+ * owns them. When their owner is 0, the next life that needs a chunk of the type takes them.
  */
 enum {
   CH_NONE,     /* given back, or not published */
@@ -168,6 +169,7 @@ enum {
   CH_SYNC,     /* 256 db_sync */
   CH_LEAF,     /* 256 db_leaf */
   CH_LAYOUT,   /* 120 db_layout */
+  CH_STREAM,   /* 4 db_stream */
   CH_TYPES,    /* how many there are */
 };
 
@@ -270,13 +272,15 @@ DB_AT(db_fence, past, 96);
 #define FW_SYNC     8u  /* a sync file waits for it: the process that signals it advances that, then clears the bit */
 #define FW_DROPPED  16u /* known to nobody else, and its owner is dropping it: too late to share it */
 
-#define FF_ACCESS         1u  /* it stands for a read() or write() block */
-#define FF_WRITE          2u  /* of write() */
-#define FF_GRANTED        4u  /* the block has been entered: if its writer dies, the content is torn */
-#define FF_SEQNO64        8u  /* its number counts in 64 bits; without this flag in 32, which wrap (semantics 3.10) */
-#define FF_CONTAINER      16u /* an array or a chain: not for a reservation object */
-#define FF_ANYBODY        32u /* every process of the domain may signal it, not its owner alone */
-#define FF_WATCH_DEADLINE 64u /* its owner is woken when another process sets a deadline */
+#define FF_ACCESS         1u   /* it stands for a read() or write() block */
+#define FF_WRITE          2u   /* of write() */
+#define FF_GRANTED        4u   /* the block has been entered: if its writer dies, the content is torn */
+#define FF_SEQNO64        8u   /* its number counts in 64 bits; without this flag in 32, which wrap (semantics 3.10) */
+#define FF_CONTAINER      16u  /* an array or a chain: not for a reservation object */
+#define FF_ANYBODY        32u  /* every process of the domain may signal it, not its owner alone */
+#define FF_WATCH_DEADLINE 64u  /* its owner is woken when another process sets a deadline */
+#define FF_STREAM         256u /* it is in the list of a stream's slot: its end wakes the streams */
+#define FF_ASKED          128u /* it ends when the entry of a stream's slot does, whose handle is its number */
 
 #define FW_SHIFT          6
 #define FW_GEN(w)         ((w) & ~((1u << FW_SHIFT) - 1))
@@ -407,7 +411,9 @@ typedef struct {
   char exp_name[32];   /* the exporter's name */
   char home[32];       /* what kind of memory it is, `buf.home` */
   a32 layout;          /* slot of its layout + 1, 0: none; set once */
-  a32 spare[3];
+  a32 stream;          /* [stream 16 | slot 6 | of a slot's buffer 1] + 1: the stream that it is part of; 0: none */
+  a32 stream_gen;      /* and that stream's generation */
+  a32 spare;
   db_resv resv; /* the reservation object */
   a64 spare3[12];
 } db_rec;
@@ -438,7 +444,9 @@ DB_AT(db_rec, name, 112);
 DB_AT(db_rec, exp_name, 176);
 DB_AT(db_rec, home, 208);
 DB_AT(db_rec, layout, 240);
-DB_AT(db_rec, spare, 244);
+DB_AT(db_rec, stream, 244);
+DB_AT(db_rec, stream_gen, 248);
+DB_AT(db_rec, spare, 252);
 DB_AT(db_rec, resv, 256);
 DB_AT(db_rec, spare3, 416);
 

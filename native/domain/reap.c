@@ -3,6 +3,7 @@
 #include "domain/fence.h"
 #include "domain/lend.h"
 #include "domain/step.h"
+#include "domain/streams.h"
 #include "domain/ticker.h"
 
 /* The next chunk that a life owns, from *at on. 1, with its type; 0: no more. */
@@ -94,6 +95,7 @@ void life_end(Shm *s, uint32_t life, endings *then) {
     if (type == CH_TIMELINE) close_timelines(s, c);
   }
   STEP_OF(reap_contexts_done, life_slot(s, life), life);
+  streams_end(s, life); /* after its fences, so that whoever is woken finds them ended */
   leave_table(s, life);
   s->ending = NULL;
 }

@@ -122,6 +122,7 @@ static PyObject *rec_create(Shm *s, PyObject *args) {
   atomic_store(&r->absent_ns, 0);
   atomic_store(&r->foreign_resv, 0);
   atomic_store(&r->layout, 0);
+  atomic_store(&r->stream, 0);
   if (layout && give_layout(s, i, r, part, layout, (size_t)nlayout, &failed)) {
     rec_push(s, i, r);
     table_unlock(s);

@@ -14,6 +14,7 @@
 #include "domain/fence.h"
 #include "domain/file.h"
 #include "domain/step.h"
+#include "domain/stream_words.h"
 #include "domain/sync.h"
 #include "domain/table.h"
 #include "fds/locks.h"
@@ -79,6 +80,8 @@ static void raise_floors(Shm *s) {
       for (uint32_t i = 0; i < SYNC_PER; i++) floor_up(s, type, atomic_load(&((db_sync *)p)[i].gen));
     else if (type == CH_LEAF)
       for (uint32_t i = 0; i < SYNC_PER; i++) floor_up(s, type, atomic_load(&((db_leaf *)p)[i].gen));
+    else if (type == CH_STREAM)
+      for (uint32_t i = 0; i < STREAMS_PER; i++) floor_up(s, type, atomic_load(&((db_stream *)p)[i].gen));
   }
 }
 
@@ -89,6 +92,7 @@ static void empty_lists(Shm *s) {
     if (!rec_stays(r)) continue;
     for (uint32_t k = 0; k < INLINE_ENTRIES; k++) atomic_store(&r->resv.entry[k], 0);
     atomic_store(&r->resv.block, 0);
+    atomic_store(&r->stream, 0); /* streams go with the last process */
     atomic_store(&r->resv.next, 0);
     atomic_store(&r->resv.lock, 0);
   }

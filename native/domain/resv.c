@@ -14,8 +14,10 @@
 #include "domain/resv_lock.h"
 #include "domain/sleep.h"
 #include "domain/step.h"
+#include "domain/streams.h"
 
 #define ENTRIES_MAX (1u << 22)
+#define BUT_STREAMS 1ull /* instead of a handle that doesn't count: entries of streams */
 
 /* ---- reading ---- */
 
@@ -31,12 +33,26 @@ a64 *entry_in_block(cursor *c, uint32_t i) {
   return &b->entry[i];
 }
 
+/* ---- entries of streams (stream_words.h), which are no fences and never leave the list ---- */
+
+static int entry_pending(Shm *s, uint64_t handle, db_fence **out) { return fence_pending(s, handle, out) || stream_pending(s, handle); }
+
+static int entry_stays(Shm *s, uint64_t handle) { return fence_pending(s, handle, NULL) || stream_of(s, handle); }
+
+/* A pending fence instead of a stream's entry, or the handle itself. 0: it isn't pending any more. *failed: RAISED, an exception is set. */
+static uint64_t as_fence(Shm *s, uint64_t handle, int *failed) {
+  if (!handle || !stream_of(s, handle)) return handle;
+  handle = stream_ask(s, handle);
+  if (!handle && PyErr_Occurred()) *failed = RAISED;
+  return handle;
+}
+
 /* Read an entry, and whether its fence is pending. Read it again if it was replaced meanwhile: the new fence was there before the old one
  * was signaled, so even without the lock there is no instant at which neither is seen. */
 static uint64_t entry_read(Shm *s, a64 *p, int *pending) {
   uint64_t e = atomic_load(p);
   *pending = 0;
-  for (int k = 0; e && !(*pending = fence_pending(s, E_HANDLE(e), NULL)) && k < 64; k++) {
+  for (int k = 0; e && !(*pending = entry_pending(s, E_HANDLE(e), NULL)) && k < 64; k++) {
     uint64_t now = atomic_load(p);
     if (now == e) break;
     e = now;
@@ -53,7 +69,7 @@ static uint64_t look(Shm *s, db_resv *r, uint32_t rec, uint32_t usage, uint64_t 
     STEP(resv_read);
     if (!e) break;
     *last = E_HANDLE(e);
-    if (E_USAGE(e) <= usage && pending && E_HANDLE(e) != but) return E_HANDLE(e);
+    if (E_USAGE(e) <= usage && pending && E_HANDLE(e) != but && (but != BUT_STREAMS || !stream_of(s, E_HANDLE(e)))) return E_HANDLE(e);
   }
   return 0;
 }
@@ -70,21 +86,39 @@ static uint64_t first_pending(Shm *s, db_resv *r, uint32_t rec, uint32_t usage, 
   return last; /* others add fences without a pause: this one is signaled, so a waiter comes back at once */
 }
 
+uint64_t resv_foreign(Shm *s, uint32_t rec, uint32_t usage) {
+  db_rec *r = rec_at(s, rec);
+  return r ? first_pending(s, &r->resv, rec, usage, BUT_STREAMS) : 0;
+}
+
+/* The same, as a fence. *failed: RAISED, an exception is set. */
+static uint64_t first_fence(Shm *s, db_resv *r, uint32_t rec, uint32_t usage, uint64_t but, int *failed) {
+  uint64_t h = 0;
+  for (int tries = 0; tries < 1000; tries++) {
+    if (!(h = first_pending(s, r, rec, usage, but))) return 0;
+    uint64_t f = as_fence(s, h, failed);
+    if (f || *failed) return f;
+  }
+  return h; /* a stream's entry is over again each time: so is this handle, and a waiter comes back at once */
+}
+
 /* Add to a list what `item` returns for each entry up to the usage; pending_only: of a pending fence that is not `but`. 0 or -1. */
 static int list_entries(Shm *s, db_resv *r, uint32_t rec, uint32_t usage, int pending_only, uint64_t but, PyObject *out,
                         PyObject *(*item)(uint64_t e)) {
   for (int tries = 0;; tries++) {
     cursor c = cursor_of(s, r, rec);
     for (a64 *p; (p = entry_next(&c));) {
-      int pending;
-      uint64_t e = entry_read(s, p, &pending);
+      int pending, failed = 0;
+      uint64_t e = entry_read(s, p, &pending), h = E_HANDLE(e);
       if (!e) break;
-      if (E_USAGE(e) > usage || (pending_only && (!pending || E_HANDLE(e) == but))) continue;
-      if (list_add(out, item(e))) return -1;
+      if (E_USAGE(e) > usage || ((pending_only || stream_of(s, h)) && (!pending || h == but))) continue;
+      if ((h = as_fence(s, h, &failed)) && list_add(out, item(E_MAKE(h, E_USAGE(e))))) return -1;
+      if (failed) return -1;
     }
     /* An empty list says that none was pending at an instant, as first_pending() does. */
-    uint64_t h = pending_only && !PyList_GET_SIZE(out) ? first_pending(s, r, rec, usage, but) : 0;
-    if (!h) return 0;
+    int failed = 0;
+    uint64_t h = pending_only && !PyList_GET_SIZE(out) ? first_fence(s, r, rec, usage, but, &failed) : 0;
+    if (!h) return failed ? -1 : 0;
     if (tries == 1000) return list_add(out, item(E_MAKE(h, usage)));
   }
 }
@@ -120,13 +154,14 @@ static PyObject *resv_busy(Shm *s, PyObject *args) {
   if (!PyArg_ParseTuple(args, "II", &rec, &usage)) return NULL;
   db_resv *r = resv_of(s, rec);
   if (!r) return NULL;
-  uint64_t h = first_pending(s, r, rec, usage, 0);
+  int failed = 0;
+  uint64_t h = first_fence(s, r, rec, usage, 0, &failed);
   if (h) {
     int k = shm_notice_deaths(s);
     if (k < 0) return NULL;
-    if (k) h = first_pending(s, r, rec, usage, 0);
+    if (k) h = first_fence(s, r, rec, usage, 0, &failed);
   }
-  return PyLong_FromUnsignedLongLong(h);
+  return failed ? NULL : PyLong_FromUnsignedLongLong(h);
 }
 
 /* Look from a cursor on. Return a pending handle up to the usage, and its place; 0: none, which says nothing about an instant. */
@@ -158,10 +193,13 @@ static PyObject *resv_busy_from(Shm *s, PyObject *args) {
   uint64_t h = look_on(s, c, usage, &place);
   if (!h && c.i) h = look_on(s, cursor_of(s, r, rec), usage, &place);
   if (h && shm_notice_deaths(s) < 0) return NULL;
-  if (!h) {
-    h = first_pending(s, r, rec, usage, 0);
+  int failed = 0;
+  if (h) h = as_fence(s, h, &failed);
+  if (!h && !failed) {
+    h = first_fence(s, r, rec, usage, 0, &failed);
     place = 0;
   }
+  if (failed) return NULL;
   return Py_BuildValue("KK", (unsigned long long)h, (unsigned long long)place);
 }
 
@@ -195,7 +233,7 @@ int entries_reserve(Shm *s, db_resv *r, uint32_t rec, uint32_t n) {
   a64 *tail[16];
   for (a64 *p; (p = entry_next(&c)); cap++) {
     uint64_t e = atomic_load(p);
-    if (!e || !fence_pending(s, E_HANDLE(e), NULL)) room++;
+    if (!e || !entry_stays(s, E_HANDLE(e))) room++;
     if (e) {
       tail[used & 15] = p;
       used++;
@@ -204,7 +242,7 @@ int entries_reserve(Shm *s, db_resv *r, uint32_t rec, uint32_t n) {
   if (used > INLINE_ENTRIES) /* a list that has grown long shrinks a little each time, from its end */
     for (uint32_t k = 0; k < 16; k++) {
       a64 *p = tail[(used - 1 - k) & 15];
-      if (fence_pending(s, E_HANDLE(atomic_load(p)), NULL)) break;
+      if (entry_stays(s, E_HANDLE(atomic_load(p)))) break;
       entry_put(r, p, 0);
     }
   return room >= n ? 0 : entries_grow(s, r, rec, cap, n - room);
@@ -216,9 +254,16 @@ static int is_later(db_fence *a, uint64_t seqno, db_fence *b) {
   return atomic_load(&a->flags) & FF_SEQNO64 ? seqno > other : (int32_t)((uint32_t)seqno - (uint32_t)other) > 0;
 }
 
-static void entry_store(db_resv *r, a64 *p, uint64_t handle, db_fence *f, uint32_t usage) {
+static void entry_store(Shm *s, db_resv *r, uint32_t rec, a64 *p, uint64_t handle, db_fence *f, uint32_t usage) {
+  db_rec *x = f ? rec_at(s, rec) : NULL;
   if (f) fence_flag(handle, f, FW_SHARED);
+  if (x) stream_mark_fence(x, f);
   entry_put(r, p, E_MAKE(handle, usage));
+}
+
+static void note_foreign(Shm *s, uint32_t rec) {
+  db_rec *x = rec_at(s, rec);
+  if (x) stream_note_foreign(s, x);
 }
 
 int entries_add(Shm *s, db_resv *r, uint32_t rec, uint64_t handle, uint32_t usage, long room) {
@@ -229,11 +274,12 @@ int entries_add(Shm *s, db_resv *r, uint32_t rec, uint64_t handle, uint32_t usag
   for (a64 *p; (p = entry_next(&c));) {
     uint64_t e = atomic_load(p);
     if (!e && !room) return -1;
-    db_fence *o;
-    if (!e || !fence_pending(s, E_HANDLE(e), &o) ||
+    db_fence *o = NULL;
+    if (!e || !(fence_pending(s, E_HANDLE(e), &o) || stream_of(s, E_HANDLE(e))) ||
         (f && o && atomic_load(&o->context) == context && E_USAGE(e) >= usage && (E_HANDLE(e) == handle || is_later(f, seqno, o)))) {
-      entry_store(r, p, handle, f, usage);
+      entry_store(s, r, rec, p, handle, f, usage);
       STEP_OF(resv_added, r, handle); /* added: each entry is complete at every instant */
+      if (f) note_foreign(s, rec);
       return !e;
     }
   }
@@ -263,14 +309,20 @@ static PyObject *resv_add(Shm *s, PyObject *args) {
   return PyLong_FromLong(entries_add(s, r, rec, handle, usage, room));
 }
 
-/* The pending entries of a list, to be freed by the caller. 0, or RAISED. */
-static int pending_entries(Shm *s, db_resv *r, uint32_t rec, uint64_t **entries, uint32_t *count) {
-  uint32_t room = 0;
+/* Append the pending entries of a list, or of its own list those that stay, to be freed by the caller. 0, or RAISED. */
+static int add_entries(Shm *s, db_resv *r, uint32_t rec, bool own, uint64_t **entries, uint32_t *count, uint32_t *room_of) {
+  uint32_t room = *room_of;
   cursor c = cursor_of(s, r, rec);
   for (a64 *p; (p = entry_next(&c));) {
-    uint64_t e = atomic_load(p);
+    uint64_t e = atomic_load(p), h = E_HANDLE(e);
+    int failed = 0;
     if (!e) break;
-    if (!fence_pending(s, E_HANDLE(e), NULL)) continue;
+    if (own ? !stream_of(s, h) : !entry_pending(s, h, NULL)) continue;
+    if (!own && !(h = as_fence(s, h, &failed))) {
+      if (failed) return failed;
+      continue;
+    }
+    e = E_MAKE(h, E_USAGE(e));
     if (*count == room) {
       uint64_t *bigger = PyMem_Realloc(*entries, (room += 64 + room) * sizeof *bigger);
       if (!bigger) {
@@ -278,6 +330,7 @@ static int pending_entries(Shm *s, db_resv *r, uint32_t rec, uint64_t **entries,
         return RAISED;
       }
       *entries = bigger;
+      *room_of = room;
     }
     (*entries)[(*count)++] = e;
   }
@@ -291,11 +344,11 @@ static PyObject *resv_copy(Shm *s, PyObject *args) {
   if (!PyArg_ParseTuple(args, "II", &rec, &source)) return NULL;
   db_resv *r = resv_of(s, rec), *from = resv_of(s, source);
   if (!r || !from) return NULL;
-  uint32_t n = 0, used = 0, cap = 0, ended = 0;
+  uint32_t n = 0, room = 0, used = 0, cap = 0, ended = 0;
   uint64_t *new = NULL;
   a64 **at = NULL;
-  int result = pending_entries(s, from, source, &new, &n);
-  if (result) goto out;
+  int result = add_entries(s, r, rec, true, &new, &n, &room);
+  if (result || (result = add_entries(s, from, source, false, &new, &n, &room))) goto out;
   cursor c = cursor_of(s, r, rec);
   for (a64 *p; (p = entry_next(&c)); cap++) used += !(ended |= !atomic_load(p));
   if (cap - used < n && (result = entries_grow(s, r, rec, cap, n - (cap - used)))) goto out;
@@ -313,6 +366,9 @@ static PyObject *resv_copy(Shm *s, PyObject *args) {
       goto out;
     }
   for (uint32_t i = 0; i < n; i++) {
+    db_fence *f;
+    db_rec *x = fence_pending(s, E_HANDLE(new[i]), &f) && f ? rec_at(s, rec) : NULL;
+    if (x) stream_mark_fence(x, f);
     entry_put(r, at[used + i], new[i]);
     STEP_OF(resv_copied, r, new[i]); /* the old ones, and some of the new */
   }
@@ -324,6 +380,7 @@ static PyObject *resv_copy(Shm *s, PyObject *args) {
     entry_put(r, at[i - 1], 0);
     STEP_OF(resv_cut, r, 0); /* all of the new ones, and behind them some that are signaled, old, or there twice */
   }
+  note_foreign(s, rec);
 out:
   PyMem_Free(at);
   PyMem_Free(new);
@@ -346,9 +403,10 @@ static PyObject *resv_replace(Shm *s, PyObject *args) {
     db_fence *o;
     fence_pending(s, E_HANDLE(e), &o);
     if (!o || atomic_load(&o->context) != context) continue;
-    entry_store(r, p, handle, f, usage & 3);
+    entry_store(s, r, rec, p, handle, f, usage & 3);
     n++;
   }
+  if (n) note_foreign(s, rec);
   return PyLong_FromUnsignedLong(n);
 }
 

@@ -25,5 +25,8 @@ int entries_reserve(Shm *s, db_resv *r, uint32_t rec, uint32_t n);
 /* With the lock: add a fence, or let it replace an earlier one of its context. 1: it took room; 0: it replaced; -1: there is no room. */
 int entries_add(Shm *s, db_resv *r, uint32_t rec, uint64_t handle, uint32_t usage, long room);
 
+/* A pending fence up to a usage, whose owner doesn't know of the stream of which the buffer is a slot; 0: at an instant there was none. */
+uint64_t resv_foreign(Shm *s, uint32_t rec, uint32_t usage);
+
 extern PyMethodDef resv_methods[];
 #endif

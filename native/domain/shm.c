@@ -138,6 +138,7 @@ static void shm_dealloc(Shm *s) {
   if (s->owns_fd) fd_close(s->fd, &s->id);
   if (s->own) munmap(s->own, DB_PAGE);
   PyMem_Free(s->fifo);
+  free(s->asked.handles);
   type->tp_free(s);
   Py_DECREF(type);
 }

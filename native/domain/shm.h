@@ -56,6 +56,8 @@ typedef struct {
   PyObject *weakrefs;
   uint64_t *fifo; /* free fence slots of this life, oldest first, so that a slot rests as long as possible */
   uint32_t fifo_cap, fifo_head, fifo_count, fifo_life;
+  handle_list asked; /* fences that this process made for entries of streams: streams.c */
+  uint32_t asked_life;
   uint32_t claim_hint[CH_TYPES]; /* by chunk type: where to begin to look for an ownerless chunk */
 } Shm;
 

@@ -4,7 +4,7 @@
 #include "domain/shm.h"
 
 /* What a wait is for, as tick() is told. */
-enum { TICK_FENCE, TICK_RESV, TICK_TABLE, TICK_DOORBELL, TICK_POLL, TICK_CHECK };
+enum { TICK_FENCE, TICK_RESV, TICK_TABLE, TICK_DOORBELL, TICK_POLL, TICK_CHECK, TICK_STREAM };
 
 enum {
   SLEEP_SIGNAL = -2, /* a signal arrived, and no handler raised */

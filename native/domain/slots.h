@@ -2,6 +2,7 @@
 #ifndef DMABUF_SLOTS_H
 #define DMABUF_SLOTS_H
 #include "domain/layout_buffers.h"
+#include "domain/layout_streams.h"
 #include "domain/layout_sync.h"
 #include "domain/shm.h"
 
@@ -18,4 +19,5 @@ SLOT_AT(fence_at, db_fence, CH_FENCE, FENCES_PER)
 SLOT_AT(sync_at, db_sync, CH_SYNC, SYNC_PER)
 SLOT_AT(leaf_at, db_leaf, CH_LEAF, SYNC_PER)
 SLOT_AT(layout_at, db_layout, CH_LAYOUT, LAYOUTS_PER)
+SLOT_AT(stream_at, db_stream, CH_STREAM, STREAMS_PER)
 #endif

@@ -23,6 +23,11 @@
   X(resv_return_to) X(resv_borrowed) X(resv_returned) \
   X(resv_read) X(resv_added) X(resv_copied) X(resv_cut) \
   X(access_fence) X(access_added) X(access_granted) X(access_torn) X(access_whole) X(access_ended) \
+  X(stream_filled) X(stream_named) X(stream_owned) X(stream_slotted) X(stream_entered) \
+  X(stream_marked) X(stream_chosen) X(stream_backed) X(stream_written) X(stream_published) X(stream_done) X(stream_aborted) \
+  X(stream_claimed) X(stream_moved) X(stream_released) X(stream_placed) X(stream_listed) X(stream_promised) \
+  X(stream_taken) X(stream_counted) X(stream_asked) X(stream_answered) X(stream_foreign) X(stream_cleared) \
+  X(stream_unclaimed) X(stream_unpromised) X(stream_unlisted) X(stream_left) X(stream_torn) X(stream_unwritten) X(stream_ended) \
   X(sem_pointed) X(sem_left) \
   X(sync_bound) X(sync_written) X(sync_registered) X(sync_marked) X(sync_moved) X(sync_done) X(sync_readable) X(sync_over) \
   X(life_locked) X(life_alive) X(life_chunk) \

@@ -8,6 +8,7 @@
 #include "domain/buffer_layout.h"
 #include "domain/sleep.h"
 #include "domain/step.h"
+#include "domain/stream_slots.h"
 #include "domain/ticker.h"
 #include <fcntl.h>
 #include <stdlib.h>
@@ -282,6 +283,7 @@ static void blocks_free(Shm *s, uint32_t rec, a32 *link) { /* Free the blocks of
 void rec_clear(Shm *s, uint32_t i, db_rec *r) {
   blocks_free(s, i, &r->resv.block);
   layout_drop(s, i, r);
+  stream_drop(s, i, r);
   uint32_t gen = atomic_load(&r->gen);
   bytes_follow(); /* a reader looks at the state and the generation after it has read the bytes */
   memset((char *)r + offsetof(db_rec, dev), 0, sizeof *r - offsetof(db_rec, dev));
@@ -349,6 +351,7 @@ void table_rebuild(Shm *s) {
   }
   blocks_rebuild(s, n);
   layouts_rebuild(s, n);
+  streams_rebuild(s, n);
 }
 
 /* ---- blocks ---- */

@@ -30,7 +30,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from dmabuf import errors as errors
     from dmabuf import sim
-    from dmabuf._native import View
+    from dmabuf._native import Frame, View
     from dmabuf.core.access.many import access
     from dmabuf.core.access.range import BufferRange
     from dmabuf.core.attach.attachment import DmaBufAttachment
@@ -76,6 +76,8 @@ if TYPE_CHECKING:
     from dmabuf.sharing.passing import recv, send
     from dmabuf.sharing.passing_async import arecv, asend
     from dmabuf.sharing.remote_timeline import RemoteTimeline
+    from dmabuf.stream.reader import StreamReader
+    from dmabuf.stream.stream import Stream
 
 __all__ = [
     "BufferRange",
@@ -96,6 +98,7 @@ __all__ = [
     "Domain",
     "Exporter",
     "FenceOps",
+    "Frame",
     "ImageLayout",
     "Importer",
     "IosysMap",
@@ -105,6 +108,8 @@ __all__ = [
     "RemoteTimeline",
     "SgTable",
     "SpillHeap",
+    "Stream",
+    "StreamReader",
     "SwSync",
     "SyncFile",
     "TensorLayout",
@@ -146,7 +151,7 @@ __version__ = "0.1.0"
 # Where each name is defined: a name is imported when it is first used (PEP 562), so that a process that only imports this package, as
 # every spawned worker does, pays for nothing.
 _PLACES = {
-    "dmabuf._native": ("View",),
+    "dmabuf._native": ("Frame", "View"),
     "dmabuf.core.access.many": ("access",),
     "dmabuf.core.access.range": ("BufferRange",),
     "dmabuf.core.attach.attachment": ("DmaBufAttachment",),
@@ -192,6 +197,8 @@ _PLACES = {
     "dmabuf.sharing.passing": ("recv", "send"),
     "dmabuf.sharing.passing_async": ("arecv", "asend"),
     "dmabuf.sharing.remote_timeline": ("RemoteTimeline",),
+    "dmabuf.stream.reader": ("StreamReader",),
+    "dmabuf.stream.stream": ("Stream",),
 }
 _MODULE_OF = {name: module for module, names in _PLACES.items() for name in names}
 _MODULES = ("errors", "sim")

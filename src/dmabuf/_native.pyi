@@ -1,13 +1,84 @@
 """The C extension in native/: mappings, atomics, the futex, and the fences and locks of a domain."""
 
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from os import PathLike
 from types import TracebackType
-from typing import Any, Final, Generic, Literal, Self, SupportsIndex, TypeAlias, TypeVar, final, overload
+from typing import Any, Final, Generic, Self, SupportsIndex, TypeAlias, TypeVar, final, overload
 
-import numpy as np
 from _typeshed import ReadableBuffer, WriteableBuffer
 
+from dmabuf._native_shown import (
+    SD_ALIVE as SD_ALIVE,
+)
+from dmabuf._native_shown import (
+    SD_CLOSED as SD_CLOSED,
+)
+from dmabuf._native_shown import (
+    SD_DIED as SD_DIED,
+)
+from dmabuf._native_shown import (
+    SD_NEVER as SD_NEVER,
+)
+from dmabuf._native_shown import (
+    SP_DROP as SP_DROP,
+)
+from dmabuf._native_shown import (
+    SP_WAIT as SP_WAIT,
+)
+from dmabuf._native_shown import (
+    SR_LATEST as SR_LATEST,
+)
+from dmabuf._native_shown import (
+    SR_MEMBER as SR_MEMBER,
+)
+from dmabuf._native_shown import (
+    SR_QUEUE as SR_QUEUE,
+)
+from dmabuf._native_shown import (
+    STREAM_GROUPS as STREAM_GROUPS,
+)
+from dmabuf._native_shown import (
+    STREAM_READERS as STREAM_READERS,
+)
+from dmabuf._native_shown import (
+    STREAM_SLOTS as STREAM_SLOTS,
+)
+from dmabuf._native_shown import (
+    SW_ASK as SW_ASK,
+)
+from dmabuf._native_shown import (
+    SW_NEWS as SW_NEWS,
+)
+from dmabuf._native_shown import (
+    SW_SPACE as SW_SPACE,
+)
+from dmabuf._native_shown import (
+    Access as Access,
+)
+from dmabuf._native_shown import (
+    AccessGroup as AccessGroup,
+)
+from dmabuf._native_shown import (
+    Frame as Frame,
+)
+from dmabuf._native_shown import (
+    FrameMaking as FrameMaking,
+)
+from dmabuf._native_shown import (
+    Hold as Hold,
+)
+from dmabuf._native_shown import (
+    Port as Port,
+)
+from dmabuf._native_shown import (
+    ShmStreams as ShmStreams,
+)
+from dmabuf._native_shown import (
+    View as View,
+)
+from dmabuf._native_shown import (
+    set_stream_rules as set_stream_rules,
+)
 from dmabuf.answers import FenceInfo, RecordInfo
 
 _K = TypeVar("_K")
@@ -60,6 +131,7 @@ CH_CTX: Final[int]
 CH_SYNC: Final[int]
 CH_LEAF: Final[int]
 CH_LAYOUT: Final[int]
+CH_STREAM: Final[int]
 CTX_PER: Final[int]
 CTX_FIRST_IN_LIFE: Final[int]
 TIMELINES_PER: Final[int]
@@ -74,11 +146,13 @@ FF_SEQNO64: Final[int]
 FF_CONTAINER: Final[int]
 FF_WATCH_DEADLINE: Final[int]
 FF_ANYBODY: Final[int]
+FF_ASKED: Final[int]
 TICK_FENCE: Final[int]
 TICK_RESV: Final[int]
 TICK_TABLE: Final[int]
 TICK_POLL: Final[int]
 TICK_CHECK: Final[int]
+TICK_STREAM: Final[int]
 STEPS: Final[tuple[str, ...]]
 
 def step_arm(action: str, name: str, number: int, /) -> None: ...
@@ -123,7 +197,7 @@ def dup_same(fd: int, dev: int, ino: int, cloexec: bool, /) -> int: ...
 def errors_by(fail: Callable[..., OSError], /) -> None: ...
 def probe_fd(fd: int, /) -> tuple[int, int, int, int, bytes, int]: ...
 
-class Shm:
+class Shm(ShmStreams):
     tick: Callable[[int, int], None] | None
     slow: Callable[[int, int], object] | None
     slow_ns: int
@@ -314,60 +388,6 @@ class Mapping:
 _Sizes: TypeAlias = Sequence[int] | int | None
 
 @final
-class View:
-    nbytes: Final[int]
-    readonly: Final[bool]
-    format: Final[str]
-    itemsize: Final[int]
-    ndim: Final[int]
-    shape: Final[tuple[int, ...]]
-    strides: Final[tuple[int, ...]]
-    suboffsets: Final[tuple[int, ...]]
-    contiguous: Final[bool]
-    c_contiguous: Final[bool]
-    f_contiguous: Final[bool]
-    obj: Final[object]
-    def cast(self, format: str, shape: list[int] | tuple[int, ...] = ...) -> memoryview[Any]: ...
-    def hex(self, sep: str | bytes = ..., bytes_per_sep: int = 1) -> str: ...
-    def tobytes(self, order: Literal["C", "F", "A"] | None = "C") -> bytes: ...
-    def tolist(self) -> list[int]: ...
-    def toreadonly(self) -> View: ...
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]: ...
-    def array(self, dtype: Any = None, shape: _Sizes = None, offset: int = 0, strides: _Sizes = None) -> np.ndarray[Any, Any]: ...
-    def tensor(self, dtype: Any = None, shape: _Sizes = None, offset: int = 0, strides: _Sizes = None, *, copy: bool = False) -> Any: ...
-    def planes(self) -> tuple[np.ndarray[Any, Any], ...]: ...
-    def __dlpack__(
-        self,
-        *,
-        stream: None = None,
-        max_version: tuple[int, int] | None = None,
-        dl_device: tuple[int, int] | None = None,
-        copy: bool | None = None,
-    ) -> Any: ...
-    def __dlpack_device__(self) -> tuple[int, int]: ...
-    def release(self) -> None: ...
-    def __enter__(self) -> Self: ...
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None, /) -> None: ...
-    def __len__(self) -> int: ...
-    @overload
-    def __getitem__(self, key: SupportsIndex, /) -> int: ...
-    @overload
-    def __getitem__(self, key: slice, /) -> View: ...
-    @overload
-    def __setitem__(self, key: SupportsIndex, value: SupportsIndex, /) -> None: ...
-    @overload
-    def __setitem__(self, key: slice, value: ReadableBuffer, /) -> None: ...
-    def __iter__(self) -> Iterator[int]: ...
-    def __contains__(self, value: object, /) -> bool: ...
-    def __reversed__(self) -> Iterator[int]: ...
-    def __buffer__(self, flags: int, /) -> memoryview: ...
-
-@final
-class Hold:
-    access: Final[Access]
-    def __buffer__(self, flags: int, /) -> memoryview: ...
-
-@final
 class AccessPath:
     mapping: Mapping | None
     open: Final[int]
@@ -381,37 +401,6 @@ class HandleBase:
     def close(self) -> None: ...
 
 def open_handle(face: type[_T], kind: type[HandleBase], fd: int | OwnedFd, shared: object, /) -> _T: ...
-
-@final
-class Access:
-    buf: Final[Any]
-    handle: Final[Any]
-    timeout: Final[float | None]
-    write: Final[bool]
-    target: Final[int]
-    fence: Final[int]
-    kept: Final[int]
-    shm: Final[Shm | None]
-    def __enter__(self) -> View: ...
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None, /) -> None: ...
-    def __aenter__(self) -> Awaitable[View]: ...
-    def __aexit__(self, *why: object) -> Awaitable[None]: ...
-    def begin(self, backing: object, /) -> None: ...
-    def begun(self, function: Callable[..., object], /, *args: object) -> object: ...
-    def told(self, function: Callable[..., object], /, *args: object) -> object: ...
-    def arrive(self, owner: Context, until: int, /) -> list[int]: ...
-
-@final
-class AccessGroup:
-    def __new__(cls, parts: tuple[Access, ...], timeout: float | None, /) -> Self: ...
-    parts: Final[tuple[Access, ...]]
-    timeout: Final[float | None]
-    def __enter__(self) -> tuple[View, ...]: ...
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None, /) -> None: ...
-    def __aenter__(self) -> Awaitable[tuple[View, ...]]: ...
-    def __aexit__(self, *why: object) -> Awaitable[None]: ...
-    def add(self, owner: Context, /) -> list[int]: ...
-
 def access_block(buf: object, handle: object, write: bool, timeout: float | None, offset: int = 0, length: int = -1, /) -> Access: ...
 def release_kept(shm: Shm, target: int, fence: int, /) -> int: ...
 def kept_before_fork() -> None: ...

@@ -43,3 +43,43 @@ class FenceInfo(TypedDict):
     deadline: int
     timestamp: int
     life: int
+
+
+class StreamReaderInfo(TypedDict):
+    """What a reader's place in a stream says. ``cursor``: 0 if nothing is promised to it."""
+
+    place: int
+    life: int
+    role: int
+    group: int
+    cursor: int
+    claims: int
+    lost: int
+    seen: int
+    joined: int
+
+
+class StreamSlotInfo(TypedDict):
+    """What a slot of a stream says. ``rec``: its buffer's record + 1."""
+
+    rec: int
+    rec_gen: int
+    seq: int
+    writing: bool
+    foreign: bool
+    torn: int
+    used: int
+    stamp: int
+
+
+class StreamInfo(TypedDict):
+    """What a stream says of itself."""
+
+    policy: int
+    size: int
+    meta_bytes: int
+    published: int
+    why: int
+    producer: int
+    readers: list[StreamReaderInfo]
+    slots: list[StreamSlotInfo]

@@ -29,6 +29,7 @@ _RECORD: Final = {
     "cleared": ("rec_freed", "rec_filled"),
 }
 _STABLE: Final = ("free", "live")
+_RESV_IN_RECORD: Final = 256  # bytes; DB_AT(db_rec, resv)
 # A life's end, and a reset: each step comes after those before it, and none but those in brackets may be left out.
 _ENDING: Final = ("reap_fences_done", "reap_contexts_done", "reap_returned", "reap_clean")
 _RESET: Final = ("reset_begun", "reset_rebuilt", "reset_floors", "reset_lists", "reset_counted", "reset_unlocked", "reset_cut")
@@ -336,6 +337,8 @@ class Machines:
             if e.number <= self.record_gen.get(key, 0):
                 self.refuse(e, f"a generation of a record never comes again, and {self.record_gen[key]:#x} was there")
             self.granted.pop(key, None)
+        elif name == "rec_cleared":
+            self.holders.pop((e.domain, e.object + _RESV_IN_RECORD), None)  # whoever had the lock of the buffer is dead
         elif name == "rec_live":
             self.record_gen[key] = e.number
         states = {"rec_linked": "live", "rec_freed": "free"}

@@ -31,9 +31,9 @@ def test_a_reference_that_cannot_be_made_closes_its_descriptor(monkeypatch: pyte
             assert again == buf
 
 
-@pytest.mark.parametrize("size", ["4096", 1e6, None])
+@pytest.mark.parametrize("size", ["4096", 1e6])
 def test_a_size_that_is_no_int_is_a_typeerror_that_says_so(size: Any) -> None:
-    with pytest.raises(TypeError, match=r"allocate: size is a number of bytes, an int, not (str|float|NoneType)"):
+    with pytest.raises(TypeError, match=r"allocate: size is a number of bytes, an int, not (str|float)"):
         dmabuf.allocate(size)
 
 

@@ -15,6 +15,7 @@ from tests.support.steps import fork, reap
 from tests.support.tracing import Entry, Tracing, log_to
 
 LOCK, LIST, TABLE, RECORD, CHUNK, SLOT, LIFE = 0x100, 0x100, 0x44, 0x200, 0x300, 0x400, 0x500
+RESV = RECORD + 256
 FIRST, SECOND = 1 << 24, 2 << 24  # two fences of one slot
 
 
@@ -52,6 +53,7 @@ RESET = (
 GOOD = {
     "lock": ("1 resv_locked LOCK 7", "1 resv_unlocking LOCK 7", "2 resv_locked LOCK 8", "2 resv_unlocking LOCK 8"),
     "lock of a dead owner": ("1 resv_locked LOCK 7", "3 ctx_closing 0 7", "2 resv_dead_owner LOCK 7", "2 resv_stolen LOCK 8"),
+    "lock of a buffer that is gone": (*MADE, "2 resv_locked RESV 7", *FREED, "3 resv_locked RESV 8"),
     "lock on loan": ("1 resv_locked LOCK 7", "1 resv_passing LOCK 7", "1 resv_passing_to LOCK 8", "2 resv_added LIST 1",
                      "2 resv_unlocking LOCK 8"),
     "lock not passed on": ("1 resv_locked LOCK 7", "2 resv_passing LOCK 9", "2 resv_passing_to LOCK 8", "1 resv_unlocking LOCK 7"),

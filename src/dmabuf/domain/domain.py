@@ -30,6 +30,7 @@ from dmabuf._native import (
     MAX_CHUNKS,
     OFF_SWEEP,
     TICK_CHECK,
+    TICK_FENCE,
     TICK_POLL,
     Context,
     OwnedFd,
@@ -361,6 +362,8 @@ class Domain:
             self.sweep_if_due()
             if kind == TICK_POLL:
                 return
+        if kind == TICK_FENCE:
+            self.shm.stream_look(value)  # whoever was to end it may have died before
         self.retries.check()
         self.tick_hooks(kind, value)
 

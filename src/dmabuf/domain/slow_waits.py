@@ -13,7 +13,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
-from dmabuf._native import FF_ACCESS, FF_ANYBODY, FF_WRITE, TICK_FENCE, TICK_RESV, TICK_TABLE, Shm
+from dmabuf._native import FF_ACCESS, FF_ANYBODY, FF_ASKED, FF_WRITE, TICK_FENCE, TICK_RESV, TICK_STREAM, TICK_TABLE, Shm
+from dmabuf.domain import stream_users
 from dmabuf.domain.naming import Named, process
 
 if TYPE_CHECKING:
@@ -73,6 +74,8 @@ def named(domain: Waited, kind: int, value: int) -> str:
         return "a reservation lock" + (f" that thread {found[1]} of {process(domain, found[0])} holds" if found else "")
     if kind == TICK_TABLE:
         return f"the lock of the domain's table, which {process(domain, value)} holds"
+    if kind == TICK_STREAM:
+        return stream_users.waited_for(domain, value)
     return "something"
 
 
@@ -87,6 +90,8 @@ def fence(domain: Waited, handle: int) -> str:
     info = shm.fence_info(handle)
     if info is None:
         return "a fence that has just been signaled"
+    if info["flags"] & FF_ASKED:
+        return stream_users.stands_in_the_way(domain, info["seqno"])
     who = process(domain, info["life"])
     if info["flags"] & FF_ACCESS:
         owner = shm.ctx_info(info["owner"])

@@ -13,10 +13,13 @@ import json
 import os
 import socket
 import struct
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, Final
 
 from dmabuf._native import OwnedFd, WeakValues
 from dmabuf.core.access.range import BufferRange
+from dmabuf.core.base.registry import Registry
 from dmabuf.core.buffer.handle import handle_of
 from dmabuf.core.buffer.identity import NAME_BYTES
 from dmabuf.core.buffer.shared import SharedBuffer
@@ -48,6 +51,7 @@ _PART: Final = struct.Struct("=QQ48x")  # of a range: offset, length
 _FENCE: Final = struct.Struct("=QQQ40x")  # handle, context, seqno
 _TIMELINE: Final = struct.Struct("=QQ48x")  # number of the slot's use, context
 _SYNC: Final = struct.Struct("=I60x")  # of a sync file: bytes of its record, in the items that follow
+_STREAM_BODY: Final = struct.Struct("=I60x")  # how many buffers
 _META_BODY: Final = struct.Struct("=IB59x")  # of meta: its bytes, and whether they are JSON
 
 INLINE_META: Final = 1024
@@ -59,11 +63,28 @@ _CONTAINER, _SYNC_FILE, _MORE, _SW_SYNC = 6, 7, 8, 9
 _RANGE: Final = 10  # of the buffer in the item before
 _SEMAPHORE: Final = 11
 _META, _META_FD = 12, 13  # in the items that follow, or in a memfd
+_STREAM: Final = 14  # made of the buffers in the items that follow
 WITH_FD: Final = frozenset((_BUFFER, _PRIVATE_DOMAIN, _DIRECTORY, _CONTAINER, _SYNC_FILE, _SW_SYNC, _SEMAPHORE, _META_FD))
 _IS_PRIVATE, HAS_NAME = 1, 2  # flags of an item
 
 # By id, as in the commonest message, whose domain is found here without the registry.
 domains: WeakValues[bytes, Domain] = WeakValues()
+
+
+class Composed(ABC):
+    """What is sent as several buffers: a stream."""
+
+    @abstractmethod
+    def sent_as(self) -> tuple[DmaBuf, ...]:
+        """Return the buffers.
+
+        Raises:
+            ClosedError: It is closed (EBADF).
+        """
+
+
+COMPOSED: Final[Registry[Callable[[tuple[DmaBuf, ...]], Composed]]] = Registry("composed object", {"stream": "dmabuf.stream.stream"})
+"""Functions that make what was sent as several buffers, which they own from then on."""
 
 
 class Received(list[Any]):
@@ -174,6 +195,11 @@ def pack_objects(objects: tuple[Any, ...], meta: Any = None) -> tuple[bytes, lis
         elif isinstance(one, Timeline | RemoteTimeline):
             index, number, context = timeline_place(one, "send")
             items.append(_item(_TIMELINE_KIND, one.domain, _TIMELINE.pack(number, context), index))
+        elif isinstance(one, Composed):
+            handles = [handle_of(buf) for buf in one.sent_as()]
+            fds += [handle.descriptor("send") for handle in handles]
+            items.append(_item(_STREAM, handles[0].domain, _STREAM_BODY.pack(len(handles))))
+            items += [_item_of(handle.shared) for handle in handles]
         elif isinstance(one, Domain) and one.path is None:
             fds.append(one.fileno())
             items.append(_item(_PRIVATE_DOMAIN, one, b""))
@@ -183,7 +209,8 @@ def pack_objects(objects: tuple[Any, ...], meta: Any = None) -> tuple[bytes, lis
             items.append(_item(_DIRECTORY, one, b""))
         else:
             remedy = "; pass its items one by one, as send(sock, *objects)" if isinstance(one, list | tuple) else ""
-            raise TypeError(f"send: expected buffers, ranges, fences, sync files, timelines or domains, not {type(one).__name__}{remedy}")
+            kinds = "buffers, ranges, streams, fences, sync files, timelines or domains"
+            raise TypeError(f"send: expected {kinds}, not {type(one).__name__}{remedy}")
     if meta is not None:
         data, as_json = pack_meta(meta)
         pieces = _pieces(data) if len(data) <= INLINE_META and len(items) + 1 + -(-len(data) // 64) <= MAX_OBJECTS else []
@@ -288,6 +315,7 @@ def objects_of(sock: socket.socket, items: list[tuple[Any, ...]], fds: list[Owne
     order = iter(range(len(fds)))
     places = [next(order) if item[0] in WITH_FD else -1 for item in items]
     own: dict[int, Domain] = {}
+    composed: list[tuple[int, int]] = []
     for at, (kind, _, _, _, identity, _) in enumerate(items):  # domains first, before the objects in them
         if kind in (_PRIVATE_DOMAIN, _DIRECTORY):
             fd = fds[places[at]]
@@ -306,7 +334,9 @@ def objects_of(sock: socket.socket, items: list[tuple[Any, ...]], fds: list[Owne
             _meta_of(sock, made, data, as_json)
             continue
         domain = domain_of(identity, flags)
-        if kind == _BUFFER:
+        if kind == _STREAM:
+            composed.append((len(made), *_STREAM_BODY.unpack(body)))
+        elif kind == _BUFFER:
             fd = fds[places[at]]
             dev, ino, nonce, name = _BODY.unpack(body)
             made.append(received(fd, domain, dev, ino, nonce, name_in(name) if flags & HAS_NAME else None))
@@ -333,6 +363,11 @@ def objects_of(sock: socket.socket, items: list[tuple[Any, ...]], fds: list[Owne
             made.append(RemoteTimeline(domain, index, number, context))
         else:
             raise foreign(sock, f"an object of kind {kind}, which this version doesn't know")
+    for start, count in reversed(composed):
+        bufs = tuple(made[start : start + count])
+        if len(bufs) != count or not count or not all(isinstance(buf, DmaBuf) for buf in bufs):
+            raise foreign(sock, "a stream without its buffers")
+        made[start : start + count] = [COMPOSED.find("stream")(bufs)]
     return made
 
 

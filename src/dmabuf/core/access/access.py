@@ -23,6 +23,7 @@ from typing import Final, NoReturn, TypeAlias
 
 from dmabuf._native import (
     FF_ACCESS,
+    FF_ASKED,
     FF_WRITE,
     Access,
     AccessGroup,
@@ -48,7 +49,7 @@ from dmabuf.core.resv.until_free import until_free
 from dmabuf.core.resv.ww_mutex import lock_all_until
 from dmabuf.core.task import waiting as awaiting
 from dmabuf.core.task.owner import Owner, acting, current, publish, thread_of
-from dmabuf.domain import naming, place
+from dmabuf.domain import naming, place, stream_users
 from dmabuf.domain.dispatcher import dispatcher, report
 from dmabuf.domain.local import Local
 from dmabuf.errors import DmaBufTimeout, contract_warning, fail
@@ -258,6 +259,8 @@ def _blocker(part: Access) -> str:
     shm = handle.shared.shm
     for fence in pending_on(handle.resv, _READ if part.write else _WRITE):
         if fence != part.fence and (info := shm.fence_info(fence)) is not None:
+            if info["flags"] & FF_ASKED:
+                return stream_users.stands_in_the_way(handle.domain, info["seqno"])
             kind = ("read()", "write()")[bool(info["flags"] & FF_WRITE)] if info["flags"] & FF_ACCESS else "a fence"
             return f"{kind} in {naming.process(handle.domain, info['life'])}"
     return ""
@@ -267,6 +270,13 @@ def _blocker(part: Access) -> str:
 
 
 def _sleep(parts: Sequence[Access], owner: Owner, pending: Sequence[int], until: int) -> None:
+    while pending:
+        _sleep_for(parts, owner, pending, until)
+        # A stream's slot has no fences of its own, and one that stands for it ends with whoever asked for it first.
+        pending = [fence for part in parts for fence in part.blocked()]
+
+
+def _sleep_for(parts: Sequence[Access], owner: Owner, pending: Sequence[int], until: int) -> None:
     shm = owner.domain.shm
     for fence in pending:
         if not shm.fence_pending(fence):
@@ -333,7 +343,9 @@ async def wait_async(parts: Sequence[Access], owner: Owner, pending: Sequence[in
     """:func:`wait` in a coroutine."""
     ask(owner.domain, pending)
     try:
-        await _stop_until(parts, owner, pending, until)
+        while pending:
+            await _stop_until(parts, owner, pending, until)
+            pending = [fence for part in parts for fence in part.blocked()]
     finally:
         if owner.wait_stamp:
             publish(owner, 0)

@@ -1,0 +1,1 @@
+"""Streams: rings of buffers that a producer hands to readers in other processes."""

@@ -1,0 +1,302 @@
+"""SIGKILL at random moments of a stream with producers, readers of each kind and third parties.
+
+The content of each frame is its number at three places. Who reads it checks them; a reader that is promised every frame also checks that
+none is missing. Each of the survivors must go on after each kill, and at the end nothing of anybody is left.
+
+The seed is printed with every failure: ``DMABUF_TEST_SEED=…`` makes the same choices again, but not the same timing. The long test kills
+3,000, or as many as ``DMABUF_TEST_KILLS`` says.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import random
+import signal
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+
+import dmabuf
+from dmabuf import Frame, Stream, Usage, _native
+from dmabuf.core.buffer.handle import handle_of
+from dmabuf.domain import lives, records
+from tests.support.apart import Apart
+from tests.support.budget import times
+from tests.support.fences import attach
+from tests.support.steps import fork, reap
+from tests.support.waiting import until
+
+pytestmark = pytest.mark.crash
+
+SIZE, SLOTS = 16384, 4
+PLACES = (0, SIZE // 2, SIZE - 8)
+FOREIGN = 1 << 63  # in the content: a third party wrote it
+TORN = (errno.EOWNERDEAD, errno.ECANCELED)
+LONG_S = 60.0  # so long nobody waits unless somebody hangs
+NAME = "killed"
+
+
+def fill(view: dmabuf.View, number: int) -> None:
+    for at in PLACES:
+        struct.pack_into("<Q", view, at, number)
+
+
+def whole(view: dmabuf.View) -> int:
+    first, *others = (struct.unpack_from("<Q", view, at)[0] for at in PLACES)
+    assert others == [first] * len(others), f"torn content: {first:#x} {[hex(other) for other in others]}"
+    return int(first)
+
+
+class Worker:
+    """What one process does until it is killed. ``counter``: its rounds."""
+
+    def __init__(self, drops: bool, counter: memoryview, seed: str) -> None:
+        self.drops, self.counter = drops, counter
+        self.rng = random.Random(seed)
+
+    def round_done(self) -> None:
+        self.counter[0] += 1
+
+    def check(self, frame: Frame, promised: bool = False) -> None:
+        """``promised``: since before it was published, so no third party can have written it."""
+        content = whole(frame.view)
+        if promised and not self.drops:
+            assert content == frame.seq, f"frame {frame.seq} has {content:#x}"
+        assert content & FOREIGN or content == frame.seq, f"frame {frame.seq} has {content:#x}"
+        assert frame.meta == {"seq": frame.seq}
+
+    def produce(self) -> None:
+        while True:
+            with Stream.open(NAME) as stream:
+                for _ in range(self.rng.randint(1, 200)):
+                    try:
+                        self.produce_one(stream)
+                    except BlockingIOError:
+                        pass
+                    except OSError as e:
+                        if e.errno != errno.EBUSY:
+                            raise
+                    self.round_done()
+
+    def produce_one(self, stream: Stream) -> None:
+        what = self.rng.random()
+        with contextlib.suppress(KeyError), stream.produce(timeout=LONG_S) as frame:
+            frame.meta = {"seq": frame.seq}
+            fill(frame.view, frame.seq)
+            if what < 0.05:
+                fill(frame.view, 99)
+                raise KeyError
+            if what < 0.1:
+                frame.discard()
+
+    def queue(self) -> None:
+        while True:
+            with Stream.open(NAME) as stream, stream.reader(history=self.rng.randint(0, 3), wait_for_producer=True) as reader:
+                last, kept, joined = 0, [], stream.info()["published"]
+                for _ in range(self.rng.randint(1, 200)):
+                    lost = reader.lost
+                    frame = reader.next(timeout=LONG_S)
+                    self.check(frame, promised=frame.seq > joined)
+                    assert not last or frame.seq == last + 1 + reader.lost - lost, f"{frame.seq} comes after {last}"
+                    last = frame.seq
+                    if self.rng.random() < 0.1 and not kept:
+                        kept.append((frame.keep(), last, whole(frame.view)))
+                    for old, seq, content in kept:
+                        assert (old.seq, whole(old.view)) == (seq, content)
+                    if kept and self.rng.random() < 0.5:
+                        kept.clear()
+                    self.round_done()
+
+    def latest(self) -> None:
+        while True:
+            with Stream.open(NAME) as stream, stream.reader("latest", wait_for_producer=True) as reader:
+                last = 0
+                for _ in range(self.rng.randint(1, 200)):
+                    frame = reader.next(timeout=LONG_S)
+                    self.check(frame)
+                    assert frame.seq > last
+                    last = frame.seq
+                    self.round_done()
+
+    def member(self) -> None:
+        while True:
+            with Stream.open(NAME) as stream, stream.reader(group="g", wait_for_producer=True) as reader:
+                last, joined = 0, stream.info()["published"]
+                for _ in range(self.rng.randint(1, 200)):
+                    try:
+                        frame = reader.next(timeout=0.5)  # the others may have them all
+                    except TimeoutError:
+                        self.round_done()
+                        continue
+                    self.check(frame, promised=frame.seq > joined)
+                    assert frame.seq > last
+                    last = frame.seq
+                    self.round_done()
+
+    def third(self) -> None:
+        line = dmabuf.Timeline("third")
+        while True:
+            with Stream.open(NAME) as stream:
+                for _ in range(self.rng.randint(1, 50)):
+                    buf, what = self.rng.choice(stream.bufs), self.rng.random()
+                    try:
+                        if what < 0.4:
+                            with buf.read(timeout=LONG_S) as view:
+                                whole(view)
+                        elif what < 0.6:
+                            with buf.write(timeout=LONG_S) as view:
+                                fill(view, FOREIGN)  # it may be torn before
+                        elif what < 0.7:
+                            with dmabuf.access(read=[buf], write=[b for b in stream.bufs if b is not buf][:1], timeout=0.01) as (view, _):
+                                whole(view)
+                        elif what < 0.8:
+                            fence = line.fence()
+                            attach(buf.resv, fence, Usage.READ)
+                            fence.signal()
+                        elif what < 0.9:
+                            buf.resv.wait(Usage.READ, timeout=LONG_S)
+                        else:
+                            with buf.export_sync_file(write=True):
+                                pass
+                    except TimeoutError:
+                        if not 0.6 <= what < 0.7:
+                            raise
+                    except OSError as e:
+                        if e.errno not in TORN:
+                            raise
+                    self.round_done()
+
+
+@dataclass
+class Place:
+    """A place for a worker: what it does, its counter, and who has it now."""
+
+    job: str
+    counter: memoryview
+    pid: int = 0
+
+
+JOBS = ("produce", "produce", "queue", "queue", "latest", "member", "member", "third", "third")
+
+
+class Workload:
+    def __init__(self, when_full: str, seed: str) -> None:
+        self.drops, self.seed, self.started = when_full == "drop", seed, 0
+        self.rng = random.Random(seed)
+        self.stream = Stream.create(NAME, size=SIZE, buffers=SLOTS, when_full=when_full)  # type: ignore[arg-type]
+        self.shared = dmabuf.allocate(4096)
+        self.mapping = self.shared.mmap()
+        self.view = memoryview(self.mapping).cast("Q")
+        self.places = [Place(job, self.view[at : at + 1]) for at, job in enumerate(JOBS)]
+        for place in self.places:
+            self.start(place)
+
+    def start(self, place: Place) -> None:
+        self.started += 1
+        seed = f"{self.seed} {self.started}"
+        place.pid = fork(lambda: getattr(Worker(self.drops, place.counter, seed), place.job)())
+
+    def behind(self, wanted: list[int]) -> list[str]:
+        """Who has not done enough; one that ended by itself has failed."""
+        for place in self.places:
+            pid, status = os.waitpid(place.pid, os.WNOHANG)
+            if pid:
+                place.pid = 0
+                raise AssertionError(f"seed {self.seed}: {place.job} ended by itself: {os.waitstatus_to_exitcode(status)}")
+        return [place.job for place, least in zip(self.places, wanted, strict=True) if place.counter[0] < least]
+
+    def progress(self) -> None:
+        wanted = [place.counter[0] + 2 for place in self.places]
+        until(lambda: not self.behind(wanted), left=lambda: (self.behind(wanted), self.stream.info()), limit_s=30)
+
+    def kill_one(self) -> None:
+        watched = self.rng.choice(self.places)
+        target = watched.counter[0] + self.rng.randint(0, 3)
+        until(lambda: watched.counter[0] >= target, left=lambda: (watched.job, self.stream.info()), limit_s=30)
+        for _ in range(self.rng.randint(0, 2000)):  # some fraction of a round
+            pass
+        victim = self.rng.choice(self.places)
+        if self.rng.random() < 0.2:  # stopped for a while, and killed as it is
+            os.kill(victim.pid, signal.SIGSTOP)
+        os.kill(victim.pid, signal.SIGKILL)
+        assert reap(victim.pid) == -signal.SIGKILL
+        self.start(victim)
+
+    def end(self) -> None:
+        for place in self.places:
+            if place.pid:
+                os.kill(place.pid, signal.SIGKILL)
+                reap(place.pid)
+                place.pid = 0
+
+    def check_clean(self) -> None:
+        domain = dmabuf.Domain.default()
+        domain.sweep()
+        shm, info = domain.shm, self.stream.info()
+        assert lives.alive_slots(shm) == [lives.index_of(shm.life)]
+        assert info["readers"] == []
+        assert info["why"] != _native.SD_ALIVE
+        assert not any(slot["writing"] for slot in info["slots"])
+        for buf in self.stream.bufs:
+            assert buf.resv.fences(Usage.BOOKKEEP) == []
+            assert not buf.resv.is_locked()
+        until(lambda: not records.sweep(domain) and not shm.rec_orphans())
+        own = {handle_of(buf).shared.index for buf in (self.stream.ring.own, *self.stream.bufs, self.shared)}
+        assert own == set(records.present(domain))
+        assert shm.table_audit() == (0, 0, 0, 0)
+        with self.stream.reader() as reader:
+            while reader.lag:
+                reader.next(timeout=0)
+            for _ in range(2 * SLOTS):
+                with self.stream.produce(timeout=0) as frame:
+                    fill(frame.view, frame.seq)
+                got = reader.next(timeout=0)
+                assert whole(got.view) == got.seq
+
+    def close(self) -> None:
+        for place in self.places:
+            place.counter.release()
+        self.view.release()
+        self.mapping.close()
+        self.shared.close()
+        self.stream.close()
+
+
+def kill(when_full: str, count: int, seed: str) -> int:
+    work = Workload(when_full, seed)
+    try:
+        for _ in range(count):
+            work.kill_one()
+            work.progress()
+        work.end()
+        work.check_clean()
+        return work.stream.info()["published"]
+    except BaseException as e:
+        e.add_note(f"seed {seed}, {work.started} workers so far")
+        raise
+    finally:
+        work.end()
+        work.close()
+
+
+@pytest.fixture
+def kill_some(apart: Apart) -> Callable[[str, int], int]:
+    seed = os.environ.get("DMABUF_TEST_SEED") or f"{random.getrandbits(32):08x}"
+    return lambda when_full, count: apart(kill, when_full, count, seed)
+
+
+@pytest.mark.parametrize("when_full", ["wait", "drop"])
+@pytest.mark.timeout(600)
+def test_survivors_of_random_kills_go_on(kill_some: Callable[[str, int], int], when_full: str) -> None:
+    assert kill_some(when_full, times(quick=6, full=150)) > 0
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("when_full", ["wait", "drop"])
+@pytest.mark.timeout(7200)
+def test_survivors_of_thousands_of_random_kills_go_on(kill_some: Callable[[str, int], int], when_full: str) -> None:
+    assert kill_some(when_full, int(os.environ.get("DMABUF_TEST_KILLS", "3000")) // 2) > 0
