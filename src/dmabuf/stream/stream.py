@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
-import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final, Literal, Self
 
-from dmabuf._native import SD_ALIVE, SP_DROP, SP_WAIT, STREAM_SLOTS, Frame
+from dmabuf._native import SD_ALIVE, SP_DROP, SP_WAIT, STREAM_SLOTS, Frame, WeakValues
 from dmabuf.core.buffer.handle import PAGE, handle_of
 from dmabuf.core.buffer.identity import checked_name
 from dmabuf.core.dma_buf import DmaBuf
@@ -169,7 +168,7 @@ class Stream(Part, Composed):
     @classmethod
     def _opened(cls, ring: Ring) -> Self:
         made = cls.__new__(cls)
-        made._readers = weakref.WeakSet()
+        made._readers = WeakValues()
         made._default = {}
         try:
             made.attach(ring)
@@ -243,7 +242,7 @@ class Stream(Part, Composed):
 
     # ---- what it is ----
 
-    _readers: weakref.WeakSet[StreamReader]
+    _readers: WeakValues[int, StreamReader]  # a WeakSet loses what a signal handler raises in its callback
     _default: dict[str, StreamReader]
 
     @property
@@ -391,7 +390,7 @@ class Stream(Part, Composed):
         if self.closed:
             failed(self, "reader", errno.EBADF)
         made = StreamReader(self.ring, policy, group, history, newest, wait_for_producer)
-        self._readers.add(made)
+        self._readers[id(made)] = made
         return made
 
     def _reader(self, policy: Policy) -> StreamReader:
@@ -430,7 +429,7 @@ class Stream(Part, Composed):
 
     def close(self) -> None:
         """End producing, close the readers that were made of this object, and close the buffers."""
-        for reader in list(self._readers):
+        for reader in self._readers.values():
             reader.close()
         if not self.closed:
             self._close()
