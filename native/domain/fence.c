@@ -21,6 +21,7 @@
 #define SPIN_GIL_NS 1000ll  /* and this long of it with the GIL */
 
 void (*fence_wake_streams)(Shm *s, uint32_t rec);
+void (*fence_spoil_frames)(Shm *s, uint64_t handle, int error);
 
 /* ---- state ---- */
 
@@ -106,6 +107,7 @@ int fence_finish(Shm *s, uint64_t handle, db_fence *f, int error, uint64_t stamp
     uint64_t seqno = atomic_load(&f->seqno);
     /* The tag says whose error it is, so it may come to lie in a slot of the ring that another fence has used. */
     if (t && atomic_load(&f->end) == end) atomic_store(&t->ring[seqno % RING_SLOTS], RING_TAG(handle) | (end & 0xfff));
+    if (atomic_load(&f->flags) & FF_STREAM) fence_spoil_frames(s, handle, END_ERROR(end));
     STEP_OF(fence_error, f, handle); /* pending, with an error that shows once it is signaled */
   }
   if (!stamp) stamp = (uint64_t)now_ns();

@@ -62,6 +62,7 @@ void fence_note_cpu(Shm *s);
 
 /* What wakes the streams of which a slot has the fence that ended (streams.c). rec: of an access, else 0. */
 extern void (*fence_wake_streams)(Shm *s, uint32_t rec);
+extern void (*fence_spoil_frames)(Shm *s, uint64_t handle, int error); /* before it is known: the fence fails */
 
 /* Wait until `until` (CLOCK_MONOTONIC ns, -1: no limit). 1: signaled; 0: out of time, or with one_tick a tick is over; -EINTR, if
  * interruptible; RAISED. */

@@ -224,7 +224,21 @@ static void wake_streams(Shm *s, uint32_t rec) {
       if (atomic_load(&x->owner)) stream_wake(s, x, SW_NEWS | SW_SPACE | SW_ASK);
 }
 
-void streams_prepare(void) { fence_wake_streams = wake_streams; }
+/* A fence that fails makes the frames that wait for it no frames. They are marked, since a fence's slot soon forgets how it ended. */
+static void spoil_frames(Shm *s, uint64_t handle, int error) {
+  for (uint32_t c = 0, n = chunk_count(s); c < n; c++)
+    for (uint32_t i = c * STREAMS_PER; i < (c + 1) * STREAMS_PER; i++) {
+      db_stream *x = stream_at(s, i);
+      if (!x) break;
+      for (uint32_t k = 0, slots = atomic_load(&x->owner) ? stream_slots(x) : 0; k < slots; k++)
+        if (atomic_load(&x->slot[k].fence) == handle) atomic_store(&x->slot[k].torn, (uint32_t)-error);
+    }
+}
+
+void streams_prepare(void) {
+  fence_wake_streams = wake_streams;
+  fence_spoil_frames = spoil_frames;
+}
 
 /* ---- the end of a life ---- */
 

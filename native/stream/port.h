@@ -95,6 +95,7 @@ void produce_end(Port *p);    /* in order */
 
 /* ---- read.c ---- */
 int read_join(Port *p, int role, uint64_t group, bool newest, uint64_t history); /* 0; -errno */
+int fence_result(Shm *s, uint64_t fence);                                        /* what it ended with: 0, or a negative errno */
 int read_take(Port *p, int64_t until);                                           /* 1: p->found is held; -errno; RAISED */
 void read_give(Port *p, uint32_t k, uint64_t seq);                               /* the turn is over */
 void read_unclaim(Port *p, uint32_t k);                                          /* what was kept is gone */

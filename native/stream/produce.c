@@ -131,9 +131,15 @@ void produce_publish(Port *p, uint64_t used, uint64_t fence) {
   atomic_store_explicit(&slot->used, used, memory_order_release); /* the store of `head` orders these before it */
   db_fence *f;
   if (fence && fence_pending(p->shm, fence, &f) && f) atomic_fetch_or(&f->flags, FF_STREAM); /* its end wakes streams */
-  atomic_store_explicit(&slot->fence, fence, memory_order_release);
-  atomic_store_explicit(&slot->stamp, (uint64_t)now_ns(), memory_order_release);
   if (atomic_load(&slot->torn)) atomic_store(&slot->torn, 0);
+  if (fence) {
+    /* Whoever fails the fence stores that before it looks at the flag and for slots that name the fence: one of the two sees the other. */
+    atomic_store(&slot->fence, fence);
+    if ((error = fence_result(p->shm, fence))) atomic_store(&slot->torn, (uint32_t)-error);
+  } else {
+    atomic_store_explicit(&slot->fence, 0, memory_order_release);
+  }
+  atomic_store_explicit(&slot->stamp, (uint64_t)now_ns(), memory_order_release);
   if (r && atomic_load(&r->torn)) atomic_store(&r->torn, 0); /* marked again by the reaper, unless the next stores follow */
   atomic_store_explicit(&x->order[p->n % STREAM_SLOTS], word, memory_order_release);
   STEP_OF(stream_written, x, p->n); /* being written, and no frame: the reaper empties the slot */

@@ -257,7 +257,7 @@ static int (*look_of(Port *p))(Port *) {
 }
 
 /* What the producer's fence of the frame ended with: 0, or a negative errno, and the frame is none. */
-static int fence_result(Shm *s, uint64_t fence) {
+int fence_result(Shm *s, uint64_t fence) {
   db_fence *f = fence_at(s, H_SLOT(fence));
   uint64_t end = f ? atomic_load(&f->end) : 0;
   return f && END_GEN(end) == H_GEN(fence) ? END_ERROR(end) : fence_past_error(s, fence, 0, 0);
@@ -272,7 +272,7 @@ int read_take(Port *p, int64_t until) {
     uint64_t fence = x && (p->bits & S_FENCED) ? atomic_load(&x->slot[p->found].fence) : 0; /* else the slot's line needn't be read */
     if (!fence) return 1;
     if (fence_pending(p->shm, fence, NULL) && (got = fence_wait_for(p->shm, fence, until, 0, 0)) != 1) return got ? got : -ETIMEDOUT;
-    if (!fence_result(p->shm, fence)) return 1;
+    if (!fence_result(p->shm, fence) && !atomic_load(&x->slot[p->found].torn)) return 1;
     uint32_t k = (uint32_t)p->found; /* whoever was to fill it failed, or died */
     p->found = -1;
     p->lost++;
