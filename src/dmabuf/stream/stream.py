@@ -333,16 +333,18 @@ class Stream(Part, Composed):
         info = self.info()
         if info["published"] and info["slots"][slot]["seq"] == info["published"]:
             raise fail(errno.EINVAL, "publish", buf, "publish another one first", what="it has the newest frame of the stream")
-        frame = self._take(timeout, slot)
+        if self._making:
+            failed(self, "publish", errno.EINPROGRESS)
         try:
+            frame = self._take(timeout, slot)
             if meta is not None:
                 frame.meta = meta
             frame.fence = fence
+            seq = frame.seq
+            self._finish()
         except BaseException:
-            frame.discard()
+            self._end_turn()  # if there is one: a signal handler may raise when _take() has returned
             raise
-        seq = frame.seq
-        self._finish()
         return seq
 
     @property
