@@ -192,6 +192,29 @@ def test_publish_that_a_signal_interrupts_leaves_the_stream_usable(stream: Strea
     assert stops > 3
 
 
+def test_publish_that_is_interrupted_once_it_has_its_slot_leaves_the_stream_usable(stream: Stream, monkeypatch: pytest.MonkeyPatch) -> None:
+    take = Stream._take
+
+    def interrupted(self: Stream, timeout: float | None, slot: int) -> None:
+        take(self, timeout, slot)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Stream, "_take", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            stream.publish(stream.bufs[0])
+    assert stream.publish(stream.bufs[0], timeout=0) == 1
+
+
+def test_publish_in_the_block_of_a_frame_is_refused(stream: Stream) -> None:
+    with stream.produce() as frame:
+        frame.view[0] = 4
+        other = next(buf for buf in stream.bufs if buf is not frame.buf)
+        with raises_errno(errno.EINPROGRESS):
+            stream.publish(other)
+    assert content(stream.next(timeout=0)) == 4
+
+
 # ---- passed on ----
 
 
