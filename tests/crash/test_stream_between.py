@@ -22,7 +22,7 @@ from tests.support.stream_world import LONG_S, PLACES, WhenFull, World, fill, op
 
 pytestmark = [pytest.mark.crash, pytest.mark.timeout(600)]
 
-FEW = 2  # steps of an action with the quick budget
+FEW = 1  # steps of an action with the quick budget
 EXPECTED = (errno.ETIMEDOUT, errno.EBUSY, errno.EOWNERDEAD, errno.ECANCELED)
 
 

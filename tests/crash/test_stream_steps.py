@@ -38,7 +38,7 @@ from tests.support.waiting import until_asleep
 
 pytestmark = [pytest.mark.crash, pytest.mark.timeout(600)]
 
-FEW = 2  # deaths of a scenario with the quick budget
+FEW = 1  # death of a scenario with the quick budget
 TORN = (errno.EOWNERDEAD, errno.ECANCELED)
 
 
