@@ -200,7 +200,7 @@ def test_wait_goes_on_while_a_callback_is_registered(child: Spawn) -> None:
 def test_wait_ends_by_what_a_forked_child_submits(child: Spawn) -> None:
     other, sem = started(child, forked_child, 1.0)
     sem.close()
-    assert [other.recv() for _ in range(3)] == [False] * 3
+    assert [other.recv() for _ in range(2)] == [False] * 2  # a wait looks rarely once it has lasted
     assert other.result() == errno.ETIME  # the child goes on until its parent has left the wait
 
 

@@ -370,7 +370,12 @@ def software_timeline(worker: Worker) -> None:
         chosen.inc(worker.rng.randint(1, 2))
 
 
-@operation(16, ETIME="nobody reached the point in time", EINVAL="another worker has submitted a later point meanwhile")
+@operation(
+    16,
+    ETIME="nobody reached the point in time",
+    EINVAL="another worker has submitted a later point meanwhile",
+    EDEADLK="the last of the other workers that had it was killed, so nobody can submit the point",
+)
 def semaphore(worker: Worker) -> None:
     if not worker.semaphores or worker.chance(0.2):
         worker.keep(TimelineSemaphore())
