@@ -374,7 +374,7 @@ def test_facts_outlive_death_at_every_step_of_the_last_leave(where: Path, pair: 
     steps = trace(lambda: come_and_go(where))
     assert {"left_copied", "left_absent", "reset_begun", "reset_floors", "reset_chunk", "reset_counted", "reset_cut"} <= set(steps)
     in_process(lambda: receive(where, pair[1]))
-    for nth in some_of(len(steps), quick=8):
+    for nth in some_of(len(steps), quick=5):
         prepare()
         killed_at(lambda: come_and_go(where), nth)
         in_process(lambda: receive(where, pair[1]))

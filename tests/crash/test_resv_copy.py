@@ -8,7 +8,7 @@ from tests.support.fences import attach, key, keys
 from tests.support.steps import Held, fork, numbers, reap
 from tests.support.waiting import until_asleep
 
-FEW = 12  # deaths of a copy with the quick budget
+FEW = 6  # deaths of a copy with the quick budget
 
 pytestmark = [pytest.mark.crash, pytest.mark.timeout(600)]
 

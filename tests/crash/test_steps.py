@@ -168,7 +168,7 @@ SCENARIOS: list[Callable[[Scene], None]] = [
     join, leave, allocate, allocate_described, describe, rename, write, read, write_and_raise, access_both, fence, failed_fence,
     many_fences, copy_fences, lock, lock_both, free_records, reap_another,
 ]  # fmt: skip
-FEW = 45  # deaths of a scenario with the quick budget; those have more that do the same many times
+FEW = 24  # deaths of a scenario with the quick budget; those have more that do the same many times
 # Content may be torn by who dies while writing, and by nobody else.
 MAY_TEAR = {write: "buf", write_and_raise: "buf", access_both: "other", reap_another: "other"}
 

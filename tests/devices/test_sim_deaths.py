@@ -14,6 +14,7 @@ import pytest
 
 import dmabuf
 from dmabuf import DmaBuf, Usage, sim
+from tests.support.budget import times
 from tests.support.children import Child, Parent, Spawn
 from tests.support.engines import SIZE, put, until_it_waits
 from tests.support.errnos import raises_errno
@@ -133,7 +134,7 @@ def kills(child: Spawn, engine: sim.Engine, count: int, seed: int = 9) -> None:
 @pytest.mark.crash
 @pytest.mark.parametrize("seed", range(3))
 def test_devices_killed_at_random_hold_up_nobody(child: Spawn, engine: sim.Engine, seed: int) -> None:
-    kills(child, engine, 3, seed)
+    kills(child, engine, times(quick=1, full=3), seed)
 
 
 @pytest.mark.crash

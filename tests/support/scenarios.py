@@ -18,7 +18,7 @@ from dmabuf.domain.domain import _shm_of
 from tests.support.budget import some_of
 from tests.support.stepper import Pair, Program, all_orders, random_order
 
-FEW = 40  # orders that take no time worth saving
+FEW = 24  # orders that take no time worth saving
 
 
 class Ghost:
@@ -158,8 +158,8 @@ def step_through(scenario: Scenario, *, seeds: Sequence[int] = ()) -> int:
 
 
 def some_orders(orders: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
-    """All of them with the full budget. A quarter, drawn at random, with the quick one: what is wrong is wrong in many orders."""
-    return [orders[n - 1] for n in some_of(len(orders), quick=max(FEW, len(orders) // 4))]
+    """All of them with the full budget. An eighth, drawn at random, with the quick one: what is wrong is wrong in many orders."""
+    return [orders[n - 1] for n in some_of(len(orders), quick=max(FEW, len(orders) // 8))]
 
 
 def _stops(pair: Pair, scenario: Scenario, first: int) -> tuple[int, int]:

@@ -141,7 +141,7 @@ def die_at_every_step(where: Path) -> None:
         prepare()
         steps = trace(lambda: come_and_go(where))
         assert {"domain_filled", "reset_cut"} & set(steps)
-        for nth in some_of(len(steps), quick=10):
+        for nth in some_of(len(steps), quick=5):
             prepare()
             killed_at(lambda: come_and_go(where), nth)
             in_process(lambda: visit(where))
