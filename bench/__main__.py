@@ -19,7 +19,7 @@ from functools import partial
 _DIRECTORY = tempfile.TemporaryDirectory(prefix="dmabuf-bench-", dir="/dev/shm")
 os.environ["DMABUF_DOMAIN"] = _DIRECTORY.name + "/domain"
 
-from bench import awaits, floor, measures, starting, sync  # noqa: E402
+from bench import awaits, floor, measures, starting, streams, sync  # noqa: E402
 from bench.table import HEAD, Group, Measure, Spec, as_json, run  # noqa: E402
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
@@ -105,6 +105,7 @@ def groups(quick: bool) -> list[Group]:
         Group(_among(f"{fences:,} pending fences"), partial(measures.many_fences, fences)),
         Group(awaits.rows(quick)),
         Group(sync.rows(quick)),
+        Group(streams.rows()),
         Group(_starting(600 if quick else starting.JOINS)),
     ]
 

@@ -43,7 +43,7 @@ def _program() -> str:
 
 
 @cache
-def _extension() -> Any:
+def extension() -> Any:
     where = _build("floor_ext.c", "_floor.so", "-shared", "-fPIC", f"-I{sysconfig.get_paths()['include']}")
     spec = importlib.util.spec_from_file_location("_floor", where)
     assert spec is not None
@@ -61,7 +61,7 @@ def run(test: str, *arguments: str) -> float:
 
 def extension_round_trip(rounds: int = 3000) -> float:
     """Ping-pong of two Python processes on one CPU through the smallest C extension, median in µs."""
-    floor = _extension()
+    floor = extension()
     here, there = cpus(False)
     words = mmap.mmap(-1, mmap.PAGESIZE)
     ping = ctypes.addressof(ctypes.c_char.from_buffer(words))

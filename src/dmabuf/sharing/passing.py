@@ -63,6 +63,7 @@ from dmabuf.sharing.items import (
     MAX_OBJECTS,
     ONE,
     WITH_FD,
+    Composed,
     Received,
     domain_of,
     domains,
@@ -98,7 +99,7 @@ class Peer(NamedTuple):
 _peers: dict[int, tuple[Peer, weakref.ref[socket.socket]]] = {}
 
 Beginning = tuple[bytes, list[OwnedFd], Iterable[tuple[int, int, bytes]], int]  # of a message: data, descriptors, control part, flags
-Sent = DmaBuf | BufferRange | DmaFence | SwSync | SyncFile | Timeline | TimelineSemaphore | RemoteTimeline | Domain
+Sent = DmaBuf | BufferRange | DmaFence | SwSync | SyncFile | Timeline | TimelineSemaphore | RemoteTimeline | Domain | Composed
 
 
 def send(sock: socket.socket, *objects: Sent, meta: Any = None) -> None:
@@ -106,8 +107,8 @@ def send(sock: socket.socket, *objects: Sent, meta: Any = None) -> None:
 
     Args:
         sock: The socket. Its timeout counts.
-        *objects: Up to 253 buffers, ranges, fences, sync files, timelines, semaphores or domains; at least one if there is no ``meta``. The
-            kernel passes at most 253 descriptors with a message.
+        *objects: Up to 253 buffers, ranges, streams, fences, sync files, timelines, semaphores or domains; at least one if there is no
+            ``meta``. The kernel passes at most 253 descriptors with a message, and a stream has one for each buffer and one more.
         meta: What is sent along, and is ``meta`` of what :func:`recv` returns: bytes, or anything that JSON has. Of a tuple JSON makes a
             list, and keys become str. At most 1 MiB.
 

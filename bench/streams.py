@@ -1,0 +1,211 @@
+"""Streams: a frame made, read and given back, and frames in a row, beside what a ring of memory and two words can do.
+
+The limit is `limit_round_trip`: a memfd with four frames, and two words that the smallest C extension counts up and waits for. On two CPUs
+it spins at most 20 µs. Both sides touch the first and the last byte of each frame.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import socket
+import time
+from functools import partial
+
+import dmabuf
+from bench import floor
+from bench.peers import cpus, median_us, peer, pinned
+from bench.table import Spec
+
+ROUNDS, WARM, SLOTS = 3000, 300, 4
+IN_A_ROW = 20_000
+MANY = 8_294_400  # bytes of 1920 × 1080 in 4 bytes
+LIMIT = "a ring of memory and two words, by the smallest C extension"
+
+
+class _Ring:
+    """Memory for frames, and two words."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.extension = size, floor.extension()
+        self.fd = os.memfd_create("ring")
+        os.ftruncate(self.fd, SLOTS * size)
+        self.memory = mmap.mmap(self.fd, SLOTS * size)
+        self.views = [memoryview(self.memory)[i * size : (i + 1) * size] for i in range(SLOTS)]
+        for view in self.views:
+            view[::4096] = bytes(len(range(0, size, 4096)))
+        self.words = mmap.mmap(-1, mmap.PAGESIZE)
+        self.head = ctypes.addressof(ctypes.c_char.from_buffer(self.words))
+        self.done = self.head + 64
+
+    def wait(self, split: bool, word: int, value: int) -> None:
+        if split:
+            self.extension.wait_smart(word, value, 20)
+        else:
+            self.extension.wait_ge(word, value)
+
+
+def limit_round_trip(size: int, split: bool) -> float:
+    """A frame through the limit's ring and back, in µs."""
+    ring = _Ring(size)
+    here, there = cpus(split)
+    views, bump, head, done = ring.views, ring.extension.bump, ring.head, ring.done
+    last = size - 1
+
+    def body(sock: socket.socket) -> None:
+        sock.send(b"r")
+        for i in range(ROUNDS):
+            ring.wait(split, head, i + 1)
+            view = views[i % SLOTS]
+            if view[0] != i & 255 or view[last] != i & 255:
+                raise RuntimeError("wrong bytes")
+            bump(done)
+        sock.recv(1)
+
+    samples = []
+    clock = time.perf_counter_ns
+    with peer(body, there) as sock, pinned(here):
+        sock.recv(1)
+        for i in range(ROUNDS):
+            start = clock()
+            view = views[i % SLOTS]
+            view[0] = view[last] = i & 255
+            bump(head)
+            ring.wait(split, done, i + 1)
+            samples.append(clock() - start)
+    return median_us(samples[WARM:])
+
+
+def limit_in_a_row(size: int, split: bool) -> float:
+    """Frames one after the other through the limit's ring, in µs each."""
+    ring = _Ring(size)
+    here, there = cpus(split)
+    views, bump, head, done = ring.views, ring.extension.bump, ring.head, ring.done
+    last = size - 1
+
+    def body(sock: socket.socket) -> None:
+        sock.send(b"r")
+        for i in range(IN_A_ROW):
+            ring.wait(split, head, i + 1)
+            view = views[i % SLOTS]
+            if view[0] != i & 255 or view[last] != i & 255:
+                raise RuntimeError("wrong bytes")
+            bump(done)
+        sock.recv(1)
+
+    with peer(body, there) as sock, pinned(here):
+        sock.recv(1)
+        start = time.perf_counter_ns()
+        for i in range(IN_A_ROW):
+            if i >= SLOTS:
+                ring.wait(split, done, i - SLOTS + 1)
+            view = views[i % SLOTS]
+            view[0] = view[last] = i & 255
+            bump(head)
+        ring.wait(split, done, IN_A_ROW)
+        return (time.perf_counter_ns() - start) / IN_A_ROW / 1000
+
+
+def _touch_all(stream: dmabuf.Stream) -> None:
+    for _ in stream.bufs:
+        with stream.produce() as frame:
+            frame.view[::4096] = bytes(len(range(0, len(frame.view), 4096)))
+
+
+def _read(stream: dmabuf.Stream, array: bool, sock: socket.socket, count: int) -> None:
+    """Read so many frames, and look at both ends of each."""
+    with stream, stream.reader(newest=False) as reader:
+        sock.send(b"r")
+        last, i = stream.bufs[0].size - 1, 0
+        for frame in reader:
+            if array:
+                shown = frame.array()
+                whole = shown[0] == i & 255 and shown[last] == i & 255
+                del shown
+            else:
+                view = frame.view
+                whole = view[0] == i & 255 and view[last] == i & 255
+            if not whole:
+                raise RuntimeError("wrong bytes")
+            i += 1
+            if i == count:
+                break
+        del frame
+
+
+def round_trip(size: int, split: bool, array: bool = False) -> float:
+    """A frame made, read by another process and given back, in µs."""
+    here, there = cpus(split)
+    stream = dmabuf.Stream.create(size=size, buffers=SLOTS, meta_bytes=0)
+    _touch_all(stream)
+
+    def body(sock: socket.socket) -> None:
+        (theirs,) = dmabuf.recv(sock)
+        _read(theirs, array, sock, ROUNDS)
+        sock.recv(1)
+
+    samples = []
+    clock = time.perf_counter_ns
+    produce, drain, last = stream.produce, stream.drain, stream.bufs[0].size - 1
+    with peer(body, there) as sock, pinned(here):
+        dmabuf.send(sock, stream)
+        sock.recv(1)
+        for i in range(ROUNDS):
+            start = clock()
+            with produce() as frame:
+                if array:
+                    shown = frame.array()
+                    shown[0] = shown[last] = i & 255
+                    del shown
+                else:
+                    view = frame.view
+                    view[0] = view[last] = i & 255
+            drain()
+            samples.append(clock() - start)
+    stream.close()
+    return median_us(samples[WARM:])
+
+
+def in_a_row(size: int, split: bool) -> float:
+    """Frames one after the other, in µs each."""
+    here, there = cpus(split)
+    stream = dmabuf.Stream.create(size=size, buffers=SLOTS, meta_bytes=0)
+    _touch_all(stream)
+
+    def body(sock: socket.socket) -> None:
+        (theirs,) = dmabuf.recv(sock)
+        _read(theirs, False, sock, IN_A_ROW)
+        sock.recv(1)
+
+    produce, last = stream.produce, stream.bufs[0].size - 1
+    with peer(body, there) as sock, pinned(here):
+        dmabuf.send(sock, stream)
+        sock.recv(1)
+        start = time.perf_counter_ns()
+        for i in range(IN_A_ROW):
+            with produce() as frame:
+                view = frame.view
+                view[0] = view[last] = i & 255
+        stream.drain()
+        each = (time.perf_counter_ns() - start) / IN_A_ROW / 1000
+    stream.close()
+    return each
+
+
+def rows() -> list[Spec]:
+    """The rows of streams."""
+    found = []
+    for size, text in ((4096, "4 KiB"), (1 << 20, "1 MiB"), (MANY, "8.3 MB")):
+        for split, where in ((False, "one CPU"), (True, "two CPUs")):
+            limit = partial(limit_round_trip, size, split)
+            found.append(Spec(f"frame round trip of {text}, {where}", partial(round_trip, size, split), limit, LIMIT, 1.1))
+            if size == MANY:
+                bound = 2.2 if split else 1.25
+                what = f"  the same with frame.array(), {where}"
+                found.append(Spec(what, partial(round_trip, size, split, True), limit, LIMIT, bound))
+    for split, where in ((False, "one CPU"), (True, "two CPUs")):
+        bound = 1 / 0.9 if split else 1 / 0.75
+        what = f"frames of 8.3 MB in a row to one reader, {where}"
+        found.append(Spec(what, partial(in_a_row, MANY, split), partial(limit_in_a_row, MANY, split), LIMIT, round(bound, 2)))
+    return found
