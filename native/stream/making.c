@@ -80,6 +80,8 @@ static int making_traverse(Making *m, visitproc visit, void *arg) {
   return 0;
 }
 
+static Making *spare; /* the memory of the last one is used again */
+
 static void making_dealloc(Making *m) { /* entered and never left: as if the block had raised */
   PyTypeObject *type = Py_TYPE(m);
   PyObject_GC_UnTrack(m);
@@ -91,6 +93,10 @@ static void making_dealloc(Making *m) { /* entered and never left: as if the blo
   }
   Py_CLEAR(m->port);
   Py_CLEAR(m->timeout);
+  if (!spare) {
+    spare = m; /* it keeps its reference to the type */
+    return;
+  }
   PyObject_GC_Del(m);
   Py_DECREF(type);
 }
@@ -121,8 +127,12 @@ static PyType_Spec making_spec = {
 PyObject *port_produce(Port *p, PyObject *const *a, Py_ssize_t n, PyObject *names) {
   PyObject *timeout = timeout_of(a, n, names, "produce");
   if (!timeout) return NULL;
-  Making *m = PyObject_GC_New(Making, making_type);
-  if (!m) return NULL;
+  Making *m = spare;
+  spare = NULL;
+  if (m)
+    Py_SET_REFCNT(m, 1);
+  else if (!(m = PyObject_GC_New(Making, making_type)))
+    return NULL;
   m->port = (Port *)Py_NewRef((PyObject *)p);
   m->timeout = Py_NewRef(timeout);
   m->seq = 0;
