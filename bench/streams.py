@@ -15,7 +15,7 @@ from functools import partial
 
 import dmabuf
 from bench import floor
-from bench.peers import cpus, median_us, peer, pinned
+from bench.peers import cpus, median_us, peer, pinned, timed
 from bench.table import Spec
 
 ROUNDS, WARM, SLOTS = 3000, 300, 4
@@ -193,6 +193,42 @@ def in_a_row(size: int, split: bool) -> float:
     return each
 
 
+def _shared(sock: socket.socket, there: socket.socket, buf: dmabuf.DmaBuf) -> None:
+    """Fill both ends of a buffer, pass it on, and have the receiver look at them and close it."""
+    with buf.write() as view:
+        view[0] = view[-1] = 1
+    dmabuf.send(sock, buf)
+    (received,) = dmabuf.recv(there)
+    with received.read() as view:
+        if view[0] + view[-1] != 2:
+            raise RuntimeError("wrong bytes")
+    received.close()
+
+
+def fresh_buffer() -> float:
+    """A new buffer allocated, filled at its ends, shared and released, in µs."""
+    here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+    def once() -> None:
+        with dmabuf.allocate(MANY) as buf:
+            _shared(here, there, buf)
+
+    with here, there, pinned(cpus(False)[0]):
+        return timed(once, batches=40, batch=5)
+
+
+def pooled_buffer() -> float:
+    """The same of a buffer that a pool gives, in µs."""
+    here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with here, there, dmabuf.Pool(MANY, 2) as pool, pinned(cpus(False)[0]):
+
+        def once() -> None:
+            with pool.take() as buf:
+                _shared(here, there, buf)
+
+        return timed(once, batches=40, batch=5)
+
+
 def rows() -> list[Spec]:
     """The rows of streams."""
     found = []
@@ -208,4 +244,6 @@ def rows() -> list[Spec]:
         bound = 1 / 0.9 if split else 1 / 0.75
         what = f"frames of 8.3 MB in a row to one reader, {where}"
         found.append(Spec(what, partial(in_a_row, MANY, split), partial(limit_in_a_row, MANY, split), LIMIT, round(bound, 2)))
+    what = "buffer of 8.3 MB from a Pool, filled at its ends, shared and released"
+    found.append(Spec(what, pooled_buffer, fresh_buffer, "the same of a fresh one", 0.05))
     return found

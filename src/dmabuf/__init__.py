@@ -76,6 +76,7 @@ if TYPE_CHECKING:
     from dmabuf.sharing.passing import recv, send
     from dmabuf.sharing.passing_async import arecv, asend
     from dmabuf.sharing.remote_timeline import RemoteTimeline
+    from dmabuf.stream.pool import Pool
     from dmabuf.stream.reader import StreamReader
     from dmabuf.stream.stream import Stream
 
@@ -105,6 +106,7 @@ __all__ = [
     "KeptWarning",
     "PixelFormat",
     "Plane",
+    "Pool",
     "RemoteTimeline",
     "SgTable",
     "SpillHeap",
@@ -197,6 +199,7 @@ _PLACES = {
     "dmabuf.sharing.passing": ("recv", "send"),
     "dmabuf.sharing.passing_async": ("arecv", "asend"),
     "dmabuf.sharing.remote_timeline": ("RemoteTimeline",),
+    "dmabuf.stream.pool": ("Pool",),
     "dmabuf.stream.reader": ("StreamReader",),
     "dmabuf.stream.stream": ("Stream",),
 }

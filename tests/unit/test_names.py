@@ -13,8 +13,8 @@ from tests.support.budget import budget
 NAMES = {
     "BufferRange", "BufferRef", "Color", "ContractError", "ContractWarning", "Device", "Direction", "DiskDevice", "DmaBuf",
     "DmaBufAttachment", "DmaBufError", "DmaFence", "DmaFenceArray", "DmaFenceChain", "DmaResv", "Domain", "Exporter", "FenceOps",
-    "Frame", "ImageLayout", "Importer", "IosysMap", "KeptWarning", "PixelFormat", "Plane", "RemoteTimeline", "SgTable", "SpillHeap",
-    "Stream", "StreamReader", "SwSync", "SyncFile", "TensorLayout", "Timeline", "TimelineSemaphore", "Usage", "View",
+    "Frame", "ImageLayout", "Importer", "IosysMap", "KeptWarning", "PixelFormat", "Plane", "Pool", "RemoteTimeline", "SgTable",
+    "SpillHeap", "Stream", "StreamReader", "SwSync", "SyncFile", "TensorLayout", "Timeline", "TimelineSemaphore", "Usage", "View",
     "WwAcquireContext", "access", "allocate", "allocate_planes", "arecv", "asend", "buffers", "bufinfo", "export", "get",
     "get_sync_file", "heaps", "label", "lock_all", "merge", "open", "open_or_allocate", "private_stub", "recv", "send", "serve",
     "signalling", "sim", "stub_fence", "sync_info", "unwrap", "wait_any", "wait_semaphores",
