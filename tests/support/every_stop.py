@@ -34,6 +34,7 @@ from typing import Any
 import pytest
 
 from dmabuf import Domain, _native
+from tests.support.leaks import rest
 from tests.support.mappings import shared_mappings
 
 _STOPS = bytes(
@@ -202,10 +203,14 @@ def at_every_stop(
             except BaseException as e:
                 faults.append(f"{n} at {trip.where}: afterwards {type(e).__name__}: {e}")
             gc.collect()
-            after = holdings(where)
-            if lost := left(before, after):
+            lost = left(before, holdings(where))
+            if lost:  # unless another thread is in the middle of closing it
+                rest()
+                after = holdings(where)
+                lost = left(before, after)
+                before = after if lost else before
+            if lost:
                 faults.append(f"{n} at {trip.where}: left {'; '.join(lost)}")
-                before = after
             if unraisable:
                 faults.append(f"{n} at {trip.where}: unraisable {unraisable[0]}")
                 unraisable.clear()
