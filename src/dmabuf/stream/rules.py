@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import errno
+import threading
+import time
 from collections.abc import Awaitable
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Final, NoReturn
 
 from dmabuf._native import SD_ALIVE, Frame, Port, set_stream_rules
 from dmabuf.core.fence.fence import DmaFence, wrap
 from dmabuf.core.fence.travel import pack
-from dmabuf.domain import lives
+from dmabuf.domain import lives, naming
 from dmabuf.errors import fail
 from dmabuf.sharing.items import check_fence
 from dmabuf.stream import awaited, meta
@@ -18,6 +20,19 @@ from dmabuf.stream.refusals import failed
 if TYPE_CHECKING:
     from dmabuf._native import FrameMaking
     from dmabuf.stream.parts import Part
+
+
+REAPED_S: Final = 0.2  # how long a producer that isn't seen may be about to be reaped by another process
+LOOK_S: Final = 0.002
+
+
+def _may_be_dead(port: Part) -> bool:
+    """Return True unless the producer's process is there."""
+    info, shm = port.info(), port.domain.shm
+    if info["why"] != SD_ALIVE:
+        return True
+    life = info["producer"]
+    return bool(life != shm.life and naming.seen(shm, lives.index_of(life)) is None)
 
 
 class StreamRules:
@@ -29,13 +44,12 @@ class StreamRules:
 
     def begin(self, port: Part) -> None:
         """Have the port become the producer. One that died is reaped first."""
-        error = port.begin_producing()
-        if error == errno.EBUSY:
-            info, shm = port.info(), port.domain.shm
-            life = info["producer"]
-            if info["why"] != SD_ALIVE or (life != shm.life and not lives.is_alive(shm, lives.index_of(life))):
-                port.domain.reap_dead()
-                error = port.begin_producing()
+        error, pause, until = port.begin_producing(), threading.Event(), time.monotonic() + REAPED_S
+        while error == errno.EBUSY and time.monotonic() < until and _may_be_dead(port):
+            port.domain.reap_dead()
+            error = port.begin_producing()
+            if error:  # another process may be in the middle of reaping it
+                pause.wait(LOOK_S)
         if error:
             failed(port, "produce", error)
 
