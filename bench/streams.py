@@ -45,6 +45,18 @@ class _Ring:
         else:
             self.extension.wait_ge(word, value)
 
+    def read(self, split: bool, count: int, sock: socket.socket) -> None:
+        """Look at both ends of so many frames, and give each back."""
+        views, bump, head, done, last = self.views, self.extension.bump, self.head, self.done, self.size - 1
+        sock.send(b"r")
+        for i in range(count):
+            self.wait(split, head, i + 1)
+            view = views[i % SLOTS]
+            if view[0] != i & 255 or view[last] != i & 255:
+                raise RuntimeError("wrong bytes")
+            bump(done)
+        sock.recv(1)
+
 
 def limit_round_trip(size: int, split: bool) -> float:
     """A frame through the limit's ring and back, in µs."""
@@ -53,19 +65,9 @@ def limit_round_trip(size: int, split: bool) -> float:
     views, bump, head, done = ring.views, ring.extension.bump, ring.head, ring.done
     last = size - 1
 
-    def body(sock: socket.socket) -> None:
-        sock.send(b"r")
-        for i in range(ROUNDS):
-            ring.wait(split, head, i + 1)
-            view = views[i % SLOTS]
-            if view[0] != i & 255 or view[last] != i & 255:
-                raise RuntimeError("wrong bytes")
-            bump(done)
-        sock.recv(1)
-
     samples = []
     clock = time.perf_counter_ns
-    with peer(body, there) as sock, pinned(here):
+    with peer(partial(ring.read, split, ROUNDS), there) as sock, pinned(here):
         sock.recv(1)
         for i in range(ROUNDS):
             start = clock()
@@ -84,17 +86,7 @@ def limit_in_a_row(size: int, split: bool) -> float:
     views, bump, head, done = ring.views, ring.extension.bump, ring.head, ring.done
     last = size - 1
 
-    def body(sock: socket.socket) -> None:
-        sock.send(b"r")
-        for i in range(IN_A_ROW):
-            ring.wait(split, head, i + 1)
-            view = views[i % SLOTS]
-            if view[0] != i & 255 or view[last] != i & 255:
-                raise RuntimeError("wrong bytes")
-            bump(done)
-        sock.recv(1)
-
-    with peer(body, there) as sock, pinned(here):
+    with peer(partial(ring.read, split, IN_A_ROW), there) as sock, pinned(here):
         sock.recv(1)
         start = time.perf_counter_ns()
         for i in range(IN_A_ROW):

@@ -27,7 +27,8 @@ int stream_is_own(Shm *s, uint64_t handle) {
   db_stream *x = stream_of(s, handle);
   uint32_t k = H_SLOT(handle) % STREAM_SLOTS, me = my_life(s);
   if (!x || !me) return 0;
-  if (!(H_GEN(handle) & 1)) return atomic_load(&x->prod) == ((uint64_t)me << 8 | SD_ALIVE);
+  if (!(H_GEN(handle) & 1)) /* a frame that it makes, and not one that is published and waits for its fence */
+    return (atomic_load(&x->slot[k].state) & S_WRITING) && atomic_load(&x->prod) == ((uint64_t)me << 8 | SD_ALIVE);
   for (uint64_t on = stream_places(x); on; on &= on - 1) {
     db_reader *r = &x->reader[__builtin_ctzll(on)];
     if (atomic_load(&r->owner) == me && (atomic_load(&r->claims) >> k & 1)) return 1;

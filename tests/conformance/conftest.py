@@ -12,6 +12,7 @@ from tests.support.children import Spawn
 from tests.support.drivers import Bare, Dynamic, Static
 from tests.support.elsewhere import Place
 from tests.support.lines import Here, There
+from tests.support.loops import run  # noqa: F401  (a fixture)
 
 # The facts of the kernel were asked with buffers of this size (bytes).
 SIZE = 16384

@@ -3,7 +3,7 @@
 import asyncio
 import errno
 import threading
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable
 from typing import Any
 
 import pytest
@@ -14,21 +14,10 @@ from dmabuf.domain.dispatcher import dispatcher
 from tests.support.children import Parent, Spawn
 from tests.support.errnos import raises_errno
 from tests.support.fences import attach, keys, the_fence
+from tests.support.loops import Run
 from tests.support.waiting import Background
 
 anyio = pytest.importorskip("anyio")
-
-Run = Callable[[Callable[[], Awaitable[Any]]], Any]
-
-
-@pytest.fixture(params=["asyncio", "trio"])
-def run(request: pytest.FixtureRequest) -> Iterator[Run]:
-    """Runs an async function in a loop of each kind."""
-    backend = request.param
-    if backend == "trio":
-        pytest.importorskip("trio")
-    yield lambda main: anyio.run(main, backend=backend)
-    assert dispatcher(dmabuf.Domain.default()).watching == 0
 
 
 @pytest.mark.parametrize("error", [0, -errno.EIO])

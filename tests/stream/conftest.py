@@ -9,6 +9,7 @@ import pytest
 
 import dmabuf
 from dmabuf import Stream
+from tests.support.loops import run  # noqa: F401  (a fixture)
 
 SIZE = 4096
 _numbers = itertools.count()

@@ -2,31 +2,16 @@
 
 import contextlib
 import errno
-from collections.abc import Awaitable, Callable, Iterator
-from typing import Any
 
 import pytest
 
-import dmabuf
 from dmabuf import Stream
-from dmabuf.domain.dispatcher import dispatcher
 from tests.stream.conftest import SIZE, Make, content, put
 from tests.support.children import Parent, Spawn
 from tests.support.errnos import raises_errno
+from tests.support.loops import Run
 
 anyio = pytest.importorskip("anyio")
-
-Run = Callable[[Callable[[], Awaitable[Any]]], Any]
-
-
-@pytest.fixture(params=["asyncio", "trio"])
-def run(request: pytest.FixtureRequest) -> Iterator[Run]:
-    """Runs an async function in a loop of each kind."""
-    backend = request.param
-    if backend == "trio":
-        pytest.importorskip("trio")
-    yield lambda main: anyio.run(main, backend=backend)
-    assert dispatcher(dmabuf.Domain.default()).watching == 0
 
 
 def test_async_for_has_every_frame_and_ends(run: Run, make: Make, name: str) -> None:

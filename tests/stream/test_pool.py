@@ -1,8 +1,11 @@
 """Buffers that are used again: when they are free, and what others see."""
 
 import errno
+import gc
 import os
+import queue
 import socket
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,8 +13,12 @@ import pytest
 
 import dmabuf
 from dmabuf import Pool
+from dmabuf.stream.pool import PoolStatistics
+from tests.support.budget import times
 from tests.support.children import Parent, Spawn
 from tests.support.errnos import raises_errno
+from tests.support.every_stop import at_every_stop
+from tests.support.waiting import until_asleep
 
 SIZE = 8192
 
@@ -58,6 +65,23 @@ def test_no_buffer_is_free_while_all_are_taken(pool: Pool) -> None:
         assert "2 of 2 are taken in this process" in str(caught.value)
     with pool.take(timeout=0):
         pass
+
+
+def test_waiter_gets_the_buffer_that_another_thread_gives_back() -> None:
+    with Pool(SIZE, 1) as pool:
+        lease, got = pool.take(), queue.SimpleQueue[int]()
+        first = lease.__enter__().ino
+
+        def wait() -> None:
+            with pool.take(timeout=30) as buf:
+                got.put(buf.ino)
+
+        waiter = threading.Thread(target=wait)
+        waiter.start()
+        until_asleep(os.getpid(), waiter.native_id)
+        lease.give_back()
+        assert got.get(timeout=30) == first
+        waiter.join()
 
 
 def test_buffer_in_flight_is_not_free() -> None:
@@ -136,11 +160,33 @@ def test_open_block_of_a_buffer_keeps_its_lease(pool: Pool) -> None:
     assert pool.statistics().free == 2
 
 
+def _take_and_drop(pool: Pool, i: int) -> None:
+    lease = pool.take(timeout=0)
+    with lease.__enter__().write() as view:
+        assert view[0] == i
+        view[0] = i + 1
+
+
 def test_lease_that_is_dropped_gives_back(pool: Pool) -> None:
-    lease = pool.take()
-    lease.__enter__()
-    del lease
-    assert pool.statistics().free == 2
+    for i in range(4):
+        _take_and_drop(pool, i)
+        assert pool.statistics().free == 2
+
+
+def take_and_write(pool: Pool) -> None:
+    with pool.take(timeout=0) as buf, buf.write() as view:
+        view[0] = 1
+
+
+def test_interrupted_take_leaves_nothing_taken(pool: Pool) -> None:
+    def check() -> None:
+        gc.collect()  # tracebacks of the interruption
+        take_and_write(pool)
+
+    stops, faults = at_every_stop(lambda: take_and_write(pool), check, step=times(quick=7, full=1))
+    assert stops > 2
+    assert not faults, "\n".join(faults)
+    assert pool.statistics() == PoolStatistics(2, 0, 0, 2)
 
 
 def test_lease_is_entered_once(pool: Pool) -> None:
@@ -164,6 +210,19 @@ def test_what_is_kept_of_a_write_is_private_when_the_buffer_comes_again() -> Non
         with pool.take() as buf, buf.write() as view:
             view[0] = 2
         assert kept[0] == 1
+
+
+@pytest.mark.filterwarnings("ignore::dmabuf.KeptWarning")
+def test_buffer_whose_lease_lost_its_mapping_or_closed_it_comes_again() -> None:
+    with Pool(SIZE, 1) as pool:
+        for closes in (False, True, False):
+            with pool.take(timeout=0) as buf:
+                kept = _kept(buf)
+                _kept(buf)  # through a new mapping
+                if closes:
+                    buf.close()
+            assert pool.statistics().free == 1
+            assert kept[0] == 1
 
 
 def test_closed_pool_and_a_parents_are_ebadf(pool: Pool) -> None:

@@ -135,6 +135,17 @@ def third(parent: Parent) -> int:
             return view[0]
 
 
+def test_producers_own_process_waits_for_the_fence_of_a_published_frame(stream: Stream, tl: Timeline) -> None:
+    fence = tl.fence()
+    buf = stream.bufs[0]
+    stream.publish(buf, fence=fence)
+    with raises_errno(errno.ETIMEDOUT, TimeoutError), buf.read(timeout=0):
+        pass
+    fence.signal()
+    with buf.read(timeout=0):
+        pass
+
+
 def test_producer_passes_over_a_slot_whose_fence_is_pending(stream: Stream, tl: Timeline) -> None:
     fence = tl.fence()
     stream.publish(stream.bufs[0], fence=fence)

@@ -22,7 +22,8 @@ from dmabuf.sharing import opening
 if TYPE_CHECKING:
     from dmabuf.answers import StreamInfo
 
-LOOK_S: Final = 0.02  # how often open(wait=) looks for a name, which nobody announces
+LOOK_S: Final = 0.01  # how often open(wait=) looks at first for a name, which nobody announces
+LOOK_MOST_S: Final = 0.25
 META_HEAD: Final = 8  # bytes before a frame's metadata
 
 
@@ -128,6 +129,8 @@ def open_ring(domain: Domain, stream: int, gen: int, record: int, name: str | No
 def ring_of(domain: Domain, stream: int, gen: int, name: str | None, own: DmaBuf, bufs: tuple[DmaBuf, ...], meta_bytes: int) -> Ring:
     """Return the ring of buffers that this process has."""
     need = len(bufs) * (meta_bytes + META_HEAD)
+    if not bufs:
+        raise fail(errno.EUCLEAN, "open", f"stream {name!r}", "make it again", what="its words say that it has no buffers")
     if own.size < need:
         raise fail(errno.EUCLEAN, "open", f"stream {name!r}", "make it again", what="its memory is too small for its metadata")
     mapping = handle_of(own).map_file("open", 0, own.size, True) if meta_bytes else None
@@ -150,7 +153,7 @@ def open_named(domain: Domain, name: bytes, wait: float | None, operation: str =
     """Open the newest stream with a name; ``wait``: seconds to look for it, None to look once."""
     text = os.fsdecode(name)
     until = time.monotonic() + (wait or 0)
-    pause = threading.Event()
+    pause, look = threading.Event(), LOOK_S
     while True:
         for stream, gen, record in reversed(found(domain, name)):
             ring = open_ring(domain, stream, gen, record, text)
@@ -159,7 +162,8 @@ def open_named(domain: Domain, name: bytes, wait: float | None, operation: str =
         left = until - time.monotonic()
         if left <= 0:
             break
-        pause.wait(min(left, LOOK_S))
+        pause.wait(min(left, look))
+        look = min(2 * look, LOOK_MOST_S)
     names = sorted(
         {os.fsdecode(info["name"]) for _, _, rec in domain.shm.stream_list() if (info := domain.shm.rec_info(rec)) and info["name"]}
     )

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import errno
 import os
-import threading
 import time
+import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Self
 
+from dmabuf._native import Mapping
 from dmabuf.core.base.usage import Usage
 from dmabuf.core.buffer.handle import handle_of
 from dmabuf.core.buffer.identity import put_reference_lock
 from dmabuf.core.dma_buf import DmaBuf, new_handle
 from dmabuf.domain import lives, naming
+from dmabuf.domain.auto_reset_event import AutoResetEvent
 from dmabuf.domain.domain import Domain
 from dmabuf.domain.forks import fork_lock
 from dmabuf.domain.ofd import ofd_locked, reopen_owned
@@ -27,8 +29,8 @@ from dmabuf.layout.tensor import TensorLayout
 if TYPE_CHECKING:
     from types import TracebackType
 
-LOOK_S: Final = 0.002  # how often take() looks at first whether a buffer is free, which nobody tells it
-LOOK_MOST_S: Final = 0.02
+LOOK_S: Final = 0.002  # how often take() looks at first whether others have given a buffer back, which nobody tells it
+LOOK_MOST_S: Final = 0.25
 _PAGE: Final = os.sysconf("SC_PAGE_SIZE")
 _ZEROS: Final = bytes(1 << 20)
 
@@ -44,33 +46,40 @@ class PoolStatistics:
 
 
 class _Entry:
-    """One buffer of a pool. ``lent``: to a lease. ``used``: since it was last zeroed."""
+    """One buffer of a pool. ``lease``: who has it; one that is gone has nothing. ``used``: since it was last zeroed."""
 
-    __slots__ = ("buf", "lent", "used")
+    __slots__ = ("buf", "lease", "used")
 
     def __init__(self, buf: DmaBuf) -> None:
-        self.buf, self.lent, self.used = buf, False, False
+        self.buf, self.used = buf, False
+        self.lease: weakref.ref[Lease] | None = None
+
+    def is_lent(self) -> bool:
+        """Return True while a lease has it."""
+        return self.lease is not None and self.lease() is not None
 
     def is_free(self) -> bool:
         """Return True if nobody else has a descriptor of it, in flight or open, or a mapping, and all its fences have ended."""
         handle = handle_of(self.buf)
-        return not self.lent and not ofd_locked(handle.descriptor("take"), 0) and self.buf.resv.test_signaled(Usage.BOOKKEEP)
+        return not self.is_lent() and not ofd_locked(handle.descriptor("take"), 0) and self.buf.resv.test_signaled(Usage.BOOKKEEP)
 
 
 class Lease:
     """A buffer that was taken from a pool: ``with pool.take() as buf``. At the end of the block it goes back."""
 
     def __init__(self, pool: Pool, timeout: float | None) -> None:
-        self._pool, self._timeout = pool, timeout
-        self._entry: _Entry | None = None
+        self._pool, self._timeout, self._entered = pool, timeout, False
         self._buf: DmaBuf | None = None
+        self._mapping: weakref.ref[Mapping] | None = None
 
     def __enter__(self) -> DmaBuf:
-        if self._entry is not None:
+        if self._entered:
             raise ValueError("the block was entered already: call take() for each buffer")
-        entry = self._entry = self._pool.lend(self._timeout)
+        self._entered = True
         try:
-            self._buf = _handle_of_its_own(entry.buf)
+            own = self._pool.lend(self, self._timeout)
+            self._mapping = weakref.ref(handle_of(own).view_source(True))  # made anew if the last lease has lost it
+            self._buf = _handle_of_its_own(own)
         except BaseException:
             self.give_back()
             raise
@@ -81,23 +90,18 @@ class Lease:
 
     def give_back(self) -> None:
         """Close the lease's handle, and let the buffer be taken again once nobody uses it. Twice has no effect."""
-        entry, buf = self._entry, self._buf
+        buf = self._buf
         if buf is not None and not buf.closed:
             handle = handle_of(buf)
-            if not handle.accesses:
+            path = handle.path
+            if path is not None and not handle.accesses:
+                # A mapping that was made since belongs to the lease's descriptor, and would keep the buffer in use for ever.
+                if self._mapping is None or path.mapping is not self._mapping():
+                    path.mapping = None
                 handle.path = None  # it is the pool's, and stays mapped
             buf.close()  # EBUSY while a block of it is open: then nothing has changed
-        self._entry = self._buf = None
-        if entry is not None:
-            entry.lent = False
-
-    def __del__(self) -> None:
-        try:
-            self.give_back()
-        except OSError:  # a block of it is open: whoever has that keeps the buffer in use
-            entry = self._entry
-            if entry is not None:
-                entry.lent = False
+        self._buf = None
+        self._pool.take_back(self)
 
 
 class Pool:
@@ -128,7 +132,7 @@ class Pool:
             raise fail(errno.EINVAL, "pool", "a pool", "ask for at least 1 buffer", what=f"count is {count}")
         layout = what if isinstance(what, ImageLayout | TensorLayout) else None
         self.zero, self.closed = zero, False
-        self._lock = fork_lock()
+        self._lock, self._given = fork_lock(), AutoResetEvent()
         self._entries: list[_Entry] = []
         self._pid = os.getpid()
         try:
@@ -161,10 +165,13 @@ class Pool:
             raise fail(errno.EINVAL, "take", self, "pass seconds >= 0, or None to wait forever", what=f"timeout is {timeout}")
         return Lease(self, timeout)
 
-    def lend(self, timeout: float | None) -> _Entry:
-        """Return an entry that is free, and lent from now on."""
+    def lend(self, lease: Lease, timeout: float | None) -> DmaBuf:
+        """Let a lease have a buffer that is free, and return the pool's handle of it.
+
+        To lend it is one assignment: wherever a signal handler raises, the lease has the buffer or it hasn't.
+        """
         until = None if timeout is None else time.monotonic() + timeout
-        pause, look, waited = threading.Event(), LOOK_S, Wait()
+        look, waited = LOOK_S, Wait()
         while True:
             if self.closed or self._pid != os.getpid():
                 what = "it is closed" if self.closed else "it belongs to the parent of this process"
@@ -172,32 +179,35 @@ class Pool:
             with self._lock:
                 entry = next((entry for entry in self._entries if entry.is_free()), None)
                 if entry is not None:
-                    entry.lent = True
+                    entry.lease = weakref.ref(lease)
             if entry is not None:
                 break
             left = look if until is None else min(look, until - time.monotonic())
             if left <= 0:
                 what = f"no buffer became free in time: {self._who()}"
                 raise fail(errno.ETIMEDOUT, "take", self, "give buffers back sooner, or make a larger pool", what=what)
-            pause.wait(left)
+            self._given.wait(left)
             look = min(2 * look, LOOK_MOST_S)
             waited.look(self.domain, lambda: f"a buffer of a pool: {self._who()}")
         if self.zero and entry.used:
-            try:
-                with entry.buf.write() as view:
-                    for at in range(0, len(view), len(_ZEROS)):
-                        part = view[at : at + len(_ZEROS)]
-                        part[:] = _ZEROS[: len(part)]
-            except BaseException:
-                entry.lent = False
-                raise
+            with entry.buf.write() as view:
+                for at in range(0, len(view), len(_ZEROS)):
+                    part = view[at : at + len(_ZEROS)]
+                    part[:] = _ZEROS[: len(part)]
         entry.used = True
-        return entry
+        return entry.buf
+
+    def take_back(self, lease: Lease) -> None:
+        """Let a lease have nothing any more."""
+        for entry in self._entries:
+            if entry.lease is not None and entry.lease() is lease:
+                entry.lease = None
+        self._given.set()
 
     def _who(self) -> str:
         """Return who has the buffers, in words."""
         shm = self.domain.shm
-        leased = sum(entry.lent for entry in self._entries)
+        leased = sum(entry.is_lent() for entry in self._entries)
         found = [f"{leased} of {len(self._entries)} are taken in this process"] if leased else []
         others = {i for entry in self._entries for i in shm.rec_holders(handle_of(entry.buf).shared.index)}
         others.discard(lives.index_of(shm.life))
@@ -207,7 +217,7 @@ class Pool:
     def statistics(self) -> PoolStatistics:
         """Return how many buffers are taken, in use, and free."""
         with self._lock:
-            leased = sum(entry.lent for entry in self._entries)
+            leased = sum(entry.is_lent() for entry in self._entries)
             free = sum(entry.is_free() for entry in self._entries)
         return PoolStatistics(len(self._entries), leased, len(self._entries) - leased - free, free)
 
