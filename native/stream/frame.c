@@ -30,7 +30,7 @@ static void block_over(Block *b, void *with) {
   if (!slot->held) read_unclaim(slot->port, (uint32_t)(slot - slot->port->slot));
 }
 
-static void meta_none(Port *p, uint32_t k);
+static void meta_none(Port *p);
 
 /* Frames come and go at the speed of the stream: the memory of a few is used again. */
 static Frame *spare[8];
@@ -68,7 +68,7 @@ PyObject *frame_open(Port *p, uint32_t k, uint64_t seq) {
   p->used = UINT64_MAX;
   p->fence = 0;
   p->current = f;
-  if (is_written(f)) meta_none(p, k);
+  p->described = false;
   PyObject_GC_Track(f);
   return (PyObject *)f;
 }
@@ -116,17 +116,22 @@ static int end_making(Port *p, bool failed) {
   return leave_view(slot, f, failed);
 }
 
+static void publish(Port *p, uint64_t used, uint64_t fence) {
+  if (!p->described) meta_none(p); /* not before: without a use of it, the frame that was in the slot may stay */
+  produce_publish(p, used, fence);
+}
+
 int frame_publish(Port *p) {
   if (!p->turn) return 0;
   uint64_t used = p->used, fence = p->fence;
   if (!end_making(p, false)) {
-    produce_publish(p, used, fence);
+    publish(p, used, fence);
     return 0;
   }
   PyObject *kind, *value, *trace;
   PyErr_Fetch(&kind, &value, &trace);
   if (kind && PyErr_GivenExceptionMatches(kind, PyExc_Warning)) /* what was kept is detached, and the warning of it is an error */
-    produce_publish(p, used, fence);
+    publish(p, used, fence);
   else
     produce_back(p, true);
   PyErr_Restore(kind, value, trace);
@@ -259,10 +264,10 @@ static char *meta_of(Frame *f, Py_ssize_t *room) {
   return m->base + at;
 }
 
-/* The frame that is about to be made has none yet. */
-static void meta_none(Port *p, uint32_t k) {
-  Mapping *m = p->meta && p->meta_bytes ? mapping_of(p->meta) : NULL;
-  Py_ssize_t at = (Py_ssize_t)k * ((Py_ssize_t)p->meta_bytes + META_HEAD);
+/* The frame that is about to be published has none. */
+static void meta_none(Port *p) {
+  Mapping *m = p->meta && p->meta_bytes && p->found >= 0 ? mapping_of(p->meta) : NULL;
+  Py_ssize_t at = (Py_ssize_t)p->found * ((Py_ssize_t)p->meta_bytes + META_HEAD);
   if (m && m->base && at + META_HEAD <= m->length) memset(m->base + at, 0, META_HEAD);
 }
 
@@ -271,6 +276,7 @@ static PyObject *get_meta(Frame *f, void *unused) {
   if (!is_open(f)) return NULL;
   char *at = f->port->meta_bytes ? meta_of(f, &room) : NULL;
   if (!at) return f->port->meta_bytes ? NULL : Py_NewRef(Py_None);
+  if (is_written(f) && !f->port->described) Py_RETURN_NONE; /* what is there is another frame's */
   uint32_t head[2];
   memcpy(head, at, sizeof head);
   if (head[0] > room) head[0] = 0, head[1] = 0; /* not written by a producer */
@@ -296,6 +302,7 @@ static int set_meta(Frame *f, PyObject *value, void *unused) {
   }
   if (!r && f->seq && (at = meta_of(f, &room)) && n <= room) { /* packing has run Python code */
     head[0] = (uint32_t)n;
+    f->port->described = true;
     memcpy(at, head, sizeof head);
     memcpy(at + META_HEAD, bytes, (size_t)n);
   }

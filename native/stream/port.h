@@ -54,12 +54,13 @@ typedef struct port {
   uint32_t group;
   uint32_t bits; /* S_ bits of the frame that look() found */
   int role;
-  int only;      /* producer: the slot that it wants, -1: any */
-  int found;     /* the slot that look() found */
-  bool busy;     /* a thread is inside */
-  bool watched;  /* a descriptor says whether there is a next frame, and a rule is told of each that is taken */
-  bool takeover; /* it waits for another producer when there is none */
-  bool promised; /* a reader of all frames, which are promised to it */
+  int only;       /* producer: the slot that it wants, -1: any */
+  int found;      /* the slot that look() found */
+  bool busy;      /* a thread is inside */
+  bool watched;   /* a descriptor says whether there is a next frame, and a rule is told of each that is taken */
+  bool takeover;  /* it waits for another producer when there is none */
+  bool promised;  /* a reader of all frames, which are promised to it */
+  bool described; /* producer: the metadata of the frame that it makes was set */
 } Port;
 
 extern PyTypeObject *Frame_Type;
@@ -89,9 +90,9 @@ int foreign_blocks(Shm *s, db_stream *x, uint32_t k, bool writers, bool granted)
 int produce_begin(Port *p);               /* become the producer. 0; -errno */
 int produce_take(Port *p, int64_t until); /* 1: p->found is marked; -errno; RAISED */
 void produce_publish(Port *p, uint64_t used, uint64_t fence);
-void produce_back(Port *p, bool written);
-int produce_drained(Port *p); /* for port_wait() */
-void produce_end(Port *p);    /* in order */
+void produce_back(Port *p, bool written); /* written: the slot's content may have changed */
+int produce_drained(Port *p);             /* for port_wait() */
+void produce_end(Port *p);                /* in order */
 
 /* ---- read.c ---- */
 int read_join(Port *p, int role, uint64_t group, bool newest, uint64_t history); /* 0; -errno */

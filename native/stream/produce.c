@@ -123,7 +123,7 @@ static db_rec *record(Port *p, db_slot *slot) {
 void produce_publish(Port *p, uint64_t used, uint64_t fence) {
   int error;
   db_stream *x = port_stream(p, &error);
-  if (!x) return;
+  if (!x || p->found < 0) return;
   uint32_t k = (uint32_t)p->found;
   db_slot *slot = &x->slot[k];
   db_rec *r = record(p, slot);
@@ -169,8 +169,8 @@ void produce_back(Port *p, bool written) {
     if (r) atomic_store(&r->torn, TORN_MAKE((uint32_t)getpid(), ECANCELED));
     STEP_OF(stream_torn, x, k); /* torn and being written: the reaper marks it again */
     atomic_store(&slot->state, atomic_load(&slot->state) & 0xfe);
-  } else {
-    atomic_store(&slot->state, p->was);
+  } else { /* the frame that was in it stays, unless its metadata are gone */
+    atomic_store(&slot->state, p->described ? p->was & 0xfe : p->was);
   }
   STEP_OF(stream_aborted, x, k);
   stream_wake(p->shm, x, SW_ASK | SW_NEWS);

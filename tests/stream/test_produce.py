@@ -167,6 +167,23 @@ def test_meta_of_an_older_frame_of_the_slot_is_not_shown(stream: Stream) -> None
             assert reader.next(timeout=0).meta == (number if number < 4 else None)
 
 
+@pytest.mark.parametrize(("described", "there"), [(False, [1, 2, 3, 4]), (True, [2, 3, 4])])
+def test_frame_in_the_slot_keeps_its_meta_when_the_next_is_discarded(stream: Stream, described: bool, there: list[int]) -> None:
+    for _ in range(4):
+        with stream.produce() as frame:
+            frame.meta = frame.seq
+    with stream.produce() as frame:  # in the slot of frame 1
+        assert frame.meta is None
+        if described:
+            frame.meta = "of a frame that nobody sees"
+        buf = frame.buf
+        frame.discard()
+    with stream.reader(history=4) as reader:
+        assert [reader.next(timeout=0).meta for _ in range(reader.lag)] == there
+    with buf.read(timeout=0):  # its bytes are as they were
+        pass
+
+
 def test_meta_has_its_room_and_not_a_byte_more(make: Make) -> None:
     stream = make(meta_bytes=10)
     with stream.reader() as reader:
