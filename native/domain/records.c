@@ -14,6 +14,19 @@ static void set_bounded(char *to, uint8_t *len, const char *from, Py_ssize_t n) 
   *len = (uint8_t)n;
 }
 
+/* Tell a `domain.records.Record` (or None) that this life references record i, in the step that takes the reference: so no signal handler
+ * that raises between two bytecodes leaves a reference of which nobody knows. -1: out of memory. */
+static int tell(PyObject *record, PyObject *index, PyObject *gen, PyObject *life) {
+  static PyObject *names[3];
+  if (record == Py_None) return 0;
+  if (!names[2] && (!(names[0] = PyUnicode_InternFromString("index")) || !(names[1] = PyUnicode_InternFromString("gen")) ||
+                    !(names[2] = PyUnicode_InternFromString("life"))))
+    return -1;
+  return PyObject_SetAttr(record, names[0], index) || PyObject_SetAttr(record, names[1], gen) || PyObject_SetAttr(record, names[2], life)
+             ? -1
+             : 0;
+}
+
 static db_rec *first_free(Shm *s, uint32_t *at) { /* the head of the free list, NULL: the list is empty, or lies */
   uint32_t v = atomic_load(&hdr(s)->rec_free);
   *at = v - 1;
@@ -60,13 +73,26 @@ static int give_layout(Shm *s, uint32_t i, db_rec *r, uint32_t part, const char 
   return layout_give(s, i, r, part, bytes, n) ? 0 : -1;
 }
 
+/* What rec_create() returns; NULL: out of memory, and the reference is given back. */
+static PyObject *created_as(Shm *s, PyObject *record, uint32_t i, uint32_t gen, PyObject *fresh) {
+  PyObject *made = Py_BuildValue("IIO", i, gen, fresh), *life = PyLong_FromUnsignedLong(my_life(s));
+  if (!made || !life || tell(record, PyTuple_GET_ITEM(made, 0), PyTuple_GET_ITEM(made, 1), life)) {
+    a64 *w = ref_word(s, LIFE_INDEX(my_life(s)), i);
+    if (w) atomic_fetch_and(w, ~ref_bit(i));
+    Py_CLEAR(made);
+  }
+  Py_XDECREF(life);
+  return made;
+}
+
 static PyObject *rec_create(Shm *s, PyObject *args) {
   unsigned long long dev, ino, size, created;
   const char *nonce, *exp, *home, *name, *layout = NULL;
   Py_ssize_t nnonce, nexp, nhome, nname, nlayout = 0;
   unsigned kind, pid, part = 0;
-  if (!PyArg_ParseTuple(args, "KKKy#y#y#z#IIK|Iz#", &dev, &ino, &size, &nonce, &nnonce, &exp, &nexp, &home, &nhome, &name, &nname, &kind,
-                        &pid, &created, &part, &layout, &nlayout))
+  PyObject *record = Py_None;
+  if (!PyArg_ParseTuple(args, "KKKy#y#y#z#IIK|Iz#O", &dev, &ino, &size, &nonce, &nnonce, &exp, &nexp, &home, &nhome, &name, &nname, &kind,
+                        &pid, &created, &part, &layout, &nlayout, &record))
     return NULL;
   if (nlayout > (Py_ssize_t)LAYOUT_BYTES) {
     PyErr_SetString(PyExc_ValueError, "rec_create: a layout must have at most 256 bytes");
@@ -85,7 +111,7 @@ static PyObject *rec_create(Shm *s, PyObject *args) {
     a64 *w = ref_word(s, LIFE_INDEX(me), i);
     if (w) atomic_fetch_or(w, ref_bit(i));
     table_unlock(s);
-    return Py_BuildValue("IIO", i, atomic_load(&r->gen), Py_False);
+    return created_as(s, record, i, atomic_load(&r->gen), Py_False);
   }
   if (r) { /* the inode number is in use again, so the buffer of this record is certainly gone */
     atomic_store(&r->state, REC_DYING);
@@ -144,7 +170,7 @@ static PyObject *rec_create(Shm *s, PyObject *args) {
   if (ino) rec_link(s, i, r);
   STEP_OF(rec_linked, r, atomic_load(&r->gen)); /* complete: the sweep of records frees it */
   table_unlock(s);
-  return Py_BuildValue("IIO", i, atomic_load(&r->gen), Py_True);
+  return created_as(s, record, i, atomic_load(&r->gen), Py_True);
 }
 
 static PyObject *rec_find(Shm *s, PyObject *args) {
@@ -164,17 +190,21 @@ static PyObject *rec_find(Shm *s, PyObject *args) {
 
 static PyObject *rec_get(Shm *s, PyObject *const *a, Py_ssize_t n) {
   uint32_t i, gen;
-  if (n != 2) return PyErr_Format(PyExc_TypeError, "rec_get(rec, gen)");
+  if (n != 2 && n != 3) return PyErr_Format(PyExc_TypeError, "rec_get(rec, gen, record=None)");
   if (arg_u32(a[0], &i) || arg_u32(a[1], &gen)) return NULL;
   if (shm_need_life(s, "reference")) return NULL;
   db_rec *r = rec_at(s, i);
   a64 *w = r ? ref_word(s, LIFE_INDEX(my_life(s)), i) : NULL;
   if (!w) Py_RETURN_FALSE;
+  PyObject *life = PyLong_FromUnsignedLong(my_life(s));
+  if (!life) return NULL;
   uint64_t before = atomic_fetch_or(w, ref_bit(i));
   /* rec_free() stores DYING and then looks at the bits; this sets the bit and then looks at the state. One of the two sees the other. */
-  if (atomic_load(&r->state) == REC_LIVE && atomic_load(&r->gen) == gen) Py_RETURN_TRUE;
-  if (!(before & ref_bit(i))) atomic_fetch_and(w, ~ref_bit(i));
-  Py_RETURN_FALSE;
+  int got = atomic_load(&r->state) == REC_LIVE && atomic_load(&r->gen) == gen;
+  int failed = got && n == 3 && tell(a[2], a[0], a[1], life);
+  if ((!got || failed) && !(before & ref_bit(i))) atomic_fetch_and(w, ~ref_bit(i));
+  Py_DECREF(life);
+  return failed ? NULL : PyBool_FromLong(got);
 }
 
 static PyObject *rec_put(Shm *s, PyObject *arg) {
@@ -394,12 +424,14 @@ static PyObject *rec_list(Shm *s, PyObject *unused) { return list_live(s, number
 static PyObject *rec_orphans(Shm *s, PyObject *unused) { return list_live(s, orphan_of); }
 
 PyMethodDef record_methods[] = {
-    METHOD(rec_create, METH_VARARGS, "($self, dev, ino, size, nonce, exp_name, home, name, kind, pid, created, part=0, layout=None, /)",
-           "Make or find the record of a buffer and reference it. Return (rec, gen, whether it was made)."),
+    METHOD(rec_create, METH_VARARGS,
+           "($self, dev, ino, size, nonce, exp_name, home, name, kind, pid, created, part=0, layout=None, record=None, /)",
+           "Make or find the record of a buffer and reference it. Return (rec, gen, whether it was made). See rec_get for `record`."),
     METHOD(rec_find, METH_VARARGS, "($self, dev, ino, /)",
            "Return (rec, gen, nonce) of the record of an inode, or None. Takes no lock: the record may be freed at any time."),
-    METHOD(rec_get, METH_FASTCALL, "($self, rec, gen, /)",
-           "Reference a record for this life. Return False if it is another record by now."),
+    METHOD(
+        rec_get, METH_FASTCALL, "($self, rec, gen, record=None, /)",
+        "Reference a record for this life. Return False if it is another record by now. An object `record` is told index, gen and life."),
     METHOD(rec_put, METH_O, "($self, rec, /)", "Drop this life's reference. Return True if a living process still references the record."),
     METHOD(rec_free, METH_VARARGS, "($self, rec, gen, /)",
            "Free a record unless a living process references it. Return whether it was freed."),

@@ -34,6 +34,7 @@ from typing import Any
 import pytest
 
 from dmabuf import Domain, _native
+from dmabuf.domain.lives import index_of
 from tests.support.leaks import rest
 from tests.support.mappings import shared_mappings
 
@@ -118,7 +119,7 @@ def holdings(domain: Domain) -> dict[str, Any]:
         "threads": Counter(thread.name for thread in threading.enumerate() if thread.name not in STAYING),
         "contexts": Counter({"free": -len(domain._free_ctx)}),
         "timelines": Counter({"free": -len(domain._free_timelines) - len(domain._closed_timelines)}),
-        "records": Counter({f"record {i}": 1 for i in shm.rec_list() if shm.life in shm.rec_holders(i)}),
+        "records": Counter({f"record {i}": 1 for i in shm.rec_list() if index_of(shm.life) in shm.rec_holders(i)}),
         "fences": Counter({f"fence {at}": 1 for at in _pending(shm)}),
     }
 

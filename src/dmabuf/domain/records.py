@@ -77,36 +77,41 @@ class Record:
         return f"buffer ino {self.ino}" if name is None else f"buffer {os.fsdecode(name)!r} ino {self.ino}"
 
     def reference(self, name: bytes | None = None) -> None:
-        """Find or make the record, and set this process's bit. ``name``: the buffer's, for a record that has to be made."""
+        """Find or make the record, and set this process's bit. ``name``: the buffer's, for a record that has to be made.
+
+        The bit and ``life`` are set in one step. All else comes before, so that a signal handler that raises leaves no half of it.
+        """
         shm = self.domain.join()
-        found = shm.rec_find(self.dev, self.ino) if self.ino else None
-        if found and found[2] == self.nonce and shm.rec_get(found[0], found[1]):
-            self.index, self.gen = found[0], found[1]
-            info = shm.rec_info(self.index)
-            if info is not None:  # its maker knows more than a process that only has the descriptor
-                self.exp_name, self.home = info["exp_name"], info["home"]
-                self.resv, self.resv_gen = info["resv"], info["resv_gen"]
-        else:
-            self.index, self.gen, _ = self._create(shm, name)
-        self.shm, self.life, self.unwatched = shm, shm.life, False
+        self.life, self.shm = 0, shm
         self.referenced()
+        found = shm.rec_find(self.dev, self.ino) if self.ino else None
+        info = shm.rec_info(found[0]) if found and found[2] == self.nonce else None
+        if found is not None and info is not None and info["gen"] == found[1]:  # its maker knows more than who only has the descriptor
+            self.exp_name, self.home = info["exp_name"], info["home"]
+            self.resv, self.resv_gen = info["resv"], info["resv_gen"]
+            self.unwatched = False
+            if shm.rec_get(found[0], found[1], self):
+                return
+        self._create(shm, name)
 
     def referenced(self) -> None:
         """Do what the first reference of a life to the record needs."""
 
-    def _create(self, shm: Shm, name: bytes | None) -> tuple[int, int, bool]:
+    def _create(self, shm: Shm, name: bytes | None) -> None:
         arguments = (self.dev, self.ino, self.size, self.nonce, self.exp_name, self.home, name, self.kind, os.getpid(), time.time_ns())
-        described = self.layout or (0, None)
+        part, layout = self.layout or (0, None)
+        self.unwatched = False
         for attempt in range(ABSENT_PASSES + 1):
             try:
-                return shm.rec_create(*arguments, *described)
+                shm.rec_create(*arguments, part, layout, self)
             except OSError as e:
                 if e.errno != errno.ENOSPC or attempt == ABSENT_PASSES or not shm.rec_orphans():
                     raise
+            else:
+                return
             # The pool is full of records whose buffers are probably gone: check them now, a tick apart, rather than refuse.
             sweep(self.domain)
             shm.wait(OFF_ID, shm.load32(OFF_ID), TICK_NS / 1e9)
-        raise AssertionError("unreachable")
 
     def ensure(self) -> int:
         """Return the record's index, referenced by this process's present life; a forked child takes a reference of its own."""
@@ -124,11 +129,11 @@ class Record:
         shm = self.domain.join()
         if shm is self.shm and self.life == shm.life:
             return
-        if shm is self.shm and self.gen and shm.rec_get(self.index, self.gen):
-            self.life = shm.life
+        if shm is self.shm and self.gen:
             self.referenced()
-        else:
-            self.reference(name)
+            if shm.rec_get(self.index, self.gen, self):
+                return
+        self.reference(name)
 
     def info(self) -> RecordInfo:
         """Return what the record says now."""
@@ -172,9 +177,8 @@ class Record:
             if not life or life != shm.life:
                 try:
                     now = shm.life
-                    if not life and self.gen and shm is self.domain.shm and now and shm.rec_get(self.index, self.gen):
-                        self.life = now  # the buffer comes back: what _again() does, in fewer steps
-                    else:
+                    # A buffer comes back: what _again() does, in fewer steps.
+                    if life or not self.gen or shm is not self.domain.shm or not now or not shm.rec_get(self.index, self.gen, self):
                         self._again(name)
                 except BaseException:
                     self.handles.discard(id(handle))
@@ -388,9 +392,9 @@ def foreign_resv(record: Record) -> Record | None:
         found = table.get((index, info["gen"]))
         if found is None:
             found = Record(record.domain, 0, 0, 0, info["nonce"], b"", b"", KIND_RESV)
-            if not shm.rec_get(index, info["gen"]):
+            found.shm = shm
+            if not shm.rec_get(index, info["gen"], found):
                 raise _resv_gone(record)
-            found.index, found.gen, found.shm, found.life = index, info["gen"], shm, shm.life
             table[index, info["gen"]] = found
     return found
 
