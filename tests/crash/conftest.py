@@ -8,10 +8,20 @@ from typing import Any
 
 import pytest
 
+from dmabuf import Domain
 from tests.support import protocol
 from tests.support.children import Child, Parent, Spawn
 from tests.support.forks import Scene
 from tests.support.tracing import Tracing, log_to
+
+
+@pytest.fixture
+def domain() -> Iterator[Domain]:
+    """A domain that only this process is in, and those that it forks."""
+    made = Domain.private()
+    made.join()
+    yield made
+    made.leave()
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import pytest
 
 import dmabuf
-from dmabuf import SyncFile, _native
+from dmabuf import Domain, SyncFile, _native
 from dmabuf.core.fence.fence import wrap
 from tests.support.steps import Held, fork, reap
 
@@ -40,19 +40,19 @@ class Old(NamedTuple):
 class Owner:
     """A child with one pending fence that anybody may end."""
 
-    def __init__(self, flags: int = ANYBODY) -> None:
+    def __init__(self, domain: Domain) -> None:
+        self.domain = domain
         theirs, ours = os.pipe()
-        self.pid = fork(lambda: self._run(ours, flags), lambda: os.close(theirs))
+        self.pid = fork(lambda: self._run(ours), lambda: os.close(theirs))
         os.close(ours)
         with os.fdopen(theirs, "rb") as f:
             self.fence = Old(*map(int, f.readline().split()))
         self.alive = True
 
-    def _run(self, fd: int, flags: int) -> None:
-        domain = dmabuf.Domain.default()
-        shm = domain.join()
-        slot = domain.timeline_open(b"test", b"old")
-        handle = shm.fence_alloc(slot.index + 1, slot.context, SEQNO, flags, 0, 0)
+    def _run(self, fd: int) -> None:
+        shm = self.domain.join()
+        slot = self.domain.timeline_open(b"test", b"old")
+        handle = shm.fence_alloc(slot.index + 1, slot.context, SEQNO, ANYBODY, 0, 0)
         os.write(fd, f"{handle} {slot.context} {slot.index + 1}\n".encode())
         os.close(fd)
         signal.pause()
@@ -62,35 +62,32 @@ class Owner:
             os.kill(self.pid, signal.SIGKILL)
             reap(self.pid)
             self.alive = False
-        dmabuf.Domain.default().reap_dead()
+        self.domain.reap_dead()
 
 
 @pytest.fixture
-def owner() -> Iterator[Owner]:
-    made = Owner()
+def owner(domain: Domain) -> Iterator[Owner]:
+    """In a domain of its own: a stranger is to find the slot among few."""
+    made = Owner(domain)
     yield made
     made.kill()
 
 
-def shm_here() -> _native.Shm:
-    return dmabuf.Domain.default().join()
-
-
-def end(handle: int, error: int) -> None:
+def end(owner: Owner, error: int) -> None:
     """For a child: succeeds if it was this one that ended the fence."""
-    assert shm_here().fence_end_any(handle, error)
+    assert owner.domain.join().fence_end_any(owner.fence.handle, error)
 
 
-def look(old: Old) -> int:
+def look(owner: Owner) -> int:
     """The end of a fence, as somebody sees it who has not looked before."""
-    return _native.Fence(shm_here(), old.handle, False, old.context, SEQNO, old.timeline).status
+    old = owner.fence
+    return _native.Fence(owner.domain.join(), old.handle, False, old.context, SEQNO, old.timeline).status
 
 
 class Stranger:
     """A fence of this process in the slot of a dead one's, with the same number on a timeline in that one's place if it can be had."""
 
-    def __init__(self, slot: int, flags: int) -> None:
-        domain = dmabuf.Domain.default()
+    def __init__(self, domain: Domain, slot: int, flags: int) -> None:
         self.shm = domain.join()
         self.of = domain.timeline_open(b"test", b"stranger")
         self.timeline, self.context = self.of.index + 1, self.of.context
@@ -128,43 +125,43 @@ class Stranger:
 @pytest.mark.parametrize("flags", [0, ANYBODY], ids=["plain", "anybodys"])
 @pytest.mark.parametrize("step", ENDING)
 def test_who_ends_a_fence_too_late_touches_no_stranger_in_its_slot(owner: Owner, step: str, flags: int) -> None:
-    with Held(lambda: end(owner.fence.handle, -errno.EIO), step) as slow:
+    with Held(lambda: end(owner, -errno.EIO), step) as slow:
         assert slow.run_to(step)
         owner.kill()
         decided = GONE if step == "fence_ending" else -errno.EIO
-        assert look(owner.fence) == decided
-        stranger = Stranger(owner.fence.handle & _native.SLOT_MASK, flags)
+        assert look(owner) == decided
+        stranger = Stranger(owner.domain, owner.fence.handle & _native.SLOT_MASK, flags)
         slow.go_on()
         assert slow.wait() == (1 if step == "fence_ending" else 0)
         assert stranger.untouched()
-        assert look(owner.fence) == decided
+        assert look(owner) == decided
         stranger.end()
-        assert look(owner.fence) == decided
+        assert look(owner) == decided
 
 
-def sync_file_of(handle: int) -> bool:
-    with SyncFile(wrap(dmabuf.Domain.default(), handle)) as sf:
+def sync_file_of(domain: Domain, handle: int) -> bool:
+    with SyncFile(wrap(domain, handle)) as sf:
         return not select.select([sf], [], [], 0)[0]
 
 
-MARKS: dict[str, Callable[[_native.Shm, int], bool]] = {
-    "shared": lambda shm, handle: shm.fence_share(handle),
-    "sync": lambda _, handle: sync_file_of(handle),
-    "watched": lambda shm, handle: shm.fence_watch(handle),
-    "deadline": lambda shm, handle: shm.fence_set_deadline(handle, 1),
+MARKS: dict[str, Callable[[Domain, int], bool]] = {
+    "shared": lambda domain, handle: domain.join().fence_share(handle),
+    "sync": sync_file_of,
+    "watched": lambda domain, handle: domain.join().fence_watch(handle),
+    "deadline": lambda domain, handle: domain.join().fence_set_deadline(handle, 1),
 }
 
 
 @pytest.mark.parametrize("mark", MARKS)
 def test_who_marks_a_fence_too_late_touches_no_stranger_in_its_slot(owner: Owner, mark: str) -> None:
     def late() -> None:
-        marked = MARKS[mark](shm_here(), owner.fence.handle)
+        marked = MARKS[mark](owner.domain, owner.fence.handle)
         assert not marked or mark == "deadline"  # a hint, of which nothing is promised
 
     with Held(late, "fence_marking") as slow:
         assert slow.run_to("fence_marking")
         owner.kill()
-        stranger = Stranger(owner.fence.handle & _native.SLOT_MASK, 0)
+        stranger = Stranger(owner.domain, owner.fence.handle & _native.SLOT_MASK, 0)
         slow.go_on()
         assert slow.wait() == 0
         assert stranger.untouched()
@@ -173,34 +170,35 @@ def test_who_marks_a_fence_too_late_touches_no_stranger_in_its_slot(owner: Owner
 
 @pytest.mark.parametrize("step", ENDING)
 def test_of_two_who_end_a_fence_the_first_to_decide_is_right_for_ever(owner: Owner, step: str) -> None:
-    with Held(lambda: end(owner.fence.handle, -errno.EIO), step) as slow:
+    shm = owner.domain.join()
+    with Held(lambda: end(owner, -errno.EIO), step) as slow:
         assert slow.run_to(step)
-        mine = shm_here().fence_end_any(owner.fence.handle, -errno.ENOENT)
-        assert not shm_here().fence_pending(owner.fence.handle)
+        mine = shm.fence_end_any(owner.fence.handle, -errno.ENOENT)
+        assert not shm.fence_pending(owner.fence.handle)
         assert mine == (step == "fence_ending")
-        seen = _native.Fence(shm_here(), owner.fence.handle)
+        seen = _native.Fence(shm, owner.fence.handle)
         stamped = seen.timestamp
         assert (seen.status, stamped > 0) == (-errno.ENOENT if mine else -errno.EIO, True)
         slow.go_on()
         assert slow.wait() == (1 if mine else 0)
-        later = _native.Fence(shm_here(), owner.fence.handle)
+        later = _native.Fence(shm, owner.fence.handle)
         assert (later.status, later.timestamp) == (seen.status, stamped)
 
 
 @pytest.mark.parametrize("step", ENDING)
 def test_what_a_dead_one_had_decided_stands(owner: Owner, step: str) -> None:
-    with Held(lambda: end(owner.fence.handle, -errno.EIO), step) as slow:
+    with Held(lambda: end(owner, -errno.EIO), step) as slow:
         assert slow.run_to(step)
         slow.kill()
-    assert shm_here().fence_pending(owner.fence.handle)
+    assert owner.domain.join().fence_pending(owner.fence.handle)
     owner.kill()
-    assert look(owner.fence) == (GONE if step == "fence_ending" else -errno.EIO)
+    assert look(owner) == (GONE if step == "fence_ending" else -errno.EIO)
 
 
 @pytest.mark.parametrize("step", ["fence_error", "fence_stamped"])
-def test_a_plain_fence_that_its_owner_died_ending_ends_as_the_owners_death(step: str) -> None:
+def test_a_plain_fence_that_its_owner_died_ending_ends_as_the_owners_death(domain: Domain, step: str) -> None:
     def dies(fd: int) -> None:
-        shm = shm_here()
+        shm = domain.join()
         handle = shm.fence_alloc(0, 1, SEQNO, 0, 0, 0)
         os.write(fd, f"{handle}\n".encode())
         _native.step_arm("kill", step, 1)
@@ -212,8 +210,8 @@ def test_a_plain_fence_that_its_owner_died_ending_ends_as_the_owners_death(step:
     with os.fdopen(theirs, "rb") as f:
         handle = int(f.readline())
     assert reap(pid) == -signal.SIGKILL
-    dmabuf.Domain.default().reap_dead()
-    assert _native.Fence(shm_here(), handle).status == GONE
+    domain.reap_dead()
+    assert _native.Fence(domain.join(), handle).status == GONE
 
 
 def test_dropped_sw_fence_stays_when_another_asks_for_its_value() -> None:

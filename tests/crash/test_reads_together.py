@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
@@ -15,14 +15,6 @@ from tests.support.scenarios import Ghost
 from tests.support.steps import Held, fork, reap
 
 pytestmark = pytest.mark.crash
-
-
-@pytest.fixture
-def domain() -> Iterator[Domain]:
-    made = Domain.private()
-    made.join()
-    yield made
-    made.leave()
 
 
 @pytest.fixture
