@@ -2,7 +2,8 @@
 
 import sys
 
-if "--multiprocessing-fork" in sys.orig_argv and "pytest" not in sys.modules:
+# By multiprocessing, or by tests/support/children.py.
+if not {"--multiprocessing-fork", "tests.support.children"}.isdisjoint(sys.orig_argv) and "pytest" not in sys.modules:
     from tests.support.light_pytest import LightPytest
 
     sys.modules["pytest"] = LightPytest("pytest")

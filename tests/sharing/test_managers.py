@@ -12,7 +12,7 @@ import pytest
 
 import dmabuf
 from tests.support.errnos import raises_errno
-from tests.support.queues import METHODS, hoard, leave_room, running, stamp, stamped
+from tests.support.queues import ANEW, METHODS, hoard, leave_room, running, stamp, stamped
 
 pytestmark = pytest.mark.usefixtures("keepers_are_reaped")
 
@@ -49,7 +49,7 @@ def test_buffers_in_a_managed_queue_arrive_however_their_producer_ends(method: s
 
 
 def test_closed_buffer_is_told_to_the_producer_and_the_queue_goes_on() -> None:
-    with multiprocessing.get_context("spawn").Manager() as manager:
+    with ANEW.Manager() as manager:
         queue = manager.Queue()
         with stamped(1) as buf:
             pass
@@ -62,7 +62,7 @@ def test_closed_buffer_is_told_to_the_producer_and_the_queue_goes_on() -> None:
 
 
 def test_manager_without_descriptors_passes_buffers_on() -> None:
-    manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
+    manager = SyncManager(ctx=ANEW)
     manager.start(_limited)
     with manager:
         queue = manager.Queue()
@@ -95,14 +95,13 @@ def _consume(queue: Any, answers: Any) -> None:
 
 
 def test_consumer_without_descriptors_has_each_answer_for_its_call() -> None:
-    context = multiprocessing.get_context("spawn")
-    with context.Manager() as manager:
+    with ANEW.Manager() as manager:
         queue = manager.Queue()
         for i in range(2):
             queue.put(stamped(i).give())
         queue.put("last")
-        here, there = context.Pipe()
-        with running(context.Process(target=_consume, args=(queue, there))):
+        here, there = ANEW.Pipe()
+        with running(ANEW.Process(target=_consume, args=(queue, there))):
             there.close()
             assert here.recv() == errno.EMFILE
             assert here.recv() == (1, [0, 1], "last")

@@ -16,7 +16,7 @@ import pytest
 
 import dmabuf
 from tests.support.errnos import raises_errno
-from tests.support.queues import METHODS, asks_sender, hoard, leave_room, stamp, stamped, without_answers
+from tests.support.queues import ANEW, METHODS, asks_sender, hoard, leave_room, stamp, stamped, without_answers
 from tests.support.waiting import until, until_asleep
 
 pytestmark = pytest.mark.usefixtures("keepers_are_reaped")
@@ -39,8 +39,7 @@ def test_results_of_pool_workers_that_have_ended_arrive(context: Any) -> None:
 
 
 def test_results_of_executor_workers_that_have_ended_arrive() -> None:
-    spawn = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(2, mp_context=spawn) as pool:
+    with concurrent.futures.ProcessPoolExecutor(2, mp_context=ANEW) as pool:
         futures = [pool.submit(_made, i) for i in range(6)]
     assert [stamp(future.result()) for future in futures] == list(range(6))
 
@@ -88,10 +87,10 @@ def _use_with_room(buf: dmabuf.DmaBuf) -> tuple[int | None, int]:
 def test_argument_of_a_pool_worker_without_descriptors_is_received_when_there_is_room(buf: dmabuf.DmaBuf) -> None:
     with buf.write() as view:
         view[0] = 4
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
+    with ANEW.Pool(1) as pool:
         assert pool.apply(_hoard, (0,))
         assert pool.apply(_use_with_room, (buf,)) == (errno.EMFILE, 4)
-    with concurrent.futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as executor:
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=ANEW) as executor:
         assert executor.submit(_hoard, 0).result()
         assert executor.submit(_use_with_room, buf).result() == (errno.EMFILE, 4)
 

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.budget import budget
-from tests.support.queues import running, stamp, stamped
+from tests.support.queues import ANEW, running, stamp, stamped
 
 pytestmark = pytest.mark.usefixtures("keepers_are_reaped")
 
@@ -46,11 +45,8 @@ _OUTCOMES: dict[str, tuple[int | None, ...]] = {
 
 @pytest.mark.parametrize("how", _OUTCOMES)
 @pytest.mark.parametrize("kind", ["Queue", "JoinableQueue", "SimpleQueue", "Pipe"])
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_each_buffer_arrives_or_is_told_and_the_next_item_arrives(method: str, kind: str, how: str) -> None:
-    if budget() == "quick" and method == "spawn" and kind in ("JoinableQueue", "SimpleQueue"):
-        pytest.skip("with the full budget: a new interpreter for each")
-    context = multiprocessing.get_context(method)
+@pytest.mark.parametrize("context", [multiprocessing.get_context("fork"), ANEW], ids=["fork", "anew"])
+def test_each_buffer_arrives_or_is_told_and_the_next_item_arrives(context: Any, kind: str, how: str) -> None:
     there: Any
     if kind == "Pipe":
         here, there = context.Pipe()

@@ -23,7 +23,7 @@ import dmabuf
 from dmabuf.sharing import keeping
 from tests.sharing.conftest import SIZE
 from tests.support.errnos import raises_errno
-from tests.support.queues import METHODS, running, stamp, stamped
+from tests.support.queues import ANEW, METHODS, running, stamp, stamped
 from tests.support.waiting import until
 
 pytestmark = pytest.mark.usefixtures("keepers_are_reaped")
@@ -102,7 +102,7 @@ def test_closed_timeline_in_a_queue_raises_in_get(queue: Any) -> None:
 def test_closed_buffer_for_an_executor_raises_in_its_caller() -> None:
     buf = dmabuf.allocate(SIZE)
     buf.close()
-    with concurrent.futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=ANEW) as pool:
         with raises_errno(errno.EBADF):
             pool.submit(stamp, buf).result()
         assert pool.submit(stamp, stamped(3).give()).result() == 3
@@ -208,15 +208,14 @@ def _interrupt(_: int, __: FrameType | None) -> None:
 
 @pytest.mark.parametrize("kind", ["Queue", "SimpleQueue", "Pipe"])
 def test_get_that_a_handler_interrupts_loses_nothing(kind: str) -> None:
-    context = multiprocessing.get_context("spawn")
-    end = context.Event()
+    end = ANEW.Event()
     if kind == "Pipe":
-        here, there = context.Pipe()
+        here, there = ANEW.Pipe()
         get, put, ready = here.recv, there, here.poll
     else:
-        queue: Any = getattr(context, kind)()
+        queue: Any = getattr(ANEW, kind)()
         get, put, ready = queue.get, queue, lambda: not queue.empty()
-    with running(context.Process(target=_put_or_send, args=(put, end))) as process:
+    with running(ANEW.Process(target=_put_or_send, args=(put, end))) as process:
         until(ready)
         os.kill(process.pid, signal.SIGSTOP)
         until(

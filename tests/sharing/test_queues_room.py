@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import multiprocessing
 import os
 import resource
 from typing import Any
@@ -15,7 +14,7 @@ import dmabuf
 from dmabuf.sharing import keeping
 from tests.sharing.conftest import SIZE
 from tests.support.errnos import raises_errno
-from tests.support.queues import running, stamp, stamped
+from tests.support.queues import ANEW, running, stamp, stamped
 
 pytestmark = pytest.mark.usefixtures("keepers_are_reaped")
 
@@ -52,11 +51,10 @@ def _consume(queue: Any, limit: int, answers: Any) -> None:
 
 @pytest.mark.parametrize(("kind", "arguments"), [("Queue", ()), ("Queue", (3,)), ("JoinableQueue", ()), ("SimpleQueue", ())])
 def test_consumer_without_descriptors_is_told_and_loses_nothing(kind: str, arguments: tuple[int, ...]) -> None:
-    context = multiprocessing.get_context("spawn")
-    queue, answers, end = getattr(context, kind)(*arguments), context.Queue(), context.Event()
+    queue, answers, end = getattr(ANEW, kind)(*arguments), ANEW.Queue(), ANEW.Event()
     with (
-        running(context.Process(target=_consume, args=(queue, 32, answers))),
-        running(context.Process(target=_produce, args=(queue, 40, 0, end))),
+        running(ANEW.Process(target=_consume, args=(queue, 32, answers))),
+        running(ANEW.Process(target=_produce, args=(queue, 40, 0, end))),
     ):
         got, errors = answers.get()
         assert got == list(range(40))
@@ -93,10 +91,9 @@ def _consume_pairs(queue: Any, answers: Any, opened: bool) -> None:
 
 @pytest.mark.parametrize("opened", [True, False])
 def test_message_with_several_buffers_is_received_whole_after_emfile(opened: bool) -> None:
-    context = multiprocessing.get_context("spawn")
-    queue, answers = context.SimpleQueue(), context.SimpleQueue()
+    queue, answers = ANEW.SimpleQueue(), ANEW.SimpleQueue()
     bufs = [stamped(i) for i in range(2)]
-    with running(context.Process(target=_consume_pairs, args=(queue, answers, opened))):
+    with running(ANEW.Process(target=_consume_pairs, args=(queue, answers, opened))):
         queue.put(bufs)
         assert answers.get() == errno.EMFILE
         assert answers.get() == [0, 1]
@@ -114,9 +111,8 @@ def _produce_without_room(queue: Any, count: int, end: Any) -> None:
 
 
 def test_producer_without_descriptors_waits_for_the_consumer_and_loses_nothing() -> None:
-    context = multiprocessing.get_context("spawn")
-    queue, end = context.Queue(), context.Event()
-    with running(context.Process(target=_produce_without_room, args=(queue, 20, end))):
+    queue, end = ANEW.Queue(), ANEW.Event()
+    with running(ANEW.Process(target=_produce_without_room, args=(queue, 20, end))):
         assert [stamp(queue.get()) for _ in range(20)] == list(range(20))
         end.set()
     queue.close()
@@ -133,9 +129,8 @@ def _produce_with_no_room(queue: Any, end: Any) -> None:
 
 
 def test_producer_that_stays_without_descriptors_tells_the_consumer() -> None:
-    context = multiprocessing.get_context("spawn")
-    queue, end = context.Queue(), context.Event()
-    with running(context.Process(target=_produce_with_no_room, args=(queue, end))) as process:
+    queue, end = ANEW.Queue(), ANEW.Event()
+    with running(ANEW.Process(target=_produce_with_no_room, args=(queue, end))) as process:
         with raises_errno(errno.EMFILE) as caught:
             stamp(_without_proc(queue))
         assert f"process {process.pid} (" in str(caught.value)

@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import errno
-import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -15,7 +14,7 @@ import dmabuf
 from dmabuf.sharing.pending import stand_in
 from tests.sharing.conftest import SIZE
 from tests.support.errnos import raises_errno
-from tests.support.queues import asks_sender, hoard, leave_room, without_answers
+from tests.support.queues import ANEW, asks_sender, hoard, leave_room, without_answers
 from tests.support.waiting import until, until_asleep
 
 pytestmark = pytest.mark.usefixtures("keepers_are_reaped")
@@ -110,7 +109,7 @@ def _same(it: Any) -> Any:
 @pytest.mark.parametrize("kind", FACTS)
 def test_argument_is_received_at_its_first_use_with_room(world: World, kind: str) -> None:
     thing, (use, expected) = world.make(kind), FACTS[kind]
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
+    with ANEW.Pool(1) as pool:
         assert pool.apply(_hoard, (0,))
         assert pool.apply_async(_use_with_room, (kind, thing)).get() == (errno.EMFILE, expected)
         assert pool.apply(_hoard, (0,))
@@ -125,7 +124,7 @@ def test_argument_is_received_at_its_first_use_with_room(world: World, kind: str
 @pytest.mark.parametrize("kind", ["sync file", "semaphore", "private domain"])
 def test_executor_with_a_worker_without_room_goes_on(world: World, kind: str) -> None:
     thing = world.make(kind)
-    with concurrent.futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=ANEW) as pool:
         assert pool.submit(_hoard, 0).result()
         assert pool.submit(_use_with_room, kind, thing).result() == (errno.EMFILE, FACTS[kind][1])
         assert pool.submit(abs, -3).result() == 3
@@ -136,7 +135,7 @@ def _sync_file(_: int) -> dmabuf.SyncFile:
 
 
 def test_result_of_a_killed_worker_names_it_when_it_is_used() -> None:
-    with multiprocessing.get_context("spawn").Pool(1, without_answers, maxtasksperchild=1) as pool:
+    with ANEW.Pool(1, without_answers, maxtasksperchild=1) as pool:
         result = pool.apply_async(_sync_file, (1,))
         until(asks_sender)
         worker = pool._pool[0].pid  # type: ignore[attr-defined]

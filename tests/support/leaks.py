@@ -52,8 +52,8 @@ def _default_domain() -> Any:
 def warm_up() -> None:
     """Start what a process has once and keeps until it ends, so that the first test to need it doesn't seem to leak it."""
     multiprocessing.resource_tracker.ensure_running()
-    # Its children import the modules of tests, and with them pytest: it does so for all of them. What is tested they import themselves.
-    multiprocessing.forkserver.set_forkserver_preload(["__main__", "pytest", "tests.support.children"])
+    # Its children import the modules of tests, and what those need: it does so for all of them. With "spawn" each imports all itself.
+    multiprocessing.forkserver.set_forkserver_preload(["__main__", "pytest", "tests.support.preloaded"])
     multiprocessing.forkserver.ensure_running()
     if _default_domain() is not None:
         import dmabuf

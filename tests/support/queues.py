@@ -1,6 +1,7 @@
 """What the tests of queues, pools and kept descriptors share."""
 
 import contextlib
+import multiprocessing
 import os
 import resource
 import subprocess
@@ -12,9 +13,12 @@ from typing import Any
 import dmabuf
 from dmabuf.sharing import fetching, kept
 from tests.sharing.conftest import SIZE
+from tests.support.budget import budget
 from tests.support.waiting import until
 
 METHODS = ["fork", "forkserver", "spawn"]
+# How processes start that inherit nothing, where no more depends on it: an interpreter takes several times the CPU of the server's fork.
+ANEW = multiprocessing.get_context({"quick": "forkserver", "full": "spawn"}[budget()])
 
 
 @contextlib.contextmanager
