@@ -13,42 +13,26 @@ import contextlib
 import errno
 import os
 import random
-import signal
-import struct
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import pytest
 
 import dmabuf
-from dmabuf import Frame, Stream, Usage, _native
-from dmabuf.core.buffer.handle import handle_of
-from dmabuf.domain import lives, records
+from dmabuf import Frame, Stream, Usage
 from tests.support.apart import Apart
 from tests.support.budget import times
+from tests.support.crew import Crew
 from tests.support.fences import attach
-from tests.support.steps import fork, reap
-from tests.support.waiting import until
+from tests.support.stream_world import nothing_left
+from tests.support.three_places import fill, whole
 
 pytestmark = pytest.mark.crash
 
 SIZE, SLOTS = 16384, 4
-PLACES = (0, SIZE // 2, SIZE - 8)
 FOREIGN = 1 << 63  # in the content: a third party wrote it
 TORN = (errno.EOWNERDEAD, errno.ECANCELED)
 LONG_S = 60.0  # so long nobody waits unless somebody hangs
 NAME = "killed"
-
-
-def fill(view: dmabuf.View, number: int) -> None:
-    for at in PLACES:
-        struct.pack_into("<Q", view, at, number)
-
-
-def whole(view: dmabuf.View) -> int:
-    first, *others = (struct.unpack_from("<Q", view, at)[0] for at in PLACES)
-    assert others == [first] * len(others), f"torn content: {first:#x} {[hex(other) for other in others]}"
-    return int(first)
 
 
 class Worker:
@@ -171,83 +155,28 @@ class Worker:
                     self.round_done()
 
 
-@dataclass
-class Place:
-    """A place for a worker: what it does, its counter, and who has it now."""
-
-    job: str
-    counter: memoryview
-    pid: int = 0
-
-
 JOBS = ("produce", "produce", "queue", "queue", "latest", "member", "member", "third", "third")
 
 
 class Workload:
     def __init__(self, when_full: str, seed: str) -> None:
-        self.drops, self.seed, self.started = when_full == "drop", seed, 0
-        self.rng = random.Random(seed)
         self.stream = Stream.create(NAME, size=SIZE, buffers=SLOTS, when_full=when_full)  # type: ignore[arg-type]
-        self.shared = dmabuf.allocate(4096)
-        self.mapping = self.shared.mmap()
-        self.view = memoryview(self.mapping).cast("Q")
-        self.places = [Place(job, self.view[at : at + 1]) for at, job in enumerate(JOBS)]
-        for place in self.places:
-            self.start(place)
-
-    def start(self, place: Place) -> None:
-        self.started += 1
-        seed = f"{self.seed} {self.started}"
-        place.pid = fork(lambda: getattr(Worker(self.drops, place.counter, seed), place.job)())
-
-    def behind(self, wanted: list[int]) -> list[str]:
-        """Who has not done enough; one that ended by itself has failed."""
-        for place in self.places:
-            pid, status = os.waitpid(place.pid, os.WNOHANG)
-            if pid:
-                place.pid = 0
-                raise AssertionError(f"seed {self.seed}: {place.job} ended by itself: {os.waitstatus_to_exitcode(status)}")
-        return [place.job for place, least in zip(self.places, wanted, strict=True) if place.counter[0] < least]
-
-    def progress(self) -> None:
-        wanted = [place.counter[0] + 2 for place in self.places]
-        until(lambda: not self.behind(wanted), left=lambda: (self.behind(wanted), self.stream.info()), limit_s=30)
+        drops = when_full == "drop"
+        self.crew = Crew(JOBS, lambda job, words, seed: getattr(Worker(drops, words, seed), job)(), seed, self.stream.info)
 
     def kill_one(self) -> None:
-        watched = self.rng.choice(self.places)
-        target = watched.counter[0] + self.rng.randint(0, 3)
-        until(lambda: watched.counter[0] >= target, left=lambda: (watched.job, self.stream.info()), limit_s=30)
-        for _ in range(self.rng.randint(0, 2000)):  # some fraction of a round
-            pass
-        victim = self.rng.choice(self.places)
-        if self.rng.random() < 0.2:  # stopped for a while, and killed as it is
-            os.kill(victim.pid, signal.SIGSTOP)
-        os.kill(victim.pid, signal.SIGKILL)
-        assert reap(victim.pid) == -signal.SIGKILL
-        self.start(victim)
-
-    def end(self) -> None:
-        for place in self.places:
-            if place.pid:
-                os.kill(place.pid, signal.SIGKILL)
-                reap(place.pid)
-                place.pid = 0
+        crew = self.crew
+        crew.a_moment()
+        victim = crew.any_place()
+        if crew.rng.random() < 0.2:  # stopped for a while, and killed as it is
+            crew.stop(victim)
+        crew.kill(victim)
+        crew.start(victim)
+        crew.progress()
 
     def check_clean(self) -> None:
-        domain = dmabuf.Domain.default()
-        domain.sweep()
-        shm, info = domain.shm, self.stream.info()
-        assert lives.alive_slots(shm) == [lives.index_of(shm.life)]
-        assert info["readers"] == []
-        assert info["why"] != _native.SD_ALIVE
-        assert not any(slot["writing"] for slot in info["slots"])
-        for buf in self.stream.bufs:
-            assert buf.resv.fences(Usage.BOOKKEEP) == []
-            assert not buf.resv.is_locked()
-        until(lambda: not records.sweep(domain) and not shm.rec_orphans())
-        own = {handle_of(buf).shared.index for buf in (self.stream.ring.own, *self.stream.bufs, self.shared)}
-        assert own == set(records.present(domain))
-        assert shm.table_audit() == (0, 0, 0, 0)
+        self.crew.end()
+        nothing_left(self.stream)
         with self.stream.reader() as reader:
             while reader.lag:
                 reader.next(timeout=0)
@@ -258,11 +187,7 @@ class Workload:
                 assert whole(got.view) == got.seq
 
     def close(self) -> None:
-        for place in self.places:
-            place.counter.release()
-        self.view.release()
-        self.mapping.close()
-        self.shared.close()
+        self.crew.close()
         self.stream.close()
 
 
@@ -271,15 +196,12 @@ def kill(when_full: str, count: int, seed: str) -> int:
     try:
         for _ in range(count):
             work.kill_one()
-            work.progress()
-        work.end()
         work.check_clean()
         return work.stream.info()["published"]
     except BaseException as e:
-        e.add_note(f"seed {seed}, {work.started} workers so far")
+        e.add_note(f"seed {seed}, {work.crew.started} workers so far")
         raise
     finally:
-        work.end()
         work.close()
 
 

@@ -84,25 +84,34 @@ def succeed(world: World, waiter: int) -> int:
             select.select([], [], [], 0.001)
 
 
-def settled(world: World) -> None:
-    """Nothing is left but what this process has."""
+def nothing_left(*streams: Stream) -> None:
+    """Nothing is left of other processes, and there are no other buffers than those of the streams."""
     domain = dmabuf.Domain.default()
     domain.sweep()
     shm = domain.shm
     assert lives.alive_slots(shm) == [lives.index_of(shm.life)]
-    info = world.stream.info()
-    assert [(reader["life"], reader["claims"]) for reader in info["readers"]] == [(shm.life, 0)]
-    assert info["why"] == _native.SD_CLOSED
-    assert not any(slot["writing"] for slot in info["slots"])
+    for stream in streams:
+        info = stream.info()
+        assert [reader for reader in info["readers"] if reader["life"] != shm.life or reader["claims"]] == []
+        assert info["why"] != _native.SD_ALIVE
+        assert not any(slot["writing"] for slot in info["slots"])
     until(lambda: not records.sweep(domain) and not shm.rec_orphans())
-    own = [world.stream.ring.own, *world.stream.bufs]
+    own = [buf for stream in streams for buf in (stream.ring.own, *stream.bufs)]
     assert sorted(records.present(domain)) == sorted(handle_of(buf).shared.index for buf in own)
-    assert [number for number, _, _ in shm.stream_list()] == [world.stream.ring.stream]
-    for buf in world.stream.bufs:
+    assert sorted(number for number, _, _ in shm.stream_list()) == sorted(stream.ring.stream for stream in streams)
+    for buf in own:
         assert buf.resv.fences(Usage.BOOKKEEP) == []
         assert not buf.resv.is_locked()
     assert shm.load32(_native.OFF_TABLE_LOCK) == 0
     assert shm.table_audit() == (0, 0, 0, 0)
+
+
+def settled(world: World) -> None:
+    """Nothing is left but what this process has."""
+    nothing_left(world.stream)
+    info = world.stream.info()
+    assert len(info["readers"]) == 1
+    assert info["why"] == _native.SD_CLOSED
 
 
 def stream_steps(held: Held) -> Iterator[str]:
