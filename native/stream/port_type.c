@@ -55,8 +55,8 @@ static PyObject *port_join(Port *p, PyObject *args) {
   return error == RAISED ? NULL : PyLong_FromLong(-error);
 }
 
-static void tell_taken(Port *p) {
-  PyObject *result = port_rule("taken", (PyObject *)p, PyTuple_New(0));
+static void tell_taken(Port *p, bool got) {
+  PyObject *result = port_rule("taken", (PyObject *)p, Py_BuildValue("(O)", got ? Py_True : Py_False));
   if (!result) report_later((PyObject *)p);
   Py_XDECREF(result);
 }
@@ -74,7 +74,7 @@ static PyObject *next_frame(Port *p, int64_t until, bool quiet, bool once) { /* 
     p->found = -1;
     PyErr_Restore(kind, value, trace);
   }
-  if (__builtin_expect(p->watched, 0) && got != RAISED && (frame || got != 1)) tell_taken(p);
+  if (__builtin_expect(p->watched, 0) && got != RAISED && (frame || got != 1)) tell_taken(p, frame != NULL);
   if (frame || got == 1 || (quiet && got == -ENODATA)) return frame;
   if (once && got == -ETIMEDOUT) Py_RETURN_NONE;
   port_checked(p, "next", got);

@@ -312,10 +312,10 @@ void read_unclaim(Port *p, uint32_t k) {
 void read_leave(Port *p) {
   int error;
   db_stream *x = port_stream(p, &error);
-  if (x && p->role >= 0 && p->role < ROLE_PRODUCER && atomic_load(&mine(p, x)->owner) == p->life) {
-    stream_place_free(x, p->place);
-    stream_wake(p->shm, x, SW_NEWS | SW_SPACE | SW_ASK);
-  }
-  p->role = ROLE_NONE;
+  bool place = x && p->role >= 0 && p->role < ROLE_PRODUCER && atomic_load(&mine(p, x)->owner) == p->life;
+  p->role = ROLE_NONE; /* before the wake-up, which this reader's descriptor hears of too: it must not wait for the next one */
   p->found = -1;
+  if (!place) return;
+  stream_place_free(x, p->place);
+  stream_wake(p->shm, x, SW_NEWS | SW_SPACE | SW_ASK);
 }

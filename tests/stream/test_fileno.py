@@ -1,14 +1,20 @@
 """The descriptor of a reader, for any loop."""
 
+import contextlib
 import errno
+import gc
 import select
+import weakref
 
 import pytest
 
-from dmabuf import Stream
+import dmabuf
+from dmabuf import Domain, Stream
+from dmabuf.domain.dispatcher import dispatcher
 from tests.stream.conftest import Make, content, put
 from tests.support.children import Parent, Spawn
 from tests.support.errnos import raises_errno
+from tests.support.waiting import Background
 
 
 def readable(reader: object, ms: int = 0) -> bool:
@@ -73,3 +79,57 @@ def test_descriptor_of_a_closed_reader_is_refused(stream: Stream) -> None:
     reader.close()
     with raises_errno(errno.EBADF):
         reader.fileno()
+
+
+def test_reader_that_nobody_has_any_more_goes_with_its_descriptor(stream: Stream) -> None:
+    watching = dispatcher(Domain.default()).watching
+    reader = stream.reader()
+    assert not readable(reader)
+    gone = weakref.ref(reader)
+    del reader
+    gc.collect()
+    assert gone() is None
+    assert dispatcher(Domain.default()).watching == watching
+    assert stream.info()["readers"] == []
+
+
+def test_refused_close_leaves_the_descriptor_as_it_was(stream: Stream) -> None:
+    with stream.reader() as reader:
+        number = reader.fileno()
+        with Background(lambda: content(reader.next())) as job:
+            job.until_blocked()
+            with raises_errno(errno.EALREADY):
+                reader.close()
+            put(stream, 5)
+            assert job.result() == 5
+        assert reader.fileno() == number
+        put(stream, 6)
+        assert readable(reader, 30_000)
+
+
+def test_descriptor_waits_for_the_fence_of_a_frame_that_was_asked_for(stream: Stream) -> None:
+    fence = dmabuf.Timeline("fills").fence()
+    with stream.reader() as reader:
+        stream.publish(stream.bufs[0], fence=fence)
+        with raises_errno(errno.ETIMEDOUT):
+            reader.next(timeout=0)
+        assert not readable(reader), "who waits for it would ask again and again"
+        fence.signal()
+        assert readable(reader, 30_000)
+        assert reader.next(timeout=0).seq == 1
+
+
+def test_descriptor_of_a_latest_reader_passes_a_torn_frame_by(stream: Stream) -> None:
+    with stream.reader("latest") as reader:
+        put(stream, 1)
+        with contextlib.suppress(KeyError), stream.bufs[0].write(timeout=1) as view:
+            view[0] = 9
+            raise KeyError
+        assert reader.lag == 1
+        reader.fileno()
+        with raises_errno(errno.ETIMEDOUT):
+            reader.next(timeout=0)
+        assert not readable(reader), "who waits for it would ask again and again"
+        put(stream, 2)
+        assert readable(reader, 30_000)
+        assert content(reader.next(timeout=0)) == 2

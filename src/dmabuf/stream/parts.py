@@ -53,7 +53,7 @@ class Part(Port):
     ring: Ring
     waits_for_producer = False  # of a reader: an end isn't its end
 
-    def told_taken(self) -> None:
+    def told_taken(self, got: bool) -> None:
         """Hear that a frame was taken, or that there was none: of a reader that is watched."""
 
     def attach(self, ring: Ring) -> None:
@@ -75,6 +75,11 @@ class Part(Port):
     def closed(self) -> bool:
         """Whether ``close()`` was called."""
         return not self._attached
+
+    @property
+    def reads(self) -> bool:
+        """Whether it has a reader's place; not any more while it leaves."""
+        return 0 <= self._role < 100
 
     def __repr__(self) -> str:
         named = "" if self.ring.name is None else f" {self.ring.name!r}"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from dmabuf._native import SD_CLOSED, SD_DIED, SW_NEWS, owned
 from dmabuf.domain.dispatcher import dispatcher, unwatch
+from dmabuf.domain.guards import finalizer
 from dmabuf.errors import needing_descriptors
 
 if TYPE_CHECKING:
@@ -18,45 +19,59 @@ if TYPE_CHECKING:
 class Readable:
     """An eventfd whose count is 1 while the reader's next frame, or the end, is there."""
 
+    _watch: tuple[int, int] | None = None
+
     def __init__(self, reader: Part) -> None:
+        self._lock = threading.RLock()
         with needing_descriptors("fileno", reader):
             self._fd = owned(os.eventfd, 0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._fd.mark()  # all eventfds have one inode
         self._reader = weakref.ref(reader)
         self._domain = reader.domain
-        self._lock = threading.RLock()
-        self._watch: tuple[int, int] | None = None
         self._set = False
+        self._none_of = 0  # published frames when the reader asked in vain, though it had not had all: another one must come first
+        me = weakref.ref(self)  # a reader that nobody refers to any more goes, with its descriptor
+
+        def changed(_: int) -> None:
+            readable = me()
+            if readable is not None:
+                readable._none_of = 0
+                readable.look()
+
+        self._changed = changed
 
     def fileno(self) -> int:
         return self._fd.fileno()
 
-    def look(self, _: int = 0) -> None:
-        """Make it readable if there is something to take, else look again at the next change. The dispatcher calls this too."""
+    def look(self) -> None:
+        """Make it readable if there is something to take, else look again at the next change."""
         with self._lock:
             reader = self._reader()
-            if reader is None or reader.closed or self._fd.number < 0:
+            if reader is None or not reader.reads or self._fd.number < 0:
                 return
             ring = reader.ring
             while True:
-                if _ready(reader):
+                if self._ready(reader):
                     if not self._set:
                         self._set = True
                         self._fd.add_one()
                     return
-                fence = reader.waits_for or ring.domain.shm.stream_await(ring.stream, ring.gen, SW_NEWS)
-                if _ready(reader):  # what changed before the word was looked at wakes nobody
+                fence = _pending_fence(reader) or ring.domain.shm.stream_await(ring.stream, ring.gen, SW_NEWS)
+                if self._ready(reader):  # what changed before the word was looked at wakes nobody
                     continue
-                token = dispatcher(ring.domain).watch(fence, self.look, foreign=True)
+                token = dispatcher(ring.domain).watch(fence, self._changed, foreign=True)
                 if token is not None:
                     self._watch = fence, token
                     return
 
-    def taken(self) -> None:
+    def taken(self, got: bool) -> None:
         """A frame was taken, or there was none."""
         with self._lock:
             reader = self._reader()
-            if reader is None or (self._set and _ready(reader)):
+            if reader is None:
+                return
+            self._none_of = 0 if got or reader.lag == 0 else reader.info()["published"]
+            if self._set and self._ready(reader):
                 return
             if self._set:
                 self._set = False
@@ -69,14 +84,25 @@ class Readable:
         if watch is not None:
             unwatch(self._domain, *watch)
 
+    def _ready(self, reader: Part) -> bool:
+        if _pending_fence(reader):
+            return False
+        if reader.lag > 0 and not (self._none_of and reader.info()["published"] == self._none_of):
+            return True
+        return not reader.waits_for_producer and reader.info()["why"] in (SD_CLOSED, SD_DIED)
+
     def close(self) -> None:
         """Close the descriptor."""
         with self._lock:
             self._forget()
             self._fd.close()
 
+    @finalizer
+    def __del__(self) -> None:
+        self._forget()
 
-def _ready(reader: Part) -> bool:
-    if reader.lag > 0:
-        return True
-    return not reader.waits_for_producer and reader.info()["why"] in (SD_CLOSED, SD_DIED)
+
+def _pending_fence(reader: Part) -> int:
+    """Return the fence for which the reader's next frame waits, 0: none."""
+    fence = reader.waits_for
+    return fence if fence and reader.domain.shm.fence_pending(fence) else 0

@@ -64,10 +64,10 @@ class StreamReader(Part):
             self._readable.look()
         return self._readable.fileno()
 
-    def told_taken(self) -> None:
+    def told_taken(self, got: bool) -> None:
         """See the rule: a frame was taken, or there was none."""
         if self._readable is not None:
-            self._readable.taken()
+            self._readable.taken(got)
 
     def anext(self, timeout: float | None = None) -> Awaitable[Frame]:
         """Return the next frame, in a task of asyncio or trio; otherwise as :meth:`next`."""
@@ -86,8 +86,8 @@ class StreamReader(Part):
 
     def close(self) -> None:
         """Give everything back, and leave the stream. What is kept of frames gets a private copy."""
-        readable, self._readable = self._readable, None
         self._close()
+        readable, self._readable = self._readable, None
         if readable is not None:
             readable.close()
 
