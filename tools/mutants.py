@@ -316,6 +316,44 @@ MUTANTS = (
         ),
         ("tests/crash/test_leaving.py::test_access_beside_leave_is_in_a_life_of_its_own",),
     ),
+    Mutant(
+        "stream-promise",
+        "a producer uses the slot of a frame that is promised to a reader",
+        "native/stream/produce.c",
+        (
+            Change("promised = p->policy == SP_WAIT ?", "promised = p->policy > SP_DROP ?"),
+            Change("if (seq && p->policy == SP_WAIT && seq", "if (seq && p->policy > SP_DROP && seq"),
+        ),
+        ("tests/stream/test_pipeline_kills.py",),
+    ),
+    Mutant(
+        "stream-foreign",
+        "a producer writes into a buffer that a program uses which doesn't know the stream",
+        "native/stream/produce.c",
+        (Change("  if (foreign_blocks(s, x, k, false, false)) return 0;\n", ""),),
+        ("tests/stream/test_pipeline_kills.py",),
+    ),
+    Mutant(
+        "stream-writing",
+        "programs that don't know the stream read a frame that is being made",
+        "native/domain/streams.c",
+        (Change("  if (kind == ENTRY_WRITE) return (state & S_WRITING) != 0;\n", "  if (kind == ENTRY_WRITE) return 0;\n"),),
+        ("tests/stream/test_pipeline_kills.py",),
+    ),
+    Mutant(
+        "stream-torn",
+        "a producer that gives up a frame leaves its bytes as if they were whole",
+        "native/stream/produce.c",
+        (Change("    if (r) atomic_store(&r->torn, TORN_MAKE((uint32_t)getpid(), ECANCELED));\n", ""),),
+        ("tests/stream/test_pipeline_kills.py",),
+    ),
+    Mutant(
+        "stream-dead-reader",
+        "the slots that a dead reader had stay its own",
+        "native/domain/streams.c",
+        (Change("  atomic_store(&r->claims, 0);\n  STEP_OF(stream_unclaimed", "  STEP_OF(stream_unclaimed"),),
+        ("tests/crash/test_stream_steps.py",),
+    ),
 )
 
 

@@ -156,6 +156,11 @@ class Stage:
         self.words[LAST] = number
         return number
 
+    def pause(self) -> None:
+        """Take as long as several frames, sometimes."""
+        for _ in range(self.rng.choice((0, 0, 20_000))):
+            pass
+
     def interfere(self) -> None:
         """As somebody who has the inode numbers of buffers, and has never heard of streams."""
         at = self.rng.randrange(len(self.inos))
@@ -168,9 +173,13 @@ class Stage:
                         with buf.read(timeout=LONG_S) as view:
                             content = whole(view)
                             assert not content or content & FOREIGN or content >> STAGE == stage, f"stream {stage} has {content:#x}"
+                            self.pause()
+                            assert whole(view) == content
                     elif what < 0.8:
-                        with buf.write(timeout=LONG_S) as view:
-                            fill(view, FOREIGN | self.words[0])  # it may be torn before
+                        with buf.write(timeout=LONG_S) as view:  # it may be torn before
+                            fill(view, FOREIGN | self.words[0])
+                            self.pause()
+                            assert whole(view) == FOREIGN | self.words[0]
                     elif what < 0.9:
                         buf.resv.wait(Usage.READ, timeout=LONG_S)
                     else:
