@@ -131,6 +131,12 @@ def open_ring(domain: Domain, stream: int, gen: int, record: int, name: str | No
         return ring_of(domain, stream, gen, name, made[0], tuple(made[1:]), info["meta_bytes"])
 
 
+def newest_ring(domain: Domain, raw: bytes, name: str) -> Ring | None:
+    """Open the newest stream with this name that is complete; None if there is none."""
+    rings = (open_ring(domain, stream, gen, record, name) for stream, gen, record in reversed(found(domain, raw)))
+    return next((ring for ring in rings if ring is not None), None)
+
+
 def ring_of(domain: Domain, stream: int, gen: int, name: str | None, own: DmaBuf, bufs: tuple[DmaBuf, ...], meta_bytes: int) -> Ring:
     """Return the ring of buffers that this process has."""
     need = len(bufs) * (meta_bytes + META_HEAD)
@@ -160,10 +166,8 @@ def open_named(domain: Domain, name: bytes, wait: float | None, operation: str =
     until = time.monotonic() + (wait or 0)
     pause, look = threading.Event(), LOOK_S
     while True:
-        for stream, gen, record in reversed(found(domain, name)):
-            ring = open_ring(domain, stream, gen, record, text)
-            if ring is not None:
-                return ring
+        if (ring := newest_ring(domain, name, text)) is not None:
+            return ring
         left = until - time.monotonic()
         if left <= 0:
             break

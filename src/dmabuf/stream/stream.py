@@ -151,11 +151,8 @@ class Stream(Part, Composed):
         domain = domain or Domain.default()
         domain.join()
         with needing_descriptors("open_or_create", f"stream {name!r}"), name_lock(domain.shm.fd, raw):
-            for stream, gen, record in reversed(parts.found(domain, raw)):
-                ring = parts.open_ring(domain, stream, gen, record, name)
-                if ring is not None:
-                    break
-            else:
+            ring = parts.newest_ring(domain, raw, name)
+            if ring is None:
                 return cls._made(domain, raw, layout, size, shape, dtype, buffers, when_full, meta_bytes)
         made = cls._opened(ring)
         try:

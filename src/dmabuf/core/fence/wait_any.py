@@ -87,12 +87,18 @@ def _sleep(found: tuple[DmaFence, ...], until: int, interruptible: bool, go_on: 
         ended = _listen(found, wake, watched)
         if ended is not None:
             return ended, 1
-        answer = shm.fence_wait(first.handle, until, interruptible, go_on is not None)
-        while not answer and go_on is not None and (until < 0 or time.monotonic_ns() < until) and go_on():
-            answer = shm.fence_wait(first.handle, until, interruptible, True)
+        answer = _sleep_on(first, until, interruptible, go_on)
     finally:
         _forget(watched, stands_for)
     return next((i for i, fence in enumerate(found) if answer and _signaled(fence)), None), answer
+
+
+def _sleep_on(first: Fence, until: int, interruptible: bool, go_on: Callable[[], bool] | None) -> int:
+    # Not in the caller's ``try``: some compilers leave the jump of such a loop out of it, and a signal handler may raise there.
+    answer = first.shm.fence_wait(first.handle, until, interruptible, go_on is not None)
+    while not answer and go_on is not None and (until < 0 or time.monotonic_ns() < until) and go_on():
+        answer = first.shm.fence_wait(first.handle, until, interruptible, True)
+    return answer
 
 
 def _listen(found: tuple[DmaFence, ...], wake: Callable[[int], None], watched: list[tuple[DmaFence, int | None]]) -> int | None:
