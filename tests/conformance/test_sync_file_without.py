@@ -14,9 +14,11 @@ import pytest
 import dmabuf
 from dmabuf import SyncFile, Timeline
 from dmabuf._native import OFF_SWEEP, TICK_FENCE
+from dmabuf.domain.dispatcher import DISPATCHER
 from tests.support import no_sockets
 from tests.support.children import Parent, Spawn
 from tests.support.steps import fork, reap
+from tests.support.waiting import until
 from tests.support.ways import bare
 
 
@@ -91,6 +93,24 @@ def signals_elsewhere(parent: Parent) -> str:
     return "signaled"
 
 
+def makes_descriptor(parent: Parent) -> None:
+    """Makes the descriptor of a received fence for another process, and ends."""
+    (fence,) = dmabuf.recv(parent.sock)
+    with SyncFile(fence) as sf:
+        socket.send_fds(parent.sock, [b"x"], [sf.fileno()])
+
+
+def made_elsewhere(child: Spawn, fence: dmabuf.DmaFence) -> int:
+    """A descriptor that no thread of this process makes readable: a dispatcher looks until the first tick after it has watched."""
+    maker = child(makes_descriptor)
+    dmabuf.send(maker.sock, fence)
+    fd = bare(maker)
+    maker.result()
+    here = DISPATCHER.peek(dmabuf.Domain.default())
+    until(lambda: here is None or here._thread is None or here._tickless)
+    return fd
+
+
 def sweeps(_: Spawn) -> None:
     dmabuf.Domain.default().sweep()
 
@@ -122,10 +142,8 @@ def test_descriptor_signaled_from_another_network_namespace_becomes_readable(chi
     (fence,) = dmabuf.recv(other.sock)
     if other.recv() == "may not":
         pytest.skip("this user may not make a network namespace")
-    sf = SyncFile(fence)
-    fd = sf.dup()
-    if how is not None:
-        sf.close()
+    sf = SyncFile(fence) if how is None else None
+    fd = made_elsewhere(child, fence) if sf is None else sf.dup()
     other.send("signal")
     assert other.result() == "signaled"
     if how is None:
@@ -134,7 +152,8 @@ def test_descriptor_signaled_from_another_network_namespace_becomes_readable(chi
         assert not readable(fd)
         how(child)
         assert readable(fd)
-    sf.close()
+    if sf is not None:
+        sf.close()
     os.close(fd)
 
 
