@@ -1,9 +1,11 @@
 """Every test of the project has a domain of its own run, the debug layer, and a look at what it left behind."""
 
+import gc
 import os
+import random
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,6 @@ from pytest_timeout import Settings, timeout_timer  # type: ignore[import-untype
 from tests.support.apart import Apart
 from tests.support.apart import apart as process
 from tests.support.children import Spawn
-from tests.support.queues import keepers_reaped
 from tests.support.watchdog import LastResort, Watchdog
 
 # The debug layer is on in every test and in the processes that it starts; conftests of directories import dmabuf before `pytest_configure`.
@@ -36,6 +37,8 @@ def pytest_configure(config: pytest.Config) -> None:
         # In a worker of xdist stdout is /dev/null, and the watchdog's list of stacks is only seen on stderr, where faulthandler's goes too.
         writer = create_terminal_writer(config, os.fdopen(os.dup(2), "w"))
         config.get_terminal_writer = lambda: writer  # type: ignore[method-assign]
+    # pytest-randomly would seed three times a test, and numpy's old generator too, which no test uses.
+    config.option.randomly_reset_seed = False
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
@@ -47,8 +50,20 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> None:
-    """Watch a test that may never give the GIL back."""
+    """Watch a test that may never give the GIL back, and have its random choices depend on the run's seed and its name only."""
     item.config.stash[_LAST_RESORT].watch()
+    if (seed := item.config.getoption("randomly_seed", None)) is not None:
+        random.seed(f"{seed} {item.nodeid}")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, Any, Any]:
+    """Collect the tests without the collector: they stay, and it would visit all of them again and again."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
 
 
 def pytest_exception_interact(node: pytest.Item | pytest.Collector) -> None:
@@ -94,6 +109,8 @@ def apart(child: Spawn) -> Iterator[Apart]:
 @pytest.fixture
 def keepers_are_reaped() -> Iterator[None]:
     """Wait until the processes have ended that keep what a test's queues have pickled, and keep nothing here either."""
+    from tests.support.queues import keepers_reaped  # imports dmabuf, which would not find the debug layer on yet
+
     with keepers_reaped():
         yield
     if (keeping := sys.modules.get("dmabuf.sharing.keeping")) is not None:

@@ -13,31 +13,18 @@ import dmabuf
 from dmabuf import DmaBuf, Domain
 from dmabuf.domain import slow_waits
 from tests.support.children import Parent, Spawn
+from tests.support.logs import Log, logged
 from tests.support.waiting import Background, until
 
 LONG_NS = 80_000_000
 
 
-class Log(logging.Handler):
-    """What the logger ``dmabuf`` was given, and in which threads."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.texts: list[str] = []
-        self.threads: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.threads.append(threading.current_thread().name)
-        self.texts.append(record.getMessage())
-
-
 @pytest.fixture
 def log() -> Iterator[Log]:
-    shm, found, logger = Domain.default().join(), Log(), logging.getLogger("dmabuf")
+    shm = Domain.default().join()
     before, shm.slow_ns = shm.slow_ns, LONG_NS
-    logger.addHandler(found)
-    yield found
-    logger.removeHandler(found)
+    with logged() as found:
+        yield found
     shm.slow_ns = before
 
 

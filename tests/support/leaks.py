@@ -33,7 +33,7 @@ SHM = Path("/dev/shm")
 # A test run's own directory; those of other runs on this machine come and go.
 DIRECTORY_PREFIX = "dmabuf-test-"
 # Tests between two times when what exists is hidden from the collector.
-_FREEZE_EVERY = 32
+_FREEZE_EVERY = 8
 # Looks after a test before what is there counts as left, each with all threads at rest.
 _LOOKS = 20
 # For a thread that never comes to rest, in ns: somebody left it running. All the looks are over before the watchdog bites.
