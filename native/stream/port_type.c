@@ -55,8 +55,8 @@ static PyObject *port_join(Port *p, PyObject *args) {
   return error == RAISED ? NULL : PyLong_FromLong(-error);
 }
 
-static void tell_taken(Port *p, bool got) {
-  PyObject *result = port_rule("taken", (PyObject *)p, Py_BuildValue("(O)", got ? Py_True : Py_False));
+static void tell_taken(Port *p, uint64_t vain) {
+  PyObject *result = port_rule("taken", (PyObject *)p, Py_BuildValue("(K)", (unsigned long long)vain));
   if (!result) report_later((PyObject *)p);
   Py_XDECREF(result);
 }
@@ -64,6 +64,9 @@ static void tell_taken(Port *p, bool got) {
 static PyObject *next_frame(Port *p, int64_t until, bool quiet, bool once) { /* quiet: NULL without an exception is the end; once: None */
   if (p->role < 0 || p->role >= ROLE_PRODUCER) return port_failed(p, "next", EBADF), NULL;
   if (frame_close(p, false) || port_go_in(p, "next")) return NULL;
+  int error;
+  db_stream *x = p->watched ? port_stream(p, &error) : NULL;
+  uint64_t head = x ? SEQ_OF(atomic_load(&x->head)) : 0; /* a frame that comes after the look was not asked for in vain */
   int got = read_take(p, until);
   p->busy = false;
   PyObject *frame = got == 1 ? frame_open(p, (uint32_t)p->found, p->n) : NULL;
@@ -74,7 +77,7 @@ static PyObject *next_frame(Port *p, int64_t until, bool quiet, bool once) { /* 
     p->found = -1;
     PyErr_Restore(kind, value, trace);
   }
-  if (__builtin_expect(p->watched, 0) && got != RAISED && (frame || got != 1)) tell_taken(p, frame != NULL);
+  if (__builtin_expect(p->watched, 0) && got != RAISED && (frame || got != 1)) tell_taken(p, frame ? 0 : head);
   if (frame || got == 1 || (quiet && got == -ENODATA)) return frame;
   if (once && got == -ETIMEDOUT) Py_RETURN_NONE;
   port_checked(p, "next", got);

@@ -5,12 +5,14 @@ import errno
 import gc
 import select
 import weakref
+from typing import Any
 
 import pytest
 
 import dmabuf
 from dmabuf import Domain, Stream
 from dmabuf.domain.dispatcher import dispatcher
+from dmabuf.stream import rules
 from tests.stream.conftest import Make, content, put
 from tests.support.children import Parent, Spawn
 from tests.support.errnos import raises_errno
@@ -117,6 +119,23 @@ def test_descriptor_waits_for_the_fence_of_a_frame_that_was_asked_for(stream: St
         fence.signal()
         assert readable(reader, 30_000)
         assert reader.next(timeout=0).seq == 1
+
+
+def test_frame_that_comes_right_after_a_look_in_vain_is_not_missed(stream: Stream, monkeypatch: pytest.MonkeyPatch) -> None:
+    told, news = rules.StreamRules.taken, [1]
+
+    def taken(self: rules.StreamRules, port: Any, vain: int) -> None:
+        while news:
+            put(stream, news.pop())
+        told(self, port, vain)
+
+    with stream.reader() as reader:
+        reader.fileno()
+        monkeypatch.setattr(rules.StreamRules, "taken", taken)
+        with raises_errno(errno.ETIMEDOUT):
+            reader.next(timeout=0)
+        assert readable(reader)
+        assert content(reader.next(timeout=0)) == 1
 
 
 def test_descriptor_of_a_latest_reader_passes_a_torn_frame_by(stream: Stream) -> None:

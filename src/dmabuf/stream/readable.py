@@ -64,13 +64,13 @@ class Readable:
                     self._watch = fence, token
                     return
 
-    def taken(self, got: bool) -> None:
-        """A frame was taken, or there was none."""
+    def taken(self, vain: int) -> None:
+        """A frame was taken (0), or there was none when so many were published."""
         with self._lock:
             reader = self._reader()
             if reader is None:
                 return
-            self._none_of = 0 if got or reader.lag == 0 else reader.info()["published"]
+            self._none_of = 0 if reader.lag == 0 else vain
             if self._set and self._ready(reader):
                 return
             if self._set:

@@ -64,10 +64,10 @@ class StreamReader(Part):
             self._readable.look()
         return self._readable.fileno()
 
-    def told_taken(self, got: bool) -> None:
+    def told_taken(self, vain: int) -> None:
         """See the rule: a frame was taken, or there was none."""
         if self._readable is not None:
-            self._readable.taken(got)
+            self._readable.taken(vain)
 
     def anext(self, timeout: float | None = None) -> Awaitable[Frame]:
         """Return the next frame, in a task of asyncio or trio; otherwise as :meth:`next`."""

@@ -80,9 +80,9 @@ class StreamRules:
         fence.shm.fence_share(fence.handle)
         return fence.handle
 
-    def taken(self, port: Part, got: bool) -> None:
-        """A frame was taken, or there was none: the reader's descriptor says whether there is a next one."""
-        port.told_taken(got)
+    def taken(self, port: Part, vain: int) -> None:
+        """A frame was taken (0), or there was none when so many were published: the reader's descriptor says whether there is a next one."""
+        port.told_taken(vain)
 
     def enter(self, making: FrameMaking) -> Awaitable[Frame]:
         """Return what enters the block of a frame in a task."""
