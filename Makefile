@@ -102,7 +102,9 @@ format: $(DEV)
 	$(PY) -m ruff format .
 	$(VENV)/bin/clang-format -i $(NATIVE)
 
+# PEERS=1 measures other libraries too, in the same run.
 bench: $(DEMO) $(EXT)
+	$(if $(PEERS),$(PIP) install --requirement bench/peers.txt)
 	$(PY) -m bench $(ARGS)
 
 # A whole copy of the package with an instrumented extension, so that the everyday one stays as it is.

@@ -3,6 +3,8 @@
 `ARGS='--quick'` measures each row once, among few buffers and fences: a test that everything here runs, not a measurement.
 `ARGS='--rows REGEX'` measures the rows whose name matches (`--rows 'write|read'`); `--list` shows the names; `--json` is for programs.
 
+Other libraries are measured beside streams where they are installed (bench/transports.py).
+
 A change that claims speed writes the row, with the machine and the command, into RESULTS.md. `python -m bench.compare` compares two builds.
 """
 
@@ -19,8 +21,8 @@ from functools import partial
 _DIRECTORY = tempfile.TemporaryDirectory(prefix="dmabuf-bench-", dir="/dev/shm")
 os.environ["DMABUF_DOMAIN"] = _DIRECTORY.name + "/domain"
 
-from bench import awaits, floor, measures, starting, streams, sync  # noqa: E402
-from bench.table import HEAD, Group, Measure, Spec, as_json, run  # noqa: E402
+from bench import awaits, floor, frames, measures, starting, streams, sync, transports  # noqa: E402
+from bench.table import HEAD, HEAD_OF_TAILS, Group, Measure, Spec, as_json, run  # noqa: E402
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 REPEATS = 5
@@ -105,7 +107,8 @@ def groups(quick: bool) -> list[Group]:
         Group(_among(f"{fences:,} pending fences"), partial(measures.many_fences, fences)),
         Group(awaits.rows(quick)),
         Group(sync.rows(quick)),
-        Group(streams.rows()),
+        Group(streams.rows(quick)),
+        Group(frames.rows(quick)),
         Group(_starting(600 if quick else starting.JOINS)),
     ]
 
@@ -117,7 +120,7 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="show the names of the rows")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
-    table, repeats = groups(given.quick), 1 if given.quick else REPEATS
+    table, repeats, missing = groups(given.quick), 1 if given.quick else REPEATS, transports.missing()
     if given.list:
         print("\n".join(spec.what for group in table for spec in group.rows))
         return
@@ -141,6 +144,11 @@ def main() -> None:
     if given.json:
         print(json.dumps({"machine": machine, "rows": as_json(rows), "wake_after_kill": kill, "idle_wakes": idle}, indent=1))
         return
+    if missing and not given.rows:
+        print(f"\nNot installed, so without rows: {', '.join(missing)}; use `make bench PEERS=1`")
+    tails = [row.line_of_tails() for row in rows if row.tails is not None]
+    if tails:
+        print("", HEAD_OF_TAILS, *tails, sep="\n")
     for row in rows:
         if row.what.startswith(IMPORT + ","):
             print(f"\n{IMPORT}: {row.us / 1000:.1f} ms of CPU above the bare interpreter (bound: {IMPORT_BOUND_MS:.0f} ms)")

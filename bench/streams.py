@@ -15,16 +15,18 @@ from functools import partial
 
 import dmabuf
 from bench import floor
-from bench.peers import cpus, median_us, peer, pinned, timed
-from bench.table import Spec
+from bench.peers import cpus, peer, pinned, timed
+from bench.table import Spec, Timing
 
 ROUNDS, WARM, SLOTS = 3000, 300, 4
-IN_A_ROW = 20_000
 MANY = 8_294_400  # bytes of 1920 × 1080 in 4 bytes
+MOST = 4 * MANY  # of 3840 × 2160
+SIZES = ((4096, "4 KiB"), (1 << 20, "1 MiB"), (MANY, "8.3 MB"), (MOST, "33 MB"))
+BOUND, LATEST_BOUND = 1.1, 1.3
 LIMIT = "a ring of memory and two words, by the smallest C extension"
 
 
-class _Ring:
+class Ring:
     """Memory for frames, and two words."""
 
     def __init__(self, size: int) -> None:
@@ -38,6 +40,12 @@ class _Ring:
         self.words = mmap.mmap(-1, mmap.PAGESIZE)
         self.head = ctypes.addressof(ctypes.c_char.from_buffer(self.words))
         self.done = self.head + 64
+
+    def close(self) -> None:
+        for view in self.views:
+            view.release()
+        self.memory.close()
+        os.close(self.fd)
 
     def wait(self, split: bool, word: int, value: int) -> None:
         if split:
@@ -60,7 +68,7 @@ class _Ring:
 
 def limit_round_trip(size: int, split: bool) -> float:
     """A frame through the limit's ring and back, in µs."""
-    ring = _Ring(size)
+    ring = Ring(size)
     here, there = cpus(split)
     views, bump, head, done = ring.views, ring.extension.bump, ring.head, ring.done
     last = size - 1
@@ -76,30 +84,12 @@ def limit_round_trip(size: int, split: bool) -> float:
             bump(head)
             ring.wait(split, done, i + 1)
             samples.append(clock() - start)
-    return median_us(samples[WARM:])
+    ring.close()
+    return Timing.of(samples[WARM:])
 
 
-def limit_in_a_row(size: int, split: bool) -> float:
-    """Frames one after the other through the limit's ring, in µs each."""
-    ring = _Ring(size)
-    here, there = cpus(split)
-    views, bump, head, done = ring.views, ring.extension.bump, ring.head, ring.done
-    last = size - 1
-
-    with peer(partial(ring.read, split, IN_A_ROW), there) as sock, pinned(here):
-        sock.recv(1)
-        start = time.perf_counter_ns()
-        for i in range(IN_A_ROW):
-            if i >= SLOTS:
-                ring.wait(split, done, i - SLOTS + 1)
-            view = views[i % SLOTS]
-            view[0] = view[last] = i & 255
-            bump(head)
-        ring.wait(split, done, IN_A_ROW)
-        return (time.perf_counter_ns() - start) / IN_A_ROW / 1000
-
-
-def _touch_all(stream: dmabuf.Stream) -> None:
+def touch_all(stream: dmabuf.Stream) -> None:
+    """Have the pages of all slots there, and mapped."""
     for _ in stream.bufs:
         with stream.produce() as frame:
             frame.view[::4096] = bytes(len(range(0, len(frame.view), 4096)))
@@ -130,7 +120,7 @@ def round_trip(size: int, split: bool, array: bool = False) -> float:
     """A frame made, read by another process and given back, in µs."""
     here, there = cpus(split)
     stream = dmabuf.Stream.create(size=size, buffers=SLOTS, meta_bytes=0)
-    _touch_all(stream)
+    touch_all(stream)
 
     def body(sock: socket.socket) -> None:
         (theirs,) = dmabuf.recv(sock)
@@ -156,33 +146,48 @@ def round_trip(size: int, split: bool, array: bool = False) -> float:
             drain()
             samples.append(clock() - start)
     stream.close()
-    return median_us(samples[WARM:])
+    return Timing.of(samples[WARM:])
 
 
-def in_a_row(size: int, split: bool) -> float:
-    """Frames one after the other, in µs each."""
+def latest_round_trip(size: int, split: bool) -> float:
+    """A frame to a "latest" reader, which answers with a frame of a stream of its own, in µs."""
     here, there = cpus(split)
-    stream = dmabuf.Stream.create(size=size, buffers=SLOTS, meta_bytes=0)
-    _touch_all(stream)
+    forth = dmabuf.Stream.create(size=size, buffers=SLOTS, meta_bytes=0)
+    back = dmabuf.Stream.create(size=4096, buffers=SLOTS, meta_bytes=0)
+    touch_all(forth)
+    last = forth.bufs[0].size - 1
 
     def body(sock: socket.socket) -> None:
-        (theirs,) = dmabuf.recv(sock)
-        _read(theirs, False, sock, IN_A_ROW)
-        sock.recv(1)
+        theirs, answers = dmabuf.recv(sock)
+        with theirs, answers, theirs.reader("latest", newest=False) as reader:
+            sock.send(b"r")
+            take, answer = reader.next, answers.produce
+            for i in range(ROUNDS):
+                with take() as frame:
+                    view = frame.view
+                    if view[0] != i & 255 or view[last] != i & 255:
+                        raise RuntimeError("wrong bytes")
+                with answer():
+                    pass
+            sock.recv(1)
 
-    produce, last = stream.produce, stream.bufs[0].size - 1
-    with peer(body, there) as sock, pinned(here):
-        dmabuf.send(sock, stream)
+    samples = []
+    clock = time.perf_counter_ns
+    with peer(body, there) as sock, pinned(here), back.reader("latest") as reader:
+        dmabuf.send(sock, forth, back)
         sock.recv(1)
-        start = time.perf_counter_ns()
-        for i in range(IN_A_ROW):
+        produce, take = forth.produce, reader.next
+        for i in range(ROUNDS):
+            start = clock()
             with produce() as frame:
                 view = frame.view
                 view[0] = view[last] = i & 255
-        stream.drain()
-        each = (time.perf_counter_ns() - start) / IN_A_ROW / 1000
-    stream.close()
-    return each
+            with take():
+                pass
+            samples.append(clock() - start)
+    forth.close()
+    back.close()
+    return Timing.of(samples[WARM:])
 
 
 def _shared(sock: socket.socket, there: socket.socket, buf: dmabuf.DmaBuf) -> None:
@@ -221,21 +226,19 @@ def pooled_buffer() -> float:
         return timed(once, batches=40, batch=5)
 
 
-def rows() -> list[Spec]:
-    """The rows of streams."""
+def rows(quick: bool) -> list[Spec]:
+    """The rows of round trips, and of pools. A quick run takes the largest and the smallest frame."""
     found = []
-    for size, text in ((4096, "4 KiB"), (1 << 20, "1 MiB"), (MANY, "8.3 MB")):
+    for size, text in SIZES[:: len(SIZES) - 1] if quick else SIZES:
         for split, where in ((False, "one CPU"), (True, "two CPUs")):
             limit = partial(limit_round_trip, size, split)
-            found.append(Spec(f"frame round trip of {text}, {where}", partial(round_trip, size, split), limit, LIMIT, 1.1))
-            if size == MANY:
+            found.append(Spec(f"frame round trip of {text}, {where}", partial(round_trip, size, split), limit, LIMIT, BOUND))
+            if size == MANY or quick:
                 bound = 2.2 if split else 1.25
                 what = f"  the same with frame.array(), {where}"
                 found.append(Spec(what, partial(round_trip, size, split, True), limit, LIMIT, bound))
-    for split, where in ((False, "one CPU"), (True, "two CPUs")):
-        bound = 1 / 0.9 if split else 1 / 0.75
-        what = f"frames of 8.3 MB in a row to one reader, {where}"
-        found.append(Spec(what, partial(in_a_row, MANY, split), partial(limit_in_a_row, MANY, split), LIMIT, round(bound, 2)))
+            what = f"  the same to a latest reader, and a frame back, {where}"
+            found.append(Spec(what, partial(latest_round_trip, size, split), limit, LIMIT, LATEST_BOUND))
     what = "buffer of 8.3 MB from a Pool, filled at its ends, shared and released"
     found.append(Spec(what, pooled_buffer, fresh_buffer, "the same of a fresh one", 0.05))
     return found
