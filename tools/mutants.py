@@ -345,14 +345,14 @@ MUTANTS = (
         "a producer that gives up a frame leaves its bytes as if they were whole",
         "native/stream/produce.c",
         (Change("    if (r) atomic_store(&r->torn, TORN_MAKE((uint32_t)getpid(), ECANCELED));\n", "    (void)r;\n"),),
-        ("tests/stream/test_pipeline_kills.py",),
+        ("tests/stream/test_produce.py",),
     ),
     Mutant(
         "stream-dead-reader",
-        "the slots that a dead reader had stay its own",
+        "the places that a dead reader had in streams stay its own",
         "native/domain/streams.c",
-        (Change("  atomic_store(&r->claims, 0);\n  STEP_OF(stream_unclaimed", "  STEP_OF(stream_unclaimed"),),
-        ("tests/crash/test_stream_steps.py",),
+        (Change("if (atomic_load(&x->reader[k].owner) == life) stream_place_free(x, k);", "(void)life;"),),
+        ("tests/stream/test_processes.py::test_places_of_dead_readers_are_used_again",),
     ),
 )
 
