@@ -160,6 +160,14 @@ def test_source_and_last_stage_that_are_started_again_go_on():
     assert [stage.worst.restarts for stage in outcome.stages] == [1, 0, 1]
 
 
+@pytest.mark.crash
+def test_stage_that_stands_still_after_a_failure_is_killed():
+    outcome = ran(f"test {SMALL} ! tests.cli.work:stuck @test ! tests.cli.work:broken")
+    assert outcome.failed == "broken"
+    assert outcome.stage("stuck").state == "killed"
+    assert [outcome.stage(name).worst.exit for name in ("stuck", "broken")] == [-signal.SIGKILL, 1]
+
+
 def test_restarts_are_counted_and_end():
     outcome = ran(f"test count=12 {SMALL} ! tests.cli.work:nothing_of_numbers restart=on-failure:2 ! null")
     assert outcome.failed == "nothing_of_numbers"

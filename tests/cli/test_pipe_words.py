@@ -134,6 +134,7 @@ def test_way_of_merged_frames_is_the_stages_with_workers():
         ),
         ("test ! m:f restart=on-failure:0 ! null", "m:f restart=on-failure:0: it is not such a number"),
         ("test ! out.mp4 restart=on-failure", "out.mp4 restart=: a file that was begun can't be continued"),
+        ("test ! m:f workers=16 ! null @test ! m:g workers=15 ! null", "test: it needs 33 readers, and a stream has 32"),
         ("test ! m:f workers=2 ! m:g workers=3 ! null", "g: it has 3 workers, and f before it 2"),
         ("test ! m:f policy=latest checksum=yes ! null", "m:f: checksum= of frames of which some are left out"),
         ("test name=a ! null name=a", "null name=a: it is no name, or another stage has it"),

@@ -68,6 +68,10 @@ def killed(frame: Any, at: int = 3) -> Any:
     return frame
 
 
+def stuck(frame: Any) -> None:
+    signal.pause()
+
+
 def endless() -> Iterator[Any]:
     while True:
         yield np.zeros((4, 4), np.uint8)

@@ -10,7 +10,7 @@ import pytest
 from tests.support.programs import run
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-SKETCHES = ("array_service", "camera_service", "recorder", "tensor_loader")
+SKETCHES = ("array_service", "camera_service", "motion", "recorder", "tensor_loader")
 
 
 def output(name: str, where: Path, *arguments: str) -> str:
@@ -92,3 +92,20 @@ def test_producer_goes_on_when_recorder_is_killed(tmp_path: Path) -> None:
     found = re.fullmatch(r"(\d+) of 12 frames made; the recorder died\n(\d+) of (\d+) recorded frames played in .+ s\n", text)
     assert found
     assert int(found[2]) == int(found[3]) < int(found[1])
+
+
+def test_pipeline_draws_a_box_around_what_moves(tmp_path: Path) -> None:
+    np = pytest.importorskip("numpy")
+    video = np.zeros((5, 48, 64, 3), np.uint8)
+    for n in range(5):
+        video[n, 16:24, 8 * n : 8 * n + 8] = 255  # a square that moves by its width
+    (tmp_path / "in.bin").write_bytes(video.tobytes())
+    text = output("motion", tmp_path, "raw:in.bin,width=64,height=48", "raw:out.bin")
+    expected = video.copy()
+    for n in range(1, 5):  # every fourth pixel is compared: of the two squares, the columns from 8 n - 8 to 8 n + 4
+        expected[n, [16, 20], 8 * n - 8 : 8 * n + 4] = (0, 255, 0)
+        expected[n, 16:20, [8 * n - 8, 8 * n + 4]] = (0, 255, 0)
+    assert (np.frombuffer((tmp_path / "out.bin").read_bytes(), np.uint8).reshape(video.shape) == expected).all()
+    assert re.search(r"^Motion +5 .* 4$", text, re.MULTILINE)
+    assert re.search(r"^boxed +5 .* 3 workers$", text, re.MULTILINE)
+    assert "written: out.bin" in text

@@ -29,13 +29,14 @@ GAP_MS: Final = 2  # how often to ask whether a missing frame can still come: no
 
 
 class _Lane:
-    """One of the streams. ``frame``: the next of it, held until its turn comes. ``ended``: its producer is gone for good."""
+    """One of the streams. ``frame``: the next of it, held until its turn comes."""
 
     def __init__(self, stream: Stream, reader: StreamReader, kind: Kind) -> None:
         self.stream, self.reader, self.kind = stream, reader, kind
         self.inos = tuple(os.fstat(buf.fileno()).st_ino for buf in stream.bufs)
         self.frame: Frame | None = None
         self.head: Head | None = None
+        self.nbytes = kind.nbytes
 
     def take(self) -> bool:
         """Return True if there is a frame."""
@@ -124,7 +125,7 @@ class Inputs:
         self._order = head.order
         if self._shared:
             head.order = frame.seq
-        self._counters["shared" if head.ino == lane.inos[frame.slot] else "copied_between"] += lane.kind.nbytes
+        self._counters["shared" if head.ino == lane.inos[frame.slot] else "copied_between"] += lane.nbytes
         self._counters["taken_seq"] = frame.seq
         return frame, head, lane.kind
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-    from dmabuf._native import Frame
+    from dmabuf._native import Frame, FrameMaking
 
     Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -101,21 +101,25 @@ class Output:
         making = self._stream.produce(WAIT_S)
         frame = making.attempt()
         if frame is None:
-            began = time.monotonic_ns()
-            making = self._stream.produce(WAIT_S)
-            while frame is None:
-                try:
-                    frame = making.__enter__()
-                except DmaBufTimeout:
-                    self._line.look()  # whether the parent is there at all
-            self._counters["blocks"] += 1
-            self._counters["block_ns"] += time.monotonic_ns() - began
+            frame = self._waited(making)
         try:
             yield frame
         except BaseException:
             making.__exit__(*sys.exc_info())
             raise
         making.__exit__(None, None, None)
+
+    def _waited(self, making: FrameMaking) -> Frame:
+        """Return the frame once there is a buffer for it."""
+        began, frame = time.monotonic_ns(), None
+        while frame is None:
+            try:
+                frame = making.__enter__()
+            except DmaBufTimeout:
+                self._line.look()  # whether the parent is there at all
+        self._counters["blocks"] += 1
+        self._counters["block_ns"] += time.monotonic_ns() - began
+        return frame
 
     def put(self, head: Head, fill: Callable[[Array], bool], *, dies: bool = False) -> bool:
         """Make a frame, which ``fill`` writes; it returns False for none. ``dies``: kill this process before it is published."""

@@ -15,6 +15,7 @@ from dmabuf.pipe.words import Words, parsed, refused
 MOST_WORKERS: Final = 16
 RESTARTS: Final = 3  # of restart=on-failure without a number
 _GROUPS: Final = 8  # of a stream
+_READERS: Final = 32  # the same; each stage that gets every frame has one for the parent
 _FUNCTION: Final = re.compile(r"[\w./-]+:[A-Za-z_][\w.]*")
 _IMAGES: Final = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 _PATTERN: Final = re.compile(r"%0?\d*d")
@@ -147,11 +148,14 @@ def _check_links(plan: Plan, spec: Spec) -> None:
         raise refused(spec.target, "nothing reads it", f"write: dmabuf pipe {spec.target} ! STAGE")
     if len(readers) > _GROUPS:
         raise refused(spec.name, f"{len(readers)} stages read it", f"let at most {_GROUPS} stages read one")
+    places = sum(1 + (1 if plan.lanes(one) else one.workers) for one in readers)
+    if places > _READERS:
+        raise refused(spec.name, f"it needs {places} readers, and a stream has {_READERS}", "give the stages that read it fewer workers")
     if spec.after is not None and spec.workers > 1 and plan.stage(spec.after).workers not in (1, spec.workers):
         what = f"it has {spec.workers} workers, and {spec.after} before it {plan.stage(spec.after).workers}"
         raise refused(spec.name, what, "give both the same number, or put a stage with one worker between them")
     # The newest frame is never overwritten, and each process that works on one holds one.
-    need = 2 + sum(one.workers for one in readers)
+    need = 2 + sum(1 if plan.lanes(one) else one.workers for one in readers)
     if spec.buffers is None:
         spec.buffers = min(STREAM_SLOTS, max(4, need))
     elif readers and spec.buffers < need - 1:

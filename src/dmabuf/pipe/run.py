@@ -33,7 +33,7 @@ from dmabuf.stream.reader import StreamReader
 Progress = Callable[[dict[str, int]], None]
 
 REFRESH_S: Final = 0.1  # of the progress; nothing else depends on it
-GRACE_S: Final = 0.9  # after a failure, for what works on a frame
+GRACE_S: Final = 0.9  # after a failure, without a frame and without the end of a process
 CLOSING_S: Final = 5.0  # the same, for what completes a file
 _PARTS: Final = ("video", "raw")  # sinks with one file
 
@@ -70,31 +70,39 @@ def parts(plan: Plan) -> Iterator[None]:
     Raises:
         InvalidError: A file can't be written, or would overwrite a source (EINVAL).
     """
+    made: list[Path] = []
+    try:
+        _name_parts(plan, made)
+        yield
+    finally:
+        _remove(made)
+
+
+def _name_parts(plan: Plan, made: list[Path]) -> None:
     sinks = [spec for spec in plan.stages if spec.side == "sink" and spec.kind in _PARTS]
     sources = {os.path.realpath(spec.target) for spec in plan.stages if spec.side == "source"}
     targets = [os.path.realpath(spec.target) for spec in sinks]
-    made: list[Path] = []
-    try:
-        for k, spec in enumerate(sinks):
-            if targets[k] in sources:
-                raise refused(spec.target, "it would overwrite the source", "name another file")
-            if targets[k] in targets[:k]:
-                raise refused(spec.target, "two sinks write it", "give each sink a file of its own")
-            if os.path.exists(targets[k]) and not os.path.isfile(targets[k]):  # /dev/null, a FIFO: nothing may take its place
-                if spec.kind != "raw" or os.path.isdir(targets[k]):
-                    raise refused(spec.target, "it is not a file", "name a file; raw:PATH writes to devices and pipes")
-                spec.part = spec.target
-                continue
-            spec.part = part_of(targets[k])
-            try:
-                Path(spec.part).touch()
-            except OSError as e:
-                raise refused(spec.target, str(e.strerror), "name a file in a directory that you may write") from None
-            made.append(Path(spec.part))
-        yield
-    finally:
-        for part in made:
-            part.unlink(missing_ok=True)
+    for k, spec in enumerate(sinks):
+        if targets[k] in sources:
+            raise refused(spec.target, "it would overwrite the source", "name another file")
+        if targets[k] in targets[:k]:
+            raise refused(spec.target, "two sinks write it", "give each sink a file of its own")
+        if os.path.exists(targets[k]) and not os.path.isfile(targets[k]):  # /dev/null, a FIFO: nothing may take its place
+            if spec.kind != "raw" or os.path.isdir(targets[k]):
+                raise refused(spec.target, "it is not a file", "name a file; raw:PATH writes to devices and pipes")
+            spec.part = spec.target
+            continue
+        spec.part = part_of(targets[k])
+        try:
+            Path(spec.part).touch()
+        except OSError as e:
+            raise refused(spec.target, str(e.strerror), "name a file in a directory that you may write") from None
+        made.append(Path(spec.part))
+
+
+def _remove(paths: list[Path]) -> None:
+    for path in paths:
+        path.unlink(missing_ok=True)
 
 
 def _keep(stage: StageOutcome) -> bool:
@@ -115,22 +123,26 @@ class Pipeline:
         self._places: dict[str, list[StreamReader]] = {spec.name: [] for spec in plan.stages}
         self._selector = selectors.DefaultSelector()
         self._workers: list[Worker] = []
-        self._stopping = self._closed = False
+        self._begun = self._stopping = self._closed = False
         self._deadline: float | None = None
+        self._came: tuple[int, ...] = ()  # at the last look after a failure: what has ended, and the frames
         count = sum(spec.workers for spec in plan.stages)
         self._board = allocate(count * BLOCK_BYTES, name="pipe-numbers")
         self._claims: dict[str, DmaBuf] = {}
         try:
-            for spec in plan.stages:
-                if spec.policy == "latest" and spec.workers > 1 and not plan.lanes(spec):
-                    self._claims[spec.name] = allocate(64, name=f"pipe-{spec.name}"[:31])
-                for lane in range(spec.workers):
-                    block = len(self._workers)
-                    self._workers.append(Worker(spec, lane, block, Counters(self._board, block)))
+            self._make_workers()
         except BaseException:
             self.close()
             raise
         self._count_buffers(self._board, *self._claims.values())
+
+    def _make_workers(self) -> None:
+        for spec in self._plan.stages:
+            if spec.policy == "latest" and spec.workers > 1 and not self._plan.lanes(spec):
+                self._claims[spec.name] = allocate(64, name="pipe-claims")
+            for lane in range(spec.workers):
+                block = len(self._workers)
+                self._workers.append(Worker(spec, lane, block, Counters(self._board, block)))
 
     def _count_buffers(self, *bufs: DmaBuf) -> None:
         self._outcome.buffers += len(bufs)
@@ -145,16 +157,22 @@ class Pipeline:
     def run(self, progress: Progress | None) -> Outcome:
         """Run it to its end."""
         with _signals(self._selector):
-            for worker in self._workers:
-                self._start(worker)
             began = time.monotonic()
-            while not all(worker.over for worker in self._workers):
-                self._turn(progress)
+            self._start_all()
+            self._until_over(progress)
             self._outcome.seconds = time.monotonic() - began
             if progress is not None:
                 progress(self._frames())
         self._finish()
         return self._outcome
+
+    def _start_all(self) -> None:
+        for worker in self._workers:
+            self._start(worker)
+
+    def _until_over(self, progress: Progress | None) -> None:
+        while not all(worker.over for worker in self._workers):
+            self._turn(progress)
 
     def _frames(self) -> dict[str, int]:
         return {spec.name: sum(worker.counters["frames"] for worker in self._of(spec.name)) for spec in self._plan.stages}
@@ -290,8 +308,9 @@ class Pipeline:
 
     def _let_go(self) -> None:
         """Let those produce whose readers have their places, once every stage is ready."""
-        if any(worker.state == "starting" for worker in self._workers):
+        if not self._begun and any(worker.state == "starting" for worker in self._workers):
             return
+        self._begun = True
         for worker in self._workers:
             if worker.stream is None or worker.going or worker.over:
                 continue
@@ -314,7 +333,7 @@ class Pipeline:
                 worker.text = f"its process ended with exit status {status}"
             elif status < 0:
                 worker.text = f"its process was killed by {signal_name(status)}"
-            if not worker.usage and not self._stopping and worker.restarts < worker.spec.restarts:
+            if self._begun and not self._stopping and worker.restarts < worker.spec.restarts:
                 worker.restarts += 1
                 self._start(worker, again=True)
                 return
@@ -335,13 +354,18 @@ class Pipeline:
         for place in places:
             place.close()
         if first:
-            if any(one.state == "starting" for one in self._workers):
+            if not self._begun:
                 self._kill(self._workers)
             self._stop()
             self._deadline = time.monotonic() + GRACE_S
+            self._came = (sum(one.over for one in self._workers), *self._frames().values())
 
     def _too_late(self) -> None:
-        """End what hasn't ended in time after a failure: sinks, which may have a file to complete, get more of it."""
+        """End what stands still after a failure: sinks, which may have a file to complete, get more time."""
+        came = (sum(worker.over for worker in self._workers), *self._frames().values())
+        if came != self._came:
+            self._came, self._deadline = came, time.monotonic() + GRACE_S
+            return
         others = [worker for worker in self._workers if not worker.over and worker.spec.side != "sink"]
         if others:
             self._deadline = time.monotonic() + CLOSING_S
@@ -364,7 +388,7 @@ class Pipeline:
                 worker.process.kill()
 
     def _signaled(self, number: int) -> None:
-        if self._outcome.stopped_by or any(worker.state == "starting" for worker in self._workers):
+        if self._outcome.stopped_by or not self._begun:
             self._outcome.failed = self._outcome.failed or ""
             self._kill(self._workers)
         self._outcome.stopped_by = self._outcome.stopped_by or number
@@ -438,8 +462,8 @@ def _signals(selector: selectors.BaseSelector) -> Iterator[None]:
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        signal.signal(signal.SIGINT, before[signal.SIGINT])
+        signal.signal(signal.SIGTERM, before[signal.SIGTERM])
         signal.set_wakeup_fd(wakeup)
         selector.unregister(told.here)
         told.here.close()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import os
 import signal
 import socket
 import sys
@@ -15,6 +16,8 @@ import time
 import traceback
 from typing import TYPE_CHECKING, Any, Final
 
+from dmabuf.domain.lives import LABEL_BYTES
+from dmabuf.domain.peers import label
 from dmabuf.errors import ExtraMissingError, InvalidError
 from dmabuf.pipe import sinks, sources
 from dmabuf.pipe.board import Claims, Counters
@@ -99,14 +102,18 @@ class SourceStage:
         assert job.output is not None
         job.output.open(source.kind)
         try:
-            for item in source.items(job.counters["taken"]):
-                job.line.look()
-                if job.line.stopping:
-                    break
-                if item is not None:
-                    self._make(item, job.output)
+            self._all(job.output)
         finally:
             source.close()
+
+    def _all(self, output: Output) -> None:
+        job = self._job
+        for item in self._source.items(job.counters["taken"]):
+            job.line.look()
+            if job.line.stopping:
+                break
+            if item is not None:
+                self._make(item, output)
 
     def _make(self, item: Any, output: Output) -> None:
         job = self._job
@@ -198,15 +205,18 @@ class SinkStage:
 
     def run(self) -> None:
         """Take frames until there are no more, and complete what was written."""
-        job = self._job
         try:
-            while (got := job.inputs.next()) is not None:
-                frame, head, kind = got
-                with frame:
-                    self._one(frame.array(), head, kind, job.begun())
-                job.done(job.counters["taken_seq"])
+            self._all()
         finally:
             self._sink.close()
+
+    def _all(self) -> None:
+        job = self._job
+        while (got := job.inputs.next()) is not None:
+            frame, head, kind = got
+            with frame:
+                self._one(frame.array(), head, kind, job.begun())
+            job.done(job.counters["taken_seq"])
 
     def _one(self, array: Array, head: Head, kind: Kind, dies: bool) -> None:
         job = self._job
@@ -247,8 +257,7 @@ def work(line: Line) -> int:
 
     line.on["job"] = have
     try:
-        while not jobs:
-            line.hear()
+        line.hear()  # the job is the first message
         return _done(line, jobs[0])
     except ParentGone:
         return ALONE
@@ -256,6 +265,7 @@ def work(line: Line) -> int:
 
 def _done(line: Line, job: Job) -> int:
     began = False
+    label(os.fsencode(f"pipe {job.spec.name}")[:LABEL_BYTES])
     try:
         stage = _STAGES[job.spec.side](job)
         line.tell("ready")
