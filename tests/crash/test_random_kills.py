@@ -14,12 +14,10 @@ import contextlib
 import errno
 import os
 import random
-import signal
 import socket
 import struct
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import pytest
 
@@ -28,13 +26,12 @@ from dmabuf import Usage, _native
 from dmabuf.core.buffer.handle import handle_of
 from dmabuf.domain import lives, records
 from tests.support.budget import times
-from tests.support.steps import fork, reap
+from tests.support.crew import Crew
 from tests.support.waiting import until
 
 pytestmark = [pytest.mark.crash]
 
 WORKERS = 4
-ROUNDS_AFTER_A_KILL = 3  # of every survivor
 TORN = (errno.EOWNERDEAD, errno.ECANCELED)
 
 
@@ -128,70 +125,18 @@ def check_pattern(view: dmabuf.View) -> None:
     assert len(seen) == 1, f"a torn read without an error: {seen}"
 
 
-@dataclass
-class Slot:
-    """A place for a worker: the one who has it now, and its counter of rounds."""
-
-    counter: memoryview
-    pid: int = 0
-    failed: int = 0
-
-    @property
-    def rounds(self) -> int:
-        return self.counter[0]
-
-
 class Workload:
     def __init__(self, seed: str) -> None:
-        self.seed = seed
-        self.rng = random.Random(seed)
         self.bufs = [dmabuf.allocate(4096, name=f"name {i}") for i in range(3)]
-        self.shared = dmabuf.allocate(4096, name="name rounds")
-        self.mapping = self.shared.mmap()
-        self.view = memoryview(self.mapping).cast("Q")
-        self.slots = [Slot(self.view[i : i + 1]) for i in range(WORKERS)]
-        self.started = 0
-        for slot in self.slots:
-            self.start(slot)
-
-    def start(self, slot: Slot) -> None:
-        self.started += 1
-        seed = f"{self.seed} {self.started}"
-        slot.pid = fork(lambda: Worker(self.bufs, slot.counter, seed).run())
-
-    def progress(self) -> None:
-        """Until every worker has done some rounds more; a worker that ended by itself has failed."""
-        wanted = [slot.rounds + ROUNDS_AFTER_A_KILL for slot in self.slots]
-
-        def done() -> bool:
-            for slot in self.slots:
-                pid, status = os.waitpid(slot.pid, os.WNOHANG)
-                if pid:
-                    slot.pid = 0
-                    raise AssertionError(f"seed {self.seed}: a worker ended by itself: {os.waitstatus_to_exitcode(status)}")
-            return all(slot.rounds >= n for slot, n in zip(self.slots, wanted, strict=True))
-
-        until(done)
+        self.crew = Crew(["works"] * WORKERS, lambda _, words, seed: Worker(self.bufs, words, seed).run(), seed)
 
     def kill_one(self) -> None:
         """At a moment that no clock decides: after a random number of rounds of somebody, and wherever the victim is then."""
-        watched = self.rng.choice(self.slots)
-        target = watched.rounds + self.rng.randint(0, 3)
-        until(lambda: watched.rounds >= target)
-        for _ in range(self.rng.randint(0, 2000)):  # some fraction of a round
-            pass
-        victim = self.rng.choice(self.slots)
-        os.kill(victim.pid, signal.SIGKILL)
-        assert reap(victim.pid) == -signal.SIGKILL
-        victim.pid = 0
-        self.start(victim)
-
-    def end(self) -> None:
-        for slot in self.slots:
-            if slot.pid:
-                os.kill(slot.pid, signal.SIGKILL)
-                reap(slot.pid)
-                slot.pid = 0
+        self.crew.a_moment()
+        victim = self.crew.any_place()
+        self.crew.kill(victim)
+        self.crew.start(victim)
+        self.crew.progress()
 
     def check_clean(self) -> None:
         """Nothing of the dead is left, and all of it can be used."""
@@ -207,7 +152,7 @@ class Workload:
             with buf.read() as view:
                 check_pattern(view)
         until(lambda: not records.sweep(domain) and not shm.rec_orphans())
-        mine = {handle_of(b).shared.index for b in (*self.bufs, self.shared)}
+        mine = {handle_of(b).shared.index for b in self.bufs}
         assert mine <= set(records.present(domain))
         owned = {chunk for chunk, _ in shm.chunks_of(shm.life)}
         for chunk in range(shm.load32(_native.OFF_NCHUNKS)):
@@ -215,11 +160,8 @@ class Workload:
         assert shm.load32(_native.OFF_TABLE_LOCK) == 0
 
     def close(self) -> None:
-        for slot in self.slots:
-            slot.counter.release()
-        self.view.release()
-        self.mapping.close()
-        for buf in (*self.bufs, self.shared):
+        self.crew.close()
+        for buf in self.bufs:
             buf.close()
 
 
@@ -231,11 +173,10 @@ def workload() -> Iterator[Workload]:
     try:
         yield made
     except BaseException as e:
-        e.add_note(f"seed {seed}, {made.started} workers so far")
+        e.add_note(f"seed {seed}, {made.crew.started} workers so far")
         traceback.print_exc()
         raise
     finally:
-        made.end()
         made.close()
 
 
@@ -244,12 +185,11 @@ def kill(count: int, tell: Callable[[str], None] = lambda _: None) -> None:
     with workload() as work:
         for done in range(1, count + 1):
             work.kill_one()
-            work.progress()
             if done % 1000 == 0:
-                tell(f"{done} random kills, seed {work.seed}")
-        work.end()
+                tell(f"{done} random kills, seed {work.crew.seed}")
+        work.crew.end()
         work.check_clean()
-        tell(f"{count} random kills, nothing found, seed {work.seed}")
+        tell(f"{count} random kills, nothing found, seed {work.crew.seed}")
 
 
 @pytest.mark.timeout(600)

@@ -45,10 +45,10 @@ class Crew:
         jobs: A place for each.
         work: What a process does: called with its job, its words and a seed of its own.
         seed: Of all choices.
-        left: What to tell about when somebody doesn't go on.
+        left: What else to tell when somebody doesn't go on.
     """
 
-    def __init__(self, jobs: Sequence[str], work: Work, seed: str, left: Callable[[], object]) -> None:
+    def __init__(self, jobs: Sequence[str], work: Work, seed: str, left: Callable[[], object] = lambda: "") -> None:
         self.seed, self.started, self.killed, self.longest = seed, 0, 0, 0.0
         self.rng = random.Random(seed)
         self._work, self._left = work, left
