@@ -1,6 +1,7 @@
 """Every test of the project has a domain of its own run, the debug layer, and a look at what it left behind."""
 
 import gc
+import marshal
 import os
 import random
 import sys
@@ -64,6 +65,24 @@ def pytest_collection() -> Generator[None, Any, Any]:
         return (yield)
     finally:
         gc.enable()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_report_to_serializable() -> Generator[None, dict[str, Any], dict[str, Any]]:
+    """In a worker of xdist pack a report: execnet sends dictionaries item by item, in Python, three a test."""
+    data = yield
+    try:
+        return {"packed": marshal.dumps(data)}
+    except ValueError:  # something of a type of its own
+        return data
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_report_from_serializable(data: dict[str, Any]) -> Generator[None, Any, Any]:
+    """Unpack it; xdist has added to the dictionary."""
+    if (packed := data.pop("packed", None)) is not None:
+        data.update(marshal.loads(packed))
+    return (yield)
 
 
 def pytest_exception_interact(node: pytest.Item | pytest.Collector) -> None:
