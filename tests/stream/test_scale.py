@@ -142,7 +142,7 @@ def grow(count: int) -> tuple[Held, Held]:
 
 
 def test_streams_that_come_and_go_take_no_more_with_time(apart: Apart) -> None:
-    count = times(quick=12, full=100)
+    count = times(quick=12, full=40)
     before, after = apart(grow, count)
     assert (after.descriptors, after.file, after.chunks, after.records) == (
         before.descriptors,
@@ -197,7 +197,7 @@ def test_readers_that_die_take_nothing(child: Spawn) -> None:
             return os.fstat(domain.fileno()).st_size, domain.shm.load32(_native.OFF_NCHUNKS), len(domain.shm.rec_list())
 
         some(2)
-        assert some(times(quick=6, full=40)) == some(times(quick=12, full=400))
+        assert some(times(quick=3, full=15)) == some(times(quick=9, full=150))
 
 
 def dies(parent: Parent, name: str) -> None:
