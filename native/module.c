@@ -153,6 +153,8 @@ static int add_constants(PyObject *module) {
       VALUE(SR_QUEUE),
       VALUE(SR_LATEST),
       VALUE(SR_MEMBER),
+      VALUE(SR_REDELIVER),
+      VALUE(SR_LEFT),
       VALUE(SW_NEWS),
       VALUE(SW_SPACE),
       VALUE(SW_ASK),

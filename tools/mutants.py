@@ -351,8 +351,29 @@ MUTANTS = (
         "stream-dead-reader",
         "the places that a dead reader had in streams stay its own",
         "native/domain/streams.c",
-        (Change("if (atomic_load(&x->reader[k].owner) == life) stream_place_free(x, k);", "(void)life;"),),
+        (Change("if (atomic_load(&x->reader[k].owner) == life) stream_place_end(x, k);", "(void)life;"),),
         ("tests/stream/test_processes.py::test_places_of_dead_readers_are_used_again",),
+    ),
+    Mutant(
+        "redeliver-claim",
+        "what a dead member had only tried to take is handed out again",
+        "native/domain/streams.c",
+        (Change("  if (!has) atomic_store(&r->claims", "  if (0) atomic_store(&r->claims"),),
+        ("tests/crash/test_redeliver_steps.py",),
+    ),
+    Mutant(
+        "redeliver-note",
+        "a member moves the cursor of its group on, and makes no note of who moved it before",
+        "native/stream/read.c",
+        (Change("    if (again) note_taker(p, x, word);\n", "    if (0) note_taker(p, x, word);\n"),),
+        ("tests/crash/test_redeliver_steps.py",),
+    ),
+    Mutant(
+        "redeliver-last",
+        "what is left of a group without members keeps its slots",
+        "native/domain/streams.c",
+        (Change("      stream_orphans_free(x, life);\n", ""),),
+        ("tests/stream/test_redeliver.py::test_group_whose_members_are_all_dead_begins_anew",),
     ),
 )
 

@@ -21,7 +21,7 @@
  * All numbers are little-endian. The offsets of this table are from the start of the file.
  */
 #define DB_MAGIC        "DMABUFDM"
-#define DB_VERSION      6u                                  /* of the layout */
+#define DB_VERSION      7u                                  /* of the layout */
 #define DB_PAGE         4096u                               /* bytes of the header page */
 #define DB_CHUNK        32768u                              /* bytes of a chunk */
 #define DB_MAX_CHUNKS   16384u                              /* chunks at most, 512 MiB */

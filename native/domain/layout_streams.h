@@ -18,17 +18,18 @@
 #define STREAM_GROUPS  8u                    /* groups of readers */
 #define STREAM_NONE    0xffffffffffffffffull /* of a cursor: nothing is promised to it */
 #define STREAM_READY   0xfffffffffffffffeull /* of a member's cursor: its group's counts for it */
+#define STREAM_ORPHAN  0xffffffffu           /* of a place's owner: it died, and another member of its group may adopt the place */
 
 typedef struct {
   a64 cursor; /* STREAM_NONE; STREAM_READY; or the oldest frame that it still needs */
   a64 claims; /* bit: it holds that slot */
-  a32 owner;  /* life id, 0: free */
+  a32 owner;  /* life id; 0: free; STREAM_ORPHAN */
   a32 role;   /* SR_ of the reader */
   a32 group;  /* of a member */
   a32 cpu;    /* CPU on which it last gave a frame back, + 1; a hint */
   a64 lost;   /* frames that it has passed over */
   a64 seen;   /* the newest frame that it has had */
-  a64 taken;  /* bit: a member has that slot's frame, and another one gets it if it dies; 0 without redelivery */
+  a64 trying; /* of a group that redelivers: [seq 56 | unused 2 | slot 6] that the member is about to take; 0: it isn't */
   a64 joined; /* the frame that was the newest when it came */
 } db_reader;
 
@@ -41,7 +42,7 @@ DB_AT(db_reader, group, 24);
 DB_AT(db_reader, cpu, 28);
 DB_AT(db_reader, lost, 32);
 DB_AT(db_reader, seen, 40);
-DB_AT(db_reader, taken, 48);
+DB_AT(db_reader, trying, 48);
 DB_AT(db_reader, joined, 56);
 
 typedef struct {
@@ -83,13 +84,14 @@ typedef struct {
   a64 readers;                      /* bit: the place is in use */
   a64 prod;                         /* [life id 32 | SD_ 8]: the producer, or why there is none */
   a64 woken[3];                     /* handle of a fence that ends with the next wake-up of each word, for who awaits it; 0: none */
-  a64 spare3;                       /* of this line */
+  a64 orphans;                      /* bit: the place may be an orphan */
   a64 order[STREAM_SLOTS];          /* [seq 56 | S_ bits 2 | slot 6] of a frame, at seq % 64 */
-  a64 group_cursor[STREAM_GROUPS];  /* next frame of the group to hand out */
+  a64 group_cursor[STREAM_GROUPS];  /* [next frame of the group to hand out 56 | place that moved it there + 1, 0: nobody 8] */
   a64 group_name[STREAM_GROUPS];    /* a hash of its name, 0: free */
   db_reader reader[STREAM_READERS]; /* the places */
   db_slot slot[STREAM_SLOTS];       /* the slots */
-  a64 spare4[152];                  /* up to 8 KiB */
+  a64 got[STREAM_READERS];          /* of a place: [newest frame that others know it took 56 | its group 8] */
+  a64 spare3[120];                  /* up to 8 KiB */
 } db_stream;
 
 DB_SIZE(db_stream, 8192);
@@ -108,13 +110,14 @@ DB_AT(db_stream, count, 132);
 DB_AT(db_stream, readers, 144);
 DB_AT(db_stream, prod, 152);
 DB_AT(db_stream, woken, 160);
-DB_AT(db_stream, spare3, 184);
+DB_AT(db_stream, orphans, 184);
 DB_AT(db_stream, order, 192);
 DB_AT(db_stream, group_cursor, 704);
 DB_AT(db_stream, group_name, 768);
 DB_AT(db_stream, reader, 832);
 DB_AT(db_stream, slot, 2880);
-DB_AT(db_stream, spare4, 6976);
+DB_AT(db_stream, got, 6976);
+DB_AT(db_stream, spare3, 7232);
 
 enum {
   SP_WAIT, /* the producer waits for readers of all frames */
@@ -129,9 +132,11 @@ enum {
 };
 
 enum {
-  SR_QUEUE,  /* wants every frame, in order */
-  SR_LATEST, /* wants the newest */
-  SR_MEMBER, /* of a group, of which one member gets a frame */
+  SR_QUEUE,     /* wants every frame, in order */
+  SR_LATEST,    /* wants the newest */
+  SR_MEMBER,    /* of a group, of which one member gets a frame */
+  SR_REDELIVER, /* the same, and what a member has when it dies goes to another one */
+  SR_LEFT,      /* no reader: what a dead member left, and another one, or a reaper, has adopted */
 };
 
 #define SW_NEWS  1u /* in `want`: for a frame, or the end of the producer */

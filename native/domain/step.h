@@ -26,6 +26,7 @@
   X(stream_filled) X(stream_named) X(stream_owned) X(stream_slotted) X(stream_entered) \
   X(stream_marked) X(stream_chosen) X(stream_backed) X(stream_written) X(stream_published) X(stream_done) X(stream_aborted) \
   X(stream_claimed) X(stream_moved) X(stream_released) X(stream_placed) X(stream_listed) X(stream_promised) \
+  X(stream_trying) X(stream_settled) X(stream_orphaned) X(stream_adopted) \
   X(stream_taken) X(stream_counted) X(stream_asked) X(stream_answered) X(stream_foreign) X(stream_cleared) \
   X(stream_unclaimed) X(stream_unpromised) X(stream_unlisted) X(stream_left) X(stream_torn) X(stream_unwritten) X(stream_ended) \
   X(sem_pointed) X(sem_left) \

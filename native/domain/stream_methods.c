@@ -90,7 +90,9 @@ static PyObject *stream_part(Shm *s, PyObject *args) {
 static PyObject *reader_item(db_stream *x, uint32_t i) {
   db_reader *r = &x->reader[i];
   uint64_t cursor = atomic_load(&r->cursor), claims = atomic_load(&r->claims);
-  return Py_BuildValue("{sI,sI,sI,sK,sK,sK,sK,sK,sK}", "place", i, "life", atomic_load(&r->owner), "role", atomic_load(&r->role), "group",
+  uint32_t owner = atomic_load(&r->owner);
+  return Py_BuildValue("{sI,sI,sI,sK,sK,sK,sK,sK,sK}", "place", i, "life", owner == STREAM_ORPHAN ? 0 : owner, "role",
+                       atomic_load(&r->role), "group",
                        (unsigned long long)atomic_load(&x->group_name[atomic_load(&r->group) % STREAM_GROUPS]), "cursor",
                        (unsigned long long)(cursor >= STREAM_READY ? 0 : cursor), "claims", (unsigned long long)claims, "lost",
                        (unsigned long long)atomic_load(&r->lost), "seen", (unsigned long long)atomic_load(&r->seen), "joined",

@@ -20,6 +20,7 @@ static void empty(db_stream *x) {
   atomic_store(&x->prod, SD_NEVER);
   atomic_store(&x->readers, 0);
   atomic_store(&x->head, 0);
+  atomic_store(&x->orphans, 0);
   for (uint32_t i = 0; i < STREAM_SLOTS; i++) {
     atomic_store(&x->order[i], 0);
     memset(&x->slot[i], 0, sizeof x->slot[i]);
@@ -31,6 +32,7 @@ static void empty(db_stream *x) {
   for (uint32_t i = 0; i < STREAM_READERS; i++) {
     memset(&x->reader[i], 0, sizeof x->reader[i]);
     atomic_store(&x->reader[i].cursor, STREAM_NONE);
+    atomic_store(&x->got[i], 0);
   }
 }
 

@@ -40,7 +40,7 @@ static inline uint64_t stream_promised(db_stream *x, uint64_t places) {
   for (uint64_t on = places; on; on &= on - 1) {
     db_reader *r = &x->reader[__builtin_ctzll(on)];
     uint64_t c = atomic_load(&r->cursor);
-    if (c == STREAM_READY) c = atomic_load(&x->group_cursor[atomic_load(&r->group) % STREAM_GROUPS]);
+    if (c == STREAM_READY) c = SEQ_OF(atomic_load(&x->group_cursor[atomic_load(&r->group) % STREAM_GROUPS]));
     if (c < least) least = c;
   }
   return least;
@@ -50,5 +50,25 @@ static inline uint64_t stream_claims(db_stream *x, uint64_t places) { /* bit: so
   uint64_t all = 0;
   for (uint64_t on = places; on; on &= on - 1) all |= atomic_load(&x->reader[__builtin_ctzll(on)].claims);
   return all;
+}
+
+static inline bool stream_is_member(uint32_t role) { return role == SR_MEMBER || role == SR_REDELIVER; }
+
+/* Has the group a member, besides that place? A dead one counts until it is reaped, and what it left doesn't. */
+static inline bool stream_has_members(db_stream *x, uint32_t group, uint32_t but) {
+  for (uint64_t on = stream_places(x); on; on &= on - 1) {
+    uint32_t i = (uint32_t)__builtin_ctzll(on);
+    db_reader *r = &x->reader[i];
+    if (i != but && atomic_load(&r->owner) != STREAM_ORPHAN && stream_is_member(atomic_load(&r->role)) && atomic_load(&r->group) == group)
+      return true;
+  }
+  return false;
+}
+
+/* Is frame q whole in its slot? For one who has promised it to itself, or claimed the slot, before: a producer that takes the slot after
+ * that looks at both once it has marked the slot. The newest frame is never taken; its mark may be the one of its own making. */
+static inline bool stream_is_there(db_stream *x, uint32_t k, uint64_t q) {
+  uint64_t state = atomic_load(&x->slot[k].state);
+  return SEQ_OF(state) == q && (!(state & S_WRITING) || SEQ_OF(atomic_load(&x->head)) == q);
 }
 #endif

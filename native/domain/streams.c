@@ -251,8 +251,76 @@ void stream_place_free(db_stream *x, uint32_t place) {
   STEP_OF(stream_unpromised, x, place);
   atomic_fetch_and(&x->readers, ~(1ull << place));
   STEP_OF(stream_unlisted, x, place);
+  if (atomic_load(&x->orphans) >> place & 1) atomic_fetch_and(&x->orphans, ~(1ull << place));
   atomic_store(&r->owner, 0);
   STEP_OF(stream_left, x, place); /* free */
+}
+
+/* Did the owner of a place move its group's cursor past frame q? Whoever moves it on notes that first, and in this order of looks either
+ * the note or the cursor says so. */
+static bool took(db_stream *x, uint32_t place, uint32_t group, uint64_t q) {
+  for (int look = 0; look < 2; look++) {
+    uint64_t got = atomic_load(&x->got[place]);
+    if ((got & 255) == group && SEQ_OF(got) >= q) return true;
+    if (atomic_load(&x->group_cursor[group]) == ((q + 1) << 8 | (place + 1))) return true;
+  }
+  return false;
+}
+
+/* What a member was about to take when it died is its frame, or its claim is of nothing. From here on each claim is of a frame. */
+static void settle(db_stream *x, uint32_t place) {
+  db_reader *r = &x->reader[place];
+  uint64_t trying = atomic_load(&r->trying);
+  if (!trying) return;
+  uint32_t k = SLOT_OF(trying), group = atomic_load(&r->group) % STREAM_GROUPS;
+  bool has = took(x, place, group, SEQ_OF(trying)) && stream_is_there(x, k, SEQ_OF(trying));
+  /* A stream that drops promises nothing: whoever doesn't know the stream may write what was not yet claimed when it looked. */
+  if (atomic_load(&x->policy) == SP_DROP && (atomic_load(&x->slot[k].foreign) & S_FOREIGN)) has = false;
+  if (!has) atomic_store(&r->claims, atomic_load(&r->claims) & ~(1ull << k));
+  atomic_store(&r->trying, 0);
+  STEP_OF(stream_settled, x, place); /* the place is the dead life's still, so the next reaper goes on */
+}
+
+void stream_place_end(db_stream *x, uint32_t place) {
+  db_reader *r = &x->reader[place];
+  if (atomic_load(&r->role) == SR_REDELIVER || atomic_load(&r->role) == SR_LEFT) {
+    settle(x, place);
+    if (atomic_load(&r->claims)) {
+      atomic_store(&r->cursor, STREAM_NONE);
+      STEP_OF(stream_unpromised, x, place);
+      atomic_fetch_or(&x->orphans, 1ull << place); /* before it is one: members look here, and only who owns it takes the bit away */
+      atomic_store(&r->owner, STREAM_ORPHAN);
+      STEP_OF(stream_orphaned, x, place); /* nobody's: whoever ends a member, or a life, frees it if the group has no members */
+      return;
+    }
+  }
+  stream_place_free(x, place);
+}
+
+int stream_adopt(db_stream *x, uint32_t place, uint32_t life) {
+  uint32_t owner = STREAM_ORPHAN;
+  if (atomic_load(&x->reader[place].owner) != owner || !atomic_compare_exchange_strong(&x->reader[place].owner, &owner, life)) return 0;
+  STEP_OF(stream_adopted, x, place); /* with all that it claims: if this life dies, its reaper makes an orphan of it again */
+  atomic_store(&x->reader[place].role, SR_LEFT);
+  return 1;
+}
+
+void stream_orphans_free(db_stream *x, uint32_t life) {
+  uint64_t on = atomic_load(&x->orphans) & stream_places(x);
+  for (uint32_t tries = 0; on && tries < 4 * STREAM_READERS; tries++) {
+    uint32_t i = (uint32_t)__builtin_ctzll(on);
+    if (atomic_load(&x->reader[i].owner) != STREAM_ORPHAN || stream_has_members(x, atomic_load(&x->reader[i].group), i)) {
+      on &= on - 1;
+      continue;
+    }
+    if (!stream_adopt(x, i, life)) continue;
+    /* Who joined since either took the place for a member's, and goes on where the group was, or is the first and has taken the place out
+     * of the group. It may leave again before the place is an orphan, so the same place comes once more. */
+    if (stream_has_members(x, atomic_load(&x->reader[i].group), i))
+      atomic_store(&x->reader[i].owner, STREAM_ORPHAN);
+    else
+      stream_place_free(x, i);
+  }
 }
 
 static void mark_torn(Shm *s, db_slot *slot, uint32_t life, int error) {
@@ -294,7 +362,8 @@ void streams_end(Shm *s, uint32_t life) {
       db_stream *x = stream_at(s, i);
       if (!x || !atomic_load(&x->owner)) continue;
       for (uint32_t k = 0; k < STREAM_READERS; k++)
-        if (atomic_load(&x->reader[k].owner) == life) stream_place_free(x, k);
+        if (atomic_load(&x->reader[k].owner) == life) stream_place_end(x, k);
+      stream_orphans_free(x, life);
       if (atomic_load(&x->prod) == ((uint64_t)life << 8 | SD_ALIVE)) stream_producer_end(s, x, life, SD_DIED);
       wake_everybody(s, x);
     }

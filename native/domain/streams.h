@@ -40,5 +40,11 @@ void streams_prepare(void); /* before anything else here: fences wake streams */
 void streams_end(Shm *s, uint32_t life);
 /* Free a reader's place, or end the producer, with a reason. For its own process, or its reaper. */
 void stream_place_free(db_stream *x, uint32_t place);
+/* The same, but a member's of a group that redelivers becomes an orphan if it holds frames. stream_orphans_free() comes after it. */
+void stream_place_end(db_stream *x, uint32_t place);
+/* An orphan may be the caller's from now on: 1, its life is the owner. */
+int stream_adopt(db_stream *x, uint32_t place, uint32_t life);
+/* Free the orphans of groups without members. */
+void stream_orphans_free(db_stream *x, uint32_t life);
 void stream_producer_end(Shm *s, db_stream *x, uint32_t life, uint32_t reason);
 #endif

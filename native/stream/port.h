@@ -48,6 +48,8 @@ typedef struct port {
   uint64_t n;              /* producer: the frame that it makes next; reader: the next that it wants */
   uint64_t was;            /* producer: the state of the slot before it was marked */
   uint64_t lost;
+  uint64_t due;     /* of a group that redelivers: slots whose frames are this member's, and that it has not shown */
+  uint32_t adopted; /* places of dead members whose frames this one has */
   uint32_t stream, gen, life, slots, policy, meta_bytes;
   uint32_t last;  /* producer: the slot of the newest frame */
   uint32_t place; /* reader */
@@ -101,6 +103,8 @@ int read_take(Port *p, int64_t until);                                          
 void read_give(Port *p, uint32_t k, uint64_t seq);                               /* the turn is over */
 void read_unclaim(Port *p, uint32_t k);                                          /* what was kept is gone */
 void read_leave(Port *p);
+int read_ended(Port *p);        /* 1: no frame will come */
+uint64_t read_waiting(Port *p); /* frames of dead members that wait for this one */
 
 /* ---- frame.c ---- */
 PyObject *frame_open(Port *p, uint32_t k, uint64_t seq); /* of this turn; NULL: an exception is set */

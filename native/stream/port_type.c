@@ -49,7 +49,7 @@ static PyObject *port_join(Port *p, PyObject *args) {
   unsigned long long group, history;
   if (!PyArg_ParseTuple(args, "iKpKp", &role, &group, &newest, &history, &takeover)) return NULL;
   if (port_need(p, "reader")) return NULL;
-  if (p->role != ROLE_NONE || role < SR_QUEUE || role > SR_MEMBER) return PyErr_Format(PyExc_ValueError, "the port has a part already");
+  if (p->role != ROLE_NONE || role < SR_QUEUE || role > SR_REDELIVER) return PyErr_Format(PyExc_ValueError, "the port has a part already");
   p->takeover = takeover;
   int error = read_join(p, role, group, newest, history);
   return error == RAISED ? NULL : PyLong_FromLong(-error);
@@ -70,11 +70,14 @@ static PyObject *next_frame(Port *p, int64_t until, bool quiet, bool once) { /* 
   int got = read_take(p, until);
   p->busy = false;
   PyObject *frame = got == 1 ? frame_open(p, (uint32_t)p->found, p->n) : NULL;
+  if (frame) p->due &= ~(1ull << p->found);
   if (got == 1 && !frame) { /* no memory: the frame stays the next one */
     PyObject *kind, *value, *trace;
     PyErr_Fetch(&kind, &value, &trace);
-    if (!p->promised) read_unclaim(p, (uint32_t)p->found);
-    p->found = -1;
+    if (!stream_is_member((uint32_t)p->role)) { /* a member's is nobody else's, and stays found */
+      if (!p->promised) read_unclaim(p, (uint32_t)p->found);
+      p->found = -1;
+    }
     PyErr_Restore(kind, value, trace);
   }
   if (__builtin_expect(p->watched, 0) && got != RAISED && (frame || got != 1)) tell_taken(p, frame ? 0 : head);
@@ -231,9 +234,12 @@ static PyObject *get_lag(Port *p, void *unused) {
   db_stream *x = port_stream(p, &error);
   if (!x) return port_failed(p, "lag", error), NULL;
   uint64_t head = SEQ_OF(atomic_load(&x->head)), next = p->turn ? p->turn + 1 : p->n;
-  if (p->role == SR_MEMBER) next = atomic_load(&x->group_cursor[p->group]);
-  return PyLong_FromUnsignedLongLong(p->role >= 0 && p->role < ROLE_PRODUCER && head >= next ? head - next + 1 : 0);
+  if (p->role < 0 || p->role >= ROLE_PRODUCER) return PyLong_FromLong(0);
+  if (stream_is_member((uint32_t)p->role)) next = SEQ_OF(atomic_load(&x->group_cursor[p->group]));
+  return PyLong_FromUnsignedLongLong((head >= next ? head - next + 1 : 0) + (p->role == SR_REDELIVER ? read_waiting(p) : 0));
 }
+
+static PyObject *get_ended(Port *p, void *unused) { return PyBool_FromLong(read_ended(p)); }
 
 static PyObject *get_lost(Port *p, void *unused) { return PyLong_FromUnsignedLongLong(p->lost); }
 
@@ -289,6 +295,7 @@ static PyMethodDef methods[] = {
 static PyGetSetDef getset[] = {
     {"lag", (getter)get_lag, NULL, "Frames that are published and that this reader has not had.", NULL},
     {"lost", (getter)get_lost, NULL, "Frames that this reader has passed over, since it came.", NULL},
+    {"ended", (getter)get_ended, NULL, "Whether no frame will come to this reader any more.", NULL},
     {"waits_for", (getter)get_fence, NULL, "The fence for which the next frame waits, 0: none.", NULL},
     {"_watched", (getter)get_watched, (setter)set_watched, "Whether the rule is told of frames that are taken.", NULL},
     {"_role", (getter)get_role, NULL, "What it does.", NULL},

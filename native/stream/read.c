@@ -14,15 +14,39 @@ static void claim(Port *p, db_stream *x, uint32_t k) {
   STEP_OF(stream_claimed, x, k); /* the reaper gives it back */
 }
 
+/* The place whose claim holds the slot for this reader: its own, or one that it has adopted. */
+static uint32_t holder(Port *p, db_stream *x, uint32_t k) {
+  for (uint32_t on = p->adopted; __builtin_expect(on != 0, 0); on &= on - 1)
+    if (atomic_load(&x->reader[__builtin_ctz(on)].claims) >> k & 1) return (uint32_t)__builtin_ctz(on);
+  return p->place;
+}
+
 static void unclaim(Port *p, db_stream *x, uint32_t k) {
-  a64 *w = &mine(p, x)->claims;
-  atomic_store(w, atomic_load_explicit(w, memory_order_relaxed) & ~(1ull << k));
+  uint32_t place = holder(p, x, k);
+  a64 *w = &x->reader[place].claims;
+  uint64_t left = atomic_load_explicit(w, memory_order_relaxed) & ~(1ull << k);
+  atomic_store(w, left);
   STEP_OF(stream_released, x, k); /* sleepers look at their tick */
+  p->due &= ~(1ull << k);
+  if (__builtin_expect(place == p->place || left, 1)) return;
+  p->adopted &= ~(1u << place);
+  stream_place_free(x, place);
+}
+
+static bool is_over(db_stream *x) {
+  uint64_t why = atomic_load(&x->prod) & 255;
+  return why == SD_CLOSED || why == SD_DIED;
+}
+
+/* After a claim was dropped: at the end of a stream a member waits for the frames of the others, too. */
+static void wake_released(Port *p, db_stream *x) {
+  stream_wake(p->shm, x, SW_SPACE | SW_ASK);
+  if (p->role == SR_REDELIVER && is_over(x)) stream_wake(p->shm, x, SW_NEWS);
 }
 
 static void unclaim_and_wake(Port *p, db_stream *x, uint32_t k) {
   unclaim(p, x, k);
-  stream_wake(p->shm, x, SW_SPACE | SW_ASK);
+  wake_released(p, x);
 }
 
 /* ---- coming ---- */
@@ -35,13 +59,6 @@ static int take_place(Port *p, db_stream *x) {
     return (int)i;
   }
   return -EUSERS;
-}
-
-/* Is frame q whole in its slot? For one who has promised it to itself, or claimed the slot, before: a producer that takes the slot after
- * that looks at both once it has marked the slot. The newest frame is never taken; its mark may be the one of its own making. */
-static bool is_there(db_stream *x, uint32_t k, uint64_t q) {
-  uint64_t state = atomic_load(&x->slot[k].state);
-  return SEQ_OF(state) == q && (!(state & S_WRITING) || SEQ_OF(atomic_load(&x->head)) == q);
 }
 
 /* Does somebody who doesn't know the stream write into the slot, or has left it torn? 0; 1; -1: torn. The torn mark comes last: who finds
@@ -65,7 +82,7 @@ static void promise(Port *p, db_stream *x, uint64_t count) {
   for (uint64_t q = from; q <= SEQ_OF(atomic_load(&x->head)); q++) {
     uint64_t e = atomic_load(&x->order[q % STREAM_SLOTS]);
     uint32_t k = SLOT_OF(e);
-    if (SEQ_OF(e) == q && k < p->slots && is_there(x, k, q) && !spoiled(p, x, k, false)) continue;
+    if (SEQ_OF(e) == q && k < p->slots && stream_is_there(x, k, q) && !spoiled(p, x, k, false)) continue;
     from = q + 1;
     atomic_store(&mine(p, x)->cursor, from);
     STEP_OF(stream_promised, x, from);
@@ -74,21 +91,20 @@ static void promise(Port *p, db_stream *x, uint64_t count) {
   p->n = from;
 }
 
-static bool has_members(db_stream *x, uint32_t group, uint32_t but) {
-  for (uint64_t on = stream_places(x); on; on &= on - 1) {
-    uint32_t i = (uint32_t)__builtin_ctzll(on);
-    db_reader *r = &x->reader[i];
-    if (i != but && atomic_load(&r->role) == SR_MEMBER && atomic_load(&r->group) == group) return true;
-  }
-  return false;
-}
-
-/* With the table lock: members come one after the other. */
-static int take_group(db_stream *x, uint64_t name) {
+/* With the table lock: members come one after the other. Members of a group must agree whether it redelivers. */
+static int take_group(db_stream *x, uint64_t name, int role) {
   int free = -ENOSPC;
   for (uint32_t i = 0; i < STREAM_GROUPS; i++) {
-    if (atomic_load(&x->group_name[i]) == name) return (int)i;
-    if (free < 0 && !has_members(x, i, STREAM_READERS)) free = (int)i;
+    if (atomic_load(&x->group_name[i]) == name) {
+      for (uint64_t on = stream_places(x); on; on &= on - 1) {
+        db_reader *r = &x->reader[__builtin_ctzll(on)];
+        uint32_t other = atomic_load(&r->role);
+        if (atomic_load(&r->owner) != STREAM_ORPHAN && stream_is_member(other) && other != (uint32_t)role && atomic_load(&r->group) == i)
+          return -EINVAL;
+      }
+      return (int)i;
+    }
+    if (free < 0 && !stream_has_members(x, i, STREAM_READERS)) free = (int)i;
   }
   if (free >= 0) atomic_store(&x->group_name[free], name); /* nobody is in it, so its cursor counts for nothing */
   return free;
@@ -97,11 +113,19 @@ static int take_group(db_stream *x, uint64_t name) {
 /* With the table lock, so that one of several members that come at once is the first: it says where the group begins. */
 static void promise_to_group(Port *p, db_stream *x, bool newest) {
   a64 *group = &x->group_cursor[p->group];
-  bool first = !has_members(x, p->group, p->place);
+  bool first = !stream_has_members(x, p->group, p->place);
   uint64_t word;
+  for (uint64_t on = first ? stream_places(x) : 0; on; on &= on - 1) { /* what members left that are all gone is nobody's any more */
+    uint32_t i = (uint32_t)__builtin_ctzll(on);
+    db_reader *r = &x->reader[i];
+    uint32_t role = atomic_load(&r->role);
+    if (i == p->place || atomic_load(&r->group) != p->group || !(stream_is_member(role) || role == SR_LEFT)) continue;
+    atomic_store(&r->group, STREAM_GROUPS);
+    if (stream_adopt(x, i, p->life)) stream_place_free(x, i);
+  }
   do {
     uint64_t head = SEQ_OF(word = atomic_load(&x->head));
-    if (first) atomic_store(group, newest && head ? head : head + 1);
+    if (first) atomic_store(group, (newest && head ? head : head + 1) << 8);
     atomic_store(&mine(p, x)->cursor, STREAM_READY);
     STEP_OF(stream_promised, x, head);
   } while (first && atomic_load(&x->head) != word);
@@ -111,17 +135,18 @@ int read_join(Port *p, int role, uint64_t group, bool newest, uint64_t history) 
   int error;
   db_stream *x = port_stream(p, &error);
   if (!x) return -error;
-  if (role == SR_MEMBER && table_lock(p->shm)) return RAISED;
-  int g = role == SR_MEMBER ? take_group(x, group) : 0, place = g < 0 ? g : take_place(p, x);
+  bool member = stream_is_member((uint32_t)role);
+  if (member && table_lock(p->shm)) return RAISED;
+  int g = member ? take_group(x, group, role) : 0, place = g < 0 ? g : take_place(p, x);
   if (place < 0) {
-    if (role == SR_MEMBER) table_unlock(p->shm);
+    if (member) table_unlock(p->shm);
     return place;
   }
   p->place = (uint32_t)place;
   p->group = (uint32_t)g;
   p->role = role;
   p->found = -1;
-  p->lost = 0;
+  p->lost = p->due = p->adopted = 0;
   db_reader *r = mine(p, x);
   uint64_t head = SEQ_OF(atomic_load(&x->head));
   atomic_store(&r->cursor, STREAM_NONE);
@@ -131,7 +156,8 @@ int read_join(Port *p, int role, uint64_t group, bool newest, uint64_t history) 
   atomic_store(&r->cpu, 0);
   atomic_store(&r->lost, 0);
   atomic_store(&r->seen, 0);
-  atomic_store(&r->taken, 0);
+  atomic_store(&r->trying, 0);
+  atomic_store(&x->got[place], (uint64_t)(role == SR_REDELIVER ? g : 255)); /* of the one before nobody notes anything any more */
   atomic_store(&r->joined, head);
   atomic_fetch_or(&x->readers, 1ull << place);
   STEP_OF(stream_listed, x, place); /* listed, and promised nothing */
@@ -140,7 +166,7 @@ int read_join(Port *p, int role, uint64_t group, bool newest, uint64_t history) 
   if (count > STREAM_SLOTS) count = STREAM_SLOTS;
   p->n = head + 1 > count ? head + 1 - count : 1;
   if (p->promised) promise(p, x, count);
-  if (role == SR_MEMBER) {
+  if (member) {
     promise_to_group(p, x, newest);
     table_unlock(p->shm);
   }
@@ -214,45 +240,161 @@ static int look_in_order(Port *p) { /* of a stream that drops */
     uint32_t k = SLOT_OF(e);
     if (SEQ_OF(e) != p->n || k >= p->slots || p->slot[k].held) continue;
     claim(p, x, k);
-    if (is_there(x, k, p->n) && !spoiled(p, x, k, false)) return found(p, e);
+    if (stream_is_there(x, k, p->n) && !spoiled(p, x, k, false)) return found(p, e);
     unclaim_and_wake(p, x, k);
   }
   return 0;
 }
 
-static int look_member(Port *p) {
-  int error;
-  db_stream *x = port_stream(p, &error);
-  if (!x) return -error;
-  a64 *group = &x->group_cursor[p->group];
-  for (uint32_t tries = 0; tries < STREAM_SLOTS; tries++) {
-    uint64_t q = atomic_load(group), head = SEQ_OF(atomic_load(&x->head));
-    if (head < q) return none_yet(p, x, q);
-    uint64_t e = atomic_load(&x->order[q % STREAM_SLOTS]);
-    uint32_t k = SLOT_OF(e);
-    if (SEQ_OF(e) != q || k >= p->slots) { /* gone: the stream drops, or the group had nobody */
-      uint64_t to = head - q >= STREAM_SLOTS ? head - (STREAM_SLOTS - 1) : q + 1;
-      if (atomic_compare_exchange_strong(group, &q, to)) p->lost += to - q;
+/* ---- of a group that redelivers ----
+ *
+ * A place whose owner died with frames is an orphan. Another member adopts it with all that it claims, by one compare-and-swap of its
+ * owner. So a frame is in one word from its taking to its release, and whoever looks for it there can't miss it.
+ */
+
+static void adopt(Port *p, db_stream *x) {
+  for (uint64_t on = atomic_load(&x->orphans) & stream_places(x); on; on &= on - 1) {
+    uint32_t i = (uint32_t)__builtin_ctzll(on);
+    db_reader *r = &x->reader[i];
+    if (i == p->place || atomic_load(&r->group) != p->group || !stream_adopt(x, i, p->life)) continue;
+    if (atomic_load(&r->group) != p->group) { /* another one's since */
+      atomic_store(&r->owner, STREAM_ORPHAN);
+      stream_wake(p->shm, x, SW_NEWS);
       continue;
     }
-    if (p->slot[k].held) return -EUCLEAN; /* a frame that it keeps is another one */
-    claim(p, x, k);                       /* before the group's cursor moves, so that the frame always has a keeper */
-    if (!atomic_compare_exchange_strong(group, &q, q + 1)) {
-      unclaim_and_wake(p, x, k);
-      continue;
+    atomic_fetch_and(&x->orphans, ~(1ull << i));
+    p->adopted |= 1u << i;
+    p->due |= atomic_load(&r->claims);
+    return; /* one after the other, so that members that wait for frames get some */
+  }
+}
+
+/* The slots of frames that were dead members' and that this one has not shown. */
+static uint64_t adopted_due(Port *p, db_stream *x) {
+  uint64_t all = 0;
+  for (uint32_t on = p->adopted; on; on &= on - 1) all |= atomic_load(&x->reader[__builtin_ctz(on)].claims);
+  return all & p->due;
+}
+
+static int look_adopted(Port *p, db_stream *x) { /* the oldest first. 0: there is none */
+  if (__builtin_expect(!p->adopted && !atomic_load(&x->orphans), 1)) return 0;
+  if (!adopted_due(p, x)) adopt(p, x);
+  for (uint64_t due; (due = adopted_due(p, x));) {
+    uint32_t k = (uint32_t)__builtin_ctzll(due);
+    for (uint64_t on = due; on; on &= on - 1) {
+      uint32_t i = (uint32_t)__builtin_ctzll(on);
+      if (SEQ_OF(atomic_load(&x->slot[i].state)) < SEQ_OF(atomic_load(&x->slot[k].state))) k = i;
     }
-    STEP_OF(stream_moved, x, q); /* the frame is this member's: if it dies now, it has had it */
-    stream_wake(p->shm, x, SW_SPACE | SW_ASK);
-    if (is_there(x, k, q) && !spoiled(p, x, k, true)) return found(p, e);
-    unclaim_and_wake(p, x, k);
+    db_slot *slot = &x->slot[k];
+    uint64_t q = SEQ_OF(atomic_load(&slot->state));
+    if (k < p->slots && !p->slot[k].held && stream_is_there(x, k, q) && !spoiled(p, x, k, true)) {
+      bool fenced = atomic_load(&slot->fence) != 0, sized = atomic_load(&slot->used) < atomic_load(&x->size);
+      return found(p, q << 8 | k | (fenced ? S_FENCED : 0) | (sized ? S_SIZED : 0));
+    }
+    unclaim_and_wake(p, x, k); /* it had been torn */
     p->lost++;
   }
   return 0;
 }
 
+/* Before the cursor moves on: who moved it to where it is has taken the frame before that. */
+static void note_taker(Port *p, db_stream *x, uint64_t word) {
+  uint64_t place = (word & 255) - 1, note = (SEQ_OF(word) - 1) << 8 | p->group;
+  if (place >= STREAM_READERS) return;
+  uint64_t got = atomic_load(&x->got[place]);
+  while ((got & 255) == p->group && got < note && !atomic_compare_exchange_weak(&x->got[place], &got, note)) {}
+}
+
+/* Does another member hold a frame? It may die, and then it is handed out again. */
+static bool others_hold(Port *p, db_stream *x) {
+  for (uint64_t on = stream_places(x); on; on &= on - 1) {
+    uint32_t i = (uint32_t)__builtin_ctzll(on);
+    db_reader *r = &x->reader[i];
+    uint32_t role = atomic_load(&r->role);
+    if (i == p->place || (p->adopted >> i & 1) || atomic_load(&r->group) != p->group) continue;
+    if ((role == SR_REDELIVER || role == SR_LEFT) && atomic_load(&r->claims)) return true;
+  }
+  return false;
+}
+
+uint64_t read_waiting(Port *p) {
+  int error;
+  db_stream *x = port_stream(p, &error);
+  if (!x) return 0;
+  uint64_t waits = (uint64_t)__builtin_popcountll(adopted_due(p, x));
+  for (uint64_t on = atomic_load(&x->orphans) & stream_places(x); on; on &= on - 1) {
+    db_reader *r = &x->reader[__builtin_ctzll(on)];
+    if (atomic_load(&r->owner) == STREAM_ORPHAN && atomic_load(&r->group) == p->group)
+      waits += (uint64_t)__builtin_popcountll(atomic_load(&r->claims));
+  }
+  return waits;
+}
+
+static void tried(Port *p, db_stream *x) { /* its claims are frames, or there is none of what it tried */
+  if (p->role == SR_REDELIVER) atomic_store(&mine(p, x)->trying, 0);
+}
+
+/* ---- of any group ---- */
+
+static int none_in_group(Port *p, db_stream *x, uint64_t q) {
+  int why = none_yet(p, x, q);
+  return why && p->role == SR_REDELIVER && others_hold(p, x) ? 0 : why;
+}
+
+static int look_member(Port *p) {
+  int error, got;
+  db_stream *x = port_stream(p, &error);
+  if (!x) return -error;
+  bool again = p->role == SR_REDELIVER;
+  if (again && (got = look_adopted(p, x))) return got;
+  a64 *group = &x->group_cursor[p->group];
+  for (uint32_t tries = 0; tries < STREAM_SLOTS; tries++) {
+    uint64_t word = atomic_load(group), q = SEQ_OF(word), head = SEQ_OF(atomic_load(&x->head));
+    if (head < q) return none_in_group(p, x, q);
+    uint64_t e = atomic_load(&x->order[q % STREAM_SLOTS]);
+    uint32_t k = SLOT_OF(e);
+    if (again) note_taker(p, x, word);
+    if (SEQ_OF(e) != q || k >= p->slots) { /* gone: the stream drops, or the group had nobody */
+      uint64_t to = head - q >= STREAM_SLOTS ? head - (STREAM_SLOTS - 1) : q + 1;
+      if (atomic_compare_exchange_strong(group, &word, to << 8)) p->lost += to - q;
+      continue;
+    }
+    if (p->slot[k].held) return -EUCLEAN; /* a frame that it keeps is another one */
+    if (again) {
+      atomic_store(&mine(p, x)->trying, q << 8 | k);
+      STEP_OF(stream_trying, x, q); /* the reaper finds nothing of it */
+    }
+    claim(p, x, k); /* before the group's cursor moves, so that the frame always has a keeper */
+    if (!atomic_compare_exchange_strong(group, &word, (q + 1) << 8 | (again ? p->place + 1 : 0))) {
+      unclaim_and_wake(p, x, k);
+      tried(p, x);
+      continue;
+    }
+    STEP_OF(stream_moved, x, q); /* the frame is this member's: if it dies now, it has had it, or its reaper passes it on */
+    stream_wake(p->shm, x, SW_SPACE | SW_ASK);
+    /* Of a promised frame a writer waits that doesn't know the stream, unless it was granted before. */
+    if (stream_is_there(x, k, q) && !spoiled(p, x, k, p->policy == SP_WAIT)) {
+      tried(p, x);
+      p->due |= again ? 1ull << k : 0;
+      return found(p, e);
+    }
+    unclaim_and_wake(p, x, k);
+    tried(p, x);
+    p->lost++;
+  }
+  return 0;
+}
+
+int read_ended(Port *p) {
+  int error;
+  db_stream *x = port_stream(p, &error);
+  if (!x || p->role < 0 || p->role >= ROLE_PRODUCER || !ended(p, x)) return 0;
+  return p->role != SR_REDELIVER || !others_hold(p, x);
+}
+
 static int (*look_of(Port *p))(Port *) {
   if (p->role == SR_LATEST) return look_latest;
-  if (p->role == SR_MEMBER) return look_member;
+  if (stream_is_member((uint32_t)p->role)) return look_member;
   return p->promised ? look_promised : look_in_order;
 }
 
@@ -287,7 +429,7 @@ void read_give(Port *p, uint32_t k, uint64_t seq) {
   db_stream *x = port_stream(p, &error);
   if (!x) return;
   db_reader *r = mine(p, x);
-  uint64_t claims = atomic_load_explicit(&r->claims, memory_order_relaxed);
+  uint64_t claims = atomic_load_explicit(&x->reader[holder(p, x, k)].claims, memory_order_relaxed);
   bool kept = p->slot[k].held != 0, claimed = (claims >> k & 1) != 0;
   uint32_t cpu = (uint32_t)sched_getcpu() + 1;
   if (atomic_load_explicit(&r->cpu, memory_order_relaxed) != cpu) atomic_store_explicit(&r->cpu, cpu, memory_order_relaxed);
@@ -300,7 +442,7 @@ void read_give(Port *p, uint32_t k, uint64_t seq) {
   }
   if (!kept && claimed) unclaim(p, x, k);
   p->n = seq + 1;
-  stream_wake(p->shm, x, SW_SPACE | SW_ASK);
+  wake_released(p, x);
 }
 
 void read_unclaim(Port *p, uint32_t k) {
@@ -313,9 +455,18 @@ void read_leave(Port *p) {
   int error;
   db_stream *x = port_stream(p, &error);
   bool place = x && p->role >= 0 && p->role < ROLE_PRODUCER && atomic_load(&mine(p, x)->owner) == p->life;
+  bool again = p->role == SR_REDELIVER;
   p->role = ROLE_NONE; /* before the wake-up, which this reader's descriptor hears of too: it must not wait for the next one */
   p->found = -1;
   if (!place) return;
-  stream_place_free(x, p->place);
+  if (again) { /* what it has not shown is for others */
+    atomic_fetch_and(&mine(p, x)->claims, p->due);
+    for (uint32_t on = p->adopted; on; on &= on - 1) {
+      atomic_fetch_and(&x->reader[__builtin_ctz(on)].claims, p->due);
+      stream_place_end(x, (uint32_t)__builtin_ctz(on));
+    }
+  }
+  stream_place_end(x, p->place);
+  if (again) stream_orphans_free(x, p->life);
   stream_wake(p->shm, x, SW_NEWS | SW_SPACE | SW_ASK);
 }

@@ -29,10 +29,16 @@ from dmabuf._native_shown import (
     SR_LATEST as SR_LATEST,
 )
 from dmabuf._native_shown import (
+    SR_LEFT as SR_LEFT,
+)
+from dmabuf._native_shown import (
     SR_MEMBER as SR_MEMBER,
 )
 from dmabuf._native_shown import (
     SR_QUEUE as SR_QUEUE,
+)
+from dmabuf._native_shown import (
+    SR_REDELIVER as SR_REDELIVER,
 )
 from dmabuf._native_shown import (
     STREAM_GROUPS as STREAM_GROUPS,

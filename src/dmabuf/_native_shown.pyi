@@ -21,6 +21,8 @@ SD_DIED: Final[int]
 SR_QUEUE: Final[int]
 SR_LATEST: Final[int]
 SR_MEMBER: Final[int]
+SR_REDELIVER: Final[int]
+SR_LEFT: Final[int]
 SW_NEWS: Final[int]
 SW_SPACE: Final[int]
 SW_ASK: Final[int]
@@ -187,6 +189,7 @@ class Port:
     def __iter__(self) -> Iterator[Frame]: ...
     def __next__(self) -> Frame: ...
     waits_for: Final[int]
+    ended: Final[bool]
     _watched: bool
     def attempt(self) -> Frame | None: ...
     def begin_producing(self) -> int: ...

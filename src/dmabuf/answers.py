@@ -46,7 +46,7 @@ class FenceInfo(TypedDict):
 
 
 class StreamReaderInfo(TypedDict):
-    """What a reader's place in a stream says. ``cursor``: 0 if nothing is promised to it."""
+    """What a reader's place in a stream says. ``cursor``: 0 if nothing is promised to it. ``life``: 0 if it died, and its frames wait."""
 
     place: int
     life: int

@@ -157,6 +157,25 @@ def reap_another() -> None:
     dmabuf.Domain.default().sweep()
 
 
+def hand_out_again() -> None:
+    """A member of a group that redelivers gets what another one was about to take when it died."""
+
+    def die() -> None:
+        _native.step_disarm()
+        with opened() as stream, stream.reader(group="r", group_redeliver=True) as member:
+            _native.step_arm("kill", "stream_moved", 1)
+            member.next(timeout=0)
+
+    with opened() as stream, stream.reader(group="r", group_redeliver=True) as member:
+        assert reap(fork(die)) == -signal.SIGKILL
+        dmabuf.Domain.default().sweep()
+        while member.lag:
+            whole(member.next(timeout=0))
+        with stream.produce(timeout=LONG_S) as frame:
+            fill(frame)
+        whole(member.next(timeout=0))
+
+
 def create() -> None:
     with Stream.create("short-lived", size=SIZE, buffers=2) as stream, stream.produce() as frame:
         fill(frame)
@@ -164,7 +183,7 @@ def create() -> None:
 
 SCENARIOS: list[Callable[[], None]] = [
     produce, discard, read_queue, keep, read_latest, read_as_member, read_by_third_party, write_by_third_party, ask, produce_to_a_reader,
-    clear, reap_another, create,
+    clear, reap_another, hand_out_again, create,
 ]  # fmt: skip
 
 

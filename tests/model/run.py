@@ -185,15 +185,27 @@ def _stream_models() -> Iterator[Run]:
     yield Run(group, "an in-order reader, three slots, five frames", "DROP=1 N=3 FRAMES=5")
     yield Run(group, "an in-order reader and a foreign writer", "DROP=1 FRAMES=2 FOREIGN=1")
     yield Run(group, "an in-order reader; one dies", "DROP=1 FRAMES=2 KILLS=1")
-    yield Run(group, "redelivery, no run without an end", "REDELIVER=1 FRAMES=2", cycles=True)
-    yield Run(group, "redelivery; a member dies with a frame", "REDELIVER=1 FRAMES=2 KILLS=1 MORTAL=2 KILL_USING=1")
-    yield Run(
-        group, "redelivery; a member dies with a frame, three frames", "REDELIVER=1 FRAMES=3 KILLS=1 MORTAL=2 KILL_USING=1", long=True
-    )
-    yield Run(group, "redelivery; a member dies", "REDELIVER=1 FRAMES=2 KILLS=1 MORTAL=2", long=True)
+    yield Run(group, "a group in a stream that drops", "DROP=2 FRAMES=2", long=True)
+    again = "REDELIVER=1 KILLS=1 MORTAL=2"
+    yield Run(group, "redelivery", "REDELIVER=1 FRAMES=2")
+    yield Run(group, "redelivery, no run without an end", "REDELIVER=1 FRAMES=1", cycles=True)
+    yield Run(group, "redelivery; a member dies with a frame", f"{again} FRAMES=1 KILL_USING=1")
+    yield Run(group, "redelivery; a member that joins dies with a frame", f"JOIN=1 {again} FRAMES=1 KILL_USING=1")
+    yield Run(group, "redelivery; both members die", "REDELIVER=1 FRAMES=1 KILLS=2 MORTAL=6")
+    yield Run(group, "redelivery; a member dies with a frame, two frames", f"{again} FRAMES=2 KILL_USING=1", long=True)
+    yield Run(group, "redelivery; a member dies with a frame, three frames", f"{again} FRAMES=3 KILL_USING=1", long=True)
+    yield Run(group, "redelivery; a member dies while it takes a frame", f"{again} FRAMES=2 KILL_TRYING=1", long=True)
+    yield Run(group, "redelivery; a member dies", f"{again} FRAMES=2", long=True)
+    yield Run(group, "redelivery; a member dies, and the reaper", f"{again} FRAMES=1 REAPER_KILLS=1", long=True)
+    yield Run(group, "redelivery; a member of three dies with a frame", f"THREE=1 {again} FRAMES=1 KILL_USING=1", long=True)
+    yield Run(group, "redelivery and a foreign writer; a member dies with a frame", f"{again} FRAMES=1 FOREIGN=1 KILL_USING=1", long=True)
+    yield Run(group, "redelivery in a stream that drops; a member dies", f"DROP=2 {again} FRAMES=1 KILL_TRYING=1", long=True)
+    drops = f"DROP=2 {again} FRAMES=1 FOREIGN=1 KILL_TRYING=1"
+    yield Run(group, "redelivery in a stream that drops, a foreign writer; a member dies", drops, long=True)
     yield Run(group, "redelivery; the producer dies", "REDELIVER=1 FRAMES=2 KILLS=1 MORTAL=1", long=True)
     yield Run(group, "two members join; one dies, and the reaper", "JOIN=1 FRAMES=2 KILLS=1 MORTAL=2 REAPER_KILLS=1", long=True)
-    yield Run(group, "two members join, redelivery; one dies", "JOIN=1 REDELIVER=1 FRAMES=2 KILLS=1 MORTAL=2", long=True)
+    yield Run(group, "redelivery; a member dies while it joins", f"JOIN=1 {again} FRAMES=1 KILL_JOINING=1", long=True)
+    yield Run(group, "two members join, redelivery; one dies", f"JOIN=1 {again} FRAMES=1", long=True)
     yield Run(group, "two members; one dies", "FRAMES=2 KILLS=1", long=True)
     yield Run(group, "an in-order reader and a foreign writer; one dies", "DROP=1 FRAMES=2 FOREIGN=1 KILLS=1", long=True)
 
@@ -263,8 +275,9 @@ def _stream_controls() -> Iterator[Run]:
     yield control(44, "a latest reader doesn't wait for a frame's fence", "LATEST=1 FENCES=1", ASSERTION)
 
     control = partial(_control, "stream_group")
-    dies = "KILLS=1 MORTAL=2"
-    uses = f"REDELIVER=1 {dies} KILL_USING=1"
+    dies = "REDELIVER=1 KILLS=1 MORTAL=2"
+    uses, tries = f"{dies} KILL_USING=1", f"{dies} KILL_TRYING=1 FRAMES=2"
+    joins = f"JOIN=1 {uses} FRAMES=1"
     yield control(1, "the producer looks at claims before cursors", "FRAMES=4", ASSERTION)
     yield control(2, "the claim after the cursor has moved", "FRAMES=4", ASSERTION)
     yield control(3, "the reaper leaves a member's place", "KILLS=1 FRAMES=1", ASSERTION)
@@ -272,15 +285,22 @@ def _stream_controls() -> Iterator[Run]:
     yield control(5, "the producer doesn't look at claims after its mark", "DROP=1 N=3 FRAMES=5", ASSERTION)
     yield control(6, "joining without the lock", "JOIN=1 FRAMES=2", ASSERTION)
     yield control(7, "joining looks for others, and then takes its place", "JOIN=1 FRAMES=3", ASSERTION)
-    yield control(8, "the reaper unlocks before it clears the place", f"JOIN=1 FRAMES=1 {dies} KILL_JOINING=1 REDELIVER=1", ASSERTION)
+    yield control(8, "the reaper unlocks before it clears the place", f"JOIN=1 FRAMES=1 {dies} KILL_JOINING=1", ASSERTION)
     yield control(9, "joining doesn't look at the head again", "JOIN=1 FRAMES=3", ASSERTION)
-    yield control(10, "the reaper drops claims before it keeps their frames", f"{uses} FRAMES=2", ASSERTION)
-    yield control(11, "a frame is taken for redelivery before it is claimed", f"{uses} FRAMES=3", ASSERTION)
-    yield control(12, "the producer doesn't compare the count of hops", f"{uses} FRAMES=3", ASSERTION)
-    yield control(13, "a frame that is taken for redelivery isn't counted", f"{uses} FRAMES=3", ASSERTION)
+    yield control(10, "the reaper frees a place that has frames", f"{uses} FRAMES=2", ASSERTION)
+    yield control(11, "what a member tried to take counts as taken", tries, ASSERTION)
+    yield control(12, "a member doesn't say what it tries to take", f"{dies} FRAMES=2", ASSERTION, long=True)
+    yield control(13, "the cursor moves on without a note of who had moved it", tries, ASSERTION, long=True)
     yield control(14, "a member ends while another one holds a frame", f"{uses} FRAMES=2", ASSERTION)
+    yield control(15, "what is about to be freed counts as a member", joins, ASSERTION)
     yield control(16, "releasing doesn't wake members that wait for the end", "REDELIVER=1 FRAMES=2", BLOCKED)
-    yield control(19, "a new group finds old frames to hand out again", f"JOIN=1 {uses} FRAMES=3", ASSERTION, long=True)
+    yield control(17, "a member that leaves doesn't free what dead ones left", joins, ASSERTION)
+    yield control(18, "the reaper doesn't free what dead ones left", "REDELIVER=1 FRAMES=1 KILLS=2 MORTAL=6", ASSERTION)
+    yield control(19, "a new group hands out what an old one left", joins, ASSERTION)
+    yield control(21, "the reaper doesn't look who has moved the cursor", tries, ASSERTION)
+    yield control(22, "the reaper doesn't look for a note again", tries, ASSERTION, long=True)
+    yield control(23, "who makes an orphan of it again doesn't look at it again", joins, ASSERTION)
+    yield control(24, "a first member relies on what it sees of a place", joins, ASSERTION)
     yield control(20, "an in-order reader doesn't look for a foreign writer", "DROP=1 FOREIGN=1 FRAMES=3", ASSERTION)
 
     control = partial(_control, "stream_asked")

@@ -1,7 +1,8 @@
 """SIGKILL at random moments of a stream with producers, readers of each kind and third parties.
 
 The content of each frame is its number at three places. Who reads it checks them; a reader that is promised every frame also checks that
-none is missing. Each of the survivors must go on after each kill, and at the end nothing of anybody is left.
+none is missing. Of the frames that a group redelivers somebody must have released each. Each of the survivors must go on after each kill,
+and at the end nothing of anybody is left.
 
 The seed is printed with every failure: ``DMABUF_TEST_SEED=…`` makes the same choices again, but not the same timing. The long test kills
 3,000, or as many as ``DMABUF_TEST_KILLS`` says.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import mmap
 import os
 import random
 from collections.abc import Callable
@@ -33,13 +35,15 @@ FOREIGN = 1 << 63  # in the content: a third party wrote it
 TORN = (errno.EOWNERDEAD, errno.ECANCELED)
 LONG_S = 60.0  # so long nobody waits unless somebody hangs
 NAME = "killed"
+SURE = {"group": "sure", "group_redeliver": True, "wait_for_producer": True}
+MARKS = 1 << 26  # frames that can be marked; memory is used for those that are
 
 
 class Worker:
     """What one process does until it is killed. ``counter``: its rounds."""
 
-    def __init__(self, drops: bool, counter: memoryview, seed: str) -> None:
-        self.drops, self.counter = drops, counter
+    def __init__(self, drops: bool, counter: memoryview, released: mmap.mmap, seed: str) -> None:
+        self.drops, self.counter, self.released = drops, counter, released
         self.rng = random.Random(seed)
 
     def round_done(self) -> None:
@@ -121,6 +125,19 @@ class Worker:
                     last = frame.seq
                     self.round_done()
 
+    def sure(self) -> None:
+        while True:
+            with Stream.open(NAME) as stream, stream.reader(**SURE) as reader:  # type: ignore[arg-type]
+                for _ in range(self.rng.randint(1, 200)):
+                    try:
+                        frame = reader.next(timeout=0.5)
+                    except TimeoutError:
+                        self.round_done()
+                        continue
+                    self.check(frame, promised=True)
+                    self.released[frame.seq % MARKS] = 1  # and then it is
+                    self.round_done()
+
     def third(self) -> None:
         line = dmabuf.Timeline("third")
         while True:
@@ -155,14 +172,20 @@ class Worker:
                     self.round_done()
 
 
-JOBS = ("produce", "produce", "queue", "queue", "latest", "member", "member", "third", "third")
+JOBS = ("produce", "produce", "queue", "queue", "latest", "member", "member", "sure", "sure", "third", "third")
 
 
 class Workload:
     def __init__(self, when_full: str, seed: str) -> None:
         self.stream = Stream.create(NAME, size=SIZE, buffers=SLOTS, when_full=when_full)  # type: ignore[arg-type]
-        drops = when_full == "drop"
-        self.crew = Crew(JOBS, lambda job, words, seed: getattr(Worker(drops, words, seed), job)(), seed, self.stream.info)
+        self.drops = when_full == "drop"
+        self.released = mmap.mmap(-1, MARKS)
+        self.anchor = self.stream.reader(newest=False, **SURE)  # type: ignore[arg-type]  # the group has a member all the time
+
+        def work(job: str, words: memoryview, seed: str) -> None:
+            getattr(Worker(self.drops, words, self.released, seed), job)()
+
+        self.crew = Crew(JOBS, work, seed, self.stream.info)
 
     def kill_one(self) -> None:
         crew = self.crew
@@ -176,6 +199,8 @@ class Workload:
 
     def check_clean(self) -> None:
         self.crew.end()
+        dmabuf.Domain.default().sweep()
+        self.check_released()
         nothing_left(self.stream)
         with self.stream.reader() as reader:
             while reader.lag:
@@ -186,7 +211,22 @@ class Workload:
                 got = reader.next(timeout=0)
                 assert whole(got.view) == got.seq
 
+    def check_released(self) -> None:
+        """Every frame was released at least once, by one of the dead or by the one that is left. No frame is torn."""
+        while self.anchor.lag:
+            with self.anchor.next(timeout=0) as frame:
+                content = whole(frame.view)
+                assert content == frame.seq or (self.drops and content & FOREIGN)
+                self.released[frame.seq % MARKS] = 1
+        published = self.stream.info()["published"]
+        if not self.drops and published < MARKS:
+            missing = self.released.find(b"\0", 1, published + 1)
+            assert missing == -1, f"nobody has released frame {missing} of {published}"
+        self.anchor.close()
+
     def close(self) -> None:
+        self.anchor.close()
+        self.released.close()
         self.crew.close()
         self.stream.close()
 

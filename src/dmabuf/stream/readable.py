@@ -7,7 +7,7 @@ import threading
 import weakref
 from typing import TYPE_CHECKING
 
-from dmabuf._native import SD_CLOSED, SD_DIED, SW_NEWS, owned
+from dmabuf._native import SW_NEWS, owned
 from dmabuf.domain.dispatcher import dispatcher, unwatch
 from dmabuf.domain.guards import finalizer
 from dmabuf.errors import needing_descriptors
@@ -89,7 +89,7 @@ class Readable:
             return False
         if reader.lag > 0 and not (self._none_of and reader.info()["published"] == self._none_of):
             return True
-        return not reader.waits_for_producer and reader.info()["why"] in (SD_CLOSED, SD_DIED)
+        return reader.ended
 
     def close(self) -> None:
         """Close the descriptor."""

@@ -7,8 +7,8 @@ import hashlib
 from collections.abc import Awaitable
 from typing import TYPE_CHECKING, Any, Final, Self
 
-from dmabuf._native import SR_LATEST, SR_MEMBER, SR_QUEUE, Frame
-from dmabuf.errors import DmaBufError
+from dmabuf._native import SR_LATEST, SR_MEMBER, SR_QUEUE, SR_REDELIVER, Frame
+from dmabuf.errors import DmaBufError, fail
 from dmabuf.stream import awaited
 from dmabuf.stream import rules as _rules  # noqa: F401  (C calls its rules)
 from dmabuf.stream.parts import Part, Ring
@@ -32,17 +32,22 @@ class StreamReader(Part):
         lag: Frames that are published and that it has not had.
     """
 
-    def __init__(self, ring: Ring, policy: str, group: str | None, history: int, newest: bool, wait_for_producer: bool) -> None:
+    def __init__(
+        self, ring: Ring, policy: str, group: str | None, group_redeliver: bool, history: int, newest: bool, wait_for_producer: bool
+    ) -> None:
         self._readable: Readable | None = None
         self.waits_for_producer = wait_for_producer
         self.attach(ring)
         self.policy = policy
         self.group = group
-        role = SR_MEMBER if group is not None else _ROLES[policy]
+        role = _ROLES[policy] if group is None else SR_REDELIVER if group_redeliver else SR_MEMBER
         number = 0 if group is None else group_number(group)
         error = self._join(role, number, newest, history, wait_for_producer)
         if error in (errno.EUSERS, errno.ENOSPC) and self.domain.reap_dead():
             error = self._join(role, number, newest, history, wait_for_producer)
+        if error == errno.EINVAL:
+            what = f"group {group!r} has members with group_redeliver={not group_redeliver}"
+            raise fail(error, "reader", self, "have all members of a group agree on group_redeliver", what=what)
         if error:
             failed(self, "reader", error)
 

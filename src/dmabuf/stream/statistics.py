@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from dmabuf._native import SD_ALIVE, SD_CLOSED, SD_DIED, SD_NEVER, SR_LATEST, SR_MEMBER, SR_QUEUE
+from dmabuf._native import SD_ALIVE, SD_CLOSED, SD_DIED, SD_NEVER, SR_LATEST, SR_LEFT, SR_MEMBER, SR_QUEUE, SR_REDELIVER
 from dmabuf.domain import naming
 
 if TYPE_CHECKING:
     from dmabuf.stream.parts import Part
 
-ROLES: Final = {SR_QUEUE: "queue", SR_LATEST: "latest", SR_MEMBER: "group"}
+ROLES: Final = {SR_QUEUE: "queue", SR_LATEST: "latest", SR_MEMBER: "group", SR_REDELIVER: "group", SR_LEFT: "group"}
 STATES: Final = {SD_NEVER: "none yet", SD_ALIVE: "alive", SD_CLOSED: "closed", SD_DIED: "died"}
 
 
@@ -21,7 +21,7 @@ class ReaderStatistics:
 
     ``process``: whose it is. ``policy``: "queue", "latest" or "group". ``seen``: the newest frame that it has given back. ``lag``: frames
     that are published and that it has not given back. ``lost``: frames that it has passed over. ``holds``: slots that it holds, without
-    those that it is promised.
+    those that it is promised. Of a member that died, and whose frames wait for another one, ``pid`` is 0.
     """
 
     pid: int

@@ -357,6 +357,7 @@ class Stream(Part, Composed):
         policy: Policy = "queue",
         *,
         group: str | None = None,
+        group_redeliver: bool = False,
         history: int = 0,
         newest: bool = True,
         wait_for_producer: bool = False,
@@ -366,12 +367,14 @@ class Stream(Part, Composed):
         Args:
             policy: "queue" for every frame, in order; "latest" for the newest, without those that it comes too late for.
             group: The name of a group: each frame goes to one of its members.
+            group_redeliver: A frame that a member had not given back when it died goes to another member. All members must agree on it.
             history: Of a queue: begin with the oldest of so many frames that is still there.
             newest: Begin with the newest frame that is there; False for the next one.
             wait_for_producer: When the producer closes the stream or dies, wait for another one instead of ending.
 
         Raises:
-            InvalidError: There is no such policy, a group has another one than "queue", or the history is negative (EINVAL).
+            InvalidError: There is no such policy, a group has another one than "queue", the history is negative, or the members of the
+                group don't agree on ``group_redeliver`` (EINVAL).
             DmaBufError: The stream has 32 readers (EUSERS), or 8 groups (ENOSPC).
         """
         if policy not in ("queue", "latest"):
@@ -384,11 +387,13 @@ class Stream(Part, Composed):
                 "give a group a name, and neither a policy nor a history",
                 what="a group hands out frames in order",
             )
+        if group_redeliver and group is None:
+            raise fail(errno.EINVAL, "reader", self, "name a group", what="group_redeliver is for groups")
         if history < 0 or (history and policy != "queue"):
             raise fail(errno.EINVAL, "reader", self, "use history=N of a queue", what=f"history is {history}")
         if self.closed:
             failed(self, "reader", errno.EBADF)
-        made = StreamReader(self.ring, policy, group, history, newest, wait_for_producer)
+        made = StreamReader(self.ring, policy, group, group_redeliver, history, newest, wait_for_producer)
         self._readers[id(made)] = made
         return made
 
