@@ -9,13 +9,14 @@
  */
 #include "access/arrive.h"
 #include "access/detach.h"
+#include "access/handle.h"
 #include "access/view.h"
 #include "domain/access.h"
 #include "domain/fence.h"
 #include "domain/resv.h"
 #include "domain/resv_lock.h"
 
-static PyObject *s_path, *s_owner, *s_asyncio, *s_trio;
+static PyObject *s_owner, *s_asyncio, *s_trio;
 static PyObject *running_loop; /* _asyncio._get_running_loop, once asyncio is imported */
 
 /* ---- who ---- */
@@ -78,8 +79,9 @@ static bool path_serves(Path *p, Block *b) {
 
 static int begin(Block *b) {
   if (b->state != IDLE) return refused(b, EBUSY);
-  PyObject *path = PyObject_GetAttr(b->handle, s_path);
-  if (!path) return -1;
+  PyObject *path = handle_path(b->handle);
+  if (!path) return PyErr_Format(PyExc_TypeError, "a handle of a buffer is required"), -1;
+  Py_INCREF(path);
   if (!Py_IS_TYPE(path, Path_Type) || !path_serves((Path *)path, b)) {
     Py_DECREF(path);
     b->state = ENTERED; /* first, so that the rule can't enter it again */
@@ -387,7 +389,6 @@ PyObject *accesses_enter(Block **blocks, Py_ssize_t n, PyObject *whole, PyObject
 }
 
 int arrive_register(PyObject *module) {
-  if (!s_path && !(s_path = PyUnicode_InternFromString("path"))) return -1;
   if (!s_owner && !(s_owner = PyUnicode_InternFromString("owner"))) return -1;
   if (!s_asyncio && !(s_asyncio = PyUnicode_InternFromString("asyncio"))) return -1;
   if (!s_trio && !(s_trio = PyUnicode_InternFromString("trio"))) return -1;

@@ -37,6 +37,8 @@ static int interpreter_ends(void) {
 #endif
 }
 
+PyObject *handle_path(PyObject *handle) { return PyObject_TypeCheck(handle, handle_type) ? ((Handle *)handle)->path : NULL; }
+
 /* All of a handle but its descriptor, open or not. */
 static int handle_fill(Handle *h, PyObject *shared) {
   h->shared = Py_NewRef(shared);

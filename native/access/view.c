@@ -13,9 +13,24 @@ bool view_is_open(View *v) {
   return false;
 }
 
+/* Each block and each slice makes one: the memory of a few is used again. */
+static View *spare[8];
+static int spares;
+
+void view_put(View *v) {
+  if (spares < (int)(sizeof spare / sizeof *spare)) {
+    spare[spares++] = v; /* it keeps its reference to the type */
+    return;
+  }
+  PyTypeObject *type = Py_TYPE(v);
+  PyObject_Free(v);
+  Py_DECREF(type);
+}
+
 PyObject *view_new(Block *b, char *base, Py_ssize_t n, Py_ssize_t stride, bool readonly) {
-  View *v = PyObject_New(View, View_Type);
+  View *v = spares ? spare[--spares] : PyObject_New(View, View_Type);
   if (!v) return NULL;
+  Py_SET_REFCNT(v, 1);
   v->block = (Block *)Py_NewRef((PyObject *)b);
   v->base = base;
   v->n = n;

@@ -17,6 +17,7 @@ typedef struct {
 extern PyTypeObject *View_Type;
 
 PyObject *view_new(Block *b, char *base, Py_ssize_t n, Py_ssize_t stride, bool readonly);
+void view_put(View *v);     /* its memory, once nobody refers to it */
 bool view_is_open(View *v); /* false with ValueError set */
 
 /* Items, slices and comparison: view_items.c. */

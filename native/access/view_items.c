@@ -21,6 +21,16 @@ static PyObject *wrong_key(PyObject *key) {
   return PyErr_Format(PyExc_TypeError, "view indices must be integers or slices, not %s", Py_TYPE(key)->tp_name);
 }
 
+/* An index; -1 with an exception set, or -1. The common case runs no code and calls little. */
+static Py_ssize_t index_of(PyObject *key) {
+  if (PyLong_CheckExact(key)) {
+    Py_ssize_t i = PyLong_AsSsize_t(key);
+    if (i != -1 || !PyErr_Occurred()) return i;
+    PyErr_Clear();
+  }
+  return PyNumber_AsSsize_t(key, PyExc_IndexError);
+}
+
 PyObject *view_subscript(PyObject *op, PyObject *key) {
   View *v = (View *)op;
   if (PySlice_Check(key)) {
@@ -30,13 +40,13 @@ PyObject *view_subscript(PyObject *op, PyObject *key) {
     return view_new(v->block, n ? v->base + start * v->stride : v->base, n, n > 1 ? v->stride * step : v->stride, v->readonly);
   }
   if (!PyIndex_Check(key)) return wrong_key(key);
-  Py_ssize_t i = PyNumber_AsSsize_t(key, PyExc_IndexError);
+  Py_ssize_t i = index_of(key);
   if (i == -1 && PyErr_Occurred()) return NULL;
   return view_item(op, i < 0 ? i + v->n : i);
 }
 
 static int store_item(View *v, PyObject *key, PyObject *value) {
-  Py_ssize_t i = PyNumber_AsSsize_t(key, PyExc_IndexError);
+  Py_ssize_t i = index_of(key);
   if (i == -1 && PyErr_Occurred()) return -1;
   int overflow;
   PyObject *number = PyNumber_Index(value);

@@ -12,10 +12,9 @@
 #include "access/view.h"
 
 static void view_dealloc(View *v) {
-  PyTypeObject *type = Py_TYPE(v);
-  Py_DECREF(v->block);
-  PyObject_Free(v);
-  Py_DECREF(type);
+  Block *b = v->block;
+  view_put(v); /* before the block goes, which may run code that makes a view */
+  Py_DECREF(b);
 }
 
 static int refuse_torch(void) {
