@@ -161,7 +161,8 @@ def test_source_and_last_stage_that_are_started_again_go_on():
 
 
 @pytest.mark.crash
-def test_stage_that_stands_still_after_a_failure_is_killed():
+def test_stage_that_stands_still_after_a_failure_is_killed(monkeypatch):
+    monkeypatch.setattr("dmabuf.pipe.run.GRACE_S", 0.2)
     outcome = ran(f"test {SMALL} ! tests.cli.work:stuck @test ! tests.cli.work:broken")
     assert outcome.failed == "broken"
     assert outcome.stage("stuck").state == "killed"

@@ -204,6 +204,29 @@ def test_camera_frames_are_copied_without_their_padding(pixelformat, format):
     assert (turns[0].ravel() == np.arange(1, 25)).all()
 
 
+def test_compressed_camera_frames_are_decoded(tmp_path, fake_camera, monkeypatch):
+    write_all(
+        Spec("", "sink", "images", str(tmp_path / "out%d.jpg")), Kind((16, 16, 3), "uint8", "rgb24"), [np.full((16, 16, 3), 77, np.uint8)]
+    )
+    data = (tmp_path / "out1.jpg").read_bytes()
+    broken = iter((data[:3], data))  # the driver may give a frame that it has not filled
+
+    def frame(self: FakeCamera, timeout: float) -> FakeFrame:
+        made, content = FakeFrame(self.buf), next(broken)
+        with self.buf.write() as view:
+            view[: len(content)] = content
+        made.used = len(content)
+        return made
+
+    monkeypatch.setattr(FakeCamera, "frame", frame)
+    source = source_of("camera:/dev/MJPG size=16x16")
+    with contextlib.closing(source):
+        array = np.empty(source.kind.shape, np.uint8)
+        source.put(next(source.items(0)), array)
+    assert (source.kind.shape, source.kind.format) == ((16, 16, 3), "rgb24")
+    assert abs(array.astype(int) - 77).max() <= 5
+
+
 @pytest.mark.usefixtures("fake_camera")
 def test_camera_format_that_is_unknown_is_refused():
     with pytest.raises(InvalidError, match=r"its frames are ABCD .*ask for another format: pixelformat= one of RGB3"):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Final
 
-from dmabuf.drivers.camera import Camera
+from dmabuf.drivers.camera import Camera, Frame
 from dmabuf.errors import DmaBufTimeout
 from dmabuf.pipe import pictures
 from dmabuf.pipe.line import WAIT_S
@@ -39,7 +40,10 @@ class CameraSource:
                 known = ", ".join((*_PACKED, *_COMPRESSED))
                 raise refused(f"camera:{spec.target}", f"its frames are {name}", f"ask for another format: pixelformat= one of {known}")
             self._packed = _PACKED.get(name)
-            self._decoder: Any = None if self._packed else pictures.av.CodecContext.create(_COMPRESSED[name], "r")
+            self._decoder: Any = None
+            if self._packed is None:
+                self._decoder = pictures.av.CodecContext.create(_COMPRESSED[name], "r")
+                self._decoder.thread_count = 1  # more would each keep a frame back
             own = self._packed if self._packed in pictures.FORMATS else "rgb24"
             self.kind = pictures.kind_of(
                 picture.width, picture.height, spec.own.get("format", own or "rgb24"), None, limit, f"camera:{spec.target}"
@@ -60,23 +64,31 @@ class CameraSource:
                 except DmaBufTimeout:
                     yield None
             with frame:
-                if not frame.broken:
+                if frame.broken:
+                    continue
+                if self._decoder is None:
                     yield frame
+                else:
+                    yield from self._decoded(frame)
+
+    def _decoded(self, frame: Frame) -> Iterator[Any]:
+        """Yield the picture of a compressed frame; none if it is broken."""
+        with frame.buf.read() as view:
+            data = bytes(view[: frame.used])
+        with contextlib.suppress(pictures.av.FFmpegError):
+            yield from self._decoder.decode(pictures.av.Packet(data))
 
     def put(self, item: Any, array: Array) -> None:
-        """Copy a frame out of the driver's buffer."""
+        """Copy a frame out of the driver's buffer, or out of the decoder's."""
+        if self._decoder is not None:
+            pictures.put(item, array, self.kind)
+            return
         picture = self._picture
         with item.buf.read() as view:
             data = pictures.np.frombuffer(memoryview(view), pictures.np.uint8)
-            if self._packed is None:
-                decoded = self._decoder.decode(pictures.av.Packet(bytes(data[: item.used])))
-                for frame in decoded[:1]:
-                    pictures.put(frame, array, self.kind)
-            else:
-                rows = data[: picture.pitch * picture.height].reshape(picture.height, picture.pitch)
-                self._copy(rows, array)
-                del rows
-            del data
+            rows = data[: picture.pitch * picture.height].reshape(picture.height, picture.pitch)
+            self._copy(rows, array)
+            del rows, data
 
     def _copy(self, rows: Array, array: Array) -> None:
         assert self._packed is not None

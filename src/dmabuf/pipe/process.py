@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 from dataclasses import dataclass, field
-from typing import IO, TYPE_CHECKING, Any, Literal, Protocol
+from typing import IO, TYPE_CHECKING, Any, Final, Literal, Protocol
 
 from dmabuf.pipe.board import Counters
 from dmabuf.pipe.kind import Kind
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 State = Literal["starting", "running", "done", "failed", "killed"]
 
 
+ENDING: Final = frozenset({signal.SIGINT, signal.SIGTERM})  # a terminal, `timeout` and systemd send them to the whole group
+
+
 class Process(Protocol):
     """What the parent needs of a process."""
 
@@ -32,8 +35,8 @@ class Process(Protocol):
 
 
 def spawned(sock: socket.socket, stdout: int | IO[Any] | None) -> Process:
-    """Start the interpreter of a stage, which gets a socket. Ctrl-C is for the parent: a stage starts with it blocked, then ignores it."""
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    """Start the interpreter of a stage, which gets a socket. The signals that end a pipeline are blocked in it until it ignores them."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
     try:
         return subprocess.Popen(
             [sys.executable, "-m", "dmabuf.pipe.stage", str(sock.fileno())],

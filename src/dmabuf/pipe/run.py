@@ -26,7 +26,7 @@ from dmabuf.pipe.board import BLOCK_BYTES, Counters
 from dmabuf.pipe.kind import Kind
 from dmabuf.pipe.outcome import Outcome, StageOutcome, WorkerOutcome
 from dmabuf.pipe.plan import Plan, part_of
-from dmabuf.pipe.process import Worker, signal_name
+from dmabuf.pipe.process import ENDING, Worker, signal_name
 from dmabuf.pipe.words import refused
 from dmabuf.stream.reader import StreamReader
 
@@ -123,7 +123,7 @@ class Pipeline:
         self._places: dict[str, list[StreamReader]] = {spec.name: [] for spec in plan.stages}
         self._selector = selectors.DefaultSelector()
         self._workers: list[Worker] = []
-        self._begun = self._stopping = self._closed = False
+        self._begun = self._stopping = self._killing = self._closed = False
         self._deadline: float | None = None
         self._came: tuple[int, ...] = ()  # at the last look after a failure: what has ended, and the frames
         count = sum(spec.workers for spec in plan.stages)
@@ -337,7 +337,8 @@ class Pipeline:
                 worker.restarts += 1
                 self._start(worker, again=True)
                 return
-            self._failed(worker)
+            if not self._killing:  # else it was this process that killed it
+                self._failed(worker)
         worker.ended = True
         for reader in self._readers_of(worker):
             self._tell_end(worker, reader)
@@ -389,7 +390,7 @@ class Pipeline:
 
     def _signaled(self, number: int) -> None:
         if self._outcome.stopped_by or not self._begun:
-            self._outcome.failed = self._outcome.failed or ""
+            self._killing = True
             self._kill(self._workers)
         self._outcome.stopped_by = self._outcome.stopped_by or number
         self._stop()
@@ -445,7 +446,7 @@ class _Signals:
     def taken(self) -> list[int]:
         """Return the signals that have come."""
         with contextlib.suppress(BlockingIOError):
-            return [number for number in self.here.recv(64) if number in (signal.SIGINT, signal.SIGTERM)]
+            return [number for number in self.here.recv(64) if number in ENDING]
         return []
 
 
@@ -458,7 +459,7 @@ def _signals(selector: selectors.BaseSelector) -> Iterator[None]:
     told = _Signals()
     selector.register(told.here, selectors.EVENT_READ, told)
     wakeup = signal.set_wakeup_fd(told.there.fileno(), warn_on_full_buffer=False)
-    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, lambda *_: None) for number in ENDING}
     try:
         yield
     finally:

@@ -27,6 +27,7 @@ from dmabuf.pipe.kind import Kind
 from dmabuf.pipe.line import Line, ParentGone
 from dmabuf.pipe.output import Head, Output, die
 from dmabuf.pipe.plan import Spec, chosen, number
+from dmabuf.pipe.process import ENDING
 from dmabuf.pipe.words import refused
 
 if TYPE_CHECKING:
@@ -303,8 +304,9 @@ _MOST: Final = 20_000  # characters of a traceback
 
 def main(fd: int) -> int:
     """Run a stage."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends the pipeline in order
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    for ending in ENDING:  # the parent gets it too, and ends the pipeline in order; what a function starts is not to inherit SIG_IGN
+        signal.signal(ending, lambda *_: None)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
     with socket.socket(fileno=fd) as sock:
         return work(Line(sock))
 
