@@ -93,6 +93,6 @@ def interpreters() -> None:
 @pytest.fixture
 def forked_stages(request: pytest.FixtureRequest, stage_child: Spawn, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fork the stages, which are there in a tenth of the time, except with the full budget and where a test is about interpreters."""
+    monkeypatch.setattr("dmabuf.pipe.run.GRACE_S", 30.0)  # a machine that is busy with other tests stands still for a while
     if budget() == "quick" and "interpreters" not in request.fixturenames:
-        monkeypatch.setattr("dmabuf.pipe.run.GRACE_S", 30.0)  # a machine that is busy with other tests stands still for a while
         monkeypatch.setattr("dmabuf.pipe.process.spawned", lambda sock, stdout: stages.ForkedStage(stage_child, sock, stdout))

@@ -33,7 +33,7 @@ from dmabuf.stream.reader import StreamReader
 Progress = Callable[[dict[str, int]], None]
 
 REFRESH_S: Final = 0.1  # of the progress; nothing else depends on it
-GRACE_S: Final = 0.9  # after a failure, without a frame and without the end of a process
+GRACE_S: Final = 2.0  # after a failure, without a frame and without the end of a process
 CLOSING_S: Final = 5.0  # the same, for what completes a file
 _PARTS: Final = ("video", "raw")  # sinks with one file
 
