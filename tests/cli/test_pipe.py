@@ -81,13 +81,27 @@ def test_workers_behind_workers_keep_the_order():
 
 
 def test_latest_gets_the_newest_and_no_frame_twice():
-    outcome = ran(f"test count=300 {SMALL} ! tests.cli.work:same policy=latest workers=2 ! {FIRSTS}")
+    outcome = ran(f"test count=300 size=8x6 format=gray16le ! tests.cli.work:same policy=latest workers=2 ! {FIRSTS}")
     same = outcome.stage("same")
     seen = firsts(outcome)
-    assert seen[-1] == 3 * 299 % 256
+    assert seen[-1] == 3 * 299
+    assert seen == sorted(set(seen))
     assert len(seen) == same.total("frames")
     assert same.total("frames") + same.lost == 300
     assert outcome.failed is None
+
+
+@pytest.mark.crash
+@pytest.mark.parametrize("workers", [1, 2])
+def test_latest_that_is_started_again_sees_no_frame_twice(workers):
+    outcome = ran(
+        f"test count=9 size=8x6 format=gray16le ! tests.cli.work:killed at=8 policy=latest workers={workers} restart=on-failure ! {FIRSTS}"
+    )
+    seen = firsts(outcome)
+    assert outcome.failed is None
+    assert seen == sorted(set(seen))
+    assert sum(worker.restarts for worker in outcome.stage("killed").workers) == 1
+    assert 24 not in seen
 
 
 def test_two_branches_read_the_same_frames():
@@ -176,6 +190,12 @@ def test_restarts_are_counted_and_end():
     assert worst.restarts == 2
     assert "return an array of NumPy, None, or what JSON can say" in worst.text
     assert worst.counts["taken"] == 3
+
+
+def test_values_that_do_not_fit_beside_a_frame_are_an_error():
+    outcome = ran(f"test count=1 {SMALL} ! tests.cli.work:talkative ! null")
+    assert outcome.failed == "talkative"
+    assert "return less than 4096 bytes of values" in outcome.stage("talkative").worst.text
 
 
 def test_array_of_another_shape_is_an_error():

@@ -48,6 +48,10 @@ def odd_written(frame: Any, out: Any) -> bool:
     return bool(frame.flat[0] % 2)
 
 
+def talkative(frame: Any) -> str:
+    return "x" * 5000
+
+
 def broken(frame: Any, at: int = 3) -> Any:
     if frame.flat[0] == at * 3:
         raise ValueError("this frame is broken")

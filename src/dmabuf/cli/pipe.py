@@ -6,6 +6,7 @@ Exit status: 0 done; 1 a stage failed or was killed; 2 the pipeline makes no sen
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import signal
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Final
@@ -18,7 +19,7 @@ from rich.text import Text
 from dmabuf.cli import data, show
 from dmabuf.cli.app import Failure
 from dmabuf.cli.show import safe
-from dmabuf.errors import InvalidError
+from dmabuf.errors import InvalidError, missing_extra
 from dmabuf.observe.units import size
 
 if TYPE_CHECKING:
@@ -59,6 +60,8 @@ def command(words: tuple[str, ...], as_json: bool, quiet: bool) -> None:
     Of what makes frames: buffers, when_full=wait|drop. Of functions: workers, their own.
     restart=never|on-failure[:N] of all but files. docs/pipe.md has the rest.
     """
+    if importlib.util.find_spec("numpy") is None:
+        raise missing_extra("video", "numpy")
     from dmabuf.pipe.plan import planned
     from dmabuf.pipe.run import parts, run
 

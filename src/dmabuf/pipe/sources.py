@@ -194,7 +194,7 @@ class Raw:
 
 
 class Test:
-    """Frames that are computed: in each, the pixel at (y, x) of frame n is x + 2 y + 3 n, and 85 more in each further channel."""
+    """Frames that are computed: the pixel at (y, x) of frame n, from 0, is x + 2 y + 3 n, and 85 more in each further channel."""
 
     __test__ = False  # no test of pytest
 
@@ -220,7 +220,7 @@ class Test:
     def put(self, item: Any, array: Array) -> None:
         import numpy as np
 
-        np.add(self._first, np.array(item * 3 % 256, array.dtype), out=array)
+        np.add(self._first, np.array(item * 3 % (1 << 8 * array.itemsize), array.dtype), out=array)
 
     def close(self) -> None:
         pass
