@@ -1,10 +1,14 @@
 """`dmabuf pipe`: whole pipelines of processes. A frame n of `test` (from 0) has 3 n in its first pixel, modulo 256."""
 
+import hashlib
 import json
 import os
 import signal
+import socket
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,7 +16,8 @@ import pytest
 
 import dmabuf
 from dmabuf.pipe.outcome import Outcome, left_behind
-from dmabuf.pipe.plan import planned
+from dmabuf.pipe.plan import Spec, planned
+from dmabuf.pipe.process import Worker
 from dmabuf.pipe.run import parts, run
 from tests.cli.conftest import SCRIPT, Run
 from tests.cli.stages import frames_in, make_clip
@@ -183,6 +188,18 @@ def test_stage_that_stands_still_after_a_failure_is_killed(monkeypatch):
     assert [outcome.stage(name).worst.exit for name in ("stuck", "broken")] == [-signal.SIGKILL, 1]
 
 
+def test_what_a_process_said_is_heard_although_it_left_messages_unread():
+    """The kernel reports the unread message (ECONNRESET) before what was sent."""
+    worker = Worker(Spec("f", "function", "function", "m:f"), 0, 0, SimpleNamespace(close=lambda: None))  # type: ignore[arg-type]
+    worker.sock, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    worker.tell("stop")
+    dmabuf.send(there, meta={"op": "failed", "text": "why"})
+    there.close()
+    assert worker.hear() == ({"op": "failed", "text": "why"}, [])
+    assert worker.hear() is None
+    worker.close()
+
+
 def test_restarts_are_counted_and_end():
     outcome = ran(f"test count=12 {SMALL} ! tests.cli.work:nothing_of_numbers restart=on-failure:2 ! null")
     assert outcome.failed == "nothing_of_numbers"
@@ -240,8 +257,6 @@ def test_second_signal_kills_all_stages(tmp_path):
 @pytest.mark.usefixtures("interpreters")
 def test_ctrl_c_in_a_terminal_ends_with_130_and_a_playable_file(tmp_path, child):
     """Ctrl-C reaches every process of the foreground's group."""
-    import subprocess
-
     output = tmp_path / "out.mp4"
     words = [SCRIPT, "pipe", "test", "size=32x32", "!", "show", "every=0", "@test", "!", output]
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0) as process:
@@ -280,8 +295,6 @@ def test_json_says_it_all(run: Run):
     (worker,) = last["workers"]
     assert worker["result"] == threes(0, 1, 2, 3)
     rows, columns = np.mgrid[0:6, 0:8]
-    import hashlib
-
     digest = hashlib.sha256()
     for n in range(4):
         digest.update((columns + 2 * rows + 3 * n).astype(np.uint8).tobytes())
