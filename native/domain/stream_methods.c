@@ -87,25 +87,53 @@ static PyObject *stream_part(Shm *s, PyObject *args) {
   return Py_BuildValue("IIi", number / STREAM_SLOTS, atomic_load(&x->gen), PART_OF_SLOT(part) ? (int)(number % STREAM_SLOTS) : -1);
 }
 
+#define LOOKS 64 /* at a place or a slot: a use of it takes longer */
+
+/* A place as it was at one moment: its user is the same before and after the look. NULL: it is nobody's. */
 static PyObject *reader_item(db_stream *x, uint32_t i) {
   db_reader *r = &x->reader[i];
-  uint64_t cursor = atomic_load(&r->cursor), claims = atomic_load(&r->claims);
-  uint32_t owner = atomic_load(&r->owner);
-  return Py_BuildValue("{sI,sI,sI,sK,sK,sK,sK,sK,sK}", "place", i, "life", owner == STREAM_ORPHAN ? 0 : owner, "role",
-                       atomic_load(&r->role), "group",
-                       (unsigned long long)atomic_load(&x->group_name[atomic_load(&r->group) % STREAM_GROUPS]), "cursor",
-                       (unsigned long long)(cursor >= STREAM_READY ? 0 : cursor), "claims", (unsigned long long)claims, "lost",
-                       (unsigned long long)atomic_load(&r->lost), "seen", (unsigned long long)atomic_load(&r->seen), "joined",
-                       (unsigned long long)atomic_load(&r->joined));
+  uint32_t owner, role, group;
+  uint64_t joined, cursor, claims, lost, seen, next, name;
+  for (int look = 0; look < LOOKS; look++) {
+    owner = atomic_load(&r->owner);
+    joined = atomic_load(&r->joined);
+    role = atomic_load(&r->role);
+    group = atomic_load(&r->group);
+    cursor = atomic_load(&r->cursor);
+    claims = atomic_load(&r->claims);
+    lost = atomic_load(&r->lost);
+    seen = atomic_load(&r->seen);
+    next = stream_is_member(role) ? SEQ_OF(atomic_load(&x->group_cursor[group % STREAM_GROUPS])) : 0;
+    name = atomic_load(&x->group_name[group % STREAM_GROUPS]);
+    if (owner == atomic_load(&r->owner) && joined == atomic_load(&r->joined) && role == atomic_load(&r->role) &&
+        group == atomic_load(&r->group))
+      break;
+  }
+  if (!owner || !(stream_places(x) >> i & 1)) return NULL;
+  return Py_BuildValue("{sI,sI,sI,sK,sK,sK,sK,sK,sK,sK}", "place", i, "life", owner == STREAM_ORPHAN ? 0 : owner, "role", role, "group",
+                       (unsigned long long)name, "cursor", (unsigned long long)(cursor >= STREAM_READY ? 0 : cursor), "next",
+                       (unsigned long long)next, "claims", (unsigned long long)claims, "lost", (unsigned long long)lost, "seen",
+                       (unsigned long long)seen, "joined", (unsigned long long)joined);
 }
 
+/* A slot as it was at one moment: its state is the same before and after the look. */
 static PyObject *slot_item(db_stream *x, uint32_t k) {
   db_slot *slot = &x->slot[k];
-  uint64_t state = atomic_load(&slot->state);
-  return Py_BuildValue("{sI,sI,sK,sN,sN,sI,sK,sK}", "rec", atomic_load(&slot->rec), "rec_gen", atomic_load(&slot->rec_gen), "seq",
-                       (unsigned long long)SEQ_OF(state), "writing", PyBool_FromLong((long)(state & S_WRITING)), "foreign",
-                       PyBool_FromLong((long)(atomic_load(&slot->foreign) & S_FOREIGN)), "torn", atomic_load(&slot->torn), "used",
-                       (unsigned long long)atomic_load(&slot->used), "stamp", (unsigned long long)atomic_load(&slot->stamp));
+  uint64_t state, used, stamp;
+  uint32_t rec, rec_gen, foreign, torn;
+  for (int look = 0; look < LOOKS; look++) {
+    state = atomic_load(&slot->state);
+    rec = atomic_load(&slot->rec);
+    rec_gen = atomic_load(&slot->rec_gen);
+    foreign = atomic_load(&slot->foreign);
+    torn = atomic_load(&slot->torn);
+    used = atomic_load(&slot->used);
+    stamp = atomic_load(&slot->stamp);
+    if (atomic_load(&slot->state) == state) break;
+  }
+  return Py_BuildValue("{sI,sI,sK,sN,sN,sI,sK,sK}", "rec", rec, "rec_gen", rec_gen, "seq", (unsigned long long)SEQ_OF(state), "writing",
+                       PyBool_FromLong((long)(state & S_WRITING)), "foreign", PyBool_FromLong((long)(foreign & S_FOREIGN)), "torn", torn,
+                       "used", (unsigned long long)used, "stamp", (unsigned long long)stamp);
 }
 
 static PyObject *stream_info(Shm *s, PyObject *args) {
@@ -113,9 +141,13 @@ static PyObject *stream_info(Shm *s, PyObject *args) {
   if (!PyArg_ParseTuple(args, "II", &stream, &gen)) return NULL;
   db_stream *x = present(s, stream, gen);
   if (!x) return NULL;
-  PyObject *readers = PyList_New(0), *slots = PyList_New(0), *out = NULL;
+  PyObject *readers = PyList_New(0), *slots = PyList_New(0), *out = NULL, *item;
   for (uint64_t on = stream_places(x); readers && on; on &= on - 1)
-    if (list_add(readers, reader_item(x, (uint32_t)__builtin_ctzll(on)))) Py_CLEAR(readers);
+    if ((item = reader_item(x, (uint32_t)__builtin_ctzll(on)))) {
+      if (list_add(readers, item)) Py_CLEAR(readers);
+    } else if (PyErr_Occurred()) {
+      Py_CLEAR(readers);
+    }
   for (uint32_t k = 0, n = stream_slots(x); slots && k < n; k++)
     if (list_add(slots, slot_item(x, k))) Py_CLEAR(slots);
   uint64_t prod = atomic_load(&x->prod);

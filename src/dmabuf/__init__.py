@@ -14,8 +14,8 @@ What a newcomer needs:
 
 Fences: ``Timeline``, ``wait_any``, ``merge``, ``SyncFile``. Drivers in Python: ``export`` with an ``Exporter``, ``DmaBuf.attach`` with a
 ``Device``; ready to use are ``sim.Engine`` and ``DiskDevice``. Pictures and tensors: ``ImageLayout``, ``TensorLayout``. Heaps: ``heaps``,
-``SpillHeap``. State: ``buffers``, ``bufinfo``. Errors are OSErrors with their errno (``dmabuf.errors``); mistakes in the use of locks and
-fences are ``ContractError`` and ``ContractWarning``.
+``SpillHeap``. State: ``buffers``, ``streams``, ``bufinfo``. Errors are OSErrors with their errno (``dmabuf.errors``); mistakes in the use
+of locks and fences are ``ContractError`` and ``ContractWarning``.
 
 ``dmabuf.drivers`` (DRM, V4L2) is a package of its own: ``from dmabuf.drivers import drm, camera``.
 """
@@ -71,6 +71,7 @@ if TYPE_CHECKING:
     from dmabuf.layout.tensor import TensorLayout
     from dmabuf.observe.bufinfo import bufinfo
     from dmabuf.observe.records import buffers
+    from dmabuf.observe.streams import streams
     from dmabuf.sharing.duplicate import serve
     from dmabuf.sharing.opening import open
     from dmabuf.sharing.passing import recv, send
@@ -142,6 +143,7 @@ __all__ = [
     "serve",
     "signalling",
     "sim",
+    "streams",
     "stub_fence",
     "sync_info",
     "unwrap",
@@ -194,6 +196,7 @@ _PLACES = {
     "dmabuf.layout.tensor": ("TensorLayout",),
     "dmabuf.observe.bufinfo": ("bufinfo",),
     "dmabuf.observe.records": ("buffers",),
+    "dmabuf.observe.streams": ("streams",),
     "dmabuf.sharing.duplicate": ("serve",),
     "dmabuf.sharing.opening": ("open",),
     "dmabuf.sharing.passing": ("recv", "send"),

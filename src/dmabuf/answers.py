@@ -46,13 +46,17 @@ class FenceInfo(TypedDict):
 
 
 class StreamReaderInfo(TypedDict):
-    """What a reader's place in a stream says. ``cursor``: 0 if nothing is promised to it. ``life``: 0 if it died, and its frames wait."""
+    """What a reader's place in a stream says. ``cursor``: 0 if nothing is promised to it. ``life``: 0 if it died, and its frames wait.
+
+    ``next``: the next frame that its group hands out, 0 if it has none.
+    """
 
     place: int
     life: int
     role: int
     group: int
     cursor: int
+    next: int
     claims: int
     lost: int
     seen: int

@@ -13,7 +13,7 @@ from tests.support.children import Parent, Spawn
 from tests.support.fences import attach
 from tests.support.partners import fences, has, is_inside, locks, started
 
-INFO = {"domain": LS["domain"], "monotonic_ns": int, "buffer": BUFFER | {"fences": [FENCE]}}
+INFO = {"domain": LS["domain"], "monotonic_ns": int, "buffer": BUFFER | {"fences": [FENCE]}, "stream": (dict, type(None))}
 
 
 def field(out: str, name: str) -> list[str]:

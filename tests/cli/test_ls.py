@@ -47,11 +47,29 @@ BUFFER = {
     "blocking_writers": [FENCE],
     "torn": (dict, type(None)),
     "layout": (str, type(None)),
+    "stream": (dict, type(None)),
     "dev": int,
     "pid": int,
     "locked_by": int,
 }
-LS = {"domain": {"id": (str, type(None)), "path": str}, "monotonic_ns": int, "buffers": [BUFFER]}
+PROCESS = {"pid": int, "comm": str, "state": str}
+STREAM = {
+    "ino": int,
+    "name": (str, type(None)),
+    "created": int,
+    "policy": str,
+    "size": int,
+    "layout": (str, type(None)),
+    "meta_bytes": int,
+    "producer": (dict, type(None)),
+    "state": str,
+    "published": int,
+    "lag": int,
+    "kept": int,
+    "readers": int,
+    "slots": int,
+}
+LS = {"domain": {"id": (str, type(None)), "path": str}, "monotonic_ns": int, "streams": [STREAM], "buffers": [BUFFER]}
 
 
 def fits(value: Any, schema: Any) -> bool:

@@ -25,6 +25,9 @@
 #ifndef THREE
 #define THREE 0    /* 1: a third member */
 #endif
+#ifndef LEAVE
+#define LEAVE 0    /* 1: member B may leave at any time */
+#endif
 #ifndef KILL_JOINING
 #define KILL_JOINING 0 /* 1: member A dies while it joins */
 #endif
@@ -244,6 +247,12 @@ proctype Member(byte me) {
 look:
     LISTEN(NEWS);
 next:
+#if LEAVE
+    if
+    :: me == B -> moved[me] = 1; goto leave
+    :: true
+    fi;
+#endif
 #if REDELIVER
     /* What it has adopted comes first. All claims of an adopted place are frames. */
     h = (A != me && owner[A] == me && HOLDS(A) -> A : (B != me && owner[B] == me && HOLDS(B) -> B : (C != me && owner[C] == me && HOLDS(C) -> C : 0)));
@@ -351,7 +360,12 @@ sleep:    SLEEP(head >= cursor || IS_ORPHAN || (over && !(REDELIVER && OTHERS_HO
           goto look
        fi
     fi;
+leave:
 #if REDELIVER
+    /* What it has adopted and not released is for others. */
+    if :: A != me && owner[A] == me -> owner[A] = ORPHAN :: else fi;
+    if :: B != me && owner[B] == me -> owner[B] = ORPHAN :: else fi;
+    if :: C != me && owner[C] == me -> owner[C] = ORPHAN :: else fi;
     free_place(me);
     if :: BUG != 17 -> sweep(k, me) :: else fi;
 #else
@@ -511,7 +525,7 @@ proctype Last() {
   :: k <= head ->
      if
      :: DROP
-     :: !DROP && REDELIVER -> assert(done[k] || (dead[A] && dead[B] && (!THREE || dead[C])))
+     :: !DROP && REDELIVER -> assert(done[k] || (dead[A] && (dead[B] || LEAVE) && (!THREE || dead[C])))
      :: !DROP && !REDELIVER -> assert(done[k] || dead[A] || dead[B])
      fi;
      k++

@@ -16,7 +16,7 @@ NAMES = {
     "Frame", "ImageLayout", "Importer", "IosysMap", "KeptWarning", "PixelFormat", "Plane", "Pool", "RemoteTimeline", "SgTable",
     "SpillHeap", "Stream", "StreamReader", "SwSync", "SyncFile", "TensorLayout", "Timeline", "TimelineSemaphore", "Usage", "View",
     "WwAcquireContext", "access", "allocate", "allocate_planes", "arecv", "asend", "buffers", "bufinfo", "export", "get",
-    "get_sync_file", "heaps", "label", "lock_all", "merge", "open", "open_or_allocate", "private_stub", "recv", "send", "serve",
+    "get_sync_file", "heaps", "label", "lock_all", "merge", "open", "open_or_allocate", "private_stub", "recv", "send", "serve", "streams",
     "signalling", "sim", "stub_fence", "sync_info", "unwrap", "wait_any", "wait_semaphores",
 }  # fmt: skip
 

@@ -16,6 +16,7 @@ from dmabuf.domain import place
 from dmabuf.domain.domain import Domain
 from dmabuf.errors import fail
 from dmabuf.observe.records import BufferRecord, BufferSnapshot, FenceRecord, snapshots
+from dmabuf.observe.streams import StreamRecord
 
 as_json = click.option("--json", "as_json", is_flag=True, help="JSON for programs.")
 in_domain: Callable[[Any], Any] = click.option(
@@ -74,8 +75,20 @@ def buffer_json(record: BufferRecord) -> dict[str, Any]:
         "blocking_readers": [fence_json(fence) for fence in record.blocking_readers],
         "blocking_writers": [fence_json(fence) for fence in record.blocking_writers],
         "torn": vars(record.torn) if record.torn else None,
+        "stream": vars(record.stream) if record.stream else None,
         "layout": None if record.layout is None else str(record.layout),
     }
+
+
+def stream_json(stream: StreamRecord, every: bool = False) -> dict[str, Any]:
+    """Return a stream as JSON. ``every``: with each slot and reader, not only with how many there are."""
+    fields = vars(stream) | {
+        "layout": None if stream.layout is None else str(stream.layout),
+        "producer": None if stream.producer is None else vars(stream.producer),
+        "readers": [vars(reader) | {"process": vars(reader.process)} for reader in stream.readers],
+        "slots": [vars(slot) for slot in stream.slots],
+    }
+    return fields if every else fields | {"readers": len(stream.readers), "slots": len(stream.slots)}
 
 
 def fence_json(fence: FenceRecord) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""``dmabuf info BUFFER``: everything about one buffer."""
+"""``dmabuf info BUFFER``: everything about one buffer, or one stream."""
 
 from __future__ import annotations
 
@@ -15,12 +15,24 @@ from rich.text import Text
 
 from dmabuf._native import owned
 from dmabuf.cli import data, show
-from dmabuf.cli.ls import NOBODY, counted, name_of, torn_text
+from dmabuf.cli.ls import (
+    NOBODY,
+    WHEN_FULL,
+    counted,
+    frame_of,
+    kept_in_words,
+    name_in_words,
+    name_of,
+    process,
+    producer_of,
+    torn_text,
+)
 from dmabuf.cli.show import safe
 from dmabuf.domain import naming
 from dmabuf.domain.domain import Domain
 from dmabuf.errors import fail
 from dmabuf.observe.records import BufferSnapshot, FenceRecord
+from dmabuf.observe.streams import StreamRecord, streams_of
 from dmabuf.observe.units import age, size
 
 _PID_FD = re.compile(r"(\d+):(\d+)\Z", re.ASCII)
@@ -31,18 +43,26 @@ _PID_FD = re.compile(r"(\d+):(\d+)\Z", re.ASCII)
 @data.in_domain
 @data.as_json
 def command(buffer: str, path: Path | None, as_json: bool) -> None:
-    """Show everything about one buffer.
+    """Show everything about one buffer, or about the stream whose memory it is.
 
     BUFFER is an inode number as in `dmabuf ls`, PID:FD for a descriptor of a process, or a name, in this order. If several buffers have the
     name, the error lists their inode numbers.
     """
     domain, seen = data.snapshots_at(path)
     found = _find(buffer, seen, domain)
+    streams = {stream.ino: stream for stream in (streams_of(domain, seen) if domain is not None else [])}
+    part = found.record.stream
+    stream = streams.get(part.ino) if part is not None else None
     if as_json:
         fences = [data.fence_json(fence) for fence in found.fences]
-        data.print_json(data.heading(domain, path) | {"buffer": data.buffer_json(found.record) | {"fences": fences}})
+        answer = {"buffer": data.buffer_json(found.record) | {"fences": fences}}
+        data.print_json(data.heading(domain, path) | answer | {"stream": None if stream is None else data.stream_json(stream, every=True)})
+        return
+    out = show.console()
+    if stream is not None and part is not None and part.slot is None:
+        _print_stream(out, stream, data.domain_path(path))
     else:
-        _print(show.console(), found, data.domain_path(path))
+        _print(out, found, stream, data.domain_path(path))
 
 
 def _find(wanted: str, seen: list[BufferSnapshot], domain: Domain | None) -> BufferSnapshot:
@@ -91,7 +111,46 @@ def _by_descriptor(pid: int, fd: int, seen: list[BufferSnapshot], domain: Domain
     raise fail(errno.EINVAL, "info", what, "run `dmabuf ls` for the buffers", what=f"not a buffer of this domain but {target}")
 
 
-def _print(out: Console, found: BufferSnapshot, path: Path) -> None:
+def _print_stream(out: Console, stream: StreamRecord, path: Path) -> None:
+    grid = show.Grid("", "")
+
+    def field(name: str, value: Text | str) -> None:
+        grid.row(Text(name, "bold"), value)
+
+    field("stream", Text("–", "dim") if stream.name is None else safe(stream.name))
+    field("inode", str(stream.ino))
+    field("slots", f"{len(stream.slots)} of {frame_of(stream)}, {kept_in_words(stream)}")
+    field("metadata", f"up to {stream.meta_bytes} bytes a frame")
+    field("when full", WHEN_FULL.get(stream.policy, "?"))
+    field("producer", producer_of(stream))
+    field("frames", f"{stream.published} published")
+    field("domain", safe(str(path)))
+    grid.print(out)
+    who = {reader.process.pid: process(reader.process).plain for reader in stream.readers}
+    out.print(Text(""))
+    slots = show.Grid("SLOT", "INO", "FRAME", "STATE", "USED BY", right=(0, 1, 2))
+    for slot in stream.slots:
+        users = [f"held by {who[pid]}" for pid in slot.held_by] + [
+            f"kept for {who[pid]}" for pid in slot.promised_to if pid not in slot.held_by
+        ]
+        users += ["a program that doesn't know the stream"] * slot.foreign
+        state = Text(slot.state, {"torn": "red", "writing": "cyan"}.get(slot.state, ""))
+        slots.row(
+            str(slot.slot), str(slot.ino or "–"), str(slot.seq or "–"), state, ", ".join(dict.fromkeys(users)) or Text("nobody", "dim")
+        )
+    slots.print(out)
+    out.print(Text(""))
+    if not stream.readers:
+        out.print(Text("No readers."))
+        return
+    readers = show.Grid("READS", "SEEN", "LAG", "LOST", "HOLDS", "READER", right=(1, 2, 3, 4))
+    for reader in stream.readers:
+        reads = f"group {reader.group[:8]}" + (", redelivers" if reader.redelivers else "") if reader.group else reader.role
+        readers.row(reads, str(reader.seen), str(reader.lag), str(reader.lost), str(len(reader.holds)), process(reader.process))
+    readers.print(out)
+
+
+def _print(out: Console, found: BufferSnapshot, stream: StreamRecord | None, path: Path) -> None:
     buf, monotonic = found.record, time.monotonic_ns()
     made = datetime.fromtimestamp(buf.created / 1e9).astimezone().isoformat(sep=" ", timespec="seconds")
     grid = show.Grid("", "")
@@ -106,6 +165,8 @@ def _print(out: Console, found: BufferSnapshot, path: Path) -> None:
     field("layout", "none" if buf.layout is None else str(buf.layout))
     field("home", f"{safe(buf.home)}, exported by {safe(buf.exp_name)}")
     field("created", f"{made} by process {buf.pid}, {age(time.time_ns() - buf.created)} ago")
+    if stream is not None and buf.stream is not None:
+        field("stream", f"slot {buf.stream.slot} of {name_in_words(stream)}")
     field("domain", safe(str(path)))
     held: list[Text | str] = [f"{safe(h.comm)} {h.pid}: {counted(descriptor=h.fds, mapping=h.maps) or naming.UNSEEN}" for h in buf.holders]
     field("held by", *(held or [Text(NOBODY, "yellow")]))

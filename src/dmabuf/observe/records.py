@@ -28,7 +28,7 @@ from dmabuf.layout.stored import Layout, unpack
 if TYPE_CHECKING:
     from dmabuf.answers import RecordInfo
 
-__all__ = ["BufferRecord", "FenceRecord", "Holder", "Torn", "buffers", "snapshots"]
+__all__ = ["BufferRecord", "FenceRecord", "Holder", "StreamPart", "Torn", "buffers", "snapshots"]
 
 _WRITE, _READ = 1, 2
 _USAGES = ("kernel", "write", "read", "bookkeep")
@@ -67,6 +67,14 @@ class Torn:
 
 
 @dataclass(frozen=True)
+class StreamPart:
+    """What a buffer is in a stream. ``ino``: the inode of the stream's own memory. ``slot``: which slot, None for that memory itself."""
+
+    ino: int
+    slot: int | None
+
+
+@dataclass(frozen=True)
 class BufferRecord:
     """One buffer at one moment.
 
@@ -75,8 +83,8 @@ class BufferRecord:
     /proc shows them, by pid; empty for a buffer in flight. One with no descriptors and no mappings is in another PID namespace.
     ``accesses``: ``read()`` and ``write()`` blocks entered or waiting. ``blocking_readers``, ``blocking_writers``: the pending fences for
     which a new reader (usage up to WRITE) or writer (up to READ) would wait, the oldest first. ``layout``: what the bytes mean, None if
-    nobody said. ``locked_by``: the pid of the process that holds the reservation lock, 0 if it is free. ``torn``: None if the content is
-    whole.
+    nobody said. ``stream``: what it is in a stream, None of none. ``locked_by``: the pid of the process that holds the reservation lock, 0
+    if it is free. ``torn``: None if the content is whole.
     """
 
     ino: int
@@ -94,14 +102,19 @@ class BufferRecord:
     pid: int
     locked_by: int
     layout: Layout | None = None
+    stream: StreamPart | None = None
 
 
 @dataclass(frozen=True)
 class BufferSnapshot:
-    """A buffer's record, and every fence on its list up to BOOKKEEP, in the list's order, including signaled ones."""
+    """A buffer's record, and every fence on its list up to BOOKKEEP, in the list's order, including signaled ones.
+
+    ``part``: (stream, generation, slot) of the stream that it is part of, slot -1 for the stream's own memory; None of none.
+    """
 
     record: BufferRecord
     fences: list[FenceRecord]
+    part: tuple[int, int, int] | None = None
 
 
 def buffers(*, domain: Domain | None = None) -> list[BufferRecord]:
@@ -128,7 +141,12 @@ def snapshots(domain: Domain) -> list[BufferSnapshot]:
         del infos[i]
     names = _Names(domain)
     newest = sorted(infos.items(), key=lambda item: (item[1]["created"], item[0]), reverse=True)
-    return [_snapshot(shm, names, i, info, names.labeled(i, held.get((info["dev"], info["ino"]), []))) for i, info in newest]
+    parts = {i: part for i, info in newest if (part := shm.stream_part(i, info["gen"])) is not None}
+    own = {part[:2]: infos[i]["ino"] for i, part in parts.items() if part[2] < 0}
+    parts = {i: part for i, part in parts.items() if part[:2] in own}
+    return [
+        _snapshot(shm, names, i, info, names.labeled(i, held.get((info["dev"], info["ino"]), [])), parts.get(i), own) for i, info in newest
+    ]
 
 
 def _consistent(shm: Shm, index: int) -> RecordInfo | None:
@@ -153,7 +171,15 @@ def _unheld(infos: dict[int, RecordInfo], held: dict[tuple[int, int], list[Holde
     return gone
 
 
-def _snapshot(shm: Shm, names: _Names, index: int, info: RecordInfo, held: list[Holder]) -> BufferSnapshot:
+def _snapshot(
+    shm: Shm,
+    names: _Names,
+    index: int,
+    info: RecordInfo,
+    held: list[Holder],
+    part: tuple[int, int, int] | None,
+    streams: dict[tuple[int, int], int],
+) -> BufferSnapshot:
     given = shm.rec_info(info["resv"] - 1) if info["resv"] else None  # None: it is gone, and the number may be another record's
     resv = info["resv"] - 1 if given is not None and given["gen"] == info["resv_gen"] else index
     fences: list[FenceRecord] = []
@@ -178,8 +204,9 @@ def _snapshot(shm: Shm, names: _Names, index: int, info: RecordInfo, held: list[
         pid=info["pid"],
         locked_by=names.owner(word) if word else 0,
         layout=_layout(shm.rec_layout(index, info["gen"])),
+        stream=None if part is None else StreamPart(streams[part[:2]], part[2] if part[2] >= 0 else None),
     )
-    return BufferSnapshot(record, fences)
+    return BufferSnapshot(record, fences, part)
 
 
 def _layout(found: tuple[int, bytes] | None) -> Layout | None:

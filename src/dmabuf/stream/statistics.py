@@ -9,6 +9,7 @@ from dmabuf._native import SD_ALIVE, SD_CLOSED, SD_DIED, SD_NEVER, SR_LATEST, SR
 from dmabuf.domain import naming
 
 if TYPE_CHECKING:
+    from dmabuf.answers import StreamInfo, StreamReaderInfo
     from dmabuf.stream.parts import Part
 
 ROLES: Final = {SR_QUEUE: "queue", SR_LATEST: "latest", SR_MEMBER: "group", SR_REDELIVER: "group", SR_LEFT: "group"}
@@ -20,8 +21,9 @@ class ReaderStatistics:
     """A reader of a stream.
 
     ``process``: whose it is. ``policy``: "queue", "latest" or "group". ``seen``: the newest frame that it has given back. ``lag``: frames
-    that are published and that it has not given back. ``lost``: frames that it has passed over. ``holds``: slots that it holds, without
-    those that it is promised. Of a member that died, and whose frames wait for another one, ``pid`` is 0.
+    that are published and that it has not given back, or its group has not handed out. ``lost``: frames that it has passed over.
+    ``holds``: slots that it holds, without those that it is promised. Of a member that died, and whose frames wait for another one, ``pid``
+    is 0.
     """
 
     pid: int
@@ -53,6 +55,12 @@ class StreamStatistics:
     readers: list[ReaderStatistics]
 
 
+def lag_of(info: StreamInfo, reader: StreamReaderInfo) -> int:
+    """Return how many frames are published that a reader, or its group, has not had."""
+    had = reader["next"] - 1 if reader["next"] else max(reader["seen"], reader["joined"])
+    return max(0, info["published"] - had)
+
+
 def statistics(part: Part) -> StreamStatistics:
     """Return what a stream's words say."""
     info, domain = part.info(), part.domain
@@ -62,7 +70,7 @@ def statistics(part: Part) -> StreamStatistics:
             naming.process(domain, reader["life"]),
             ROLES.get(reader["role"], "?"),
             reader["seen"],
-            max(0, info["published"] - max(reader["seen"], reader["joined"])),
+            lag_of(info, reader),
             reader["lost"],
             reader["claims"].bit_count(),
         )
