@@ -172,6 +172,17 @@ def test_stage_that_is_started_again_loses_the_frame_that_it_had(workers):
 
 
 @pytest.mark.crash
+def test_worker_behind_a_worker_that_is_started_again_reads_the_same_one():
+    stage = "tests.cli.work:same name=again workers=2 kill_at=2 restart=on-failure"  # each of the two dies in its third frame
+    outcome = ran(f"test count=40 {SMALL} ! tests.cli.work:same workers=2 ! {stage} ! {FIRSTS}")
+    again, seen = outcome.stage("again"), firsts(outcome)
+    assert outcome.failed is None
+    assert sum(worker.restarts for worker in again.workers) == again.lost >= 1
+    assert seen == sorted(set(seen))
+    assert len(seen) == 40 - again.lost
+
+
+@pytest.mark.crash
 def test_source_and_last_stage_that_are_started_again_go_on():
     outcome = ran(f"test count=12 {SMALL} kill_at=4 restart=on-failure ! tests.cli.work:same ! null kill_at=7 restart=on-failure:1")
     assert outcome.failed is None

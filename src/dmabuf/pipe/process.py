@@ -51,7 +51,7 @@ def spawned(sock: socket.socket, stdout: int | IO[Any] | None) -> Process:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-@dataclass
+@dataclass(eq=False)
 class Worker:
     """One place in a stage, and the process that has it now.
 

@@ -228,6 +228,8 @@ class Pipeline:
             if worker.going:
                 worker.tell("go")
             for producer in before:
+                if worker not in self._readers_of(producer):
+                    continue
                 if producer.stream is not None:
                     self._connect(producer, worker)
                 if producer.ended:
