@@ -202,9 +202,7 @@ proctype Member(byte me) {
     atomic { join_lock == 0 -> join_lock = me };
 #endif
     owner[me] = me;
-#if BUG != 7 /* its place after the look for others */
     place[me] = 1;
-#endif
     if
     :: A != me && LIVES(A) || B != me && LIVES(B) || C != me && LIVES(C) -> ready[me] = 1
     :: else ->
@@ -224,7 +222,9 @@ proctype Member(byte me) {
        do
        :: atomic { q = head; k = head_slot };
           atomic { cursor = (q -> q : 1); mover = 0; first = cursor; if :: cursor <= FRAMES -> taken[cursor] = 0; back[cursor] = 0 :: else fi };
+#if BUG != 7 /* its promise after the second look at the head */
           ready[me] = 1;
+#endif
           if
           :: head == q || BUG == 9 -> break
           :: else
@@ -240,7 +240,7 @@ proctype Member(byte me) {
        fi
     fi;
 #if BUG == 7
-    place[me] = 1;
+    ready[me] = 1;
 #endif
     atomic { if :: join_lock == me -> join_lock = 0 :: else fi; q = 0; k = 0 };
 #endif
