@@ -12,6 +12,9 @@ static unsigned char stops[256];
 
 static int tracer(PyObject *unused, PyFrameObject *frame, int what, PyObject *arg) {
   (void)unused, (void)arg;
+#if PY_VERSION_HEX >= 0x030d0000 /* a frame without a trace function of its own is told of no instruction; it is not called */
+  if (what == PyTrace_CALL && PyObject_SetAttrString((PyObject *)frame, "f_trace", Py_True)) return -1;
+#endif
   if (what == PyTrace_CALL) return PyObject_SetAttrString((PyObject *)frame, "f_trace_opcodes", Py_True);
   if (what != PyTrace_OPCODE) return 0;
   PyCodeObject *code = PyFrame_GetCode(frame);
