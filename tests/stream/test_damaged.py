@@ -19,8 +19,12 @@ def use(stream: dmabuf.Stream) -> None:
     for call in (stream.info, stream.statistics, lambda: stream.size, lambda: stream.when_full):
         with contextlib.suppress(OSError, ValueError):
             call()
-    for policy, group in (("queue", None), ("latest", None), ("queue", "g")):
-        with contextlib.suppress(OSError, ValueError), stream.reader(policy, group=group, history=0) as reader:  # type: ignore[arg-type]
+    readers = [("queue", None, False), ("latest", None, False), ("queue", "g", False), ("queue", "r", True)]
+    for policy, group, again in readers:
+        with (
+            contextlib.suppress(OSError, ValueError),
+            stream.reader(policy, group=group, group_redeliver=again) as reader,  # type: ignore[arg-type]
+        ):
             for _ in range(3):
                 frame = reader.next(timeout=0)
                 bytes(frame.view[:16])
