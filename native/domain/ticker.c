@@ -5,11 +5,11 @@
  * sleepers the thread parks after 25 ticks.
  *
  * A sleep is light at first: the ticker ends it after TICK_NS. After several such sleeps in a row a thread sleeps deeply, until there is
- * news, or until the safety net after DEEP_NS. The news is that a descriptor of the domain's file was closed for the last time (inotify,
- * IN_CLOSE_WRITE). A life's lock belongs to such a descriptor, or to its mapping. So the kernel tells of the end of every life, however it
- * ended and in whichever PID namespace, also if it began while the others slept. Others close the file too, those that join. So the ticker
- * looks which lives have ended, and wakes the sleepers if one has. It looks again a moment later, because the kernel tells it just before
- * it drops the lock.
+ * news, or until the safety net after DEEP_NS, and after DEEPEST_NS once it has lasted. The news is that a descriptor of the domain's file
+ * was closed for the last time (inotify, IN_CLOSE_WRITE). A life's lock belongs to such a descriptor, or to its mapping. So the kernel
+ * tells of the end of every life, however it ended and in whichever PID namespace, also if it began while the others slept. Others close
+ * the file too, those that join. So the ticker looks which lives have ended, and wakes the sleepers if one has. It looks again a moment
+ * later, because the kernel tells it just before it drops the lock.
  *
  * The inotify descriptor is in a table that only this thread has: nobody else can close it, and no fork and no other program inherits it.
  * Where there is none (a filter of system calls, fs.inotify.max_user_instances, an old kernel), every sleep stays light.
@@ -39,6 +39,8 @@
 #define FILES      8 /* domains of one process in which threads sleep deeply at once */
 #define IDLE_TICKS 25
 #define DEEP_NS    500000000ll
+#define DEEP_TICKS 8 /* so many; after that a sleep has lasted, and the net comes more seldom */
+#define DEEPEST_NS 2000000000ll
 
 typedef struct {
   _Atomic(a32 *) word; /* NULL: a free slot; being_filled: not yet to be looked at */
@@ -286,7 +288,7 @@ static void *ticker(void *unused) {
   (void)unused;
   prctl(PR_SET_NAME, "dmabuf-tick");
   atomic_store(&thread_id, (int)syscall(SYS_gettid));
-  int idle = 0, added, inotify = listen_anew(-1), stop = listen_to_stop(inotify);
+  int idle = 0, deep_ticks = 0, added, inotify = listen_anew(-1), stop = listen_to_stop(inotify);
   int64_t due = clock_ns() + TICK_NS;
   looks after = {.due = INT64_MAX};
   listen_for_sleepers(inotify, &added);
@@ -325,7 +327,8 @@ static void *ticker(void *unused) {
       atomic_store(&deep, 1);
       if (atomic_load(&light) || listen_for_sleepers(inotify, &added) != 1 || added) atomic_store(&deep, 0);
     }
-    due = clock_ns() + (atomic_load(&deep) ? DEEP_NS : TICK_NS);
+    deep_ticks = atomic_load(&deep) ? deep_ticks + 1 : 0;
+    due = clock_ns() + (!deep_ticks ? TICK_NS : deep_ticks <= DEEP_TICKS ? DEEP_NS : DEEPEST_NS);
   }
   return NULL; /* what is in a table of its own goes with it */
 }
