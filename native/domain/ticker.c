@@ -39,8 +39,8 @@
 #define FILES      8 /* domains of one process in which threads sleep deeply at once */
 #define IDLE_TICKS 25
 #define DEEP_NS    500000000ll
-#define DEEP_TICKS 8 /* so many; after that a sleep has lasted, and the net comes more seldom */
-#define DEEPEST_NS 2000000000ll
+#define DEEP_TICKS 4 /* so many; after that a sleep has lasted, and the net comes more seldom */
+#define DEEPEST_NS 2500000000ll
 
 typedef struct {
   _Atomic(a32 *) word; /* NULL: a free slot; being_filled: not yet to be looked at */

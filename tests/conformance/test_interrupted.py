@@ -21,7 +21,7 @@ def world() -> Iterator[World]:
 
 def check(world: World, operation: Operation) -> None:
     # Whoever looks for a buffer that an interrupted call has just closed looks at every process of the machine, with a stop at each.
-    full = 5 if named(operation).startswith("open") else 1
+    full = 11 if named(operation).startswith("open") else 1
     stops, faults = at_every_stop(lambda: operation(world), world.settle, step=times(quick=19, full=full))
     assert stops > 2
     assert not faults, "\n".join(faults)

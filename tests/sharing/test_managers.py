@@ -62,7 +62,7 @@ def test_closed_buffer_is_told_to_the_producer_and_the_queue_goes_on() -> None:
 
 
 def test_manager_without_descriptors_passes_buffers_on() -> None:
-    manager = SyncManager(ctx=ANEW)
+    manager = SyncManager(ctx=multiprocessing.get_context("spawn"))  # a fork server's children have other descriptors open
     manager.start(_limited)
     with manager:
         queue = manager.Queue()
