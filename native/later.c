@@ -35,16 +35,28 @@ void report_later(PyObject *where) {
   PyErr_WriteUnraisable(where);
 }
 
-void call_hook(PyObject *hook, uint64_t handle) {
+void call_till_done(PyObject *(*call)(void *), void *with, PyObject *where) {
   PyObject *error = NULL, *x = NULL;
   for (int k = 0; k < 2 && !x; k++)
-    if (!(x = PyObject_CallFunction(hook, "K", (unsigned long long)handle))) Py_XSETREF(error, take_exception());
+    if (!(x = call(with))) Py_XSETREF(error, take_exception());
   Py_XDECREF(x);
   if (!error) return;
   PyErr_SetObject((PyObject *)Py_TYPE(error), error);
   Py_DECREF(error);
-  report_later(hook);
+  report_later(where);
 }
+
+typedef struct {
+  PyObject *hook;
+  uint64_t handle;
+} hooked;
+
+static PyObject *call_hooked(void *with) {
+  const hooked *h = with;
+  return PyObject_CallFunction(h->hook, "K", (unsigned long long)h->handle);
+}
+
+void call_hook(PyObject *hook, uint64_t handle) { call_till_done(call_hooked, &(hooked){hook, handle}, hook); }
 
 static PyObject *raise_later_call(PyObject *module, PyObject *error) {
   if (!PyExceptionInstance_Check(error)) return PyErr_Format(PyExc_TypeError, "raise_later() takes an exception");

@@ -13,8 +13,10 @@ bool raise_later(PyObject *error);
 /* Clear the exception that is set, and raise it later, or report it to sys.unraisablehook. */
 void report_later(PyObject *where);
 
-/* Call a hook with a handle. Once more if a signal handler raised in the middle, since then its work is begun, or done. What it raised is
- * reported afterwards. */
+/* Make a call. Once more if a signal handler raised in the middle, since then its work is begun, or done. What it raised is reported
+ * afterwards. */
+void call_till_done(PyObject *(*call)(void *), void *with, PyObject *where);
+/* The same with a hook and a handle. */
 void call_hook(PyObject *hook, uint64_t handle);
 
 PyObject *take_exception(void); /* the exception that is set, as an object with its traceback; it is set no longer */

@@ -48,6 +48,7 @@ typedef struct port {
   uint64_t n;              /* producer: the frame that it makes next; reader: the next that it wants */
   uint64_t was;            /* producer: the state of the slot before it was marked */
   uint64_t lost;
+  uint64_t vain;    /* of a wait that has ended in vain: how often its word was woken before the last look, + 1; 0 */
   uint64_t due;     /* of a group that redelivers: slots whose frames are this member's, and that it has not shown */
   uint32_t adopted; /* places of dead members whose frames this one has */
   uint32_t stream, gen, life, slots, policy, meta_bytes;

@@ -55,18 +55,12 @@ static PyObject *port_join(Port *p, PyObject *args) {
   return error == RAISED ? NULL : PyLong_FromLong(-error);
 }
 
-static void tell_taken(Port *p, uint64_t vain) {
-  PyObject *result = port_rule("taken", (PyObject *)p, Py_BuildValue("(K)", (unsigned long long)vain));
-  if (!result) report_later((PyObject *)p);
-  Py_XDECREF(result);
-}
+static PyObject *tell_taken(void *port) { return port_rule("taken", port, Py_BuildValue("(K)", (unsigned long long)((Port *)port)->vain)); }
 
 static PyObject *next_frame(Port *p, int64_t until, bool quiet, bool once) { /* quiet: NULL without an exception is the end; once: None */
   if (p->role < 0 || p->role >= ROLE_PRODUCER) return port_failed(p, "next", EBADF), NULL;
   if (frame_close(p, false) || port_go_in(p, "next")) return NULL;
-  int error;
-  db_stream *x = p->watched ? port_stream(p, &error) : NULL;
-  uint64_t head = x ? SEQ_OF(atomic_load(&x->head)) : 0; /* a frame that comes after the look was not asked for in vain */
+  p->vain = 0;
   int got = read_take(p, until);
   p->busy = false;
   PyObject *frame = got == 1 ? frame_open(p, (uint32_t)p->found, p->n) : NULL;
@@ -80,7 +74,7 @@ static PyObject *next_frame(Port *p, int64_t until, bool quiet, bool once) { /* 
     }
     PyErr_Restore(kind, value, trace);
   }
-  if (__builtin_expect(p->watched, 0) && got != RAISED && (frame || got != 1)) tell_taken(p, frame ? 0 : head);
+  if (__builtin_expect(p->watched, 0) && got != RAISED && (frame || got != 1)) call_till_done(tell_taken, p, (PyObject *)p);
   if (frame || got == 1 || (quiet && got == -ENODATA)) return frame;
   if (once && got == -ETIMEDOUT) Py_RETURN_NONE;
   port_checked(p, "next", got);
@@ -241,6 +235,12 @@ static PyObject *get_lag(Port *p, void *unused) {
 
 static PyObject *get_ended(Port *p, void *unused) { return PyBool_FromLong(read_ended(p)); }
 
+static PyObject *get_news(Port *p, void *unused) {
+  int error;
+  db_stream *x = port_stream(p, &error);
+  return PyLong_FromUnsignedLongLong(x ? (uint64_t)atomic_load(&x->count[0]) + 1 : 0);
+}
+
 static PyObject *get_lost(Port *p, void *unused) { return PyLong_FromUnsignedLongLong(p->lost); }
 
 static PyObject *get_watched(Port *p, void *unused) { return PyBool_FromLong(p->watched); }
@@ -295,6 +295,7 @@ static PyMethodDef methods[] = {
 static PyGetSetDef getset[] = {
     {"lag", (getter)get_lag, NULL, "Frames that are published and that this reader has not had.", NULL},
     {"lost", (getter)get_lost, NULL, "Frames that this reader has passed over, since it came.", NULL},
+    {"news", (getter)get_news, NULL, "How often who waits for frames was woken, + 1.", NULL},
     {"ended", (getter)get_ended, NULL, "Whether no frame will come to this reader any more.", NULL},
     {"waits_for", (getter)get_fence, NULL, "The fence for which the next frame waits, 0: none.", NULL},
     {"_watched", (getter)get_watched, (setter)set_watched, "Whether the rule is told of frames that are taken.", NULL},

@@ -78,7 +78,10 @@ int port_wait(Port *p, uint32_t word, int64_t until, int (*look)(Port *)) {
     uint32_t count = atomic_load(&x->count[b]);
     if (!(atomic_load(&x->want) & word)) atomic_fetch_or(&x->want, word);
     if ((r = look(p))) return r;
-    if (until >= 0 && now_ns() >= until) return -ETIMEDOUT;
+    if (until >= 0 && now_ns() >= until) {
+      p->vain = (uint64_t)count + 1;
+      return -ETIMEDOUT;
+    }
     STEP_SLEEPING(stream_counted);
     int slept = shm_sleep(p->shm, &x->count[b], count, until, TICK_STREAM, stream_number(p->stream, 0));
     if (slept == SLEEP_RAISED) return RAISED;

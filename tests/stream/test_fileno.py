@@ -3,8 +3,10 @@
 import contextlib
 import errno
 import gc
+import os
 import select
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ import dmabuf
 from dmabuf import Domain, Stream
 from dmabuf.domain.dispatcher import dispatcher
 from dmabuf.stream import rules
+from dmabuf.stream.readable import Readable
 from tests.stream.conftest import Make, content, put
 from tests.support.children import Parent, Spawn
 from tests.support.errnos import raises_errno
@@ -121,21 +124,97 @@ def test_descriptor_waits_for_the_fence_of_a_frame_that_was_asked_for(stream: St
         assert reader.next(timeout=0).seq == 1
 
 
-def test_frame_that_comes_right_after_a_look_in_vain_is_not_missed(stream: Stream, monkeypatch: pytest.MonkeyPatch) -> None:
-    told, news = rules.StreamRules.taken, [1]
+def once_before_told(monkeypatch: pytest.MonkeyPatch, do: Callable[[], object]) -> None:
+    """Do something between the next look of a reader and the word of it that its descriptor hears."""
+    told, left = rules.StreamRules.taken, [do]
 
     def taken(self: rules.StreamRules, port: Any, vain: int) -> None:
-        while news:
-            put(stream, news.pop())
+        if left:
+            left.pop()()
         told(self, port, vain)
 
+    monkeypatch.setattr(rules.StreamRules, "taken", taken)
+
+
+def test_frame_that_comes_right_after_a_look_in_vain_is_not_missed(stream: Stream, monkeypatch: pytest.MonkeyPatch) -> None:
     with stream.reader() as reader:
         reader.fileno()
-        monkeypatch.setattr(rules.StreamRules, "taken", taken)
+        once_before_told(monkeypatch, lambda: put(stream, 1))
         with raises_errno(errno.ETIMEDOUT):
             reader.next(timeout=0)
         assert readable(reader)
         assert content(reader.next(timeout=0)) == 1
+
+
+def test_fence_that_ends_right_after_a_look_in_vain_is_not_missed(stream: Stream, monkeypatch: pytest.MonkeyPatch) -> None:
+    fence = dmabuf.Timeline("fills").fence()
+    with stream.reader() as reader:
+        reader.fileno()
+        stream.publish(stream.bufs[0], fence=fence)
+        once_before_told(monkeypatch, fence.signal)
+        with raises_errno(errno.ETIMEDOUT):
+            reader.next(timeout=0)
+        assert readable(reader, 30_000)
+        assert reader.next(timeout=0).seq == 1
+
+
+def test_foreign_writer_that_ends_right_after_a_look_in_vain_is_not_missed(stream: Stream, monkeypatch: pytest.MonkeyPatch) -> None:
+    with stream.reader("latest") as reader:
+        put(stream, 1)
+        reader.fileno()
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(stream.bufs[0].write(timeout=1))
+            once_before_told(monkeypatch, stack.close)
+            with raises_errno(errno.ETIMEDOUT):
+                reader.next(timeout=0)
+        assert readable(reader, 30_000)
+        assert content(reader.next(timeout=0)) == 1
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def test_descriptor_hears_of_a_look_in_which_a_signal_handler_raised(stream: Stream, monkeypatch: pytest.MonkeyPatch) -> None:
+    with stream.reader() as reader:
+        put(stream, 1)
+        reader.fileno()
+        once_before_told(monkeypatch, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            content(reader.next(timeout=0))
+        assert not readable(reader)
+        put(stream, 2)
+        assert readable(reader, 30_000)
+
+
+def test_descriptor_that_a_signal_handler_left_half_reset_is_reset(stream: Stream, monkeypatch: pytest.MonkeyPatch) -> None:
+    left, read = [interrupt], os.eventfd_read
+
+    def eventfd_read(fd: int) -> int:
+        if left:
+            left.pop()()
+        return read(fd)
+
+    with stream.reader() as reader:
+        put(stream, 1)
+        reader.fileno()
+        monkeypatch.setattr(os, "eventfd_read", eventfd_read)
+        with pytest.raises(KeyboardInterrupt):
+            content(reader.next(timeout=0))
+        assert not readable(reader)
+
+
+def test_descriptor_whose_making_a_signal_handler_ended_works_the_next_time(stream: Stream, monkeypatch: pytest.MonkeyPatch) -> None:
+    with stream.reader() as reader:
+        with monkeypatch.context() as patch:
+            patch.setattr(Readable, "look", lambda _: interrupt())
+            with pytest.raises(KeyboardInterrupt):
+                reader.fileno()
+        assert not readable(reader)
+        put(stream, 1)
+        assert readable(reader, 30_000)
+        reader.next(timeout=0)
+        assert not readable(reader)
 
 
 def test_descriptor_of_a_latest_reader_passes_a_torn_frame_by(stream: Stream) -> None:

@@ -54,7 +54,7 @@ class Part(Port):
     waits_for_producer = False  # of a reader: an end isn't its end
 
     def told_taken(self, vain: int) -> None:
-        """Hear that a frame was taken (0), or that there was none when so many were published: of a reader that is watched."""
+        """Hear that a frame was taken (0), or that there was none when there was this ``news``: of a reader that is watched."""
 
     def attach(self, ring: Ring) -> None:
         """Belong to a stream."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import weakref
@@ -29,7 +30,7 @@ class Readable:
         self._reader = weakref.ref(reader)
         self._domain = reader.domain
         self._set = False
-        self._none_of = 0  # published frames when the reader asked in vain, though it had not had all: another one must come first
+        self._none_of = 0  # news when the reader asked in vain, though it had not had all: more must come first
         me = weakref.ref(self)  # a reader that nobody refers to any more goes, with its descriptor
 
         def changed(_: int) -> None:
@@ -50,11 +51,12 @@ class Readable:
             if reader is None or not reader.reads or self._fd.number < 0:
                 return
             ring = reader.ring
+            self._forget()
             while True:
                 if self._ready(reader):
                     if not self._set:
-                        self._set = True
                         self._fd.add_one()
+                        self._set = True
                     return
                 fence = _pending_fence(reader) or ring.domain.shm.stream_await(ring.stream, ring.gen, SW_NEWS)
                 if self._ready(reader):  # what changed before the word was looked at wakes nobody
@@ -65,7 +67,7 @@ class Readable:
                     return
 
     def taken(self, vain: int) -> None:
-        """A frame was taken (0), or there was none when so many were published."""
+        """A frame was taken (0), or there was none when there was this news."""
         with self._lock:
             reader = self._reader()
             if reader is None:
@@ -73,10 +75,9 @@ class Readable:
             self._none_of = 0 if reader.lag == 0 else vain
             if self._set and self._ready(reader):
                 return
-            if self._set:
-                self._set = False
+            self._set = False
+            with contextlib.suppress(BlockingIOError):  # also when it isn't set: a signal handler may have raised in between
                 os.eventfd_read(self._fd.fileno())
-            self._forget()
             self.look()
 
     def _forget(self) -> None:
@@ -85,9 +86,10 @@ class Readable:
             unwatch(self._domain, *watch)
 
     def _ready(self, reader: Part) -> bool:
-        if _pending_fence(reader):
-            return False
-        if reader.lag > 0 and not (self._none_of and reader.info()["published"] == self._none_of):
+        fence = reader.waits_for
+        if fence:
+            return not reader.domain.shm.fence_pending(fence)
+        if reader.lag > 0 and not (self._none_of and reader.news == self._none_of):
             return True
         return reader.ended
 

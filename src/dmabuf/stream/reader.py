@@ -65,8 +65,9 @@ class StreamReader(Part):
             failed(self, "fileno", errno.EBADF)
         if self._readable is None:
             self._readable = Readable(self)
-            self._watched = True
+        if not self._watched:  # last, so that the next call goes on where a signal handler raised in this one
             self._readable.look()
+            self._watched = True
         return self._readable.fileno()
 
     def told_taken(self, vain: int) -> None:

@@ -81,7 +81,7 @@ class StreamRules:
         return fence.handle
 
     def taken(self, port: Part, vain: int) -> None:
-        """A frame was taken (0), or there was none when so many were published: the reader's descriptor says whether there is one."""
+        """A frame was taken (0), or there was none when there was this ``news``: the reader's descriptor says whether there is one."""
         port.told_taken(vain)
 
     def enter(self, making: FrameMaking) -> Awaitable[Frame]:
