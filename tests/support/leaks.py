@@ -17,6 +17,7 @@ import multiprocessing.forkserver
 import multiprocessing.resource_tracker
 import os
 import socket
+import sys
 import threading
 import time
 from collections import Counter
@@ -68,8 +69,19 @@ def warm_up() -> None:
         serve(dmabuf.Domain.default())
 
 
+def _give_up_scaler() -> None:
+    """Give up what PyAV 19 and newer keep for the thread that has converted a picture.
+
+    A child that another thread forks ends it, and FFmpeg waits there for threads that it has only in the parent.
+    """
+    module = sys.modules.get("av.video.frame")
+    if module is not None:
+        vars(getattr(module, "_thread_local", threading.local())).clear()
+
+
 def settle() -> None:
     """Bring forward what would happen by itself a little later: garbage, and the repair of what dead processes left in the domain."""
+    _give_up_scaler()
     gc.collect()
     domain = _default_domain()
     sweep = getattr(domain, "sweep", None)
